@@ -1,0 +1,1 @@
+"""suanli (算力, computing power): data in, a trained, measured model out."""

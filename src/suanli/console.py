@@ -1,0 +1,119 @@
+"""What people read while a verb works. All of it goes to standard error: standard output belongs
+to the verb's result, so that `--json` and pipes stay clean.
+
+On a terminal: colours and a live progress bar. In a pipe: plain lines, one now and then.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_quiet = False
+_console: Console | None = None
+
+
+def console() -> Console:
+    global _console
+    if _console is None:
+        from rich.console import Console
+
+        _console = Console(stderr=True, highlight=False, soft_wrap=True)
+    return _console
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress and no remarks inside this block; warnings and errors still come."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def say(text: str) -> None:
+    """One remark about what is being done."""
+    if not _quiet:
+        console().print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Something that the user should know and may want to change."""
+    from rich.text import Text
+
+    console().print(Text.assemble(("warning: ", "yellow"), text))
+
+
+class Progress:
+    """How far one long piece of work is: `update(done, note)`; use as a context manager."""
+
+    PLAIN_INTERVAL_S = 5.0
+
+    def __init__(self, title: str, total: float) -> None:
+        self.title, self.total = title, total
+        self._started = self._printed = time.monotonic()
+        self._bar = None
+        if not _quiet and console().is_terminal and sys.stderr.isatty():
+            from rich import progress as rp
+
+            self._bar = rp.Progress(
+                rp.TextColumn("{task.description}"),
+                rp.BarColumn(bar_width=28),
+                rp.TaskProgressColumn(),
+                rp.TimeRemainingColumn(compact=True),
+                rp.TextColumn("{task.fields[note]}"),
+                console=console(),
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=total, note="")
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: float, note: str = "") -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+            return
+        now = time.monotonic()
+        if _quiet or now - self._printed < self.PLAIN_INTERVAL_S:
+            return
+        self._printed = now
+        left = (now - self._started) * (self.total - done) / max(done, 1e-9)
+        say(
+            f"{self.title}: {100 * done / max(self.total, 1e-9):.0f} %, {duration(left)} left {note}".rstrip()
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: '0.4 s', '48 s', '3 min 05 s', '2 h 10 min'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them: '512 B', '1.2 MB', '3.4 GB' (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

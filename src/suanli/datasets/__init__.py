@@ -1,0 +1,1 @@
+"""The data sets with a name: one a file, each exporting DATASET."""

@@ -1,0 +1,95 @@
+"""Every error that suanli raises on purpose.
+
+    SuanliError              exit 1   something failed while running
+    ├── UsageError           exit 2   an option, a name or a value that can't be used
+    ├── DataError            exit 3   the data (or a file that suanli reads) is bad
+    │   ├── BadInput                  one input that can't be decoded; the caller counts these
+    │   ├── DownloadError             the publisher's file could not be had whole
+    │   └── DamagedFile               a checkpoint, model or cache that is cut short or altered
+    ├── MachineError         exit 4   not possible on this machine
+    │   ├── OutOfMemory               says which batch size would fit
+    │   ├── StorageError              no space left, read-only, not a directory
+    │   └── RunBusy                   another process is writing this run
+    ├── GateError            exit 5   refused: it costs more accuracy than the task tolerates
+    ├── Diverged             exit 1   the loss became NaN or infinite
+    └── Interrupted          exit 130 stopped by the user, the checkpoint is saved
+
+Each carries two sentences: what is wrong (with what was given and what is allowed) and `fix`, the
+way out. The command line prints both as one paragraph; a traceback is shown only with --debug.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SuanliError(Exception):
+    """Base of the tree. `message` says what is wrong, `fix` what to do next."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, fix: str) -> None:
+        super().__init__(f"{message} {fix}".strip())
+        self.message = message
+        self.fix = fix
+
+
+class UsageError(SuanliError):
+    exit_code = 2
+
+
+class DataError(SuanliError):
+    exit_code = 3
+
+
+class BadInput(DataError):
+    def __init__(self, message: str, *, fix: str = "Remove the file or replace it.") -> None:
+        super().__init__(message, fix=fix)
+
+
+class DownloadError(DataError):
+    pass
+
+
+class DamagedFile(DataError):
+    pass
+
+
+class MachineError(SuanliError):
+    exit_code = 4
+
+
+class OutOfMemory(MachineError):
+    pass
+
+
+class StorageError(MachineError):
+    pass
+
+
+class RunBusy(MachineError):
+    pass
+
+
+class GateError(SuanliError):
+    exit_code = 5
+
+
+class Diverged(SuanliError):
+    pass
+
+
+class Interrupted(SuanliError):
+    exit_code = 130
+
+
+def unknown(
+    what: str, given: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError
+) -> SuanliError:
+    """The error for a name that isn't one of `allowed`: lists them and suggests the nearest."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    listed = ", ".join(names)
+    fix = f"Did you mean {near[0]!r}? Allowed: {listed}." if near else f"Allowed: {listed}."
+    return error(f"Unknown {what} {given!r}.", fix=fix)

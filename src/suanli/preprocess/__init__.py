@@ -1,0 +1,1 @@
+"""From raw input to model input: one kind of data a file, each exporting PREPROCESS."""

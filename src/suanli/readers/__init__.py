@@ -1,0 +1,1 @@
+"""Ways to read what lies at a path: one a file, each exporting READER."""

@@ -1,0 +1,1 @@
+"""Recipes that work without tuning: one a file, each exporting RECIPE."""

@@ -1,0 +1,1 @@
+"""Ways to compute the same faster: one a file, each exporting SPEEDUP."""

@@ -1,0 +1,1 @@
+"""Optional writers of metrics: one a file, each exporting TRACKER."""
