@@ -194,7 +194,8 @@ class Preprocess(ABC):
         """Every field as plain values: `type(self)(**settings)` is an equal object."""
         from dataclasses import asdict
 
-        return asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        values: dict[str, Json] = asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
