@@ -1,0 +1,119 @@
+"""Everything that training needs to go on exactly, in one safetensors file; no pickle.
+
+Tensors are stored by name ("model.…", "ema.…", "optimizer.<parameter>.<key>"), numbers as JSON in
+the header. Random numbers need no state: every step draws from a seed of its own (`data.mix`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from suanli.console import warn
+from suanli.errors import DamagedFile
+from suanli.storage import atomic_file, writing
+from suanli.types import Json
+
+KEPT = 2  # the newest, and the one before in case the newest was damaged
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    step: int
+    tensors: Tensors
+    progress: dict[str, Json]  # plain values of the loop
+    path: Path
+
+
+def write(path: Path, tensors: Tensors, progress: Json) -> None:
+    # Tensors that share memory (tied weights) would be refused, and a later write must not show.
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with atomic_file(path) as stream:
+        stream.write(save(own, metadata={"progress": json.dumps(progress)}))
+
+
+def save_step(folder: Path, step: int, tensors: Tensors, progress: Json) -> Path:
+    """Writes step-<n> and removes all but the newest KEPT."""
+    path = folder / f"step-{step:08d}.safetensors"
+    write(path, tensors, progress)
+    for _, old in _steps(folder)[KEPT:]:
+        with writing(old):
+            old.unlink(missing_ok=True)
+    return path
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises DamagedFile for a file that is cut short or not a checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+            progress = json.loads(metadata["progress"])
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise DamagedFile(
+            f"The checkpoint {path} is damaged ({error}).",
+            fix="Remove it to go on from the one before, or train again.",
+        ) from error
+    match = _NAME.fullmatch(path.name)
+    return Checkpoint(step=int(match[1]) if match else 0, tensors=tensors, progress=progress, path=path)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; a damaged one is passed over with a warning. None: there is no
+    checkpoint at all. Raises DamagedFile if every one is damaged."""
+    damaged: DamagedFile | None = None
+    for _, path in _steps(folder):
+        try:
+            return read(path)
+        except DamagedFile as error:
+            warn(f"{error.message} Trying the one before.")
+            damaged = error
+    if damaged is not None:
+        raise damaged
+    return None
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """Step checkpoints, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return sorted(found, reverse=True)
+
+
+# --- optimizers -----------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
+    """The state of an optimizer as named tensors and as plain values."""
+    state = optimizer.state_dict()
+    tensors: Tensors = {}
+    values: dict[str, dict[str, Json]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                values.setdefault(str(index), {})[key] = value
+    return tensors, {"values": values, "groups": state["param_groups"]}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Json) -> None:
+    """The inverse of `optimizer_tensors`, bit by bit."""
+    state: dict[int, dict[str, Json]] = {int(i): dict(v) for i, v in plain["values"].items()}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    # JSON has no tuples; torch's own groups have (betas).
+    groups = [{k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in plain["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,56 @@
+"""Probabilities of many inputs from a module: the one way in which suanli asks a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from suanli.types import Preprocess, Step, Task
+
+Views = Callable[[torch.Tensor], list[torch.Tensor]]
+
+
+def infer(
+    step: Step,
+    preprocess: Preprocess,
+    task: Task,
+    batches: Iterable[torch.Tensor],
+    *,
+    views: Views | None = None,
+) -> np.ndarray:
+    """Probabilities (N, K) float32 of batches of cached rows (B, *row_shape) on the device.
+
+    With `views`, the mean of the probabilities over the views of each input. The module is put
+    into evaluation mode and back.
+    """
+    was_training = step.model.training
+    step.model.eval()
+    found = []
+    try:
+        with torch.inference_mode():
+            for rows in batches:
+                inputs = preprocess.to_model(rows)
+                shown = views(inputs) if views else [inputs]
+                total = sum(task.probabilities(forward(step, view)) for view in shown)
+                found.append((total / len(shown)).float().cpu())  # type: ignore[union-attr]
+    finally:
+        step.model.train(was_training)
+    return torch.cat(found).numpy() if found else np.zeros((0, 0), np.float32)
+
+
+def forward(step: Step, inputs: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K) of model inputs, in the precision and layout of the step."""
+    if step.memory_format is not None and inputs.dim() == 4:
+        inputs = inputs.to(memory_format=step.memory_format)
+    if step.autocast_dtype is None:
+        return call(step.model, inputs)
+    with torch.autocast(inputs.device.type, dtype=step.autocast_dtype):
+        return call(step.model, inputs)
+
+
+def call(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = module(inputs)
+    return logits

@@ -1,0 +1,272 @@
+"""The training loop: one optimizer step at a time, with everything that it must remember.
+
+What a step does depends on the weights, the seed and the step's number only, so a loop that is
+put back to the state of step n goes on bit by bit as if it had never stopped. The loop knows no
+files and no progress bars; `verbs/train.py` decides when to save, to validate and to stop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from suanli import checkpoint
+from suanli.augmentation import compose
+from suanli.data import Feed, Order, mix
+from suanli.errors import Diverged
+from suanli.inference import forward, infer
+from suanli.schedule import factor
+from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
+
+LOSSES_HELD = 20  # on a GPU, reading the loss waits for the device: do it once in so many steps
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """The plain values that a loop remembers between steps."""
+
+    step: int = 0
+    segments: list[float]  # epochs of each stretch: the recipe's, then each continuation's
+    best: float | None = None  # headline score on validation
+    best_step: int = 0
+    stale: int = 0  # validations since the best
+    seconds: float = 0.0  # in training steps so far
+
+
+class Loop:
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        step: Step,
+        optimizer: torch.optim.Optimizer,
+        task: Task,
+        preprocess: Preprocess,
+        train: Feed,
+        val: Feed,
+        device: Device,
+        classes: int,
+    ) -> None:
+        self.recipe, self.compute, self.optimizer, self.task = recipe, step, optimizer, task
+        self.preprocess, self.train_feed, self.val_feed = preprocess, train, val
+        self.classes = classes
+        self.device = torch.device(device.torch_name)
+        self.order = Order(len(train), recipe.batch_size, recipe.seed)
+        self.augment = compose(recipe.augment, preprocess.kind)
+        self.class_weights = self._class_weights()
+        self.progress = Progress(segments=[recipe.epochs])
+        self.ema = _copy(step.model) if recipe.ema_decay is not None else None
+        self.input_s = 0.0  # waited for, and spent on, the inputs of a step
+        self._losses: list[torch.Tensor] = []
+        self._generator = torch.Generator(self.device)
+
+    @property
+    def model(self) -> nn.Module:
+        return self.compute.model
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return sum(self._segment_steps())
+
+    @property
+    def epoch(self) -> float:
+        return self.progress.step / self.order.steps_per_epoch
+
+    # --- one step ---
+
+    def run(self) -> Iterator[float]:
+        """Trains from where it stands to the end; yields the loss of each step.
+
+        The loss is the newest known one: on a GPU it lags by up to LOSSES_HELD steps. Raises
+        Diverged at the first loss that is not finite.
+        """
+        first = self.progress.step
+        positions = (self.order.positions(s) for s in range(first, self.steps))
+        batches = self.train_feed.batches(positions)
+        self.model.train()
+        loss = math.nan
+        while self.progress.step < self.steps:
+            started = time.perf_counter()
+            rows, targets, index = next(batches)
+            batch = self._inputs(rows, targets, index)
+            self.input_s += time.perf_counter() - started
+            self._losses.append(self._learn(batch))
+            self.progress.step += 1
+            if self.device.type == "cpu" or len(self._losses) >= LOSSES_HELD:
+                loss = self.settle()
+            self.progress.seconds += time.perf_counter() - started
+            yield loss
+
+    def _inputs(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor) -> Batch:
+        step = self.progress.step
+        batch = Batch(
+            inputs=self.preprocess.to_model(rows),
+            targets=targets,
+            index=index,
+            epoch=self.order.epoch(step),
+            classes=self.classes,
+        )
+        return self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
+
+    def _learn(self, batch: Batch) -> torch.Tensor:
+        """One step of the optimizer on a batch; its loss, not waited for."""
+        step, recipe = self.progress.step, self.recipe
+        torch.manual_seed(mix(recipe.seed, 2, step))  # for dropout inside the model
+        self._set_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = min(recipe.accumulate, len(batch.inputs))
+        total = torch.zeros((), device=self.device)
+        for inputs, targets in zip(batch.inputs.tensor_split(parts), batch.targets.tensor_split(parts), strict=True):
+            loss = self._loss(inputs, targets) * (len(inputs) / len(batch.inputs))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self._average(step)
+        return total
+
+    def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.task.loss(
+            forward(self.compute, inputs),
+            targets,
+            label_smoothing=self.recipe.label_smoothing,
+            class_weights=self.class_weights,
+        )
+
+    def _set_rate(self, step: int) -> None:
+        for steps in self._segment_steps():
+            if step < steps:
+                break
+            step -= steps
+        scale = factor(self.recipe, step, steps, self.order.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+
+    def _segment_steps(self) -> list[int]:
+        return [max(1, round(e * self.order.steps_per_epoch)) for e in self.progress.segments]
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        assert self.ema is not None
+        assert self.recipe.ema_decay is not None
+        # Early averages forget faster, or the random start would linger.
+        decay = min(self.recipe.ema_decay, (1 + step) / (10 + step))
+        for name, value in self.model.state_dict().items():
+            if value.is_floating_point():
+                self.ema[name].lerp_(value, 1 - decay)
+            else:
+                self.ema[name].copy_(value)
+
+    def settle(self) -> float:
+        """Waits for the losses held back and returns the last. Raises Diverged."""
+        if not self._losses:
+            return math.nan
+        losses = torch.stack(self._losses).cpu()
+        first = self.progress.step - len(losses)
+        self._losses.clear()
+        bad = torch.nonzero(~torch.isfinite(losses))
+        if len(bad):
+            step = first + int(bad[0]) + 1
+            raise Diverged(f"The loss became {losses[bad[0]].item()} at step {step}.", fix=_DIVERGED_FIX)
+        return float(losses[-1])
+
+    # --- validation ---
+
+    def validate(self) -> dict[str, float]:
+        """Scores on the validation split with the weights that would be kept now."""
+        with self.kept_weights():
+            batches = (rows for rows, _, _ in self.val_feed.in_order(validation_batch(self.recipe)))
+            found = infer(self.compute, self.preprocess, self.task, batches)
+        scores = self.task.scores(found.astype(np.float32), self.val_feed.split.targets)
+        headline, progress = scores[self.task.headline], self.progress
+        if progress.best is None or headline > progress.best:
+            progress.best, progress.best_step, progress.stale = headline, progress.step, 0
+        else:
+            progress.stale += 1
+        return scores
+
+    @property
+    def should_stop(self) -> bool:
+        return self.recipe.early_stop is not None and self.progress.stale >= self.recipe.early_stop
+
+    def kept_weights(self) -> _Swapped:
+        """A context in which the model has its averaged weights, where the recipe averages."""
+        return _Swapped(self.model, self.ema)
+
+    # --- going on ---
+
+    def state(self) -> tuple[checkpoint.Tensors, Json]:
+        """Everything that `restore` needs. Raises Diverged rather than give away broken weights."""
+        self.settle()
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if broken:
+            raise Diverged(
+                f"The weights {broken[0].removeprefix('model.')} became NaN at step {self.progress.step}.",
+                fix=_DIVERGED_FIX,
+            )
+        if self.ema is not None:
+            tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        optimizer_tensors, plain = checkpoint.optimizer_tensors(self.optimizer)
+        return tensors | optimizer_tensors, {"loop": vars(replace(self.progress)), "optimizer": plain}
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        tensors, plain = saved.tensors, saved.progress
+        self.model.load_state_dict(_below("model.", tensors))
+        if self.ema is not None:
+            for name, value in _below("ema.", tensors).items():
+                self.ema[name].copy_(value)
+        checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
+        self.progress = Progress(**plain["loop"])
+
+    def _class_weights(self) -> torch.Tensor | None:
+        if self.recipe.class_weights == "none":
+            return None
+        counts = np.bincount(self.train_feed.split.targets, minlength=self.classes)
+        # Inverse frequency, so that each class counts the same in the loss; an absent class not at all.
+        weights = np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1), 0.0)
+        return torch.tensor(weights, dtype=torch.float32, device=self.device)
+
+
+_DIVERGED_FIX = (
+    "The last good checkpoint is kept. Train again with a lower --lr, a longer warm-up "
+    "(--set warmup_epochs=2), or --set clip_norm=1."
+)
+
+
+def validation_batch(recipe: Recipe) -> int:
+    """A validation needs no gradients, so more fits; but small steps keep Ctrl-C quick."""
+    return min(max(recipe.batch_size, 64), 512)
+
+
+def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _below(prefix: str, tensors: checkpoint.Tensors) -> checkpoint.Tensors:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class _Swapped:
+    """Other weights in a module while the block runs; none given: no change."""
+
+    def __init__(self, model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
+        self.model, self.weights = model, weights
+
+    def __enter__(self) -> None:
+        if self.weights is not None:
+            self.own = _copy(self.model)
+            self.model.load_state_dict(self.weights)
+
+    def __exit__(self, *_: object) -> None:
+        if self.weights is not None:
+            self.model.load_state_dict(self.own)

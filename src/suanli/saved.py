@@ -1,0 +1,136 @@
+"""The model folder: copy it alone and it predicts anywhere.
+
+    model.json             builder and arguments, preprocessing, classes, task, scores, versions
+    weights.safetensors    the weights, with their checksum in model.json
+
+The weights are written first and named by model.json last, so a folder with a model.json is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from suanli import building
+from suanli.errors import DamagedFile, DataError
+from suanli.plugins import load as load_plugin
+from suanli.storage import atomic_file, read_json, write_json
+from suanli.types import Json, Preprocess, Recipe, Task
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A trained model in memory: what it takes from raw input to named probabilities."""
+
+    module: nn.Module  # in evaluation mode, float32, on the CPU
+    preprocess: Preprocess
+    task: Task
+    classes: tuple[str, ...]
+    recipe: Recipe
+    card: dict[str, Json]  # all of model.json
+
+
+def save_model(
+    folder: Path,
+    module: nn.Module,
+    *,
+    recipe: Recipe,
+    preprocess: Preprocess,
+    classes: tuple[str, ...],
+    data: Json,
+) -> None:
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    content = save(state)
+    with atomic_file(folder / WEIGHTS) as stream:
+        stream.write(content)
+    write_json(
+        folder / "model.json",
+        {
+            "format": FORMAT,
+            "model": recipe.model,
+            "task": recipe.task,
+            "classes": list(classes),
+            "preprocess": {"kind": preprocess.kind, "settings": preprocess.settings()},
+            "recipe": recipe.model_dump(mode="json"),
+            "weights": {"file": WEIGHTS, "blake2b": _digest(content), "size_bytes": len(content)},
+            "data": data,
+            "scores": {},
+            "versions": {p: importlib.metadata.version(p) for p in ("suanli", "torch", "numpy", "pillow")},
+        },
+    )
+
+
+def add_scores(folder: Path, split: str, scores: Mapping[str, float]) -> None:
+    """Writes the scores of a split into model.json."""
+    card = read_card(folder)
+    card["scores"][split] = dict(scores)
+    write_json(folder / "model.json", card)
+
+
+def read_card(folder: Path) -> dict[str, Json]:
+    try:
+        card = read_json(folder / "model.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{folder} holds no model (no model.json).",
+            fix="Name a run directory whose training finished, or its model/ folder.",
+        ) from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise DamagedFile(
+            f"{folder / 'model.json'} has a format that this version can't read.",
+            fix="Use the version of suanli that wrote it, or train again.",
+        )
+    return card
+
+
+def model_folder(subject: str | Path) -> Path:
+    """The model folder of a run directory, or the folder itself."""
+    path = Path(subject).expanduser()
+    if not path.exists():
+        raise DataError(f"There is nothing at {path}.", fix="Name a run directory or a model/ folder.")
+    return path / "model" if (path / "recipe.json").exists() or (path / "model" / "model.json").exists() else path
+
+
+def load_model(folder: Path) -> SavedModel:
+    """Reads nothing but this folder. Raises DataError, DamagedFile."""
+    card = read_card(folder)
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+        if _digest(content) != card["weights"]["blake2b"]:
+            raise DamagedFile(
+                f"The weights in {folder} don't have the checksum that model.json states.",
+                fix="Copy the whole folder again: they were cut short, altered, or belong to another model.",
+            )
+        recipe = Recipe.model_validate(card["recipe"])
+        kind = load_plugin("preprocess", card["preprocess"]["kind"])
+        preprocess: Preprocess = kind(**card["preprocess"]["settings"])
+        classes = tuple(card["classes"])
+        module = building.build(recipe, preprocess, classes)
+        module.load_state_dict(load(content))
+    except (FileNotFoundError, KeyError, TypeError, SafetensorError, RuntimeError, ValueError) as error:
+        raise DamagedFile(f"The model in {folder} can't be loaded ({error}).", fix="Train again or restore it.") from error
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return SavedModel(
+        module=module,
+        preprocess=preprocess,
+        task=load_plugin("tasks", recipe.task)(),
+        classes=classes,
+        recipe=recipe,
+        card=card,
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
