@@ -20,8 +20,12 @@ way out. The command line prints both as one paragraph; a traceback is shown onl
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import shlex
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class SuanliError(Exception):
@@ -93,3 +97,12 @@ def unknown(
     listed = ", ".join(names)
     fix = f"Did you mean {near[0]!r}? Allowed: {listed}." if near else f"Allowed: {listed}."
     return error(f"Unknown {what} {given!r}.", fix=fix)
+
+
+def pip_install(*requirements: str) -> str:
+    """The command that installs into the very Python that runs now, for a `fix`: a bare `pip` may
+    belong to another one."""
+    python = sys.executable or "python"
+    with contextlib.suppress(ValueError):
+        python = str(Path(python).relative_to(Path.cwd()))
+    return " ".join(shlex.quote(part) for part in (python, "-m", "pip", "install", *requirements))

@@ -1,0 +1,234 @@
+"""device: what this machine has, what this torch build can use of it, and what would add the rest.
+
+Everything is asked, nothing is benchmarked, so it answers in seconds. A GPU that is there and can't be
+used is the headline, with the command that mends it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suanli import hardware
+from suanli.console import size
+from suanli.data import cache_dir, data_dir
+from suanli.errors import pip_install
+from suanli.gpus import Gpu, gpus, hidden, nvidia_driver
+from suanli.types import Json
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Room at a directory that suanli fills; it need not exist yet."""
+
+    use: str
+    path: str
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """An optional package."""
+
+    name: str
+    gives: str  # what it adds, in a few words
+    version: str | None  # None: not installed
+    install: str | None  # the command that adds it; None: installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceReport:
+    """One machine, as this process sees it. Unknown is None."""
+
+    headline: str
+    fix: str | None  # what to do about the headline
+    runs_on: tuple[str, ...]  # torch names of where this torch build runs, best first
+    cpu: str
+    architecture: str
+    cores: int  # logical, that this process may use
+    physical_cores: int | None
+    instruction_sets: tuple[str, ...]
+    memory_bytes: int | None
+    available_memory_bytes: int | None
+    disks: tuple[Disk, ...]
+    gpus: tuple[Gpu, ...]
+    driver: str | None  # NVIDIA
+    driver_cuda: str | None  # the newest CUDA that the driver runs
+    cuda: str | None  # that torch was built with
+    cudnn: str | None
+    os: str
+    python: str
+    torch: str
+    parts: tuple[Part, ...]
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self)
+
+
+# Name of the distribution, what to ask pip for, and what it adds.
+_PARTS = (
+    ("simplejpeg", "simplejpeg>=1.8", "faster JPEG decoding"),
+    ("timm", "timm>=1.0", "models by timm:NAME"),
+    ("tensorboard", "tensorboard>=2.18", "metrics for TensorBoard"),
+    ("mlflow-skinny", "mlflow-skinny>=2.19", "metrics for MLflow"),
+    ("wandb", "wandb>=0.19", "metrics for Weights & Biases"),
+    ("triton", "triton", "compiled kernels on GPUs"),
+    ("onnxruntime", "onnxruntime", "ONNX inference"),
+    ("openvino", "openvino", "inference on Intel processors"),
+)
+_SAME = {"mlflow-skinny": "mlflow"}  # the full package serves too
+
+
+def device() -> DeviceReport:
+    """Describe this machine. Raises nothing for what is missing: that is in the report."""
+    import torch
+
+    found, driver = gpus(), nvidia_driver()
+    usable = tuple(gpu.torch_name for gpu in found if gpu.torch_name and gpu.why_not is None)
+    headline, fix = _headline(found, driver.problem)
+    cpu = hardware.detect("cpu")
+    return DeviceReport(
+        headline=headline,
+        fix=fix,
+        runs_on=(*usable, "cpu"),
+        cpu=cpu.name,
+        architecture=platform.machine(),
+        cores=hardware.cores(),
+        physical_cores=hardware.physical_cores(),
+        instruction_sets=tuple(n for n in hardware.INSTRUCTION_SETS if n in hardware.instruction_sets()),
+        memory_bytes=cpu.memory_bytes,
+        available_memory_bytes=hardware.available_memory_bytes(cpu),
+        disks=(_disk("prepared data", cache_dir()), _disk("downloads", data_dir())),
+        gpus=found,
+        driver=driver.version,
+        driver_cuda=driver.cuda,
+        cuda=torch.version.cuda,
+        cudnn=_cudnn(),
+        os=platform.platform(),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        parts=tuple(_part(*part) for part in _PARTS),
+    )
+
+
+def _headline(found: tuple[Gpu, ...], problem: str | None) -> tuple[str, str | None]:
+    refused = [gpu for gpu in found if gpu.why_not]
+    if refused:
+        return f"{refused[0].name} can't be used: {refused[0].why_not}", refused[0].fix
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        return f"Work runs on {found[0].torch_name} ({found[0].name}){more}.", None
+    if hidden():
+        return "Work runs on the CPU: CUDA_VISIBLE_DEVICES hides every GPU.", None
+    if problem:
+        return (
+            f"Work runs on the CPU: {problem}.",
+            "If there is a GPU, load or reinstall its driver; reboot if it hangs.",
+        )
+    return "Work runs on the CPU; no GPU was found.", None
+
+
+def _cudnn() -> str | None:
+    """As people write it: 91002 is 9.10.2, and before version 9 8907 was 8.9.7."""
+    import torch
+
+    number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    if not number:
+        return None
+    major, rest = divmod(number, 10_000 if number >= 90_000 else 1_000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def _disk(use: str, path: Path) -> Disk:
+    there = next((place for place in (path, *path.parents) if place.exists()), None)
+    try:
+        free = shutil.disk_usage(there).free if there else None
+    except OSError:
+        free = None
+    return Disk(use=use, path=str(path), free_bytes=free)
+
+
+def _part(name: str, requirement: str, gives: str) -> Part:
+    found = hardware.versions((name, _SAME.get(name, name)))
+    if found:
+        return Part(name=name, gives=gives, version=next(iter(found.values())), install=None)
+    return Part(name=name, gives=gives, version=None, install=pip_install(*_arguments(requirement)))
+
+
+def _arguments(requirement: str) -> Iterator[str]:
+    """What pip must be told so that it adds the package and leaves torch as it is."""
+    import torch
+
+    yield requirement
+    if requirement.startswith("timm"):  # it brings torchvision, which must match the build of torch
+        yield f"torch=={torch.__version__}"
+        build = str(torch.__version__).partition("+")[2]
+        if build:
+            yield from ("--extra-index-url", f"https://download.pytorch.org/whl/{build}")
+
+
+# --- for people -----------------------------------------------------------------------------
+
+
+def table(report: DeviceReport) -> Group:
+    """The report as rich text: on a terminal it fits 80 columns; in a pipe, print it with
+    `soft_wrap=True` so that a command stays on one line."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    def grid(rows: Iterator[tuple[str, str]]) -> Table:
+        made = Table.grid(padding=(0, 2))
+        made.add_column(style="bold", no_wrap=True)
+        made.add_column(overflow="fold")
+        for name, value in rows:
+            made.add_row(Text(name), Text(value))
+        return made
+
+    lines: list[Text | Table] = [Text(report.headline, style="bold yellow" if report.fix else "bold green")]
+    if report.fix:
+        lines.append(Text(report.fix))
+    lines += [Text(), grid(_machine_rows(report)), Text(), grid(_software_rows(report))]
+    missing = [part for part in report.parts if part.install]
+    if missing:
+        lines += [Text(), Text("Not installed, and not needed unless you want what it adds:")]
+        for part in missing:
+            lines += [Text(f"  {part.name}: {part.gives}"), Text(f"    {part.install}", style="dim")]
+    return Group(*lines)
+
+
+def _machine_rows(report: DeviceReport) -> Iterator[tuple[str, str]]:
+    yield "CPU", report.cpu
+    physical = f", {report.physical_cores} physical" if report.physical_cores is not None else ""
+    yield "cores", f"{report.cores} usable{physical}"
+    yield "instructions", " ".join(report.instruction_sets) or "none that matter"
+    yield "memory", f"{_size(report.memory_bytes)}, {_size(report.available_memory_bytes)} available"
+    for disk in report.disks:
+        yield "disk", f"{_size(disk.free_bytes)} free for {disk.use} ({disk.path})"
+    for gpu in report.gpus:
+        capability = f", compute capability {gpu.capability}" if gpu.capability else ""
+        use = f"usable as {gpu.torch_name}" if gpu.why_not is None else f"not usable: {gpu.why_not}"
+        yield "GPU", f"{gpu.name}, {_size(gpu.memory_bytes)}{capability}; {use}"
+    if report.driver:
+        cuda = f", runs CUDA up to {report.driver_cuda}" if report.driver_cuda else ""
+        yield "NVIDIA driver", f"{report.driver}{cuda}"
+
+
+def _software_rows(report: DeviceReport) -> Iterator[tuple[str, str]]:
+    built = f"CUDA {report.cuda}, cuDNN {report.cudnn or 'absent'}" if report.cuda else "without CUDA"
+    yield "torch", f"{report.torch} ({built}), runs on {', '.join(report.runs_on)}"
+    yield "Python", f"{report.python}, {report.os}"
+    for part in report.parts:
+        if part.version:
+            yield part.name, part.version
+
+
+def _size(count: int | None) -> str:
+    return "unknown" if count is None else size(count)
