@@ -31,7 +31,6 @@ TEXT_NAMES = (
     *("text", "sentence", "content", "review", "comment", "title", "question", "body", "document"),
     *("message", "tweet", "utterance", "query"),
 )
-)
 _LOOKED_AT = 100  # values of a column, to see whether they are paths of images
 
 
