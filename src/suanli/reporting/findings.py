@@ -1,0 +1,155 @@
+"""The data check as things to act on: what was found, what it means, what to do; the worst first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from suanli.reporting import words
+from suanli.reporting.files import Check, Duplicate
+
+LISTED = 10  # of each finding; the others fold away
+IMBALANCED = 3.0  # largest class over smallest
+MANY_BAD = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """Names that belong together: one input, or all that equal it."""
+
+    names: Sequence[str]
+    remark: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """`weight` is 'severe' (the scores can't be trusted), 'warning' or 'note'."""
+
+    weight: str
+    title: str
+    advice: str
+    found: Sequence[Found] = ()
+    total: int = 0  # how many there are; `found` may be cut
+
+
+def findings(check: Check) -> list[Finding]:
+    return [*_duplicates(check), *_unusable(check), *_classes(check), *_oddities(check)]
+
+
+def _total(check: Check, field: str, found: Sequence[object]) -> int:
+    return max(check.counts.get(field, 0), len(found))
+
+
+def _groups(found: Sequence[Duplicate]) -> list[Found]:
+    """Equal inputs with the labels or the splits that they stand under."""
+    groups = []
+    for one in found:
+        names = one.names
+        if len(one.labels) == len(names):
+            names = tuple(f"{name} ({label})" for name, label in zip(names, one.labels, strict=True))
+        groups.append(Found(names=names, remark="in " + " and ".join(one.splits) if one.splits else ""))
+    return groups
+
+
+def _duplicates(check: Check) -> list[Finding]:
+    across, conflicts = check.duplicates_across_splits, check.label_conflicts
+    found = []
+    if n := _total(check, "duplicates_across_splits", across):
+        found.append(
+            Finding(
+                weight="severe",
+                title=f"{words.count(n, 'input')} in more than one split",
+                advice="A model that has seen its exam scores too high. Delete one copy of each, or give the"
+                " data without splits: suanli then decides by content, and equal inputs stay together.",
+                found=_groups(across),
+                total=n,
+            )
+        )
+    if n := _total(check, "label_conflicts", conflicts):
+        found.append(
+            Finding(
+                weight="warning",
+                title=f"{words.count(n, 'input')} under more than one label",
+                advice="No model can get all copies right. Keep the copy with the right label.",
+                found=_groups(conflicts),
+                total=n,
+            )
+        )
+    return found
+
+
+def _unusable(check: Check) -> list[Finding]:
+    if not (n := _total(check, "bad", check.bad)):
+        return []
+    share = f" ({words.percent(check.bad_share, 2)} of all)" if words.known(check.bad_share) else ""
+    return [
+        Finding(
+            weight="severe" if (check.bad_share or 0) > MANY_BAD else "warning",
+            title=f"{words.count(n, 'input')} can't be decoded{share}",
+            advice="They were left out of every split. Replace or delete them.",
+            found=[Found(names=(one.name,), remark=one.reason) for one in check.bad],
+            total=n,
+        )
+    ]
+
+
+def _classes(check: Check) -> list[Finding]:
+    found = []
+    if check.empty_classes:
+        n = len(check.empty_classes)
+        found.append(
+            Finding(
+                weight="warning",
+                title=f"{words.count(n, 'class', 'classes')} without inputs",
+                advice="They can't be learned. Add inputs or remove the class.",
+                found=[Found(names=(name,)) for name in check.empty_classes],
+                total=n,
+            )
+        )
+    if check.imbalance is not None and words.known(check.imbalance) and check.imbalance >= IMBALANCED:
+        found.append(
+            Finding(
+                weight="warning",
+                title=f"The largest class is {words.number(round(check.imbalance, 1))} times the smallest",
+                advice="Read balanced accuracy beside accuracy. Weighing classes may help the small ones:"
+                " --set class_weights=balanced",
+            )
+        )
+    return found
+
+
+def _oddities(check: Check) -> list[Finding]:
+    found = []
+    within = check.duplicates_within
+    if n := _total(check, "duplicates_within", within):
+        found.append(
+            Finding(
+                weight="note",
+                title=f"{words.count(n, 'input')} more than once in one split",
+                advice="Each copy counts again. Delete copies that aren't meant.",
+                found=_groups(within),
+                total=n,
+            )
+        )
+    if check.traits:
+        listed = ", ".join(f"{words.number(n)} {trait}" for trait, n in check.traits.items())
+        found.append(
+            Finding(
+                weight="note",
+                title=f"Unusual formats: {listed}",
+                advice="They were converted to the form of all others. Nothing to do if they are meant.",
+            )
+        )
+    if check.sizes and check.sizes.min and check.sizes.min != check.sizes.max:
+        sizes = check.sizes
+        distinct = f", {words.number(sizes.distinct)} different" if sizes.distinct else ""
+        found.append(
+            Finding(
+                weight="note",
+                title=f"Sizes from {words.shape(sizes.min)} to {words.shape(sizes.max)},"
+                f" median {words.shape(sizes.median)}{distinct}",
+                advice="All were brought to the model's input size.",
+            )
+        )
+    found += [Finding(weight="note", title=note, advice="") for note in check.notes]
+    return found

@@ -1,0 +1,267 @@
+"""What the report says about a run: from the records of its files to rows, sentences and charts.
+
+The template decides how things look, this file what is said and in which order. Each function takes
+records and gives plain values, and works with any part of them absent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from suanli.reporting import words
+from suanli.reporting.charts import Chart, Point, Series, chart, thin
+from suanli.reporting.files import ClassScore, Data, Evaluation, Metric, Summary
+from suanli.types import SPLITS
+
+HEAT_MAP_CLASSES = 20  # beyond, cells are too small to read
+ROWS = 20  # shown at once; the others fold away
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The figure that runs are compared by."""
+
+    split: str
+    name: str
+    value: float | None
+    interval: tuple[float, float] | None
+    count: int | None
+
+
+def headline(evaluations: dict[str, Evaluation]) -> Headline | None:
+    """From the test split; from validation, and so named, while there is no examination on test."""
+    for split in ("test", "val"):
+        if (exam := evaluations.get(split)) is None or not exam.scores:
+            continue
+        name = exam.headline if exam.headline in exam.scores else next(iter(exam.scores))
+        low, high = exam.interval or (None, None)
+        interval = None
+        if low is not None and high is not None and math.isfinite(low + high):
+            interval = low, high
+        return Headline(split=split, name=name, value=exam.scores[name], interval=interval, count=exam.count)
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    name: str
+    scores: dict[str, float | None]
+    note: str = ""
+
+
+def score_rows(evaluations: dict[str, Evaluation]) -> tuple[list[str], list[ScoreRow]]:
+    """Columns and rows of the table of scores. An average over views is never mixed with one view."""
+    rows: list[ScoreRow] = []
+    for split in reversed(SPLITS):
+        if (evaluation := evaluations.get(split)) is None:
+            continue
+        name = SPLIT_NAMES[split]
+        rows.append(ScoreRow(name=f"{name}, single view", scores=evaluation.scores))
+        if augmented := evaluation.with_augmentation:
+            views = f"mean of {augmented.views} views" if augmented.views else "several views"
+            rows.append(ScoreRow(name=f"{name}, test-time augmentation", scores=augmented.scores, note=views))
+    return list(dict.fromkeys(key for row in rows for key in row.scores)), rows
+
+
+SPLIT_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountRow:
+    name: str
+    counts: tuple[int | None, ...]
+    total: int
+    share: float  # of the largest class
+
+
+def count_rows(data: Data) -> tuple[list[str], list[CountRow]]:
+    """Splits, and the inputs of each class in them; with many classes the largest first."""
+    splits = [split for split in SPLITS if split in data.counts]
+    classes = list(dict.fromkeys([*data.classes, *(c for split in splits for c in data.counts[split])]))
+    totals = {name: sum(data.counts[split].get(name, 0) for split in splits) for name in classes}
+    largest = max(totals.values(), default=0) or 1
+    if len(classes) > ROWS:
+        classes.sort(key=lambda name: -totals[name])
+    return splits, [
+        CountRow(
+            name=name,
+            counts=tuple(data.counts[split].get(name, 0) for split in splits),
+            total=totals[name],
+            share=totals[name] / largest,
+        )
+        for name in classes
+    ]
+
+
+def split_sizes(data: Data | None) -> dict[str, int]:
+    counts = data.counts if data else {}
+    return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
+
+
+def class_scores(exam: Evaluation) -> list[ClassScore]:
+    """The lowest F1 first; what isn't known last."""
+    return sorted(exam.per_class, key=lambda one: one.f1 if one.f1 is not None and one.f1 >= 0 else 2.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    count: int
+    right: bool
+    strength: float  # 0 to 1: root of the share of the row's true class, so that few are seen too
+    said: str
+
+
+def heat_map(evaluation: Evaluation) -> list[tuple[str, list[Cell]]] | None:
+    """Rows of true classes, cells of predicted ones. None: no matrix, or too many classes for one."""
+    matrix = evaluation.confusion
+    if not matrix or len(matrix) > HEAT_MAP_CLASSES or any(len(row) != len(matrix) for row in matrix):
+        return None
+    names = [one.name for one in evaluation.per_class]
+    if len(names) != len(matrix):
+        names = [str(i) for i in range(len(matrix))]
+    rows = []
+    for i, row in enumerate(matrix):
+        total = sum(row) or 1
+        cells = [
+            Cell(
+                count=n,
+                right=i == j,
+                strength=round(math.sqrt(max(n, 0) / total), 3),
+                said=f"{words.count(n, 'input')} of {names[i]} predicted as {names[j]}"
+                f" ({words.percent(n / total)})",
+            )
+            for j, n in enumerate(row)
+        ]
+        rows.append((names[i], cells))
+    return rows
+
+
+def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
+    """Loss, validation score and learning rate over epochs (over steps, if epochs aren't known)."""
+    by_epoch = all(metric.epoch is not None for metric in metrics)
+    x_label = "epoch" if by_epoch else "step"
+
+    def points(lines: Sequence[Metric], field: str) -> list[Point]:
+        return [(_place(m, by_epoch), _value(getattr(m, field))) for m in lines]
+
+    training = [m for m in metrics if m.split is None]
+    validation = [m for m in metrics if m.split is not None]
+    name = name or next((key for m in validation for key in m.scores), None)
+    scores = [(_place(m, by_epoch), _value(m.scores.get(name or ""))) for m in validation]
+    few = len(validation) <= 40
+    validation_loss = thin(points(validation, "loss"))
+    drawn = [
+        chart(
+            "Loss",
+            [
+                Series(label="training", points=thin(points(training, "loss"))),
+                Series(label="validation", points=validation_loss, colour="second", dots=few),
+            ],
+            x_label=x_label,
+            from_zero=True,
+        ),
+        chart(
+            f"Validation {words.spaced(name or 'score')}",
+            [Series(label="validation", points=thin(scores), colour="second", dots=few)],
+            x_label=x_label,
+            show=_score_writer(scores),
+        ),
+        chart(
+            "Learning rate",
+            [Series(label="learning rate", points=thin(points(training, "lr")))],
+            x_label=x_label,
+            from_zero=True,
+        ),
+        chart(
+            "Examples per second",
+            [Series(label="training", points=thin(points(training, "examples_per_s")))],
+            x_label=x_label,
+            from_zero=True,
+        ),
+    ]
+    return [one for one in drawn if one is not None]
+
+
+def _place(metric: Metric, by_epoch: bool) -> float:
+    return metric.epoch if by_epoch and metric.epoch is not None else float(metric.step)
+
+
+def _value(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _score_writer(points: Sequence[Point]) -> Any:
+    values = [y for _, y in points if math.isfinite(y)]
+    if not values or min(values) < 0 or max(values) > 1:
+        return None
+    close = max(values) - min(values) < 0.05
+    return lambda value: words.percent(value, decimals=1 if close else 0)
+
+
+def reliability(evaluation: Evaluation) -> Chart | None:
+    """Stated confidence against the share that was right; dots grow with the number of inputs."""
+    bins = [b for b in evaluation.reliability or () if b.count and words.known(b.confidence)]
+    most = max((b.count for b in bins), default=1)
+    points = [(_value(b.confidence), _value(b.accuracy)) for b in bins]
+    radii = [2 + 4 * math.sqrt(b.count / most) for b in bins]
+    if not points:
+        return None
+    return chart(
+        "Reliability",
+        [
+            Series(label="perfectly calibrated", points=[(0.0, 0.0), (1.0, 1.0)], colour="rule-line"),
+            Series(label="this model", points=points, radii=radii),
+        ],
+        x_label="confidence",
+        square=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    name: str
+    seconds: float
+    share: float
+
+
+def phases(summary: Summary) -> list[Phase]:
+    """Where the time went; what no phase claims is 'other'."""
+    known = {name: s for name, s in summary.seconds.items() if s is not None and math.isfinite(s) and s >= 0}
+    total = known.pop("total", 0.0)
+    rest = total - sum(known.values())
+    if rest > 0.01 * total:
+        known["other"] = rest
+    whole = sum(known.values()) or 1.0
+    return [Phase(name=name, seconds=s, share=s / whole) for name, s in known.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    name: str
+    expected: str
+    measured: str
+    difference: str
+
+
+def forecasts(summary: Summary) -> list[Forecast]:
+    """What was promised before the first step, beside what came."""
+    told = summary.forecast
+    rows = [
+        ("training time", told.train_seconds, summary.seconds.get("train"), words.seconds),
+        ("memory", told.memory_bytes, summary.peak_memory_bytes, words.memory),
+        ("disk", told.disk_bytes, None, words.memory),
+    ]
+    return [
+        Forecast(name=name, expected=show(said), measured=show(came), difference=_difference(said, came))
+        for name, said, came, show in rows
+        if words.known(said)
+    ]
+
+
+def _difference(expected: float | None, came: float | None) -> str:
+    if expected is None or came is None or not expected or not math.isfinite(came / expected):
+        return words.UNKNOWN
+    return f"{100 * (came / expected - 1):+.0f} %".replace("-", "−")

@@ -1,0 +1,109 @@
+"""Values as people read them. What isn't known (None, NaN, infinite) is a dash, never a zero."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from suanli.console import duration, size
+
+UNKNOWN = "–"
+
+
+def known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def percent(value: float | None, decimals: int = 1) -> str:
+    """A fraction: 0.9834 is '98.3 %'."""
+    return f"{100 * value:.{decimals}f} %" if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def number(value: float | None) -> str:
+    """'1,437'; '0.0312'; '12.5'."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def score(name: str, value: float | None) -> str:
+    """Scores are fractions, shown in percent; a loss is not."""
+    if value is not None and 0 <= value <= 1 and "loss" not in name:
+        return percent(value)
+    return number(value)
+
+
+def seconds(value: float | None) -> str:
+    return duration(value) if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def memory(value: float | None) -> str:
+    return size(value) if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def count(how_many: int | None, noun: str, plural: str | None = None) -> str:
+    """'1 class', '1,437 inputs'."""
+    return f"{number(how_many)} {noun if how_many == 1 else plural or noun + 's'}"
+
+
+def spaced(name: str) -> str:
+    """A field's name as words: 'balanced_accuracy' is 'balanced accuracy'."""
+    return name.replace("_", " ")
+
+
+def shape(values: Sequence[float]) -> str:
+    return " × ".join(number(value) for value in values) or UNKNOWN
+
+
+def plain(value: Any) -> str:
+    """A value of a recipe."""
+    if isinstance(value, str):
+        return value or '""'
+    if value is None:
+        return "none"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def moment(time: str) -> str:
+    """'2026-03-01T08:05:00+00:00' is '1 March 2026, 08:05 UTC'; what is no such time stays as it is."""
+    try:
+        at = datetime.fromisoformat(time)
+    except ValueError:
+        return time
+    zone = f" {at.tzname()}" if at.tzinfo else ""
+    return f"{at.day} {at:%B %Y, %H:%M}{zone}"
+
+
+def unit(value: float | None) -> float:
+    """As the length of a bar: 0 to 1, nothing for what isn't known."""
+    return round(min(max(value, 0.0), 1.0), 4) if value is not None and math.isfinite(value) else 0.0
+
+
+def present(values: Mapping[str, str | None]) -> list[tuple[str, str]]:
+    return [(name, value) for name, value in values.items() if value is not None]
+
+
+def command(words: Sequence[str]) -> str:
+    """What to paste into a shell."""
+    return shlex.join(words)
+
+
+FILTERS = {
+    "percent": percent,
+    "number": number,
+    "seconds": seconds,
+    "memory": memory,
+    "count": count,
+    "spaced": spaced,
+    "shape": shape,
+    "plain": plain,
+    "command": command,
+    "moment": moment,
+    "present": present,
+}
