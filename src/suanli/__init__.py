@@ -1,1 +1,70 @@
-"""suanli (算力, computing power): data in, a trained, measured model out."""
+"""suanli (算力, computing power): data in, a trained, measured, optimised model out.
+
+    import suanli
+
+    run = suanli.run("digits")
+    print(run.scores["accuracy"])
+    suanli.predict(run, "pictures/*.png")
+
+Every verb of the command line is a function here with the same arguments. They are imported on
+first use, so that `import suanli` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from suanli.errors import (
+    DataError,
+    Diverged,
+    GateError,
+    Interrupted,
+    MachineError,
+    SuanliError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from suanli.rundir import Run
+    from suanli.verbs.device import device
+    from suanli.verbs.evaluate import evaluate
+    from suanli.verbs.predict import predict
+    from suanli.verbs.prepare import prepare
+    from suanli.verbs.report import report
+    from suanli.verbs.run import run
+    from suanli.verbs.train import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DataError",
+    "Diverged",
+    "GateError",
+    "Interrupted",
+    "MachineError",
+    "Run",
+    "SuanliError",
+    "UsageError",
+    "device",
+    "evaluate",
+    "predict",
+    "prepare",
+    "report",
+    "run",
+    "train",
+]
+
+_VERBS = {"device", "evaluate", "predict", "prepare", "report", "run", "train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _VERBS:
+        return getattr(importlib.import_module(f"suanli.verbs.{name}"), name)
+    if name == "Run":
+        return importlib.import_module("suanli.rundir").Run
+    raise AttributeError(f"module 'suanli' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -82,42 +82,50 @@ def content_digest(raw: Raw) -> bytes:
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
-def prepare_source(source: Source, recipe: Recipe, cache: Path, *, threads: int) -> Prepared:
-    """The prepared form of `source`: from the cache, or made now. Raises DataError."""
+def prepare_source(
+    source: Source, recipe: Recipe, cache: Path, *, threads: int, preprocess: Preprocess | None = None
+) -> Prepared:
+    """The prepared form of `source`: from the cache, or made now. Raises DataError.
+
+    With `preprocess`, that of a trained model, inputs are encoded as the model learned to read
+    them; without, it is fitted to the training split.
+    """
     if recipe.val_fraction + recipe.test_fraction >= 1:
         raise DataError(
             f"val_fraction {recipe.val_fraction} and test_fraction {recipe.test_fraction} leave nothing to train on.",
             fix="Let them add up to less than 1.",
         )
-    path = cache / "prepared" / f"{source.name}-{_key(source, recipe)}"
+    path = cache / "prepared" / f"{source.name}-{_key(source, recipe, preprocess)}"
     if path.is_dir():
         try:
             return _load(path, reused=True)
         except DamagedFile:
             with writing(path):
                 shutil.rmtree(path)
-    _build(source, recipe, path, threads)
+    _build(source, recipe, preprocess, path, threads)
     return _load(path, reused=False)
 
 
-def _key(source: Source, recipe: Recipe) -> str:
+def _key(source: Source, recipe: Recipe, preprocess: Preprocess | None) -> str:
     settings = [
         FORMAT,
         source.fingerprint,
         source.kind,
-        recipe.preprocess,
+        preprocess.settings() if preprocess else recipe.preprocess,
+        source.classes,
         recipe.val_fraction,
         recipe.test_fraction,
     ]
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
-def _build(source: Source, recipe: Recipe, path: Path, threads: int) -> None:
+def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: Path, threads: int) -> None:
     rows = source.rows
+    fitted = preprocess
     read = _reader(source)
     with ThreadPoolExecutor(threads) as pool:
         splits = _assign_splits(rows, read, recipe, pool)
-        preprocess = load("preprocess", source.kind).fit(_training_raws(rows, splits, read), recipe.preprocess)
+        preprocess = load("preprocess", source.kind).fit(_training_raws(splits, read), recipe.preprocess)
         with atomic_folder(path) as folder:
             _check_space(folder, len(rows) * _row_bytes(preprocess))
             table = np.lib.format.open_memmap(
@@ -133,13 +141,11 @@ def _build(source: Source, recipe: Recipe, path: Path, threads: int) -> None:
                 classes=source.classes,
                 notes=source.notes,
             )
-            code = np.array(
-                [BAD if s.reason else SPLITS.index(x) for s, x in zip(seen, splits, strict=True)], np.uint8
-            )
+            code = np.array([BAD if s.reason else SPLITS.index(x) for s, x in zip(seen, splits, strict=True)], np.uint8)
             order = {c: i for i, c in enumerate(source.classes)}
             targets = np.array([order[r.label] for r in rows], np.int64)
             train = np.flatnonzero(code == 0)
-            if len(train):
+            if fitted is None and len(train):
                 # A fixed spread-out sample: enough for a mean, and independent of the machine.
                 preprocess = preprocess.measure(table[train[:: max(1, len(train) // 20_000)]])
             np.save(folder / "split.npy", code)
@@ -215,9 +221,7 @@ def _assign_splits(
     return [s for chunk in chunks for s in chunk]
 
 
-def _training_raws(
-    rows: Sequence[Row], splits: Sequence[str], read: Callable[[int], Raw]
-) -> Callable[[], Iterator[Raw]]:
+def _training_raws(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
     """Passes over the raw training inputs in an order that mixes the classes."""
     order = [i for i, s in enumerate(splits) if s == "train"]
     order = [order[j] for j in np.random.default_rng(0).permutation(len(order))]

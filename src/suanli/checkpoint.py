@@ -115,5 +115,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Js
             _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = tensor
     # JSON has no tuples; torch's own groups have (betas).
-    groups = [{k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in plain["groups"]]
+    groups = [
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in plain["groups"]
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

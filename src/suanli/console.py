@@ -93,9 +93,7 @@ class Progress:
             return
         self._printed = now
         left = (now - self._started) * (self.total - done) / max(done, 1e-9)
-        say(
-            f"{self.title}: {100 * done / max(self.total, 1e-9):.0f} %, {duration(left)} left {note}".rstrip()
-        )
+        say(f"{self.title}: {100 * done / max(self.total, 1e-9):.0f} %, {duration(left)} left {note}".rstrip())
 
 
 def duration(seconds: float) -> str:

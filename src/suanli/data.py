@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,28 @@ from suanli import hardware
 from suanli.download import fetch
 from suanli.errors import DataError, UsageError, unknown
 from suanli.plugins import load, load_all, names
-from suanli.types import Columns, Dataset, Device, Json, Preprocess, Raw, Recipe, RecipeChoice, Row, Source, Split, Traits
+from suanli.types import (
+    AnyPath,
+    Columns,
+    Dataset,
+    Device,
+    Json,
+    Preprocess,
+    Raw,
+    Recipe,
+    RecipeChoice,
+    Row,
+    Source,
+    Split,
+    Traits,
+)
 
 RESIDENT_SHARE = 0.4  # of the available memory that one split may take
 READ_AHEAD = 3  # batches
 PEEKED = 300  # inputs that are looked at before a recipe is chosen
 
 
-def data_dir(given: str | Path | None = None) -> Path:
+def data_dir(given: AnyPath | None = None) -> Path:
     """Where downloaded data sets live: `given`, else $SUANLI_DATA, else below the user's cache."""
     if given is not None:
         return Path(given).expanduser()
@@ -37,7 +51,7 @@ def data_dir(given: str | Path | None = None) -> Path:
     return cache_dir() / "datasets"
 
 
-def cache_dir(given: str | Path | None = None) -> Path:
+def cache_dir(given: AnyPath | None = None) -> Path:
     """Where prepared data lives: `given`, else $SUANLI_CACHE, else the platform's cache directory."""
     if given is not None:
         return Path(given).expanduser()
@@ -46,7 +60,7 @@ def cache_dir(given: str | Path | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "suanli"
 
 
-def find_source(subject: str | Path, *, columns: Columns | None = None, data_dir: Path) -> Source:
+def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: Path) -> Source:
     """The source behind a built-in name (downloaded if need be) or a path.
 
     Raises UsageError for a name that is neither, DataError for a path that can't be read.
@@ -88,7 +102,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path} may not be read ({error.strerror}).", fix="Ask for permission to read it.") from error
 
 
-def choose_recipe(source: Source, *, name: str | None, model: str | None, weights: bool, settings: dict[str, Json]) -> Recipe:
+def choose_recipe(
+    source: Source, *, name: str | None, model: str | None, weights: bool, settings: dict[str, Json]
+) -> Recipe:
     """The shipped recipe of that name, or the one that suits the data best."""
     if name is not None:
         choice: RecipeChoice = load("recipes", name)
@@ -98,7 +114,8 @@ def choose_recipe(source: Source, *, name: str | None, model: str | None, weight
     suitable = [(score, n, recipe) for score, n, recipe in ranked if score is not None]
     if not suitable:
         raise UsageError(f"No shipped recipe suits {found}.", fix="Name one with --recipe.")
-    return max(suitable, key=lambda r: (r[0], r[1]))[2]
+    best: Recipe = max(suitable, key=lambda r: (r[0], r[1]))[2]
+    return best
 
 
 def traits(source: Source, *, weights: bool, model: str | None, settings: dict[str, Json]) -> Traits:
@@ -207,7 +224,7 @@ class Feed:
 
     def in_order(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Every example once, in the order of the split; the last batch may be smaller."""
-        return self.batches(iter(torch.arange(len(self)).split(batch_size)))
+        return self.batches(iter(torch.arange(len(self)).split(batch_size)))  # type: ignore[no-untyped-call]
 
 
 Fetched = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -220,10 +237,9 @@ def _read_ahead(read: Callable[[torch.Tensor], Fetched], steps: Iterator[torch.T
 
     def put(item: Fetched | BaseException | None) -> None:
         while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
 
     def work() -> None:
         try:

@@ -88,9 +88,7 @@ class Interrupted(SuanliError):
     exit_code = 130
 
 
-def unknown(
-    what: str, given: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError
-) -> SuanliError:
+def unknown(what: str, given: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError) -> SuanliError:
     """The error for a name that isn't one of `allowed`: lists them and suggests the nearest."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)

@@ -134,6 +134,15 @@ class Loop:
             self._average(step)
         return total
 
+    def try_step(self, examples: int) -> None:
+        """Forward and backward on some training examples, without a step: for measuring. Changes
+        gradients and batch statistics, which the caller puts back."""
+        self.model.train()
+        positions = self.order.positions(0)[:examples]
+        rows, targets, index = next(self.train_feed.batches(iter([positions])))
+        batch = self._inputs(rows, targets, index)
+        self._loss(batch.inputs, batch.targets).backward()  # type: ignore[no-untyped-call]
+
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.task.loss(
             forward(self.compute, inputs),

@@ -25,7 +25,7 @@ from typing import Self
 
 from suanli.errors import DamagedFile, DataError, RunBusy, UsageError
 from suanli.storage import read_json, write_json, writing
-from suanli.types import Json, Measurement, Recipe
+from suanli.types import AnyPath, Json, Measurement, Recipe
 
 RUNS = Path("runs")
 
@@ -33,7 +33,7 @@ RUNS = Path("runs")
 class Run:
     """A run on disk. Creating the object touches nothing."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self.path = Path(path)
 
     def __repr__(self) -> str:
@@ -45,7 +45,7 @@ class Run:
     # --- making and finding ---
 
     @classmethod
-    def create(cls, name: str, out: str | Path | None, recipe: Recipe, data: Json, environment: Json) -> Self:
+    def create(cls, name: str, out: AnyPath | None, recipe: Recipe, data: Json, environment: Json) -> Self:
         """A new run in `out`, else in runs/<name>-<n> with the first free n."""
         if out is None:
             path = _next(RUNS, name)
@@ -63,7 +63,7 @@ class Run:
         return run
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: AnyPath) -> Self:
         """An existing run. Raises DataError where there is none."""
         run = cls(Path(path).expanduser())
         if not run.exists():
@@ -157,7 +157,7 @@ class Run:
             stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: AnyPath) -> bool:
     return Run(Path(path).expanduser()).exists()
 
 

@@ -22,7 +22,7 @@ from suanli import building
 from suanli.errors import DamagedFile, DataError
 from suanli.plugins import load as load_plugin
 from suanli.storage import atomic_file, read_json, write_json
-from suanli.types import Json, Preprocess, Recipe, Task
+from suanli.types import AnyPath, Json, Preprocess, Recipe, Task
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -93,7 +93,7 @@ def read_card(folder: Path) -> dict[str, Json]:
     return card
 
 
-def model_folder(subject: str | Path) -> Path:
+def model_folder(subject: AnyPath) -> Path:
     """The model folder of a run directory, or the folder itself."""
     path = Path(subject).expanduser()
     if not path.exists():
@@ -118,7 +118,9 @@ def load_model(folder: Path) -> SavedModel:
         module = building.build(recipe, preprocess, classes)
         module.load_state_dict(load(content))
     except (FileNotFoundError, KeyError, TypeError, SafetensorError, RuntimeError, ValueError) as error:
-        raise DamagedFile(f"The model in {folder} can't be loaded ({error}).", fix="Train again or restore it.") from error
+        raise DamagedFile(
+            f"The model in {folder} can't be loaded ({error}).", fix="Train again or restore it."
+        ) from error
     module.eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)

@@ -103,6 +103,4 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise DamagedFile(
-            f"{path} is not valid JSON ({error}).", fix="Restore it or make it again."
-        ) from error
+        raise DamagedFile(f"{path} is not valid JSON ({error}).", fix="Restore it or make it again.") from error

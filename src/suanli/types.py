@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+AnyPath: TypeAlias = "str | os.PathLike[str]"  # a Run is one, too
 Json: TypeAlias = Any  # what json.dumps takes: dict, list, str, int, float, bool or None
 
 SPLITS = ("train", "val", "test")
@@ -289,9 +291,7 @@ class Task(ABC):
         """Name to value, fractions: probabilities (N, K), targets (N,)."""
 
     @abstractmethod
-    def examine(
-        self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]
-    ) -> dict[str, Json]:
+    def examine(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
         """Everything that the report shows beyond `scores`, as JSON."""
 
 

@@ -1,0 +1,5 @@
+"""`python -m suanli` is `suanli`."""
+
+from suanli.cli import main
+
+main()

@@ -1,0 +1,297 @@
+"""The command line: one subcommand a verb, each a thin skin over the function of the same name.
+
+Standard output carries the verb's result: a text for people, or with --json exactly one JSON
+object. Everything else goes to standard error. Nothing heavy is imported until a verb needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.exceptions import ClickException
+
+from suanli.errors import SuanliError, UsageError
+
+app = typer.Typer(
+    name="suanli",
+    help="suanli (算力, computing power): data in, a trained, measured, optimised model out.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+# --- options that several verbs share ---
+
+Data = Annotated[str, typer.Argument(metavar="DATA", help="A built-in name, folder, archive, table file or .npz.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Recipe = Annotated[str | None, typer.Option(help="A shipped recipe; without it, the one that suits the data.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe; repeatable."),
+]
+InputColumn = Annotated[str | None, typer.Option(help="Column of a table with the text, or the file's path.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of a table with the label.")]
+MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of undecodable inputs that is accepted.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where downloads live (or SUANLI_DATA).")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where prepared data lives (or SUANLI_CACHE).")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+# --- verbs ---
+
+
+@app.command("device", help="Show this machine, what torch can use of it, and what is missing.")
+def _device(as_json: AsJson = False) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.device import device, table
+
+        found = device()
+        result.values = found.to_json()
+        result.shown = lambda: table(found)
+
+
+@app.command("prepare", help="Check a data set and decode it into the cache.")
+def _prepare(
+    data: Data,
+    recipe: Recipe = None,
+    settings: Settings = None,
+    input_column: InputColumn = None,
+    label_column: LabelColumn = None,
+    max_bad: MaxBad = 0.01,
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.prepare import prepare, summary
+
+        prepared = prepare(
+            data,
+            recipe=recipe,
+            settings=_parsed(settings),
+            input_column=input_column,
+            label_column=label_column,
+            max_bad=max_bad,
+            data_dir=data_dir,
+            cache_dir=cache_dir,
+        )
+        result.values = prepared.to_json() | {"check": prepared.findings}
+        result.shown = lambda: summary(prepared)
+
+
+def _training(verb: str) -> Callable[..., None]:
+    """The commands `train` and `run` take the same options."""
+
+    def command(
+        data: Annotated[str, typer.Argument(metavar="DATA", help="A data set, or an interrupted run to go on with.")],
+        model: Annotated[
+            str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")
+        ] = None,
+        weights: Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors).")] = None,
+        recipe: Recipe = None,
+        epochs: Annotated[float | None, typer.Option(help="Passes over the training data.")] = None,
+        batch_size: Annotated[int | None, typer.Option(help="Examples of one step, over all processes.")] = None,
+        lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+        seed: Annotated[int | None, typer.Option(help="Same seed, same machine, same result.")] = None,
+        settings: Settings = None,
+        device: DeviceName = "auto",
+        speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
+        out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-<n>.")] = None,
+        more_epochs: Annotated[float | None, typer.Option(help="Continue a finished run for so long.")] = None,
+        checkpoint_every_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
+        track: Annotated[list[str] | None, typer.Option(help="tensorboard, mlflow or wandb; repeatable.")] = None,
+        input_column: InputColumn = None,
+        label_column: LabelColumn = None,
+        max_bad: MaxBad = 0.01,
+        data_dir: DataDir = None,
+        cache_dir: CacheDir = None,
+        as_json: AsJson = False,
+    ) -> None:
+        options = {k: v for k, v in locals().items() if k not in ("as_json", "verb", "settings", "track")}
+        with _result(as_json) as result:
+            if verb == "run":
+                from suanli.verbs.run import run as work
+            else:
+                from suanli.verbs.train import train as work
+            made = work(**options, settings=_parsed(settings), track=track or ())
+            summary = made.summary
+            result.values = {"run": str(made.path), "status": summary["status"], "epochs": summary["epochs"]}
+            if verb == "run":
+                result.values["scores"] = made.scores
+                result.shown = lambda: _run_shown(made)
+            else:
+                result.values["scores"] = {f"val_{k}": v for k, v in _last_validation(made).items()}
+                result.shown = lambda: f"Run: {made.path}\nNext: suanli evaluate {made.path}"
+
+    return command
+
+
+app.command("train", help="Train a model into a run directory.")(_training("train"))
+
+
+@app.command("evaluate", help="Examine the model of a run.")
+def _evaluate(
+    run: RunDir,
+    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Examine on other data with the same classes.")] = None,
+    device: DeviceName = "auto",
+    augmented_views: Annotated[bool, typer.Option(help="Also score with test-time augmentation.")] = True,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.evaluate import evaluate, table
+
+        found = evaluate(
+            run, split=split, data=data, device=device, augmented_views=augmented_views, cache_dir=cache_dir
+        )
+        values = found.to_json()
+        for shown_in_report in ("mistakes", "samples"):
+            for example in values[shown_in_report]:
+                del example["preview"]
+        result.values = values | {"run": str(run)}
+        result.shown = lambda: table(found)
+
+
+@app.command("predict", help="Name what is in files, folders or standard input.")
+def _predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or its model/ folder.")],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns, or - (stdin).")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    device: DeviceName = "auto",
+    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        if csv and as_json:
+            raise UsageError("--csv and --json exclude each other.", fix="Choose one.")
+        from suanli.verbs.predict import as_csv, predict, table
+
+        found = predict(model, inputs, top=top, device=device)
+        result.values = {"model": str(model), "predictions": [p.to_json() for p in found]}
+        result.shown = lambda: as_csv(found) if csv else table(found)
+        if found and all(p.error for p in found):
+            result.exit_code = 3
+
+
+@app.command("report", help="Write the run's report, one HTML page.")
+def _report(
+    run: RunDir,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; default: <run>/report.html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.report import report
+
+        path = report(run, out=out)
+        result.values = {"run": str(run), "report": str(path)}
+        result.shown = lambda: f"Report: {path}"
+
+
+app.command("run", help="Prepare, train, evaluate and report in one go.")(_training("run"))
+
+
+# --- results and errors ---
+
+
+class _Result:
+    values: dict[str, Any]
+    shown: Callable[[], Any]  # what a person sees: text, or something that rich prints
+    exit_code = 0
+
+
+@contextmanager
+def _result(as_json: bool) -> Iterator[_Result]:
+    """Prints what the verb filled in, and how long it took."""
+    started = time.perf_counter()
+    result = _Result()
+    yield result
+    if as_json:
+        values = result.values | {"seconds": time.perf_counter() - started}
+        print(json.dumps(values, ensure_ascii=False, default=str))
+    else:
+        shown = result.shown()
+        if isinstance(shown, str):
+            print(shown)
+        else:
+            from rich.console import Console
+
+            Console(highlight=False).print(shown)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)
+
+
+def _parsed(settings: list[str] | None) -> dict[str, Any]:
+    if not settings:
+        return {}
+    from suanli.settings import parse
+
+    return dict(parse(s) for s in settings)
+
+
+def _last_validation(run: Any) -> dict[str, float]:
+    scores = [m["scores"] for m in run.metrics if m.get("split") == "val"]
+    return scores[-1] if scores else {}
+
+
+def _run_shown(run: Any) -> str:
+    headline, value = next(iter(run.scores.items()))
+    report = run.path / "report.html"
+    return f"Test {headline}: {value:.2%}\nRun:    {run.path}\nModel:  {run.model_path}\nReport: {report}"
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+) -> None:
+    if version:
+        from suanli import __version__
+
+        print(f"suanli {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: runs a verb and exits with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Accepted anywhere on the line: who needs it has just typed the rest.
+    debug = "--debug" in arguments
+    sys.exit(_main([a for a in arguments if a != "--debug"], debug))
+
+
+def _main(arguments: list[str], debug: bool) -> int:
+    try:
+        return int(app(arguments, standalone_mode=False, prog_name="suanli") or 0)
+    except SuanliError as error:
+        if debug:
+            raise
+        message, fix, code = error.message, error.fix, error.exit_code
+    except ClickException as error:
+        message, fix, code = error.format_message(), "See suanli --help.", 2
+    except (KeyboardInterrupt, typer.Abort):
+        message, fix, code = "Stopped.", "", 130
+    except typer.Exit as error:
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader of a pipe (head) has left: that is its good right.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if "--json" in arguments:
+        print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
+    print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

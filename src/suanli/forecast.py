@@ -1,0 +1,116 @@
+"""What a training will take, measured on this machine before its first step.
+
+Memory: the bytes that autograd keeps for one example (counted with saved-tensor hooks on a small
+batch), times the batch, plus weights, gradients, optimizer state and the data. Time: one forward
+and backward pass at the real batch size. The weights are as they were afterwards.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from suanli import hardware
+from suanli.console import duration, size
+from suanli.errors import OutOfMemory
+from suanli.loop import Loop
+from suanli.types import Device, Json
+
+PROBE_BATCH = 4
+STATE_COPIES = 4  # weights, gradients and two moments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    train_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"about {duration(self.train_seconds)} of training, {size(self.memory_bytes)} of memory, "
+            f"{size(self.disk_bytes)} on disk"
+        )
+
+
+def forecast(loop: Loop, device: Device) -> Forecast:
+    """Raises OutOfMemory, with the batch size that would fit, before anything is exhausted."""
+    buffers = {k: v.clone() for k, v in loop.model.state_dict().items()}
+    weights_bytes = sum(t.numel() * t.element_size() for t in buffers.values())
+    per_example = _activation_bytes(loop)
+    batch = -(-loop.order.batch_size // loop.recipe.accumulate)
+    fixed = weights_bytes * (STATE_COPIES + (loop.ema is not None))
+    available = hardware.available_memory_bytes(device)
+    memory = fixed + per_example * batch
+    if available is not None and memory > available:
+        fits = max(0, (available - fixed) // max(per_example, 1))
+        raise out_of_memory(loop, int(memory), available, int(fits))
+    try:
+        step_s = _step_seconds(loop)
+    except (RuntimeError, MemoryError) as error:
+        if not hardware.out_of_memory(error):
+            raise
+        raise out_of_memory(loop, int(memory), available, batch // 2) from error
+    finally:
+        loop.model.load_state_dict(buffers)
+        loop.model.zero_grad(set_to_none=True)
+    validations = loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every
+    # A forward pass is about a third of a training step.
+    validation_s = validations * len(loop.val_feed) / loop.order.batch_size * step_s / 3
+    return Forecast(
+        train_seconds=loop.steps * step_s + validation_s,
+        memory_bytes=int(memory + _resident_bytes(loop)),
+        disk_bytes=int(weights_bytes * (1 + 2 * (STATE_COPIES - 1))),
+    )
+
+
+def out_of_memory(loop: Loop, needed: int, available: int | None, fits: int) -> OutOfMemory:
+    """`fits`: the number of examples that memory has room for at once."""
+    batch = loop.order.batch_size
+    have = f", {size(available)} are free" if available is not None else ""
+    message = f"A batch of {batch} needs about {size(needed)}{have}."
+    if fits < 1:
+        return OutOfMemory(message, fix="Not even one example fits: choose a smaller model or smaller inputs.")
+    fits = 1 << (min(fits, batch - 1).bit_length() - 1) if fits > 1 and batch > 1 else 1
+    parts = -(-batch // fits)
+    return OutOfMemory(
+        message,
+        fix=f"--batch-size {fits} would fit; --set accumulate={parts} computes the same batch in {parts} parts.",
+    )
+
+
+def _resident_bytes(loop: Loop) -> int:
+    return sum(len(f) * f.row_bytes for f in (loop.train_feed, loop.val_feed) if f.resident)
+
+
+def _activation_bytes(loop: Loop) -> int:
+    """Bytes that the backward pass needs of the forward pass, for one example."""
+    own = {p.untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = min(PROBE_BATCH, loop.order.batch_size)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loop.try_step(batch)
+    return sum(kept.values()) // batch
+
+
+def _step_seconds(loop: Loop) -> float:
+    loop.try_step(loop.order.batch_size)
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize(loop.device)
+    started = time.perf_counter()
+    loop.try_step(loop.order.batch_size)
+    if loop.device.type == "cuda":
+        torch.cuda.synchronize(loop.device)
+    return time.perf_counter() - started

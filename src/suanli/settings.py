@@ -1,0 +1,56 @@
+"""From what the user asked to a complete `Recipe`: a shipped one with changes on top."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from suanli.errors import UsageError, unknown
+from suanli.types import Json, Recipe
+
+NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
+
+
+def parse(assignment: str) -> tuple[str, Json]:
+    """ "lr=0.1" to ("lr", 0.1): the value is JSON where it can be read as such, else text."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--set takes field=value, not {assignment!r}.", fix="For example: --set lr=0.01.")
+    try:
+        return name.strip(), json.loads(text)
+    except ValueError:
+        return name.strip(), text
+
+
+def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
+    """`recipe` with fields replaced. "preprocess.size" sets one entry of a mapping.
+
+    Raises UsageError for an unknown field (the nearest is suggested) or an impossible value.
+    """
+    values: dict[str, Any] = recipe.model_dump()
+    for name, value in changes.items():
+        field, dot, entry = name.partition(".")
+        if field not in Recipe.model_fields:
+            raise unknown("recipe field", field, Recipe.model_fields)
+        if dot:
+            if field not in NESTED:
+                raise UsageError(f"{field!r} is a single value, {name!r} can't be set.", fix=f"Set {field} itself.")
+            values[field] = {**values[field], entry: value}
+        elif field == "augment" and isinstance(value, str):
+            # "crop(padding=2),flip": commas inside parentheses belong to an augmentation
+            values[field] = [part.strip() for part in re.split(r",(?![^(]*\))", value) if part.strip()]
+        else:
+            values[field] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        raise UsageError(
+            f"The recipe field {name!r} can't be {first['input']!r}: {first['msg'].lower()}.",
+            fix=f"The recipe {recipe.name!r} has {getattr(recipe, str(first['loc'][0]))!r}.",
+        ) from error

@@ -1,0 +1,216 @@
+"""evaluate: the exam of a trained model.
+
+In float32 without speedups, so that the figure is the reference that faster ways of computing are
+held against. Single-view; test-time augmentation is a separate, named figure.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from suanli import hardware
+from suanli.augmentation import compose
+from suanli.cache import prepare_source
+from suanli.check import refuse_bad_share
+from suanli.console import Progress, say
+from suanli.data import Feed, data_dir, find_source
+from suanli.data import cache_dir as cache_dir_of
+from suanli.errors import DataError, unknown
+from suanli.inference import infer
+from suanli.loop import validation_batch
+from suanli.rundir import Run, measurement
+from suanli.saved import SavedModel, add_scores, load_model
+from suanli.types import SPLITS, AnyPath, Columns, Device, Json, Split, Step
+from suanli.verbs.prepare import DataOptions, resolve
+
+SHOWN = 24  # samples, and mistakes, that are kept with their pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The outcome of one exam; fractions, not percent."""
+
+    split: str
+    count: int
+    headline: str  # which of the scores
+    scores: Mapping[str, float]
+    with_augmentation: Mapping[str, Json] | None  # {"views": n, "scores": {...}}
+    details: Mapping[str, Json]  # what the task examines beyond scores: intervals, classes, confusion
+    mistakes: Sequence[Mapping[str, Json]]  # the most confident first
+    samples: Sequence[Mapping[str, Json]]
+    seconds: float
+
+    def to_json(self) -> dict[str, Json]:
+        values: dict[str, Json] = asdict(self)
+        details: dict[str, Json] = values.pop("details")
+        return values | details
+
+
+def evaluate(
+    run: AnyPath,
+    *,
+    split: str = "test",
+    data: AnyPath | None = None,
+    device: str = "auto",
+    augmented_views: bool = True,
+    cache_dir: AnyPath | None = None,
+) -> Evaluation:
+    """Examine the model of a run on one of its splits, or on another data set.
+
+    Writes evaluation/<split>.json and the scores into model.json; with `data`, nothing is written.
+    `augmented_views` adds the figure with test-time augmentation where the recipe's augmentations
+    have views. Raises DataError when there is no model yet or the other data has other classes.
+    """
+    started = time.perf_counter()
+    run = Run.open(run)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    saved = load_model(run.model_path)
+    options = DataOptions(**run.data["options"])
+    if data is None:
+        examples = _own_split(run, saved, options, split)
+    else:
+        examples = _other_data(saved, options, data, cache_dir or options.cache_dir, split)
+    target = hardware.detect(device)
+    found = _Exam(saved, examples, target).hold(augmented_views)
+    evaluation = Evaluation(split=split, headline=saved.task.headline, seconds=time.perf_counter() - started, **found)
+    if data is None:
+        _write(run, evaluation, target, saved)
+    return evaluation
+
+
+def _own_split(run: Run, saved: SavedModel, options: DataOptions, split: str) -> Split:
+    _, prepared = resolve(options, recipe=saved.recipe, settings={})
+    if prepared.digest != run.data["digest"]:
+        raise DataError(
+            "The data has changed since this model was trained, so its test split may hold what it has learned.",
+            fix="Put the data back as it was, or examine on it as new data with --data.",
+        )
+    return prepared.splits[split]
+
+
+def _other_data(
+    saved: SavedModel, options: DataOptions, data: AnyPath, cache: str | AnyPath | None, split: str
+) -> Split:
+    """Labelled inputs that the run has not seen: those of `split`, or all where nothing is split."""
+    columns = Columns(input=options.input_column, label=options.label_column)
+    source = find_source(data, columns=columns, data_dir=data_dir(options.data_dir))
+    if source.kind != saved.preprocess.kind:
+        raise DataError(f"The model reads {saved.preprocess.kind}, the data is {source.kind}.", fix="Use other data.")
+    unknown_class = sorted(set(source.classes) - set(saved.classes))
+    if unknown_class:
+        raise DataError(
+            f"The model doesn't know the class {unknown_class[0]!r}; it knows {', '.join(saved.classes[:10])}.",
+            fix="Rename the classes of the data to those of the model.",
+        )
+    rows = [replace(r, split="test") for r in source.rows if r.split in (split, None)]
+    source = replace(source, rows=rows, classes=saved.classes, fingerprint=f"{source.fingerprint}:{split}")
+    prepared = prepare_source(
+        source, saved.recipe, cache_dir_of(cache), threads=hardware.cores(), preprocess=saved.preprocess
+    )
+    refuse_bad_share(prepared.findings, options.max_bad)
+    return prepared.splits["test"]
+
+
+def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) -> None:
+    with run.lock():
+        run.write(f"evaluation/{evaluation.split}.json", evaluation.to_json())
+        add_scores(run.model_path, evaluation.split, evaluation.scores)
+        for name, value in evaluation.scores.items():
+            run.record(
+                measurement(
+                    f"{evaluation.split}_{name}",
+                    value,
+                    "fraction",
+                    environment=hardware.environment(device),
+                    recipe=saved.recipe,
+                    variant="reference",
+                    scores=evaluation.scores,
+                    count=evaluation.count,
+                )
+            )
+
+
+class _Exam:
+    def __init__(self, saved: SavedModel, split: Split, device: Device) -> None:
+        self.saved, self.split, self.device = saved, split, device
+        self.step = Step(model=saved.module.to(device.torch_name))
+        self.feed = Feed(split, device)
+        self.batch_size = validation_batch(saved.recipe)
+
+    def hold(self, augmented_views: bool) -> dict[str, Json]:
+        task, split, classes = self.saved.task, self.split, self.saved.classes
+        if len(split) == 0:
+            raise DataError("The split has no examples.", fix="Choose another split.")
+        say(f"evaluating {len(split):,} examples")
+        probabilities = infer(self.step, self.saved.preprocess, task, self._rows("Evaluating"))
+        predicted = probabilities.argmax(axis=1)
+        wrong = np.flatnonzero(predicted != split.targets)
+        wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
+        spread = np.random.default_rng(0).permutation(len(split))[:SHOWN]
+        return {
+            "count": len(split),
+            "scores": task.scores(probabilities, split.targets),
+            "with_augmentation": self._augmented() if augmented_views else None,
+            "details": task.examine(probabilities, split.targets, classes),
+            "mistakes": [self._shown(int(i), probabilities[i]) for i in wrong],
+            "samples": [self._shown(int(i), probabilities[i]) for i in spread],
+        }
+
+    def _rows(self, title: str) -> Iterator[torch.Tensor]:
+        done = 0
+        with Progress(title, len(self.feed)) as progress:
+            for rows, _, _ in self.feed.in_order(self.batch_size):
+                yield rows
+                done += len(rows)
+                progress.update(done)
+
+    def _augmented(self) -> Json:
+        """Scores over the mean of several views; None where the recipe's augmentations have none."""
+        pipeline = compose(self.saved.recipe.augment, self.saved.preprocess.kind)
+        views = len(pipeline.views(self.saved.preprocess.to_model(self.feed.rows(torch.arange(1)))))
+        if views == 1:
+            return None
+        rows = self._rows(f"Evaluating {views} views")
+        found = infer(self.step, self.saved.preprocess, self.saved.task, rows, views=pipeline.views)
+        return {"views": views, "scores": self.saved.task.scores(found, self.split.targets)}
+
+    def _shown(self, position: int, probabilities: np.ndarray) -> dict[str, Json]:
+        target, predicted = int(self.split.targets[position]), int(probabilities.argmax())
+        preview = self.saved.preprocess.preview(self.split.inputs[self.split.index[position]])
+        return {
+            "name": self.split.names[position],
+            "true": self.saved.classes[target],
+            "predicted": self.saved.classes[predicted],
+            "probability": float(probabilities[predicted]),
+            "true_probability": float(probabilities[target]),
+            "preview": {
+                "media_type": preview.media_type,
+                "base64": base64.b64encode(preview.content).decode(),
+            },
+        }
+
+
+def table(evaluation: Evaluation) -> str:
+    """The scores as text for people."""
+    lines = [f"{evaluation.split}, {evaluation.count:,} examples"]
+    interval = evaluation.details.get("interval")
+    for name, value in evaluation.scores.items():
+        note = (
+            f"   95 % interval {interval[0]:.2%} to {interval[1]:.2%}"
+            if interval and name == evaluation.headline
+            else ""
+        )
+        lines.append(f"  {name:<20} {value:8.4f}{note}")
+    if evaluation.with_augmentation:
+        value = evaluation.with_augmentation["scores"][evaluation.headline]
+        lines.append(
+            f"  with {evaluation.with_augmentation['views']} augmented views: {evaluation.headline} {value:.4f}"
+        )
+    return "\n".join(lines)

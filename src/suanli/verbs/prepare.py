@@ -1,0 +1,118 @@
+"""prepare: a data set becomes checked, decoded, cached splits.
+
+Every other verb that needs data comes through here, so that what one sees is what all see.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from suanli import check, hardware
+from suanli.cache import Prepared, prepare_source
+from suanli.console import duration, say, warn
+from suanli.data import cache_dir as default_cache_dir
+from suanli.data import choose_recipe, find_source
+from suanli.data import data_dir as default_data_dir
+from suanli.settings import change
+from suanli.types import AnyPath, Columns, Json, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where data comes from and goes to; saved in a run, so that it finds its data again."""
+
+    subject: str  # a built-in name or an absolute path
+    input_column: str | None = None
+    label_column: str | None = None
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    max_bad: float = 0.01
+
+    @classmethod
+    def of(cls, subject: AnyPath, **options: object) -> DataOptions:
+        path = Path(subject).expanduser()
+        kept = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+        return cls(subject=str(path.resolve()) if path.exists() else str(subject), **kept)  # type: ignore[arg-type]
+
+
+def prepare(
+    data: AnyPath,
+    *,
+    recipe: str | None = None,
+    settings: Mapping[str, Json] | None = None,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    max_bad: float = 0.01,
+    data_dir: AnyPath | None = None,
+    cache_dir: AnyPath | None = None,
+) -> Prepared:
+    """Check a data set and decode it into the cache; nothing is decoded twice.
+
+    `data` is a built-in name, a folder of class folders, an archive of one, a table file or an
+    .npz. Returns the splits with the findings of the data check. Raises DataError past `max_bad`
+    (the share of inputs that can't be decoded).
+    """
+    options = DataOptions.of(
+        data,
+        input_column=input_column,
+        label_column=label_column,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        max_bad=max_bad,
+    )
+    return resolve(options, recipe=recipe, settings=settings or {})[1]
+
+
+def resolve(
+    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json]
+) -> tuple[Recipe, Prepared]:
+    """The complete recipe and the prepared data. A `Recipe` is taken as it is; a name, or None
+    for the one that suits the data, gets `settings` on top."""
+    started = time.perf_counter()
+    source = find_source(
+        options.subject,
+        columns=Columns(input=options.input_column, label=options.label_column),
+        data_dir=default_data_dir(options.data_dir),
+    )
+    if not isinstance(recipe, Recipe):
+        wanted = change(Recipe(), settings)  # checks every setting before any work is done
+        shipped = choose_recipe(
+            source,
+            name=recipe,
+            model=wanted.model if "model" in settings else None,
+            weights=wanted.weights is not None,
+            settings=wanted.preprocess,
+        )
+        recipe = change(shipped, settings)
+    prepared = prepare_source(source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores())
+    _tell(prepared, time.perf_counter() - started)
+    check.refuse_bad_share(prepared.findings, options.max_bad)
+    check.refuse_unlearnable(prepared.findings)
+    return recipe, prepared
+
+
+def _tell(prepared: Prepared, seconds: float) -> None:
+    counts = {name: len(split) for name, split in prepared.splits.items()}
+    how = "from the cache" if prepared.reused else f"decoded in {duration(seconds)}"
+    say(
+        f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
+        f"{len(prepared.classes)} classes, input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
+    )
+    for remark in check.remarks(prepared.findings):
+        warn(remark)
+
+
+def summary(prepared: Prepared) -> str:
+    """The class counts as a text table."""
+    width = max(len(c) for c in (*prepared.classes, "class"))
+    lines = [f"{'class':<{width}}  {'train':>8}  {'val':>8}  {'test':>8}"]
+    counts = prepared.findings["class_counts"]
+    listed = prepared.classes if len(prepared.classes) <= 50 else prepared.classes[:50]
+    for name in listed:
+        lines.append(f"{name:<{width}}" + "".join(f"  {counts[s][name]:>8,}" for s in ("train", "val", "test")))
+    if len(listed) < len(prepared.classes):
+        lines.append(f"… and {len(prepared.classes) - len(listed)} more classes")
+    return "\n".join([*lines, f"Cache: {prepared.path}"])
