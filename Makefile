@@ -1,0 +1,57 @@
+# Set-up and checks, the same for people and for CI. Everything goes into .venv; a step that is done
+# isn't done again until pyproject.toml or constraints.txt change, so a repeat needs no network.
+#
+#   make demo    install, then train, test and report on handwritten digits
+#   make test    install what tests need, run them all
+#   make check   format, lint, types, import ladder
+#   make clean   remove what make made; data, caches and runs stay
+#
+# Another Python: make PYTHON=python3.12
+
+SHELL := /bin/sh
+ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c '$(ENOUGH)' 2>/dev/null && echo $$python && exit; done; echo python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	--constraint constraints.txt
+
+.PHONY: demo test check clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/suanli run digits
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+check: .venv/installed-check
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/made:
+	@$(PYTHON) -c '$(ENOUGH)' || { \
+		echo 'suanli needs Python 3.11 or later, and "$(PYTHON)" is not. Install one, or name it: make PYTHON=/path/to/python3.12' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/installed: .venv/made pyproject.toml constraints.txt
+	@echo 'Installing into .venv; torch is large, so this can take minutes the first time.'
+	$(INSTALL) setuptools
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(INSTALL) --editable '.[test,tensorboard]'
+	@touch $@
+
+.venv/installed-check: .venv/installed
+	$(INSTALL) --editable '.[check]'
+	@touch $@
