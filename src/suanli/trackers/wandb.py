@@ -25,13 +25,13 @@ class WeightsAndBiases(Tracker):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "offline")
+        chosen = "WANDB_MODE" in os.environ
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "suanli"),
                 name=run_path.resolve().name,
                 dir=str(run_path),
-                mode=mode,
+                mode=None if chosen else "offline",
                 config=dict(config),
                 reinit="finish_previous",
                 settings=wandb.Settings(
@@ -50,7 +50,7 @@ class WeightsAndBiases(Tracker):
                 f"Weights & Biases can't start: {error}.",
                 fix="Unset WANDB_MODE to write offline, or train without --track wandb.",
             ) from error
-        if mode == "offline":
+        if not chosen:
             console.say(f"Weights & Biases writes offline; to send it: wandb sync {self._run.settings.sync_dir}")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
