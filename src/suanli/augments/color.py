@@ -1,0 +1,44 @@
+"""Changes brightness, contrast and (with three channels) saturation of each picture.
+
+On normalised inputs: brightness adds to all channels, in standard deviations of the data set;
+contrast scales the distance from the picture's own mean; saturation scales the distance of each
+pixel from its grey, the mean of its channels. A factor of 0.2 means 0.8 to 1.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.augments._sampling import check_number, greyed, per_image, uniform
+from suanli.types import Augmentation, Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Color(Augmentation):
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            check_number(self, name, 0, 1)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        spans = (self.brightness, self.contrast, self.saturation)
+        shift, contrast, saturation = (per_image(uniform(len(x), -span, span, x, generator), x) for span in spans)
+        if self.saturation and x.shape[1] == 3:
+            x = torch.lerp(x, greyed(x), -saturation)
+        if self.contrast or self.brightness:
+            mean = x.mean((1, 2, 3), keepdim=True)
+            # mean + (1 + contrast) (x - mean) + shift, in one pass over the pixels
+            x = torch.addcmul(shift - contrast * mean, x, 1 + contrast)
+        return replace(batch, inputs=x)
+
+
+AUGMENT = Color
