@@ -1,0 +1,66 @@
+"""What tests share: small real data sets on disk, and the real data beside the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+# A busy machine is not a failure, and a property that touches the disk needs no hundred examples.
+settings.register_profile("suanli", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suanli")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache, downloads or runs."""
+    monkeypatch.setenv("SUANLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SUANLI_DATA", str(tmp_path / "datasets"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real data (../shared/data) is not on this machine")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of class folders: noise around a class's own level of brightness."""
+
+    def make(name: str = "pictures", *, classes: int = 2, each: int = 30, size: tuple[int, int] = (12, 12)) -> Path:
+        random = np.random.default_rng(len(name))
+        for c in range(classes):
+            folder = tmp_path / name / f"class{c}"
+            folder.mkdir(parents=True)
+            for i in range(each):
+                level = 40 + 170 * c / max(classes - 1, 1)
+                pixels = np.clip(random.normal(level, 25, (*size, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def text_table(tmp_path: Path) -> Path:
+    """A table of made-up reviews whose words tell the label."""
+    random = np.random.default_rng(1)
+    words = {"good": ["great", "lovely", "fine", "bright"], "bad": ["dull", "awful", "poor", "grey"]}
+    lines = ["text\tlabel"]
+    for i in range(240):
+        label = "good" if i % 2 else "bad"
+        picked = random.choice(words[label], 3)
+        filler = random.choice(["film", "story", "plot", "scene", "actor", "music"], 4)
+        lines.append(" ".join([*picked, *filler, f"no{i}"]) + f"\t{label}")
+    path = tmp_path / "reviews.tsv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

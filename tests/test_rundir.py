@@ -1,0 +1,87 @@
+"""The run directory: numbered, locked, readable after a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from suanli.errors import DamagedFile, DataError, RunBusy, StorageError, UsageError
+from suanli.rundir import Run
+from suanli.types import Recipe
+
+
+def create(name: str = "digits", out: Path | None = None) -> Run:
+    return Run.create(name, out, Recipe(lr=0.5), {"name": name}, {"command": []})
+
+
+def test_numbers_follow_each_other() -> None:
+    assert [create().path.name for _ in range(3)] == ["digits-1", "digits-2", "digits-3"]
+    assert create("a b/../c").path == Path("runs/a-b-..-c-1")
+
+
+def test_two_at_once_get_different_runs() -> None:
+    paths: list[Path] = []
+    threads = [threading.Thread(target=lambda: paths.append(create().path)) for _ in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(set(paths)) == 8
+
+
+def test_an_occupied_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="not an empty directory"):
+        create(out=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    create(out=tmp_path / "new" / "deep")
+    with pytest.raises(UsageError, match="suanli train"):
+        create(out=tmp_path / "new" / "deep")
+
+
+def test_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Can't write"):
+        create(out=tmp_path / "file" / "run")
+
+
+def test_the_recipe_comes_back() -> None:
+    assert create().recipe == Recipe(lr=0.5)
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a run directory"):
+        Run.open(tmp_path)
+
+
+def test_a_recipe_of_another_version() -> None:
+    run = create()
+    run.write("recipe.json", {"lr": "fast", "gears": 5})
+    with pytest.raises(DamagedFile, match="not a recipe of this version"):
+        _ = run.recipe
+
+
+def test_a_line_cut_short_is_passed_over() -> None:
+    run = create()
+    run.log(step=1, loss=0.5)
+    run.log(step=2, loss=0.25)
+    with (run.path / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 3, "lo')
+    assert [m["step"] for m in run.metrics] == [1, 2]
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    run = create(out=tmp_path / "run")
+    other = "import sys; from suanli.rundir import Run\nwith Run(sys.argv[1]).lock(): print('mine')"
+    with run.lock(), pytest.raises(RunBusy, match="Another process"), Run(run.path).lock():
+        pass
+    with run.lock():
+        found = subprocess.run([sys.executable, "-c", other, run.path], capture_output=True, text=True, timeout=60)
+        assert "RunBusy" in found.stderr
+    found = subprocess.run([sys.executable, "-c", other, run.path], capture_output=True, text=True, timeout=60)
+    assert found.stdout == "mine\n"

@@ -1,0 +1,309 @@
+"""Training: it learns, it stops well, it goes on exactly, it says what went wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import suanli
+from suanli import checkpoint
+from suanli.rundir import Run
+from suanli.schedule import factor
+from suanli.types import Recipe
+
+# Every part that has a state or draws random numbers, in a small net.
+EVERYTHING = {
+    "augment": ["crop(padding=1)", "flip", "mixup"],
+    "ema_decay": 0.9,
+    "clip_norm": 1.0,
+    "label_smoothing": 0.1,
+    "accumulate": 2,
+    "class_weights": "balanced",
+    "schedule": "one_cycle",
+    "preprocess.channels": 3,
+}
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.model_path / "weights.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_it_learns_from_a_folder(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.train(picture_folder(each=80), epochs=6, batch_size=32)
+    assert run.summary["status"] == "finished"
+    assert run.metrics[-1]["split"] == "val"
+    assert run.metrics[-1]["scores"]["accuracy"] >= 0.9
+    assert run.scores == {}  # the test split was not touched
+    assert not list(run.path.glob("evaluation/*"))
+
+
+def test_text_learns_through_the_same_verb(text_table: Path) -> None:
+    run = suanli.train(text_table, epochs=6)
+    assert run.metrics[-1]["scores"]["accuracy"] >= 0.9
+    assert suanli.evaluate(run).scores["accuracy"] >= 0.8
+
+
+def test_same_seed_same_weights_other_seed_other_weights(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder()
+    one, two, three = (suanli.train(root, epochs=2, seed=s, settings=EVERYTHING) for s in (1, 1, 2))
+    assert same(weights(one), weights(two))
+    assert not same(weights(one), weights(three))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
+def test_stopping_anywhere_changes_nothing(
+    picture_folder: Callable[..., Path], optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stops after a few steps, again in the middle of an epoch, and goes on: same bits."""
+    root = picture_folder(each=60)
+    options = {"epochs": 3, "batch_size": 16, "settings": EVERYTHING | {"optimizer": optimizer, "lr": 0.01}}
+    whole = suanli.train(root, **options)
+    out = Path("stopped")
+    for number, stop_at in enumerate((2, 9)):
+        _stop_after(stop_at, monkeypatch)
+        with pytest.raises(suanli.Interrupted, match=rf"at step {stop_at} .*checkpoint is saved"):
+            suanli.train(out) if number else suanli.train(root, out=out, **options)
+        monkeypatch.undo()
+    resumed = suanli.train(out)
+    assert resumed.summary["status"] == "finished"
+    assert same(weights(whole), weights(resumed))
+    steps = [m["step"] for m in resumed.metrics if "loss" in m and "split" not in m]
+    assert max(steps) == resumed.summary["steps"]
+
+
+def _stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when that step is reached: a real signal to this process."""
+    from suanli.loop import Loop
+
+    original = Loop._learn
+
+    def learn(self: Loop, batch: object) -> torch.Tensor:
+        if self.progress.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Loop, "_learn", learn)
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "suanli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def await_checkpoint(run: Path, process: subprocess.Popen[str], after: int = 0) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        steps = [int(p.stem.removeprefix("step-")) for p in run.glob("checkpoints/step-*.safetensors")]
+        if steps and max(steps) > after:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint came")
+
+
+@pytest.mark.slow
+def test_killed_and_terminated_runs_go_on_exactly(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder(each=200)
+    options = ["--epochs", "12", "--batch-size", "16", "--checkpoint-every-s", "0"]
+    whole = suanli.train(root, epochs=12, batch_size=16)
+    run = Path("killed")
+    process = start("train", root, "--out", run, *options)
+    await_checkpoint(run, process, after=5)
+    process.kill()
+    process.communicate(timeout=60)
+    process = start("train", run, "--checkpoint-every-s", "0")
+    reached = checkpoint.newest(run / "checkpoints")
+    assert reached is not None
+    await_checkpoint(run, process, after=reached.step)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "suanli train killed" in errors
+    process = start("train", run)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert same(weights(whole), weights(Run(run)))
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_steps(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder(each=60)
+    whole = suanli.train(root, out="whole", epochs=3, batch_size=16, checkpoint_every_s=0)
+    newest = max((whole.path / "checkpoints").glob("step-*"))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    before = weights(whole)
+    whole.write("summary.json", {"status": "interrupted"})
+    resumed = suanli.train("whole")
+    assert same(before, weights(resumed))
+
+
+def test_more_epochs_is_explicit(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.train(picture_folder(), epochs=2)
+    first = run.summary["steps"]
+    with pytest.raises(suanli.UsageError, match="is finished.*--more-epochs"):
+        suanli.train(run)
+    with pytest.raises(suanli.UsageError, match="lr can't be changed"):
+        suanli.train(run, lr=0.5, more_epochs=1)
+    suanli.train(run, more_epochs=1)
+    assert run.summary["steps"] == first * 3 // 2
+    assert run.summary["epochs"] == 3
+
+
+def test_more_epochs_needs_a_finished_run(picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = picture_folder()
+    with pytest.raises(suanli.UsageError, match="Name the directory of a run"):
+        suanli.train(root, more_epochs=2)
+    _stop_after(2, monkeypatch)
+    with pytest.raises(suanli.Interrupted):
+        suanli.train(root, out="stopped", epochs=2)
+    monkeypatch.undo()
+    with pytest.raises(suanli.UsageError, match="First let it finish"):
+        suanli.train("stopped", more_epochs=2)
+
+
+def test_changed_data_stops_a_resume(picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = picture_folder()
+    _stop_after(2, monkeypatch)
+    with pytest.raises(suanli.Interrupted):
+        suanli.train(root, out="stopped", epochs=2)
+    monkeypatch.undo()
+    (root / "class0" / "000.png").unlink()
+    with pytest.raises(suanli.DataError, match="has changed since"):
+        suanli.train("stopped")
+    with pytest.raises(suanli.DataError):
+        suanli.evaluate("stopped")
+
+
+def test_divergence_names_the_step_and_keeps_a_good_checkpoint(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder(each=60)
+    diverging = {"optimizer": "sgd", "schedule": "constant", "warmup_epochs": 0, "clip_norm": None}
+    with pytest.raises(suanli.Diverged, match=r"at step \d+.*last good checkpoint is kept"):
+        suanli.train(
+            root, out="run", model="alexnet", lr=1e30, epochs=5, batch_size=16, checkpoint_every_s=0, settings=diverging
+        )
+    saved = checkpoint.newest(Path("run/checkpoints"))
+    if saved is not None:
+        assert all(torch.isfinite(t).all() for t in saved.tensors.values() if t.is_floating_point())
+    assert not Path("run/model/model.json").exists()
+
+
+def test_early_stop_keeps_the_best(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.train(picture_folder(each=60), epochs=40, batch_size=32, settings={"early_stop": 2})
+    assert run.summary["status"] == "stopped early"
+    assert run.summary["epochs"] < 40
+    best = max(m["scores"]["accuracy"] for m in run.metrics if m.get("split") == "val")
+    assert suanli.evaluate(run, split="val").scores["accuracy"] == pytest.approx(best, abs=0.1)
+
+
+def test_a_batch_that_does_not_fit_says_which_would(
+    picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from suanli import hardware
+
+    root = picture_folder(each=100)
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda _: 60_000_000)
+    with pytest.raises(suanli.MachineError, match=r"--batch-size \d+ would fit"):
+        suanli.train(root, model="resnet18", batch_size=160)
+
+
+def test_new_head_for_other_classes(picture_folder: Callable[..., Path]) -> None:
+    first = suanli.train(picture_folder("few", classes=2), epochs=1, model="resnet18", batch_size=16)
+    second = suanli.train(
+        picture_folder("more", classes=3), epochs=1, weights=first.model_path / "weights.safetensors", model="resnet18"
+    )
+    assert weights(second)["fc.weight"].shape[0] == 3
+
+
+def test_weights_that_do_not_fit(picture_folder: Callable[..., Path]) -> None:
+    save_file({"something.else": torch.zeros(2)}, "other.safetensors")
+    with pytest.raises(suanli.DataError):
+        suanli.train(picture_folder(), weights="other.safetensors", model="resnet18")
+
+
+def test_a_user_model(picture_folder: Callable[..., Path]) -> None:
+    Path("mynet.py").write_text(
+        "from torch import nn\n"
+        "def tiny(classes, in_channels, image_size):\n"
+        "    h, w = image_size\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * h * w, classes))\n"
+    )
+    run = suanli.train(picture_folder(), model="mynet:tiny", epochs=2)
+    assert suanli.predict(run, "pictures/class0/000.png")[0].label in ("class0", "class1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "resnet19"}, "Did you mean 'resnet18'"),
+        ({"recipe": "photo"}, "Did you mean 'photos'"),
+        ({"settings": {"learning_rate": 1}}, "Unknown recipe field"),
+        ({"settings": {"label_smoothin": 1}}, "Did you mean 'label_smoothing'"),
+        ({"settings": {"optimizer": "adam"}}, "Did you mean 'adamw'"),
+        ({"settings": {"augment": "flop"}}, "Did you mean 'flip'"),
+        ({"settings": {"preprocess.sise": 3}}, "Did you mean 'size'"),
+        ({"epochs": -1}, "'epochs' can't be -1"),
+        ({"batch_size": 0}, "'batch_size' can't be 0"),
+        ({"speedups": "warp"}, "Unknown speedup"),
+        ({"device": "tpu"}, "tpu"),
+        ({"track": ["tensorbord"]}, "Did you mean 'tensorboard'"),
+    ],
+)
+def test_wrong_options(picture_folder: Callable[..., Path], options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(suanli.UsageError, match=message):
+        suanli.train(picture_folder(), **options)
+    assert not Path("runs").exists()
+
+
+RECIPES = st.builds(
+    Recipe,
+    schedule=st.sampled_from(["constant", "linear", "cosine", "one_cycle"]),
+    warmup_epochs=st.floats(0, 5),
+)
+
+
+@settings(max_examples=200)
+@given(RECIPES, st.integers(1, 500), st.integers(1, 60))
+def test_the_rate_stays_in_its_bounds(recipe: Recipe, steps: int, per_epoch: int) -> None:
+    factors = np.array([factor(recipe, s, steps, per_epoch) for s in range(steps)])
+    assert (factors > 0).all()
+    assert (factors <= 1).all()
+    peak = int(factors.argmax())
+    assert (np.diff(factors[: peak + 1]) >= 0).all()
+    assert (np.diff(factors[peak:]) <= 1e-12).all()
+
+
+def test_a_run_from_another_thread(picture_folder: Callable[..., Path]) -> None:
+    """Signals belong to the main thread; training must work elsewhere, too."""
+    root = picture_folder()
+    done: list[str] = []
+    thread = threading.Thread(target=lambda: done.append(suanli.train(root, epochs=1).summary["status"]))
+    thread.start()
+    thread.join()
+    assert done == ["finished"]
+
+
+def test_the_run_directory_is_readable_json(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.train(picture_folder(), epochs=1)
+    for name in ("recipe.json", "environment.json", "data.json", "check.json", "summary.json", "model/model.json"):
+        assert json.loads((run.path / name).read_text())
+    measured = json.loads((run.path / "ledger.jsonl").read_text().splitlines()[0])
+    assert measured["metric"] == "examples_per_s"
+    assert measured["value"] > 0
+    assert measured["recipe"] == run.recipe.digest
