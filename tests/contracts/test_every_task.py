@@ -1,0 +1,84 @@
+"""What holds for every file of tasks/."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from suanli import plugins
+from suanli.errors import DataError
+from suanli.types import Task
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+
+
+@pytest.fixture(params=plugins.names("tasks"))
+def task(request) -> Task:
+    found = plugins.load("tasks", request.param)()
+    assert found.name == request.param
+    return found
+
+
+@pytest.fixture
+def exam(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    logits = torch.randn(60, len(CLASSES), generator=torch.Generator().manual_seed(0))
+    return task.probabilities(logits).numpy(), np.arange(60) % len(CLASSES)
+
+
+def test_the_gate_has_a_tolerance_and_a_headline_among_the_scores(task, exam):
+    assert isinstance(task, Task)
+    assert 0 <= task.tolerance < 0.1
+    scores = task.scores(*exam)
+    assert task.headline in scores
+    assert all(type(value) is float and math.isfinite(value) for value in scores.values())
+
+
+def test_better_answers_have_a_higher_headline(task):
+    targets = np.arange(21) % len(CLASSES)
+    right = np.eye(len(CLASSES), dtype=np.float32)[targets]
+    wrong = np.roll(right, 1, axis=1)
+    assert task.scores(right, targets)[task.headline] > task.scores(wrong, targets)[task.headline]
+
+
+def test_probabilities_are_float32_and_sum_to_one(task):
+    found = task.probabilities(torch.randn(5, 3).bfloat16() * 20)
+    assert found.dtype == torch.float32
+    assert ((found >= 0) & (found <= 1)).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(5))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 2, 4)])
+def test_going_down_the_loss_makes_it_smaller(task, shares, weights):
+    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    targets = torch.arange(8) % 4
+    if shares:
+        targets = 0.8 * torch.eye(4)[targets] + 0.05
+    before = task.loss(logits, targets, label_smoothing=0.1, class_weights=weights)
+    before.backward()
+    assert before.shape == ()
+    after = task.loss(logits - 0.1 * logits.grad, targets, label_smoothing=0.1, class_weights=weights)
+    assert after < before
+
+
+def test_what_is_examined_is_json(task, exam):
+    found = task.examine(*exam, CLASSES)
+    assert isinstance(found, dict)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_classes_without_examples_are_no_obstacle(task, exam):
+    probabilities, targets = exam
+    only = targets < 2
+    task.scores(probabilities[only], targets[only])
+    json.dumps(task.examine(probabilities[only], targets[only], CLASSES), allow_nan=False)
+
+
+def test_an_empty_split_is_bad_data(task):
+    empty = np.zeros((0, 2), np.float32), np.zeros(0, np.int64)
+    with pytest.raises(DataError):
+        task.scores(*empty)
+    with pytest.raises(DataError):
+        task.examine(*empty, ("a", "b"))
