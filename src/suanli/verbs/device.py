@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import platform
 import shutil
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
 from suanli import hardware
 from suanli.console import size
 from suanli.data import cache_dir, data_dir
 from suanli.errors import pip_install
 from suanli.gpus import Gpu, gpus, hidden, nvidia_driver
 from suanli.types import Json
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,31 +173,30 @@ def _arguments(requirement: str) -> Iterator[str]:
 # --- for people -----------------------------------------------------------------------------
 
 
-def table(report: DeviceReport) -> Group:
-    """The report as rich text: on a terminal it fits 80 columns; in a pipe, print it with
-    `soft_wrap=True` so that a command stays on one line."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    def grid(rows: Iterator[tuple[str, str]]) -> Table:
-        made = Table.grid(padding=(0, 2))
-        made.add_column(style="bold", no_wrap=True)
-        made.add_column(overflow="fold")
-        for name, value in rows:
-            made.add_row(Text(name), Text(value))
-        return made
-
-    lines: list[Text | Table] = [Text(report.headline, style="bold yellow" if report.fix else "bold green")]
+def table(report: DeviceReport, width: int = 80) -> str:
+    """The report for people, plain lines. Only a command may be longer than `width`: it stays on one
+    line, so that it can be copied."""
+    lines = textwrap.wrap(report.headline, width)
     if report.fix:
-        lines.append(Text(report.fix))
-    lines += [Text(), grid(_machine_rows(report)), Text(), grid(_software_rows(report))]
+        lines.append(report.fix)
+    rows = [*_machine_rows(report), *_software_rows(report)]
+    indent = max(len(name) for name, _ in rows) + 2
+    lines.append("")
+    for name, value in rows:
+        first = f"{name:<{indent}}"
+        lines += textwrap.wrap(
+            value,
+            width,
+            initial_indent=first,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
     missing = [part for part in report.parts if part.install]
     if missing:
-        lines += [Text(), Text("Not installed, and not needed unless you want what it adds:")]
-        for part in missing:
-            lines += [Text(f"  {part.name}: {part.gives}"), Text(f"    {part.install}", style="dim")]
-    return Group(*lines)
+        lines += ["", "Not installed, and not needed unless you want what it adds:"]
+        lines += [f"  {part.name}: {part.gives}\n    {part.install}" for part in missing]
+    return "\n".join(lines)
 
 
 def _machine_rows(report: DeviceReport) -> Iterator[tuple[str, str]]:
