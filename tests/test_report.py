@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -133,8 +133,7 @@ def digits_run(path: Path) -> Path:
     write(path / "environment.json", environment)
     write(path / "recipe.json", Recipe(name="small", augment=("crop(padding=1)",), epochs=20).model_dump(mode="json"))
     counts = {
-        split: {name: int((truth[rows] == i).sum()) for i, name in enumerate(classes)}
-        for split, rows in ranges.items()
+        split: {name: int((truth[rows] == i).sum()) for i, name in enumerate(classes)} for split, rows in ranges.items()
     }
     data = {"name": "digits", "kind": "image", "source": "digits", "licence": "CC BY 4.0", "classes": classes}
     write(path / "data.json", data | {"counts": counts, "input_shape": [1, 8, 8], "digest": "5e1fa0c29b7d4410"})
@@ -221,4 +220,459 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "digits-1"))
+    return Path(shutil.copytree(finished, tmp_path / "digits-1", ignore=shutil.ignore_patterns("report.html")))
+
+
+def text_run(path: Path) -> Path:
+    """Another kind of data through the same page."""
+    classes, random = ["negative", "positive"], np.random.default_rng(1)
+    truth = random.integers(0, 2, 200)
+    odds = random.dirichlet([2, 2], 200) * 0.5 + np.eye(2)[truth] * 0.5
+    previews = [text_preview(TEXTS[i % 3] * (1 + 8 * (i % 5 == 0))) for i in range(200)]
+    write(path / "recipe.json", {"model": "text_cnn"})
+    data = {"name": "reviews", "kind": "text", "source": "reviews.tsv", "classes": classes}
+    write(path / "data.json", data | {"counts": {"train": {"negative": 900, "positive": 100}}})
+    write(path / "check.json", {"total": 1000, "imbalance": 9.0, "empty_classes": ["neutral"]})
+    write(path / "evaluation" / "test.json", exam("test", classes, truth, odds, previews))
+    return path
+
+
+def many_classes_run(path: Path, k: int = 1000) -> Path:
+    classes, random = [f"n{i:05d} 类别 {i}" for i in range(k)], np.random.default_rng(2)
+    truth = np.arange(2 * k) % k
+    odds = random.dirichlet(np.full(k, 0.01), 2 * k) * 0.8 + np.eye(k)[truth] * 0.2
+    write(path / "recipe.json", {"model": "resnet50"})
+    counts = {"train": {name: int(n) for name, n in zip(classes, random.integers(5, 1300, k), strict=True)}}
+    write(path / "data.json", {"name": "big", "classes": classes, "counts": counts})
+    write(path / "evaluation" / "test.json", exam("test", classes, truth, odds, [None] * (2 * k)))
+    return path
+
+
+def hostile_run(path: Path) -> Path:
+    """Every name and text in it wants to run, to break out or to widen the page."""
+    k, long = 4, "x" * 400
+    classes = [HOSTILE, "{{ 7 * 7 }}", "\u202egnp.cod", long]
+    truth = np.arange(40) % k
+    odds = np.random.default_rng(3).dirichlet(np.ones(k), 40)
+    previews = [text_preview(HOSTILE), {"media_type": "text/html", "base64": "PHNjcmlwdD4="}, text_preview(long)]
+    found = exam("test", classes, truth, odds, [previews[i % 3] for i in range(40)])
+    for one in found["mistakes"] + found["samples"]:
+        one["name"] = HOSTILE
+    write(path / "evaluation" / "test.json", found)
+    write(path / "recipe.json", {"model": HOSTILE, "model_args": {HOSTILE: [long]}, long: HOSTILE})
+    counts = {"train": dict.fromkeys(classes, 3)}
+    write(
+        path / "data.json", dict.fromkeys(["name", "kind", "source", "licence", "digest"], HOSTILE) | {"counts": counts}
+    )
+    names = {"names": [HOSTILE, long], "splits": ["train", HOSTILE], "labels": [HOSTILE, long]}
+    check = {f"duplicates_{key}": [names] for key in ("across_splits", "within")} | {"label_conflicts": [names]}
+    bad = [{"name": HOSTILE, "reason": HOSTILE}, {"name": long, "reason": long}]
+    more = {"traits": {HOSTILE: 3}, "empty_classes": [HOSTILE, long], "notes": [HOSTILE, long]}
+    write(path / "check.json", check | more | {"bad": bad})
+    device = {"name": HOSTILE, "torch_name": long}
+    command = ["suanli", "run", HOSTILE, long]
+    versions = {HOSTILE: HOSTILE, long: long}
+    write(path / "environment.json", {"command": command, "time": HOSTILE, "device": device, "versions": versions})
+    plan = {"speedups": [HOSTILE, long], "dropped": {HOSTILE: long, long: HOSTILE}}
+    write(
+        path / "summary.json", {"status": HOSTILE, "limited_by": long, "plan": plan, "seconds": {HOSTILE: 3, long: 2}}
+    )
+    write_lines(path / "ledger.jsonl", [{"metric": HOSTILE, "unit": long, "variant": HOSTILE}])
+    write_lines(path / "metrics.jsonl", [{"step": 1, "split": "val", "scores": {HOSTILE: 0.5}}])
+    return path
+
+
+# --- reading a page --------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """The tags, addresses and words of a page, and whether its tags are balanced."""
+
+    VOID = {"meta", "link", "img", "br"}
+    INLINE = {"bdi", "span", "strong", "small", "code"}
+    SHAPES = {"line", "circle", "path"}
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.source, self.words, self.open = source, "", []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.words += " " if tag in ("small", "br", "summary") else ""
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in self.SHAPES
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        self.words += "" if tag in self.INLINE else " "
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words += data
+
+    def count(self, tag: str) -> int:
+        return sum(1 for found, _ in self.tags if found == tag)
+
+    def headings(self) -> list[str]:
+        found = re.findall(r"<h[23][^>]*>([^<]+)", self.source)
+        return [html.unescape(one).strip() for one in found]
+
+    def says(self, words: str) -> bool:
+        return words in " ".join(self.words.split())
+
+
+def page(path: Path, **options: Any) -> Page:
+    return Page(report(path, **options).read_text(encoding="utf-8"))
+
+
+MAKERS = {"digits": digits_run, "text": text_run, "many": many_classes_run, "hostile": hostile_run}
+
+
+@pytest.fixture(scope="session", params=MAKERS)
+def any_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKERS[request.param](tmp_path_factory.mktemp("runs") / request.param)
+
+
+def edit(path: Path, **changes: Any) -> None:
+    write(path, json.loads(path.read_text(encoding="utf-8")) | changes)
+
+
+# --- what it says ----------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_told_in_full(finished: Path) -> None:
+    seen = page(finished)
+    sections = ["Data", "Training", "Scores", "Examples", "Time and memory", "Recipe", "Repeat this run"]
+    assert [one for one in seen.headings() if one in sections] == sections
+    score = json.loads((finished / "evaluation" / "test.json").read_text())["scores"]["accuracy"]
+    assert seen.says(f"accuracy is {100 * score:.1f} %")
+    assert seen.says(f"(95 % interval {100 * (score - 0.02):.1f} % to {100 * (score + 0.02):.1f} %)")
+    assert seen.says("speednet was trained on digits (1,257 training inputs in 10 classes) for 20 epochs in 18 s.")
+    assert seen.says("Test, test-time augmentation mean of 4 views")
+    assert seen.says("suanli run digits --set epochs=20 --out 'runs/digits 1'")
+    assert seen.says("train/3/0007.png cut short after 112 of 230 bytes")
+    assert seen.says("compile not used: would cost 45 s and win 3 s")
+    assert seen.says("the processor was busy 94 % of the time")
+    assert seen.says("training time 17 s 18 s +9 %")
+    assert not seen.says("has not finished")
+    pictures = [attrs for tag, attrs in seen.tags if tag == "img"]
+    assert len(pictures) == 36
+    assert all(one["alt"] and (one["src"] or "").startswith("data:image/png;base64,") for one in pictures)
+    assert seen.count("svg") == 5
+
+
+def test_the_data_check_begins_with_what_makes_scores_untrue(finished: Path) -> None:
+    words_seen = page(finished).words
+    order = ["in more than one split", "under more than one label", "can't be decoded", "more than once in one split"]
+    assert sorted(order, key=words_seen.index) == order
+
+
+def test_a_clean_data_check_says_so(run: Path) -> None:
+    write(run / "check.json", {"total": 1797, "imbalance": 1.0})
+    assert page(run).says("Nothing to act on")
+
+
+def test_texts_are_shown_as_texts(tmp_path: Path) -> None:
+    seen = page(text_run(tmp_path / "run"))
+    assert seen.count("img") == 0
+    assert seen.says(TEXTS[0])
+    assert seen.says("演员很好，故事很差。")
+    assert seen.says("…")
+    assert seen.says("The largest class is 9 times the smallest")
+
+
+def test_many_classes_fold_away(tmp_path: Path) -> None:
+    seen = page(many_classes_run(tmp_path / "run"))
+    assert seen.says("The other 980 classes")
+    assert seen.says("Most confused classes")
+    assert "heat" not in {attrs.get("class") for tag, attrs in seen.tags if tag == "table"}
+    assert len(seen.source) < 3_000_000
+
+
+def test_the_headline_is_the_one_that_the_evaluation_names(run: Path) -> None:
+    edit(run / "evaluation" / "test.json", headline="balanced_accuracy", interval=None)
+    seen = page(run)
+    assert seen.says("balanced accuracy is")
+    assert not seen.says("interval")
+
+
+# --- what is missing -------------------------------------------------------------------------
+
+PARTS = ["environment", "data", "check", "metrics", "ledger", "summary", "evaluation", "model"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_any_part_may_be_absent(run: Path, part: str) -> None:
+    for found in run.glob(f"{part}*"):
+        shutil.rmtree(found) if found.is_dir() else found.unlink()
+    assert page(run).says("speednet")
+
+
+def test_an_interrupted_run_says_what_to_do(run: Path) -> None:
+    for name in ("evaluation", "model"):
+        shutil.rmtree(run / name)
+    edit(run / "summary.json", status="interrupted")
+    seen = page(run)
+    assert seen.says(f"has not finished after step 400: it was interrupted or is at work. To go on: suanli train {run}")
+    assert seen.says("There is no evaluation of this run yet. It needs a trained model first.")
+    assert "Scores" not in seen.headings()
+
+
+def test_a_run_with_nothing_but_a_recipe(tmp_path: Path) -> None:
+    write(tmp_path / "recipe.json", {})
+    seen = page(tmp_path)
+    assert seen.says("has not finished")
+
+
+def test_validation_scores_are_never_taken_for_test_scores(run: Path) -> None:
+    (run / "evaluation" / "test.json").unlink()
+    seen = page(run)
+    assert seen.says("These scores are of validation, which took part in choices")
+    assert seen.says(f"suanli evaluate {run}")
+    assert not seen.says("which took no part in training")
+
+
+def test_every_field_may_be_absent(run: Path) -> None:
+    for found in [*run.glob("*.json"), *run.glob("evaluation/*.json")]:
+        write(found, {})
+    write_lines(run / "metrics.jsonl", [{}])
+    write_lines(run / "ledger.jsonl", [{}])
+    assert page(run).says("A model was trained on the data.")
+
+
+def test_unknown_numbers_are_dashes(run: Path) -> None:
+    nan, inf = math.nan, math.inf
+    exam_path = run / "evaluation" / "test.json"
+    scores = {"accuracy": nan, "top5": None, "balanced_accuracy": inf}
+    per_class = [{"name": "0", "count": 0, "precision": nan, "recall": None, "f1": nan}]
+    edit(exam_path, scores=scores, interval=[nan, nan], per_class=per_class, mistakes=[], samples=[], reliability=[])
+    forecast = {"train_seconds": nan, "memory_bytes": None, "disk_bytes": inf}
+    edit(run / "summary.json", seconds={"train": nan, "total": None}, forecast=forecast, peak_memory_bytes=inf)
+    edit(run / "check.json", imbalance=inf, bad_share=nan)
+    lines = [{"step": i, "epoch": i, "loss": (nan, inf, None)[i % 3], "lr": 0.1} for i in range(9)]
+    write_lines(run / "metrics.jsonl", lines)
+    seen = page(run)
+    assert seen.says("accuracy is –")
+    assert not re.search(r"\b(nan|inf|None)\b", seen.words)
+
+
+def test_a_line_that_was_cut_short_is_left_out(run: Path) -> None:
+    whole = page(run).source
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 401, "epo')
+    assert page(run).source == whole
+
+
+def test_steps_done_again_after_a_resume_count_once(run: Path) -> None:
+    whole = page(run).source
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    wrong = ['{"step": 100, "epoch": 5, "loss": 99}\n', '{"step": 137, "epoch": 6.8, "loss": 99}\n']
+    (run / "metrics.jsonl").write_text("".join([*lines[:60], *wrong, *lines[60:]]))
+    assert page(run).source == whole
+
+
+# --- what is wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["summary.json", "data.json", "evaluation/test.json", "recipe.json"])
+@pytest.mark.parametrize("content", [b"", b'{"scores": ', b"[1, 2]", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(run: Path, name: str, content: bytes) -> None:
+    (run / name).write_bytes(content)
+    with pytest.raises(DamagedFile, match=Path(name).name):
+        report(run)
+    assert not (run / "report.html").exists()
+
+
+def test_a_field_of_the_wrong_type_is_named(run: Path) -> None:
+    edit(run / "summary.json", seconds={"train": "long"})
+    with pytest.raises(DamagedFile, match=r"summary\.json.*seconds\.train"):
+        report(run)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "empty", "file"])
+def test_what_is_no_run_is_refused(tmp_path: Path, where: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="not a run directory") as refused:
+        report(tmp_path / where)
+    assert "runs/" in refused.value.fix
+
+
+def test_where_nothing_can_be_written(run: Path) -> None:
+    with pytest.raises(StorageError):
+        report(run, out=run / "recipe.json" / "new" / "report.html")
+
+
+def test_the_report_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
+    assert report(str(run)) == run / "report.html"
+    assert report(run, out=tmp_path) == tmp_path / "report.html"
+    assert report(run, out=tmp_path / "new" / "mine.html").read_bytes() == (run / "report.html").read_bytes()
+
+
+def test_many_at_once_write_the_same_page(run: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        pages = {path.read_bytes() for path in pool.map(report, [run] * 8)}
+    assert len(pages) == 1
+    assert not list(run.glob(".report*"))
+
+
+# --- what is hostile -------------------------------------------------------------------------
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(any_run: Path) -> None:
+    seen = page(any_run)
+    assert not {"script", "iframe", "object", "embed", "base", "form", "audio", "video"} & {t for t, _ in seen.tags}
+    policy = next(attrs for tag, attrs in seen.tags if "http-equiv" in attrs)
+    assert "default-src 'none'" in (policy["content"] or "")
+    for _, attrs in seen.tags:
+        assert not [key for key in attrs if key.startswith("on") or key in ("srcset", "action", "formaction")]
+        for key in ("src", "href"):
+            assert (attrs.get(key) or "#").startswith(("#", "data:"))
+    style = seen.source.partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_hostile_names_are_only_shown(tmp_path: Path) -> None:
+    seen = page(hostile_run(tmp_path / "run"))
+    assert "<script" not in seen.source
+    assert "onerror" not in {key for _, attrs in seen.tags for key in attrs}
+    assert seen.says(HOSTILE)
+    assert seen.says("{{ 7 * 7 }}")
+    assert seen.count("img") == 0
+
+
+def test_a_name_that_is_no_unicode(run: Path) -> None:
+    text = '{"total": 1, "notes": ["caf\\udce9.png \\u0000 ok"]}'
+    (run / "check.json").write_text(text)
+    assert page(run).says("caf\\udce9.png")
+
+
+@settings(max_examples=40)
+@given(st.text(max_size=40))
+def test_any_class_name_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    path = tmp_path_factory.mktemp("run")
+    write(path / "recipe.json", {})
+    (path / "data.json").write_text(json.dumps({"classes": [name], "counts": {"train": {name: 1}}}))
+    source = report(path).read_text(encoding="utf-8")
+    shown = re.search(r'<th scope="row" class="name"><bdi>(.*?)</bdi></th>', source, re.DOTALL)
+    assert shown is not None
+    assert "<" not in shown[1]
+    safe = name.encode("utf-8", "backslashreplace").decode()
+    assert html.unescape(shown[1]) == html.unescape(html.escape(safe)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+# --- charts and words ------------------------------------------------------------------------
+
+numbers = st.floats(-1e12, 1e12)
+
+
+@given(numbers, numbers)
+def test_ticks_hold_every_value(a: float, b: float) -> None:
+    low, high = min(a, b), max(a, b)
+    found = ticks(low, high)
+    slack = (found[-1] - found[0]) * 1e-6
+    assert found[0] - slack <= low
+    assert found[-1] + slack >= high
+    assert 2 <= len(found) <= 12
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30))
+def test_a_chart_stays_in_its_frame_whatever_the_values(points: list[tuple[float, float]]) -> None:
+    drawn = chart("Loss", [Series(label="a", points=points, dots=True)], x_label="step")
+    usable = [p for p in points if all(abs(v) < 1e100 for v in p)]
+    assert (drawn is None) == (not usable)
+    if drawn is None:
+        return
+    places = [float(v) for v in re.findall(r"-?[\d.]+(?:e-?\d+)?", drawn.lines[0].path)]
+    assert len(places) == 2 * len(usable)
+    assert all(0 <= x <= 360 and 0 <= y <= 220 for x, y in zip(places[::2], places[1::2], strict=True))
+    assert "nan" not in drawn.text
+
+
+@given(st.lists(st.tuples(numbers, numbers), max_size=900), st.integers(1, 300))
+def test_thinning_keeps_the_course(points: list[tuple[float, float]], limit: int) -> None:
+    thinned = thin(points, limit)
+    assert len(thinned) == min(len(points), limit)
+    if points:
+        ys = [y for _, y in points]
+        assert all(min(ys) - 1e-3 <= y <= max(ys) + 1e-3 for _, y in thinned)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (math.nan, "–"), (-math.inf, "–"), (1437, "1,437"), (0.03124, "0.03124"), (8412.4, "8,412")],
+)
+def test_numbers(value: float | None, text: str) -> None:
+    assert words.number(value) == text
+
+
+@given(st.one_of(st.none(), st.floats()))
+def test_words_take_any_number(value: float | None) -> None:
+    for write_value in (words.number, words.percent, words.seconds, words.memory):
+        assert not re.search("nan|inf", write_value(value))
+
+
+# --- how it looks ----------------------------------------------------------------------------
+
+CSS = (Path(report.__code__.co_filename).parents[1] / "templates" / "report.css").read_text()
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("mode", [0, 1], ids=["light", "dark"])
+def test_colours_have_the_contrast_that_small_text_needs(mode: int) -> None:
+    """WCAG 2.2, success criterion 1.4.3: 4.5 to 1."""
+    block = re.findall(r":root \{(.*?)\}", CSS, re.DOTALL)[mode]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    for ground in ("paper", "raised"):
+        for ink in ("ink", "muted", "first", "second", "good", "bad"):
+            light, dark = sorted((luminance(colours[ground]), luminance(colours[ink])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (ground, ink)
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FRAME = """<!doctype html><iframe style="width:{width}px;height:800px;border:0"></iframe><output></output><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  const broken = [...page.images].filter(i => i.complete && !i.naturalWidth).length;
+  document.querySelector("output").textContent =
+    JSON.stringify({{scroll: root.scrollWidth, client: root.clientWidth, broken, alerts: page.scripts.length}});
+}};
+frame.srcdoc = {source};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs the browser chromium")
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_browser_shows_it_without_errors_or_sideways_scrolling(any_run: Path, tmp_path: Path, width: int) -> None:
+    source = json.dumps(report(any_run, out=tmp_path).read_text(encoding="utf-8")).replace("</", "<\\/")
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(width=width, source=source), encoding="utf-8")
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    switches = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"]
+    switches += ["disable-component-update", "disable-sync", "enable-logging=stderr", "dump-dom"]
+    done = subprocess.run(
+        [str(CHROMIUM), *(f"--{one}" for one in switches), "--virtual-time-budget=4000", profile, frame.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
+    told = json.loads(html.unescape(done.stdout.rpartition("<output>")[2].partition("</output>")[0]))
+    assert told["scroll"] <= told["client"] <= width
+    assert told["broken"] == told["alerts"] == 0

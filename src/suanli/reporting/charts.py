@@ -17,6 +17,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 36  # margins around the plot
 POINTS = 240  # more than the eye can tell apart at this width
 
 Point = tuple[float, float]
+Range = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +70,19 @@ def chart(
     series: Iterable[Series],
     *,
     x_label: str,
+    x_range: Range = (None, None),
+    y_range: Range = (None, None),
     show: Callable[[float], str] | None = None,
-    from_zero: bool = False,
-    square: bool = False,
 ) -> Chart | None:
-    """None where no series has a finite point. `show` writes a y value; `square`: both axes 0 to 1."""
+    """None where no series has a finite point. A bound of None is that of the points; `show` writes a
+    y value."""
     drawn = [one for one in series if any(map(_finite, one.points))]
     finite = [point for one in drawn for point in one.points if _finite(point)]
     if not finite:
         return None
-    xs, ys = [x for x, _ in finite], [y for _, y in finite]
-    y_values = ticks(0.0 if square or from_zero else min(ys), 1.0 if square else max(ys))
-    x_values = ticks(0.0 if square else min(xs), 1.0 if square else max(xs), count=6)
-    x_low, x_high = (0.0, 1.0) if square else (min(xs), max(xs))
+    x_low, x_high = _bounds(x_range, [x for x, _ in finite])
+    x_values = ticks(x_low, x_high)
+    y_values = ticks(*_bounds(y_range, [y for _, y in finite]))
     to_x = _scale(x_low, x_high, LEFT, WIDTH - RIGHT)
     to_y = _scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
     written = show or _writer(y_values)
@@ -114,6 +115,11 @@ def thin(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
     edges = [round(i * len(points) / limit) for i in range(limit + 1)]
     groups = ([p for p in points[a:b] if _finite(p)] for a, b in pairwise(edges))
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups if g]
+
+
+def _bounds(given: Range, values: Sequence[float]) -> Point:
+    low, high = given
+    return (min(values) if low is None else low), (max(values) if high is None else high)
 
 
 def _finite(point: Point) -> bool:

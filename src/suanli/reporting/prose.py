@@ -25,7 +25,7 @@ def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
         reached = f" after step {words.number(run.metrics[-1].step)}" if run.metrics else ""
         said.append(
             Missing(
-                said=f"This run has not finished{reached}: it was interrupted or still works. To go on with it:",
+                said=f"This run has not finished{reached}: it was interrupted or is at work. To go on:",
                 command=("suanli", "train", str(run.path)),
             )
         )
@@ -44,9 +44,9 @@ def abstract(run: RunFiles, head: views.Headline | None) -> list[str]:
     """The run in a few sentences."""
     sentences = [_what_was_trained(run)]
     if head is not None:
-        inputs = words.count(head.count, "input") if head.count is not None else "the inputs"
-        taken_for = "that took no part in training or in any choice" if head.split == "test" else ""
-        sentence = f"On {inputs} of the {views.SPLIT_NAMES[head.split].lower()} split"
+        inputs = words.count(head.count, "input") if head.count is not None else "inputs"
+        taken_for = "which took no part in training or in any choice" if head.split == "test" else ""
+        sentence = f"On the {inputs} of the {views.SPLIT_NAMES[head.split].lower()} split"
         sentence += f", {taken_for}," if taken_for else ","
         sentence += f" {words.spaced(head.name)} is {words.score(head.name, head.value)}"
         if head.interval:

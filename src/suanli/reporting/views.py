@@ -130,8 +130,7 @@ def heat_map(evaluation: Evaluation) -> list[tuple[str, list[Cell]]] | None:
                 count=n,
                 right=i == j,
                 strength=round(math.sqrt(max(n, 0) / total), 3),
-                said=f"{words.count(n, 'input')} of {names[i]} predicted as {names[j]}"
-                f" ({words.percent(n / total)})",
+                said=f"{words.count(n, 'input')} of {names[i]} predicted as {names[j]} ({words.percent(n / total)})",
             )
             for j, n in enumerate(row)
         ]
@@ -152,6 +151,7 @@ def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
     name = name or next((key for m in validation for key in m.scores), None)
     scores = [(_place(m, by_epoch), _value(m.scores.get(name or ""))) for m in validation]
     few = len(validation) <= 40
+    x_range = (0.0, max((_place(m, by_epoch) for m in metrics), default=0.0))
     validation_loss = thin(points(validation, "loss"))
     drawn = [
         chart(
@@ -161,25 +161,29 @@ def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
                 Series(label="validation", points=validation_loss, colour="second", dots=few),
             ],
             x_label=x_label,
-            from_zero=True,
+            x_range=x_range,
+            y_range=(0.0, None),
         ),
         chart(
             f"Validation {words.spaced(name or 'score')}",
             [Series(label="validation", points=thin(scores), colour="second", dots=few)],
             x_label=x_label,
+            x_range=x_range,
             show=_score_writer(scores),
         ),
         chart(
             "Learning rate",
             [Series(label="learning rate", points=thin(points(training, "lr")))],
             x_label=x_label,
-            from_zero=True,
+            x_range=x_range,
+            y_range=(0.0, None),
         ),
         chart(
             "Examples per second",
             [Series(label="training", points=thin(points(training, "examples_per_s")))],
             x_label=x_label,
-            from_zero=True,
+            x_range=x_range,
+            y_range=(0.0, None),
         ),
     ]
     return [one for one in drawn if one is not None]
@@ -216,7 +220,8 @@ def reliability(evaluation: Evaluation) -> Chart | None:
             Series(label="this model", points=points, radii=radii),
         ],
         x_label="confidence",
-        square=True,
+        x_range=(0.0, 1.0),
+        y_range=(0.0, 1.0),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from suanli.console import duration, size
 
 UNKNOWN = "–"
+SPACE = "\N{NO-BREAK SPACE}"  # a line never ends between a number and its sign
 
 
 def known(value: float | None) -> bool:
@@ -20,7 +21,7 @@ def known(value: float | None) -> bool:
 
 def percent(value: float | None, decimals: int = 1) -> str:
     """A fraction: 0.9834 is '98.3 %'."""
-    return f"{100 * value:.{decimals}f} %" if value is not None and math.isfinite(value) else UNKNOWN
+    return f"{100 * value:.{decimals}f}{SPACE}%" if value is not None and math.isfinite(value) else UNKNOWN
 
 
 def number(value: float | None) -> str:

@@ -11,6 +11,7 @@ report measures nothing and needs neither the data nor torch.
 from __future__ import annotations
 
 import base64
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.html"
 PICTURES = {"image/png", "image/jpeg", "image/webp", "image/gif"}  # what browsers show without running it
+TINY = 64  # pixels along the longer side
 TEXT_LENGTH = 600  # characters of a text that are shown
 
 
@@ -95,6 +97,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "score": words.score,
         "unit": words.unit,
         "picture": _picture,
+        "tiny": _tiny,
         "text": _text,
     }
 
@@ -104,6 +107,12 @@ def _picture(preview: Shown | None) -> str | None:
     if preview is None or preview.media_type not in PICTURES:
         return None
     return f"data:{preview.media_type};base64,{base64.b64encode(preview.base64).decode()}"
+
+
+def _tiny(preview: Shown) -> bool:
+    """A picture of so few pixels that each should be seen as one, not blurred into the next."""
+    size = preview.base64[16:24]  # width and height in a PNG's first chunk
+    return preview.media_type == "image/png" and len(size) == 8 and max(struct.unpack(">2I", size)) <= TINY
 
 
 def _text(preview: Shown | None) -> str | None:
