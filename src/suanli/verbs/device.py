@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 from suanli import hardware
 from suanli.console import size
 from suanli.data import cache_dir, data_dir
