@@ -76,7 +76,7 @@ def normalise(raw: Raw) -> str:
         # Half a surrogate pair can't be stored as UTF-8. NFKC takes quadratic time on a long run
         # of accents, hence the pieces; a cut inside a composed letter costs at most that letter.
         text = _SURROGATE.sub("\ufffd", text)
-        pieces = (text[i : i + 1000] for i in range(0, len(text), 1000))
+        pieces = (text[i : i + 250] for i in range(0, len(text), 250))
         text = "".join(unicodedata.normalize("NFKC", piece) for piece in pieces).translate(_QUOTES)
     return " ".join(text.split())
 
