@@ -194,7 +194,7 @@ def head_of(module: nn.Module, model: Model) -> str:
             f"Model {model.name!r} has no linear or convolution layer to be its head.",
             fix="End the network in torch.nn.Linear(features, classes), as a submodule.",
         )
-    return found[-1]
+    return str(found[-1])
 
 
 # --- weights --------------------------------------------------------------------------------
@@ -208,6 +208,12 @@ class WeightsReport:
     taken: tuple[str, ...]
     skipped: Mapping[str, str]  # in the file but not taken: name to reason
     missing: tuple[str, ...]  # in the network but not in the file: these keep their initial values
+
+    def __str__(self) -> str:
+        lines = [f"weights: {len(self.taken)} tensors taken, {len(self.skipped)} not, {len(self.missing)} missing"]
+        lines += [f"  not taken: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  not in the file: {name}" for name in self.missing]
+        return "\n".join(lines)
 
 
 def load_weights(module: nn.Module, path: Path, head: str) -> WeightsReport:
@@ -226,7 +232,7 @@ def load_weights(module: nn.Module, path: Path, head: str) -> WeightsReport:
             skipped[name] = f"has shape {_shape(tensor)}, the model wants {_shape(state[name])}"
     in_head = {name for name in tensors if name.startswith(f"{head}.")}
     if unfit := in_head & skipped.keys():
-        skipped |= {name: "part of a head for other classes" for name in in_head - unfit}
+        skipped |= dict.fromkeys(in_head - unfit, "part of a head for other classes")
     fitting = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     if fitting.keys() <= in_head:
         raise DataError(

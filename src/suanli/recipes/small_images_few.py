@@ -1,0 +1,22 @@
+"""Small colour images, fewer than 10,000: smaller batches and more epochs than `small_images`."""
+
+from suanli.recipes._images import SMALL, for_speednet, is_few, is_grey
+from suanli.types import Recipe, RecipeChoice, Traits
+
+
+def suits(traits: Traits) -> int | None:
+    return 60 if for_speednet(traits) and is_few(traits) and not is_grey(traits) else None
+
+
+RECIPE = RecipeChoice(
+    recipe=Recipe(
+        **SMALL.model_dump()
+        | {
+            "name": "small_images_few",
+            "augment": ("crop(fraction=0.0625)", "flip(mode='alternate')"),
+            "batch_size": 100,
+            "epochs": 30,
+        }
+    ),
+    suits=suits,
+)

@@ -1,0 +1,20 @@
+"""Small grey images, fewer than 10,000: smaller batches and more epochs, never mirrored.
+
+Chosen on scikit-learn's digits, on splits that are not those of the built-in data set.
+"""
+
+from suanli.recipes._images import SMALL, for_speednet, is_few, is_grey
+from suanli.types import Recipe, RecipeChoice, Traits
+
+
+def suits(traits: Traits) -> int | None:
+    return 60 if for_speednet(traits) and is_few(traits) and is_grey(traits) else None
+
+
+RECIPE = RecipeChoice(
+    recipe=Recipe(
+        **SMALL.model_dump()
+        | {"name": "small_images_grey_few", "augment": ("crop(fraction=0.125)",), "batch_size": 100, "epochs": 20}
+    ),
+    suits=suits,
+)
