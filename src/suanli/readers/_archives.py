@@ -184,9 +184,7 @@ def _list_zip(path: Path) -> Listing:
                 raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
             total += info.file_size
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            reader = ZipMember(
-                file, name, info.header_offset, info.compress_size, info.file_size, deflated, info.CRC
-            )
+            reader = ZipMember(file, name, info.header_offset, info.compress_size, info.file_size, deflated, info.CRC)
             members[name] = Member(name, info.file_size, reader)
             stamps.append(f"{name}\0{info.file_size}\0{info.CRC}")
     _check_total(path, total, file.size_bytes)
@@ -210,8 +208,7 @@ def _check_zip_member(path: Path, name: str, info: zipfile.ZipInfo) -> None:
         raise DataError(f"{name} in {path} is encrypted.", fix="Unpack it and give the folder.")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(
-            f"{name} in {path} is compressed with method {info.compress_type}; "
-            "0 (stored) and 8 (deflate) can be read.",
+            f"{name} in {path} is compressed with method {info.compress_type}; 0 (stored) and 8 (deflate) can be read.",
             fix="Unpack it and give the folder, or pack it again.",
         )
     _check_size(path, name, info.file_size)
@@ -241,9 +238,7 @@ def _list_tar(path: Path) -> Listing:
     _check_total(path, total, file.size_bytes)
     notes = []
     if others:
-        notes.append(
-            count_and_examples(others, "links, devices and sparse files in the archive, passed over")
-        )
+        notes.append(count_and_examples(others, "links, devices and sparse files in the archive, passed over"))
     if not whole:
         notes.append("the archive has no end mark; it may have been cut short")
     about = path.stat()
@@ -315,8 +310,7 @@ def _check_count(path: Path, count: int) -> None:
 def _check_size(path: Path, name: str, size_bytes: int) -> None:
     if size_bytes > MAX_MEMBER_BYTES:
         raise DataError(
-            f"{name} in {path} unpacks to {size(size_bytes)}; the limit for one file is "
-            f"{size(MAX_MEMBER_BYTES)}.",
+            f"{name} in {path} unpacks to {size(size_bytes)}; the limit for one file is {size(MAX_MEMBER_BYTES)}.",
             fix="Remove it from the archive.",
         )
 

@@ -98,9 +98,7 @@ def _text_of(path: Path) -> str:
         raise DataError(
             f"The table {path} can't be read: {error.strerror}.", fix="Give a file that you may read."
         ) from error
-    way_out = (
-        f"Convert it: iconv -f GB18030 -t UTF-8 {path.name} > new{path.suffix} (with its real encoding)."
-    )
+    way_out = f"Convert it: iconv -f GB18030 -t UTF-8 {path.name} > new{path.suffix} (with its real encoding)."
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"The table {path} is UTF-16, not UTF-8.", fix=way_out.replace("GB18030", "UTF-16"))
     try:
@@ -161,9 +159,7 @@ def _with_header(path: Path, records: list[tuple[int, list[str]]]) -> Table:
     columns = tuple(name.strip() for name in records[0][1])
     repeated = {name for name in columns if columns.count(name) > 1}
     if repeated:
-        raise DataError(
-            f"The table {path} has more than one column named {sorted(repeated)[0]!r}.", fix="Rename one."
-        )
+        raise DataError(f"The table {path} has more than one column named {sorted(repeated)[0]!r}.", fix="Rename one.")
     rows, bad = [], []
     for line, cells in records[1:]:
         if len(cells) == len(columns):

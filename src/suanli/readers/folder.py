@@ -91,9 +91,9 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
             raise DataError(f"{top} has more than {MAX_FILES:,} files.", fix="Give a smaller folder.")
     notes = []
     if loops:
-        notes.append(count_and_examples(loops, "links to a folder above them, passed over"))
+        notes.append(count_and_examples(sorted(loops), "links to a folder above them, passed over"))
     if broken:
-        notes.append(count_and_examples(broken, "broken links and special files, passed over"))
+        notes.append(count_and_examples(sorted(broken), "broken links and special files, passed over"))
     return members, folders, notes, [*stamps, *folders]
 
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 32 << 30  # of all arrays that are used
 MAX_RATIO = 1100  # deflate can't do better than 1032
 
-_PAIRS = tuple(
-    itertools.product(("x", "images", "image", "data"), ("y", "labels", "label", "target", "targets"))
-)
+_PAIRS = tuple(itertools.product(("x", "images", "image", "data"), ("y", "labels", "label", "target", "targets")))
 _SPLIT_WORDS = (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test"))
 _CLASS_NAMES = ("class_names", "classes", "label_names", "target_names")
 USUAL = "x_train and y_train (also _val, _test), train_images and train_labels, images and labels, X and y"
@@ -60,9 +58,7 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays 
             fix="Save it again with numpy.savez_compressed and arrays of numbers, not of objects.",
         ) from error
     except OSError as error:
-        raise DataError(
-            f"The file {path} can't be read: {error}.", fix="Give a file you may read."
-        ) from error
+        raise DataError(f"The file {path} can't be read: {error}.", fix="Give a file you may read.") from error
     scale, notes = _scale(path, parts)
     labels = [_labels(path, part) for part in parts]
     classes = _classes(path, labels, names)
@@ -181,9 +177,7 @@ def _scale(path: Path, parts: list[_Part]) -> tuple[float, list[str]]:
     if "b" in kinds or ("f" in kinds and high <= 1):
         return 255.0, [f"values from {low:g} to {high:g} were multiplied by 255"]
     if high <= 255:
-        return 1.0, [
-            f"values from {low:g} to {high:g} ({parts[0].images.dtype}) were rounded to whole numbers"
-        ]
+        return 1.0, [f"values from {low:g} to {high:g} ({parts[0].images.dtype}) were rounded to whole numbers"]
     if kinds == {"u"}:
         return 1 / 257, ["16-bit values were reduced to 8 bits"]
     raise DataError(
@@ -242,9 +236,7 @@ def _labels(path: Path, part: _Part) -> list[str]:
 def _classes(path: Path, labels: list[list[str]], names: list[str]) -> tuple[str, ...]:
     found = class_order(itertools.chain.from_iterable(labels))
     if len(found) < 2:
-        raise DataError(
-            f"{path} has only one class, {found[0]!r}; at least two are needed.", fix="Add another class."
-        )
+        raise DataError(f"{path} has only one class, {found[0]!r}; at least two are needed.", fix="Add another class.")
     if not names:
         return found
     odd = [label for label in found if not label.isdecimal() or int(label) >= len(names)]

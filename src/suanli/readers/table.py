@@ -61,6 +61,8 @@ def read(path: Path, columns: Columns) -> Source:
     for a column in `columns` that it doesn't have.
     """
     found = tables_in(path) if path.is_dir() else {}
+    if path.is_dir() and "train" not in found:
+        raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
     files: dict[str | None, Path] = {s: found[s] for s in SPLITS if s in found} or {None: path}
     rows: list[Row] = []
     notes: list[str] = []
@@ -68,7 +70,10 @@ def read(path: Path, columns: Columns) -> Source:
     size_bytes = 0
     for split, file in files.items():
         table = read_table(file)
-        chosen = _choose(table, columns, required=split in (None, "train"))
+        first = split in (None, "train")
+        chosen = _choose(table, columns, first=first)
+        if first and chosen is not None:  # the others have the same, or else the usual names
+            columns = Columns(input=table.columns[chosen.input], label=table.columns[chosen.label])
         if chosen is None:
             notes.append(f"{file.name} has no label column, passed over")
             continue
@@ -92,24 +97,25 @@ def read(path: Path, columns: Columns) -> Source:
         kind=kind,
         rows=rows,
         classes=_classes(path, rows),
-        fingerprint=fingerprint_of([*stamps, columns]),
+        fingerprint=fingerprint_of([*stamps, columns.input, columns.label]),
         size_bytes=size_bytes,
         notes=tuple(notes),
     )
 
 
-def _choose(table: Table, columns: Columns, *, required: bool) -> _Chosen | None:
-    """None where the table isn't `required` and has no label column."""
+def _choose(table: Table, columns: Columns, *, first: bool) -> _Chosen | None:
+    """None where the table has no label column and isn't the first, as published tests often are:
+    their second column then is a number of the row, not a label."""
     by_name = {name.casefold(): i for i, name in reversed(list(enumerate(table.columns)))}
-    label = _named(table, columns.label, "label column", required)
-    input_ = _named(table, columns.input, "input column", required)
+    label = _named(table, columns.label, "label column", first)
+    input_ = _named(table, columns.input, "input column", first)
     if label is None:
         label = next((by_name[n] for n in LABEL_NAMES if n in by_name and by_name[n] != input_), None)
     if input_ is None:
         input_ = _found_input(table, by_name, label)
-    if label is None and input_ is not None and len(table.columns) == 2:
+    if label is None and input_ is not None and len(table.columns) == 2 and first:
         label = 1 - input_
-    if label is None and not required:
+    if label is None and not first:
         return None
     if label is None or input_ is None or label == input_:
         raise _no_column(table, "label" if label is None else "input")
@@ -117,9 +123,9 @@ def _choose(table: Table, columns: Columns, *, required: bool) -> _Chosen | None
     return _Chosen(input_, label, None if split in (input_, label) else split)
 
 
-def _named(table: Table, name: str | None, what: str, required: bool) -> int | None:
-    """Position of a column that the user named. Val and test may call theirs otherwise."""
-    if name is None or (name not in table.columns and not required):
+def _named(table: Table, name: str | None, what: str, first: bool) -> int | None:
+    """Position of a column that the user named. Val and test tables may call theirs otherwise."""
+    if name is None or (name not in table.columns and not first):
         return None
     if name not in table.columns:
         raise unknown(f"{what} of {table.path.name}", name, table.columns)
@@ -230,8 +236,7 @@ def _look_at_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
             stamps.append(f"{row.name} missing")
             if missing == position + 1 == min(20, len(rows)):
                 raise DataError(
-                    f"None of the first {missing} files named in {path} exists; "
-                    f"the first is {rows[0].read.args[0]}.",  # type: ignore[attr-defined]
+                    f"None of the first {missing} files named in {path} exists; the first is {rows[0].read.args[0]}.",  # type: ignore[attr-defined]
                     fix="Paths are relative to the folder of the table: put it there, or correct them.",
                 ) from None
             continue
