@@ -394,7 +394,7 @@ def test_environment_names_the_work_and_nobody(monkeypatch: pytest.MonkeyPatch) 
     assert record["command"] == ["suanli", "train", "--data-dir=~/data", f"{home}2/x"]
     assert record["versions"]["torch"] == torch.__version__
     assert {"suanli", "numpy"} <= set(record["versions"])
-    assert record["device"] == "cpu"
+    assert record["device"]["torch_name"] == "cpu"
     assert record["threads"] == torch.get_num_threads()
     text = json.dumps(record)
     assert "token-9f2c" not in text

@@ -20,6 +20,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from suanli import console
@@ -137,9 +139,7 @@ def cpu_name(root: Path = Path("/")) -> str:
         return " ".join(found[1].split())
     if sys.platform == "darwin" and shutil.which("sysctl"):
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Apple CPU"
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Apple CPU"
     return str(_torch_capabilities().get("cpu_name") or platform.processor() or platform.machine())
 
 
@@ -238,9 +238,7 @@ def peak_memory_bytes(device: Device) -> int | None:
 
 def _available_main_memory(root: Path) -> int | None:
     free = [max(0, limit - used) for limit, used in _cgroup_memory(root)]
-    if (
-        found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)
-    ) is not None:
+    if (found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)) is not None:
         free.append(int(found[1]) * 1024)
     if (limit := _address_space_limit()) is not None:
         pages = (_read(root / "proc/self/statm") or "0").split()[0]
@@ -265,9 +263,7 @@ def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
         if version == 1:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         limit, used = _read(folder / names[0]) or "max", _read(folder / names[1]) or "0"
-        if (
-            limit.isdecimal() and used.isdecimal() and int(limit) < 1 << 62
-        ):  # version 1 has no word for "none"
+        if limit.isdecimal() and used.isdecimal() and int(limit) < 1 << 62:  # version 1 has no word for "none"
             stat = re.search(rf"^{names[2]} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
             yield int(limit), max(0, int(used) - (int(stat[1]) if stat else 0))
 
@@ -345,12 +341,11 @@ def environment(device: Device | None = None) -> dict[str, Json]:
     device = device or detect()
     record: dict[str, Json] = {
         "command": [Path(sys.argv[0]).name, *(_without_home(argument) for argument in sys.argv[1:])],
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "os": platform.platform(),
         "versions": versions(),
-        "device": device.torch_name,
-        "device_name": device.name,
-        "memory_bytes": device.memory_bytes,
+        "device": asdict(device),
         "cpu": cpu_name(),
         "instruction_sets": sorted(instruction_sets()),
         "cores": cores(),

@@ -115,7 +115,7 @@ def load_model(folder: Path) -> SavedModel:
         kind = load_plugin("preprocess", card["preprocess"]["kind"])
         preprocess: Preprocess = kind(**card["preprocess"]["settings"])
         classes = tuple(card["classes"])
-        module = building.build(recipe, preprocess, classes)
+        module = building.build(recipe, preprocess, len(classes))
         module.load_state_dict(load(content))
     except (FileNotFoundError, KeyError, TypeError, SafetensorError, RuntimeError, ValueError) as error:
         raise DamagedFile(

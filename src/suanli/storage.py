@@ -19,6 +19,8 @@ from typing import IO, Any
 from suanli.errors import DamagedFile, StorageError, SuanliError
 
 _STORAGE_ERRORS = {
+    errno.EEXIST,
+    errno.EISDIR,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,

@@ -41,7 +41,7 @@ class DataOptions:
 def prepare(
     data: AnyPath,
     *,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     settings: Mapping[str, Json] | None = None,
     input_column: str | None = None,
     label_column: str | None = None,
@@ -69,8 +69,8 @@ def prepare(
 def resolve(
     options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json]
 ) -> tuple[Recipe, Prepared]:
-    """The complete recipe and the prepared data. A `Recipe` is taken as it is; a name, or None
-    for the one that suits the data, gets `settings` on top."""
+    """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
+    one that suits the data, with `settings` on top."""
     started = time.perf_counter()
     source = find_source(
         options.subject,
@@ -79,14 +79,14 @@ def resolve(
     )
     if not isinstance(recipe, Recipe):
         wanted = change(Recipe(), settings)  # checks every setting before any work is done
-        shipped = choose_recipe(
+        recipe = choose_recipe(
             source,
             name=recipe,
             model=wanted.model if "model" in settings else None,
             weights=wanted.weights is not None,
             settings=wanted.preprocess,
         )
-        recipe = change(shipped, settings)
+    recipe = change(recipe, settings)
     prepared = prepare_source(source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores())
     _tell(prepared, time.perf_counter() - started)
     check.refuse_bad_share(prepared.findings, options.max_bad)

@@ -42,7 +42,7 @@ def train(
     *,
     model: str | None = None,
     weights: AnyPath | None = None,
-    recipe: str | None = None,
+    recipe: str | Recipe | None = None,
     epochs: float | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
@@ -163,19 +163,20 @@ class _Training:
     def _build(self) -> Loop:
         recipe, prepared = self.recipe, self.prepared
         torch.manual_seed(mix(recipe.seed, 0))
-        module = building.build(recipe, prepared.preprocess, prepared.classes)
+        module = building.build(recipe, prepared.preprocess, len(prepared.classes))
+        head = building.head_of(module, building.resolve(recipe.model))
         if recipe.weights is not None:
-            report = building.load_weights(module, Path(recipe.weights), building.head_of(module, recipe.model))
-            say(str(report))
+            say(str(building.load_weights(module, Path(recipe.weights), head)))
         train, val = (Feed(prepared.splits[s], self.device) for s in ("train", "val"))
         module.to(self.device.torch_name)
-        if recipe.weights is None and hasattr(module, "initialize"):
+        initialize = getattr(module, "initialize", None)
+        if recipe.weights is None and callable(initialize):
             spread = torch.from_numpy(np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES])
-            module.initialize(prepared.preprocess.to_model(train.rows(spread)))
+            initialize(prepared.preprocess.to_model(train.rows(spread)))
         step = planning.apply(self.plan, Step(model=module), self.device)
         optimizer = load("optimizers", recipe.optimizer).build(
             list(module.named_parameters()),
-            head=building.head_of(module, recipe.model),
+            head=head,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             backbone_lr_scale=recipe.backbone_lr_scale,
