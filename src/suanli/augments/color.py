@@ -32,13 +32,14 @@ class Color(Augmentation):
         x = batch.inputs
         spans = (self.brightness, self.contrast, self.saturation)
         shift, contrast, saturation = (per_image(uniform(len(x), -span, span, x, generator), x) for span in spans)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        rest = shift - contrast * mean
+        # Both steps change no picture's mean, so they are one: x times a factor, plus what depends
+        # on the pixel's grey and on the picture.
         if self.saturation and x.shape[1] == 3:
-            x = torch.lerp(x, greyed(x), -saturation)
-        if self.contrast or self.brightness:
-            mean = x.mean((1, 2, 3), keepdim=True)
-            # mean + (1 + contrast) (x - mean) + shift, in one pass over the pixels
-            x = torch.addcmul(shift - contrast * mean, x, 1 + contrast)
-        return replace(batch, inputs=x)
+            rest = rest - (1 + contrast) * saturation * greyed(x)
+            contrast = contrast + saturation + contrast * saturation
+        return replace(batch, inputs=torch.addcmul(rest, x, 1 + contrast))
 
 
 AUGMENT = Color

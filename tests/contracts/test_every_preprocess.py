@@ -1,0 +1,124 @@
+"""What every kind of data owes: the same object serves training, prediction and the saved model."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from suanli import plugins
+from suanli.errors import BadInput, DataError, UsageError
+
+KINDS = plugins.names("preprocess")
+
+
+def _png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+# A few raw inputs of each kind; a new kind adds one line.
+RAWS = {
+    "image": [_png(seed) for seed in range(6)],
+    "text": [f"the film number {n} was good, and the ending was {n % 2}" for n in range(6)],
+}
+RUBBISH = {"image": b"<html>not found</html>", "text": b"\xff\xfe\xfa\x00broken"}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    assert request.param in RAWS, f"give this test a few raw inputs of kind {request.param!r}"
+    return request.param
+
+
+@pytest.fixture
+def fitted(kind):
+    return plugins.load("preprocess", kind).fit(lambda: iter(RAWS[kind]), {})
+
+
+@pytest.fixture
+def rows(fitted, kind):
+    return np.stack([fitted.encode(raw).row for raw in RAWS[kind]])
+
+
+def test_is_named_like_its_file(kind, fitted):
+    assert type(fitted).kind == fitted.kind == kind
+
+
+def test_rows_have_the_promised_shape_and_dtype(fitted, rows):
+    assert rows.shape[1:] == tuple(fitted.row_shape)
+    assert rows.dtype == np.dtype(fitted.row_dtype)
+
+
+def test_model_inputs_have_the_promised_shape(fitted, rows):
+    measured = fitted.measure(rows)
+    inputs = measured.to_model(torch.from_numpy(rows))
+    assert inputs.shape == (len(rows), *measured.input_shape)
+    assert torch.isfinite(inputs.float()).all()
+    one = measured.to_model(torch.from_numpy(rows[2:3]))
+    torch.testing.assert_close(one[0], inputs[2])
+
+
+def test_to_model_leaves_its_rows_alone(fitted, rows):
+    given = torch.from_numpy(rows.copy())
+    fitted.measure(rows).to_model(given)
+    assert (given.numpy() == rows).all()
+
+
+def test_settings_survive_json(fitted, rows, kind):
+    for preprocess in (fitted, fitted.measure(rows)):
+        again = type(preprocess)(**json.loads(json.dumps(preprocess.settings())))
+        assert again == preprocess
+        assert (again.encode(RAWS[kind][0]).row == rows[0]).all()
+        torch.testing.assert_close(again.to_model(torch.from_numpy(rows)), preprocess.to_model(torch.from_numpy(rows)))
+
+
+def test_model_args_are_plain_values(fitted):
+    assert json.loads(json.dumps(fitted.model_args)) == fitted.model_args
+
+
+def test_the_same_raw_gives_the_same_row_and_digest(fitted, kind):
+    first, second = (fitted.encode(RAWS[kind][0]) for _ in range(2))
+    assert (first.row == second.row).all()
+    assert first.digest == second.digest
+    assert len(first.digest) == 16
+    assert fitted.encode(RAWS[kind][1]).digest != first.digest
+
+
+def test_fit_is_repeatable(fitted, kind):
+    assert type(fitted).fit(lambda: iter(RAWS[kind]), {}) == fitted
+
+
+def test_fit_passes_over_bad_inputs(kind, fitted):
+    raws = [RUBBISH[kind], *RAWS[kind]]
+    assert type(fitted).fit(lambda: iter(raws), {}) == fitted
+
+
+def test_rubbish_is_a_bad_input(fitted, kind):
+    for raw in (RUBBISH[kind], b"", 7):
+        with pytest.raises(BadInput) as caught:
+            fitted.encode(raw)
+        assert caught.value.fix
+
+
+def test_an_unknown_setting_is_refused(kind):
+    with pytest.raises(UsageError) as caught:
+        plugins.load("preprocess", kind).fit(lambda: iter(RAWS[kind]), {"no_such_setting": 1})
+    assert "no_such_setting" in str(caught.value)
+
+
+def test_nothing_readable_is_a_data_error(kind):
+    with pytest.raises(DataError):
+        plugins.load("preprocess", kind).fit(lambda: iter([RUBBISH[kind]] * 3), {})
+
+
+def test_preview_has_a_media_type_and_content(fitted, rows):
+    preview = fitted.preview(rows[0])
+    kind, _, subtype = preview.media_type.partition("/")
+    assert kind in ("image", "text", "audio")
+    assert subtype
+    assert preview.content

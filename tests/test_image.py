@@ -1,0 +1,519 @@
+"""Images from real files of many makes to rows and model inputs."""
+
+import io
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from suanli.errors import BadInput, DataError, UsageError
+from suanli.preprocess.image import ImagePreprocess
+
+RANDOM = np.random.default_rng(0)
+
+
+def smooth(height=40, width=60, channels=3):
+    """A colourful gradient, so that JPEG and resizing change it little."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [x * 255 // max(width - 1, 1), y * 255 // max(height - 1, 1), (x + y) * 3 % 256]
+    return np.stack(planes[:channels], axis=2).astype(np.uint8)
+
+
+def saved(image, kind="PNG", **options):
+    image = Image.fromarray(image.squeeze()) if isinstance(image, np.ndarray) else image
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def native(height=40, width=60, **fields):
+    return ImagePreprocess(height=height, width=width, **fields)
+
+
+def fit(*raws, **settings):
+    return ImagePreprocess.fit(lambda: iter(raws), settings)
+
+
+# --- fit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (28, 28), (2, 5), (64, 40)])
+def test_small_images_of_one_size_keep_it(height, width):
+    preprocess = fit(*[saved(smooth(height, width))] * 3)
+    assert preprocess.input_shape == (3, height, width)
+
+
+def test_other_images_become_squares():
+    assert fit(saved(smooth(200, 300)), saved(smooth(300, 400))).row_shape == (128, 128, 3)
+    assert fit(saved(smooth(96, 96))).row_shape == (96, 96, 3)
+    assert fit(*(saved(smooth(side, 2 * side)) for side in (30, 40, 50))).row_shape == (40, 40, 3)
+
+
+def test_settings_win():
+    preprocess = fit(saved(smooth()), size=[20, 30], resize="pad", channels=1)
+    assert (preprocess.row_shape, preprocess.resize) == ((20, 30, 1), "pad")
+    assert fit(saved(smooth()), size=16).row_shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": 0},
+        {"size": -3},
+        {"size": True},
+        {"size": "big"},
+        {"size": [1, 2, 3]},
+        {"size": 10**6},
+        {"size": 1.5},
+        {"channels": 2},
+        {"channels": True},
+        {"resize": "zoom"},
+        {"sise": 32},
+    ],
+)
+def test_bad_settings_are_refused_with_the_way_out(settings):
+    with pytest.raises(UsageError) as caught:
+        fit(saved(smooth()), **settings)
+    assert caught.value.fix
+
+
+def test_an_unknown_setting_suggests_the_nearest():
+    with pytest.raises(UsageError, match="'size'"):
+        fit(saved(smooth()), sise=32)
+
+
+def test_channels_follow_the_pictures_not_the_files():
+    grey = smooth(channels=1)
+    as_colour = np.repeat(grey, 3, axis=2)
+    assert fit(saved(grey), saved(as_colour), saved(as_colour, "JPEG")).channels == 1
+    assert fit(saved(grey), saved(smooth())).channels == 3
+
+
+def test_fit_stops_early():
+    read = []
+
+    def raws():
+        for number in range(10_000):
+            read.append(number)
+            yield saved(smooth(8, 8))
+
+    ImagePreprocess.fit(raws, {})
+    assert len(read) <= 300
+
+
+def test_fit_sees_exif_rotated_sizes():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert fit(saved(smooth(20, 30), "JPEG", exif=exif)).row_shape == (30, 20, 3)
+
+
+def test_fit_without_images():
+    with pytest.raises(DataError):
+        fit(b"", b"text")
+    with pytest.raises(DataError):
+        fit()
+
+
+# --- encode: what is stored --------------------------------------------------------------------
+
+
+def test_lossless_pixels_come_out_as_they_were():
+    pixels = smooth()
+    encoded = native().encode(saved(pixels))
+    assert (encoded.row == pixels).all()
+    assert (encoded.size, encoded.traits) == ((40, 60), ())
+
+
+def test_jpeg_agrees_with_pillow():
+    data = saved(smooth(), "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(native().encode(data).row - expected).max() <= 2
+
+
+def test_digest_is_that_of_the_picture_not_of_the_file():
+    grey = smooth(channels=1)
+    forms = [saved(grey), saved(grey, "BMP"), saved(np.repeat(grey, 3, axis=2)), saved(grey, "GIF"), grey, grey[..., 0]]
+    assert len({native().encode(form).digest for form in forms}) == 1
+    jpeg = saved(smooth(), "JPEG")
+    assert native().encode(jpeg).digest == native().encode(saved(native().encode(jpeg).row)).digest
+    assert native().encode(saved(grey)).digest == native(8, 8, channels=1).encode(saved(grey)).digest
+    assert native().encode(np.zeros((4, 6), np.uint8)).digest != native().encode(np.zeros((6, 4), np.uint8)).digest
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(smooth(), kind, exif=exif, **options)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    encoded = native(*upright.shape[:2]).encode(data)
+    assert np.abs(encoded.row - upright.astype(int)).max() <= 2
+    assert encoded.size == upright.shape[:2]
+    assert ("exif-rotated" in encoded.traits) == (orientation != 1)
+    assert fit(data).row_shape[:2] == upright.shape[:2]
+
+
+def test_damaged_exif_does_not_damage_the_picture():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(smooth(), "JPEG", exif=exif)
+    start = data.index(b"Exif\0\0") + 6
+    for junk in (b"\xff" * 12, b"MM\0\x2a\xff\xff\xff\xff\0\0\0\0"):
+        broken = data[:start] + junk + data[start + len(junk) :]
+        assert native().encode(broken).traits == ()
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.round(values / 257).astype(int)
+    png = saved(Image.fromarray(values))
+    tiff = saved(Image.fromarray(values), "TIFF")
+    for raw in (png, tiff, values):
+        encoded = native(8, 8, channels=1).encode(raw)
+        assert np.abs(encoded.row[..., 0] - expected).max() <= 1
+        assert encoded.traits == ("16-bit",)
+
+
+def test_sixteen_bit_colour_is_a_trait():
+    rows = b"".join(b"\0" + struct.pack(">6H", *(range(0, 60000, 10000))) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+    encoded = native(2, 2).encode(data)
+    assert encoded.traits == ("16-bit",)
+    assert abs(int(encoded.row[0, 1, 2]) - 50000 // 257) <= 1
+
+
+def test_transparency_lies_on_white():
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2, :, 3] = 255  # black above, nothing below
+    for raw in (saved(pixels), saved(pixels, "WEBP", lossless=True), pixels):
+        encoded = native(4, 4, channels=1).encode(raw)
+        assert (encoded.row[:2] == 0).all()
+        assert (encoded.row[2:] == 255).all()
+        assert "alpha" in encoded.traits
+    grey_alpha = Image.fromarray(pixels).convert("LA")
+    assert native(4, 4, channels=1).encode(saved(grey_alpha)).row[3, 3, 0] == 255
+
+
+def test_palettes():
+    image = Image.fromarray(smooth()).quantize(16)
+    encoded = native().encode(saved(image))
+    assert (encoded.row == np.asarray(image.convert("RGB"))).all()
+    assert encoded.traits == ("palette",)
+    transparent = native().encode(saved(image, transparency=image.getpixel((0, 0))))
+    assert transparent.traits == ("palette", "alpha")
+    assert (transparent.row[0, 0] == 255).all()
+    assert native().encode(saved(image, transparency=bytes([0, 128]))).traits == ("palette", "alpha")
+
+
+def test_cmyk():
+    image = Image.fromarray(smooth()).convert("CMYK")
+    data = saved(image, "JPEG")
+    encoded = native().encode(data)
+    assert encoded.traits == ("cmyk",)
+    assert np.abs(encoded.row - np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)).max() <= 2
+
+
+def test_one_bit_and_grey_in_a_colour_data_set():
+    bits = Image.fromarray(smooth(channels=1)[..., 0]).convert("1")
+    encoded = native().encode(saved(bits))
+    assert set(np.unique(encoded.row)) == {0, 255}
+    assert encoded.traits == ("grey",)
+    assert (native().encode(saved(smooth(channels=1))).row == smooth(channels=1)).all()
+
+
+def test_colour_in_a_grey_data_set():
+    encoded = native(channels=1).encode(saved(smooth()))
+    assert encoded.traits == ("colour",)
+    assert np.abs(encoded.row[..., 0] - np.asarray(Image.fromarray(smooth()).convert("L")).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_the_first_frame_of_an_animation(kind):
+    frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue")]
+    encoded = native(6, 6).encode(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
+    assert "animated" in encoded.traits
+    assert encoded.row[0, 0, 0] > 200
+    assert encoded.row[0, 0, 2] < 60
+
+
+# --- encode: sizes -----------------------------------------------------------------------------
+
+
+def test_crop_keeps_the_middle():
+    pixels = np.zeros((20, 60, 1), np.uint8)
+    pixels[:, 20:40] = 200
+    assert (native(10, 10, channels=1).encode(pixels).row == 200).all()
+
+
+def test_squash_and_pad_keep_everything():
+    pixels = np.full((20, 60), 200, np.uint8)
+    assert (native(10, 10, channels=1, resize="squash").encode(pixels).row == 200).all()
+    padded = native(12, 12, channels=1, resize="pad").encode(pixels).row[..., 0]
+    assert (padded[4:8] == 200).all()
+    assert (padded[:4] == 128).all()
+    assert (padded[8:] == 128).all()
+
+
+def test_resizing_agrees_with_pillow():
+    pixels = RANDOM.integers(0, 256, (100, 150, 3), dtype=np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize((48, 32), Image.Resampling.BILINEAR)).astype(int)
+    assert np.abs(native(32, 48, resize="squash").encode(pixels).row - expected).max() <= 1
+
+
+@given(
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    target=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    resize=st.sampled_from(["crop", "squash", "pad"]),
+    channels=st.sampled_from([1, 3]),
+    stored=st.sampled_from([1, 2, 3, 4]),
+)
+def test_every_size_fits_every_size(size, target, resize, channels, stored):
+    preprocess = native(*target, resize=resize, channels=channels)
+    encoded = preprocess.encode(np.full((*size, stored), 77, np.uint8))
+    assert encoded.row.shape == (*target, channels)
+    assert encoded.row.flags.c_contiguous
+    assert encoded.size == size
+
+
+def test_a_strip_costs_no_memory():
+    assert native(128, 128, channels=1).encode(np.zeros((1, 1_000_000), np.uint8)).row.shape == (128, 128, 1)
+
+
+# --- encode: what is wrong ---------------------------------------------------------------------
+
+
+def error_of(raw):
+    with pytest.raises(BadInput) as caught:
+        native().encode(raw)
+    assert caught.value.fix
+    return caught.value.message
+
+
+def test_it_says_what_was_found_instead():
+    assert "0 bytes" in error_of(b"")
+    assert "<html" in error_of(b"<html><body>404</body></html>")
+    assert "de ad be ef" in error_of(b"\xde\xad\xbe\xef" * 10)
+    assert "str" in error_of("cat.jpg")
+    assert "not an image" in error_of("né".encode() * 20).lower()
+    assert "float64" in error_of(np.zeros((4, 4)))
+    assert "(2, 3, 4, 5)" in error_of(np.zeros((2, 3, 4, 5), np.uint8))
+    assert "no pixels" in error_of(np.zeros((0, 4), np.uint8))
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
+@pytest.mark.parametrize(("kind", "progressive"), [("JPEG", False), ("JPEG", True), ("PNG", False)])
+def test_a_file_cut_short_is_refused(kind, progressive, keep):
+    noise = RANDOM.integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    data = saved(noise, kind, **({"progressive": True} if progressive else {}))
+    assert "cut short" in error_of(data[: int(len(data) * keep)])
+
+
+def test_every_cut_of_a_jpeg_is_refused():
+    data = saved(smooth(), "JPEG")
+    for end in range(0, len(data) - 1, 7):
+        error_of(data[:end])
+    error_of(data[:-1])
+
+
+def test_jpeg_with_a_hole_is_refused_and_stray_bytes_are_not():
+    data = simplejpeg.encode_jpeg(RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert "cut short" in error_of(data[: len(data) // 2] + b"\xff\xd9")
+    expected = native(64, 64).encode(data).row
+    assert (native(64, 64).encode(data + b"appended by a camera").row == expected).all()
+    assert (native(64, 64).encode(data[:-2] + b"\0\0\0" + data[-2:]).row == expected).all()
+
+
+def bomb(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = b"IHDR" + header
+    data = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+        + struct.pack(">I", len(data)) + b"IDAT" + data + struct.pack(">I", zlib.crc32(b"IDAT" + data))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (12_000, 12_000), (60_000, 60_000)])
+def test_bombs_are_refused_before_they_are_decoded(width, height):
+    assert "pixels" in error_of(bomb(width, height)) or width > 50_000
+
+
+def test_a_jpeg_bomb_is_refused():
+    data = bytearray(saved(smooth(), "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", 60_000, 60_000)
+    assert "60000x60000" in error_of(bytes(data))
+
+
+def test_postscript_is_not_run():
+    error_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+@given(data=st.data(), kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"]))
+def test_damaged_bytes_give_a_row_or_a_bad_input(data, kind):
+    good = bytearray(saved(smooth(12, 16), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(BadInput):
+        assert native(12, 16).encode(bytes(good)).row.shape == (12, 16, 3)
+
+
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"])
+)
+def test_any_bytes_give_a_row_or_a_bad_input(data, start):
+    with suppress(BadInput):
+        assert native(12, 16).encode(start + data).row.shape == (12, 16, 3)
+
+
+def test_threads_get_the_same_rows():
+    raws = [saved(smooth(30 + n, 40), kind) for n in range(20) for kind in ("JPEG", "PNG", "GIF")]
+    preprocess = native(24, 24)
+    expected = [preprocess.encode(raw) for raw in raws]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            found = list(pool.map(preprocess.encode, raws))
+            assert all((a.row == b.row).all() and a.digest == b.digest for a, b in zip(found, expected, strict=True))
+
+
+# --- to the model ------------------------------------------------------------------------------
+
+
+def test_measured_inputs_have_zero_mean_and_unit_spread():
+    rows = RANDOM.integers(0, 256, (500, 10, 7, 3), dtype=np.uint8) // np.array([1, 2, 4], np.uint8)
+    preprocess = native(10, 7).measure(rows)
+    inputs = preprocess.to_model(torch.from_numpy(rows))
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    assert inputs.dtype == torch.float32
+    torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(inputs.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_to_model_is_the_formula():
+    rows = RANDOM.integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
+    preprocess = native(5, 4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    expected = ((rows / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]).transpose(0, 3, 1, 2).astype(np.float32)
+    torch.testing.assert_close(
+        preprocess.to_model(torch.from_numpy(rows)), torch.from_numpy(expected), atol=1e-5, rtol=0
+    )
+    plain = native(5, 4).to_model(torch.from_numpy(rows))
+    torch.testing.assert_close(plain, torch.from_numpy((rows / 255).transpose(0, 3, 1, 2).astype(np.float32)))
+
+
+def test_to_model_works_in_training_after_serving():
+    rows = torch.from_numpy(RANDOM.integers(0, 256, (2, 6, 6, 3), dtype=np.uint8))
+    preprocess = native(6, 6, mean=(0.3, 0.3, 0.3), std=(0.31, 0.31, 0.31))
+    with torch.inference_mode():
+        preprocess.to_model(rows)
+    layer = torch.nn.Conv2d(3, 2, 3)
+    layer(preprocess.to_model(rows)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_constant_images_have_a_finite_spread():
+    rows = np.full((9, 4, 4, 1), 255, np.uint8)
+    inputs = native(4, 4, channels=1).measure(rows).to_model(torch.from_numpy(rows))
+    assert inputs.abs().max() < 1e-3
+
+
+def test_measure_reads_a_map_in_parts(tmp_path: Path):
+    rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (3000, 64, 64, 3))
+    rows[:] = RANDOM.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    measured = native(64, 64).measure(rows)
+    np.testing.assert_allclose(measured.mean, rows[0].mean((0, 1)) / 255, atol=1e-4)
+    np.testing.assert_allclose(measured.std, rows[0].std((0, 1)) / 255, atol=1e-4)
+
+
+def test_measure_without_rows():
+    with pytest.raises(DataError):
+        native(4, 4).measure(np.zeros((0, 4, 4, 3), np.uint8))
+
+
+def test_model_args():
+    assert native(5, 7, channels=1).model_args == {"in_channels": 1, "image_size": [5, 7]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((8, 8, 1), (128, 128)), ((128, 128, 3), (128, 128)), ((300, 200, 3), (85, 128))]
+)
+def test_preview_is_a_picture_of_visible_size(shape, size):
+    row = RANDOM.integers(0, 256, shape, dtype=np.uint8)
+    preview = native(*shape[:2], channels=shape[2]).preview(row)
+    image = Image.open(io.BytesIO(preview.content))
+    assert (preview.media_type, image.size) == ("image/png", size)
+    if shape[0] == 8:
+        assert (np.asarray(image)[::16, ::16] == row[..., 0]).all()
+
+
+# --- inputs of predict -------------------------------------------------------------------------
+
+
+def test_inputs_of_a_folder_and_of_a_file(tmp_path: Path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    for name in ("z.PNG", "b/a.jpg", "notes.txt", "._z.png", ".hidden/x.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = list(ImagePreprocess.inputs(tmp_path))
+    assert [name for name, _ in found] == [str(Path("b/a.jpg")), "z.PNG"]
+    assert [read() for _, read in found] == [b"b/a.jpg", b"z.PNG"]
+    [(name, read)] = ImagePreprocess.inputs(tmp_path / "notes.txt")
+    assert (name, read()) == (str(tmp_path / "notes.txt"), b"notes.txt")
+
+
+def test_inputs_where_nothing_is(tmp_path: Path):
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(DataError):
+            list(ImagePreprocess.inputs(path))
+
+
+def standard_input(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    return list(ImagePreprocess.inputs(Path("-")))
+
+
+def test_inputs_from_standard_input(monkeypatch, tmp_path: Path):
+    for data in (saved(smooth()), saved(smooth(), "JPEG"), saved(smooth(), "PPM")):
+        [(name, read)] = standard_input(monkeypatch, data)
+        assert (name, read()) == ("-", data)
+    (tmp_path / "a.png").write_bytes(b"A")
+    found = standard_input(monkeypatch, f"{tmp_path / 'a.png'}\r\n\n  {tmp_path / 'b.png'}\n".encode())
+    assert [name for name, _ in found] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert found[0][1]() == b"A"
+    with pytest.raises(OSError, match=r"b\.png"):
+        found[1][1]()
+    with pytest.raises(DataError):
+        standard_input(monkeypatch, b" \n")
+
+
+# --- real files --------------------------------------------------------------------------------
+
+
+def test_real_photos(shared_data: Path):
+    with ZipFile(shared_data / "imagenette5k.zip") as archive:
+        names = [name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg"))]
+        raws = [archive.read(name) for name in islice(names, 0, None, 137)]
+    preprocess = fit(*raws)
+    assert preprocess.row_shape == (128, 128, 3)
+    for raw in raws:
+        image = Image.open(io.BytesIO(raw)).convert("RGB")
+        expected = np.asarray(image.resize((128, 128), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(preprocess.encode(raw).row - expected).mean() < 1
