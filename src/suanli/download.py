@@ -211,11 +211,10 @@ def _copy(
 
 
 def _is_whole(path: Path, download: Download) -> bool:
-    return (
-        path.is_file()
-        and path.stat().st_size == download.size_bytes
-        and _checksum(path, download) == download.checksum.casefold()
-    )
+    try:
+        return path.stat().st_size == download.size_bytes and _checksum(path, download) == download.checksum.casefold()
+    except OSError:  # not there, not a file, or not ours to read
+        return False
 
 
 def _checksum(path: Path, download: Download) -> str:

@@ -70,7 +70,10 @@ class BytesAt:
     def __init__(self, path: Path) -> None:
         self.path = path
         suffix = archive_suffix(path)
-        self._descriptor = _unpacked(path, suffix) if suffix in _OPENERS else os.open(path, os.O_RDONLY)
+        if suffix in _OPENERS:
+            self._descriptor = _unpacked(path, suffix)
+        else:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         self._lock = threading.Lock()
         weakref.finalize(self, os.close, self._descriptor)
         self.size_bytes = os.fstat(self._descriptor).st_size

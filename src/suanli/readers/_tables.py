@@ -37,17 +37,20 @@ class Table:
 def tables_in(folder: Path) -> dict[str, Path]:
     """The tables in a folder by split: {'train': train.tsv, …}. Empty where class folders are,
     because the folders then say more than a list lying beside them."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        split = split_of(path.stem)
-        if split and suffix_of(path.name) in TABLE_SUFFIXES and path.is_file():
-            if split in found:
-                raise DataError(
-                    f"The folder {folder} has two {split} tables: {found[split].name} and {path.name}.",
-                    fix="Move one away.",
-                )
-            found[split] = path
-    return {} if found and _has_class_folders(folder) else found
+    try:
+        paths = [p for p in sorted(folder.iterdir()) if suffix_of(p.name) in TABLE_SUFFIXES and p.is_file()]
+        found = [(split, path) for path in paths if (split := split_of(path.stem))]
+        if not found or _has_class_folders(folder):
+            return {}
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} can't be read: {error.strerror}.", fix="Give a folder that you may read."
+        ) from error
+    by_split = dict(found)
+    if len(by_split) < len(found):
+        names = ", ".join(path.name for _, path in found)
+        raise DataError(f"The folder {folder} has two tables for one split: {names}.", fix="Move one away.")
+    return by_split
 
 
 def _has_class_folders(folder: Path) -> bool:

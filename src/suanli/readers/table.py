@@ -67,7 +67,6 @@ def read(path: Path, columns: Columns) -> Source:
     rows: list[Row] = []
     notes: list[str] = []
     kinds: dict[str, Path] = {}
-    size_bytes = 0
     for split, file in files.items():
         table = read_table(file)
         first = split in (None, "train")
@@ -86,14 +85,12 @@ def read(path: Path, columns: Columns) -> Source:
         raise DataError(f"The tables in {path} differ: {names}.", fix="Make them alike.")
     (kind,) = kinds
     stamps = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files.values()]
+    size_bytes = sum(f.stat().st_size for f in files.values())
     if kind == "image":
         size_bytes, image_stamps = _look_at_files(path, rows)
         stamps += image_stamps
-    else:
-        size_bytes = sum(f.stat().st_size for f in files.values())
-    name = path.resolve().name if path.is_dir() else path.stem
     return Source(
-        name=source_name(name),
+        name=source_name(path.resolve().name if path.is_dir() else path.stem),
         kind=kind,
         rows=rows,
         classes=_classes(path, rows),
