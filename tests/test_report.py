@@ -86,7 +86,7 @@ def exam(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, pr
             "calibration_error": 0.031,
             "log_loss": 0.274,
         },
-        "interval": [float(right.mean()) - 0.02, float(right.mean()) + 0.02],
+        "interval": [float(right.mean()) - 0.02, min(1.0, float(right.mean()) + 0.02)],
         "per_class": [
             {
                 "name": name,
@@ -104,7 +104,7 @@ def exam(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, pr
             for b in bins
             if b.any()
         ],
-        "with_augmentation": {"views": 4, "scores": {"accuracy": float(right.mean()) + 0.008}},
+        "with_augmentation": {"views": 4, "scores": {"accuracy": min(1.0, float(right.mean()) + 0.008)}},
         "mistakes": [examples[i] for i in wrong[:12]],
         "samples": examples[:24],
         "seconds": 0.8,
@@ -128,7 +128,8 @@ def digits_run(path: Path) -> Path:
         "device": {"name": "AMD EPYC 9R14", "torch_name": "cpu", "memory_bytes": 16_000_000_000},
         "cpu": "AMD EPYC 9R14",
         "cores": 2,
-        "versions": {"suanli": "0.1.0", "torch": "2.13.0", "numpy": "2.4.1", "python": "3.11.7", "timm": None},
+        "python": "3.11.7",
+        "versions": {"suanli": "0.1.0", "torch": "2.13.0", "numpy": "2.4.1", "timm": None},
     }
     write(path / "environment.json", environment)
     write(path / "recipe.json", Recipe(name="small", augment=("crop(padding=1)",), epochs=20).model_dump(mode="json"))
@@ -421,7 +422,7 @@ def test_an_interrupted_run_says_what_to_do(run: Path) -> None:
         shutil.rmtree(run / name)
     edit(run / "summary.json", status="interrupted")
     seen = page(run)
-    assert seen.says(f"has not finished after step 400: it was interrupted or is at work. To go on: suanli train {run}")
+    assert seen.says(f"This run was interrupted after step 400. To go on: suanli train {run}")
     assert seen.says("There is no evaluation of this run yet. It needs a trained model first.")
     assert "Scores" not in seen.headings()
 
@@ -445,6 +446,12 @@ def test_every_field_may_be_absent(run: Path) -> None:
         write(found, {})
     write_lines(run / "metrics.jsonl", [{}])
     write_lines(run / "ledger.jsonl", [{}])
+    assert page(run).says("A model was trained on the data.")
+
+
+def test_null_is_the_same_as_absent(run: Path) -> None:
+    for found in [*run.glob("*.json"), *run.glob("evaluation/*.json")]:
+        write(found, dict.fromkeys(json.loads(found.read_text(encoding="utf-8"))))
     assert page(run).says("A model was trained on the data.")
 
 

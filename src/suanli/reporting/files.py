@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError, model_validator
 
 from suanli.errors import DamagedFile
 from suanli.rundir import Run, read_lines
@@ -27,6 +27,13 @@ Number = float | None  # None and NaN: not known
 class Record(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if item is not None}
+
 
 class DeviceName(Record):
     name: str | None = None
@@ -40,6 +47,12 @@ class Environment(Record):
     device: DeviceName = DeviceName()
     cpu: str | None = None
     cores: int | None = None
+    threads: int | None = None
+    os: str | None = None
+    python: str | None = None
+    driver: str | None = None
+    cuda: str | None = None
+    cudnn: int | None = None
     versions: dict[str, str | None] = {}
 
 

@@ -106,7 +106,7 @@ def _classes(check: Check) -> list[Finding]:
                 total=n,
             )
         )
-    if check.imbalance is not None and words.known(check.imbalance) and check.imbalance >= IMBALANCED:
+    if words.known(check.imbalance) and check.imbalance >= IMBALANCED:
         found.append(
             Finding(
                 weight="warning",

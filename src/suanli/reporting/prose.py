@@ -18,17 +18,13 @@ class Missing:
 
 def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
     status = run.summary.status if run.summary else None
+    reached = f" after step {words.number(run.metrics[-1].step)}" if run.metrics else ""
     said = []
     if status == "stopped early":
         said.append(Missing(said="Training stopped early: the validation score no longer improved."))
     elif status != "finished":
-        reached = f" after step {words.number(run.metrics[-1].step)}" if run.metrics else ""
-        said.append(
-            Missing(
-                said=f"This run has not finished{reached}: it was interrupted or is at work. To go on:",
-                command=("suanli", "train", str(run.path)),
-            )
-        )
+        how = "was interrupted" if status == "interrupted" else "has not finished"
+        said.append(Missing(said=f"This run {how}{reached}. To go on:", command=("suanli", "train", str(run.path))))
     if head is None or head.split != "test":
         what = "There is no evaluation of this run yet."
         if head is not None:
@@ -57,12 +53,12 @@ def abstract(run: RunFiles, head: views.Headline | None) -> list[str]:
 
 
 def _what_was_trained(run: RunFiles) -> str:
-    recipe, sizes, summary = run.recipe or {}, views.split_sizes(run.data), run.summary
+    recipe, sizes, summary = run.recipe, views.split_sizes(run.data), run.summary
     model = str(recipe.get("model") or "A model")
     name = (run.data and run.data.name) or "the data"
     sentence = f"{model} was trained on {name}"
     if sizes.get("train") and run.data:
-        classes = words.count(len(run.data.classes), "class", "classes")
+        classes = words.count(len(views.class_names(run.data)), "class", "classes")
         sentence += f" ({words.count(sizes['train'], 'training input')} in {classes})"
     if summary and words.known(summary.epochs):
         sentence += f" for {words.number(summary.epochs)} epochs"

@@ -39,7 +39,7 @@ def headline(evaluations: dict[str, Evaluation]) -> Headline | None:
         name = exam.headline if exam.headline in exam.scores else next(iter(exam.scores))
         low, high = exam.interval or (None, None)
         interval = None
-        if low is not None and high is not None and math.isfinite(low + high):
+        if words.known(low) and words.known(high):
             interval = low, high
         return Headline(split=split, name=name, value=exam.scores[name], interval=interval, count=exam.count)
     return None
@@ -80,7 +80,7 @@ class CountRow:
 def count_rows(data: Data) -> tuple[list[str], list[CountRow]]:
     """Splits, and the inputs of each class in them; with many classes the largest first."""
     splits = [split for split in SPLITS if split in data.counts]
-    classes = list(dict.fromkeys([*data.classes, *(c for split in splits for c in data.counts[split])]))
+    classes = class_names(data)
     totals = {name: sum(data.counts[split].get(name, 0) for split in splits) for name in classes}
     largest = max(totals.values(), default=0) or 1
     if len(classes) > ROWS:
@@ -94,6 +94,11 @@ def count_rows(data: Data) -> tuple[list[str], list[CountRow]]:
         )
         for name in classes
     ]
+
+
+def class_names(data: Data) -> list[str]:
+    """As listed, then what was counted but isn't listed."""
+    return list(dict.fromkeys([*data.classes, *(name for counts in data.counts.values() for name in counts)]))
 
 
 def split_sizes(data: Data | None) -> dict[str, int]:
@@ -232,9 +237,11 @@ class Phase:
     share: float
 
 
-def phases(summary: Summary) -> list[Phase]:
+def phases(summary: Summary, exam: Evaluation | None) -> list[Phase]:
     """Where the time went; what no phase claims is 'other'."""
-    known = {name: s for name, s in summary.seconds.items() if s is not None and math.isfinite(s) and s >= 0}
+    told = {"evaluate": exam.seconds if exam else None, **summary.seconds}
+    order = [*summary.seconds, "evaluate"]
+    known = {name: s for name in order if words.known(s := told[name]) and s >= 0}
     total = known.pop("total", 0.0)
     rest = total - sum(known.values())
     if rest > 0.01 * total:
@@ -267,6 +274,6 @@ def forecasts(summary: Summary) -> list[Forecast]:
 
 
 def _difference(expected: float | None, came: float | None) -> str:
-    if expected is None or came is None or not expected or not math.isfinite(came / expected):
+    if not words.known(expected) or not words.known(came) or expected <= 0:
         return words.UNKNOWN
     return f"{100 * (came / expected - 1):+.0f} %".replace("-", "−")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 from suanli.console import duration, size
 
@@ -15,18 +14,19 @@ UNKNOWN = "–"
 SPACE = "\N{NO-BREAK SPACE}"  # a line never ends between a number and its sign
 
 
-def known(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def known(value: float | None) -> TypeGuard[float]:
+    """A number that can be shown; nothing that is measured is as large as 1e100."""
+    return value is not None and abs(value) < 1e100  # False for NaN
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
     """A fraction: 0.9834 is '98.3 %'."""
-    return f"{100 * value:.{decimals}f}{SPACE}%" if value is not None and math.isfinite(value) else UNKNOWN
+    return f"{100 * value:.{decimals}f}{SPACE}%" if known(value) else UNKNOWN
 
 
 def number(value: float | None) -> str:
     """'1,437'; '0.0312'; '12.5'."""
-    if value is None or not math.isfinite(value):
+    if not known(value):
         return UNKNOWN
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
@@ -41,11 +41,11 @@ def score(name: str, value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return duration(value) if value is not None and math.isfinite(value) else UNKNOWN
+    return duration(value) if known(value) else UNKNOWN
 
 
 def memory(value: float | None) -> str:
-    return size(value) if value is not None and math.isfinite(value) else UNKNOWN
+    return size(value) if known(value) else UNKNOWN
 
 
 def count(how_many: int | None, noun: str, plural: str | None = None) -> str:
@@ -56,6 +56,11 @@ def count(how_many: int | None, noun: str, plural: str | None = None) -> str:
 def spaced(name: str) -> str:
     """A field's name as words: 'balanced_accuracy' is 'balanced accuracy'."""
     return name.replace("_", " ")
+
+
+def sentence(text: str) -> str:
+    """With a capital letter and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?", "。")) else ".")
 
 
 def shape(values: Sequence[float]) -> str:
@@ -83,7 +88,7 @@ def moment(time: str) -> str:
 
 def unit(value: float | None) -> float:
     """As the length of a bar: 0 to 1, nothing for what isn't known."""
-    return round(min(max(value, 0.0), 1.0), 4) if value is not None and math.isfinite(value) else 0.0
+    return round(min(max(value, 0.0), 1.0), 4) if known(value) else 0.0
 
 
 def present(values: Mapping[str, str | None]) -> list[tuple[str, str]]:
@@ -102,6 +107,7 @@ FILTERS = {
     "memory": memory,
     "count": count,
     "spaced": spaced,
+    "sentence": sentence,
     "shape": shape,
     "plain": plain,
     "command": command,

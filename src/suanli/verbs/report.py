@@ -71,6 +71,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
     exam_split = next((split for split in ("test", "val", "train") if split in run.evaluations), None)
     exam = run.evaluations[exam_split] if exam_split else None
     columns, rows = views.score_rows(run.evaluations)
+    phases = views.phases(run.summary, exam) if run.summary else []
     return {
         "run": run,
         "name": run.path.resolve().name,
@@ -91,7 +92,8 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "class_rows": views.ROWS,
         "heat_map": views.heat_map(exam) if exam else None,
         "reliability": views.reliability(exam) if exam else None,
-        "phases": views.phases(run.summary) if run.summary else [],
+        "phases": phases,
+        "total_seconds": sum(phase.seconds for phase in phases) if phases else None,
         "forecasts": views.forecasts(run.summary) if run.summary else [],
         "frame": charts,
         "score": words.score,
