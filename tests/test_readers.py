@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -421,6 +422,44 @@ def test_60_000_members_are_listed_quickly(shared_data: Path) -> None:
     assert Counter(row.split for row in source.rows) == {"train": 50_000, "test": 10_000}
     assert len(source.classes) == 10
     assert source.rows[-1].read()[:2] == b"\xff\xd8"
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["x.zip", "x.tar", "x.tgz", "x.tar.bz2", "x.tar.xz", "x.npz", "x.csv"]),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    keep=st.floats(0.3, 1),
+)
+def test_any_damage_is_an_error_of_suanli(
+    name: str, changes: list[tuple[float, int]], keep: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("damage") / name
+    if name.endswith(".npz"):
+        np.savez_compressed(path, images=IMAGES, labels=LABELS)
+    elif name.endswith(".csv"):
+        path.write_text('text,label\n"good, ""x""",1\n"two\nlines",0\n')
+    else:
+        (write_zip if name == "x.zip" else write_tar)(path, PETS)
+    content = bytearray(path.read_bytes())
+    for place, value in changes:
+        content[int(place * len(content))] = value
+    path.write_bytes(content[: int(keep * len(content))])
+    reader = next(r for r in (archive, table, npz) if r.why_not(path) is None)
+    with contextlib.suppress(DataError):
+        for row in reader.read(path, Columns()).rows:
+            with contextlib.suppress(BadInput):
+                row.read()
+
+
+def test_a_zip_member_without_a_name_or_a_place(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "x.zip", {**FLAT, "z": b""})
+    content = path.read_bytes()
+    entry = content.rindex(b"PK\x01\x02")
+    path.write_bytes(content[: entry + 46] + b"\0" + content[entry + 47 :])  # names end at a zero
+    assert len(archive.read(path, Columns()).rows) == 2
+    path.write_bytes(content[10:])
+    with pytest.raises(DataError, match="damaged"):
+        archive.read(path, Columns())
 
 
 # --- tables ---------------------------------------------------------------------------------

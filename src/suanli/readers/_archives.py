@@ -176,15 +176,16 @@ def _list_zip(path: Path) -> Listing:
     folders, links, stamps = [], [], []
     total = 0
     for info in infos:
-        name = _checked_name(path, _zip_name(info))
-        if info.is_dir():
+        stated = _zip_name(info)
+        name = _checked_name(path, stated)
+        if stated.endswith("/"):
             folders.append(name)
         elif stat.S_ISLNK(info.external_attr >> 16):
             links.append(name)
         else:
             _check_zip_member(path, name, info)
-            if info.header_offset + info.compress_size > file.size_bytes:
-                raise zipfile.BadZipFile(f"{name} ends behind the end of the file")
+            if not 0 <= info.header_offset <= file.size_bytes - info.compress_size:
+                raise zipfile.BadZipFile(f"{name!r} lies outside of the file")
             total += info.file_size
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             reader = ZipMember(file, name, info.header_offset, info.compress_size, info.file_size, deflated, info.CRC)
