@@ -49,6 +49,12 @@ class AlexNet(nn.Module):
             nn.ReLU(inplace=True),
             nn.Linear(4096, classes),
         )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                # Without norms, a weaker start makes the signal vanish before the last layer.
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.get_parameter("classifier.6.weight"), std=0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))

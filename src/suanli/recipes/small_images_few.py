@@ -16,6 +16,7 @@ RECIPE = RecipeChoice(
             "augment": ("crop(fraction=0.0625)", "flip(mode='alternate')"),
             "batch_size": 100,
             "epochs": 30,
+            "lr": 0.1,
         }
     ),
     suits=suits,

@@ -14,7 +14,13 @@ def suits(traits: Traits) -> int | None:
 RECIPE = RecipeChoice(
     recipe=Recipe(
         **SMALL.model_dump()
-        | {"name": "small_images_grey_few", "augment": ("crop(fraction=0.125)",), "batch_size": 100, "epochs": 20}
+        | {
+            "name": "small_images_grey_few",
+            "augment": ("crop(fraction=0.125)",),
+            "batch_size": 100,
+            "epochs": 15,
+            "lr": 0.1,
+        }
     ),
     suits=suits,
 )

@@ -1,0 +1,105 @@
+"""What every model promises, for every kind of data that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from suanli import plugins
+from suanli.types import Model
+
+MODELS = plugins.load_all("models")
+IMAGES: list[dict[str, Any]] = [
+    {"in_channels": 3, "image_size": (32, 32)},
+    {"in_channels": 1, "image_size": (8, 8)},
+    {"in_channels": 4, "image_size": (33, 65)},
+    {"in_channels": 3, "image_size": (97, 71)},
+    {"in_channels": 1, "image_size": (16, 40)},
+]
+TEXTS: list[dict[str, Any]] = [{"vocabulary_size": 50, "length": 24}, {"vocabulary_size": 9, "length": 3}]
+ARGUMENTS = {"image": IMAGES, "text": TEXTS}
+CASES = [
+    pytest.param(model, args, id=f"{name}-{'-'.join(map(str, args.values()))}")
+    for name, model in MODELS.items()
+    for kind in model.kinds
+    for args in ARGUMENTS[kind]
+]
+FIRST = [pytest.param(m, ARGUMENTS[m.kinds[0]][0], id=name) for name, m in MODELS.items()]
+
+
+def build(model: Model, args: dict[str, Any], classes: int = 5, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return model.build(classes=classes, **args)
+
+
+def batch(args: dict[str, Any], count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    if "image_size" in args:
+        return torch.randn(count, args["in_channels"], *args["image_size"], generator=generator)
+    return torch.randint(args["vocabulary_size"], (count, args["length"]), generator=generator)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_is_called_as_its_file_and_names_a_source(name: str) -> None:
+    assert MODELS[name].name == name
+    assert MODELS[name].source
+    assert set(MODELS[name].kinds) <= set(plugins.names("preprocess"))
+
+
+@pytest.mark.parametrize(("model", "args"), CASES)
+def test_gives_logits_for_a_batch_and_for_one(model: Model, args: dict[str, Any]) -> None:
+    module = build(model, args).eval()
+    inputs = batch(args, 3)
+    with torch.inference_mode():
+        together = module(inputs)
+        alone = module(inputs[:1])
+    assert together.shape == (3, 5)
+    torch.testing.assert_close(alone, together[:1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model", "args"), CASES[1::2])
+def test_every_trainable_parameter_gets_a_finite_gradient(model: Model, args: dict[str, Any]) -> None:
+    module = build(model, args).train()
+    inputs = batch(args, 4)
+    if callable(initialize := getattr(module, "initialize", None)):
+        initialize(inputs)
+    nn.functional.cross_entropy(module(inputs), torch.tensor([0, 1, 2, 3])).backward()
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+        else:
+            assert parameter.grad is None, name
+
+
+@pytest.mark.parametrize(("model", "args"), FIRST)
+def test_the_same_seed_builds_the_same_network(model: Model, args: dict[str, Any]) -> None:
+    one, same, other = (build(model, args, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("model", "args"), FIRST)
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_the_head_is_where_the_model_says(model: Model, args: dict[str, Any], classes: int) -> None:
+    module = build(model, args, classes)
+    head = module.get_submodule(model.head)
+    assert isinstance(head, nn.Linear | nn.Conv2d)
+    assert len(head.weight) == classes
+    with torch.inference_mode():
+        assert module.eval()(batch(args, 1)).shape == (1, classes)
+
+
+@pytest.mark.parametrize(("model", "args"), FIRST)
+def test_weights_survive_safetensors(model: Model, args: dict[str, Any], tmp_path: Path) -> None:
+    module, other = build(model, args), build(model, args, seed=1)
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")  # refuses tensors that share memory
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    inputs = batch(args, 2)
+    with torch.inference_mode():
+        assert torch.equal(module.eval()(inputs), other.eval()(inputs))
