@@ -110,7 +110,7 @@ def _classes(check: Check) -> list[Finding]:
         found.append(
             Finding(
                 weight="warning",
-                title=f"The largest class is {words.number(round(check.imbalance, 1))} times the smallest",
+                title=f"The largest class is {words.times(check.imbalance)} times the smallest",
                 advice="Read balanced accuracy beside accuracy. Weighing classes may help the small ones:"
                 " --set class_weights=balanced",
             )

@@ -160,7 +160,7 @@ def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
     validation_loss = thin(points(validation, "loss"))
     drawn = [
         chart(
-            "Loss",
+            "Loss" if any(words.known(y) for _, y in validation_loss) else "Training loss",
             [
                 Series(label="training", points=thin(points(training, "loss"))),
                 Series(label="validation", points=validation_loss, colour="second", dots=few),
@@ -203,7 +203,7 @@ def _value(value: float | None) -> float:
 
 
 def _score_writer(points: Sequence[Point]) -> Any:
-    values = [y for _, y in points if math.isfinite(y)]
+    values = [y for _, y in points if words.known(y)]
     if not values or min(values) < 0 or max(values) > 1:
         return None
     close = max(values) - min(values) < 0.05
@@ -261,8 +261,9 @@ class Forecast:
 def forecasts(summary: Summary) -> list[Forecast]:
     """What was promised before the first step, beside what came."""
     told = summary.forecast
+    took = summary.seconds.get("train") if summary.status == "finished" else None
     rows = [
-        ("training time", told.train_seconds, summary.seconds.get("train"), words.seconds),
+        ("training time", told.train_seconds, took, words.seconds),
         ("memory", told.memory_bytes, summary.peak_memory_bytes, words.memory),
         ("disk", told.disk_bytes, None, words.memory),
     ]

@@ -33,6 +33,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
+def times(value: float | None) -> str:
+    """A ratio: '1.1', '12'."""
+    return number(round(value, 1)) if known(value) else UNKNOWN
+
+
 def score(name: str, value: float | None) -> str:
     """Scores are fractions, shown in percent; a loss is not."""
     if value is not None and 0 <= value <= 1 and "loss" not in name:
@@ -107,6 +112,7 @@ FILTERS = {
     "memory": memory,
     "count": count,
     "spaced": spaced,
+    "times": times,
     "sentence": sentence,
     "shape": shape,
     "plain": plain,

@@ -1,0 +1,257 @@
+"""Run directories as training and evaluation leave them, for the tests of the report."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from suanli.types import Recipe
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+TEXTS = [
+    "A quiet, patient film that trusts its audience; I left the cinema happier than I had entered it.",
+    "Two hours of my life that I will not get back.",
+    "演员很好，故事很差。",
+]
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def png(pixels: np.ndarray) -> dict[str, str]:
+    stream = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
+    return {"media_type": "image/png", "base64": base64.b64encode(stream.getvalue()).decode()}
+
+
+def text_preview(text: str) -> dict[str, str]:
+    return {"media_type": "text/plain", "base64": base64.b64encode(text.encode()).decode()}
+
+
+def exam(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, previews: list[Any]) -> Any:
+    """An evaluation file from real probabilities."""
+    said, k = odds.argmax(1), len(classes)
+    matrix = np.zeros((k, k), int)
+    np.add.at(matrix, (truth, said), 1)
+    right, sure = said == truth, odds.max(1)
+    bins = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
+    precision = matrix.diagonal() / np.maximum(matrix.sum(0), 1)
+    recall = matrix.diagonal() / np.maximum(matrix.sum(1), 1)
+    examples = [
+        {
+            "name": f"{split}/{classes[truth[i]]}/{i:04d}.png",
+            "true": classes[truth[i]],
+            "predicted": classes[said[i]],
+            "probability": float(sure[i]),
+            "true_probability": float(odds[i, truth[i]]),
+            "preview": previews[i],
+        }
+        for i in range(len(truth))
+    ]
+    wrong = sorted((i for i in range(len(truth)) if not right[i]), key=lambda i: -sure[i])
+    pairs = sorted(((int(matrix[i, j]), i, j) for i in range(k) for j in range(k) if i != j), reverse=True)
+    return {
+        "split": split,
+        "count": len(truth),
+        "scores": {
+            "accuracy": float(right.mean()),
+            "top5": float((np.argsort(-odds)[:, :5] == truth[:, None]).any(1).mean()),
+            "balanced_accuracy": float(recall.mean()),
+            "macro_f1": 0.913,
+            "calibration_error": 0.031,
+            "log_loss": 0.274,
+        },
+        "interval": [float(right.mean()) - 0.02, min(1.0, float(right.mean()) + 0.02)],
+        "per_class": [
+            {
+                "name": name,
+                "count": int(matrix[i].sum()),
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(2 * precision[i] * recall[i] / max(precision[i] + recall[i], 1e-9)),
+            }
+            for i, name in enumerate(classes)
+        ],
+        "confusion": matrix.tolist() if k <= 200 else None,
+        "confused": [{"true": classes[i], "predicted": classes[j], "count": n} for n, i, j in pairs[:20] if n],
+        "reliability": [
+            {"confidence": float(sure[b].mean()), "accuracy": float(right[b].mean()), "count": int(b.sum())}
+            for b in bins
+            if b.any()
+        ],
+        "with_augmentation": {"views": 4, "scores": {"accuracy": min(1.0, float(right.mean()) + 0.008)}},
+        "mistakes": [examples[i] for i in wrong[:12]],
+        "samples": examples[:24],
+        "seconds": 0.8,
+    }
+
+
+def digits_run(path: Path) -> Path:
+    """Real pictures, real predictions of a naive Bayes classifier, plausible curves."""
+    from sklearn.datasets import load_digits
+    from sklearn.naive_bayes import GaussianNB
+
+    digits = load_digits()
+    classes = [str(i) for i in range(10)]
+    pictures, truth = digits.images / 16 * 255, digits.target
+    odds = GaussianNB(var_smoothing=0.05).fit(digits.data[:1437], truth[:1437]).predict_proba(digits.data)
+    previews = [png(picture) for picture in pictures]
+    ranges = {"train": slice(0, 1257), "val": slice(1257, 1437), "test": slice(1437, 1797)}
+    environment = {
+        "command": ["suanli", "run", "digits", "--set", "epochs=20", "--out", "runs/digits 1"],
+        "time": "2026-03-01T08:05:00+00:00",
+        "device": {"name": "AMD EPYC 9R14", "torch_name": "cpu", "memory_bytes": 16_000_000_000},
+        "cpu": "AMD EPYC 9R14",
+        "cores": 2,
+        "python": "3.11.7",
+        "versions": {"suanli": "0.1.0", "torch": "2.13.0", "numpy": "2.4.1", "timm": None},
+    }
+    write(path / "environment.json", environment)
+    write(path / "recipe.json", Recipe(name="small", augment=("crop(padding=1)",), epochs=20).model_dump(mode="json"))
+    counts = {
+        split: {name: int((truth[rows] == i).sum()) for i, name in enumerate(classes)} for split, rows in ranges.items()
+    }
+    data = {"name": "digits", "kind": "image", "source": "digits", "licence": "CC BY 4.0", "classes": classes}
+    write(path / "data.json", data | {"counts": counts, "input_shape": [1, 8, 8], "digest": "5e1fa0c29b7d4410"})
+    write(path / "check.json", digits_check())
+    write_lines(path / "metrics.jsonl", digits_metrics())
+    measured = {"metric": "examples_per_s", "value": 8412.0, "unit": "1/s", "spread": 120.0, "count": 20}
+    more = {"scores": {}, "variant": "channels_last+bfloat16", "device": "cpu", "versions": {}, "recipe": "0f"}
+    write_lines(path / "ledger.jsonl", [measured | more | {"time": "2026-03-01T08:05:40+00:00"}])
+    write(path / "summary.json", digits_summary())
+    (path / "model").mkdir()
+    write(path / "model" / "model.json", {})
+    for split in ("val", "test"):
+        rows = ranges[split]
+        found = exam(split, classes, truth[rows], odds[rows], previews[rows])
+        write(path / "evaluation" / f"{split}.json", found)
+    return path
+
+
+def digits_check() -> Any:
+    return {
+        "total": 1800,
+        "bad": [
+            {"name": "train/3/0007.png", "reason": "cut short after 112 of 230 bytes"},
+            {"name": "train/8/0102.png", "reason": "empty file"},
+        ],
+        "bad_share": 0.0011,
+        "duplicates_across_splits": [
+            {"names": ["train/1/0040.png", "test/1/0007.png"], "splits": ["train", "test"]},
+            {"names": ["train/5/0311.png", "val/5/0020.png"], "splits": ["train", "val"]},
+        ],
+        "duplicates_within": [{"names": ["train/0/1.png", "train/0/9.png"], "split": "train"}],
+        "label_conflicts": [{"names": ["train/3/88.png", "train/9/12.png"], "labels": ["3", "9"]}],
+        "counts": {"bad": 2, "duplicates_across_splits": 2, "duplicates_within": 37, "label_conflicts": 1},
+        "traits": {"grey": 1790, "palette": 8},
+        "sizes": {"min": [8, 8], "median": [8, 8], "max": [16, 12], "distinct": 3},
+        "imbalance": 1.1,
+        "empty_classes": [],
+        "notes": ["2 files that are no pictures were passed over: readme.txt, Thumbs.db"],
+    }
+
+
+def digits_metrics() -> list[Any]:
+    random, lines = np.random.default_rng(0), []
+    for step in range(1, 401):
+        epoch, wave = step / 20, random.normal(0, 0.06)
+        warm = min(step / 40, (400 - step) / 360)
+        line = {"step": step, "epoch": epoch, "loss": 2.2 * math.exp(-epoch / 4) + 0.12 + wave * math.exp(-epoch / 9)}
+        lines.append(line | {"lr": 0.1 * warm, "examples_per_s": 8400 + 300 * random.normal(), "seconds": step / 90})
+        if step % 20 == 0:
+            scores = {"accuracy": 0.985 - 0.8 * math.exp(-epoch / 2.5) + random.normal(0, 0.004)}
+            seen = {"step": step, "epoch": epoch, "split": "val", "scores": scores}
+            lines.append(seen | {"loss": 2.1 * math.exp(-epoch / 4) + 0.16, "seconds": step / 90})
+    return lines
+
+
+def digits_summary() -> Any:
+    return {
+        "status": "finished",
+        "steps": 400,
+        "epochs": 20.0,
+        "parameters": 312_458,
+        "seconds": {"prepare": 1.9, "train": 18.4, "evaluate": 0.8, "total": 22.6},
+        "examples_per_s": 8412.0,
+        "peak_memory_bytes": 412_000_000,
+        "limited_by": "Computing: the processor was busy 94 % of the time and waited for input 3 %.",
+        "input_share": 0.031,
+        "forecast": {"train_seconds": 16.9, "memory_bytes": 430_000_000, "disk_bytes": 6_200_000},
+        "plan": {
+            "device": "cpu",
+            "speedups": ["channels_last", "bfloat16"],
+            "dropped": {"fused_optimizer": "measured 2 % slower here", "compile": "would cost 45 s and win 3 s"},
+        },
+    }
+
+
+def write_lines(path: Path, lines: list[Any]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def text_run(path: Path) -> Path:
+    """Another kind of data through the same page."""
+    classes, random = ["negative", "positive"], np.random.default_rng(1)
+    truth = random.integers(0, 2, 200)
+    odds = random.dirichlet([2, 2], 200) * 0.5 + np.eye(2)[truth] * 0.5
+    previews = [text_preview(TEXTS[i % 3] * (1 + 8 * (i % 5 == 0))) for i in range(200)]
+    write(path / "recipe.json", {"model": "text_cnn"})
+    data = {"name": "reviews", "kind": "text", "source": "reviews.tsv", "classes": classes}
+    write(path / "data.json", data | {"counts": {"train": {"negative": 900, "positive": 100}}})
+    write(path / "check.json", {"total": 1000, "imbalance": 9.0, "empty_classes": ["neutral"]})
+    write(path / "evaluation" / "test.json", exam("test", classes, truth, odds, previews))
+    return path
+
+
+def many_classes_run(path: Path, k: int = 1000) -> Path:
+    classes, random = [f"n{i:05d} 类别 {i}" for i in range(k)], np.random.default_rng(2)
+    truth = np.arange(2 * k) % k
+    odds = random.dirichlet(np.full(k, 0.01), 2 * k) * 0.8 + np.eye(k)[truth] * 0.2
+    write(path / "recipe.json", {"model": "resnet50"})
+    counts = {"train": {name: int(n) for name, n in zip(classes, random.integers(5, 1300, k), strict=True)}}
+    write(path / "data.json", {"name": "big", "classes": classes, "counts": counts})
+    write(path / "evaluation" / "test.json", exam("test", classes, truth, odds, [None] * (2 * k)))
+    return path
+
+
+def hostile_run(path: Path) -> Path:
+    """Every name and text in it wants to run, to break out or to widen the page."""
+    k, long = 4, "x" * 400
+    classes = [HOSTILE, "{{ 7 * 7 }}", "\u202egnp.cod", long]
+    truth = np.arange(40) % k
+    odds = np.random.default_rng(3).dirichlet(np.ones(k), 40)
+    previews = [text_preview(HOSTILE), {"media_type": "text/html", "base64": "PHNjcmlwdD4="}, text_preview(long)]
+    found = exam("test", classes, truth, odds, [previews[i % 3] for i in range(40)])
+    for one in found["mistakes"] + found["samples"]:
+        one["name"] = HOSTILE
+    write(path / "evaluation" / "test.json", found)
+    write(path / "recipe.json", {"model": HOSTILE, "model_args": {HOSTILE: [long]}, long: HOSTILE})
+    counts = {"train": dict.fromkeys(classes, 3)}
+    write(
+        path / "data.json", dict.fromkeys(["name", "kind", "source", "licence", "digest"], HOSTILE) | {"counts": counts}
+    )
+    names = {"names": [HOSTILE, long], "splits": ["train", HOSTILE], "labels": [HOSTILE, long]}
+    check = {f"duplicates_{key}": [names] for key in ("across_splits", "within")} | {"label_conflicts": [names]}
+    bad = [{"name": HOSTILE, "reason": HOSTILE}, {"name": long, "reason": long}]
+    more = {"traits": {HOSTILE: 3}, "empty_classes": [HOSTILE, long], "notes": [HOSTILE, long]}
+    write(path / "check.json", check | more | {"bad": bad})
+    device = {"name": HOSTILE, "torch_name": long}
+    command = ["suanli", "run", HOSTILE, long]
+    versions = {HOSTILE: HOSTILE, long: long}
+    write(path / "environment.json", {"command": command, "time": HOSTILE, "device": device, "versions": versions})
+    plan = {"speedups": [HOSTILE, long], "dropped": {HOSTILE: long, long: HOSTILE}}
+    write(
+        path / "summary.json", {"status": HOSTILE, "limited_by": long, "plan": plan, "seconds": {HOSTILE: 3, long: 2}}
+    )
+    write_lines(path / "ledger.jsonl", [{"metric": HOSTILE, "unit": long, "variant": HOSTILE}])
+    write_lines(path / "metrics.jsonl", [{"step": 1, "split": "val", "scores": {HOSTILE: 0.5}}])
+    return path
