@@ -56,6 +56,8 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[_groups.Group], defaults: dict[str, Any]) -> None:
         if not 0 <= defaults["momentum"] < 1 or not 0 <= defaults["other_momentum"] < 1:
             raise ValueError("momentum must be at least 0 and less than 1")
+        if any(group["lr"] < 0 for group in groups):
+            raise ValueError("a learning rate is negative")
         if defaults["steps"] < 1:
             raise ValueError("steps must be at least 1")
         super().__init__(groups, defaults)
