@@ -14,6 +14,7 @@ from suanli.errors import BadInput, DataError, UsageError
 from suanli.models.text_cnn import build
 from suanli.preprocess.text import MAX_FITTED_LENGTH, PREPROCESS, normalise, tokens
 from suanli.recipes.text import RECIPE
+from suanli.recipes.text_small import RECIPE as SMALL
 from suanli.types import Batch, Traits
 
 TEXTS = ["A fine film .", "a fine , fine story", "not a good film !", "a dull story"]
@@ -91,7 +92,7 @@ def test_the_order_of_the_texts_does_not_matter(texts):
 
 
 def test_the_length_holds_nearly_all_texts_whole_and_is_capped():
-    short, long = ["a b c"] * 99, ["w " * 3000]
+    short, long = ["a b c"] * 999, ["w " * 3000]
     assert fit(short + long).length == 3
     assert fit(long).length == MAX_FITTED_LENGTH
     assert fit(short, length=7).length == 7
@@ -301,12 +302,21 @@ def test_an_impossible_share_is_refused(p):
         WordDropout(p=p)
 
 
-def test_the_recipe_is_for_text_only():
-    def traits(kind):
-        return Traits(kind=kind, input_shape=(), examples=100, classes=2, weights=False, model=None)
+def traits(kind: str, examples: int = 50_000) -> Traits:
+    return Traits(kind=kind, input_shape=(), examples=examples, classes=2, weights=False, model=None)
 
+
+def test_the_recipe_is_for_text_only():
     assert RECIPE.suits(traits("text")) is not None
     assert RECIPE.suits(traits("image")) is None
+    assert SMALL.suits(traits("image", 100)) is None
+
+
+def test_few_texts_are_learned_from_in_more_passes():
+    few, many = traits("text", 5_000), traits("text", 50_000)
+    assert SMALL.suits(few) > RECIPE.suits(few)
+    assert SMALL.suits(many) is None
+    assert SMALL.recipe.epochs > RECIPE.recipe.epochs
 
 
 def test_it_learns_what_words_alone_do_not_tell():

@@ -71,9 +71,9 @@ def build(
     classes: int,
     vocabulary_size: int,
     length: int,  # noqa: ARG001  # every text model is told; this one takes any
-    width: int = 64,
-    filters: int = 128,
-    kernel_size: int = 3,
+    width: int = 32,
+    filters: int = 64,
+    kernel_size: int = 5,
     embedding_dropout: float = 0.2,
     dropout: float = 0.5,
 ) -> TextCNN:

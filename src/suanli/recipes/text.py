@@ -1,4 +1,4 @@
-"""Text classification from random weights: up to some hundred thousand short texts, on a CPU.
+"""Text classification from random weights, for tens of thousands of short texts and more, on a CPU.
 
 Words are learned by heart within two passes, so nearly everything here works against that: word
 dropout, dropout on embeddings and features, label smoothing, a moving average of the weights, few
@@ -28,7 +28,7 @@ RECIPE = RecipeChoice(
         warmup_epochs=0.2,
         label_smoothing=0.1,
         clip_norm=1.0,
-        ema_decay=0.995,
+        ema_decay=0.99,
     ),
     suits=suits,
 )
