@@ -65,8 +65,11 @@ def _import(module_name: str, spec: str) -> Any:
             f"Can't import {module_name!r} of model {spec!r}: {error}.",
             fix="Write package.module:function, with the module installed or in the current directory.",
         ) from error
-    except (SyntaxError, ValueError) as error:
-        raise UsageError(f"Can't import {module_name!r}: {error}.", fix="Mend that file.") from error
+    except Exception as error:  # the user's file may raise anything
+        raise UsageError(
+            f"Can't import {module_name!r}: {type(error).__name__}: {error}.",
+            fix="Mend that file; a model is written package.module:function.",
+        ) from error
 
 
 def _timm(spec: str) -> Model:

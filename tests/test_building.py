@@ -1,0 +1,275 @@
+"""From names to networks, and from weights files to parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import suanli.building as building
+from suanli import plugins
+from suanli.errors import DamagedFile, DataError, UsageError
+from suanli.preprocess.image import ImagePreprocess
+from suanli.types import Json, Recipe
+
+SMALL = ImagePreprocess(height=12, width=16, channels=3)
+PARTS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes, channels=3):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.top = nn.Linear(6, classes)
+    def forward(self, x):
+        return self.top(self.norm(self.conv(x)).mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
+    """Writes a module into the current directory and gives its name; leaves no trace of it."""
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+
+    def write(name: str, code: str) -> str:
+        (tmp_path / f"{name}.py").write_text(PARTS + textwrap.dedent(code))
+        importlib.invalidate_caches()
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        if name.startswith("mine"):
+            del sys.modules[name]
+
+
+def recipe(model: str, **args: Json) -> Recipe:
+    return Recipe(model=model, model_args=args)
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize("name", ["speednet", "resnet18"])
+def test_builds_what_is_built_in(name: str) -> None:
+    module = building.build(recipe(name), SMALL, classes=7)
+    assert module.training
+    assert module(torch.zeros(2, 3, 12, 16)).shape == (2, 7)
+    assert building.head_of(module, building.resolve(name)) == building.resolve(name).head
+
+
+def test_model_arguments_reach_the_builder() -> None:
+    module = building.build(recipe("speednet", widths=[8, 16]), SMALL, classes=3)
+    assert module.get_submodule("head").in_features == 16
+
+
+def test_an_unknown_model_suggests_the_nearest() -> None:
+    with pytest.raises(UsageError, match="'resnet18'"):
+        building.resolve("resnet81")
+
+
+def test_an_unknown_model_argument_suggests_the_nearest_of_its_own() -> None:
+    with pytest.raises(UsageError, match="'widths'") as caught:
+        building.build(recipe("speednet", width=[8]), SMALL, classes=3)
+    assert "in_channels" not in caught.value.fix
+
+
+@pytest.mark.parametrize(("name", "args"), [("speednet", {"widths": "wide"}), ("resnet18", {"stem": "huge"})])
+def test_an_impossible_model_argument_is_the_users_error(name: str, args: dict[str, Json]) -> None:
+    with pytest.raises(UsageError, match="can't be built"):
+        building.build(recipe(name, **args), SMALL, classes=3)
+
+
+def test_a_model_for_other_data_names_those_that_fit() -> None:
+    others = [n for n, m in plugins.load_all("models").items() if "image" not in m.kinds]
+    if not others:
+        pytest.skip("every model is for images")
+    with pytest.raises(UsageError, match="speednet"):
+        building.build(recipe(others[0]), SMALL, classes=3)
+
+
+# --- the user's functions ---
+
+
+def test_a_users_function_gets_what_it_asks_for(user_module: Callable[[str, str], str]) -> None:
+    user_module("mine_a", "def build(classes, in_channels, wide=1):\n    return Net(classes, in_channels)\n")
+    module = building.build(recipe("mine_a:build", wide=3), SMALL, classes=4)
+    assert module(torch.zeros(1, 3, 12, 16)).shape == (1, 4)
+    assert building.head_of(module, building.resolve("mine_a:build")) == "top"
+    args = building.arguments(recipe("mine_a:build", wide=3), SMALL, 4)
+    assert args == {"classes": 4, "in_channels": 3, "wide": 3}
+
+
+def test_a_users_function_may_take_everything(user_module: Callable[[str, str], str]) -> None:
+    user_module(
+        "mine_b",
+        "def build(**given):\n    assert tuple(given['image_size']) == (12, 16)\n    return Net(given['classes'])",
+    )
+    assert building.build(recipe("mine_b:build"), SMALL, classes=4) is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def build(classes):\n    raise KeyError('no such layer')", "KeyError: 'no such layer'"),
+        ("def build(classes):\n    return 'a network'", "returned str, not a torch.nn.Module"),
+        ("def build(classes):\n    return Net(classes + 1)", r"gave \(2, 6\) .* \(2, 5\)"),
+        ("def build(classes):\n    return nn.Flatten()", r"gave \(2, 576\)"),
+        ("def build(classes):\n    return Net(classes, 5)", r"fails on a batch of shape \(2, 3, 12, 16\)"),
+        ("def build(classes):\n    return nn.LSTM(16, 4)", "fails on a batch"),
+        ("build = 3", "no function 'build'"),
+        ("", "no function 'build'"),
+        ("def build(classes:\n", "Can't import 'mine_c'"),
+        ("import not_there", "not_there"),
+        ("raise RuntimeError('no licence')", "RuntimeError: no licence"),
+    ],
+)
+def test_a_users_function_that_is_wrong(user_module: Callable[[str, str], str], code: str, message: str) -> None:
+    user_module("mine_c", code)
+    with pytest.raises(UsageError, match=message):
+        building.build(recipe("mine_c:build"), SMALL, classes=5)
+
+
+@pytest.mark.parametrize("spec", ["mine_nowhere:build", ":build", "os:", "..:x", "a b:c", "speednet:"])
+def test_a_spelling_that_leads_nowhere(spec: str) -> None:
+    with pytest.raises(UsageError):
+        building.resolve(spec)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_model_or_the_users_error(spec: str) -> None:
+    with contextlib.suppress(UsageError):
+        assert building.resolve(spec).name == spec
+
+
+def test_the_head_of_a_network_without_layers_is_refused(user_module: Callable[[str, str], str]) -> None:
+    user_module("mine_d", "def build(classes):\n    return nn.Flatten()")
+    with pytest.raises(UsageError, match="no linear or convolution layer"):
+        building.head_of(nn.Flatten(), building.resolve("mine_d:build"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
+def test_without_timm_the_error_is_a_command() -> None:
+    with pytest.raises(UsageError, match="pip install"):
+        building.resolve("timm:resnet10t")
+
+
+# --- weights ---
+
+
+def resnet(classes: int = 10, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return plugins.load("models", "resnet18").build(classes=classes, in_channels=3, image_size=(32, 32))
+
+
+def saved(module: nn.Module, path: Path, prefix: str = "", **changed: torch.Tensor | None) -> Path:
+    state = {k: v for k, v in (module.state_dict() | changed).items() if v is not None}
+    save_file({prefix + k: v.contiguous() for k, v in state.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.backbone."])
+def test_all_weights_are_taken_whatever_wrapped_them(tmp_path: Path, prefix: str) -> None:
+    source, module = resnet(seed=1), resnet(seed=2)
+    report = building.load_weights(module, saved(source, tmp_path / "w.safetensors", prefix), "fc")
+    assert set(report.taken) == set(module.state_dict())
+    assert not report.skipped
+    assert not report.missing
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in module.state_dict().items())
+
+
+def test_other_classes_get_a_new_head(tmp_path: Path) -> None:
+    source, module = resnet(1000, seed=1), resnet(10, seed=2)
+    head = module.fc.weight.detach().clone()
+    report = building.load_weights(module, saved(source, tmp_path / "w.safetensors"), "fc")
+    assert set(report.skipped) == {"fc.weight", "fc.bias"}
+    assert "1000x512" in report.skipped["fc.weight"]
+    assert torch.equal(module.fc.weight, head)
+    assert torch.equal(module.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_half_a_head_is_not_taken(tmp_path: Path) -> None:
+    source, module = resnet(seed=1), resnet(seed=2)
+    path = saved(source, tmp_path / "w.safetensors", **{"fc.weight": torch.zeros(10, 9)})
+    report = building.load_weights(module, path, "fc")
+    assert set(report.skipped) == {"fc.weight", "fc.bias"}
+
+
+def test_what_does_not_fit_is_listed_with_its_reason(tmp_path: Path) -> None:
+    source, module = resnet(seed=1), resnet(seed=2)
+    changed = {"conv1.weight": torch.zeros(64, 3, 7, 7), "extra.weight": torch.zeros(3), "bn1.bias": None}
+    report = building.load_weights(module, saved(source, tmp_path / "w.safetensors", **changed), "fc")
+    assert "64x3x7x7" in report.skipped["conv1.weight"]
+    assert "no tensor of this name" in report.skipped["extra.weight"]
+    assert report.missing == ("bn1.bias",)
+    for word in ("conv1.weight", "extra.weight", "bn1.bias", str(len(report.taken))):
+        assert word in str(report)
+
+
+def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
+    source, module = resnet(seed=1), resnet(seed=2)
+    building.load_weights(module, saved(source.bfloat16(), tmp_path / "w.safetensors"), "fc")
+    assert module.conv1.weight.dtype == torch.float32
+    assert torch.equal(module.conv1.weight, source.conv1.weight.float())
+
+
+def test_weights_of_another_network_are_refused_and_nothing_changes(tmp_path: Path) -> None:
+    module = resnet()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    save_file({"encoder.weight": torch.ones(3), "fc.bias": torch.ones(10)}, tmp_path / "w.safetensors")
+    with pytest.raises(DataError, match=r"encoder\.weight.*conv1\.weight"):
+        building.load_weights(module, tmp_path / "w.safetensors", "fc")
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_weights_that_are_not_numbers_are_refused_and_nothing_changes(tmp_path: Path) -> None:
+    module = resnet()
+    before = module.bn1.weight.detach().clone()
+    path = saved(resnet(seed=1), tmp_path / "w.safetensors", **{"conv1.weight": torch.full((64, 3, 3, 3), torch.nan)})
+    with pytest.raises(DamagedFile, match=r"conv1\.weight"):
+        building.load_weights(module, path, "fc")
+    assert torch.equal(module.bn1.weight, before)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "W.PKL", "w.bin", "w.ckpt"])
+def test_a_pickle_is_refused_without_opening_it(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"convert it.*weights_only=True"):
+        building.load_weights(resnet(), tmp_path / name, "fc")
+
+
+@given(kept=st.floats(0, 0.999))
+def test_a_file_cut_short_is_damaged(tmp_path_factory: pytest.TempPathFactory, kept: float) -> None:
+    path = tmp_path_factory.mktemp("cut") / "w.safetensors"
+    save_file({"weight": torch.ones(40, 3), "bias": torch.ones(40)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(DamagedFile):
+        building.load_weights(nn.Linear(3, 40), path, "head")
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_damaged_or_do_not_fit(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "w.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError):
+        building.load_weights(nn.Linear(3, 40), path, "head")
+
+
+def test_no_file_or_a_folder_is_the_users_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UsageError, match="Can't read weights"):
+            building.load_weights(resnet(), path, "fc")
