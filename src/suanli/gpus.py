@@ -59,9 +59,7 @@ def gpus() -> tuple[Gpu, ...]:
         return tuple(found)
     driver = nvidia_driver()
     refusal = str(caught[0].message).split(".")[0] if caught else None
-    return tuple(
-        _unseen(name, memory, capability, driver, refusal) for name, memory, capability in driver.gpus
-    )
+    return tuple(_unseen(name, memory, capability, driver, refusal) for name, memory, capability in driver.gpus)
 
 
 def hidden() -> bool:
@@ -101,9 +99,7 @@ def _mps_gpu() -> Gpu:
     )
 
 
-def _unseen(
-    name: str, memory: int | None, capability: str | None, driver: NvidiaDriver, refusal: str | None
-) -> Gpu:
+def _unseen(name: str, memory: int | None, capability: str | None, driver: NvidiaDriver, refusal: str | None) -> Gpu:
     """A GPU that nvidia-smi lists and torch doesn't."""
     import torch
 
@@ -115,9 +111,7 @@ def _unseen(
     else:
         why_not = f"torch {torch.__version__} doesn't see it."
         fix = "Check CUDA_VISIBLE_DEVICES, and that the container was started with access to the GPU."
-    return Gpu(
-        name=name, torch_name=None, memory_bytes=memory, capability=capability, why_not=why_not, fix=fix
-    )
+    return Gpu(name=name, torch_name=None, memory_bytes=memory, capability=capability, why_not=why_not, fix=fix)
 
 
 def arch_why_not(capability: str, arch_list: list[str]) -> str | None:
@@ -148,11 +142,7 @@ def _kernel_why_not(torch_name: str) -> str | None:
         total = (torch.arange(8, device=torch_name, dtype=torch.float32) * 2).sum().item()
     except RuntimeError as error:  # covers torch's accelerator and out-of-memory errors
         return f"a tiny kernel failed there: {str(error).strip().splitlines()[0]}."
-    return (
-        None
-        if total == 56
-        else f"a tiny kernel gave {total} instead of 56: the hardware or driver is faulty."
-    )
+    return None if total == 56 else f"a tiny kernel gave {total} instead of 56: the hardware or driver is faulty."
 
 
 def _torch_fix(capability: str | None, driver_cuda: str | None) -> str:
@@ -177,9 +167,7 @@ def _torch_fix(capability: str | None, driver_cuda: str | None) -> str:
 
 
 def _version(text: str | None) -> tuple[int, ...] | None:
-    return (
-        tuple(int(part) for part in text.split(".")) if text and re.fullmatch(r"\d+(\.\d+)+", text) else None
-    )
+    return tuple(int(part) for part in text.split(".")) if text and re.fullmatch(r"\d+(\.\d+)+", text) else None
 
 
 @cache  # half a second, and what it says doesn't change while a process lives
