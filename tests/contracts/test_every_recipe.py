@@ -70,7 +70,7 @@ def example(kind: str, recipe: Recipe) -> Traits:
     for shape in ((3, 32, 32), (1, 8, 8), (3, 224, 224), (64,)):
         for examples in (500, 100_000):
             for weights in (False, True):
-                for model in (None, recipe.model):
+                for model in (None, recipe.model, "mine:net"):
                     traits = Traits(
                         kind=kind,
                         input_shape=shape,

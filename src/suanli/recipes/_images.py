@@ -33,6 +33,11 @@ def is_few(traits: Traits) -> bool:
     return traits.examples < FEW_EXAMPLES
 
 
+def is_known(model: str | None) -> bool:
+    """Whether the network is one of suanli's: their names have no colon."""
+    return model is None or ":" not in model
+
+
 def for_speednet(traits: Traits) -> bool:
     """Whether `speednet` will be trained from scratch: it was named, or the images are small."""
     if traits.kind != "image" or traits.weights:

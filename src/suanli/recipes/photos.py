@@ -1,14 +1,14 @@
-"""Photos, and images of any size for a network other than `speednet`, from scratch.
+"""Photos, and images of any size for a residual network, from scratch.
 
-AdamW, because it asks little of a network that suanli doesn't know.
+Chosen on 400 of the 4,000 training photos of a ten-class set at 128 px.
 """
 
-from suanli.recipes._images import NORMLESS, from_scratch
+from suanli.recipes._images import NORMLESS, from_scratch, is_known
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
 def suits(traits: Traits) -> int | None:
-    return 50 if from_scratch(traits) and traits.model not in NORMLESS else None
+    return 50 if from_scratch(traits) and is_known(traits.model) and traits.model not in NORMLESS else None
 
 
 RECIPE = RecipeChoice(
@@ -18,11 +18,12 @@ RECIPE = RecipeChoice(
         augment=("resized_crop(scale=(0.35, 1.0))", "flip"),
         epochs=16,
         batch_size=64,
-        optimizer="adamw",
-        lr=1e-3,
+        optimizer="muon",
+        lr=0.02,
+        optimizer_args={"momentum": 0.9, "other_momentum": 0.9, "head_lr": 0.1, "bias_lr": 0.1},
         weight_decay=0.05,
         schedule="cosine",
-        warmup_epochs=1,
+        warmup_epochs=0.5,
         label_smoothing=0.1,
         clip_norm=5.0,
     ),

@@ -20,6 +20,7 @@ RECIPE = RecipeChoice(
             "batch_size": 100,
             "epochs": 15,
             "lr": 0.1,
+            "label_smoothing": 0.05,
         }
     ),
     suits=suits,
