@@ -46,7 +46,12 @@ def array_source(arrays: list[np.ndarray], labels: list[str], splits: list[str |
     ]
     fingerprint = content_digest(b"".join(content_digest(a) for a in arrays)).hex() + str(labels) + str(splits)
     return Source(
-        name="arrays", kind="image", rows=rows, classes=tuple(sorted(set(labels))), fingerprint=fingerprint, size_bytes=1
+        name="arrays",
+        kind="image",
+        rows=rows,
+        classes=tuple(sorted(set(labels))),
+        fingerprint=fingerprint,
+        size_bytes=1,
     )
 
 
@@ -60,7 +65,9 @@ def members(source: Source, cache: Path) -> dict[str, str]:
 
 
 @given(st.integers(60, 120), st.integers(1, 40), st.integers(0, 1000))
-def test_adding_inputs_never_moves_another(tmp_path_factory: pytest.TempPathFactory, n: int, more: int, seed: int) -> None:
+def test_adding_inputs_never_moves_another(
+    tmp_path_factory: pytest.TempPathFactory, n: int, more: int, seed: int
+) -> None:
     cache = tmp_path_factory.mktemp("cache")
     arrays = pictures(n + more, seed)
     labels = ["ab"[i % 2] for i in range(n + more)]

@@ -56,7 +56,7 @@ def test_it_learns_from_a_folder(picture_folder: Callable[..., Path]) -> None:
 
 
 def test_text_learns_through_the_same_verb(text_table: Path) -> None:
-    run = suanli.train(text_table, epochs=6)
+    run = suanli.train(text_table, epochs=6, batch_size=32)
     assert run.metrics[-1]["scores"]["accuracy"] >= 0.9
     assert suanli.evaluate(run).scores["accuracy"] >= 0.8
 

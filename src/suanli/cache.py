@@ -121,17 +121,16 @@ def _key(source: Source, recipe: Recipe, preprocess: Preprocess | None) -> str:
 
 def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: Path, threads: int) -> None:
     rows = source.rows
-    fitted = preprocess
     read = _reader(source)
     with ThreadPoolExecutor(threads) as pool:
         splits = _assign_splits(rows, read, recipe, pool)
-        preprocess = load("preprocess", source.kind).fit(_training_raws(splits, read), recipe.preprocess)
+        fitted = preprocess or load("preprocess", source.kind).fit(_training_raws(splits, read), recipe.preprocess)
         with atomic_folder(path) as folder:
-            _check_space(folder, len(rows) * _row_bytes(preprocess))
+            _check_space(folder, len(rows) * _row_bytes(fitted))
             table = np.lib.format.open_memmap(
-                folder / "rows.npy", "w+", np.dtype(preprocess.row_dtype), (len(rows), *preprocess.row_shape)
+                folder / "rows.npy", "w+", np.dtype(fitted.row_dtype), (len(rows), *fitted.row_shape)
             )
-            seen = _encode(rows, read, preprocess, table, pool)
+            seen = _encode(rows, read, fitted, table, pool)
             table.flush()
             findings = check.check(
                 names=[r.name for r in rows],
@@ -145,9 +144,9 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
             order = {c: i for i, c in enumerate(source.classes)}
             targets = np.array([order[r.label] for r in rows], np.int64)
             train = np.flatnonzero(code == 0)
-            if fitted is None and len(train):
+            if preprocess is None and len(train):
                 # A fixed spread-out sample: enough for a mean, and independent of the machine.
-                preprocess = preprocess.measure(table[train[:: max(1, len(train) // 20_000)]])
+                fitted = fitted.measure(table[train[:: max(1, len(train) // 20_000)]])
             np.save(folder / "split.npy", code)
             np.save(folder / "targets.npy", targets)
             write_json(folder / "names.json", [r.name for r in rows])
@@ -160,7 +159,7 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
                     "licence": source.licence,
                     "digest": _digest(seen, targets, code),
                     "classes": list(source.classes),
-                    "preprocess": preprocess.settings(),
+                    "preprocess": fitted.settings(),
                     "findings": findings,
                 },
             )

@@ -6,6 +6,7 @@ object. Everything else goes to standard error. Nothing heavy is imported until 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -265,6 +266,9 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs a verb and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal can't show
     # Accepted anywhere on the line: who needs it has just typed the rest.
     debug = "--debug" in arguments
     sys.exit(_main([a for a in arguments if a != "--debug"], debug))

@@ -62,6 +62,11 @@ class Loop:
         self.class_weights = self._class_weights()
         self.progress = Progress(segments=[recipe.epochs])
         self.ema = _copy(step.model) if recipe.ema_decay is not None else None
+        self._own = step.model.state_dict()  # the tensors themselves: they stay the same while values change
+        self._counted = [n for n, t in self._own.items() if not t.is_floating_point()]
+        self._averaged = [t for t in self._own.values() if t.is_floating_point()]
+        self._averages = [self.ema[n] for n, t in self._own.items() if t.is_floating_point()] if self.ema else []
+        self.rate = 0.0  # the recipe's learning rate as the schedule has it now
         self.input_s = 0.0  # waited for, and spent on, the inputs of a step
         self._losses: list[torch.Tensor] = []
         self._generator = torch.Generator(self.device)
@@ -157,6 +162,7 @@ class Loop:
                 break
             step -= steps
         scale = factor(self.recipe, step, steps, self.order.steps_per_epoch)
+        self.rate = self.recipe.lr * scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
 
@@ -169,11 +175,9 @@ class Loop:
         assert self.recipe.ema_decay is not None
         # Early averages forget faster, or the random start would linger.
         decay = min(self.recipe.ema_decay, (1 + step) / (10 + step))
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.ema[name].lerp_(value, 1 - decay)
-            else:
-                self.ema[name].copy_(value)
+        torch._foreach_lerp_(self._averages, self._averaged, 1 - decay)
+        for name in self._counted:
+            self.ema[name].copy_(self._own[name])
 
     def settle(self) -> float:
         """Waits for the losses held back and returns the last. Raises Diverged."""

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 from suanli.errors import DamagedFile, DataError, RunBusy, UsageError
-from suanli.storage import read_json, write_json, writing
+from suanli.storage import json_bytes, read_json, write_json, writing
 from suanli.types import AnyPath, Json, Measurement, Recipe
 
 RUNS = Path("runs")
@@ -154,7 +154,7 @@ class Run:
 
     def _append(self, name: str, value: Json) -> None:
         with writing(self.path / name), (self.path / name).open("ab") as stream:
-            stream.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            stream.write(json_bytes(value))
 
 
 def is_run(path: AnyPath) -> bool:

@@ -95,9 +95,14 @@ def _umask() -> int:
     return mask
 
 
+def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
+    """JSON in UTF-8. File names that are not UTF-8 (lone surrogates) become JSON escapes."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_file(path) as stream:
-        stream.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        stream.write(json_bytes(value, indent=1))
 
 
 def read_json(path: Path) -> Any:

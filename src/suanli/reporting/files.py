@@ -220,7 +220,7 @@ class RunFiles:
 RecordType = TypeVar("RecordType", bound=Record)
 
 
-def read_run(path: str | Path) -> RunFiles:
+def read_run(path: AnyPath) -> RunFiles:
     """Raises DataError where no run is, DamagedFile for a file that can't be used."""
     path = Run.open(path).path
     exams = {split: _read(path / "evaluation" / f"{split}.json", Evaluation) for split in SPLITS}

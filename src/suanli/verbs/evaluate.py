@@ -127,7 +127,7 @@ def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) 
                 measurement(
                     f"{evaluation.split}_{name}",
                     value,
-                    "fraction",
+                    "nats" if name == "log_loss" else "fraction",
                     environment=hardware.environment(device),
                     recipe=saved.recipe,
                     variant="reference",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suanli.storage import atomic_file
+from suanli.types import AnyPath
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -28,7 +29,7 @@ TINY = 64  # pixels along the longer side
 TEXT_LENGTH = 600  # characters of a text that are shown
 
 
-def report(run: str | Path, *, out: Path | None = None) -> Path:
+def report(run: AnyPath, *, out: Path | None = None) -> Path:
     """Write the report of the run directory `run` and return its path.
 
     `out` is the file to write, `<run>/report.html` if not given; into a folder, `report.html` is written.

@@ -28,6 +28,8 @@ def _with_arguments_of(other: Callable[P, Run]) -> Callable[[Callable[..., Run]]
 def run(data: Any, **options: Any) -> Run:
     """Prepare, train, evaluate on the test split and report, in one go. Arguments as for `train`."""
     made = train(data, **options)
-    evaluate(made, device=options.get("device", "auto"))
+    exam = evaluate(made, device=options.get("device", "auto"))
+    summary = made.summary
+    made.write("summary.json", summary | {"seconds": summary["seconds"] | {"evaluate": exam.seconds}})
     report(made)
     return made

@@ -26,7 +26,6 @@ from suanli.data import Feed, mix
 from suanli.errors import DataError, Interrupted, UsageError
 from suanli.forecast import Forecast, forecast, out_of_memory
 from suanli.loop import Loop
-from suanli.measure import peak_memory_bytes
 from suanli.plugins import load
 from suanli.rundir import Run, is_run, measurement
 from suanli.saved import save_model
@@ -261,8 +260,7 @@ class _Training:
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
-        lr = max((g["lr"] for g in loop.optimizer.param_groups), default=0.0)
-        values = {"loss": loss, "lr": lr, "examples_per_s": rate}
+        values = {"loss": loss, "lr": loop.rate, "examples_per_s": rate}
         self.directory.log(step=loop.progress.step, epoch=loop.epoch, seconds=loop.progress.seconds, **values)
         for tracker in self.trackers:
             tracker.log(values, loop.progress.step)
@@ -336,7 +334,7 @@ class _Training:
                 "parameters": sum(p.numel() for p in loop.model.parameters()),
                 "seconds": self.seconds,
                 "examples_per_s": rate,
-                "peak_memory_bytes": peak_memory_bytes(self.device),
+                "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
                 "input_share": share,
                 "limited_by": _limited_by(share, loop.train_feed.resident),
                 "forecast": self.forecast.to_json() if self.forecast else None,
