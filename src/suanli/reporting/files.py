@@ -17,7 +17,7 @@ from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError, model_
 from suanli.errors import DamagedFile
 from suanli.rundir import Run, read_lines
 from suanli.storage import read_json
-from suanli.types import SPLITS
+from suanli.types import SPLITS, AnyPath
 
 REBUILD = "Restore it, or make the run again."
 
