@@ -16,7 +16,7 @@ SMALL = Recipe(
     lr=0.24,
     optimizer_args={"head_lr": 0.08, "bias_lr": 3.0, "normalize_filters": True},
     schedule="linear",
-    label_smoothing=0.2,
+    label_smoothing=0.1,
 )
 
 
@@ -25,8 +25,12 @@ def is_small(traits: Traits) -> bool:
 
 
 def is_grey(traits: Traits) -> bool:
-    """Grey small images are mostly signs, which a mirror turns into something else."""
     return len(traits.input_shape) == 3 and traits.input_shape[0] == 1
+
+
+def is_sign(traits: Traits) -> bool:
+    """Small grey images are mostly digits and letters, which a mirror turns into something else."""
+    return is_small(traits) and is_grey(traits)
 
 
 def is_few(traits: Traits) -> bool:

@@ -1,10 +1,11 @@
 """Images for a network that starts from given weights: small steps, the backbone's a tenth of the head's."""
 
+from suanli.recipes._images import is_sign
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if traits.kind == "image" and traits.weights else None
+    return 60 if traits.kind == "image" and traits.weights and not is_sign(traits) else None
 
 
 RECIPE = RecipeChoice(

@@ -1,11 +1,11 @@
 """Small colour images, fewer than 10,000: smaller batches and more epochs than `small_images`."""
 
-from suanli.recipes._images import SMALL, for_speednet, is_few, is_grey
+from suanli.recipes._images import SMALL, for_speednet, is_few, is_sign
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if for_speednet(traits) and is_few(traits) and not is_grey(traits) else None
+    return 60 if for_speednet(traits) and is_few(traits) and not is_sign(traits) else None
 
 
 RECIPE = RecipeChoice(

@@ -1,12 +1,12 @@
 """Small grey images, many of them: as `small_images`, but never mirrored, since grey small images are
 mostly digits, letters and other signs."""
 
-from suanli.recipes._images import SMALL, for_speednet, is_few, is_grey
+from suanli.recipes._images import SMALL, for_speednet, is_few, is_sign
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if for_speednet(traits) and not is_few(traits) and is_grey(traits) else None
+    return 60 if for_speednet(traits) and not is_few(traits) and is_sign(traits) else None
 
 
 RECIPE = RecipeChoice(

@@ -3,12 +3,12 @@
 Chosen on scikit-learn's digits, on splits that are not those of the built-in data set.
 """
 
-from suanli.recipes._images import SMALL, for_speednet, is_few, is_grey
+from suanli.recipes._images import SMALL, for_speednet, is_few, is_sign
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if for_speednet(traits) and is_few(traits) and is_grey(traits) else None
+    return 60 if for_speednet(traits) and is_few(traits) and is_sign(traits) else None
 
 
 RECIPE = RecipeChoice(
