@@ -1,6 +1,7 @@
 """Photos, and images of any size for a residual network, from scratch.
 
-Chosen on 400 of the 4,000 training photos of a ten-class set at 128 px.
+Muon was chosen over AdamW on 400 held-out training photos at 72 px, three epochs, one seed; its rates
+were not searched.
 """
 
 from suanli.recipes._images import NORMLESS, from_scratch, is_known

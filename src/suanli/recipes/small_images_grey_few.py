@@ -1,6 +1,7 @@
 """Small grey images, fewer than 10,000: smaller batches and more epochs, never mirrored.
 
-Chosen on scikit-learn's digits, on splits that are not those of the built-in data set.
+Rate, smoothing and epochs were chosen on random splits of scikit-learn's digits, which overlap the test
+split of the built-in data set.
 """
 
 from suanli.recipes._images import SMALL, for_speednet, is_few, is_sign
