@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# One thread for each operation: many processes share the machine in tests, and the threads of one
+# operation would wait for each other. Tests of two threads ask for them. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -69,19 +70,15 @@ def test_same_seed_same_weights_other_seed_other_weights(picture_folder: Callabl
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
-def test_stopping_anywhere_changes_nothing(
-    picture_folder: Callable[..., Path], optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_anywhere_changes_nothing(picture_folder: Callable[..., Path], optimizer: str) -> None:
     """Stops after a few steps, again in the middle of an epoch, and goes on: same bits."""
     root = picture_folder(each=60)
     options = {"epochs": 3, "batch_size": 16, "settings": EVERYTHING | {"optimizer": optimizer, "lr": 0.01}}
     whole = suanli.train(root, **options)
     out = Path("stopped")
     for number, stop_at in enumerate((2, 9)):
-        _stop_after(stop_at, monkeypatch)
-        with pytest.raises(suanli.Interrupted, match=rf"at step {stop_at} .*checkpoint is saved"):
+        with stop_after(stop_at), pytest.raises(suanli.Interrupted, match=rf"at step {stop_at} .*checkpoint is saved"):
             suanli.train(out) if number else suanli.train(root, out=out, **options)
-        monkeypatch.undo()
     resumed = suanli.train(out)
     assert resumed.summary["status"] == "finished"
     assert same(weights(whole), weights(resumed))
@@ -89,7 +86,8 @@ def test_stopping_anywhere_changes_nothing(
     assert max(steps) == resumed.summary["steps"]
 
 
-def _stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def stop_after(step: int) -> Iterator[None]:
     """Ctrl-C when that step is reached: a real signal to this process."""
     from suanli.loop import Loop
 
@@ -100,7 +98,9 @@ def _stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, batch)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Loop, "_learn", learn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "_learn", learn)
+        yield
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -122,8 +122,8 @@ def await_checkpoint(run: Path, process: subprocess.Popen[str], after: int = 0) 
 @pytest.mark.slow
 def test_killed_and_terminated_runs_go_on_exactly(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder(each=200)
-    options = ["--epochs", "12", "--batch-size", "16", "--checkpoint-every-s", "0"]
-    whole = suanli.train(root, epochs=12, batch_size=16)
+    options = ["--epochs", "12", "--batch-size", "16", "--checkpoint-every-s", "0", "--threads", "2"]
+    whole = suanli.train(root, epochs=12, batch_size=16, threads=2)
     run = Path("killed")
     process = start("train", root, "--out", run, *options)
     await_checkpoint(run, process, after=5)
@@ -166,24 +166,20 @@ def test_more_epochs_is_explicit(picture_folder: Callable[..., Path]) -> None:
     assert run.summary["epochs"] == 3
 
 
-def test_more_epochs_needs_a_finished_run(picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_epochs_needs_a_finished_run(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder()
     with pytest.raises(suanli.UsageError, match="Name the directory of a run"):
         suanli.train(root, more_epochs=2)
-    _stop_after(2, monkeypatch)
-    with pytest.raises(suanli.Interrupted):
+    with stop_after(2), pytest.raises(suanli.Interrupted):
         suanli.train(root, out="stopped", epochs=2)
-    monkeypatch.undo()
     with pytest.raises(suanli.UsageError, match="First let it finish"):
         suanli.train("stopped", more_epochs=2)
 
 
-def test_changed_data_stops_a_resume(picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_data_stops_a_resume(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder()
-    _stop_after(2, monkeypatch)
-    with pytest.raises(suanli.Interrupted):
+    with stop_after(2), pytest.raises(suanli.Interrupted):
         suanli.train(root, out="stopped", epochs=2)
-    monkeypatch.undo()
     (root / "class0" / "000.png").unlink()
     with pytest.raises(suanli.DataError, match="has changed since"):
         suanli.train("stopped")
@@ -218,7 +214,7 @@ def test_a_batch_that_does_not_fit_says_which_would(
     from suanli import hardware
 
     root = picture_folder(each=100)
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda _: 60_000_000)
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda _: 400_000_000)
     with pytest.raises(suanli.MachineError, match=r"--batch-size \d+ would fit"):
         suanli.train(root, model="resnet18", batch_size=160)
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.exceptions import ClickException
 
 from suanli.errors import SuanliError, UsageError
 
@@ -107,6 +106,7 @@ def _training(verb: str) -> Callable[..., None]:
         settings: Settings = None,
         device: DeviceName = "auto",
         speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
+        threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,
         out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-<n>.")] = None,
         more_epochs: Annotated[float | None, typer.Option(help="Continue a finished run for so long.")] = None,
         checkpoint_every_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
@@ -281,8 +281,8 @@ def _main(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         message, fix, code = error.message, error.fix, error.exit_code
-    except ClickException as error:
-        message, fix, code = error.format_message(), "See suanli --help.", 2
+    except typer.TyperException as error:  # wrong words on the command line
+        message, fix, code = str(error), "See suanli --help.", 2
     except (KeyboardInterrupt, typer.Abort):
         message, fix, code = "Stopped.", "", 130
     except typer.Exit as error:

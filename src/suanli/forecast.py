@@ -1,21 +1,21 @@
 """What a training will take, measured on this machine before its first step.
 
 Memory: the bytes that autograd keeps for one example (counted with saved-tensor hooks on a small
-batch), times the batch, plus weights, gradients, optimizer state and the data. Time: one forward
+batch), times the batch, plus gradients and optimizer state, plus what the process holds already. Time: one forward
 and backward pass at the real batch size. The weights are as they were afterwards.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 
 import torch
 
-from suanli import hardware
+from suanli import checkpoint, hardware
 from suanli.console import duration, size
 from suanli.errors import OutOfMemory
 from suanli.loop import Loop
+from suanli.threads import step_seconds
 from suanli.types import Device, Json
 
 PROBE_BATCH = 4
@@ -38,34 +38,38 @@ class Forecast:
         )
 
 
-def forecast(loop: Loop, device: Device) -> Forecast:
-    """Raises OutOfMemory, with the batch size that would fit, before anything is exhausted."""
-    buffers = {k: v.clone() for k, v in loop.model.state_dict().items()}
-    weights_bytes = sum(t.numel() * t.element_size() for t in buffers.values())
-    per_example = _activation_bytes(loop)
+def refuse_too_big(loop: Loop, device: Device) -> int:
+    """The memory that training needs, in bytes. Raises OutOfMemory, with the batch size that would
+    fit, before anything is exhausted: on most systems exhaustion ends the process without a word."""
+    with loop.untouched():
+        per_example = _activation_bytes(loop)
     batch = -(-loop.order.batch_size // loop.recipe.accumulate)
-    fixed = weights_bytes * (STATE_COPIES + (loop.ema is not None))
+    fixed = _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
+    needed = fixed + per_example * batch
     available = hardware.available_memory_bytes(device)
-    memory = fixed + per_example * batch
-    if available is not None and memory > available:
+    if available is not None and needed > available:
         fits = max(0, (available - fixed) // max(per_example, 1))
-        raise out_of_memory(loop, int(memory), available, int(fits))
+        raise out_of_memory(loop, needed, available, fits)
+    return needed
+
+
+def forecast(loop: Loop, device: Device, memory_bytes: int) -> Forecast:
+    """`memory_bytes` is what `refuse_too_big` found; what the process holds already is added."""
     try:
-        step_s = _step_seconds(loop)
+        with loop.untouched():
+            step_seconds(loop)
+            step_s = step_seconds(loop)
     except (RuntimeError, MemoryError) as error:
         if not hardware.out_of_memory(error):
             raise
-        raise out_of_memory(loop, int(memory), available, batch // 2) from error
-    finally:
-        loop.model.load_state_dict(buffers)
-        loop.model.zero_grad(set_to_none=True)
+        raise out_of_memory(loop, memory_bytes, None, loop.order.batch_size // 2) from error
     validations = loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every
     # A forward pass is about a third of a training step.
     validation_s = validations * len(loop.val_feed) / loop.order.batch_size * step_s / 3
     return Forecast(
         train_seconds=loop.steps * step_s + validation_s,
-        memory_bytes=int(memory + _resident_bytes(loop)),
-        disk_bytes=int(weights_bytes * (1 + 2 * (STATE_COPIES - 1))),
+        memory_bytes=memory_bytes + (hardware.peak_memory_bytes(device) or 0),
+        disk_bytes=_weights_bytes(loop) * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
     )
 
 
@@ -84,8 +88,8 @@ def out_of_memory(loop: Loop, needed: int, available: int | None, fits: int) -> 
     )
 
 
-def _resident_bytes(loop: Loop) -> int:
-    return sum(len(f) * f.row_bytes for f in (loop.train_feed, loop.val_feed) if f.resident)
+def _weights_bytes(loop: Loop) -> int:
+    return sum(t.numel() * t.element_size() for t in loop.model.state_dict().values())
 
 
 def _activation_bytes(loop: Loop) -> int:
@@ -103,14 +107,3 @@ def _activation_bytes(loop: Loop) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loop.try_step(batch)
     return sum(kept.values()) // batch
-
-
-def _step_seconds(loop: Loop) -> float:
-    loop.try_step(loop.order.batch_size)
-    if loop.device.type == "cuda":
-        torch.cuda.synchronize(loop.device)
-    started = time.perf_counter()
-    loop.try_step(loop.order.batch_size)
-    if loop.device.type == "cuda":
-        torch.cuda.synchronize(loop.device)
-    return time.perf_counter() - started

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import nn
 from suanli import checkpoint
 from suanli.augmentation import compose
 from suanli.data import Feed, Order, mix
-from suanli.errors import Diverged
+from suanli.errors import Diverged, UsageError
 from suanli.inference import forward, infer
 from suanli.schedule import factor
 from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
@@ -148,6 +149,16 @@ class Loop:
         batch = self._inputs(rows, targets, index)
         self._loss(batch.inputs, batch.targets).backward()  # type: ignore[no-untyped-call]
 
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Puts weights, statistics and gradients back to what they were before the block."""
+        before = _copy(self.model)
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(before)
+            self.model.zero_grad(set_to_none=True)
+
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.task.loss(
             forward(self.compute, inputs),
@@ -216,6 +227,16 @@ class Loop:
         return _Swapped(self.model, self.ema)
 
     # --- going on ---
+
+    def extend(self, epochs: float) -> None:
+        """Continue a finished loop for so many epochs, with a learning rate that rises and falls
+        anew. Raises UsageError."""
+        if not epochs > 0 or math.isinf(epochs):
+            raise UsageError(f"--more-epochs can't be {epochs}.", fix="Give a number above 0.")
+        if self.progress.step < self.steps:  # it stopped early: what was left is not owed
+            self.progress.segments = [self.epoch]
+        self.progress.segments.append(epochs)
+        self.progress.stale = 0
 
     def state(self) -> tuple[checkpoint.Tensors, Json]:
         """Everything that `restore` needs. Raises Diverged rather than give away broken weights."""

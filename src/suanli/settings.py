@@ -32,6 +32,9 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
     Raises UsageError for an unknown field (the nearest is suggested) or an impossible value.
     """
     values: dict[str, Any] = recipe.model_dump()
+    for name in ("model", "optimizer"):
+        if changes.get(name, values[name]) != values[name]:
+            values[f"{name}_args"] = {}  # they belonged to the other one
     for name, value in changes.items():
         field, dot, entry = name.partition(".")
         if field not in Recipe.model_fields:

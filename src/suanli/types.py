@@ -341,7 +341,7 @@ class Traits:
     """What is known of the data before a recipe is chosen."""
 
     kind: str
-    input_shape: tuple[int, ...]  # of the raw inputs: (H, W) for images, () for text
+    input_shape: tuple[int, ...]  # of one model input: (C, H, W) for images, (L,) for text
     examples: int
     classes: int
     weights: bool  # training starts from given weights
@@ -398,6 +398,7 @@ class Plan:
 
     device: str
     speedups: tuple[str, ...]
+    threads: int | None = None  # of operations on the CPU; None: torch's default
     dropped: Mapping[str, str] = field(default_factory=dict)  # name to reason
 
 

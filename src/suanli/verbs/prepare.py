@@ -67,7 +67,7 @@ def prepare(
 
 
 def resolve(
-    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json]
+    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], tell: bool = True
 ) -> tuple[Recipe, Prepared]:
     """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
     one that suits the data, with `settings` on top."""
@@ -88,7 +88,8 @@ def resolve(
         )
     recipe = change(recipe, settings)
     prepared = prepare_source(source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores())
-    _tell(prepared, time.perf_counter() - started)
+    if tell:
+        _tell(prepared, time.perf_counter() - started)
     check.refuse_bad_share(prepared.findings, options.max_bad)
     check.refuse_unlearnable(prepared.findings)
     return recipe, prepared

@@ -6,34 +6,31 @@ validate and stop; what a step does is in `loop.py`.
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 
-import numpy as np
-import torch
-
-from suanli import building, checkpoint, hardware, planning
+from suanli import checkpoint, hardware, planning
+from suanli.assembly import build_loop
 from suanli.cache import Prepared
 from suanli.console import Progress, duration, say
-from suanli.data import Feed, mix
+from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import DataError, Interrupted, UsageError
-from suanli.forecast import Forecast, forecast, out_of_memory
-from suanli.loop import Loop
+from suanli.forecast import forecast, out_of_memory, refuse_too_big
 from suanli.plugins import load
 from suanli.rundir import Run, is_run, measurement
 from suanli.saved import save_model
-from suanli.types import AnyPath, Device, Json, Plan, Recipe, Step, Tracker
+from suanli.stopping import Stop, stop_requests
+from suanli.threads import choose as choose_threads
+from suanli.threads import threads as use_threads
+from suanli.types import AnyPath, Device, Json, Plan, Recipe, Tracker
 from suanli.verbs.prepare import DataOptions, resolve
 
-INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
 LOG_EVERY_S = 1.0
+FINISHED = ("finished", "stopped early")
 
 
 def train(
@@ -49,6 +46,7 @@ def train(
     settings: Mapping[str, Json] | None = None,
     device: str = "auto",
     speedups: str = "auto",
+    threads: int | None = None,
     out: AnyPath | None = None,
     more_epochs: float | None = None,
     checkpoint_every_s: float = 60.0,
@@ -79,22 +77,10 @@ def train(
     changes = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if v is not None}
     changes |= dict(settings or {})
     target = hardware.detect(device)
-    plan = planning.choose(speedups, target)
-    trackers = _trackers(track)
+    wanted = _trackers(track)
     if is_run(data):
-        if changes or recipe or out:
-            given = sorted([*changes, *(["recipe"] if recipe else []), *(["out"] if out else [])])
-            raise UsageError(
-                f"{data} is a run; it goes on with its own recipe, so {', '.join(given)} can't be changed.",
-                fix="Leave these options out, or train anew on the data set.",
-            )
-        run = Run.open(data)
-        full, prepared = resolve(DataOptions(**run.data["options"]), recipe=run.recipe, settings={})
-        if prepared.digest != run.data["digest"]:
-            raise DataError(
-                f"The data of {run.path} has changed since it was trained.",
-                fix="Put the data back as it was, or train anew.",
-            )
+        given = sorted([*changes, *(["recipe"] if recipe else []), *(["out"] if out else [])])
+        run, training = _reopen(Path(data), given, target, speedups, threads, more_epochs)
     else:
         if more_epochs is not None:
             raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
@@ -107,127 +93,117 @@ def train(
             max_bad=max_bad,
         )
         full, prepared = resolve(options, recipe=recipe, settings=changes)
+        training = _Training(full, prepared, target, planning.choose(speedups, target), threads, options)
+        # Only now: what can't be trained leaves no directory behind.
         about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
         run = Run.create(prepared.name, out, full, about, hardware.environment(target))
+    training.seconds["prepare"] = time.perf_counter() - started
     with run.lock():
-        run.write("check.json", prepared.findings)
-        timing = {"prepare": time.perf_counter() - started}
-        _Training(run, full, prepared, target, plan, checkpoint_every_s, timing).run(more_epochs, trackers)
+        training.run(run, wanted, checkpoint_every_s)
     return run
 
 
+def _reopen(
+    path: Path, given: Sequence[str], device: Device, speedups: str, threads: int | None, more_epochs: float | None
+) -> tuple[Run, _Training]:
+    """A run and its training, put back to the last checkpoint."""
+    run = Run.open(path)
+    if given:
+        raise UsageError(
+            f"{path} is a run; it goes on with its own recipe, so {', '.join(given)} can't be changed.",
+            fix="Leave these options out, or train anew on the data set.",
+        )
+    finished = run.summary.get("status") in FINISHED
+    if finished and more_epochs is None:
+        raise UsageError(f"{path} is finished.", fix=f"To train it further: suanli train {path} --more-epochs 5")
+    if more_epochs is not None and not finished:
+        raise UsageError(
+            "--more-epochs continues a finished run, and this one isn't.",
+            fix=f"First let it finish: suanli train {path}",
+        )
+    options = DataOptions(**run.data["options"])
+    full, prepared = resolve(options, recipe=run.recipe, settings={})
+    if prepared.digest != run.data["digest"]:
+        raise DataError(
+            f"The data of {path} has changed since it was trained.",
+            fix="Put the data back as it was, or train anew.",
+        )
+    # Other ways of computing round differently: exactly the same goes on, unless the user insists.
+    before = run.summary.get("plan", {})
+    if speedups == "auto" and "speedups" in before:
+        speedups = ",".join(before["speedups"]) or "none"
+    threads = threads or before.get("threads")
+    saved = checkpoint.newest(run.checkpoints)
+    plan = planning.choose(speedups, device)
+    return run, _Training(full, prepared, device, plan, threads, options, saved, more_epochs)
+
+
 class _Training:
-    """One training in one run directory, from the first or the last saved step to the model."""
+    """One training, from the first or the last saved step to the model. Nothing is written before
+    `run`."""
 
     def __init__(
         self,
-        run: Run,
         recipe: Recipe,
         prepared: Prepared,
         device: Device,
         plan: Plan,
-        checkpoint_every_s: float,
-        seconds: dict[str, float],
+        threads: int | None,
+        options: DataOptions,
+        saved: checkpoint.Checkpoint | None = None,
+        more_epochs: float | None = None,
     ) -> None:
-        self.directory, self.recipe, self.prepared = run, recipe, prepared
-        self.device, self.plan, self.seconds = device, plan, seconds
-        self.checkpoint_every_s = checkpoint_every_s
-        self.forecast: Forecast | None = None
-
-    def run(self, more_epochs: float | None, trackers: Sequence[type[Tracker]]) -> None:
-        self.loop = self._build()
-        self._resume(more_epochs)
-        self.forecast = forecast(self.loop, self.device)
-        say(f"{self._title()}: {self.forecast}")
-        self.directory.write("summary.json", {"status": "running", "forecast": self.forecast.to_json()})
-        with ExitStack() as stack:
-            self.trackers = [t(self.directory.path, self.recipe.model_dump(mode="json")) for t in trackers]
-            for tracker in self.trackers:
-                stack.callback(tracker.close)
-            signals = stack.enter_context(_signals())
-            started = time.perf_counter()
-            try:
-                status = self._steps(signals)
-            except (RuntimeError, MemoryError) as error:
-                if not hardware.out_of_memory(error):
-                    raise
-                raise out_of_memory(
-                    self.loop, self.forecast.memory_bytes, None, self.loop.order.batch_size // 2
-                ) from error
-            self.seconds["train"] = time.perf_counter() - started
-        self._finish(status)
-
-    # --- before the first step ---
-
-    def _build(self) -> Loop:
-        recipe, prepared = self.recipe, self.prepared
-        torch.manual_seed(mix(recipe.seed, 0))
-        module = building.build(recipe, prepared.preprocess, len(prepared.classes))
-        head = building.head_of(module, building.resolve(recipe.model))
-        if recipe.weights is not None:
-            say(str(building.load_weights(module, Path(recipe.weights), head)))
-        train, val = (Feed(prepared.splits[s], self.device) for s in ("train", "val"))
-        module.to(self.device.torch_name)
-        initialize = getattr(module, "initialize", None)
-        if recipe.weights is None and callable(initialize):
-            spread = torch.from_numpy(np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES])
-            initialize(prepared.preprocess.to_model(train.rows(spread)))
-        step = planning.apply(self.plan, Step(model=module), self.device)
-        optimizer = load("optimizers", recipe.optimizer).build(
-            list(module.named_parameters()),
-            head=head,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            backbone_lr_scale=recipe.backbone_lr_scale,
-            fused=step.fused_optimizer,
-            **recipe.optimizer_args,
-        )
-        return Loop(
-            recipe=recipe,
-            step=step,
-            optimizer=optimizer,
-            task=load("tasks", recipe.task)(),
-            preprocess=prepared.preprocess,
-            train=train,
-            val=val,
-            device=self.device,
-            classes=len(prepared.classes),
-        )
-
-    def _resume(self, more_epochs: float | None) -> None:
-        saved = checkpoint.newest(self.directory.checkpoints)
+        self.recipe, self.prepared, self.device = recipe, prepared, device
+        self.seconds: dict[str, float] = {}
+        self.loop = build_loop(recipe, prepared, device, plan)
         if saved is not None:
             self.loop.restore(saved)
             say(f"going on from step {self.loop.progress.step}")
-        finished = self.directory.summary.get("status") in ("finished", "stopped early")
         if more_epochs is not None:
-            if not finished:
-                raise UsageError(
-                    "--more-epochs continues a finished run, and this one isn't.",
-                    fix=f"First let it finish: suanli train {self.directory.path}",
-                )
-            if more_epochs <= 0:
-                raise UsageError(f"--more-epochs can't be {more_epochs}.", fix="Give a number above 0.")
-            done = self.loop.progress.step / self.loop.order.steps_per_epoch
-            if self.loop.progress.step < self.loop.steps:  # it stopped early: what was left is not owed
-                self.loop.progress.segments = [done]
-            self.loop.progress.segments.append(more_epochs)
-            self.loop.progress.stale = 0
-        elif finished:
-            raise UsageError(
-                f"{self.directory.path} is finished.",
-                fix=f"To train it further: suanli train {self.directory.path} --more-epochs 5",
-            )
+            self.loop.extend(more_epochs)
+        memory = refuse_too_big(self.loop, device)
+        count = choose_threads(self.loop, device, threads, cache_dir_of(options.cache_dir))
+        self.plan = replace(plan, threads=count)
+        with use_threads(count):
+            self.forecast = forecast(self.loop, device, memory)
+        say(f"{self._title()}: {self.forecast}")
+
+    def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
+        self.directory, self.checkpoint_every_s = run, checkpoint_every_s
+        run.write("check.json", self.prepared.findings)
+        run.write(
+            "summary.json",
+            {"status": "running", "plan": asdict(self.plan), "forecast": self.forecast.to_json()},
+        )
+        with ExitStack() as stack:
+            self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
+            for tracker in self.trackers:
+                stack.callback(tracker.close)
+            stack.enter_context(use_threads(self.plan.threads))
+            stop = stack.enter_context(stop_requests())
+            started = time.perf_counter()
+            try:
+                status = self._steps(stop)
+            except (RuntimeError, MemoryError) as error:
+                if not hardware.out_of_memory(error):
+                    raise
+                half = self.loop.order.batch_size // 2
+                raise out_of_memory(self.loop, self.forecast.memory_bytes, None, half) from error
+            finally:
+                self.seconds["train"] = time.perf_counter() - started
+        self._finish(status)
 
     def _title(self) -> str:
         recipe = self.recipe
         parameters = sum(p.numel() for p in self.loop.model.parameters())
         how = "+".join(self.plan.speedups) or "plain PyTorch"
+        if self.plan.threads is not None:
+            how += f", {self.plan.threads} thread{'s' * (self.plan.threads > 1)}"
         return f"{recipe.model} ({parameters / 1e6:.1f} M parameters), recipe {recipe.name}, {self.device.name}, {how}"
 
     # --- the steps ---
 
-    def _steps(self, stopped: _Stopped) -> str:
+    def _steps(self, stop: Stop) -> str:
         loop, per_epoch = self.loop, self.loop.order.steps_per_epoch
         every = max(1, round(self.recipe.validate_every * per_epoch))
         saved_at = logged_at = time.monotonic()
@@ -246,9 +222,9 @@ class _Training:
                     self._validate()
                 best = "" if loop.progress.best is None else f"  {loop.task.headline} {loop.progress.best:.1%}"
                 bar.update(step, note + best)
-                if stopped.by is not None:
+                if stop.by is not None:
                     self._save()
-                    self._interrupt(stopped.by)
+                    self._interrupt(stop.by)
                 if loop.should_stop:
                     self._save()
                     return "stopped early"
@@ -337,7 +313,7 @@ class _Training:
                 "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
                 "input_share": share,
                 "limited_by": _limited_by(share, loop.train_feed.resident),
-                "forecast": self.forecast.to_json() if self.forecast else None,
+                "forecast": self.forecast.to_json(),
                 "plan": asdict(self.plan),
             },
         )
@@ -374,30 +350,3 @@ def _trackers(wanted: Sequence[str]) -> list[type[Tracker]]:
             raise UsageError(f"The tracker {name!r} is not usable: {reason}", fix="Install it or leave --track out.")
         found.append(tracker)
     return found
-
-
-class _Stopped:
-    by: int | None = None  # the signal that asked to stop
-
-
-@contextmanager
-def _signals() -> Iterator[_Stopped]:
-    """Ctrl-C and SIGTERM ask to stop after the step; a second Ctrl-C stops at once."""
-    stopped = _Stopped()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # only the main thread may handle signals
-        return
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if stopped.by is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if stopped.by is None:
-            stopped.by = number
-            os.write(2, b"\nstopping after this step, saving the checkpoint ...\n")
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
