@@ -109,10 +109,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Json) -> None:
     """The inverse of `optimizer_tensors`, bit by bit."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Json]] = {int(i): dict(v) for i, v in plain["values"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            parameter = parameters[int(index)]
+            if tensor.shape == parameter.shape:
+                # In the memory layout of its parameter (channels_last): fused kernels walk both in
+                # the order of memory and would pair the wrong elements.
+                tensor = torch.empty_like(parameter.detach(), dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(index), {})[key] = tensor
     # JSON has no tuples; torch's own groups have (betas).
     groups = [
