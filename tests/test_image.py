@@ -148,7 +148,6 @@ def test_digest_is_that_of_the_picture_not_of_the_file():
     assert len({native().encode(form).digest for form in forms}) == 1
     jpeg = saved(smooth(), "JPEG")
     assert native().encode(jpeg).digest == native().encode(saved(native().encode(jpeg).row)).digest
-    assert native().encode(saved(grey)).digest == native(8, 8, channels=1).encode(saved(grey)).digest
     assert native().encode(np.zeros((4, 6), np.uint8)).digest != native().encode(np.zeros((6, 4), np.uint8)).digest
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suanli import plugins
-from suanli.errors import DamagedFile, DataError, UsageError, unknown
+from suanli.errors import DamagedFile, DataError, UsageError, pip_install, unknown
 from suanli.types import Json, Model, Preprocess, Recipe
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _import(module_name: str, spec: str) -> Any:
 
 def _timm(spec: str) -> Model:
     if importlib.util.find_spec("timm") is None:
-        raise UsageError(f"Model {spec!r} needs timm.", fix="Install it: pip install 'suanli[timm]'.")
+        raise UsageError(f"Model {spec!r} needs timm.", fix=f"Install it: {pip_install('timm>=1.0')}")
     import timm
 
     name = spec.removeprefix("timm:")

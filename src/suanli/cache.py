@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from suanli.types import SPLITS, Json, Preprocess, Raw, Recipe, Row, Source, Spl
 
 FORMAT = 1  # raise when the meaning of a cached file changes
 HELD_BYTES = 1 << 30  # raw inputs up to this size are read from disk once instead of twice
+MEASURED = 1000  # training rows whose statistics are taken, at least
 CHUNK = 128  # inputs for one turn of a thread
 BAD = 255  # in split.npy: could not be decoded
 
@@ -127,11 +129,7 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
         fitted = preprocess or load("preprocess", source.kind).fit(_training_raws(splits, read), recipe.preprocess)
         with atomic_folder(path) as folder:
             _check_space(folder, len(rows) * _row_bytes(fitted))
-            table = np.lib.format.open_memmap(
-                folder / "rows.npy", "w+", np.dtype(fitted.row_dtype), (len(rows), *fitted.row_shape)
-            )
-            seen = _encode(rows, read, fitted, table, pool)
-            table.flush()
+            seen = _encode(rows, read, fitted, folder / "rows.npy", pool)
             findings = check.check(
                 names=[r.name for r in rows],
                 labels=[r.label for r in rows],
@@ -145,8 +143,9 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
             targets = np.array([order[r.label] for r in rows], np.int64)
             train = np.flatnonzero(code == 0)
             if preprocess is None and len(train):
-                # A fixed spread-out sample: enough for a mean, and independent of the machine.
-                fitted = fitted.measure(table[train[:: max(1, len(train) // 20_000)]])
+                # Spread over the split, and enough for a mean: reading all of it would cost a pass.
+                table = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
+                fitted = fitted.measure(table[train[:: max(1, len(train) // MEASURED)]])
             np.save(folder / "split.npy", code)
             np.save(folder / "targets.npy", targets)
             write_json(folder / "names.json", [r.name for r in rows])
@@ -239,21 +238,37 @@ def _encode(
     rows: Sequence[Row],
     read: Callable[[int], Raw],
     preprocess: Preprocess,
-    table: np.ndarray,
+    path: Path,
     pool: ThreadPoolExecutor,
 ) -> list[check.Seen]:
-    def encode(i: int) -> check.Seen:
+    """Writes the encoded rows to `path`, an .npy file. A row that can't be decoded stays zero."""
+    row_bytes = _row_bytes(preprocess)
+    dtype, shape = np.dtype(preprocess.row_dtype), preprocess.row_shape
+    offset = np.lib.format.open_memmap(path, "w+", dtype, (len(rows), *shape)).offset
+
+    def encode(i: int, row: np.ndarray) -> check.Seen:
         try:
             encoded = preprocess.encode(read(i))
         except BadInput as error:
             return check.Seen(reason=error.message.rstrip("."))
         except OSError as error:
             return check.Seen(reason=error.strerror or str(error))
-        table[i] = encoded.row
+        row[...] = encoded.row
         return check.Seen(digest=encoded.digest, traits=encoded.traits, size=encoded.size)
 
-    chunks = _in_chunks(len(rows), lambda c: [encode(i) for i in c], pool, "Decoding")
-    return [s for chunk in chunks for s in chunk]
+    def work(chunk: range) -> list[check.Seen]:
+        # Written, not mapped: faster, and a full disk is an error instead of the end of the process.
+        block = np.zeros((len(chunk), *shape), dtype)
+        seen = [encode(i, row) for i, row in zip(chunk, block, strict=True)]
+        with lock:
+            stream.seek(offset + chunk.start * row_bytes)
+            stream.write(block.data)
+        return seen
+
+    lock = threading.Lock()
+    with path.open("r+b") as stream:
+        chunks = _in_chunks(len(rows), work, pool, "Decoding")
+        return [s for chunk in chunks for s in chunk]
 
 
 def _row_bytes(preprocess: Preprocess) -> int:
@@ -261,7 +276,7 @@ def _row_bytes(preprocess: Preprocess) -> int:
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
-    # A memory map on a full disk ends the process with SIGBUS: ask before.
+    # Better before an hour of decoding than after it.
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise StorageError(
@@ -283,7 +298,8 @@ def _load(path: Path, *, reused: bool) -> Prepared:
     try:
         meta = read_json(path / "meta.json")
         names = read_json(path / "names.json")
-        rows = np.load(path / "rows.npy", mmap_mode="r", allow_pickle=False)
+        # Copy-on-write: torch warns of arrays that can't be written, and the file stays as it is.
+        rows = np.load(path / "rows.npy", mmap_mode="c", allow_pickle=False)
         code = np.load(path / "split.npy", allow_pickle=False)
         targets = np.load(path / "targets.npy", allow_pickle=False)
         if not len(rows) == len(code) == len(targets) == len(names):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from suanli.console import plural
 from suanli.errors import DataError
 from suanli.types import SPLITS, Json
 
@@ -168,20 +169,20 @@ def remarks(findings: Json) -> list[str]:
     if n["duplicates_across_splits"]:
         first = findings["duplicates_across_splits"][0]
         lines.append(
-            f"{n['duplicates_across_splits']} inputs are in more than one split, so the score flatters: "
+            f"{plural(n['duplicates_across_splits'], 'input')} found in more than one split, so the score flatters: "
             f"{' = '.join(first['names'][:3])}"
         )
     if n["label_conflicts"]:
         first = findings["label_conflicts"][0]
         lines.append(
-            f"{n['label_conflicts']} inputs carry two labels: {first['names'][0]} ({first['labels'][0]}) = "
+            f"{plural(n['label_conflicts'], 'input')} with two labels: {first['names'][0]} ({first['labels'][0]}) = "
             f"{first['names'][1]} ({first['labels'][1]})"
         )
     if n["bad"]:
         first = findings["bad"][0]
-        lines.append(f"{n['bad']} can't be decoded and were left out: {first['name']} ({first['reason']})")
+        lines.append(f"{plural(n['bad'], 'input')} left out, not decodable: {first['name']} ({first['reason']})")
     if n["duplicates_within"]:
-        lines.append(f"{n['duplicates_within']} groups of identical inputs within a split")
+        lines.append(f"{plural(n['duplicates_within'], 'group')} of identical inputs within a split")
     if findings["empty_classes"]:
         lines.append(f"classes without inputs: {', '.join(findings['empty_classes'][:10])}")
     if findings["imbalance"] and findings["imbalance"] >= 3:

@@ -251,7 +251,7 @@ def _run_shown(run: Any) -> str:
     return f"Test {headline}: {value:.2%}\nRun:    {run.path}\nModel:  {run.model_path}\nReport: {report}"
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001

@@ -108,6 +108,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """ "1 input", "1,204 inputs", "2 classes"."""
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
 def size(count: float) -> str:
     """Bytes as people say them: '512 B', '1.2 MB', '3.4 GB' (powers of ten)."""
     for unit in ("B", "kB", "MB", "GB"):

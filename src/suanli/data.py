@@ -74,7 +74,7 @@ def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: P
             fetch(download, folder)
         return dataset.read(folder)
     if not path.exists():
-        if path.suffix or len(path.parts) > 1:
+        if path.suffix or os.sep in str(subject):
             raise DataError(
                 f"There is nothing at {path}.",
                 fix="Check the path, or use a built-in data set: " + ", ".join(names("datasets")) + ".",
@@ -196,7 +196,13 @@ class Feed:
             resident = room is None or len(split) * self.row_bytes <= RESIDENT_SHARE * room
         self.resident = resident
         self.targets = torch.from_numpy(split.targets).to(self.device)
-        self._rows = torch.from_numpy(split.inputs[split.index]).to(self.device) if resident else None
+        # On a CPU the memory map itself is the tensor: nothing is copied, and the system keeps in
+        # memory what is used.
+        self._mapped = torch.from_numpy(split.inputs)
+        self._index = torch.from_numpy(split.index)
+        self._rows = None
+        if resident and self.device.type != "cpu":
+            self._rows = self._mapped.index_select(0, self._index).to(self.device)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -205,6 +211,9 @@ class Feed:
         """Rows at these positions (on the CPU), on the device."""
         if self._rows is not None:
             return self._rows.index_select(0, positions.to(self.device))
+        if self.resident:
+            return self._mapped.index_select(0, self._index[positions])
+        # By NumPy, in one thread: the other cores are busy with the step that this runs ahead of.
         rows = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]])
         if self.device.type == "cuda":
             return rows.pin_memory().to(self.device, non_blocking=True)

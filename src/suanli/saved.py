@@ -101,6 +101,17 @@ def model_folder(subject: AnyPath) -> Path:
     return path / "model" if (path / "recipe.json").exists() or (path / "model" / "model.json").exists() else path
 
 
+def weights_of(path: Path) -> tuple[Path, dict[str, Json]]:
+    """The weights file behind a run, a model folder or a weights file, and, where a model.json tells,
+    the recipe's fields for its network."""
+    folder = model_folder(path) if path.is_dir() else path.parent
+    file = folder / WEIGHTS if path.is_dir() else path
+    if file.name != WEIGHTS or not (folder / "model.json").exists():
+        return file.absolute(), {}
+    card = read_card(folder)
+    return file.absolute(), {"model": card["model"], "model_args": card["recipe"]["model_args"]}
+
+
 def load_model(folder: Path) -> SavedModel:
     """Reads nothing but this folder. Raises DataError, DamagedFile."""
     card = read_card(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,8 +43,7 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
                 raise UsageError(f"{field!r} is a single value, {name!r} can't be set.", fix=f"Set {field} itself.")
             values[field] = {**values[field], entry: value}
         elif field == "augment" and isinstance(value, str):
-            # "crop(padding=2),flip": commas inside parentheses belong to an augmentation
-            values[field] = [part.strip() for part in re.split(r",(?![^(]*\))", value) if part.strip()]
+            values[field] = _listed(value)
         else:
             values[field] = value
     try:
@@ -55,5 +53,17 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
         name = ".".join(str(p) for p in first["loc"])
         raise UsageError(
             f"The recipe field {name!r} can't be {first['input']!r}: {first['msg'].lower()}.",
-            fix=f"The recipe {recipe.name!r} has {getattr(recipe, str(first['loc'][0]))!r}.",
+            fix=f"A usual value is {getattr(recipe, str(first['loc'][0]))!r}.",
         ) from error
+
+
+def _listed(text: str) -> list[str]:
+    """ "crop(padding=2),flip" to its parts: commas inside parentheses belong to an augmentation."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]

@@ -89,15 +89,15 @@ class ImagePreprocess(Preprocess):
         """Safe to call from several threads at once."""
         pixels, traits = decode(raw)
         height, width, found = pixels.shape
-        # SHA-256 has its own instructions on current CPUs and is then the fastest in hashlib.
-        digest = hashlib.sha256(b"%d,%d,%d:" % pixels.shape, usedforsecurity=False)
-        digest.update(pixels.data)
         row = _resized(pixels, self.height, self.width, self.resize)
         if found == 1 and self.channels == 3:
             row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
         elif found == 3 and self.channels == 1:
             row, traits = _luma(row), ("colour", *traits)
-        return Encoded(row=row, digest=digest.digest()[:16], traits=traits, size=(height, width))
+        # Of the row, not of the file: what the model can't tell apart is the same picture. SHA-256 has
+        # its own instructions on current CPUs and is then the fastest in hashlib.
+        digest = hashlib.sha256(np.ascontiguousarray(row).data, usedforsecurity=False).digest()[:16]
+        return Encoded(row=row, digest=digest, traits=traits, size=(height, width))
 
     def measure(self, rows: np.ndarray) -> Self:
         """Reads at most about 256 MB of `rows`, evenly spread, a few MB at a time."""

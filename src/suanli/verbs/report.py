@@ -29,13 +29,15 @@ TINY = 64  # pixels along the longer side
 TEXT_LENGTH = 600  # characters of a text that are shown
 
 
-def report(run: AnyPath, *, out: Path | None = None) -> Path:
-    """Write the report of the run directory `run` and return its path.
+def report(run: AnyPath, *, out: AnyPath | None = None) -> Path:
+    """Write the report of the run directory `run` and return its path; beside it, in the run, the
+    model card (README.md).
 
     `out` is the file to write, `<run>/report.html` if not given; into a folder, `report.html` is written.
     Raises DataError where no run is, DamagedFile for a file of the run that can't be used, StorageError
     where the report can't be written.
     """
+    from suanli.reporting.card import card
     from suanli.reporting.files import read_run
 
     files = read_run(run)
@@ -45,6 +47,9 @@ def report(run: AnyPath, *, out: Path | None = None) -> Path:
     page = _pages().get_template("report.html").render(_content(files))
     with atomic_file(target) as stream:
         stream.write(page.encode())
+    if out is None:
+        with atomic_file(files.path / "README.md") as stream:
+            stream.write(card(files).encode(errors="backslashreplace"))
     return target
 
 

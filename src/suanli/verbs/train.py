@@ -22,7 +22,7 @@ from suanli.errors import DataError, Interrupted, UsageError
 from suanli.forecast import forecast, out_of_memory, refuse_too_big
 from suanli.plugins import load
 from suanli.rundir import Run, is_run, measurement
-from suanli.saved import save_model
+from suanli.saved import save_model, weights_of
 from suanli.stopping import Stop, stop_requests
 from suanli.threads import choose as choose_threads
 from suanli.threads import threads as use_threads
@@ -68,14 +68,15 @@ def train(
     started = time.perf_counter()
     chosen = {
         "model": model,
-        "weights": weights,
         "epochs": epochs,
         "batch_size": batch_size,
         "lr": lr,
         "seed": seed,
     }
-    changes = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if v is not None}
-    changes |= dict(settings or {})
+    changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
+    if weights is not None:
+        file, network = weights_of(Path(weights).expanduser())
+        changes = ({} if model is not None else network) | changes | {"weights": str(file)}
     target = hardware.detect(device)
     wanted = _trackers(track)
     if is_run(data):
@@ -199,7 +200,8 @@ class _Training:
         how = "+".join(self.plan.speedups) or "plain PyTorch"
         if self.plan.threads is not None:
             how += f", {self.plan.threads} thread{'s' * (self.plan.threads > 1)}"
-        return f"{recipe.model} ({parameters / 1e6:.1f} M parameters), recipe {recipe.name}, {self.device.name}, {how}"
+        size = f"{parameters / 1e6:.1f} M" if parameters >= 100_000 else f"{parameters:,}"
+        return f"{recipe.model} ({size} parameters), recipe {recipe.name}, {self.device.name}, {how}"
 
     # --- the steps ---
 
@@ -347,6 +349,6 @@ def _trackers(wanted: Sequence[str]) -> list[type[Tracker]]:
         tracker: type[Tracker] = load("trackers", name)
         reason = tracker.why_not()
         if reason is not None:
-            raise UsageError(f"The tracker {name!r} is not usable: {reason}", fix="Install it or leave --track out.")
+            raise UsageError(f"The tracker {name!r} needs its package: {reason}", fix="Or leave --track out.")
         found.append(tracker)
     return found

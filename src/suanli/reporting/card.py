@@ -1,0 +1,82 @@
+"""The model card: README.md of a run, for who finds the model without its maker.
+
+Short and plain: what it is for, how good it is and on what, how to use it, what is not known. The
+report has the details. Sections follow Mitchell et al., "Model Cards for Model Reporting" (2019).
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from suanli.reporting.files import Data, Evaluation, RunFiles
+from suanli.reporting.words import score
+
+
+def card(run: RunFiles) -> str:
+    """The card in Markdown."""
+    recipe = run.recipe
+    name = run.path.resolve().name
+    kind = run.data.kind if run.data else None
+    lines = [f"# {_plain(name)}", ""]
+    lines.append(
+        f"A `{recipe.get('model', '?')}` for {recipe.get('task', '?')} of {kind or 'data'}, trained with suanli."
+    )
+    if run.data:
+        lines += ["", "## Data", "", *_data(run.data)]
+    lines += ["", "## How good it is", "", *_scores(run.evaluations.get("test"))]
+    if run.trained:
+        lines += ["", "## Use", "", *_use(name)]
+    lines += ["", "## Limits", "", *_limits(run)]
+    if run.environment and run.environment.command:
+        lines += ["", "## Made with", "", "```sh", shlex.join(run.environment.command), "```"]
+        versions = ", ".join(f"{n} {v}" for n, v in run.environment.versions.items() if v)
+        lines += ["", f"On {run.environment.cpu or 'an unknown machine'}; {versions}."]
+    return "\n".join(lines) + "\n"
+
+
+def _data(data: Data) -> list[str]:
+    counts = {split: sum(classes.values()) for split, classes in data.counts.items()}
+    sizes = ", ".join(f"{n:,} {split}" for split, n in counts.items())
+    shown = ", ".join(map(_plain, data.classes[:20])) + (", …" if len(data.classes) > 20 else "")
+    return [
+        f"- {_plain(data.name or '?')}: {sizes}",
+        f"- {len(data.classes)} classes: {shown}",
+        f"- Licence: {_plain(data.licence or 'not stated')}",
+    ]
+
+
+def _scores(exam: Evaluation | None) -> list[str]:
+    if exam is None:
+        return ["Not examined on the test split yet: `suanli evaluate` does it."]
+    lines = [f"On {exam.count or 0:,} test inputs that took no part in training or in any choice:", ""]
+    for name, value in exam.scores.items():
+        known = ""
+        if exam.interval and name == (exam.headline or next(iter(exam.scores))):
+            known = f" (95 % interval {score(name, exam.interval[0])} to {score(name, exam.interval[1])})"
+        lines.append(f"- {name.replace('_', ' ')}: {score(name, value)}{known}")
+    return lines
+
+
+def _use(name: str) -> list[str]:
+    return [
+        "```sh",
+        f"suanli predict {shlex.quote(name)} INPUT...",
+        "```",
+        "",
+        "The folder `model/` is enough: preprocessing and class names are inside.",
+    ]
+
+
+def _limits(run: RunFiles) -> list[str]:
+    lines = [
+        "- It knows these classes only: anything else gets the name of one of them.",
+        "- It was examined on inputs from the same source as it learned from; others can be harder.",
+    ]
+    if run.check and run.check.counts.get("duplicates_across_splits"):
+        lines.append("- Some inputs are in more than one split, so the scores flatter (see the report).")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in " ".join(text.split()))
