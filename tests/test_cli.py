@@ -69,6 +69,7 @@ def test_run_then_everything_else(picture_folder: Callable[..., Path], capsys: p
     assert "95 % interval" in capsys.readouterr().out
     assert call("report", "made", "--out", "elsewhere.html") == 0
     assert Path("elsewhere.html").exists()
+    capsys.readouterr()
     assert call("predict", "made", root / "class0", "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["predictions"]) == 60
     assert call("prepare", root) == 0
@@ -98,7 +99,7 @@ def broken_folder(root: Path, kind: str) -> Path:
         (["train", "nowhere/at/all"], 3, "nothing at"),
         (["train", "digitz"], 2, "Did you mean 'digits'"),
         (["train", "digits", "--epoch", "3"], 2, "--epoch"),
-        (["train", "digits", "--epochs", "three"], 2, "three"),
+        (["train", "digits", "--epochs", "three"], 2, "--epochs"),
         (["train", "digits", "--epochs", "0"], 2, "'epochs' can't be 0"),
         (["train", "digits", "--model", "resnet8"], 2, "Did you mean"),
         (["train", "digits", "--set", "lr"], 2, "field=value"),

@@ -282,7 +282,8 @@ def _main(arguments: list[str], debug: bool) -> int:
             raise
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # wrong words on the command line
-        message, fix, code = str(error), "See suanli --help.", 2
+        told = getattr(error, "format_message", lambda: str(error))()
+        message, fix, code = told.rstrip(".") + ".", "See suanli --help.", 2
     except (KeyboardInterrupt, typer.Abort):
         message, fix, code = "Stopped.", "", 130
     except typer.Exit as error:

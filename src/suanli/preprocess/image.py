@@ -94,10 +94,12 @@ class ImagePreprocess(Preprocess):
             row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
         elif found == 3 and self.channels == 1:
             row, traits = _luma(row), ("colour", *traits)
-        # Of the row, not of the file: what the model can't tell apart is the same picture. SHA-256 has
-        # its own instructions on current CPUs and is then the fastest in hashlib.
-        digest = hashlib.sha256(np.ascontiguousarray(row).data, usedforsecurity=False).digest()[:16]
-        return Encoded(row=row, digest=digest, traits=traits, size=(height, width))
+        # Of the size and the row, not of the file: pictures that the model can't tell apart are the
+        # same, however they are stored. SHA-256 has its own instructions on current CPUs and is then
+        # the fastest in hashlib.
+        digest = hashlib.sha256(b"%d,%d:" % (height, width), usedforsecurity=False)
+        digest.update(np.ascontiguousarray(row).data)
+        return Encoded(row=row, digest=digest.digest()[:16], traits=traits, size=(height, width))
 
     def measure(self, rows: np.ndarray) -> Self:
         """Reads at most about 256 MB of `rows`, evenly spread, a few MB at a time."""
