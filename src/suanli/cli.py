@@ -282,7 +282,7 @@ def _main(arguments: list[str], debug: bool) -> int:
             raise
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # wrong words on the command line
-        told = getattr(error, "format_message", lambda: str(error))()
+        told = error.format_message() if hasattr(error, "format_message") else str(error)
         message, fix, code = told.rstrip(".") + ".", "See suanli --help.", 2
     except (KeyboardInterrupt, typer.Abort):
         message, fix, code = "Stopped.", "", 130
