@@ -160,6 +160,8 @@ def _evaluate(
         for shown_in_report in ("mistakes", "samples"):
             for example in values[shown_in_report]:
                 del example["preview"]
+        if split != "test":
+            values["scores"] = {f"{split}_{name}": value for name, value in values["scores"].items()}
         result.values = values | {"run": str(run)}
         result.shown = lambda: table(found)
 

@@ -34,7 +34,8 @@ class Progress:
 
     step: int = 0
     segments: list[float]  # epochs of each stretch: the recipe's, then each continuation's
-    best: float | None = None  # headline score on validation
+    last: float | None = None  # headline score of the newest validation
+    best: float | None = None
     best_step: int = 0
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
@@ -212,6 +213,7 @@ class Loop:
             found = infer(self.compute, self.preprocess, self.task, batches)
         scores = self.task.scores(found.astype(np.float32), self.val_feed.split.targets)
         headline, progress = scores[self.task.headline], self.progress
+        progress.last = headline
         if progress.best is None or headline > progress.best:
             progress.best, progress.best_step, progress.stale = headline, progress.step, 0
         else:

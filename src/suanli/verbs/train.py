@@ -222,8 +222,8 @@ class _Training:
                     logged_at, since, since_step = now, loop.progress.seconds, step
                 if step % every == 0 or last:
                     self._validate()
-                best = "" if loop.progress.best is None else f"  {loop.task.headline} {loop.progress.best:.1%}"
-                bar.update(step, note + best)
+                score = "" if loop.progress.last is None else f"  {loop.task.headline} {loop.progress.last:.1%}"
+                bar.update(step, note + score)
                 if stop.by is not None:
                     self._save()
                     self._interrupt(stop.by)
@@ -293,9 +293,10 @@ class _Training:
             )
         self._summarise(status)
         rate = self.directory.summary["examples_per_s"]
-        best = f", validation {loop.task.headline} {loop.progress.best:.2%}" if loop.progress.best is not None else ""
+        kept = loop.progress.last if self.recipe.early_stop is None else loop.progress.best
+        score = "" if kept is None else f", validation {loop.task.headline} {kept:.2%}"
         took = duration(self.seconds["train"])
-        say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){best}")
+        say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
 
     def _summarise(self, status: str) -> None:
         loop = self.loop
@@ -328,7 +329,7 @@ class _Training:
                     environment=environment,
                     recipe=self.recipe,
                     variant="+".join(self.plan.speedups) or "none",
-                    scores={f"val_{loop.task.headline}": loop.progress.best} if loop.progress.best else {},
+                    scores={f"val_{loop.task.headline}": loop.progress.last} if loop.progress.last is not None else {},
                     count=loop.progress.step,
                 )
             )
