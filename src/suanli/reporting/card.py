@@ -19,7 +19,7 @@ def card(run: RunFiles) -> str:
     kind = run.data.kind if run.data else None
     lines = [f"# {_plain(name)}", ""]
     lines.append(
-        f"A `{recipe.get('model', '?')}` for {recipe.get('task', '?')} of {kind or 'data'}, trained with suanli."
+        f"A `{recipe.get('model', '?')}` for {kind or 'data'} {recipe.get('task', '?')}, trained with suanli.",
     )
     if run.data:
         lines += ["", "## Data", "", *_data(run.data)]
