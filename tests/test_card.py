@@ -11,7 +11,7 @@ import suanli
 def test_the_card_tells_score_use_and_command(picture_folder: Callable[..., Path]) -> None:
     run = suanli.run(picture_folder(), epochs=2, out="made")
     card = (run.path / "README.md").read_text()
-    assert f"{100 * run.scores['accuracy']:.1f} %" in card
+    assert f"accuracy: {100 * run.scores['accuracy']:.1f} %" in " ".join(card.split())
     assert "suanli predict made" in card
     assert "class0, class1" in card
 
