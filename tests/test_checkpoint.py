@@ -30,9 +30,15 @@ def test_tied_weights_are_stored(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    for step in (1, 2, 30, 4):
+    for step in (1, 2, 3):
         checkpoint.save_step(tmp_path, step, TENSORS, {})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004.safetensors", "step-00000030.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.safetensors", "step-00000003.safetensors"]
+
+
+def test_one_from_a_future_that_did_not_happen_goes(tmp_path: Path) -> None:
+    for step in (10, 30, 20):
+        checkpoint.save_step(tmp_path, step, TENSORS, {})
+    assert checkpoint.newest(tmp_path).step == 20  # type: ignore[union-attr]
 
 
 @given(cut=st.floats(0, 0.999))

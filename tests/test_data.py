@@ -25,7 +25,7 @@ def split(tmp_path: Path) -> Split:
     np.save(tmp_path / "rows.npy", random.integers(0, 256, (100, 4, 5, 3), dtype=np.uint8))
     index = np.sort(random.permutation(100)[:70])
     return Split(
-        inputs=np.load(tmp_path / "rows.npy", mmap_mode="c"),
+        inputs=np.load(tmp_path / "rows.npy", mmap_mode="r"),
         index=index,
         targets=random.integers(0, 3, 70),
         names=[str(i) for i in index],

@@ -18,17 +18,18 @@ from suanli.types import Device, Plan, Recipe, Step
 INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
 
 
-def build_loop(recipe: Recipe, prepared: Prepared, device: Device, plan: Plan) -> Loop:
-    """Raises UsageError for a name or argument in the recipe that does not exist or fit."""
+def build_loop(recipe: Recipe, prepared: Prepared, device: Device, plan: Plan, *, fresh: bool = True) -> Loop:
+    """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`:
+    a checkpoint will replace every weight, so none is loaded or initialised from data."""
     torch.manual_seed(mix(recipe.seed, 0))
     module = building.build(recipe, prepared.preprocess, len(prepared.classes))
     head = building.head_of(module, building.resolve(recipe.model))
-    if recipe.weights is not None:
+    if fresh and recipe.weights is not None:
         say(str(building.load_weights(module, Path(recipe.weights).expanduser(), head)))
     train, val = (Feed(prepared.splits[s], device) for s in ("train", "val"))
     module.to(device.torch_name)
     initialize = getattr(module, "initialize", None)
-    if recipe.weights is None and callable(initialize):
+    if fresh and recipe.weights is None and callable(initialize):
         spread = torch.from_numpy(np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES])
         initialize(prepared.preprocess.to_model(train.rows(spread)))
     step = planning.apply(plan, Step(model=module), device)

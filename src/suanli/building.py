@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suanli import plugins
+from suanli import hardware, plugins
 from suanli.errors import DamagedFile, DataError, UsageError, pip_install, unknown
 from suanli.types import Json, Model, Preprocess, Recipe
 
@@ -131,6 +131,8 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
     try:
         module = model.build(**args)
     except Exception as error:  # a user's function may raise anything
+        if hardware.out_of_memory(error):
+            raise
         raise UsageError(
             f"Model {model.name!r} can't be built: {type(error).__name__}: {error}.",
             fix="Change the model's arguments, or mend the function that builds it.",
@@ -166,6 +168,8 @@ def _try(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) 
         with torch.inference_mode():
             out = module(inputs)
     except Exception as error:  # a user's network may raise anything
+        if hardware.out_of_memory(error):
+            raise
         raise UsageError(
             f"Model {model.name!r} fails on a batch of shape {tuple(inputs.shape)}: {error}.",
             fix="Choose a model for inputs of this shape, or change the preprocessing size.",

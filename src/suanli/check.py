@@ -183,6 +183,13 @@ def remarks(findings: Json) -> list[str]:
         lines.append(f"{plural(n['bad'], 'input')} left out, not decodable: {first['name']} ({first['reason']})")
     if n["duplicates_within"]:
         lines.append(f"{plural(n['duplicates_within'], 'group')} of identical inputs within a split")
+    unexamined = [
+        name
+        for name, count in findings["class_counts"]["train"].items()
+        if count and not findings["class_counts"]["test"][name]
+    ]
+    if unexamined:
+        lines.append(f"classes without test inputs: {', '.join(unexamined[:10])}")
     if findings["empty_classes"]:
         lines.append(f"classes without inputs: {', '.join(findings['empty_classes'][:10])}")
     if findings["imbalance"] and findings["imbalance"] >= 3:

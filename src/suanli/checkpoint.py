@@ -42,10 +42,11 @@ def write(path: Path, tensors: Tensors, progress: Json) -> None:
 
 
 def save_step(folder: Path, step: int, tensors: Tensors, progress: Json) -> Path:
-    """Writes step-<n> and removes all but the newest KEPT."""
+    """Writes step-<n>, and removes all but the newest KEPT up to it."""
     path = folder / f"step-{step:08d}.safetensors"
     write(path, tensors, progress)
-    for _, old in _steps(folder)[KEPT:]:
+    earlier = [found for found in _steps(folder) if found[0] <= step][:KEPT]
+    for _, old in [found for found in _steps(folder) if found not in earlier]:
         with writing(old):
             old.unlink(missing_ok=True)
     return path
@@ -80,6 +81,11 @@ def newest(folder: Path) -> Checkpoint | None:
     if damaged is not None:
         raise damaged
     return None
+
+
+def last_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint, unread; None: there is none."""
+    return next((step for step, _ in _steps(folder)), None)
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

@@ -196,13 +196,9 @@ class Feed:
             resident = room is None or len(split) * self.row_bytes <= RESIDENT_SHARE * room
         self.resident = resident
         self.targets = torch.from_numpy(split.targets).to(self.device)
-        # On a CPU the memory map itself is the tensor: nothing is copied, and the system keeps in
-        # memory what is used.
-        self._mapped = torch.from_numpy(split.inputs)
-        self._index = torch.from_numpy(split.index)
         self._rows = None
-        if resident and self.device.type != "cpu":
-            self._rows = self._mapped.index_select(0, self._index).to(self.device)
+        if resident and self.device.type != "cpu":  # on a CPU the map is as good: its pages stay in memory
+            self._rows = torch.from_numpy(split.inputs[split.index]).to(self.device)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -211,9 +207,6 @@ class Feed:
         """Rows at these positions (on the CPU), on the device."""
         if self._rows is not None:
             return self._rows.index_select(0, positions.to(self.device))
-        if self.resident:
-            return self._mapped.index_select(0, self._index[positions])
-        # By NumPy, in one thread: the other cores are busy with the step that this runs ahead of.
         rows = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]])
         if self.device.type == "cuda":
             return rows.pin_memory().to(self.device, non_blocking=True)
@@ -225,7 +218,7 @@ class Feed:
             for positions in steps:
                 yield self._batch(positions)
         else:
-            yield from _read_ahead(lambda p: self._batch(p), steps)
+            yield from _read_ahead(self._batch, steps)
 
     def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         on_device = positions.to(self.device)

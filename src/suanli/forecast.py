@@ -7,6 +7,8 @@ and backward pass at the real batch size. The weights are as they were afterward
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -20,6 +22,9 @@ from suanli.types import Device, Json
 
 PROBE_BATCH = 4
 STATE_COPIES = 4  # weights, gradients and two moments
+SAVING_COPIES = 2  # of all state, while a checkpoint is written from main memory
+BACKWARD = 1.5  # at most, of what the forward pass kept: the gradients between two layers come on top
+WORKSPACE_BYTES = 64 << 20  # kernels' scratch memory and what allocation rounds up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,16 +46,35 @@ class Forecast:
 def refuse_too_big(loop: Loop, device: Device) -> int:
     """The memory that training needs, in bytes. Raises OutOfMemory, with the batch size that would
     fit, before anything is exhausted: on most systems exhaustion ends the process without a word."""
-    with loop.untouched():
+    with enough_memory(device), loop.untouched():
         per_example = _activation_bytes(loop)
     batch = -(-loop.order.batch_size // loop.recipe.accumulate)
     fixed = _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
-    needed = fixed + per_example * batch
+    saving = SAVING_COPIES * fixed if device.type == "cpu" else 0  # when the batch is gone
+    needed = fixed + max(per_example * batch, saving)
     available = hardware.available_memory_bytes(device)
     if available is not None and needed > available:
-        fits = max(0, (available - fixed) // max(per_example, 1))
-        raise out_of_memory(loop, needed, available, fits)
+        # What is advised must do: with everything that comes and goes between two measurements.
+        room = available - fixed - WORKSPACE_BYTES
+        fits = 0 if saving > room else int(room / (BACKWARD * max(per_example, 1)))
+        raise out_of_memory(loop, needed, available, max(0, fits))
     return needed
+
+
+@contextmanager
+def enough_memory(device: Device) -> Iterator[None]:
+    """Turns memory that ran out before the first batch into OutOfMemory with the way out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not hardware.out_of_memory(error):
+            raise
+        available = hardware.available_memory_bytes(device)
+        have = "" if available is None else f", {size(available)} are free"
+        raise OutOfMemory(
+            f"The network doesn't fit into the memory of {device.name}{have}.",
+            fix="Choose a smaller model or smaller inputs, or end other programs.",
+        ) from error
 
 
 def forecast(loop: Loop, device: Device, memory_bytes: int) -> Forecast:

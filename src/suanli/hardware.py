@@ -292,6 +292,8 @@ def _read(path: Path) -> str | None:
 
 
 _OUT_OF_MEMORY = re.compile(
+    # The first is oneDNN's, which says no more than that.
+    r"could not create a (?:primitive|memory)(?! descriptor)|"
     r"can't allocate memory|not enough memory|out of memory|_STATUS_ALLOC_FAILED|Cannot allocate memory",
     re.IGNORECASE,
 )

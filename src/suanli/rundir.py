@@ -28,6 +28,7 @@ from suanli.storage import json_bytes, read_json, write_json, writing
 from suanli.types import AnyPath, Json, Measurement, Recipe
 
 RUNS = Path("runs")
+LOCK = ".lock"
 
 
 class Run:
@@ -51,15 +52,15 @@ class Run:
             path = _next(RUNS, name)
         else:
             path = Path(out).expanduser()
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                hint = f" To go on with it: suanli train {path}" if (path / "recipe.json").exists() else ""
-                raise UsageError(f"{path} exists and is not an empty directory.", fix=f"Choose a new --out.{hint}")
+            refuse_occupied(path)
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        write_json(path / "environment.json", environment)
-        write_json(path / "data.json", data)
-        write_json(path / "recipe.json", recipe.model_dump(mode="json"))
+        with run.lock():
+            refuse_occupied(path)  # again: of two at once, one was first
+            write_json(path / "environment.json", environment)
+            write_json(path / "data.json", data)
+            write_json(path / "recipe.json", recipe.model_dump(mode="json"))
         return run
 
     @classmethod
@@ -82,7 +83,7 @@ class Run:
         from filelock import FileLock, Timeout
 
         with writing(self.path):
-            lock = FileLock(self.path / ".lock", timeout=0)
+            lock = FileLock(self.path / LOCK, timeout=0)
             try:
                 lock.acquire()
             except Timeout as error:
@@ -153,8 +154,19 @@ class Run:
         self._append("ledger.jsonl", asdict(measurement))
 
     def _append(self, name: str, value: Json) -> None:
-        with writing(self.path / name), (self.path / name).open("ab") as stream:
+        with writing(self.path / name), (self.path / name).open("a+b") as stream:
+            if stream.tell():  # a crash may have cut the last line short: it must not take this one with it
+                stream.seek(-1, os.SEEK_END)
+                if stream.read(1) != b"\n":
+                    stream.write(b"\n")
             stream.write(json_bytes(value))
+
+
+def refuse_occupied(path: Path) -> None:
+    """Raises UsageError where a new run would mix with something else."""
+    if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
+        hint = f" To go on with it: suanli train {path}" if (path / "recipe.json").exists() else ""
+        raise UsageError(f"{path} exists and is not an empty directory.", fix=f"Choose a new --out.{hint}")
 
 
 def is_run(path: AnyPath) -> bool:

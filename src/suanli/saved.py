@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from suanli import building
-from suanli.errors import DamagedFile, DataError
+from suanli.errors import DamagedFile, DataError, UsageError
 from suanli.plugins import load as load_plugin
 from suanli.storage import atomic_file, read_json, write_json
 from suanli.types import AnyPath, Json, Preprocess, Recipe, Task
@@ -101,19 +101,26 @@ def model_folder(subject: AnyPath) -> Path:
     return path / "model" if (path / "recipe.json").exists() or (path / "model" / "model.json").exists() else path
 
 
-def weights_of(path: Path) -> tuple[Path, dict[str, Json]]:
-    """The weights file behind a run, a model folder or a weights file, and, where a model.json tells,
-    the recipe's fields for its network."""
+def refuse_foreign_code(model: str, path: Path) -> None:
+    if ":" in model and not model.startswith("timm:"):
+        raise UsageError(
+            f"The network of {path} is built by {model!r}, which is not part of suanli.",
+            fix="If you trust that code, run it with --trust-code.",
+        )
+
+
+def weights_of(path: Path) -> tuple[Path, dict[str, Json] | None]:
+    """The weights file behind a run, a model folder or a weights file, and its model.json if any."""
     folder = model_folder(path) if path.is_dir() else path.parent
     file = folder / WEIGHTS if path.is_dir() else path
     if file.name != WEIGHTS or not (folder / "model.json").exists():
-        return file.absolute(), {}
-    card = read_card(folder)
-    return file.absolute(), {"model": card["model"], "model_args": card["recipe"]["model_args"]}
+        return file.absolute(), None
+    return file.absolute(), read_card(folder)
 
 
-def load_model(folder: Path) -> SavedModel:
-    """Reads nothing but this folder. Raises DataError, DamagedFile."""
+def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
+    """Reads nothing but this folder. Raises DataError, DamagedFile, and UsageError for a model whose
+    network is built by code outside suanli, unless `trust_code`: a model.json could name any function."""
     card = read_card(folder)
     try:
         content = (folder / WEIGHTS).read_bytes()
@@ -123,6 +130,8 @@ def load_model(folder: Path) -> SavedModel:
                 fix="Copy the whole folder again: they were cut short, altered, or belong to another model.",
             )
         recipe = Recipe.model_validate(card["recipe"])
+        if not trust_code:
+            refuse_foreign_code(recipe.model, folder)
         kind = load_plugin("preprocess", card["preprocess"]["kind"])
         preprocess: Preprocess = kind(**card["preprocess"]["settings"])
         classes = tuple(card["classes"])

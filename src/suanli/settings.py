@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from suanli.errors import UsageError, unknown
+from suanli.plugins import load
 from suanli.types import Json, Recipe
 
 NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
@@ -34,6 +35,8 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
     for name in ("model", "optimizer"):
         if changes.get(name, values[name]) != values[name]:
             values[f"{name}_args"] = {}  # they belonged to the other one
+            if name == "optimizer":
+                values["lr"] = load("optimizers", str(changes[name])).usual_lr
     for name, value in changes.items():
         field, dot, entry = name.partition(".")
         if field not in Recipe.model_fields:

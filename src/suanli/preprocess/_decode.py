@@ -198,25 +198,33 @@ def _looks_like(data: bytes) -> str:
 
 def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
     with _opened(data) as image:
-        try:
-            before = image.getexif().get(_ORIENTATION, 1)
-        except _DAMAGE:
-            before = 1
+        # Pillow turns a TIFF by itself while it loads; the tag is gone then.
+        before = _tag(image) if image.format == "TIFF" else 1
         try:
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
             image.load()
             pixels, traits = _to_pixels(image)
-            # Pillow turns a TIFF by itself while it loads; the tag is gone then.
-            orientation = before if image.format != "TIFF" else 1
         except _DAMAGE as error:
             reason = "is cut short" if "truncated" in str(error) else f"can't be decoded ({error})"
             raise BadInput(f"The {image.format} image {reason}.") from error
+        # Not before: for the tag, Pillow loads a PNG, and what that finds damaged it passes over the next time.
+        orientation = _tag(image) if image.format != "TIFF" else 1
     if data.startswith(_PNG) and data[24:25] == b"\x10" and "16-bit" not in traits:
         traits += ("16-bit",)
     if animated:
         traits += ("animated",)
-    rotated = before in range(2, 9)
-    return pixels, traits + (("exif-rotated",) if rotated else ()), orientation if rotated else 1
+    if (before, orientation) != (1, 1):
+        traits += ("exif-rotated",)
+    return pixels, traits, orientation
+
+
+def _tag(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:  # damaged remarks don't make a damaged picture
+        return 1
+    return found if found in range(1, 9) else 1
 
 
 def _to_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:

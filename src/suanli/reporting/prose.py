@@ -22,6 +22,8 @@ def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
     said = []
     if status == "stopped early":
         said.append(Missing(said="Training stopped early: the validation score no longer improved."))
+    elif status == "diverged":
+        said.append(Missing(said=f"This run diverged{reached}: its numbers became NaN or infinite, so it stopped."))
     elif status != "finished":
         how = "was interrupted" if status == "interrupted" else "has not finished"
         said.append(Missing(said=f"This run {how}{reached}. To go on:", command=("suanli", "train", str(run.path))))

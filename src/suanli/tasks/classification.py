@@ -40,8 +40,8 @@ class Classification(Task):
     ) -> torch.Tensor:
         """Cross-entropy in float32: logits (B, K), targets (B,) int64 or (B, K) shares.
 
-        With `class_weights` (K,) and int64 targets it is the weighted mean, so that the weights'
-        scale doesn't matter; with shares the weighted sum over B, as in torch.
+        With `class_weights` (K,) it is the weighted sum over B, unlike torch's mean over the weights:
+        so the mean over parts of a batch is the loss of the batch, and shares count as labels do.
         """
         from torch.nn import functional as F
 
@@ -49,7 +49,10 @@ class Classification(Task):
             targets = targets.float()
         if class_weights is not None:
             class_weights = class_weights.float()
-        return F.cross_entropy(logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing)
+        losses = F.cross_entropy(
+            logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
+        )
+        return losses.mean()
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().softmax(dim=1)

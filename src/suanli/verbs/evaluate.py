@@ -60,6 +60,7 @@ def evaluate(
     device: str = "auto",
     augmented_views: bool = True,
     cache_dir: AnyPath | None = None,
+    trust_code: bool = False,
 ) -> Evaluation:
     """Examine the model of a run on one of its splits, or on another data set.
 
@@ -71,12 +72,12 @@ def evaluate(
     run = Run.open(run)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    saved = load_model(run.model_path)
-    options = DataOptions(**run.data["options"])
+    saved = load_model(run.model_path, trust_code=trust_code)
+    options = DataOptions.of_run(run, cache_dir=cache_dir)
     if data is None:
         examples = _own_split(run, saved, options, split)
     else:
-        examples = _other_data(saved, options, data, cache_dir or options.cache_dir, split)
+        examples = _other_data(saved, options, data, split)
     target = hardware.detect(device)
     found = _Exam(saved, examples, target).hold(augmented_views)
     evaluation = Evaluation(split=split, headline=saved.task.headline, seconds=time.perf_counter() - started, **found)
@@ -95,9 +96,7 @@ def _own_split(run: Run, saved: SavedModel, options: DataOptions, split: str) ->
     return prepared.splits[split]
 
 
-def _other_data(
-    saved: SavedModel, options: DataOptions, data: AnyPath, cache: str | AnyPath | None, split: str
-) -> Split:
+def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: str) -> Split:
     """Labelled inputs that the run has not seen: those of `split`, or all where nothing is split."""
     columns = Columns(input=options.input_column, label=options.label_column)
     source = find_source(data, columns=columns, data_dir=data_dir(options.data_dir))
@@ -112,7 +111,7 @@ def _other_data(
     rows = [replace(r, split="test") for r in source.rows if r.split in (split, None)]
     source = replace(source, rows=rows, classes=saved.classes, fingerprint=f"{source.fingerprint}:{split}")
     prepared = prepare_source(
-        source, saved.recipe, cache_dir_of(cache), threads=hardware.cores(), preprocess=saved.preprocess
+        source, saved.recipe, cache_dir_of(options.cache_dir), threads=hardware.cores(), preprocess=saved.preprocess
     )
     refuse_bad_share(prepared.findings, options.max_bad)
     return prepared.splits["test"]

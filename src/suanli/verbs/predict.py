@@ -6,6 +6,7 @@ import csv
 import glob
 import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,13 +54,15 @@ def predict(
     *,
     top: int = 5,
     device: str = "auto",
+    trust_code: bool = False,
 ) -> list[Prediction]:
     """Predict files, folders, globs ("pictures/*.png") or standard input ("-").
 
     `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction
-    with `error`; an argument that names nothing at all raises DataError.
+    with `error`; an argument that names nothing at all raises DataError. `trust_code` runs the code
+    that builds a network which is not suanli's own.
     """
-    saved = load_model(model_folder(model))
+    saved = load_model(model_folder(model), trust_code=trust_code)
     target = hardware.detect(device)
     step = Step(model=saved.module.to(target.torch_name))
     where = torch.device(target.torch_name)
@@ -92,6 +95,8 @@ def _named(preprocess: Preprocess, given: Sequence[AnyPath]) -> Iterator[Named]:
 
 
 def _paths(item: str) -> list[Path]:
+    if item == "-" and (sys.stdin is None or sys.stdin.closed):  # by `<&-`, or a service manager
+        raise DataError("Standard input is closed.", fix="Pipe the inputs in, or name files.")
     if item == "-" or Path(item).expanduser().exists():
         return [Path(item).expanduser()]
     matches = sorted(glob.glob(str(Path(item).expanduser()), recursive=True))

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from suanli import check, hardware
+from suanli import building, check, hardware, plugins
+from suanli.augmentation import compose
 from suanli.cache import Prepared, prepare_source
 from suanli.console import duration, say, warn
 from suanli.data import cache_dir as default_cache_dir
 from suanli.data import choose_recipe, find_source
 from suanli.data import data_dir as default_data_dir
+from suanli.errors import DamagedFile
+from suanli.rundir import Run
 from suanli.settings import change
 from suanli.types import AnyPath, Columns, Json, Recipe
 
@@ -30,12 +34,32 @@ class DataOptions:
     data_dir: str | None = None
     cache_dir: str | None = None
     max_bad: float = 0.01
+    preprocess: Mapping[str, Json] | None = None  # settings of the model whose weights training starts from
 
     @classmethod
-    def of(cls, subject: AnyPath, **options: object) -> DataOptions:
+    def of(cls, subject: AnyPath, *, data_dir: AnyPath | None, cache_dir: AnyPath | None, **more: Any) -> DataOptions:
+        name = str(subject)
         path = Path(subject).expanduser()
-        kept = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-        return cls(subject=str(path.resolve()) if path.exists() else str(subject), **kept)  # type: ignore[arg-type]
+        if name not in plugins.names("datasets") and path.exists():
+            name = str(path.resolve())
+        return cls(subject=name, data_dir=_absolute(data_dir), cache_dir=_absolute(cache_dir), **more)
+
+    @classmethod
+    def of_run(cls, run: Run, *, data_dir: AnyPath | None = None, cache_dir: AnyPath | None = None) -> DataOptions:
+        """Those of a run; the directories may have moved since."""
+        try:
+            options = cls(**run.data["options"])
+        except (KeyError, TypeError) as error:
+            raise DamagedFile(f"{run.path / 'data.json'} has no usable options.", fix="Train again.") from error
+        return replace(
+            options,
+            data_dir=_absolute(data_dir) or options.data_dir,
+            cache_dir=_absolute(cache_dir) or options.cache_dir,
+        )
+
+
+def _absolute(path: AnyPath | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def prepare(
@@ -87,12 +111,26 @@ def resolve(
             settings=wanted.preprocess,
         )
     recipe = change(recipe, settings)
-    prepared = prepare_source(source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores())
+    _check_names(recipe, source.kind)
+    preprocess = None
+    if options.preprocess is not None:
+        preprocess = plugins.load("preprocess", source.kind)(**options.preprocess)
+    prepared = prepare_source(
+        source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores(), preprocess=preprocess
+    )
     if tell:
         _tell(prepared, time.perf_counter() - started)
     check.refuse_bad_share(prepared.findings, options.max_bad)
     check.refuse_unlearnable(prepared.findings)
     return recipe, prepared
+
+
+def _check_names(recipe: Recipe, kind: str) -> None:
+    """Raises UsageError for what no later step could find: better before decoding than after it."""
+    building.resolve(recipe.model)
+    compose(recipe.augment, kind)
+    plugins.load("optimizers", recipe.optimizer)
+    plugins.load("tasks", recipe.task)
 
 
 def _tell(prepared: Prepared, seconds: float) -> None:
