@@ -42,11 +42,10 @@ def write(path: Path, tensors: Tensors, progress: Json) -> None:
 
 
 def save_step(folder: Path, step: int, tensors: Tensors, progress: Json) -> Path:
-    """Writes step-<n>, and removes all but the newest KEPT up to it."""
+    """Writes step-<n> and removes all but the newest KEPT."""
     path = folder / f"step-{step:08d}.safetensors"
     write(path, tensors, progress)
-    earlier = [found for found in _steps(folder) if found[0] <= step][:KEPT]
-    for _, old in [found for found in _steps(folder) if found not in earlier]:
+    for _, old in _steps(folder)[KEPT:]:
         with writing(old):
             old.unlink(missing_ok=True)
     return path
