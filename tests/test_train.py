@@ -241,7 +241,73 @@ def test_a_user_model(picture_folder: Callable[..., Path]) -> None:
         "    return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * h * w, classes))\n"
     )
     run = suanli.train(picture_folder(), model="mynet:tiny", epochs=2)
-    assert suanli.predict(run, "pictures/class0/000.png")[0].label in ("class0", "class1")
+    with pytest.raises(suanli.UsageError, match=r"built by 'mynet:tiny'.*--trust-code"):
+        suanli.predict(run, "pictures/class0/000.png")
+    (answer,) = suanli.predict(run, "pictures/class0/000.png", trust_code=True)
+    assert answer.label in ("class0", "class1")
+    assert suanli.evaluate(run, trust_code=True).scores["accuracy"] >= 0
+
+
+def test_a_model_folder_runs_no_code_of_its_own(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.train(picture_folder(), epochs=1)
+    card = json.loads((run.model_path / "model.json").read_text())
+    for where in (card, card["recipe"]):
+        where["model"] = "subprocess:Popen"
+    card["recipe"]["model_args"] = {"args": "touch struck", "shell": True}
+    (run.model_path / "model.json").write_text(json.dumps(card))
+    attempts = (
+        lambda: suanli.predict(run, "pictures"),
+        lambda: suanli.evaluate(run),
+        lambda: suanli.train("pictures", weights=run.model_path),
+    )
+    for attempt in attempts:
+        with pytest.raises(suanli.SuanliError, match="subprocess:Popen"):
+            attempt()
+    card["model"] = "speednet"  # the recipe inside is what builds the network
+    (run.model_path / "model.json").write_text(json.dumps(card))
+    with pytest.raises(suanli.SuanliError):
+        suanli.predict(run, "pictures")
+    assert not Path("struck").exists()
+
+
+def test_a_better_model_does_not_wear_old_scores(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.run(picture_folder(), epochs=1, out="made")
+    assert run.scores
+    suanli.train(run, more_epochs=1)
+    assert run.scores == {}
+
+
+def test_run_finishes_what_training_left(picture_folder: Callable[..., Path]) -> None:
+    run = suanli.train(picture_folder(), epochs=1, out="made")
+    assert suanli.run("made").scores
+    assert (run.path / "report.html").exists()
+
+
+def test_text_weights_bring_their_vocabulary(text_table: Path) -> None:
+    first = suanli.train(text_table, epochs=6, batch_size=32)
+    lines = text_table.read_text().splitlines()
+    other = text_table.with_name("other.tsv")
+    other.write_text("\n".join([lines[0], *(f"zebra {line}" for line in lines[1:])]) + "\n")
+    second = suanli.train(other, weights=first.path, epochs=1)
+    one, two = (
+        json.loads((r.model_path / "model.json").read_text())["preprocess"]["settings"] for r in (first, second)
+    )
+    assert one == two
+    assert suanli.evaluate(second).scores["accuracy"] > 0.8
+
+
+def test_accumulation_with_class_weights_is_the_same_batch() -> None:
+    from suanli.plugins import load
+
+    task = load("tasks", "classification")()
+    logits, targets = torch.randn(30, 3), torch.randint(0, 3, (30,))
+    class_weights = torch.tensor([0.3, 1.0, 4.0])
+    whole = task.loss(logits, targets, class_weights=class_weights)
+    parts = [
+        task.loss(x, y, class_weights=class_weights) * len(x) / 30
+        for x, y in zip(logits.tensor_split(4), targets.tensor_split(4), strict=True)
+    ]
+    torch.testing.assert_close(whole, torch.stack(parts).sum())
 
 
 @pytest.mark.parametrize(

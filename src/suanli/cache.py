@@ -12,20 +12,23 @@ are always in the same split, and each class is divided in the same expected pro
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from suanli import check
-from suanli.console import Progress, size
+from suanli.console import Progress, say, size
 from suanli.errors import BadInput, DamagedFile, StorageError, UsageError
 from suanli.plugins import load
 from suanli.storage import atomic_folder, read_json, write_json, writing
@@ -34,7 +37,8 @@ from suanli.types import SPLITS, Json, Preprocess, Raw, Recipe, Row, Source, Spl
 FORMAT = 1  # raise when the meaning of a cached file changes
 HELD_BYTES = 1 << 30  # raw inputs up to this size are read from disk once instead of twice
 MEASURED = 1000  # training rows whose statistics are taken, at least
-CHUNK = 128  # inputs for one turn of a thread
+CHUNK = 128  # inputs for one turn of a thread, at most
+CHUNK_BYTES = 16 << 20  # of encoded rows
 BAD = 255  # in split.npy: could not be decoded
 
 T = TypeVar("T")
@@ -98,14 +102,41 @@ def prepare_source(
             fix="Let them add up to less than 1.",
         )
     path = cache / "prepared" / f"{source.name}-{_key(source, recipe, preprocess)}"
-    if path.is_dir():
-        try:
+    if (path / "meta.json").exists():
+        with suppress(DamagedFile):
             return _load(path, reused=True)
-        except DamagedFile:
-            with writing(path):
-                shutil.rmtree(path)
-    _build(source, recipe, preprocess, path, threads)
+    with _one_at_a_time(path):
+        if (path / "meta.json").exists():  # somebody else was first
+            with suppress(DamagedFile):
+                return _load(path, reused=True)
+        _remove_remains(path)
+        _build(source, recipe, preprocess, path, threads)
     return _load(path, reused=False)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Of several processes that want the same data, one decodes and the others wait for it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            say("waiting for another process that prepares the same data")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_remains(path: Path) -> None:
+    """What a damaged cache, or a process that was killed while decoding, left behind."""
+    with writing(path):
+        for remains in (path, *path.parent.glob(f".{glob.escape(path.name)}.*.tmp")):
+            if remains.is_dir():
+                shutil.rmtree(remains)
 
 
 def _key(source: Source, recipe: Recipe, preprocess: Preprocess | None) -> str:
@@ -156,7 +187,7 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
                     "name": source.name,
                     "kind": source.kind,
                     "licence": source.licence,
-                    "digest": _digest(seen, targets, code),
+                    "digest": _digest(fitted, seen, targets, code),
                     "classes": list(source.classes),
                     "preprocess": fitted.settings(),
                     "findings": findings,
@@ -181,9 +212,11 @@ def _reader(source: Source) -> Callable[[int], Raw]:
     return read
 
 
-def _in_chunks(count: int, work: Callable[[range], T], pool: ThreadPoolExecutor, title: str) -> Iterator[T]:
+def _in_chunks(
+    count: int, work: Callable[[range], T], pool: ThreadPoolExecutor, title: str, length: int = CHUNK
+) -> Iterator[T]:
     """`work` on consecutive ranges in threads; results in order, with progress."""
-    chunks = [range(i, min(i + CHUNK, count)) for i in range(0, count, CHUNK)]
+    chunks = [range(i, min(i + length, count)) for i in range(0, count, length)]
     done = 0
     with Progress(title, count) as progress:
         try:
@@ -267,7 +300,8 @@ def _encode(
 
     lock = threading.Lock()
     with path.open("r+b") as stream:
-        chunks = _in_chunks(len(rows), work, pool, "Decoding")
+        length = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
+        chunks = _in_chunks(len(rows), work, pool, "Decoding", length)
         return [s for chunk in chunks for s in chunk]
 
 
@@ -285,8 +319,8 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _digest(seen: Sequence[check.Seen], targets: np.ndarray, code: np.ndarray) -> str:
-    total = hashlib.blake2b(digest_size=10)
+def _digest(preprocess: Preprocess, seen: Sequence[check.Seen], targets: np.ndarray, code: np.ndarray) -> str:
+    total = hashlib.blake2b(json.dumps(preprocess.settings(), sort_keys=True).encode(), digest_size=10)
     for s in seen:
         total.update(s.digest or b"bad")
     total.update(targets.tobytes())
@@ -298,13 +332,12 @@ def _load(path: Path, *, reused: bool) -> Prepared:
     try:
         meta = read_json(path / "meta.json")
         names = read_json(path / "names.json")
-        # Copy-on-write: torch warns of arrays that can't be written, and the file stays as it is.
-        rows = np.load(path / "rows.npy", mmap_mode="c", allow_pickle=False)
+        rows = np.load(path / "rows.npy", mmap_mode="r", allow_pickle=False)
         code = np.load(path / "split.npy", allow_pickle=False)
         targets = np.load(path / "targets.npy", allow_pickle=False)
         if not len(rows) == len(code) == len(targets) == len(names):
             raise ValueError("columns differ in length")
-    except (OSError, ValueError, EOFError) as error:
+    except (FileNotFoundError, ValueError, EOFError) as error:
         raise DamagedFile(f"The cached data in {path} is damaged ({error}).", fix="Remove that folder.") from error
     classes = tuple(meta["classes"])
     splits = {}

@@ -42,10 +42,11 @@ def write(path: Path, tensors: Tensors, progress: Json) -> None:
 
 
 def save_step(folder: Path, step: int, tensors: Tensors, progress: Json) -> Path:
-    """Writes step-<n> and removes all but the newest KEPT."""
+    """Writes step-<n>, and removes all but the newest KEPT up to it."""
     path = folder / f"step-{step:08d}.safetensors"
     write(path, tensors, progress)
-    for _, old in _steps(folder)[KEPT:]:
+    earlier = [found for found in _steps(folder) if found[0] <= step][:KEPT]
+    for _, old in [found for found in _steps(folder) if found not in earlier]:
         with writing(old):
             old.unlink(missing_ok=True)
     return path

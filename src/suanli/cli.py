@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of undecodable 
 DataDir = Annotated[Path | None, typer.Option(help="Where downloads live (or SUANLI_DATA).")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where prepared data lives (or SUANLI_CACHE).")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a saved model names.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 
 
@@ -116,6 +119,7 @@ def _training(verb: str) -> Callable[..., None]:
         max_bad: MaxBad = 0.01,
         data_dir: DataDir = None,
         cache_dir: CacheDir = None,
+        trust_code: TrustCode = False,
         as_json: AsJson = False,
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("as_json", "verb", "settings", "track")}
@@ -148,13 +152,20 @@ def _evaluate(
     device: DeviceName = "auto",
     augmented_views: Annotated[bool, typer.Option(help="Also score with test-time augmentation.")] = True,
     cache_dir: CacheDir = None,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
         from suanli.verbs.evaluate import evaluate, table
 
         found = evaluate(
-            run, split=split, data=data, device=device, augmented_views=augmented_views, cache_dir=cache_dir
+            run,
+            split=split,
+            data=data,
+            device=device,
+            augmented_views=augmented_views,
+            cache_dir=cache_dir,
+            trust_code=trust_code,
         )
         values = found.to_json()
         for shown_in_report in ("mistakes", "samples"):
@@ -172,6 +183,7 @@ def _predict(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns, or - (stdin).")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     device: DeviceName = "auto",
+    trust_code: TrustCode = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -180,7 +192,7 @@ def _predict(
             raise UsageError("--csv and --json exclude each other.", fix="Choose one.")
         from suanli.verbs.predict import as_csv, predict, table
 
-        found = predict(model, inputs, top=top, device=device)
+        found = predict(model, inputs, top=top, device=device, trust_code=trust_code)
         result.values = {"model": str(model), "predictions": [p.to_json() for p in found]}
         result.shown = lambda: as_csv(found) if csv else table(found)
         if found and all(p.error for p in found):
@@ -243,8 +255,11 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _last_validation(run: Any) -> dict[str, float]:
+    """Scores of the weights that were kept."""
     scores = [m["scores"] for m in run.metrics if m.get("split") == "val"]
-    return scores[-1] if scores else {}
+    if run.recipe.early_stop is None:
+        return scores[-1] if scores else {}
+    return max(scores, key=lambda s: next(iter(s.values())), default={})
 
 
 def _run_shown(run: Any) -> str:
@@ -277,6 +292,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _main(arguments: list[str], debug: bool) -> int:
+    # Like Ctrl-C, so that what is half-written is removed. Training handles both in its own way.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return int(app(arguments, standalone_mode=False, prog_name="suanli") or 0)
     except SuanliError as error:
@@ -300,6 +318,11 @@ def _main(arguments: list[str], debug: bool) -> int:
         # The reader of a pipe (head) has left: that is its good right.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
+        if debug:
+            raise
+        message, code = f"{type(error).__name__}: {error}.", 1
+        fix = "This was not foreseen; --debug shows where it happened."
     if "--json" in arguments:
         print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
     print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)

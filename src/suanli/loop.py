@@ -20,7 +20,7 @@ from torch import nn
 from suanli import checkpoint
 from suanli.augmentation import compose
 from suanli.data import Feed, Order, mix
-from suanli.errors import Diverged, UsageError
+from suanli.errors import DamagedFile, Diverged, UsageError
 from suanli.inference import forward, infer
 from suanli.schedule import factor
 from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
@@ -39,6 +39,7 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
+    input_s: float = 0.0  # of these, waited for and spent on inputs
 
 
 class Loop:
@@ -69,7 +70,6 @@ class Loop:
         self._averaged = [t for t in self._own.values() if t.is_floating_point()]
         self._averages = [self.ema[n] for n, t in self._own.items() if t.is_floating_point()] if self.ema else []
         self.rate = 0.0  # the recipe's learning rate as the schedule has it now
-        self.input_s = 0.0  # waited for, and spent on, the inputs of a step
         self._losses: list[torch.Tensor] = []
         self._generator = torch.Generator(self.device)
 
@@ -103,7 +103,7 @@ class Loop:
             started = time.perf_counter()
             rows, targets, index = next(batches)
             batch = self._inputs(rows, targets, index)
-            self.input_s += time.perf_counter() - started
+            self.progress.input_s += time.perf_counter() - started
             self._losses.append(self._learn(batch))
             self.progress.step += 1
             if self.device.type == "cpu" or len(self._losses) >= LOSSES_HELD:
@@ -232,6 +232,11 @@ class Loop:
         """A context in which the model has its averaged weights, where the recipe averages."""
         return _Swapped(self.model, self.ema)
 
+    @property
+    def kept_score(self) -> float | None:
+        """The headline score on validation of the weights that are kept; None before a validation."""
+        return self.progress.last if self.recipe.early_stop is None else self.progress.best
+
     # --- going on ---
 
     def extend(self, epochs: float) -> None:
@@ -260,13 +265,20 @@ class Loop:
         return tensors | optimizer_tensors, {"loop": vars(replace(self.progress)), "optimizer": plain}
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Raises DamagedFile for a checkpoint of another network or optimizer."""
         tensors, plain = saved.tensors, saved.progress
-        self.model.load_state_dict(_below("model.", tensors))
-        if self.ema is not None:
-            for name, value in _below("ema.", tensors).items():
-                self.ema[name].copy_(value)
-        checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
-        self.progress = Progress(**plain["loop"])
+        try:
+            self.model.load_state_dict(_below("model.", tensors))
+            if self.ema is not None:
+                for name, value in _below("ema.", tensors).items():
+                    self.ema[name].copy_(value)
+            checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
+            self.progress = Progress(**plain["loop"])
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise DamagedFile(
+                f"The checkpoint {saved.path} is not one of this network and optimizer ({error}).",
+                fix="Put their code back as it was, or train anew.",
+            ) from error
 
     def _class_weights(self) -> torch.Tensor | None:
         if self.recipe.class_weights == "none":

@@ -113,5 +113,5 @@ def read_json(path: Path) -> Any:
     """Raises DamagedFile for what isn't JSON, FileNotFoundError where nothing is."""
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not valid JSON ({error}).", fix="Restore it or make it again.") from error

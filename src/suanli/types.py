@@ -37,8 +37,6 @@ class Device:
     torch_name: str  # "cpu", "cuda:0", "mps"
     memory_bytes: int | None
     fast_dtypes: tuple[str, ...]  # dtypes with hardware support: "float32", "bfloat16", ...
-    rank: int = 0
-    world_size: int = 1
 
     @property
     def type(self) -> str:
@@ -367,6 +365,7 @@ class Optimizer:
     name: str
     build: Callable[..., torch.optim.Optimizer]
     source: str
+    usual_lr: float = 1e-3  # where a user names this optimizer and no learning rate
 
 
 # --- computing ------------------------------------------------------------------------------

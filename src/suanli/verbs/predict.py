@@ -54,13 +54,15 @@ def predict(
     *,
     top: int = 5,
     device: str = "auto",
+    trust_code: bool = False,
 ) -> list[Prediction]:
     """Predict files, folders, globs ("pictures/*.png") or standard input ("-").
 
     `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction
-    with `error`; an argument that names nothing at all raises DataError.
+    with `error`; an argument that names nothing at all raises DataError. `trust_code` runs the code
+    that builds a network which is not suanli's own.
     """
-    saved = load_model(model_folder(model))
+    saved = load_model(model_folder(model), trust_code=trust_code)
     target = hardware.detect(device)
     step = Step(model=saved.module.to(target.torch_name))
     where = torch.device(target.torch_name)

@@ -6,6 +6,7 @@ validate and stop; what a step does is in `loop.py`.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,8 @@ from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import DataError, Diverged, Interrupted, UsageError
 from suanli.forecast import enough_memory, forecast, out_of_memory, refuse_too_big
 from suanli.plugins import load
-from suanli.rundir import Run, is_run, measurement
-from suanli.saved import save_model, weights_of
+from suanli.rundir import Run, is_run, measurement, refuse_occupied
+from suanli.saved import refuse_foreign_code, save_model, weights_of
 from suanli.stopping import Stop, stop_requests
 from suanli.threads import choose as choose_threads
 from suanli.threads import threads as use_threads
@@ -56,6 +57,7 @@ def train(
     max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
+    trust_code: bool = False,
 ) -> Run:
     """Train a model and keep everything about it in a run directory.
 
@@ -63,7 +65,8 @@ def train(
     training goes on from its last checkpoint, bit by bit as if it had not stopped (on a CPU).
     `more_epochs` continues a finished run. `settings` sets any field of the recipe. Raises
     Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved; Diverged when the loss is no
-    longer finite; OutOfMemory with a batch size that would fit.
+    longer finite; OutOfMemory with a batch size that would fit. `trust_code` lets a saved run name
+    code that is not suanli's own; a `model` that is named here is run anyway.
     """
     started = time.perf_counter()
     chosen = {
@@ -74,59 +77,93 @@ def train(
         "seed": seed,
     }
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
-    if weights is not None:
-        file, network = weights_of(Path(weights).expanduser())
-        changes = ({} if model is not None else network) | changes | {"weights": str(file)}
     target = hardware.detect(device)
     wanted = _trackers(track)
     if is_run(data):
-        given = sorted([*changes, *(["recipe"] if recipe else []), *(["out"] if out else [])])
-        run, training = _reopen(Path(data), given, target, speedups, threads, more_epochs)
-    else:
-        if more_epochs is not None:
-            raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
-        options = DataOptions.of(
-            data,
-            input_column=input_column,
-            label_column=label_column,
-            data_dir=data_dir,
-            cache_dir=cache_dir,
-            max_bad=max_bad,
-        )
-        full, prepared = resolve(options, recipe=recipe, settings=changes)
-        training = _Training(full, prepared, target, planning.choose(speedups, target), threads, options)
-        # Only now: what can't be trained leaves no directory behind.
-        about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
-        run = Run.create(prepared.name, out, full, about, hardware.environment(target))
+        given = [
+            *changes,
+            *(["recipe"] if recipe else []),
+            *(["out"] if out else []),
+            *(["weights"] if weights else []),
+        ]
+        given += [n for n, v in (("input_column", input_column), ("label_column", label_column)) if v]
+        run = Run.open(data)
+        with run.lock():
+            _refuse_reopening(run, sorted(given), more_epochs, trust_code)
+            options = DataOptions.of_run(run, data_dir=data_dir, cache_dir=cache_dir)
+            training = _reopen(run, options, target, speedups, threads, more_epochs)
+            training.seconds["prepare"] = time.perf_counter() - started
+            training.run(run, wanted, checkpoint_every_s)
+        return run
+    if more_epochs is not None:
+        raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
+    if out is not None:
+        refuse_occupied(Path(out).expanduser())
+    network, preprocess = _start_from(weights, changes)
+    options = DataOptions.of(
+        data,
+        input_column=input_column,
+        label_column=label_column,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        max_bad=max_bad,
+        preprocess=preprocess,
+    )
+    full, prepared = resolve(options, recipe=recipe, settings=network | changes)
+    training = _Training(full, prepared, target, planning.choose(speedups, target), threads, options)
     training.seconds["prepare"] = time.perf_counter() - started
+    # Only now: what can't be trained leaves no directory behind.
+    about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
+    run = Run.create(prepared.name, out, full, about, hardware.environment(target))
     with run.lock():
         training.run(run, wanted, checkpoint_every_s)
     return run
 
 
-def _reopen(
-    path: Path, given: Sequence[str], device: Device, speedups: str, threads: int | None, more_epochs: float | None
-) -> tuple[Run, _Training]:
-    """A run and its training, put back to the last checkpoint."""
-    run = Run.open(path)
+def _start_from(weights: AnyPath | None, changes: Mapping[str, Json]) -> tuple[dict[str, Json], Json]:
+    """What given weights bring along: fields of the recipe, and the settings of the preprocessing that
+    they learned with, which is theirs unless the user changes it."""
+    if weights is None:
+        return {}, None
+    file, card = weights_of(Path(weights).expanduser())
+    network: dict[str, Json] = {"weights": str(file)}
+    if card is None:
+        return network, None
+    if "model" not in changes:
+        refuse_foreign_code(card["recipe"]["model"], file)
+        network |= {name: card["recipe"][name] for name in ("model", "model_args")}
+    own = any(name.partition(".")[0] == "preprocess" for name in changes)
+    return network, None if own else card["preprocess"]["settings"]
+
+
+def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
     if given:
         raise UsageError(
-            f"{path} is a run; it goes on with its own recipe, so {', '.join(given)} can't be changed.",
+            f"{run.path} is a run; it goes on with its own recipe, so {', '.join(given)} can't be changed.",
             fix="Leave these options out, or train anew on the data set.",
         )
     finished = run.summary.get("status") in FINISHED
     if finished and more_epochs is None:
-        raise UsageError(f"{path} is finished.", fix=f"To train it further: suanli train {path} --more-epochs 5")
+        raise UsageError(
+            f"{run.path} is finished.", fix=f"To train it further: suanli train {run.path} --more-epochs 5"
+        )
     if more_epochs is not None and not finished:
         raise UsageError(
             "--more-epochs continues a finished run, and this one isn't.",
-            fix=f"First let it finish: suanli train {path}",
+            fix=f"First let it finish: suanli train {run.path}",
         )
-    options = DataOptions(**run.data["options"])
+    if not trust_code:
+        refuse_foreign_code(run.recipe.model, run.path)
+
+
+def _reopen(
+    run: Run, options: DataOptions, device: Device, speedups: str, threads: int | None, more_epochs: float | None
+) -> _Training:
+    """The training of a run, put back to the last checkpoint."""
     full, prepared = resolve(options, recipe=run.recipe, settings={})
     if prepared.digest != run.data["digest"]:
         raise DataError(
-            f"The data of {path} has changed since it was trained.",
+            f"The data of {run.path} has changed since it was trained.",
             fix="Put the data back as it was, or train anew.",
         )
     # Other ways of computing round differently: exactly the same goes on, unless the user insists.
@@ -135,8 +172,11 @@ def _reopen(
         speedups = ",".join(before["speedups"]) or "none"
     threads = threads or before.get("threads")
     saved = checkpoint.newest(run.checkpoints)
-    plan = planning.choose(speedups, device)
-    return run, _Training(full, prepared, device, plan, threads, options, saved, more_epochs)
+    training = _Training(
+        full, prepared, device, planning.choose(speedups, device), threads, options, saved, more_epochs
+    )
+    training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
+    return training
 
 
 class _Training:
@@ -156,8 +196,9 @@ class _Training:
     ) -> None:
         self.recipe, self.prepared, self.device = recipe, prepared, device
         self.seconds: dict[str, float] = {}
+        self.earlier_s = 0.0  # of training before an interruption
         with enough_memory(device):
-            self.loop = build_loop(recipe, prepared, device, plan)
+            self.loop = build_loop(recipe, prepared, device, plan, fresh=saved is None)
         if saved is not None:
             self.loop.restore(saved)
             say(f"going on from step {self.loop.progress.step}")
@@ -197,7 +238,7 @@ class _Training:
                 kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
                 raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
             finally:
-                self.seconds["train"] = time.perf_counter() - started
+                self.seconds["train"] = self.earlier_s + time.perf_counter() - started
         self._finish(status)
 
     def _title(self) -> str:
@@ -245,6 +286,8 @@ class _Training:
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
         values = {"loss": loss, "lr": loop.rate, "examples_per_s": rate}
+        if math.isnan(loss):  # on a GPU, not known yet
+            del values["loss"]
         self.directory.log(step=loop.progress.step, epoch=loop.epoch, seconds=loop.progress.seconds, **values)
         for tracker in self.trackers:
             tracker.log(values, loop.progress.step)
@@ -288,6 +331,8 @@ class _Training:
         loop, prepared = self.loop, self.prepared
         if self.recipe.early_stop is not None and self._best.exists():
             loop.model.load_state_dict(checkpoint.read(self._best).tensors)
+        for exam in (self.directory.path / "evaluation").glob("*.json"):
+            exam.unlink()  # of the model that is replaced now
         with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
             save_model(
                 self.directory.model_path,
@@ -299,8 +344,7 @@ class _Training:
             )
         self._summarise(status)
         rate = self.directory.summary["examples_per_s"]
-        kept = loop.progress.last if self.recipe.early_stop is None else loop.progress.best
-        score = "" if kept is None else f", validation {loop.task.headline} {kept:.2%}"
+        score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
 
@@ -308,7 +352,7 @@ class _Training:
         loop = self.loop
         seconds = loop.progress.seconds
         rate = loop.progress.step * loop.order.batch_size / seconds if seconds else None
-        share = min(1.0, loop.input_s / seconds) if seconds else None
+        share = min(1.0, loop.progress.input_s / seconds) if seconds else None
         environment = hardware.environment(self.device)
         self.directory.write(
             "summary.json",
@@ -335,7 +379,7 @@ class _Training:
                     environment=environment,
                     recipe=self.recipe,
                     variant="+".join(self.plan.speedups) or "none",
-                    scores={f"val_{loop.task.headline}": loop.progress.last} if loop.progress.last is not None else {},
+                    scores={f"val_{loop.task.headline}": loop.kept_score} if loop.kept_score is not None else {},
                     count=loop.progress.step,
                 )
             )
