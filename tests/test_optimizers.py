@@ -63,7 +63,7 @@ def stepped(**args: Any) -> tuple[Net, Net]:
 
 
 def test_muon_moves_filters_and_matrices_orthogonally_and_the_rest_along_the_gradient() -> None:
-    before, after = stepped(lr=0.5, head_lr=0.2, bias_lr=0.3, momentum=0.6, other_momentum=0.5, steps=5)
+    before, after = stepped(lr=0.5, head_lr_scale=0.4, bias_lr_scale=0.6, momentum=0.6, other_momentum=0.5, steps=5)
     for name in ("conv.weight", "hidden.weight"):
         moved = (before.get_parameter(name) - after.get_parameter(name)).flatten(1)
         rows, columns = moved.shape
@@ -85,8 +85,8 @@ def test_normalised_filters_have_a_fixed_norm_before_the_step() -> None:
 
 
 def test_weight_decay_shrinks_matrices_only() -> None:
-    _, plain = stepped(lr=0.1, head_lr=0.1)
-    before, decayed = stepped(lr=0.1, head_lr=0.1, weight_decay=0.5)
+    _, plain = stepped(lr=0.1)
+    before, decayed = stepped(lr=0.1, weight_decay=0.5)
     for name, parameter in decayed.named_parameters():
         shrunk = before.get_parameter(name) * (0.1 * 0.5 if parameter.ndim > 1 else 0.0)
         torch.testing.assert_close(parameter, plain.get_parameter(name) - shrunk)

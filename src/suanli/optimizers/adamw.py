@@ -31,4 +31,4 @@ def build(
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=fused)
 
 
-OPTIMIZER = Optimizer(name="adamw", build=build, source="arXiv:1711.05101")
+OPTIMIZER = Optimizer(usual_lr=1e-3, name="adamw", build=build, source="arXiv:1711.05101")

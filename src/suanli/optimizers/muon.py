@@ -132,12 +132,12 @@ def build(
     momentum: float = 0.6,
     steps: int = 3,
     normalize_filters: bool = False,
-    head_lr: float = 0.1,
-    bias_lr: float = 0.1,
+    head_lr_scale: float = 1.0,
+    bias_lr_scale: float = 1.0,
     other_momentum: float = 0.85,
 ) -> torch.optim.Optimizer:
-    """`lr` is that of Muon; `head_lr` and `bias_lr` are those of SGD on the head, and on biases, norms
-    and embeddings."""
+    """`lr` is that of Muon; `head_lr_scale` and `bias_lr_scale` times that is the rate of SGD on the
+    head, and on biases, norms and embeddings: so one `lr` raises or lowers all of them."""
     named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
     groups: list[_groups.Group] = []
     for inside, scale in ((True, 1.0), (False, backbone_lr_scale)):
@@ -145,8 +145,8 @@ def build(
         matrices = [p for n, p in part if _groups.decays(n, p)]
         others = [p for n, p in part if not _groups.decays(n, p)]
         groups += [
-            _group(matrices, (head_lr if inside else lr) * scale, weight_decay, muon=not inside),
-            _group(others, bias_lr * scale, 0.0, muon=False),
+            _group(matrices, lr * (head_lr_scale if inside else 1.0) * scale, weight_decay, muon=not inside),
+            _group(others, lr * bias_lr_scale * scale, 0.0, muon=False),
         ]
     defaults = {
         "momentum": momentum,
@@ -161,4 +161,4 @@ def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float, *, mu
     return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "muon": muon}
 
 
-OPTIMIZER = Optimizer(name="muon", build=build, source="https://kellerjordan.github.io/posts/muon/")
+OPTIMIZER = Optimizer(usual_lr=0.02, name="muon", build=build, source="https://kellerjordan.github.io/posts/muon/")

@@ -29,4 +29,4 @@ def build(
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
-OPTIMIZER = Optimizer(name="sgd", build=build, source="Sutskever et al., ICML 2013")
+OPTIMIZER = Optimizer(usual_lr=0.1, name="sgd", build=build, source="Sutskever et al., ICML 2013")

@@ -14,7 +14,7 @@ SMALL = Recipe(
     batch_size=500,
     optimizer="muon",
     lr=0.24,
-    optimizer_args={"head_lr": 0.08, "bias_lr": 3.0, "normalize_filters": True},
+    optimizer_args={"head_lr_scale": 1 / 3, "bias_lr_scale": 12.5, "normalize_filters": True},
     schedule="linear",
     label_smoothing=0.1,
 )

@@ -21,6 +21,7 @@ RECIPE = RecipeChoice(
             "batch_size": 100,
             "epochs": 15,
             "lr": 0.1,
+            "optimizer_args": {"head_lr_scale": 0.8, "bias_lr_scale": 30.0, "normalize_filters": True},
             "label_smoothing": 0.05,
         }
     ),
