@@ -169,6 +169,16 @@ def refuse_occupied(path: Path) -> None:
         raise UsageError(f"{path} exists and is not an empty directory.", fix=f"Choose a new --out.{hint}")
 
 
+def refuse_inside(data: AnyPath, out: AnyPath | None) -> None:
+    """Raises UsageError where a new run would lie in a folder of data: it would look like one more class."""
+    folder = Path(data).expanduser()
+    if folder.is_dir() and Path(out or RUNS).expanduser().resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"The run would be written into {folder}, and count as data from then on.",
+            fix="Choose an --out outside of it.",
+        )
+
+
 def is_run(path: AnyPath) -> bool:
     return Run(Path(path).expanduser()).exists()
 

@@ -22,7 +22,7 @@ from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import DataError, Diverged, Interrupted, UsageError
 from suanli.forecast import enough_memory, forecast, out_of_memory, refuse_too_big
 from suanli.plugins import load
-from suanli.rundir import Run, is_run, measurement, refuse_occupied
+from suanli.rundir import Run, is_run, measurement, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, save_model, weights_of
 from suanli.stopping import Stop, stop_requests
 from suanli.threads import choose as choose_threads
@@ -99,6 +99,7 @@ def train(
         raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
     if out is not None:
         refuse_occupied(Path(out).expanduser())
+    refuse_inside(data, out)
     network, preprocess = _start_from(weights, changes)
     options = DataOptions.of(
         data,
