@@ -417,6 +417,7 @@ def test_where_nothing_may_be_written(
     refused("prepare", root, "--cache-dir", "/proc/suanli", code=4, says="Can't write /proc/suanli")
     Path("file").write_text("precious")
     refused("train", root, *tiny, "--out", "file/run", code=4, says="Can't write file/run")
+    refused("train", root, *tiny, "--out", "x" * 300, code=4, says="File name too long")
     refused("train", root, *tiny, "--out", "file", code=2, says="Choose a new --out")
     with small_disk(tmp_path / "disk", options="ro") as disk:
         refused("train", root, *tiny, "--out", disk / "run", code=4, says=("Read-only file system", str(disk)))

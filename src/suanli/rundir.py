@@ -164,7 +164,9 @@ class Run:
 
 def refuse_occupied(path: Path) -> None:
     """Raises UsageError where a new run would mix with something else."""
-    if path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir())):
+    with writing(path):
+        occupied = path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir()))
+    if occupied:
         hint = f" To go on with it: suanli train {path}" if (path / "recipe.json").exists() else ""
         raise UsageError(f"{path} exists and is not an empty directory.", fix=f"Choose a new --out.{hint}")
 
