@@ -36,7 +36,8 @@ from suanli.types import SPLITS, Json, Preprocess, Raw, Recipe, Row, Source, Spl
 
 FORMAT = 1  # raise when the meaning of a cached file changes
 HELD_BYTES = 1 << 30  # raw inputs up to this size are read from disk once instead of twice
-MEASURED = 1000  # training rows whose statistics are taken, at least
+MEASURED = 1000  # training rows whose statistics are taken: these to twice as many
+MEASURED_BYTES = 128 << 20
 CHUNK = 128  # inputs for one turn of a thread, at most
 CHUNK_BYTES = 16 << 20  # of encoded rows
 BAD = 255  # in split.npy: could not be decoded
@@ -175,8 +176,9 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
             train = np.flatnonzero(code == 0)
             if preprocess is None and len(train):
                 # Spread over the split, and enough for a mean: reading all of it would cost a pass.
+                count = max(1, min(MEASURED, MEASURED_BYTES // _row_bytes(fitted)))
                 table = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
-                fitted = fitted.measure(table[train[:: max(1, len(train) // MEASURED)]])
+                fitted = fitted.measure(table[train[:: max(1, len(train) // count)]])
             np.save(folder / "split.npy", code)
             np.save(folder / "targets.npy", targets)
             write_json(folder / "names.json", [r.name for r in rows])

@@ -39,6 +39,7 @@ from suanli.types import (
 
 RESIDENT_SHARE = 0.4  # of the available memory that one split may take
 READ_AHEAD = 3  # batches
+MOVED_BYTES = 256 << 20  # to the device at a time
 PEEKED = 300  # inputs that are looked at before a recipe is chosen
 
 
@@ -198,7 +199,17 @@ class Feed:
         self.targets = torch.from_numpy(split.targets).to(self.device)
         self._rows = None
         if resident and self.device.type != "cpu":  # on a CPU the map is as good: its pages stay in memory
-            self._rows = torch.from_numpy(split.inputs[split.index]).to(self.device)
+            self._rows = self._on_device()
+
+    def _on_device(self) -> torch.Tensor:
+        """All rows, moved part by part: a second copy in main memory might not fit."""
+        inputs, index = self.split.inputs, self.split.index
+        part = max(1, MOVED_BYTES // self.row_bytes)
+        first = torch.from_numpy(inputs[index[:1]])
+        rows = torch.empty((len(index), *first.shape[1:]), dtype=first.dtype, device=self.device)
+        for start in range(0, len(index), part):
+            rows[start : start + part] = torch.from_numpy(inputs[index[start : start + part]])
+        return rows
 
     def __len__(self) -> int:
         return len(self.split)

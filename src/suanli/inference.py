@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from torch import nn
 
 from suanli.types import Preprocess, Step, Task
 
@@ -46,11 +45,6 @@ def forward(step: Step, inputs: torch.Tensor) -> torch.Tensor:
     if step.memory_format is not None and inputs.dim() == 4:
         inputs = inputs.to(memory_format=step.memory_format)
     if step.autocast_dtype is None:
-        return call(step.model, inputs)
+        return step.model(inputs)  # type: ignore[no-any-return]
     with torch.autocast(inputs.device.type, dtype=step.autocast_dtype):
-        return call(step.model, inputs)
-
-
-def call(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = module(inputs)
-    return logits
+        return step.model(inputs)  # type: ignore[no-any-return]

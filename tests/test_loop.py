@@ -1,0 +1,130 @@
+"""The loop: wherever it is taken apart and put together again, the bits stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from suanli import checkpoint, hardware
+from suanli.assembly import build_loop
+from suanli.cache import Prepared, prepare_source
+from suanli.loop import Loop
+from suanli.types import Plan, Recipe, Row, Source
+
+CPU = hardware.detect("cpu")
+PLAN = Plan(device="cpu", speedups=("channels_last", "fused_optimizer"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (150, 9, 11, 3), dtype=np.uint8)
+    rows = [
+        Row(name=str(i), label="abc"[i % 3], split=None, read=lambda p=p: p)  # type: ignore[misc]
+        for i, p in enumerate(pictures)
+    ]
+    source = Source(name="noise", kind="image", rows=rows, classes=("a", "b", "c"), fingerprint="noise", size_bytes=1)
+    return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)
+
+
+def tiny(*, classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """No batch norm, so parts of a batch don't see each other; dropout, so there is chance inside."""
+    height, width = image_size
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(6 * height * width, classes),
+    )
+
+
+TINY = f"{__name__}:tiny"
+RECIPES = st.builds(
+    Recipe,
+    model=st.sampled_from(["speednet", TINY]),
+    optimizer=st.sampled_from(["muon", "sgd", "adamw"]),
+    lr=st.just(0.01),
+    epochs=st.just(3),
+    batch_size=st.sampled_from([16, 50]),
+    accumulate=st.sampled_from([1, 3]),
+    ema_decay=st.sampled_from([None, 0.9]),
+    clip_norm=st.sampled_from([None, 1.0]),
+    class_weights=st.sampled_from(["none", "balanced"]),
+    augment=st.sampled_from([(), ("crop(padding=1)", "mixup"), ("auto", "cutmix")]),
+    seed=st.integers(0, 2**31),
+)
+
+
+def bits(loop: Loop) -> dict[str, torch.Tensor]:
+    tensors, _ = loop.state()
+    return {name: t.clone() for name, t in tensors.items()}
+
+
+@settings(max_examples=15)
+@given(recipe=RECIPES, stops=st.lists(st.integers(1, 20), max_size=3, unique=True))
+def test_going_on_from_any_step_gives_the_same_bits(
+    prepared: Prepared, tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, stops: list[int]
+) -> None:
+    whole = build_loop(recipe, prepared, CPU, PLAN)
+    for _ in whole.run():
+        pass
+    folder = tmp_path_factory.mktemp("checkpoints")
+    parts = build_loop(recipe, prepared, CPU, PLAN)
+    for stop in sorted(stops):
+        for _ in parts.run():
+            if parts.progress.step >= stop:
+                break
+        checkpoint.save_step(folder, parts.progress.step, *parts.state())
+        saved = checkpoint.newest(folder)
+        assert saved is not None
+        parts = build_loop(recipe, prepared, CPU, PLAN, fresh=False)
+        parts.restore(saved)
+    for _ in parts.run():
+        pass
+    assert parts.progress.step == whole.steps
+    one, other = bits(whole), bits(parts)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
+    loop = build_loop(Recipe(batch_size=16), prepared, CPU, PLAN)
+    before = bits(loop)
+    with loop.untouched():
+        loop.try_step(16)
+    after = bits(loop)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None for p in loop.model.parameters())
+
+
+def test_another_networks_checkpoint_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    from suanli.errors import DamagedFile
+
+    loop = build_loop(Recipe(batch_size=16), prepared, CPU, PLAN)
+    path = checkpoint.save_step(tmp_path, 3, *loop.state())
+    other = build_loop(Recipe(batch_size=16, model=TINY), prepared, CPU, PLAN)
+    with pytest.raises(DamagedFile, match="not one of this network"):
+        other.restore(checkpoint.read(path))
+
+
+def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: Prepared) -> None:
+    """Only batch norms see the parts; a network without them computes the same gradient."""
+    results = []
+    for parts in (1, 4):
+        recipe = Recipe(model=TINY, optimizer="sgd", lr=0.05, batch_size=30, accumulate=parts, epochs=1)
+        loop = build_loop(recipe, prepared, CPU, Plan(device="cpu", speedups=()))
+        for layer in loop.model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        for _ in loop.run():
+            pass
+        results.append(bits(loop))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], atol=1e-5, rtol=1e-4)
