@@ -10,7 +10,9 @@ import pickle
 import stat
 import struct
 import tarfile
+import tempfile
 import time
+import tracemalloc
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from suanli.errors import BadInput, DataError, UsageError
+from suanli.errors import BadInput, DataError, StorageError, UsageError
+from suanli.preprocess.image import ImagePreprocess
 from suanli.readers import _archives, archive, folder, npz, table
+from suanli.suffixes import IMAGE_SUFFIXES
 from suanli.types import Columns, Source
 
 PETS = {"train/cat/1.jpg": b"c1", "train/dog/1.png": b"d1", "train/dog/2.JPEG": b"d2", "test/cat/9.webp": b"c9"}
@@ -223,6 +227,23 @@ def test_a_file_that_went_away_is_an_os_error(tmp_path: Path) -> None:
         source.rows[0].read()
 
 
+def test_a_file_too_large_for_an_input_is_not_read(tmp_path: Path) -> None:
+    top = write_folder(tmp_path / "pets", FLAT)
+    os.truncate(top / "cat" / "1.jpg", (1 << 30) + 1)  # takes no space
+    source = folder.read(top, Columns())
+    with pytest.raises(BadInput, match=r"cat/1\.jpg has .*; the limit for one file is"):
+        source.rows[0].read()
+    assert source.rows[1].read() == b"d1"
+
+
+def test_every_image_that_can_be_predicted_can_be_listed(tmp_path: Path) -> None:
+    names = [f"{label}/1.{suffix}" for suffix in sorted(IMAGE_SUFFIXES) for label in ("a", "B")]
+    names += ["a/x.JPG", "a/x.jfif", "B/x.avif"]
+    source = pack("folder", tmp_path, dict.fromkeys(names, b""))
+    assert sorted(row.name for row in source.rows) == sorted(names)
+    assert sorted(name for name, _ in ImagePreprocess.inputs(tmp_path / "pets")) == sorted(names)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.dictionaries(
@@ -413,6 +434,68 @@ def test_many_threads_read_at_once(kind: str, tmp_path: Path) -> None:
         for _ in range(3):
             contents = list(threads.map(lambda row: row.read(), source.rows))
             assert contents == [files[row.name] for row in source.rows]
+
+
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.bz2", "tar.xz"])
+def test_a_compressed_tar_is_unpacked_when_its_first_row_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pack(kind, tmp_path, PETS)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    again = archive.read(tmp_path / f"pets.{kind}", Columns())  # needs no temporary directory
+    assert again.fingerprint == source.fingerprint
+    with pytest.raises(StorageError, match="missing"):
+        again.rows[0].read()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert [row.read() for row in again.rows] == [PETS[row.name] for row in again.rows]
+
+
+def test_a_compressed_tar_is_unpacked_once_for_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    make = tempfile.TemporaryFile
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **where: made.append(where) or make(**where))
+    source = pack("tgz", tmp_path, {f"{label}/{i}.jpg": os.urandom(9000) for label in "ab" for i in range(40)})
+    assert made == []
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda row: row.read(), source.rows))
+    assert len(made) == 1
+
+
+def test_a_compressed_tar_that_changes_after_it_was_listed(tmp_path: Path) -> None:
+    source = pack("tgz", tmp_path, PETS)
+    pack("tgz", tmp_path, {**PETS, "train/cat/0.jpg": b"another"})
+    with pytest.raises(DataError, match="changed while it was being read"):
+        source.rows[0].read()
+
+
+@pytest.mark.parametrize("kind", ["tar", "tgz"])
+@pytest.mark.parametrize("size_field", [b"\xff" * 11 + b"\0", b"\xff" * 10 + b"\xf0\0", b"\x80" + b"\xff" * 11])
+def test_a_tar_whose_members_lead_back_or_beyond(kind: str, size_field: bytes, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / f"x.{kind}", "w:gz" if kind == "tgz" else "w") as packed:
+        for name in FLAT:
+            info = tarfile.TarInfo(name)
+            block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+            if name.startswith("dog"):
+                block[124:136] = size_field
+                block[148:156] = b"%06o\0 " % tarfile.calc_chksums(block)[0]  # type: ignore[attr-defined]
+            packed.fileobj.write(block)  # type: ignore[union-attr]
+            packed.offset += len(block)
+    with pytest.raises(DataError, match=r"damaged|the limit"):
+        archive.read(tmp_path / f"x.{kind}", Columns())
+
+
+@pytest.mark.parametrize("kind", ["tar", "tgz"])
+def test_a_tar_with_a_header_that_would_fill_the_memory(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{kind}"
+    with tarfile.open(path, "w:gz" if kind == "tgz" else "w") as packed:
+        for name in FLAT:
+            packed.addfile(tarfile.TarInfo(name))
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, 17 << 20
+        packed.addfile(info, io.BytesIO(bytes(info.size)))
+        packed.addfile(tarfile.TarInfo("cat/2.jpg"))
+    with pytest.raises(DataError, match=r"header of 17,\d+,\d+ bytes|bomb"):
+        archive.read(path, Columns())
 
 
 def test_60_000_members_are_listed_quickly(shared_data: Path) -> None:
@@ -677,6 +760,43 @@ def test_a_table_of_image_paths(tmp_path: Path) -> None:
         source.rows[3].read()
     (tmp_path / "in/1.jpg").write_bytes(b"changed")
     assert table.read(tmp_path / "t.csv", Columns()).fingerprint != source.fingerprint
+
+
+def test_a_path_that_is_no_file_does_not_block(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"1.jpg": b"one"})
+    os.mkfifo(tmp_path / "2.jpg")
+    (tmp_path / "3.jpg").symlink_to("/dev/zero")
+    source = read_text(tmp_path / "t.csv", "path,label\n1.jpg,a\n2.jpg,b\n3.jpg,b\n")
+    assert source.rows[0].read() == b"one"
+    for row in source.rows[1:]:
+        with pytest.raises(BadInput, match="is no file"):
+            row.read()
+
+
+def test_json_lines_with_keys_of_their_own_need_no_more_than_the_file(tmp_path: Path) -> None:
+    count = 3000
+    text = "".join(f'{{"text": "t{i}", "label": {i % 2}, "id{i}": 1}}\n' for i in range(count))
+    path = tmp_path / "t.jsonl"
+    path.write_text(text)
+    tracemalloc.start()
+    try:
+        source = table.read(path, Columns())
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert contents(source) == [(f"t{i}", str(i % 2)) for i in range(count)]
+    assert peak_bytes < 2000 * count  # all columns of all rows would be 8 * count bytes a row
+    assert contents(table.read(path, Columns(input="id7")))[6:9] == [("", "0"), ("1", "1"), ("", "0")]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_an_error_shows_a_few_of_many_columns(name: str, tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(100_000)]
+    text = ",".join(names) + "\n" + ",".join(names) + "\n" if name == "t.csv" else json.dumps(dict.fromkeys(names, 1))
+    for columns in (Columns(), Columns(label="z")):
+        with pytest.raises((DataError, UsageError), match="c1") as error:
+            read_text(tmp_path / name, text, columns)
+        assert len(str(error.value)) < 2000
 
 
 def test_paths_of_missing_images(tmp_path: Path) -> None:

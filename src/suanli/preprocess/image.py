@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from suanli.errors import BadInput, DataError, UsageError, unknown
 from suanli.preprocess._decode import decode, peek
+from suanli.suffixes import IMAGE_SUFFIXES
 from suanli.types import Encoded, Json, Preprocess, Preview, Raw
 
 Resize = Literal["crop", "squash", "pad"]
@@ -38,10 +39,7 @@ MAX_SIDE = 4096  # px that a user may ask for
 LOOKED_AT = 256  # images that decide size and channels
 MEASURED_BYTES = 1 << 28  # of rows that decide mean and spread
 PAD_LEVEL = 128
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".webp"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".ico", ".jp2"),
-)
+SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True, kw_only=True)

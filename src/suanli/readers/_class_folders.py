@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from suanli.errors import DataError
+from suanli.suffixes import IMAGE_SUFFIXES
 from suanli.types import SPLITS, Raw, Row, Source
 
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm"})
 TABLE_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
 
 _SPLIT_NAMES = {

@@ -10,27 +10,44 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from suanli.errors import DataError
 from suanli.readers._class_folders import (
-    IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     is_passed_over,
     split_of,
     suffix_of,
 )
+from suanli.suffixes import IMAGE_SUFFIXES
 
 MAX_CELL_CHARACTERS = 16 << 20  # a longer one is a quote that was never closed
+MAX_SHOWN = 30  # names of columns in an error
+
+
+class Cells(Protocol):
+    """The cells of one row by the position of the column."""
+
+    def __getitem__(self, position: int, /) -> str: ...
+
+
+class _Filled(dict[int, str]):
+    """The cells that a row has; the others are empty. Rows that each have keys of their own would
+    otherwise need the square of their number."""
+
+    def __missing__(self, position: int) -> str:
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
     path: Path
     columns: tuple[str, ...]
-    rows: list[tuple[int, tuple[str, ...]]]  # line number, one cell a column
+    rows: list[tuple[int, Cells]]  # line number and cells
     bad: list[int]  # lines that don't have the table's columns
 
 
@@ -87,11 +104,17 @@ def read_table(path: Path) -> Table:
         table = _with_header(path, records or _quoted_records(path, text, "\t" if suffix == "tsv" else ","))
     if not table.rows:
         raise DataError(
-            f"The table {path} has no rows with its columns {', '.join(table.columns)}"
+            f"The table {path} has no rows with its columns {shown(table.columns)}"
             + (f" ({len(table.bad)} lines don't fit them)." if table.bad else "."),
             fix="Give a file with a header and at least a few rows.",
         )
     return table
+
+
+def shown(columns: Sequence[str]) -> str:
+    """The names of columns for an error."""
+    more = f", … ({len(columns):,} in all)" if len(columns) > MAX_SHOWN else ""
+    return ", ".join(columns[:MAX_SHOWN]) + more
 
 
 def _text_of(path: Path) -> str:
@@ -160,10 +183,11 @@ def _quoted_records(path: Path, text: str, delimiter: str) -> list[tuple[int, li
 
 def _with_header(path: Path, records: list[tuple[int, list[str]]]) -> Table:
     columns = tuple(name.strip() for name in records[0][1])
-    repeated = {name for name in columns if columns.count(name) > 1}
+    repeated = [name for name, count in Counter(columns).items() if count > 1]
     if repeated:
-        raise DataError(f"The table {path} has more than one column named {sorted(repeated)[0]!r}.", fix="Rename one.")
-    rows, bad = [], []
+        raise DataError(f"The table {path} has more than one column named {min(repeated)!r}.", fix="Rename one.")
+    rows: list[tuple[int, Cells]] = []
+    bad = []
     for line, cells in records[1:]:
         if len(cells) == len(columns):
             rows.append((line, tuple(cells)))
@@ -173,7 +197,8 @@ def _with_header(path: Path, records: list[tuple[int, list[str]]]) -> Table:
 
 
 def _read_json_lines(path: Path, text: str) -> Table:
-    records: list[tuple[int, dict[str, object]]] = []
+    positions: dict[str, int] = {}  # of the columns, in the order in which they first occur
+    rows: list[tuple[int, Cells]] = []
     bad = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -183,12 +208,11 @@ def _read_json_lines(path: Path, text: str) -> Table:
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
-            records.append((number, value))
+            cells = ((positions.setdefault(key, len(positions)), _cell(v)) for key, v in value.items())
+            rows.append((number, _Filled(cells)))
         else:
             bad.append(number)
-    columns = tuple(dict.fromkeys(key for _, value in records for key in value))
-    rows = [(number, tuple(_cell(value.get(c)) for c in columns)) for number, value in records]
-    return Table(path, columns, rows, bad)
+    return Table(path, tuple(positions), rows, bad)
 
 
 def _cell(value: object) -> str:

@@ -18,6 +18,7 @@ from suanli.readers._class_folders import (
     is_passed_over,
     source_of,
 )
+from suanli.readers._files import read_file
 from suanli.readers._tables import tables_in
 from suanli.types import Columns, Reader, Source
 
@@ -44,11 +45,6 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder ha
         fingerprint=fingerprint_of(sorted(stamps)),
         notes=notes,
     )
-
-
-def _read_bytes(path: str) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read()
 
 
 def _shown(path: str) -> str:
@@ -83,7 +79,7 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
                 folders.append(path)
                 waiting.append((entry.path, f"{relative}{entry.name}/", inside))
             elif entry.is_file():
-                members.append(Member(path, about.st_size, partial(_read_bytes, entry.path)))
+                members.append(Member(path, about.st_size, partial(read_file, entry.path)))
                 stamps.append(f"{path}\0{about.st_size}\0{about.st_mtime_ns}")
             else:
                 broken.append(path)

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 
 from suanli.errors import DataError, unknown
 from suanli.readers._class_folders import (
-    IMAGE_SUFFIXES,
     TABLE_SUFFIXES,
     class_order,
     fingerprint_of,
@@ -22,7 +21,9 @@ from suanli.readers._class_folders import (
     split_of,
     suffix_of,
 )
-from suanli.readers._tables import Table, read_table, tables_in
+from suanli.readers._files import read_file
+from suanli.readers._tables import MAX_SHOWN, Cells, Table, read_table, shown, tables_in
+from suanli.suffixes import IMAGE_SUFFIXES
 from suanli.types import SPLITS, Columns, Reader, Row, Source
 
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "y", "sentiment", "class_name", "label_name")
@@ -125,7 +126,7 @@ def _named(table: Table, name: str | None, what: str, first: bool) -> int | None
     if name is None or (name not in table.columns and not first):
         return None
     if name not in table.columns:
-        raise unknown(f"{what} of {table.path.name}", name, table.columns)
+        raise unknown(f"{what} of {table.path.name}", name, table.columns[:MAX_SHOWN])
     return table.columns.index(name)
 
 
@@ -149,7 +150,7 @@ def _no_column(table: Table, what: str) -> DataError:
         hint = " Its columns must be separated by commas in .csv and tabs in .tsv."
     return DataError(
         f"The table {table.path} has no {what} column that is known by its name; "
-        f"its columns are: {', '.join(table.columns)}.",
+        f"its columns are: {shown(table.columns)}.",
         fix=f"Name it with --{what}-column, or rename it to one of: {', '.join(usual)}.{hint}",
     )
 
@@ -177,7 +178,7 @@ def _rows(table: Table, chosen: _Chosen, split: str | None, *, kind: str) -> tup
         row_split = split or _split_cell(table, chosen, line, cells)
         if kind == "image":
             place = _place(table, line, value.strip())
-            rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(_read, place)))
+            rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(read_file, place)))
         else:
             name = f"{table.path.name}:{line}"
             rows.append(Row(name=name, label=label, split=row_split, read=partial(str, value)))
@@ -190,7 +191,7 @@ def _rows(table: Table, chosen: _Chosen, split: str | None, *, kind: str) -> tup
     return rows, [f"{remark}, passed over"]
 
 
-def _split_cell(table: Table, chosen: _Chosen, line: int, cells: tuple[str, ...]) -> str | None:
+def _split_cell(table: Table, chosen: _Chosen, line: int, cells: Cells) -> str | None:
     if chosen.split is None or not cells[chosen.split].strip():
         return None
     split = split_of(cells[chosen.split])
@@ -212,11 +213,6 @@ def _place(table: Table, line: int, path: str) -> str:
             fix="Move the table above its images, or write absolute paths.",
         )
     return os.path.join(table.path.parent, path)
-
-
-def _read(place: str) -> bytes:
-    with open(place, "rb") as stream:
-        return stream.read()
 
 
 def _look_at_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
