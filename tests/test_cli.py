@@ -98,6 +98,9 @@ def broken_folder(root: Path, kind: str) -> Path:
     [
         (["train", "nowhere/at/all"], 3, "nothing at"),
         (["train", "digitz"], 2, "Did you mean 'digits'"),
+        (["train", "x" * 300], 3, "too long"),
+        (["predict", "x" * 300, "x"], 3, "too long"),
+        (["train", "digits", "--batch-size", "1"], 2, "can't learn from batches of 1"),
         (["train", "digits", "--epoch", "3"], 2, "--epoch"),
         (["train", "digits", "--epochs", "three"], 2, "--epochs"),
         (["train", "digits", "--epochs", "0"], 2, "'epochs' can't be 0"),

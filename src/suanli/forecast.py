@@ -15,12 +15,12 @@ import torch
 
 from suanli import checkpoint, hardware
 from suanli.console import duration, size
-from suanli.errors import OutOfMemory
+from suanli.errors import OutOfMemory, UsageError
 from suanli.loop import Loop
 from suanli.threads import step_seconds
 from suanli.types import Device, Json
 
-PROBE_BATCH = 4
+PROBE_BATCHES = (2, 6)
 STATE_COPIES = 4  # weights, gradients and two moments
 SAVING_COPIES = 2  # of all state, while a checkpoint is written from main memory
 BACKWARD = 1.5  # at most, of what the forward pass kept: the gradients between two layers come on top
@@ -44,21 +44,36 @@ class Forecast:
 
 
 def refuse_too_big(loop: Loop, device: Device) -> int:
-    """The memory that training needs, in bytes. Raises OutOfMemory, with the batch size that would
-    fit, before anything is exhausted: on most systems exhaustion ends the process without a word."""
-    with enough_memory(device), loop.untouched():
-        per_example = _activation_bytes(loop)
+    """The memory that the process will hold, in bytes. Raises OutOfMemory, with the batch size that
+    would fit, before anything is exhausted: on most systems exhaustion ends the process without a
+    word. Raises UsageError for a network that can't learn from such batches."""
+    held = hardware.peak_memory_bytes(device) or 0
     batch = -(-loop.order.batch_size // loop.recipe.accumulate)
-    fixed = _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
+    with enough_memory(device), _able_to_learn(loop, batch), loop.untouched():
+        per_example, once = _activation_bytes(loop, batch)
+    fixed = once + _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
     saving = SAVING_COPIES * fixed if device.type == "cpu" else 0  # when the batch is gone
-    needed = fixed + max(per_example * batch, saving)
+    needed = fixed + max(int(BACKWARD * per_example * batch) + WORKSPACE_BYTES, saving)
     available = hardware.available_memory_bytes(device)
     if available is not None and needed > available:
         # What is advised must do: with everything that comes and goes between two measurements.
         room = available - fixed - WORKSPACE_BYTES
         fits = 0 if saving > room else int(room / (BACKWARD * max(per_example, 1)))
         raise out_of_memory(loop, needed, available, max(0, fits))
-    return needed
+    return held + needed
+
+
+@contextmanager
+def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        if hardware.out_of_memory(error):
+            raise
+        raise UsageError(
+            f"The network {loop.recipe.model!r} can't learn from batches of {batch}: {error}",
+            fix="Choose a larger --batch-size, or another model.",
+        ) from error
 
 
 @contextmanager
@@ -77,8 +92,8 @@ def enough_memory(device: Device) -> Iterator[None]:
         ) from error
 
 
-def forecast(loop: Loop, device: Device, memory_bytes: int) -> Forecast:
-    """`memory_bytes` is what `refuse_too_big` found; what the process holds already is added."""
+def forecast(loop: Loop, memory_bytes: int) -> Forecast:
+    """`memory_bytes` is what `refuse_too_big` found."""
     try:
         with loop.untouched():
             step_seconds(loop)
@@ -92,7 +107,7 @@ def forecast(loop: Loop, device: Device, memory_bytes: int) -> Forecast:
     validation_s = validations * len(loop.val_feed) / loop.order.batch_size * step_s / 3
     return Forecast(
         train_seconds=loop.steps * step_s + validation_s,
-        memory_bytes=memory_bytes + (hardware.peak_memory_bytes(device) or 0),
+        memory_bytes=memory_bytes,
         disk_bytes=_weights_bytes(loop) * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
     )
 
@@ -116,8 +131,18 @@ def _weights_bytes(loop: Loop) -> int:
     return sum(t.numel() * t.element_size() for t in loop.model.state_dict().values())
 
 
-def _activation_bytes(loop: Loop) -> int:
-    """Bytes that the backward pass needs of the forward pass, for one example."""
+def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
+    """Bytes that the backward pass needs of the forward pass: for each example, and once (the weights
+    in another precision, say). From two small batches, since one can't tell them apart."""
+    small, large = min(PROBE_BATCHES[0], batch), min(PROBE_BATCHES[1], batch)
+    few, many = _kept_bytes(loop, small), _kept_bytes(loop, large)
+    if small == large:
+        return many // large, 0
+    per_example = max(0, many - few) // (large - small)
+    return per_example, max(0, few - per_example * small)
+
+
+def _kept_bytes(loop: Loop, batch: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
     kept: dict[int, int] = {}
 
@@ -127,7 +152,6 @@ def _activation_bytes(loop: Loop) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch = min(PROBE_BATCH, loop.order.batch_size)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loop.try_step(batch)
-    return sum(kept.values()) // batch
+    return sum(kept.values())

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -182,7 +182,9 @@ def refuse_inside(data: AnyPath, out: AnyPath | None) -> None:
 
 
 def is_run(path: AnyPath) -> bool:
-    return Run(Path(path).expanduser()).exists()
+    with suppress(OSError):  # a name that is too long is no run either
+        return Run(Path(path).expanduser()).exists()
+    return False
 
 
 def now() -> str:

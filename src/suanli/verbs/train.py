@@ -206,10 +206,11 @@ class _Training:
         if more_epochs is not None:
             self.loop.extend(more_epochs)
         memory = refuse_too_big(self.loop, device)
-        count = choose_threads(self.loop, device, threads, cache_dir_of(options.cache_dir))
+        with enough_memory(device):
+            count = choose_threads(self.loop, device, threads, cache_dir_of(options.cache_dir))
         self.plan = replace(plan, threads=count)
         with use_threads(count):
-            self.forecast = forecast(self.loop, device, memory)
+            self.forecast = forecast(self.loop, memory)
         say(f"{self._title()}: {self.forecast}")
 
     def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
