@@ -9,6 +9,8 @@ import os
 import pickle
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 
 from suanli.errors import BadInput, DataError, StorageError, UsageError
 from suanli.preprocess.image import ImagePreprocess
-from suanli.readers import _archives, archive, folder, npz, table
+from suanli.readers import _archives, _stored_arrays, archive, folder, npz, table
 from suanli.suffixes import IMAGE_SUFFIXES
 from suanli.types import Columns, Source
 
@@ -936,6 +938,11 @@ def test_all_splits_have_one_scale(tmp_path: Path) -> None:
         ({"images": IMAGES, "labels": LABELS + 0.5}, "fractions"),
         ({"images": IMAGES.astype(object), "labels": LABELS}, "Python objects"),
         ({"images": IMAGES, "labels": LABELS.astype(object)}, "Python objects"),
+        ({"images": IMAGES, "labels": LABELS.astype(complex)}, "neither numbers nor text"),
+        ({"images": IMAGES, "labels": LABELS.astype("U1001")}, "labels of images"),
+        ({"images": IMAGES, "labels": np.array(1)}, "4 images, but there are 1 labels"),
+        ({"images": IMAGES[:, :0], "labels": LABELS}, "isn't one of images"),
+        ({"images": IMAGES, "labels": LABELS, "classes": np.zeros((2 << 20, 1), bool)}, "isn't one of class names"),
     ],
 )
 def test_arrays_that_cant_be_used(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
@@ -956,6 +963,78 @@ def test_an_npz_that_is_too_large_or_lies(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(DataError, match="damaged"):
         npz.read(path, Columns())
     path.write_bytes(content)
-    monkeypatch.setattr(npz, "MAX_BYTES", 100)
+    monkeypatch.setattr(_stored_arrays, "MAX_BYTES", 100)
     with pytest.raises(DataError, match="the limit is 100 B"):
         npz.read(path, Columns())
+
+
+def test_every_array_counts_before_one_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stored_arrays, "MAX_BYTES", 1 << 20)
+    np.savez_compressed(tmp_path / "a.npz", images=IMAGES, labels=np.zeros((4, 1 << 20), np.uint8))
+    np.savez_compressed(tmp_path / "b.npz", images=IMAGES, labels=np.zeros(32 << 20, np.uint8))
+    np.savez_compressed(tmp_path / "c.npz", images=IMAGES, labels=LABELS, classes=np.full(5000, "", "U1000"))
+    messages = ("have 4.2 MB; the limit is", "but there are 33,554,432 labels", "have 20.0 MB; the limit is")
+    for name, message in zip("abc", messages, strict=True):
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataError, match=message):
+                npz.read(tmp_path / f"{name}.npz", Columns())
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_too_many_images_without_pixels_or_with_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stored_arrays, "MAX_IMAGES", 3)
+    with pytest.raises(DataError, match="has 4 images; the limit is 3"):
+        read_npz(tmp_path, images=IMAGES, labels=LABELS)
+
+
+def test_of_two_members_of_one_name_the_checked_one_is_read(tmp_path: Path) -> None:
+    """numpy.load would take `labels`, whatever it is, before `labels.npy`."""
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=LABELS)
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive_, zipfile.ZipFile(tmp_path / "b.npz", "w") as twice:
+        twice.writestr("labels", b"something else")
+        for name in archive_.namelist():
+            twice.writestr(name, archive_.read(name))
+    assert [row.label for row in npz.read(tmp_path / "b.npz", Columns()).rows] == ["0", "1", "1", "0"]
+
+
+def test_an_array_header_as_large_as_memory(tmp_path: Path) -> None:
+    header = b"\x93NUMPY\x02\x00" + struct.pack("<I", 64 << 20) + b" " * (64 << 20)
+    write_zip(tmp_path / "a.npz", {"images.npy": header, "labels.npy": header})
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="damaged"):
+            npz.read(tmp_path / "a.npz", Columns())
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_an_npz_that_numpy_would_not_write(method: int, tmp_path: Path) -> None:
+    write_zip(tmp_path / "a.npz", {"images.npy": b"\0" * 99, "labels.npy": b"\0" * 99}, method)
+    with pytest.raises(DataError, match="damaged.*a way that NumPy doesn't use"):
+        npz.read(tmp_path / "a.npz", Columns())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux holds a process to its address space")
+def test_arrays_that_do_not_fit_into_memory(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", images=np.zeros((2, 8 << 10, 8 << 10), np.uint8), labels=np.arange(2))
+    code = """
+import pathlib, resource, sys
+import numpy.lib.format
+from suanli.errors import DataError
+from suanli.readers import npz
+from suanli.types import Columns
+used_bytes = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (64 << 20),) * 2)
+try:
+    npz.read(pathlib.Path(sys.argv[1]), Columns())
+except DataError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "a.npz")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "don't fit into the memory that is left" in said

@@ -306,12 +306,6 @@ def _main(arguments: list[str], debug: bool) -> int:
         message, fix, code = told.rstrip(".") + ".", "See suanli --help.", 2
     except (KeyboardInterrupt, typer.Abort):
         message, fix, code = "Stopped.", "", 130
-    except (MemoryError, RuntimeError) as error:
-        from suanli.hardware import out_of_memory
-
-        if debug or not out_of_memory(error):
-            raise
-        message, fix, code = "Memory ran out.", "End other programs, or choose smaller inputs or a smaller model.", 4
     except typer.Exit as error:
         return error.exit_code
     except BrokenPipeError:
@@ -321,12 +315,23 @@ def _main(arguments: list[str], debug: bool) -> int:
     except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
         if debug:
             raise
-        message, code = f"{type(error).__name__}: {error}.", 1
-        fix = "This was not foreseen; --debug shows where it happened."
+        message, fix, code = _unforeseen(error)
     if "--json" in arguments:
         print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
     print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)
     return code
+
+
+def _unforeseen(error: Exception) -> tuple[str, str, int]:
+    from suanli.hardware import out_of_memory
+
+    if out_of_memory(error):
+        return "Memory ran out.", "End other programs, or choose smaller inputs or a smaller model.", 4
+    if isinstance(error, OSError):  # a name that is too long, a file that may not be read
+        where = str(error.filename or "")
+        cut = f"{where[:100]}…" if len(where) > 100 else where
+        return f"{error.strerror or error}: {cut}.", "Check that path and who may use it.", 3
+    return f"{type(error).__name__}: {error}.", "This was not foreseen; --debug shows where it happened.", 1
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ def read_file(path: str) -> bytes:
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise BadInput(f"{path} is no file.")
-    if about.st_size <= MAX_FILE_BYTES:
-        with open(path, "rb") as stream:
-            content = stream.read(MAX_FILE_BYTES + 1)  # it may grow meanwhile
-        if len(content) <= MAX_FILE_BYTES:
-            return content
-    raise BadInput(f"{path} has {size(about.st_size)}; the limit for one file is {size(MAX_FILE_BYTES)}.")
+    if about.st_size > MAX_FILE_BYTES:
+        raise BadInput(f"{path} has {size(about.st_size)}; the limit for one file is {size(MAX_FILE_BYTES)}.")
+    with open(path, "rb") as stream:
+        return stream.read(about.st_size)  # no more, should it grow meanwhile; read() takes the memory beforehand

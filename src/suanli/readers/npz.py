@@ -1,7 +1,8 @@
 """NumPy's .npz with arrays of images and labels under the usual names.
 
-Arrays are loaded whole: a compressed array can't be read in parts. Before that the shapes are read
-from their headers and held against the limits, and nothing is unpickled.
+Arrays are loaded whole: a compressed array can't be read in parts. Before that the shapes of all that
+will be used are read from their headers and held against the limits and each other, because zeros
+deflate to a thousandth; and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suanli.console import size
 from suanli.errors import DataError
 from suanli.readers._class_folders import class_order, count_and_examples, fingerprint_of, source_name
+from suanli.readers._stored_arrays import (
+    check_images,
+    check_labels,
+    check_names,
+    check_total,
+    header,
+    load,
+    no_labels,
+)
 from suanli.types import Columns, Reader, Row, Source
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_BYTES = 32 << 30  # of all arrays that are used
-MAX_RATIO = 1100  # deflate can't do better than 1032
 
 _PAIRS = tuple(itertools.product(("x", "images", "image", "data"), ("y", "labels", "label", "target", "targets")))
 _SPLIT_WORDS = (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test"))
@@ -51,25 +58,21 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays 
     """The images in `path`: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4; labels (N,),
     (N, 1) or one-hot (N, K). Raises DataError for anything else, and for a damaged file."""
     try:
-        parts, names = _load(path)
-    except _DAMAGED as error:
+        return _source(path, *_load(path))
+    except MemoryError as error:
         raise DataError(
-            f"The file {path} is damaged or no .npz of plain arrays ({error}).",
-            fix="Save it again with numpy.savez_compressed and arrays of numbers, not of objects.",
+            f"The arrays in {path} don't fit into the memory that is left.",
+            fix="Save the images as files in class folders, or give a machine with more memory.",
         ) from error
-    except OSError as error:
-        raise DataError(f"The file {path} can't be read: {error}.", fix="Give a file you may read.") from error
+
+
+def _source(path: Path, parts: list[_Part], names: list[str]) -> Source:
     scale, notes = _scale(path, parts)
     labels = [_labels(path, part) for part in parts]
     classes = _classes(path, labels, names)
     rows: list[Row] = []
     for part, values in zip(parts, labels, strict=True):
-        images = _channels_last(path, part)
-        if len(images) != len(values):
-            raise DataError(
-                f"{path}: {part.name} has {len(images):,} images, but there are {len(values):,} labels.",
-                fix="Save as many labels as images.",
-            )
+        images = _channels_last(part.images)
         rows += [
             Row(
                 name=f"{part.name}[{i}]",
@@ -92,26 +95,30 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays 
 
 
 def _load(path: Path) -> tuple[list[_Part], list[str]]:
-    import numpy as np
-
-    with zipfile.ZipFile(path) as archive:
-        stored = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        wanted, class_names = _find(path, list(stored))
-        for name in {*itertools.chain.from_iterable(w[1:] for w in wanted), *class_names}:
-            _check_header(path, archive, name, stored[name])
-        total = sum(stored[images].file_size for _, images, _ in wanted)
-        if total > MAX_BYTES:
-            raise DataError(
-                f"The arrays in {path} have {size(total)}; the limit is {size(MAX_BYTES)}.",
-                fix="Save the images as files in class folders.",
-            )
-    with np.load(path, allow_pickle=False) as arrays:
-        parts = [_Part(split, arrays[images], arrays[labels], images) for split, images, labels in wanted]
-        names = [_text(value) for name in class_names for value in arrays[name].ravel()]
-    for part in parts:
-        if len(part.images) == 0:
-            raise DataError(f"{path}: {part.name} is empty.", fix="Save at least a few images.")
-    return parts, names
+    """The arrays to use, and the names of the classes if there are some."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted, class_names = _find(path, list(infos))
+            used = dict.fromkeys([*itertools.chain.from_iterable(w[1:] for w in wanted), *class_names])
+            stored = {name: header(archive, name, infos[name]) for name in used}
+            for _, images, labels in wanted:
+                check_images(path, stored[images])
+                check_labels(path, stored[images], stored[labels])
+            for name in class_names:
+                check_names(path, stored[name])
+            check_total(path, sum(array.info.file_size for array in stored.values()))
+            # Not by numpy.load, which may take another member of that name than was checked.
+            arrays = {name: load(archive, array.info) for name, array in stored.items()}
+    except _DAMAGED as error:
+        raise DataError(
+            f"The file {path} is damaged or no .npz of plain arrays ({error}).",
+            fix="Save it again with numpy.savez_compressed and arrays of numbers, not of objects.",
+        ) from error
+    except OSError as error:
+        raise DataError(f"The file {path} can't be read: {error}.", fix="Give a file you may read.") from error
+    parts = [_Part(split, arrays[images], arrays[labels], images) for split, images, labels in wanted]
+    return parts, [_text(value) for name in class_names for value in arrays[name].ravel()]
 
 
 def _find(path: Path, stored: list[str]) -> tuple[list[tuple[str | None, str, str]], list[str]]:
@@ -133,29 +140,6 @@ def _find(path: Path, stored: list[str]) -> tuple[list[tuple[str | None, str, st
         )
     wanted = [(split, *names) for split, names in found.items()]
     return wanted, [by_name[name] for name in _CLASS_NAMES if name in by_name][:1]
-
-
-def _check_header(path: Path, archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> None:
-    """The array's header promises what its member holds, and plain numbers or text."""
-    from numpy.lib import format as npy
-
-    if info.file_size > MAX_RATIO * max(info.compress_size, 1):
-        raise DataError(
-            f"{name} in {path} unpacks from {size(info.compress_size)} to {size(info.file_size)}: "
-            "it looks like a decompression bomb.",
-            fix="Get the file from a source that you trust.",
-        )
-    with archive.open(info) as stream:
-        version = npy.read_magic(stream)
-        header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = header(stream)
-        count = 1
-        for length in shape:
-            count *= length
-        if dtype.hasobject:
-            raise ValueError(f"{name} holds Python objects, which are not loaded")
-        if count * dtype.itemsize + stream.tell() != info.file_size:
-            raise ValueError(f"{name} doesn't have the size that its header says")
 
 
 def _scale(path: Path, parts: list[_Part]) -> tuple[float, list[str]]:
@@ -196,18 +180,13 @@ def _image(images: NDArray[Any], position: int, scale: float) -> np.ndarray:
     return np.rint(image.astype(np.float64) * scale).astype(np.uint8)
 
 
-def _channels_last(path: Path, part: _Part) -> NDArray[Any]:
-    images = part.images
-    if images.ndim == 4 and images.shape[3] not in (1, 3, 4) and images.shape[1] in (1, 3, 4):
+def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
+    """(N, H, W) or (N, H, W, C)."""
+    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
     if images.ndim == 4 and images.shape[3] == 1:
         images = images[..., 0]
-    if images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (3, 4)):
-        return images
-    raise DataError(
-        f"{path}: {part.name} has the shape {part.images.shape}, which isn't one of images.",
-        fix="Save (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels.",
-    )
+    return images
 
 
 def _labels(path: Path, part: _Part) -> list[str]:
@@ -220,12 +199,8 @@ def _labels(path: Path, part: _Part) -> list[str]:
     numbers = labels.dtype.kind in "buif"
     if labels.ndim == 2 and numbers and np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all():
         labels = labels.argmax(axis=1)
-    if labels.ndim != 1 or not (numbers or labels.dtype.kind in "SU"):
-        raise DataError(
-            f"{path}: the labels of {part.name} have the shape {part.labels.shape} and type "
-            f"{part.labels.dtype}; one label a row is needed.",
-            fix="Save whole numbers or names of shape (N,), or one-hot rows.",
-        )
+    if labels.ndim != 1:
+        raise no_labels(path, part.name, part.labels)
     if labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
         raise DataError(f"{path}: the labels of {part.name} are fractions.", fix="Save whole numbers.")
     if numbers:
