@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-
 _PAIRS = tuple(itertools.product(("x", "images", "image", "data"), ("y", "labels", "label", "target", "targets")))
 _SPLIT_WORDS = (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test"))
 _CLASS_NAMES = ("class_names", "classes", "label_names", "target_names")
