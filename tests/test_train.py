@@ -246,6 +246,11 @@ def test_a_user_model(picture_folder: Callable[..., Path]) -> None:
     (answer,) = suanli.predict(run, "pictures/class0/000.png", trust_code=True)
     assert answer.label in ("class0", "class1")
     assert suanli.evaluate(run, trust_code=True).scores["accuracy"] >= 0
+    with pytest.raises(suanli.UsageError, match="--trust-code"):
+        suanli.run(run)
+    assert suanli.run(run, trust_code=True).scores
+    with pytest.raises(suanli.UsageError, match="epochs can't be changed"):
+        suanli.run(run, epochs=3, trust_code=True)
 
 
 def test_a_model_folder_runs_no_code_of_its_own(picture_folder: Callable[..., Path]) -> None:
@@ -281,6 +286,12 @@ def test_run_finishes_what_training_left(picture_folder: Callable[..., Path]) ->
     run = suanli.train(picture_folder(), epochs=1, out="made")
     assert suanli.run("made").scores
     assert (run.path / "report.html").exists()
+
+
+def test_weights_of_another_kind(picture_folder: Callable[..., Path], text_table: Path) -> None:
+    run = suanli.train(picture_folder(), epochs=1)
+    with pytest.raises(suanli.DataError, match="learned from image data, and this is text"):
+        suanli.train(text_table, weights=run)
 
 
 def test_text_weights_bring_their_vocabulary(text_table: Path) -> None:

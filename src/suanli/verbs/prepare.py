@@ -18,7 +18,7 @@ from suanli.console import duration, say, warn
 from suanli.data import cache_dir as default_cache_dir
 from suanli.data import choose_recipe, find_source
 from suanli.data import data_dir as default_data_dir
-from suanli.errors import DamagedFile
+from suanli.errors import DamagedFile, DataError
 from suanli.rundir import Run
 from suanli.settings import change
 from suanli.types import AnyPath, Columns, Json, Recipe
@@ -34,7 +34,7 @@ class DataOptions:
     data_dir: str | None = None
     cache_dir: str | None = None
     max_bad: float = 0.01
-    preprocess: Mapping[str, Json] | None = None  # settings of the model whose weights training starts from
+    preprocess: Mapping[str, Json] | None = None  # kind and settings that the given weights learned with
 
     @classmethod
     def of(cls, subject: AnyPath, *, data_dir: AnyPath | None, cache_dir: AnyPath | None, **more: Any) -> DataOptions:
@@ -114,7 +114,12 @@ def resolve(
     _check_names(recipe, source.kind)
     preprocess = None
     if options.preprocess is not None:
-        preprocess = plugins.load("preprocess", source.kind)(**options.preprocess)
+        if options.preprocess["kind"] != source.kind:
+            raise DataError(
+                f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
+                fix="Choose weights, or data, of the other kind.",
+            )
+        preprocess = plugins.load("preprocess", source.kind)(**options.preprocess["settings"])
     prepared = prepare_source(
         source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores(), preprocess=preprocess
     )

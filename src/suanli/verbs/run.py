@@ -24,19 +24,24 @@ def _with_arguments_of(other: Callable[P, Run]) -> Callable[[Callable[..., Run]]
     return decorate
 
 
-def _untrained(data: Any, options: Mapping[str, Any]) -> bool:
-    """Whether there is anything to train: not where only the exam or the report of a run was cut short."""
-    if not is_run(data) or options.get("more_epochs") is not None:
-        return True
-    return Run.open(data).summary.get("status") not in FINISHED
+def _trained(data: Any, options: Mapping[str, Any]) -> bool:
+    """Whether `data` is a finished run and nothing more is asked of its training: then only its exam
+    and its report are due."""
+    if not is_run(data) or Run.open(data).summary.get("status") not in FINISHED:
+        return False
+    usual = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    asked = {name for name, value in options.items() if value not in (usual[name], {})}
+    return asked <= {"device", "cache_dir", "trust_code"}
 
 
 @_with_arguments_of(train)
 def run(data: Any, **options: Any) -> Run:
     """Prepare, train, evaluate on the test split and report, in one go. Arguments as for `train`."""
-    made = train(data, **options) if _untrained(data, options) else Run.open(data)
-    # The code of a user's model has run in this process already.
-    exam = evaluate(made, device=options.get("device", "auto"), trust_code=True)
+    if _trained(data, options):
+        made, trust = Run.open(data), options.get("trust_code", False)
+    else:
+        made, trust = train(data, **options), True  # its code has just run here
+    exam = evaluate(made, device=options.get("device", "auto"), cache_dir=options.get("cache_dir"), trust_code=trust)
     summary = made.summary
     made.write("summary.json", summary | {"seconds": summary["seconds"] | {"evaluate": exam.seconds}})
     report(made)

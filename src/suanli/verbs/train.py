@@ -100,7 +100,7 @@ def train(
     if out is not None:
         refuse_occupied(Path(out).expanduser())
     refuse_inside(data, out)
-    network, preprocess = _start_from(weights, changes)
+    network, preprocess = _start_from(weights, changes, trust_code)
     options = DataOptions.of(
         data,
         input_column=input_column,
@@ -121,9 +121,9 @@ def train(
     return run
 
 
-def _start_from(weights: AnyPath | None, changes: Mapping[str, Json]) -> tuple[dict[str, Json], Json]:
-    """What given weights bring along: fields of the recipe, and the settings of the preprocessing that
-    they learned with, which is theirs unless the user changes it."""
+def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code: bool) -> tuple[dict[str, Json], Json]:
+    """What given weights bring along: fields of the recipe, and the preprocessing that they learned
+    with, which stays unless the user changes it."""
     if weights is None:
         return {}, None
     file, card = weights_of(Path(weights).expanduser())
@@ -131,10 +131,11 @@ def _start_from(weights: AnyPath | None, changes: Mapping[str, Json]) -> tuple[d
     if card is None:
         return network, None
     if "model" not in changes:
-        refuse_foreign_code(card["recipe"]["model"], file)
+        if not trust_code:
+            refuse_foreign_code(card["recipe"]["model"], file)
         network |= {name: card["recipe"][name] for name in ("model", "model_args")}
     own = any(name.partition(".")[0] == "preprocess" for name in changes)
-    return network, None if own else card["preprocess"]["settings"]
+    return network, None if own else card["preprocess"]
 
 
 def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
@@ -333,8 +334,10 @@ class _Training:
         loop, prepared = self.loop, self.prepared
         if self.recipe.early_stop is not None and self._best.exists():
             loop.model.load_state_dict(checkpoint.read(self._best).tensors)
-        for exam in (self.directory.path / "evaluation").glob("*.json"):
-            exam.unlink()  # of the model that is replaced now
+        # They speak of the model that is replaced now.
+        path = self.directory.path
+        for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
+            outdated.unlink(missing_ok=True)
         with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
             save_model(
                 self.directory.model_path,
