@@ -19,6 +19,20 @@ SMALL = Recipe(
     label_smoothing=0.1,
 )
 
+FINE_TUNE = Recipe(
+    model="resnet18",
+    epochs=8,
+    batch_size=32,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.01,
+    backbone_lr_scale=0.1,
+    schedule="cosine",
+    warmup_epochs=0.5,
+    label_smoothing=0.1,
+    clip_norm=1.0,
+)
+
 
 def is_small(traits: Traits) -> bool:
     return min(traits.input_shape[-2:]) <= SMALL_PX

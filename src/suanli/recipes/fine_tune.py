@@ -1,6 +1,6 @@
 """Images for a network that starts from given weights: small steps, the backbone's a tenth of the head's."""
 
-from suanli.recipes._images import is_sign
+from suanli.recipes._images import FINE_TUNE, is_sign
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
@@ -10,19 +10,7 @@ def suits(traits: Traits) -> int | None:
 
 RECIPE = RecipeChoice(
     recipe=Recipe(
-        name="fine_tune",
-        model="resnet18",
-        augment=("resized_crop(scale=(0.5, 1.0))", "flip"),
-        epochs=8,
-        batch_size=32,
-        optimizer="adamw",
-        lr=1e-3,
-        weight_decay=0.01,
-        backbone_lr_scale=0.1,
-        schedule="cosine",
-        warmup_epochs=0.5,
-        label_smoothing=0.1,
-        clip_norm=1.0,
+        **FINE_TUNE.model_dump() | {"name": "fine_tune", "augment": ("resized_crop(scale=(0.5, 1.0))", "flip")}
     ),
     suits=suits,
 )

@@ -7,6 +7,7 @@ epochs. Embeddings have no weight decay: it would pull rare words, which seldom 
 
 from __future__ import annotations
 
+from suanli.recipes._text import TEXT
 from suanli.types import Recipe, RecipeChoice, Traits
 
 
@@ -14,21 +15,4 @@ def suits(traits: Traits) -> int | None:
     return 10 if traits.kind == "text" else None
 
 
-RECIPE = RecipeChoice(
-    recipe=Recipe(
-        name="text",
-        model="text_cnn",
-        preprocess={"vocabulary_size": 20_000, "min_count": 2, "lowercase": True},
-        augment=("word_dropout(p=0.3)",),
-        epochs=3,
-        batch_size=256,
-        optimizer="adamw",
-        lr=2e-3,
-        schedule="cosine",
-        warmup_epochs=0.2,
-        label_smoothing=0.1,
-        clip_norm=1.0,
-        ema_decay=0.99,
-    ),
-    suits=suits,
-)
+RECIPE = RecipeChoice(recipe=Recipe(**TEXT.model_dump() | {"name": "text"}), suits=suits)

@@ -6,6 +6,7 @@ dozens of steps, before rare words have moved from their random start.
 
 from __future__ import annotations
 
+from suanli.recipes._text import TEXT
 from suanli.types import Recipe, RecipeChoice, Traits
 
 MOST_EXAMPLES = 20_000
@@ -16,20 +17,5 @@ def suits(traits: Traits) -> int | None:
 
 
 RECIPE = RecipeChoice(
-    recipe=Recipe(
-        name="text_small",
-        model="text_cnn",
-        preprocess={"vocabulary_size": 20_000, "min_count": 2, "lowercase": True},
-        augment=("word_dropout(p=0.3)",),
-        epochs=8,
-        batch_size=64,
-        optimizer="adamw",
-        lr=2e-3,
-        schedule="cosine",
-        warmup_epochs=0.2,
-        label_smoothing=0.1,
-        clip_norm=1.0,
-        ema_decay=0.99,
-    ),
-    suits=suits,
+    recipe=Recipe(**TEXT.model_dump() | {"name": "text_small", "epochs": 8, "batch_size": 64}), suits=suits
 )
