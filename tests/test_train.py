@@ -227,6 +227,18 @@ def test_new_head_for_other_classes(picture_folder: Callable[..., Path]) -> None
     assert weights(second)["fc.weight"].shape[0] == 3
 
 
+def test_new_head_for_classes_of_other_names(
+    picture_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = suanli.train(picture_folder(), epochs=1)
+    again = picture_folder("again")
+    suanli.train(again, weights=first, epochs=1)
+    assert "part of a head for other classes" not in capsys.readouterr().err
+    (again / "class0").rename(again / "animal")
+    suanli.train(again, weights=first, epochs=1)
+    assert "part of a head for other classes" in capsys.readouterr().err
+
+
 def test_weights_that_do_not_fit(picture_folder: Callable[..., Path]) -> None:
     save_file({"something.else": torch.zeros(2)}, "other.safetensors")
     with pytest.raises(suanli.DataError):

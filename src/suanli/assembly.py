@@ -13,6 +13,7 @@ from suanli.console import say
 from suanli.data import Feed, mix
 from suanli.loop import Loop
 from suanli.plugins import load
+from suanli.saved import weights_of
 from suanli.types import Device, Plan, Recipe, Step
 
 INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
@@ -25,7 +26,9 @@ def build_loop(recipe: Recipe, prepared: Prepared, device: Device, plan: Plan, *
     module = building.build(recipe, prepared.preprocess, len(prepared.classes))
     head = building.head_of(module, building.resolve(recipe.model))
     if fresh and recipe.weights is not None:
-        say(str(building.load_weights(module, Path(recipe.weights).expanduser(), head)))
+        file, card = weights_of(Path(recipe.weights).expanduser())
+        other_classes = card is not None and tuple(card["classes"]) != prepared.classes
+        say(str(building.load_weights(module, file, head, new_head=other_classes)))
     train, val = (Feed(prepared.splits[s], device) for s in ("train", "val"))
     module.to(device.torch_name)
     initialize = getattr(module, "initialize", None)

@@ -223,8 +223,9 @@ class WeightsReport:
         return "\n".join(lines)
 
 
-def load_weights(module: nn.Module, path: Path, head: str) -> WeightsReport:
-    """Copies what fits from a safetensors file into `module`; a head for other classes stays new.
+def load_weights(module: nn.Module, path: Path, head: str, *, new_head: bool = False) -> WeightsReport:
+    """Copies what fits from a safetensors file into `module`; a head for other classes stays new. That it
+    is for others shows in its shape; where only names differ, the caller knows and says `new_head`.
 
     Nothing is changed unless the whole file could be read. Raises UsageError for another format or no
     file, DamagedFile for one that is cut short or holds values that aren't numbers, and DataError where
@@ -238,8 +239,8 @@ def load_weights(module: nn.Module, path: Path, head: str) -> WeightsReport:
         if tensor.shape != state[name].shape:
             skipped[name] = f"has shape {_shape(tensor)}, the model wants {_shape(state[name])}"
     in_head = {name for name in tensors if name.startswith(f"{head}.")}
-    if unfit := in_head & skipped.keys():
-        skipped |= dict.fromkeys(in_head - unfit, "part of a head for other classes")
+    if new_head or in_head & skipped.keys():
+        skipped |= dict.fromkeys(in_head - skipped.keys(), "part of a head for other classes")
     fitting = {name: tensor for name, tensor in tensors.items() if name not in skipped}
     if fitting.keys() <= in_head:
         raise DataError(

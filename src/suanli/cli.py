@@ -25,7 +25,6 @@ from suanli.errors import SuanliError, UsageError
 app = typer.Typer(
     name="suanli",
     help="suanli (算力, computing power): data in, a trained, measured, optimised model out.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -295,6 +294,9 @@ def _main(arguments: list[str], debug: bool) -> int:
     # Like Ctrl-C, so that what is half-written is removed. Training handles both in its own way.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if not arguments:
+        app(["--help"], standalone_mode=False, prog_name="suanli")
+        return 2
     try:
         return int(app(arguments, standalone_mode=False, prog_name="suanli") or 0)
     except SuanliError as error:
