@@ -79,8 +79,11 @@ def test_stopping_anywhere_changes_nothing(picture_folder: Callable[..., Path], 
     for number, stop_at in enumerate((2, 9)):
         with stop_after(stop_at), pytest.raises(suanli.Interrupted, match=rf"at step {stop_at} .*checkpoint is saved"):
             suanli.train(out) if number else suanli.train(root, out=out, **options)
+        assert Run(out).summary["seconds"]["train"] > 0
+    spent = Run(out).summary["seconds"]["train"]
     resumed = suanli.train(out)
     assert resumed.summary["status"] == "finished"
+    assert resumed.summary["seconds"]["train"] > spent  # all of it, not only since the last stop
     assert same(weights(whole), weights(resumed))
     steps = [m["step"] for m in resumed.metrics if "loss" in m and "split" not in m]
     assert max(steps) == resumed.summary["steps"]

@@ -2,7 +2,7 @@
 
 What a step does depends on the weights, the seed and the step's number only, so a loop that is
 put back to the state of step n goes on bit by bit as if it had never stopped. The loop knows no
-files and no progress bars; `verbs/train.py` decides when to save, to validate and to stop.
+files and no progress bars; `training.py` decides when to save, to validate and to stop.
 """
 
 from __future__ import annotations

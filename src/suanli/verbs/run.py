@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
 from suanli.rundir import Run, is_run
+from suanli.training import FINISHED
 from suanli.verbs.evaluate import evaluate
 from suanli.verbs.report import report
-from suanli.verbs.train import FINISHED, train
+from suanli.verbs.train import train
 
 P = ParamSpec("P")
 

@@ -1,0 +1,249 @@
+"""One training in one run directory: when to log, validate, save and stop, and what is left at the end.
+
+What a step does is in `loop.py`; which data, recipe and directory it is about, in `verbs/train.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from suanli import checkpoint, hardware
+from suanli.assembly import build_loop
+from suanli.cache import Prepared
+from suanli.console import Progress, duration, say
+from suanli.errors import Diverged, Interrupted
+from suanli.forecast import enough_memory, forecast, out_of_memory, refuse_too_big
+from suanli.rundir import Run, measurement
+from suanli.saved import save_model
+from suanli.stopping import Stop, stop_requests
+from suanli.threads import choose as choose_threads
+from suanli.threads import threads as use_threads
+from suanli.types import Device, Plan, Recipe, Tracker
+
+LOG_EVERY_S = 1.0
+FINISHED = ("finished", "stopped early")
+
+
+class Training:
+    """Ready for its first step, or for the one after the last saved. Nothing is written before `run`.
+
+    Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        device: Device,
+        plan: Plan,
+        threads: int | None,
+        cache: Path,
+        saved: checkpoint.Checkpoint | None = None,
+        more_epochs: float | None = None,
+    ) -> None:
+        self.recipe, self.prepared, self.device = recipe, prepared, device
+        self.seconds: dict[str, float] = {}
+        self.earlier_s = 0.0  # of training before an interruption
+        with enough_memory(device):
+            self.loop = build_loop(recipe, prepared, device, plan, fresh=saved is None)
+        if saved is not None:
+            self.loop.restore(saved)
+            say(f"going on from step {self.loop.progress.step}")
+        if more_epochs is not None:
+            self.loop.extend(more_epochs)
+        memory = refuse_too_big(self.loop, device)
+        with enough_memory(device):
+            count = choose_threads(self.loop, device, threads, cache)
+        self.plan = replace(plan, threads=count)
+        with use_threads(count):
+            self.forecast = forecast(self.loop, memory)
+        say(f"{self._title()}: {self.forecast}")
+
+    def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
+        self.directory, self.checkpoint_every_s = run, checkpoint_every_s
+        run.write("check.json", self.prepared.findings)
+        run.write(
+            "summary.json",
+            {"status": "running", "plan": asdict(self.plan), "forecast": self.forecast.to_json()},
+        )
+        with ExitStack() as stack:
+            self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
+            for tracker in self.trackers:
+                stack.callback(tracker.close)
+            stack.enter_context(use_threads(self.plan.threads))
+            stop = stack.enter_context(stop_requests())
+            self.started = time.perf_counter()
+            try:
+                status = self._steps(stop)
+            except (RuntimeError, MemoryError) as error:
+                if not hardware.out_of_memory(error):
+                    raise
+                half = self.loop.order.batch_size // 2
+                raise out_of_memory(self.loop, self.forecast.memory_bytes, None, half) from error
+            except Diverged as error:
+                self._summarise("diverged")
+                saved = checkpoint.last_step(run.checkpoints)
+                kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
+                raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
+        self._finish(status)
+
+    def _title(self) -> str:
+        recipe = self.recipe
+        parameters = sum(p.numel() for p in self.loop.model.parameters())
+        how = "+".join(self.plan.speedups) or "plain PyTorch"
+        if self.plan.threads is not None:
+            how += f", {self.plan.threads} thread{'s' * (self.plan.threads > 1)}"
+        size = f"{parameters / 1e6:.1f} M" if parameters >= 100_000 else f"{parameters:,}"
+        return f"{recipe.model} ({size} parameters), recipe {recipe.name}, {self.device.name}, {how}"
+
+    # --- the steps ---
+
+    def _steps(self, stop: Stop) -> str:
+        loop, per_epoch = self.loop, self.loop.order.steps_per_epoch
+        every = max(1, round(self.recipe.validate_every * per_epoch))
+        saved_at = logged_at = time.monotonic()
+        since, since_step = loop.progress.seconds, loop.progress.step
+        note = ""
+        with Progress("Training", loop.steps) as bar:
+            for loss in loop.run():
+                step, now = loop.progress.step, time.monotonic()
+                last = step == loop.steps
+                if now - logged_at >= LOG_EVERY_S or step % every == 0 or last or step == 1:
+                    rate = (step - since_step) * loop.order.batch_size / max(loop.progress.seconds - since, 1e-9)
+                    self._log(loss, rate)
+                    note = f"{rate:,.0f}/s  loss {loss:.3f}"
+                    logged_at, since, since_step = now, loop.progress.seconds, step
+                if step % every == 0 or last:
+                    self._validate()
+                score = "" if loop.progress.last is None else f"  {loop.task.headline} {loop.progress.last:.1%}"
+                bar.update(step, note + score)
+                if stop.by is not None:
+                    self._save()
+                    self._interrupt(stop.by)
+                if loop.should_stop:
+                    self._save()
+                    return "stopped early"
+                if now - saved_at >= self.checkpoint_every_s:
+                    self._save()
+                    saved_at = time.monotonic()
+        self._save()
+        return "finished"
+
+    def _log(self, loss: float, rate: float) -> None:
+        loop = self.loop
+        values = {"loss": loss, "lr": loop.rate, "examples_per_s": rate}
+        if math.isnan(loss):  # on a GPU, not known yet
+            del values["loss"]
+        self.directory.log(step=loop.progress.step, epoch=loop.epoch, seconds=loop.progress.seconds, **values)
+        for tracker in self.trackers:
+            tracker.log(values, loop.progress.step)
+
+    def _validate(self) -> None:
+        loop = self.loop
+        scores = loop.validate()
+        self.directory.log(
+            step=loop.progress.step,
+            epoch=loop.epoch,
+            seconds=loop.progress.seconds,
+            split="val",
+            scores=scores,
+        )
+        for tracker in self.trackers:
+            tracker.log({f"val/{name}": value for name, value in scores.items()}, loop.progress.step)
+        if self.recipe.early_stop is not None and loop.progress.stale == 0:
+            with loop.kept_weights():
+                tensors = dict(loop.model.state_dict())
+                checkpoint.write(self._best, tensors, {"step": loop.progress.step})
+
+    @property
+    def _best(self) -> Path:
+        return self.directory.checkpoints / "best.safetensors"
+
+    def _save(self) -> None:
+        tensors, progress = self.loop.state()
+        checkpoint.save_step(self.directory.checkpoints, self.loop.progress.step, tensors, progress)
+
+    def _interrupt(self, number: int) -> None:
+        self._summarise("interrupted")
+        raise Interrupted(
+            f"Stopped by {signal.Signals(number).name} at step {self.loop.progress.step} of {self.loop.steps}; "
+            "the checkpoint is saved.",
+            fix=f"Go on with: suanli train {self.directory.path}",
+        )
+
+    # --- after the last step ---
+
+    def _finish(self, status: str) -> None:
+        loop, prepared = self.loop, self.prepared
+        if self.recipe.early_stop is not None and self._best.exists():
+            loop.model.load_state_dict(checkpoint.read(self._best).tensors)
+        # They speak of the model that is replaced now.
+        path = self.directory.path
+        for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
+            outdated.unlink(missing_ok=True)
+        with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
+            save_model(
+                self.directory.model_path,
+                loop.model,
+                recipe=self.recipe,
+                preprocess=prepared.preprocess,
+                classes=prepared.classes,
+                data=prepared.to_json() | {"cache": None},
+            )
+        self._summarise(status)
+        rate = self.directory.summary["examples_per_s"]
+        score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
+        took = duration(self.seconds["train"])
+        say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
+
+    def _summarise(self, status: str) -> None:
+        loop = self.loop
+        seconds = loop.progress.seconds
+        self.seconds["train"] = self.earlier_s + time.perf_counter() - self.started
+        rate = loop.progress.step * loop.order.batch_size / seconds if seconds else None
+        share = min(1.0, loop.progress.input_s / seconds) if seconds else None
+        environment = hardware.environment(self.device)
+        self.directory.write(
+            "summary.json",
+            {
+                "status": status,
+                "steps": loop.progress.step,
+                "epochs": loop.epoch,
+                "parameters": sum(p.numel() for p in loop.model.parameters()),
+                "seconds": self.seconds,
+                "examples_per_s": rate,
+                "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
+                "input_share": share,
+                "limited_by": _limited_by(share, loop.train_feed.resident),
+                "forecast": self.forecast.to_json(),
+                "plan": asdict(self.plan),
+            },
+        )
+        if status in FINISHED and rate is not None:
+            self.directory.record(
+                measurement(
+                    "examples_per_s",
+                    rate,
+                    "1/s",
+                    environment=environment,
+                    recipe=self.recipe,
+                    variant="+".join(self.plan.speedups) or "none",
+                    scores={f"val_{loop.task.headline}": loop.kept_score} if loop.kept_score is not None else {},
+                    count=loop.progress.step,
+                )
+            )
+
+
+def _limited_by(share: float | None, resident: bool) -> str | None:
+    if share is None:
+        return None
+    if share < 0.2:
+        return f"limited by computing: only {share:.0%} of the time goes into inputs"
+    where = "augmentation of the batch" if resident else "reading and augmentation"
+    return f"limited by input: {share:.0%} of the time goes into {where}"
