@@ -103,16 +103,22 @@ def prepare_source(
             fix="Let them add up to less than 1.",
         )
     path = cache / "prepared" / f"{source.name}-{_key(source, recipe, preprocess)}"
-    if (path / "meta.json").exists():
-        with suppress(DamagedFile):
-            return _load(path, reused=True)
+    if (found := _cached(path)) is not None:
+        return found
     with _one_at_a_time(path):
-        if (path / "meta.json").exists():  # somebody else was first
-            with suppress(DamagedFile):
-                return _load(path, reused=True)
+        if (found := _cached(path)) is not None:  # somebody else was first
+            return found
         _remove_remains(path)
         _build(source, recipe, preprocess, path, threads)
     return _load(path, reused=False)
+
+
+def _cached(path: Path) -> Prepared | None:
+    """None: nothing is there, or it is damaged and must be made again."""
+    if (path / "meta.json").exists():
+        with suppress(DamagedFile):
+            return _load(path, reused=True)
+    return None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ class Progress:
     segments: list[float]  # epochs of each stretch: the recipe's, then each continuation's
     last: float | None = None  # headline score of the newest validation
     best: float | None = None
-    best_step: int = 0
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
     input_s: float = 0.0  # of these, waited for and spent on inputs
@@ -219,7 +218,7 @@ class Loop:
         headline, progress = scores[self.task.headline], self.progress
         progress.last = headline
         if progress.best is None or headline > progress.best:
-            progress.best, progress.best_step, progress.stale = headline, progress.step, 0
+            progress.best, progress.stale = headline, 0
         else:
             progress.stale += 1
         return scores
@@ -228,9 +227,15 @@ class Loop:
     def should_stop(self) -> bool:
         return self.recipe.early_stop is not None and self.progress.stale >= self.recipe.early_stop
 
-    def kept_weights(self) -> _Swapped:
-        """A context in which the model has its averaged weights, where the recipe averages."""
-        return _Swapped(self.model, self.ema)
+    @contextmanager
+    def kept_weights(self) -> Iterator[None]:
+        """The model has its averaged weights while the block runs, where the recipe averages."""
+        if self.ema is None:
+            yield
+            return
+        with self.untouched():
+            self.model.load_state_dict(self.ema)
+            yield
 
     @property
     def kept_score(self) -> float | None:
@@ -262,7 +267,7 @@ class Loop:
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         optimizer_tensors, plain = checkpoint.optimizer_tensors(self.optimizer)
-        return tensors | optimizer_tensors, {"loop": vars(replace(self.progress)), "optimizer": plain}
+        return tensors | optimizer_tensors, {"loop": asdict(self.progress), "optimizer": plain}
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Raises DamagedFile for a checkpoint of another network or optimizer."""
@@ -303,19 +308,3 @@ def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _below(prefix: str, tensors: checkpoint.Tensors) -> checkpoint.Tensors:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-class _Swapped:
-    """Other weights in a module while the block runs; none given: no change."""
-
-    def __init__(self, model: nn.Module, weights: dict[str, torch.Tensor] | None) -> None:
-        self.model, self.weights = model, weights
-
-    def __enter__(self) -> None:
-        if self.weights is not None:
-            self.own = _copy(self.model)
-            self.model.load_state_dict(self.weights)
-
-    def __exit__(self, *_: object) -> None:
-        if self.weights is not None:
-            self.model.load_state_dict(self.own)

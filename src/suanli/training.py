@@ -208,7 +208,6 @@ class Training:
         self.seconds["train"] = self.earlier_s + time.perf_counter() - self.started
         rate = loop.progress.step * loop.order.batch_size / seconds if seconds else None
         share = min(1.0, loop.progress.input_s / seconds) if seconds else None
-        environment = hardware.environment(self.device)
         self.directory.write(
             "summary.json",
             {
@@ -231,7 +230,7 @@ class Training:
                     "examples_per_s",
                     rate,
                     "1/s",
-                    environment=environment,
+                    environment=hardware.environment(self.device),
                     recipe=self.recipe,
                     variant="+".join(self.plan.speedups) or "none",
                     scores={f"val_{loop.task.headline}": loop.kept_score} if loop.kept_score is not None else {},

@@ -118,6 +118,7 @@ def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: s
 
 
 def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) -> None:
+    environment = hardware.environment(device)
     with run.lock():
         run.write(f"evaluation/{evaluation.split}.json", evaluation.to_json())
         add_scores(run.model_path, evaluation.split, evaluation.scores)
@@ -127,7 +128,7 @@ def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) 
                     f"{evaluation.split}_{name}",
                     value,
                     "nats" if name == "log_loss" else "fraction",
-                    environment=hardware.environment(device),
+                    environment=environment,
                     recipe=saved.recipe,
                     variant="reference",
                     scores=evaluation.scores,
