@@ -12,6 +12,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
@@ -359,7 +360,8 @@ class Optimizer:
     """Builds a torch optimizer from named parameters.
 
     `build(named_parameters, head=…, lr=…, weight_decay=…, backbone_lr_scale=…, **args)`; every
-    parameter group has `initial_lr`, which the schedule scales.
+    parameter group has `initial_lr`, which the schedule scales. `lr` of a group may become a tensor of no
+    dimensions, where a recorded step must be able to change it.
     """
 
     name: str
@@ -371,14 +373,32 @@ class Optimizer:
 # --- computing ------------------------------------------------------------------------------
 
 
+Setting: TypeAlias = "Callable[[], AbstractContextManager[object]]"  # a switch of the whole process
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a training step is computed: what speedups may change."""
+    """How a training step is computed: what speedups may change.
+
+    `model` and `optimizer` stay the objects that own weights and state; a speedup may change their layout
+    and flags, never their values. `settings` are on while the step computes and are put back afterwards.
+    """
 
     model: nn.Module
+    optimizer: torch.optim.Optimizer
+    compute: Callable[..., Any] | None = None  # what maps inputs to outputs in training; None: the model itself
     autocast_dtype: torch.dtype | None = None
+    loss_scaling: bool = False  # for dtypes whose range is too small for gradients
     memory_format: torch.memory_format | None = None  # of inputs with four dimensions
-    fused_optimizer: bool = False
+    parts: int = 1  # in which a batch is computed, one after the other
+    resident: bool = False  # the training split lies on the device as a whole
+    read_ahead: bool = False  # the next batches are read and copied while this one is computed
+    graph: bool = False  # the whole step is recorded once and replayed
+    settings: tuple[Setting, ...] = ()
+
+
+def _always(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,16 +409,39 @@ class Speedup:
     stage: int  # applied from the lowest
     apply: Callable[[Step, Device], Step]
     why_not: Callable[[Device], str | None]  # None: usable there
+    needless: Callable[[Step, Device], str | None] = _always  # why this training can't gain; None: try it
+    usual: bool = False  # used where a run is too short to measure, and tried first where it isn't
+    tolerance: float = 1e-3  # relative error (L2) that outputs and gradients may show
+    risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
+    group: str | None = None  # at most one of a group is in use: "precision", "compile"
+    slow_start: bool = False  # compiles first: tried only where the run is long enough to win that back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One change that the planner measured against the best plan so far."""
+
+    change: str  # "+bf16", "-channels_last", "threads=1", or several joined by spaces
+    kept: bool
+    reason: str  # "1.42 times as fast (spread 0.03, 5 rounds)"
+    ratio: float | None = None  # None: it was refused before it was timed
+    spread: float | None = None
+    rounds: int = 0
+    error: float | None = None  # largest relative error of outputs and gradients against plain PyTorch
+    step_s: float | None = None  # median seconds of a step with the change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The speedups in use, and why others aren't."""
+    """The speedups in use, the measurements that chose them, and why others aren't in use."""
 
     device: str
     speedups: tuple[str, ...]
     threads: int | None = None  # of operations on the CPU; None: torch's default
     dropped: Mapping[str, str] = field(default_factory=dict)  # name to reason
+    trials: tuple[Trial, ...] = ()
+    origin: str = "named"  # "plain", "named", "measured", "cached", "short list" (a run too short to measure)
+    seconds: float = 0.0  # that planning took
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,110 @@
+"""How long something takes, and whether one thing is faster than another: timing in pairs.
+
+A machine is never quiet, so two things are compared by turns, a round at a time, and each round gives one
+ratio. What slows both sides of a round cancels out. Spread is half the interquartile range, which a few
+wild values don't move.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+STEADY = 0.1  # a relative spread above this means that something else used the machine
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Repeated values of one figure, in its unit."""
+
+    median: float
+    half_iqr: float  # half the interquartile range; 0 for fewer than two values
+    low: float
+    high: float
+    count: int
+
+    @property
+    def relative(self) -> float:
+        return self.half_iqr / abs(self.median) if self.median else math.inf
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Raises ValueError for no values."""
+    if not values:
+        raise ValueError("no values")
+    half = (percentile(values, 0.75) - percentile(values, 0.25)) / 2
+    return Spread(median=statistics.median(values), half_iqr=half, low=min(values), high=max(values), count=len(values))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between neighbours: 0.5 is the median. Raises ValueError for no values."""
+    ranked = sorted(values)
+    if not ranked:
+        raise ValueError("no values")
+    place = share * (len(ranked) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ranked) - 1)
+    return ranked[below] + (ranked[above] - ranked[below]) * (place - below)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """How many times as fast the second of a pair is."""
+
+    ratio: float  # median of the rounds' ratios
+    spread: float  # half the interquartile range of the ratios
+    rounds: int
+
+    @property
+    def proven(self) -> bool:
+        """Whether the gain is above its spread, and not a trifle."""
+        return self.ratio - 1 > max(self.spread, TRIFLE)
+
+
+TRIFLE = 0.01  # a gain under one per cent isn't worth a line in the plan
+
+
+def gain(before_s: Sequence[float], after_s: Sequence[float]) -> Gain:
+    """From seconds of both sides, round by round. Raises ValueError for no rounds or unequal many."""
+    found = spread([before / after for before, after in zip(before_s, after_s, strict=True)])
+    return Gain(ratio=found.median, spread=found.half_iqr, rounds=found.count)
+
+
+def seconds(work: Callable[[], object], settle: Callable[[], object] | None = None) -> float:
+    """Of one call; `settle` waits for work that a device does on its own time."""
+    if settle is not None:
+        settle()
+    started = time.perf_counter()
+    work()
+    if settle is not None:
+        settle()
+    return time.perf_counter() - started
+
+
+def interleaved(
+    works: Mapping[Key, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    budget_s: float = math.inf,
+    settle: Callable[[], object] | None = None,
+) -> dict[Key, list[float]]:
+    """Seconds of each work, by turns; every other round goes backwards, so that none always follows the
+    same one. No further round starts once `budget_s` is spent, but the first timed one always runs."""
+    found: dict[Key, list[float]] = {key: [] for key in works}
+    started = time.perf_counter()
+    for number in range(warm_up + rounds):
+        if number > warm_up and time.perf_counter() - started > budget_s:
+            break
+        keys = list(works) if number % 2 == 0 else list(works)[::-1]
+        for key in keys:
+            took = seconds(works[key], settle)
+            if number >= warm_up:
+                found[key].append(took)
+    return found
