@@ -1,0 +1,144 @@
+"""What the diagnosis costs: training steps with the clock and the watch, against the same steps without.
+
+Both sides train the same network on the same data in one process, by turns, a few steps at a time. The loop is
+written by hand and marks where suanli's own loop marks: input, forward, backward, optimizer. Two sizes: `small`
+is the worst case, a network of digits whose steps take a few milliseconds; `large` takes some hundred.
+
+    python benchmarks/bench_diagnosis.py [--rounds 200] [--threads 1] [--device cpu] [--out records/…/diagnosis.json]
+
+Two figures each. `ratio` is how many times as long the steps take with the clock, from pairs; it holds everything,
+but the machine's noise as well, so its standard error is given. `share` is the time of the calls by themselves, in a
+loop without work, over the time of a step: exact, but without what they might do to the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from suanli import hardware
+from suanli.diagnose import Facts, Watch
+from suanli.measure import gain, interleaved, spread
+from suanli.phases import CudaTimeline, DeviceClock, HostClock, StepClock
+from suanli.types import Json
+
+SIZES = {  # batch, channels, side, width, steps a turn
+    "small": (64, 1, 8, 32, 10),
+    "large": (256, 3, 32, 48, 1),
+}
+CALLS = 4000
+
+
+class Loop:
+    def __init__(self, size: str, device: torch.device, clock: StepClock) -> None:
+        batch, channels, side, width, self.turn = SIZES[size]
+        torch.manual_seed(0)
+        self.pool = torch.randint(256, (4 * batch, channels, side, side), dtype=torch.uint8, device=device)
+        self.targets = torch.randint(10, (4 * batch,), device=device)
+        self.batch, self.device, self.clock, self.step = batch, device, clock, 0
+        self.model = nn.Sequential(
+            *(nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(width * (side // 2) ** 2, 10)),
+        ).to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
+        facts = Facts(device_type=device.type, batch_size=batch, cores=hardware.cores())
+        self.watch = Watch(clock, lambda: facts, 10**9)
+
+    def run(self) -> None:
+        clock = self.clock
+        for _ in range(self.turn):
+            clock.begin()
+            picked = torch.randint(len(self.pool), (self.batch,), device=self.device)
+            inputs = self.pool[picked].float().div_(255)
+            clock.mark("input")
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(inputs), self.targets[picked])
+            clock.mark("forward")
+            loss.backward()
+            clock.mark("backward")
+            self.optimizer.step()
+            clock.mark("optimizer")
+            if self.device.type == "cpu" or self.step % 20 == 0:
+                loss.item()
+            clock.end()
+            self.step += 1
+            self.watch.after_step(self.step)
+
+
+def calls_s(device: torch.device) -> float:
+    """Seconds that clock and watch take of a step that is timed, its part of the window's evaluation included."""
+    clock = HostClock(every_s=0) if device.type == "cpu" else DeviceClock(CudaTimeline(device), every_s=0)
+    facts = Facts(device_type=device.type, batch_size=1, cores=1)
+    watch = Watch(clock, lambda: facts, 10**9)
+    started = time.perf_counter()
+    for step in range(1, CALLS + 1):
+        clock.begin()
+        for name in ("input", "forward", "backward", "optimizer"):
+            clock.mark(name)
+        clock.end()
+        watch.after_step(step)
+    clock.window()
+    return (time.perf_counter() - started) / CALLS
+
+
+def measured(size: str, device: torch.device, rounds: int, budget_s: float) -> dict[str, Json]:
+    plain, clocked = Loop(size, device, StepClock()), Loop(size, device, StepClock.of(device))
+    settle = None if device.type == "cpu" else partial(torch.cuda.synchronize, device)
+    turns = interleaved(
+        {"plain": plain.run, "clocked": clocked.run}, rounds=rounds, warm_up=5, budget_s=budget_s, settle=settle
+    )
+    found = gain(turns["clocked"], turns["plain"])
+    step_s = spread(turns["plain"]).median / plain.turn
+    diagnosis = clocked.watch.current
+    return {
+        "step_ms": step_s * 1e3,
+        "ratio": found.ratio,
+        "spread": found.spread,
+        # Of a median: 1.25 standard deviations over the root of the count, one being 1.48 half interquartile ranges.
+        "standard_error": 1.25 * 1.48 * found.spread / math.sqrt(found.rounds),
+        "rounds": found.rounds,
+        "steps_a_round": plain.turn,
+        "call_us": (call_us := calls_s(device) * 1e6),
+        "share": call_us / 1e6 / step_s,
+        "diagnosis": None if diagnosis is None else diagnosis.to_json(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--budget-s", type=float, default=60.0, help="for each size")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    device = hardware.detect(given.device)
+    sizes = {}
+    for size in SIZES:
+        sizes[size] = found = measured(size, torch.device(device.torch_name), given.rounds, given.budget_s)
+        print(
+            f"{size}: a step of {found['step_ms']:.2f} ms takes {found['ratio']:.4f} times as long with the clock "
+            f"(spread {found['spread']:.4f}, standard error {found['standard_error']:.4f}, {found['rounds']} rounds of "
+            f"{found['steps_a_round']}); the calls take {found['call_us']:.1f} us, {found['share']:.3%} of the step",
+            flush=True,
+        )
+    result = {"what": "cost of the diagnosis", "sizes": sizes, "environment": hardware.environment(device)}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
