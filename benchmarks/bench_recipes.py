@@ -1,0 +1,194 @@
+"""Whole runs of every shipped recipe: the time of `suanli train` with its plan against `--speedups none`.
+
+A side is a whole process, from the start of Python to the saved model, planning and validations included. Each
+process has a cache of its own in which only the prepared data is warm, so that the plan is measured anew every
+time. The number of epochs is set, recipe by recipe, so that `none` trains a bit over a minute. Sides alternate.
+
+    python benchmarks/bench_recipes.py ../shared/data --out records/…  [--recipes text,photos] [--seconds 65]
+
+What it doesn't do: compare scores closely. Both are printed; `bench_plan.py` compares them by seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from record import Record, arguments, start
+from suanli import measure
+from suanli.console import quiet
+from suanli.plugins import names
+from suanli.types import Json
+from suanli.verbs.prepare import prepare
+
+CEILING = 1.0  # times the seconds of `--speedups none`
+FEW = 5_000  # images of the recipes for few
+CALIBRATED_S = 12.0  # of training, from which the epochs follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    data: str  # a file below the folder of data, or one that `write_variants` makes
+    weights_of: str | None = None  # a recipe whose short run gives the weights
+
+
+CASES = {
+    "small_images": Case(data="cifar10.zip"),
+    "small_images_few": Case(data="few.npz"),
+    "small_images_grey": Case(data="grey.npz"),
+    "small_images_grey_few": Case(data="grey_few.npz"),
+    "small_images_grey_any": Case(data="grey.npz"),
+    "photos": Case(data="imagenette5k.zip"),
+    "photos_any": Case(data="imagenette5k.zip"),
+    "photos_normless": Case(data="imagenette5k.zip"),
+    "fine_tune": Case(data="imagenette5k.zip", weights_of="photos"),
+    "fine_tune_grey": Case(data="grey_few.npz", weights_of="small_images_grey_any"),
+    "text": Case(data="sentiment_en"),
+    "text_small": Case(data="sentiment_zh"),
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--recipes", default="all", help=f"of {', '.join(names('recipes'))}")
+    parser.add_argument("--seconds", type=float, default=65.0, help="that `none` trains")
+    parser.add_argument("--rounds", type=int, default=1)
+    given = parser.parse_args()
+    wanted = list(CASES) if given.recipes == "all" else given.recipes.split(",")
+    if unknown := set(wanted) - set(CASES):
+        parser.error(f"no data is known for {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
+    for missing in set(names("recipes")) - set(CASES):
+        parser.error(f"the shipped recipe {missing} has no case here")
+    record = Record("recipes", given.out, start(given))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given, Path(folder))
+        for name in wanted:
+            found[name] = bench.compare(record, name)
+    record.say(f"\n{'recipe':24} {'none':>8} {'auto':>8} {'auto/none':>9}")
+    for name, one in found.items():
+        record.say(f"{name:24} {one['none_s']:7.1f}s {one['auto_s']:7.1f}s {one['ratio']:9.3f} {one['verdict']}")
+    record.close({"ceiling": CEILING, "recipes": found})
+
+
+class Bench:
+    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
+        self.given, self.folder = given, folder
+        self.prepared = folder / "prepared"
+        self.prepared.mkdir()
+        self._weights: dict[str, Path] = {}
+        self._runs = 0
+
+    def compare(self, record: Record, name: str) -> dict[str, Json]:
+        case = CASES[name]
+        data = self.data(case.data)
+        options = ["--recipe", name, "--device", self.given.device]
+        if case.weights_of is not None:
+            options += ["--weights", str(self.weights(case.weights_of, data))]
+        epochs = self.epochs(data, options)
+        seconds: dict[str, list[float]] = {"none": [], "auto": []}
+        last: dict[str, Json] = {}
+        for number in range(self.given.rounds):
+            for side in ("none", "auto") if number % 2 == 0 else ("auto", "none"):
+                took, last[side] = self.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", side])
+                seconds[side].append(took)
+                plan = last[side]["plan"]
+                how = ", ".join(plan["speedups"]) or "plain"
+                planning_s = plan.get("seconds") or 0.0
+                record.say(
+                    f"{name:24} {side}: {took:6.1f} s, planning {planning_s:4.1f} s, {how}, {plan['threads']} threads, "
+                    f"validation {last[side]['score']:.4f}"
+                )
+        ratios = [a / n for a, n in zip(seconds["auto"], seconds["none"], strict=True)]
+        ratio = measure.spread(ratios)
+        return {
+            "epochs": epochs,
+            "seconds": seconds,
+            "none_s": measure.spread(seconds["none"]).median,
+            "auto_s": measure.spread(seconds["auto"]).median,
+            "ratio": ratio.median,
+            "ratio_spread": ratio.half_iqr,
+            "verdict": "reached" if ratio.median <= CEILING else "MISSED",
+            "last": {side: {key: value for key, value in one.items() if key != "run"} for side, one in last.items()},
+        }
+
+    def epochs(self, data: Path, options: Sequence[str]) -> float:
+        """So many that `none` trains for the wanted seconds, by the rate of a short training."""
+        epochs = 0.02
+        while True:
+            _, found = self.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", "none"])
+            took = found["seconds"]["train"]
+            if took >= min(CALIBRATED_S, self.given.seconds / 3):
+                return epochs * self.given.seconds / took
+            epochs *= min(10.0, 1.3 * min(CALIBRATED_S, self.given.seconds / 3) / took)
+
+    def weights(self, recipe: str, data: Path) -> Path:
+        if recipe not in self._weights:
+            short = ["--recipe", recipe, "--epochs", "0.1", "--speedups", "none", "--device", self.given.device]
+            _, found = self.train(data, short)
+            self._weights[recipe] = Path(found["run"]) / "model" / "weights.safetensors"
+        return self._weights[recipe]
+
+    def train(self, data: Path, options: Sequence[str]) -> tuple[float, dict[str, Json]]:
+        """Seconds of the whole process, and its summary with the validation score."""
+        self._runs += 1
+        cache, out = self.folder / f"cache{self._runs}", self.folder / f"run{self._runs}"
+        cache.mkdir()
+        (cache / "prepared").symlink_to(self.prepared)
+        command = [sys.executable, "-m", "suanli", "train", str(data), *options]
+        command += ["--out", str(out), "--cache-dir", str(cache), "--json"]
+        threads = {"OMP_NUM_THREADS": str(self.given.threads)}
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
+        took = time.perf_counter() - started
+        if done.returncode:
+            sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
+        summary = json.loads((out / "summary.json").read_text())
+        score = json.loads(done.stdout)["scores"].get("val_accuracy")
+        kept = {key: summary.get(key) for key in ("plan", "seconds", "steps", "examples_per_s", "fallbacks")}
+        return took, kept | {"score": score, "run": str(out)}
+
+    def data(self, file: str) -> Path:
+        """The data, prepared in the cache that all runs share."""
+        path = self.given.data / file
+        if file.endswith(".npz"):
+            path = self.folder / file
+            if not path.exists():
+                write_variants(self.given.data / "cifar10.zip", self.folder)
+        with quiet():
+            prepare(path, cache_dir=self.folder)
+        return path
+
+
+def write_variants(cifar10: Path, folder: Path) -> None:
+    """From CIFAR-10: few colour images, all of them grey, and few of them grey, as .npz."""
+    with quiet():
+        whole = prepare(cifar10, cache_dir=folder)
+    train, test = whole.splits["train"], whole.splits["test"]
+    order = np.random.default_rng(0).permutation(len(train))
+    arrays = {"x_test": test.inputs[test.index], "y_test": test.targets}
+    for name, chosen in (("", order), ("few", order[:FEW])):
+        colour = arrays | {"x_train": train.inputs[train.index[chosen]], "y_train": train.targets[chosen]}
+        if name:
+            np.savez(folder / f"{name}.npz", **colour)
+        grey = {key: to_grey(value) if key.startswith("x") else value for key, value in colour.items()}
+        np.savez(folder / f"grey_{name}.npz" if name else folder / "grey.npz", **grey)
+
+
+def to_grey(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, 3) uint8 to (N, H, W), by the weights of ITU-R BT.601."""
+    return np.clip(np.rint(images @ np.array([0.299, 0.587, 0.114], np.float32)), 0, 255).astype(np.uint8)
+
+
+if __name__ == "__main__":
+    main()

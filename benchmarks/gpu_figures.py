@@ -1,0 +1,227 @@
+"""What only a GPU shows: how near `speednet` comes to the card's ceiling, and whether input keeps up with it.
+
+    python benchmarks/gpu_figures.py prepare|speednet|resnet50 [DATA] --device cuda --out records/…
+
+`speednet`: the operations of a training step over its time, as a share of what the same card was measured to
+reach in half precision, with and without whole-step graphs and the data on the device. Twice: as shipped, and at
+the widths and batch size for which the network was designed on GPUs.
+`resnet50`: images per second at 224 px with rows from suanli's cache (through the memory map, and from the
+device's memory) against a loop written by hand that computes on random tensors on the device, without any input.
+
+Every clock is read after the device has finished; sides alternate; medians. Without DATA the pictures are made
+up: `prepare` writes and decodes them. `--tiny` makes everything so small that it runs anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from handwritten import MEANS, Handwritten
+from record import Record, arguments, start
+from sides import Side, by_turns, half_precision_flops, plan_of
+from suanli import measure, planning
+from suanli.assembly import Assembly
+from suanli.cache import Prepared
+from suanli.console import quiet
+from suanli.flops import flops
+from suanli.loop import Loop
+from suanli.types import Device, Json, Recipe
+from suanli.verbs.prepare import DataOptions, resolve
+from subjects import ENDLESS
+
+SHARE = 0.35  # of the ceiling in half precision
+OF_SYNTHETIC = 0.90  # of the images per second without input
+USUAL_ON_GPU = (*MEANS, "cudnn_benchmark")
+WAYS = {
+    "usual": USUAL_ON_GPU,
+    "graphs, resident": (*USUAL_ON_GPU, "graphs", "resident"),
+    "compiled": (*USUAL_ON_GPU, "graphs", "resident", "compile"),
+}
+SMALL, PHOTOS = ("cifar10.zip", "made-up-small.npz"), ("imagenette5k.zip", "made-up-photos.zip")
+NETWORKS: dict[str, dict[str, Json]] = {
+    "as shipped": {},
+    "64-256-256, batch 2000": {"model_args.widths": [64, 256, 256], "batch_size": 2000},
+}
+
+
+def main() -> None:
+    works = {"prepare": prepare, "speednet": speednet, "resnet50": resnet50}
+    parser = arguments(__doc__)
+    parser.usage = "%(prog)s {prepare,speednet,resnet50} DATA [options]"
+    parser.add_argument("--what", choices=works, required=True)
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal: sizes that say nothing about speed")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    device = start(given)
+    works[given.what](given, device, Record(given.what, given.out, device))
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+def prepare(given: argparse.Namespace, device: Device, record: Record) -> None:  # noqa: ARG001
+    """Makes up what isn't there, and fills the cache, so that later clocks don't see it."""
+    given.data.mkdir(parents=True, exist_ok=True)
+    if not (given.data / SMALL[0]).exists():
+        make_small(given.data / SMALL[1], 600 if given.tiny else 30_000)
+    if not (given.data / PHOTOS[0]).exists():
+        make_photos(given.data / PHOTOS[1], 60 if given.tiny else 1_280)
+    for name, (_, prepared) in {"small": small(given, {}), "photos": photos(given)}.items():
+        shape = "x".join(map(str, prepared.preprocess.input_shape))
+        record.say(f"{name}: {prepared.name}, {len(prepared.splits['train']):,} for training, {shape}")
+
+
+def small(given: argparse.Namespace, settings: dict[str, Json]) -> tuple[Recipe, Prepared]:
+    return _resolve(given, SMALL, "small_images", settings)
+
+
+def photos(given: argparse.Namespace) -> tuple[Recipe, Prepared]:
+    pixels, batch = (64, 8) if given.tiny else (224, 256)
+    settings = {"model": "resnet50", "preprocess.size": pixels, "batch_size": batch}
+    return _resolve(given, PHOTOS, "photos", settings)
+
+
+def _resolve(
+    given: argparse.Namespace, names: tuple[str, str], recipe: str, settings: dict[str, Json]
+) -> tuple[Recipe, Prepared]:
+    path = next(p for p in (given.data / name for name in names) if p.exists())
+    options = DataOptions.of(path, data_dir=None, cache_dir=given.cache)
+    with quiet():
+        return resolve(options, recipe=recipe, settings={"epochs": ENDLESS, **settings}, tell=False)
+
+
+def make_small(path: Path, count: int) -> None:
+    """Noisy 32 px colour images of ten shapes, as .npz."""
+    random = np.random.default_rng(0)
+    shapes = _smooth(random, 10, 32)
+    labels = random.integers(0, 10, count)
+    images = np.clip(shapes[labels] + random.normal(0, 40, (count, 32, 32, 3)).astype(np.float32), 0, 255)
+    images, test = images.astype(np.uint8), count // 10
+    np.savez(path, x_train=images[test:], y_train=labels[test:], x_test=images[:test], y_test=labels[:test])
+
+
+def make_photos(path: Path, count: int) -> None:
+    """Class folders of JPEG files of 256 by 224 px that cost about as much to decode as photos."""
+    random = np.random.default_rng(1)
+    shapes = _smooth(random, 10, 256)[:, :, 16:240]
+
+    def encoded(number: int) -> tuple[str, bytes]:
+        noise = np.random.default_rng(number).normal(0, 8, shapes.shape[1:]).astype(np.float32)
+        stream = io.BytesIO()
+        Image.fromarray(np.clip(shapes[number % 10] + noise, 0, 255).astype(np.uint8)).save(stream, "JPEG", quality=85)
+        return f"class{number % 10}/{number:05d}.jpg", stream.getvalue()
+
+    with ThreadPoolExecutor() as pool, zipfile.ZipFile(path, "w") as archive:
+        for name, content in pool.map(encoded, range(count)):
+            archive.writestr(name, content)
+
+
+def _smooth(random: np.random.Generator, count: int, side: int) -> np.ndarray:
+    """(count, side, side, 3) float32 in 0 to 255."""
+    coarse = torch.from_numpy(random.random((count, 3, 7, 7), dtype=np.float32))
+    return F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1).mul(255).permute(0, 2, 3, 1).numpy()
+
+
+# --- speednet -------------------------------------------------------------------------------
+
+
+def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
+    ceiling, precision = half_precision_flops(device, given.cache)
+    record.say(f"ceiling, measured: {ceiling / 1e12:,.3g} TFLOP/s in {precision}\n")
+    found: dict[str, Json] = {}
+    for name, settings in NETWORKS.items():
+        recipe, prepared = small(given, {**settings, **({"batch_size": 50} if given.tiny else {})})
+        assembly = Assembly(recipe, prepared, device)
+        plain = assembly.trial(planning.plain(device))
+        loops = {side: assembly.trial(plan_of(wanted, assembly)) for side, wanted in WAYS.items()}
+        if given.tiny or device.type == "cpu":
+            del loops["compiled"]  # nothing to learn there, and slow
+        count = 2 if given.tiny else 60
+        work = training_flops(plain)
+        sides = {side: Side.of(loop) for side, loop in {"plain": plain, **loops}.items()}
+        seconds = by_turns(sides, count, rounds=given.rounds, device=device)
+        batch = plain.order.batch_size
+        found[name] = {"batch": batch, "flops_of_a_step": work, "sides": {}}
+        record.say(f"{name}: {work / 1e9:,.1f} GFLOP a step of {batch}")
+        for side, values in seconds.items():
+            step_s = measure.spread([s / count for s in values])
+            share = work / step_s.median / ceiling
+            record.say(f"  {side:17} {1e3 * step_s.median:8.3f} ms, {batch / step_s.median:10,.0f} images/s")
+            floor = SHARE if side in ("graphs, resident", "compiled") else None
+            what = f"speednet, {name}, {side}: share of the half-precision ceiling"
+            figure = record.figure(what, share, share * step_s.relative, step_s.count, floor=floor)
+            found[name]["sides"][side] = {"step_s": step_s.median, "share_of_ceiling": figure}
+        record.compare(
+            f"speednet, {name}: graphs and residency / usual",
+            measure.gain(seconds["usual"], seconds["graphs, resident"]),
+        )
+        record.write({"ceiling_flops": ceiling, "precision": precision, "networks": found})
+    record.close({"ceiling_flops": ceiling, "precision": precision, "networks": found})
+
+
+def training_flops(loop: Loop) -> int:
+    """Of the matrix products and convolutions in one forward and backward pass, as PyTorch counts them; the
+    optimizer's are not among them."""
+    batch = loop.first_batch()
+    found = flops(lambda: F.cross_entropy(loop.learner.forward(batch.inputs), batch.targets).backward())
+    loop.model.zero_grad(set_to_none=True)
+    return found
+
+
+# --- resnet50 -------------------------------------------------------------------------------
+
+
+class Synthetic(Handwritten):
+    """The hand-written loop without input: random batches that lie on the device from the start."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        index = torch.arange(self.batch_size, device=self.device)
+        inputs, targets = super().inputs(index, 0)
+        self._batches = [(torch.randn_like(inputs), targets) for _ in range(4)]
+        self._turn = 0
+
+    def inputs(self, index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+        self._turn += 1
+        return self._batches[self._turn % len(self._batches)]
+
+
+def resnet50(given: argparse.Namespace, device: Device, record: Record) -> None:
+    recipe, prepared = photos(given)
+    assembly = Assembly(recipe, prepared, device)
+    plans = {name: plan_of((*USUAL_ON_GPU, name), assembly) for name in ("read_ahead", "resident")}
+    mapped, resident = (assembly.trial(plan) for plan in plans.values())
+    usual = plan_of(MEANS, assembly).speedups
+    synthetic = Synthetic(recipe, prepared, copy.deepcopy(assembly.module), device, usual)
+    count = 1 if given.tiny else 12
+    sides = {
+        "synthetic": Side(steps=synthetic.steps()),
+        "cache, memory map": Side.of(mapped),
+        "cache, on the device": Side.of(resident),
+    }
+    seconds = by_turns(sides, count, rounds=given.rounds, device=device)
+    side = prepared.preprocess.input_shape[-1]
+    found: dict[str, Json] = {"batch": synthetic.batch_size, "pixels": side, "speedups": usual, "block_s": seconds}
+    for name, values in seconds.items():
+        rate = count * synthetic.batch_size / measure.spread(values).median
+        record.say(f"resnet50, {side} px, {name:21} {rate:9,.0f} images/s")
+        found |= {f"{name}, images_per_s": rate}
+        if name != "synthetic":
+            gain = measure.gain(seconds["synthetic"], values)
+            found |= {f"{name} / synthetic": record.compare(f"resnet50, {name} / synthetic", gain, floor=OF_SYNTHETIC)}
+    record.close(found)
+
+
+if __name__ == "__main__":
+    main()

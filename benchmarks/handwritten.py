@@ -1,0 +1,113 @@
+"""A training loop as a careful person writes it for one recipe: the peer of suanli's.
+
+The same network, optimizer, schedule, augmentations, clipping and averaging of weights, on the same rows;
+no clock, no progress, no checkpoint, no check of the loss, no way to go on after an interruption. Rows are
+gathered by index from one uint8 tensor: a `DataLoader` would only make it slower.
+
+Of the usual means (MEANS) it takes those that it is told; with none it is plain PyTorch: float32, images as
+planes (B, C, H, W), eager, a default optimizer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from suanli import building, plugins
+from suanli.augmentation import compose
+from suanli.cache import Prepared
+from suanli.schedule import factor
+from suanli.types import Batch, Device, Recipe
+
+MEANS = ("channels_last", "bf16", "fused_optimizer")  # named as suanli's speedups
+
+
+class Handwritten:
+    """Trains `module` itself. `steps()` never ends; one `next` of it is one step. The batch size is that of
+    suanli's order of examples, which divides an epoch evenly."""
+
+    def __init__(
+        self, recipe: Recipe, prepared: Prepared, module: nn.Module, device: Device, means: Collection[str] = ()
+    ) -> None:
+        if unknown := set(means) - set(MEANS):
+            raise ValueError(f"a person doesn't write {', '.join(unknown)} here; known: {', '.join(MEANS)}")
+        split = prepared.splits["train"]
+        self.recipe = recipe
+        self.classes = len(prepared.classes)
+        self.device = torch.device(device.torch_name)
+        self.rows = torch.from_numpy(np.asarray(split.inputs[split.index])).to(self.device)
+        self.targets = torch.from_numpy(np.asarray(split.targets)).to(self.device)
+        self.steps_per_epoch = -(-len(split) // recipe.batch_size)
+        self.steps_in_all = round(recipe.epochs * self.steps_per_epoch)
+        self.batch_size = len(split) // self.steps_per_epoch
+        self.to_model, self.augment = prepared.preprocess.to_model, compose(recipe.augment, prepared.kind)
+        self.planes = prepared.kind == "image" and "channels_last" not in means  # as torchvision's ToTensor gives them
+        self.autocast = "bf16" in means
+        layout = torch.channels_last if "channels_last" in means else torch.contiguous_format
+        self.module = module.to(self.device).to(memory_format=layout)
+        self.optimizer = optimizer_of(recipe, self.module, fused="fused_optimizer" in means)
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.generator = torch.Generator(self.device).manual_seed(recipe.seed)
+        self.average = copy.deepcopy(self.module) if recipe.ema_decay is not None else None
+
+    def steps(self) -> Iterator[torch.Tensor]:
+        """The loss of each step, not waited for."""
+        self.module.train()
+        step = 0
+        while True:
+            order = torch.randperm(len(self.targets))
+            for index in order[: self.steps_per_epoch * self.batch_size].split(self.batch_size):
+                yield self._step(index.to(self.device), step)
+                step += 1
+
+    def _step(self, index: torch.Tensor, step: int) -> torch.Tensor:
+        inputs, targets = self.inputs(index, step // self.steps_per_epoch)
+        scale = factor(self.recipe, step, self.steps_in_all, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else nullcontext():
+            loss = F.cross_entropy(self.module(inputs).float(), targets, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
+        self.optimizer.step()
+        if self.average is not None:
+            self._average(step)
+        return loss.detach()
+
+    def inputs(self, index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augmented model inputs and targets of the examples at `index`."""
+        inputs = self.to_model(self.rows[index])
+        batch = Batch(inputs=inputs, targets=self.targets[index], index=index, epoch=epoch, classes=self.classes)
+        batch = self.augment(batch, self.generator)
+        return batch.inputs.contiguous() if self.planes else batch.inputs, batch.targets
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        assert self.average is not None
+        assert self.recipe.ema_decay is not None
+        decay = min(self.recipe.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.module.parameters()), 1 - decay)
+
+
+def optimizer_of(recipe: Recipe, module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
+    """The recipe's optimizer as a person builds it: with `fused` where its class has that."""
+    made = plugins.load("optimizers", recipe.optimizer).build(
+        list(module.named_parameters()),
+        head=building.head_of(module, building.resolve(recipe.model)),
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        backbone_lr_scale=recipe.backbone_lr_scale,
+        **recipe.optimizer_args,
+    )
+    if fused and "fused" in made.defaults:
+        for group in made.param_groups:
+            group["fused"] = True
+    return made

@@ -1,0 +1,81 @@
+"""What a benchmark leaves: its text in <out>/<name>.txt, its figures in <out>/<name>.json, both with the
+command, the machine and the versions. Without `--out` the text is only printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from suanli import hardware
+from suanli.measure import Gain
+from suanli.types import Device, Json
+
+
+class Record:
+    """Raises OSError where `out` can't be written: before the first measurement, not after the last."""
+
+    def __init__(self, name: str, out: Path | None, device: Device) -> None:
+        self.name, self.out = name, out
+        self.figures: list[dict[str, Json]] = []
+        self._lines: list[str] = []
+        self._started = time.perf_counter()
+        self.environment = hardware.environment(device)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        versions = ", ".join(f"{package} {version}" for package, version in self.environment["versions"].items())
+        self.say(f"$ {' '.join(self.environment['command'])}")
+        self.say(f"{device.name}, {self.environment['cores']} cores, {torch.get_num_threads()} threads; {versions}")
+
+    def say(self, text: str = "") -> None:
+        print(text, flush=True)
+        self._lines.append(text)
+        if self.out is not None:
+            (self.out / f"{self.name}.txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
+
+    def compare(self, what: str, found: Gain, *, floor: float | None = None) -> dict[str, Json]:
+        """Prints how many times as fast one side was, against the figure to reach; the JSON of it."""
+        return self.figure(what, found.ratio, found.spread, found.rounds, floor=floor)
+
+    def figure(
+        self, what: str, value: float, spread: float, rounds: int, *, floor: float | None = None
+    ) -> dict[str, Json]:
+        """A ratio with its spread; with a `floor` it is one of the figures of this benchmark."""
+        found: dict[str, Json] = {"what": what, "value": value, "spread": spread, "rounds": rounds}
+        text = f"{what}: {value:.3f} (spread {spread:.3f}, {rounds} rounds)"
+        if floor is not None:
+            found |= {"floor": floor, "reached": value >= floor}
+            text += f", to reach {floor:.2f}: {'reached' if value >= floor else 'MISSED'}"
+            self.figures.append(found)
+        self.say(text)
+        return found
+
+    def write(self, values: Json) -> None:
+        """May be called again when more is known."""
+        took = time.perf_counter() - self._started
+        if self.out is not None:
+            about = {"benchmark": self.name, "environment": self.environment, "seconds": took, "figures": self.figures}
+            (self.out / f"{self.name}.json").write_text(json.dumps(about | values, indent=1) + "\n", encoding="utf-8")
+
+    def close(self, values: Json) -> None:
+        self.write(values)
+        self.say(f"took {time.perf_counter() - self._started:.0f} s")
+
+
+def arguments(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder with cifar10.zip, imagenette5k.zip, …")
+    parser.add_argument("--out", type=Path, help="the folder that gets the text and the figures")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=hardware.cores(), help="of operations on the CPU")
+    parser.add_argument("--cache", type=Path, help="where prepared data is kept; default: suanli's own cache")
+    return parser
+
+
+def start(given: argparse.Namespace) -> Device:
+    torch.set_num_threads(given.threads)
+    return hardware.detect(given.device)

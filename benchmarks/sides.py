@@ -1,0 +1,93 @@
+"""The sides of a comparison and their turns: how each is asked for steps while the others wait.
+
+A block is some steps of one side; blocks alternate, every other round backwards. suanli's side brings its
+switches of the whole process (number of threads, precision of layers, …): they are set before its block and put
+back after it. The first step of a block isn't timed, on any side: it finds the caches full of another's data.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from suanli import data, planner, planning, probe
+from suanli.assembly import Assembly
+from suanli.learner import active
+from suanli.loop import Loop
+from suanli.measure import seconds
+from suanli.plugins import load
+from suanli.types import AnyPath, Device, Plan, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    steps: Iterator[object]  # each `next` is a whole step, input included
+    step: Step | None = None  # suanli's, for its switches
+
+    @classmethod
+    def of(cls, loop: Loop) -> Side:
+        return cls(steps=loop.run(), step=loop.compute)
+
+    def advance(self, count: int) -> None:
+        for _ in range(count):
+            next(self.steps)
+
+    def block(self, count: int, settle: Callable[[], object] | None = None) -> float:
+        """Seconds of `count` steps after one that isn't timed, with the switches set."""
+        with nullcontext() if self.step is None else active(self.step):
+            self.advance(1)
+            return seconds(partial(self.advance, count), settle)
+
+
+def by_turns(
+    sides: Mapping[str, Side], count: int, *, rounds: int, device: Device, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of a block of `count` steps of each side in each round."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(warm_up + rounds):
+        for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
+            took = sides[name].block(count, settler(device))
+            if number >= warm_up:
+                found[name].append(took)
+    return found
+
+
+def settler(device: Device) -> Callable[[], None] | None:
+    """What waits until the device has done all that it was given."""
+    return partial(torch.cuda.synchronize, device.torch_name) if device.type == "cuda" else None
+
+
+# --- suanli's side --------------------------------------------------------------------------
+
+
+def plan_of(wanted: Collection[str], assembly: Assembly) -> Plan:
+    """Those of the named speedups that have something to do on this device, for this network."""
+    device = assembly.device
+    model, optimizer = copy.deepcopy((assembly.module, assembly.optimizer))
+    step, used = replace(assembly.step, model=model, optimizer=optimizer), []
+    for name in planning.in_order(wanted):
+        speedup = load("speedups", name)
+        if speedup.why_not(device) is None and speedup.needless(step, device) is None:
+            step = speedup.apply(step, device)
+            used.append(name)
+    return planning.named(",".join(used) or "none", device)
+
+
+def auto_plan(assembly: Assembly, cache: AnyPath | None) -> Plan:
+    """What `--speedups auto` chooses for this training, measured now or cached."""
+    steps = round(assembly.recipe.epochs * -(-len(assembly.prepared.splits["train"]) // assembly.recipe.batch_size))
+    return planner.plan(assembly, "auto", steps=steps, cache=data.cache_dir(cache))
+
+
+def half_precision_flops(device: Device, cache: AnyPath | None) -> tuple[float, str]:
+    """What the device was measured to reach in matrix products of bfloat16 or float16, the better one; FLOP/s.
+    Of float32 where it has neither."""
+    found = probe.probe(device, data.cache_dir(cache)).matmul_flops
+    halves = {name: rate for name, rate in found.items() if name in ("bfloat16", "float16")} or found
+    best = max(halves, key=lambda name: halves[name])
+    return halves[best], best

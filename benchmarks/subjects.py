@@ -1,0 +1,49 @@
+"""What the benchmarks train: a model, its data and its recipe, prepared once and shared by both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from suanli.cache import Prepared
+from suanli.console import quiet
+from suanli.types import Json, Recipe
+from suanli.verbs.prepare import DataOptions, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    file: str  # below the folder of data
+    recipe: str
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    block: int  # steps of one side before it is the other's turn: a second or two on two cores
+
+
+SUBJECTS = {
+    "speednet": Subject(file="cifar10.zip", recipe="small_images", block=3),
+    "resnet18": Subject(file="imagenette5k.zip", recipe="photos", settings={"preprocess.size": 128}, block=3),
+    # The small step: a few milliseconds, in which everything that isn't computing shows.
+    "text_cnn": Subject(file="sentiment_en", recipe="text", block=60),
+}
+ENDLESS = 100_000.0  # epochs
+
+
+def load(
+    name: str, data: Path, *, cache: Path | None, settings: Mapping[str, Json] | None = None
+) -> tuple[Recipe, Prepared]:
+    """The recipe of a subject, with `settings` on top, and its data: below the folder `data`, or in the file
+    `data`. Raises DataError where it isn't there."""
+    subject = SUBJECTS[name]
+    options = DataOptions.of(data if data.is_file() else data / subject.file, data_dir=None, cache_dir=cache)
+    with quiet():
+        return resolve(options, recipe=subject.recipe, settings={**subject.settings, **(settings or {})}, tell=False)
+
+
+def endless(recipe: Recipe) -> Recipe:
+    """The same without an end: a benchmark stops asking for steps."""
+    return recipe.model_copy(update={"epochs": ENDLESS})
+
+
+def steps_per_epoch(recipe: Recipe, prepared: Prepared) -> int:
+    return -(-len(prepared.splits["train"]) // recipe.batch_size)
