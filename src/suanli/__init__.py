@@ -27,6 +27,7 @@ from suanli.errors import (
 
 if TYPE_CHECKING:
     from suanli.rundir import Run
+    from suanli.verbs.bench import bench
     from suanli.verbs.device import device
     from suanli.verbs.evaluate import evaluate
     from suanli.verbs.predict import predict
@@ -46,6 +47,7 @@ __all__ = [
     "Run",
     "SuanliError",
     "UsageError",
+    "bench",
     "device",
     "evaluate",
     "predict",
@@ -55,7 +57,7 @@ __all__ = [
     "train",
 ]
 
-_VERBS = {"device", "evaluate", "predict", "prepare", "report", "run", "train"}
+_VERBS = {"bench", "device", "evaluate", "predict", "prepare", "report", "run", "train"}
 
 
 def __getattr__(name: str) -> Any:

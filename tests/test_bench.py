@@ -1,0 +1,436 @@
+"""bench: rungs that differ in how they compute and in nothing else, and a gate that can't be talked round."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import suanli
+import suanli.speedups
+from suanli import hardware, plugins, probe
+from suanli.gate import Difference, difference, matched_shares
+from suanli.ladder import check
+from suanli.rungs import Ladder, Rung, rungs, shortened, visits
+from suanli.storage import write_json
+from suanli.tasks.classification import Classification
+from suanli.types import Plan, Recipe
+
+CEILINGS = {"float32": 1e11, "bfloat16": 2e11}
+SMALL = {"batch_size": 24, "device": "cpu", "settings": {"val_fraction": 0.3}}
+
+
+@pytest.fixture(autouse=True)
+def known_ceilings(tmp_path: Path) -> None:
+    """Probing takes longer than all tests here: these ceilings are made up."""
+    device = hardware.detect("cpu")
+    made = probe.Ceilings(
+        device=device.name,
+        torch_name="cpu",
+        threads=1,
+        fingerprint=probe.fingerprint(device),
+        time="2026-01-01T00:00:00+00:00",
+        seconds=1.0,
+        matmul_flops={name: value / 2 for name, value in CEILINGS.items()},
+        conv_flops=dict(CEILINGS),
+        absent={},
+        memory_bytes_per_s=1e10,
+        host_to_device_bytes_per_s=None,
+        all_reduce_bytes_per_s=None,
+        launch_s=1e-6,
+        graph_launch_s=None,
+        jpeg_images_per_s=None,
+        disk_read_bytes_per_s=None,
+        spread={},
+        steady=True,
+    )
+    (tmp_path / "cache" / "probe").mkdir(parents=True)
+    write_json(tmp_path / "cache" / "probe" / f"{made.fingerprint}.json", made.to_json())
+    assert probe.known(device, tmp_path / "cache") == made
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """Puts a speedup with this body of `apply` into the room."""
+    folder = tmp_path / "speedups"
+    folder.mkdir()
+    monkeypatch.setattr(suanli.speedups, "__path__", [*suanli.speedups.__path__, str(folder)])
+    planted = []
+
+    def add(name: str, body: str, **fields: object) -> str:
+        told = "".join(f", {field}={value!r}" for field, value in fields.items())
+        (folder / f"{name}.py").write_text(
+            "from dataclasses import replace\nfrom suanli.types import Speedup\n"
+            f"def apply(step, device):\n    {body}\n"
+            f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=lambda device: None{told})\n"
+        )
+        planted.append(name)
+        plugins.names.cache_clear()
+        return name
+
+    yield add
+    for name in planted:
+        sys.modules.pop(f"suanli.speedups.{name}", None)
+        vars(suanli.speedups).pop(name, None)
+    plugins.names.cache_clear()
+
+
+NOTHING = "return step"
+NO_LEARNING = """for group in step.optimizer.param_groups:
+        group["initial_lr"] = 0.0
+    return step"""
+FAILS_AT = """calls = []
+    def compute(inputs):
+        calls.append(1)
+        if len(calls) == {call}:
+            raise RuntimeError("no kernel for this")
+        return step.model(inputs)
+    return replace(step, compute=compute)"""
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    whole = [sys.executable, "-m", "suanli", "bench", *map(str, arguments), "--device", "cpu"]
+    return subprocess.run(whole, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "60"})
+
+
+# --- whole ladders --------------------------------------------------------------------------
+
+
+def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None:
+    """The file has what the schema says, and the figures agree with each other."""
+    found = suanli.bench(
+        picture_folder(each=60), speedups="channels_last,bf16", steps=20, rounds=3, price_per_hour=3.6, **SMALL
+    )
+    told = json.loads((found.run.path / "bench.json").read_text())
+    assert told | {"run": str(found.run.path), "scores": found.to_json()["scores"]} == json.loads(
+        json.dumps(found.to_json())
+    )
+    assert found.run.path.name == "pictures-bench-1"
+    assert [r["name"] for r in told["rungs"]] == ["plain PyTorch", "+ channels_last", "+ bf16"]
+    assert (told["steps"], told["rounds"], told["headline"], told["tolerance"]) == (20, 3, "accuracy", 0.005)
+    assert told["ceiling_flops"] == CEILINGS
+    for rung in told["rungs"]:
+        assert set(rung["scores"]) >= {"accuracy", "log_loss"}
+        for name, unit in (("train", "step"), ("evaluate", "batch")):
+            phase = rung[name]
+            rate = phase["examples_per_s"]["median"]
+            assert rate > 0
+            assert 0 < phase[f"{unit}_ms_p50"] <= phase[f"{unit}_ms_p95"]
+            assert phase["examples_per_price"] == pytest.approx(1000 * rate)
+            assert 0 < phase["share_of_ceiling"] < 1
+            if sys.platform.startswith("linux") and phase["peak_memory_bytes"] is not None:
+                assert 50e6 < phase["peak_memory_bytes"] < 20e9
+    plain, *others = told["rungs"]
+    assert plain["train"]["ratio"] == {"median": 1.0, "half_iqr": 0.0}
+    assert plain["difference"] is None
+    for rung in others:
+        change = rung["difference"]
+        assert change["low"] <= change["median"] <= change["high"]
+        gained = rung["scores"]["accuracy"] - plain["scores"]["accuracy"]
+        assert change["median"] == pytest.approx(gained)
+    share = [r["train"]["share_of_ceiling"] / r["train"]["examples_per_s"]["median"] for r in told["rungs"]]
+    assert share[0] == pytest.approx(share[1])
+    assert share[0] == pytest.approx(2 * share[2])  # bfloat16's ceiling is twice as high
+    lines = [json.loads(line) for line in (found.run.path / "ledger.jsonl").read_text().splitlines()]
+    assert [(line["metric"], line["variant"]) for line in lines[::2]] == [
+        ("examples_per_s", "none"),
+        ("examples_per_s", "channels_last"),
+        ("examples_per_s", "channels_last+bf16"),
+    ]
+    assert lines[0]["scores"]["val_accuracy"] == plain["scores"]["accuracy"]
+    assert (found.run.path / "report.html").exists()
+    assert not (found.run.path / "model").exists()
+
+
+def test_a_rung_trains_as_if_it_were_alone(picture_folder: Callable[..., Path], plant: Callable[..., str]) -> None:
+    """By turns with others or in one go: same bits. And the steps are the first ones of a real training."""
+    root = picture_folder(each=60)
+    settings = SMALL["settings"] | {"augment": ["flip"], "ema_decay": 0.9, "warmup_epochs": 1.0}
+    name = plant("nothing", NOTHING, stage=1)
+    options = SMALL | {"settings": settings}
+    found = suanli.bench(root, speedups=name, steps=15, epochs=4, rounds=4, **options)
+    plain, same = found.ladder.rungs
+    assert plain.scores == same.scores
+    assert same.difference is not None
+    assert same.difference.median == 0
+    trained = suanli.train(root, recipe=found.run.recipe, speedups="none", device="cpu")
+    assert trained.metrics[-1]["step"] == 15
+    assert trained.metrics[-1]["scores"] == plain.scores
+
+
+def test_what_costs_accuracy_is_refused_and_not_used_again(
+    picture_folder: Callable[..., Path], plant: Callable[..., str]
+) -> None:
+    """Its first step has plain PyTorch's numbers, and it says itself that any error is fine."""
+    root = picture_folder(each=60)
+    name = plant("stands_still", NO_LEARNING, stage=1, usual=True, tolerance=1e9)
+    with pytest.raises(suanli.GateError, match=r"it loses \d.*with another seed") as stopped:
+        suanli.bench(root, steps=30, epochs=4, rounds=2, **SMALL)
+    assert name in stopped.value.fix
+    told = json.loads(Path("runs/pictures-bench-1/bench.json").read_text())
+    refused = {r["name"]: r["refused"] for r in told["rungs"]}
+    assert refused["plain PyTorch"] is None
+    assert "accuracy" in refused[f"+ {name}"]
+    again = suanli.bench(root, steps=10, epochs=4, rounds=1, **SMALL)
+    assert name not in again.ladder.plan.speedups
+    assert "gate refused" in again.ladder.plan.dropped[name]
+
+
+def test_the_command_tells_a_refusal_with_its_figures(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As another program sees it: exit code 5, one JSON object."""
+    code = f"""
+import sys, suanli.speedups, suanli.cli
+suanli.speedups.__path__.append({str(tmp_path / "room")!r})
+suanli.cli.main(sys.argv[1:])
+"""
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "harmful.py").write_text(
+        f"from suanli.types import Speedup\ndef apply(step, device):\n    {NO_LEARNING}\n"
+        "SPEEDUP = Speedup(name='harmful', stage=1, apply=apply, why_not=lambda device: None)\n"
+    )
+    root = picture_folder(each=60)
+    arguments = ["bench", root, "--speedups", "harmful", "--steps", 30, "--rounds", 2, "--batch-size", 24]
+    arguments += ["--set", "val_fraction=0.3", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 5, done.stderr
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == 5
+    assert "harmful" in told["error"]
+    assert told["rungs"][1]["refused"] in told["error"]
+    assert told["rungs"][1]["train"]["examples_per_s"]["median"] > 0
+    assert told["seconds"] > 0
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("call", [4, 15])
+def test_what_fails_is_named_and_the_others_go_on(
+    picture_folder: Callable[..., Path], plant: Callable[..., str], call: int
+) -> None:
+    """In the steps that warm up, or in a timed round."""
+    root = picture_folder(each=60)
+    name = plant("brittle", FAILS_AT.format(call=call), stage=1)
+    with pytest.raises(suanli.MachineError, match="brittle doesn't run here: RuntimeError: no kernel for this"):
+        suanli.bench(root, speedups=f"{name},channels_last", steps=20, rounds=2, **SMALL)
+    _, failed, other = json.loads(Path("runs/pictures-bench-1/bench.json").read_text())["rungs"]
+    assert (failed["failed"], failed["train"], failed["scores"]) == (True, None, {})
+    if call == 4:  # it was left out before the rung above began
+        assert other["speedups"] == ["channels_last"]
+        assert other["refused"] is None
+        assert other["train"]["ratio"]["median"] > 0
+    else:
+        assert other["failed"]
+
+
+def test_auto_passes_over_what_fails(picture_folder: Callable[..., Path], plant: Callable[..., str]) -> None:
+    plant("brittle", FAILS_AT.format(call=4), stage=1, usual=True)
+    found = suanli.bench(picture_folder(each=60), steps=12, epochs=2, rounds=2, **SMALL)
+    assert [rung.name for rung in found.ladder.rungs if rung.failed] == ["+ brittle"]
+    assert "brittle" not in found.ladder.full.speedups
+    assert found.ladder.full.train is not None
+
+
+def test_time_ends_it_between_rounds(picture_folder: Callable[..., Path]) -> None:
+    found = suanli.bench(picture_folder(each=60), speedups="channels_last", rounds=6, time_budget_s=0.01, **SMALL)
+    assert found.ladder.rounds == 1
+    told = [rung.train.examples_per_s.count for rung in found.ladder.rungs if rung.train]
+    assert told == [1, 1]
+    assert found.ladder.steps < sum(visits(14, 6))
+
+
+def test_a_narrow_terminal(picture_folder: Callable[..., Path]) -> None:
+    done = command(picture_folder(each=60), "--speedups", "channels_last", "--steps", 6, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 60
+    for word in ("Training", "Evaluation", "plain PyTorch", "+ channels_last", "after 6 equal steps", "Report: "):
+        assert word in done.stdout
+    assert "price" not in done.stdout  # nobody gave one
+    assert "can't show a loss" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("steps", 1), ("rounds", 0), ("time_budget_s", 0.0), ("price_per_hour", -1.0)]
+)
+def test_values_that_cannot_be(option: str, value: float) -> None:
+    with pytest.raises(suanli.UsageError, match=f"--{option.replace('_', '-')} can't be"):
+        suanli.bench("digits", **{option: value})
+    assert not Path("runs").exists()
+
+
+def test_no_limit_is_a_value_that_can_be() -> None:
+    check(None, 1, None, None)
+
+
+# --- rungs ----------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 5000), st.integers(1, 40))
+def test_visits_share_the_steps(steps: int, rounds: int) -> None:
+    warm_up, *timed = visits(steps, rounds)
+    assert warm_up + sum(timed) == steps
+    assert warm_up >= 1
+    assert 1 <= len(timed) <= rounds
+    assert min(timed) >= 1
+    assert max(timed) - min(timed) <= 1
+
+
+@given(st.integers(1, 10_000), st.integers(1, 3000), st.floats(0.01, 300), st.floats(0, 20))
+def test_a_shortened_recipe_has_these_steps(steps: int, per_epoch: int, epochs: float, warmup: float) -> None:
+    recipe = Recipe(epochs=epochs, warmup_epochs=warmup, early_stop=2)
+    short = shortened(recipe, steps, per_epoch)
+    assert round(short.epochs * per_epoch) == steps
+    assert short.warmup_epochs / short.epochs == pytest.approx(warmup / epochs)
+    assert short.early_stop is None
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True), st.sampled_from([None, 3]))
+def test_each_rung_adds_one_change(speedups: list[str], threads: int | None) -> None:
+    plan = Plan(device="cpu", speedups=tuple(speedups), threads=threads)
+    found = rungs(plan)
+    assert found[0][1].speedups == ()
+    assert found[0][1].threads is None
+    assert (found[-1][1].speedups, found[-1][1].threads) == (plan.speedups, plan.threads)
+    assert [name for name, _ in found[1:]] == [*(["+ threads=3"] if threads else []), *(f"+ {n}" for n in speedups)]
+    for (_, below), (_, above) in itertools.pairwise(found):
+        assert (len(above.speedups) - len(below.speedups)) + (above.threads != below.threads) == 1
+
+
+def test_torch_own_threads_are_no_rung() -> None:
+    plan = Plan(device="cpu", speedups=("a",), threads=torch.get_num_threads())
+    assert [name for name, _ in rungs(plan)] == ["plain PyTorch", "+ a"]
+
+
+def rung(name: str, *speedups: str, refused: str | None = None, failed: bool = False) -> Rung:
+    nothing = {"train": None, "evaluate": None, "scores": {}, "difference": None, "again": None}
+    return Rung(name=name, speedups=speedups, threads=1, refused=refused, failed=failed, **nothing)  # type: ignore[arg-type]
+
+
+def ladder(*above: Rung) -> Ladder:
+    return Ladder(
+        device="cpu",
+        batch_size=1,
+        rounds=1,
+        steps=2,
+        headline="accuracy",
+        tolerance=0.005,
+        validation_examples=100,
+        price_per_hour=None,
+        ceiling_flops=None,
+        plan=Plan(device="cpu", speedups=()),
+        rungs=(rung("plain PyTorch"), *above),
+        recipe=Recipe(),
+    )
+
+
+def test_the_guilty_one_is_the_first_after_which_nothing_is_sound() -> None:
+    a, b, c = rung("+ a", "a"), rung("+ b", "a", "b"), rung("+ c", "a", "b", "c")
+    bad = "it loses"
+    assert ladder(a, b, c).guilty() == ()
+    assert ladder(a, replace(b, refused=bad), replace(c, refused=bad)).guilty() == ("b",)
+    assert ladder(replace(a, refused=bad), b, replace(c, refused=bad)).guilty() == ("c",)
+    assert ladder(a, replace(b, refused=bad), c).guilty() == ()
+    assert ladder(replace(a, refused="no", failed=True), rung("+ b", "b", refused=bad)).guilty() == ("b",)
+
+
+def test_bad_luck_of_one_seed_is_told_and_not_refused() -> None:
+    lost, even = Difference(median=-0.1, low=-0.12, high=-0.08), Difference(median=0.0, low=-0.01, high=0.01)
+    lucky = replace(rung("+ a", "a"), difference=lost, again=even)
+    assert any("chance" in remark for remark in ladder(lucky).remarks())
+    assert any("100 validation examples can't show a loss of 0.5%" in remark for remark in ladder(lucky).remarks())
+    assert not list(ladder().remarks())
+
+
+# --- the gate -------------------------------------------------------------------------------
+
+answers = st.integers(1, 200).flatmap(
+    lambda n: st.tuples(*(st.lists(st.booleans(), min_size=n, max_size=n).map(np.array) for _ in range(2)))
+)
+
+
+@given(answers)
+def test_an_interval_holds_what_was_measured(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    before, after = pair
+    found = matched_shares(before, after)
+    assert found.median == pytest.approx(after.mean() - before.mean())
+    assert -1 <= found.low <= found.median <= found.high <= 1
+    assert found.low < found.high
+    back = matched_shares(after, before)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+
+
+@given(answers, st.integers(2, 5))
+def test_more_examples_of_the_same_kind_narrow_it(pair: tuple[np.ndarray, np.ndarray], times: int) -> None:
+    few, many = matched_shares(*pair), matched_shares(*(np.tile(side, times) for side in pair))
+    assert many.high - many.low < few.high - few.low
+    assert many.median == pytest.approx(few.median)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(3)
+    cells = np.array([0.80, 0.06, 0.03, 0.11])  # both right, lost, won, both wrong
+    truth, inside, repeats = 0.03 - 0.06, 0, 600
+    for _ in range(repeats):
+        drawn = random.choice(4, 150, p=cells)
+        found = matched_shares(drawn < 2, (drawn == 0) | (drawn == 2))
+        inside += found.low <= truth <= found.high
+    assert 0.93 <= inside / repeats <= 0.985
+
+
+@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 0.5))
+def test_refused_only_beyond_the_interval(median: float, half: float, tolerance: float) -> None:
+    found = Difference(median=median, low=median - half, high=median + half)
+    assert found.exceeds(tolerance) == (median + half < -tolerance)
+    assert not (found.exceeds(tolerance) and median >= -tolerance)
+    assert found.resolves(tolerance) == ((found.high - found.low) / 2 <= tolerance)
+
+
+def test_few_examples_refuse_nothing_that_looks_bad_by_chance() -> None:
+    """Two lost of ten are no proof; 200 of 1,000 are."""
+    before = np.ones(10, bool)
+    after = np.arange(10) >= 2
+    assert not matched_shares(before, after).exceeds(0.005)
+    assert matched_shares(np.tile(before, 100), np.tile(after, 100)).exceeds(0.005)
+
+
+class Balanced(Classification):
+    headline = "balanced_accuracy"
+
+
+def sure(right: np.ndarray, targets: np.ndarray, classes: int) -> np.ndarray:
+    return np.eye(classes, dtype=np.float32)[np.where(right, targets, (targets + 1) % classes)]
+
+
+def test_another_headline_is_compared_in_pairs_too() -> None:
+    random = np.random.default_rng(0)
+    targets = np.arange(300) % 3  # equally many of each: balanced accuracy is accuracy
+    before = sure(random.random(300) < 0.9, targets, 3)
+    after = sure((before.argmax(1) == targets) & (random.random(300) < 0.9), targets, 3)
+    found, plain = (difference(task(), before, after, targets) for task in (Balanced, Classification))
+    assert found.median == pytest.approx(plain.median)
+    assert found == difference(Balanced(), before, after, targets)  # the seed is fixed
+    assert found.low == pytest.approx(plain.low, abs=0.02)
+    assert found.high == pytest.approx(plain.high, abs=0.02)
+    assert found.exceeds(0.005)
+    same = difference(Balanced(), before, before, targets)
+    assert (same.median, same.low, same.high) == (0, 0, 0)
+
+
+def test_different_examples_are_the_callers_mistake() -> None:
+    with pytest.raises(ValueError, match="not the same examples"):
+        matched_shares(np.ones(3, bool), np.ones(4, bool))
+    with pytest.raises(ValueError, match="not the same examples"):
+        matched_shares(np.ones(0, bool), np.ones(0, bool))
+    with pytest.raises(ValueError, match="no examples"):
+        difference(Balanced(), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0, np.int64))
