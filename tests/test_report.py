@@ -18,15 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from report_runs import HOSTILE, TEXTS, digits_run, hostile_run, many_classes_run, text_run, write, write_lines
+from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, roofline
 from suanli.errors import DamagedFile, DataError, StorageError
 from suanli.reporting import words
-from suanli.reporting.charts import Series, chart, thin, ticks
+from suanli.reporting.bars import Rung, waterfall
+from suanli.reporting.charts import Series, chart, decades, thin, ticks
 from suanli.verbs.report import report
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return digits_run(tmp_path_factory.mktemp("runs") / "digits-1")
+    path = digits_run(tmp_path_factory.mktemp("runs") / "digits-1")
+    edit(path / "summary.json", plan=plan(), diagnosis=diagnosis(), fallbacks=fallbacks())
+    write(path / "roofline.json", roofline())
+    return path
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ class Page(HTMLParser):
 
     VOID = {"meta", "link", "img", "br"}
     INLINE = {"bdi", "span", "strong", "small", "code"}
-    SHAPES = {"line", "circle", "path"}
+    SHAPES = {"line", "circle", "path", "rect"}
 
     def __init__(self, source: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -85,7 +90,18 @@ def page(path: Path, **options: Any) -> Page:
     return Page(report(path, **options).read_text(encoding="utf-8"))
 
 
-MAKERS = {"digits": digits_run, "text": text_run, "many": many_classes_run, "hostile": hostile_run}
+def worst_run(path: Path) -> Path:
+    hostile_speed(hostile_run(path))
+    return path
+
+
+MAKERS = {
+    "digits": digits_run,
+    "text": text_run,
+    "many": many_classes_run,
+    "hostile": worst_run,
+    "bench": bench_run,
+}
 
 
 @pytest.fixture(scope="session", params=MAKERS)
@@ -102,7 +118,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_a_finished_run_is_told_in_full(finished: Path) -> None:
     seen = page(finished)
-    sections = ["Data", "Training", "Scores", "Examples", "Time and memory", "Recipe", "Repeat this run"]
+    sections = ["Data", "Training", "Scores", "Examples", "Speed", "Time and memory", "Recipe", "Repeat this run"]
     assert [one for one in seen.headings() if one in sections] == sections
     score = json.loads((finished / "evaluation" / "test.json").read_text())["scores"]["accuracy"]
     assert seen.says(f"accuracy is {100 * score:.1f} %")
@@ -111,14 +127,12 @@ def test_a_finished_run_is_told_in_full(finished: Path) -> None:
     assert seen.says("Test, test-time augmentation mean of 4 views")
     assert seen.says("suanli run digits --set epochs=20 --out 'runs/digits 1'")
     assert seen.says("train/3/0007.png cut short after 112 of 230 bytes")
-    assert seen.says("compile not used: would cost 45 s and win 3 s")
-    assert seen.says("the processor was busy 94 % of the time")
     assert seen.says("training time 17 s 18 s +9 %")
     assert not seen.says("has not finished")
     pictures = [attrs for tag, attrs in seen.tags if tag == "img"]
     assert len(pictures) == 36
     assert all(one["alt"] and (one["src"] or "").startswith("data:image/png;base64,") for one in pictures)
-    assert seen.count("svg") == 5
+    assert seen.count("svg") == 6
 
 
 def test_the_data_check_begins_with_what_makes_scores_untrue(finished: Path) -> None:
@@ -156,9 +170,112 @@ def test_the_headline_is_the_one_that_the_evaluation_names(run: Path) -> None:
     assert not seen.says("interval")
 
 
+# --- what it says about speed ----------------------------------------------------------------
+
+
+def test_what_limits_the_run_and_what_would_help(finished: Path) -> None:
+    seen = page(finished)
+    assert seen.says("Limited by computing: 83 % of the step is the forward and backward pass.")
+    assert seen.says("would make a step cheaper. That would be at most 1.30 times as fast.")
+    assert seen.says("Against this already in use: bf16, channels_last.")
+    assert seen.says("backward pass 109 ms 52.0 %")
+    assert seen.says("One training step of 210 ms, the mean of 25 steps. Not told apart here: copying to the device")
+    assert seen.says("Step 120: out of memory, so graphs is no longer used.")
+
+
+def test_every_trial_is_told_with_its_measurement(finished: Path) -> None:
+    seen = page(finished)
+    assert seen.says("In use: channels_last, bf16, 2 CPU threads. Chosen by trials on this machine")
+    assert seen.says("which took 3.2 s.")
+    assert seen.says("bf16 in use 1.42 ± 0.03 5 0.004")
+    assert seen.says("fused_optimizer not used 0.98 ± 0.02 5 0 0.98 times as fast")
+    assert seen.says("float16 not used – – 0.31 outputs differ by 0.31")
+    assert seen.says("1 thread not used 0.63 ± 0.05 3 –")
+    assert seen.says("without bf16 and tf32 not used – – – not possible on a CPU")
+    assert seen.says("compile not used – – – would cost 45 s and win 3 s")
+    assert not seen.says("measured 2 % slower here")  # its trial says it
+
+
+def test_a_plan_without_trials(run: Path) -> None:
+    edit(run / "summary.json", plan={"speedups": ["bf16"], "dropped": {"graphs": "needs a GPU"}}, diagnosis=None)
+    seen = page(run)
+    assert seen.says("In use: bf16.")
+    assert seen.says("graphs not used needs a GPU")
+    assert not seen.says("times as fast rounds")
+
+
+def test_the_verdict_of_an_older_run_stays(run: Path) -> None:
+    edit(run / "summary.json", limited_by="computing: it was busy", diagnosis=None, input_share=0.3)
+    assert page(run).says("Computing: it was busy.")
+
+
+def circles(seen: Page, kind: str) -> list[dict[str, str | None]]:
+    return [attrs for tag, attrs in seen.tags if tag == "circle" and attrs.get("class") == kind]
+
+
+def test_the_roofline_places_every_layer_with_operations(finished: Path) -> None:
+    seen = page(finished)
+    dots = circles(seen, "area")
+    assert len(dots) == 8  # layers with operations and bytes
+    radii = [float(one["r"] or 0) for one in dots]
+    assert radii[0] == max(radii)
+    assert seen.says("1: groups.0.0 (Conv2d), 25.5 % of the forward pass, 277 GFLOP/s at 123 FLOP per byte, 68 %")
+    assert seen.says("bfloat16, at most 410 GFLOP/s")
+    assert seen.says("float32, at most 210 GFLOP/s")  # the better of matrix product and convolution
+    assert seen.says("groups.0.1 MaxPool2d 2.48 ms 10.3 % – 3.92 G 26 % memory")
+    assert seen.says("(model) SpeedNet 1.61 ms 6.7 % – – – –")
+    assert seen.says("One forward pass of 128 examples takes 24.1 ms, at 39.8 MFLOP an example.")
+    assert not seen.says("suanli device --probe")
+
+
+@pytest.mark.parametrize("ceilings", [None, {}, {"memory_bytes_per_s": 1e10}, {"matmul_flops": {"float32": 1e11}}])
+def test_without_measured_ceilings_there_are_dots_and_the_command(run: Path, ceilings: Any) -> None:
+    write(run / "roofline.json", roofline(ceilings))
+    seen = page(run)
+    assert seen.says("To measure it: suanli device --probe")
+    assert len(circles(seen, "area")) == 8
+    assert not seen.says("of the roof")
+
+
+def test_a_bench_is_told_in_full(tmp_path: Path) -> None:
+    seen = page(bench_run(tmp_path / "cifar10-bench-1"))
+    assert seen.says("speednet bench on cifar10")
+    assert seen.says(
+        "Plain PyTorch and 6 speedups, added one at a time: speednet on cifar10, measured on AMD EPYC 9R14"
+    )
+    assert seen.says("Training reaches 1,980 examples per second, 2.83 times plain PyTorch.")
+    assert seen.says("Evaluation reaches 5,015 examples per second, 2.22 times plain PyTorch.")
+    assert seen.says("Refused: int4_weights, graphs.")
+    assert seen.says("2.83 × as fast as plain PyTorch, training")
+    assert seen.says("+ bf16 1,490 ± 25 2.13 ± 0.04 336 / 356 900.0 MB 62 % 61.5 % +0.3 (−0.9 to +1.4)")
+    assert seen.says("+ int4_weights refused: accuracy falls 6.1 points 2,100 ± 36")
+    assert not seen.says("energy an example")  # nobody measured it
+    assert not seen.says("has not finished")
+    assert not seen.says("no evaluation of this run")
+    assert seen.count("svg") == 2
+    card = (tmp_path / "cifar10-bench-1" / "README.md").read_text(encoding="utf-8")
+    assert "2.83 times plain PyTorch" in card
+    assert "trained with suanli" not in card
+
+
+def test_a_bench_that_has_not_finished(tmp_path: Path) -> None:
+    write(tmp_path / "recipe.json", {"model": "speednet"})
+    write(tmp_path / "bench.json", {})
+    assert page(tmp_path).says("This bench has not finished.")
+
+
+@pytest.mark.parametrize("part", ["train", "evaluate", "scores", "difference", "refused", "speedups", "name"])
+def test_any_part_of_a_rung_may_be_absent(tmp_path: Path, part: str) -> None:
+    told = bench()
+    told["rungs"] = [{key: value for key, value in rung.items() if key != part} for rung in told["rungs"]]
+    write(tmp_path / "recipe.json", {"model": "speednet"})
+    write(tmp_path / "bench.json", told)
+    assert page(tmp_path).says("speednet bench on unknown data")
+
+
 # --- what is missing -------------------------------------------------------------------------
 
-PARTS = ["environment", "data", "check", "metrics", "ledger", "summary", "evaluation", "model"]
+PARTS = ["environment", "data", "check", "metrics", "ledger", "summary", "evaluation", "model", "roofline"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -300,7 +417,7 @@ def test_the_page_asks_for_nothing_from_elsewhere(any_run: Path) -> None:
 
 
 def test_hostile_names_are_only_shown(tmp_path: Path) -> None:
-    seen = page(hostile_run(tmp_path / "run"))
+    seen = page(worst_run(tmp_path / "run"))
     assert "<script" not in seen.source
     assert "onerror" not in {key for _, attrs in seen.tags for key in attrs}
     assert seen.says(HOSTILE)
@@ -356,6 +473,74 @@ def test_a_chart_stays_in_its_frame_whatever_the_values(points: list[tuple[float
     assert "nan" not in drawn.text
 
 
+positive = st.floats(1e-30, 1e30)
+
+
+@given(positive, positive)
+def test_decades_lie_between_the_bounds_and_are_few(a: float, b: float) -> None:
+    low, high = min(a, b), max(a, b)
+    found = decades(low, high)
+    assert all(low <= value <= high for value in found)
+    assert found == sorted(found)
+    assert len(found) <= 9
+    assert found or high < 2.6 * low
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30))
+def test_a_logarithmic_chart_stays_in_its_frame(points: list[tuple[float, float]]) -> None:
+    drawn = chart("Roofline", [Series(label="a", points=points, dots=True)], x_label="x", log=True)
+    usable = [p for p in points if all(1e-100 < v < 1e100 for v in p)]
+    assert (drawn is None) == (not usable)
+    if drawn is not None:
+        assert len(drawn.lines[0].dots) == len(usable)
+        assert all(0 <= dot.x <= 360 and 0 <= dot.y <= 220 for dot in drawn.lines[0].dots)
+
+
+maybe = st.one_of(st.none(), st.floats())
+
+
+@given(st.lists(st.tuples(maybe, maybe, st.booleans()), max_size=8))
+def test_a_waterfall_stays_in_its_frame_and_builds_on_what_was_accepted(
+    steps: list[tuple[float | None, float | None, bool]],
+) -> None:
+    rungs = [Rung(name="a", value=value, half_iqr=half, refused=refused) for value, half, refused in steps]
+    drawn = waterfall("Training", rungs, x_label="x")
+    if drawn is None:
+        return
+    base = 0.0
+    for rung, bar in zip(rungs, drawn.bars, strict=True):
+        measured = rung.value is not None and 0 <= rung.value < 1e100
+        assert (bar.strong is not None) == measured
+        edges = [bar.pale, bar.strong]
+        assert all(one[0] >= 0 and one[0] + one[1] <= 360 for one in edges if one)
+        assert not bar.whisker or 0 <= bar.whisker[0] <= bar.whisker[1] <= 360
+        if measured and not rung.refused:
+            assert bar.kind == ("first" if (rung.value or 0.0) >= base else "second")
+            base = rung.value or 0.0
+
+
+def test_a_waterfall_shows_gain_and_loss() -> None:
+    drawn = waterfall(
+        "Training",
+        [
+            Rung(name="plain", value=100.0),
+            Rung(name="+ a", value=400.0, half_iqr=10.0),
+            Rung(name="+ b", value=500.0, refused=True),
+            Rung(name="+ c", value=300.0),
+        ],
+        x_label="x",
+    )
+    assert drawn is not None
+    plain, gain, refused, loss = drawn.bars
+    assert gain.pale == plain.strong  # it begins where plain ends
+    assert gain.strong is not None
+    assert plain.strong is not None
+    assert gain.strong[0] == pytest.approx(plain.strong[0] + plain.strong[1], abs=0.2)
+    assert (refused.kind, loss.kind) == ("refused", "second")
+    assert loss.strong is not None  # from 300 to the 400 before the refused one
+    assert loss.strong[0] + loss.strong[1] == pytest.approx(gain.strong[0] + gain.strong[1], abs=0.2)
+
+
 @given(st.lists(st.tuples(numbers, numbers), max_size=900), st.integers(1, 300))
 def test_thinning_keeps_the_course(points: list[tuple[float, float]], limit: int) -> None:
     thinned = thin(points, limit)
@@ -373,9 +558,25 @@ def test_numbers(value: float | None, text: str) -> None:
     assert words.number(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0, "0 B"),
+        (4.1e11, "410 GB"),
+        (999.9, "1 kB"),
+        (-1500, "−1.5 kB"),
+        (2.5e-4, "250 µB"),
+        (1.234e19, "1.23e+04 PB"),
+    ],
+)
+def test_prefixes(value: float | None, text: str) -> None:
+    assert words.si(value, "B").replace("\N{NO-BREAK SPACE}", " ") == text
+
+
 @given(st.one_of(st.none(), st.floats()))
 def test_words_take_any_number(value: float | None) -> None:
-    for write_value in (words.number, words.percent, words.seconds, words.memory):
+    for write_value in (words.number, words.percent, words.seconds, words.memory, words.span, words.si, words.ratio):
         assert not re.search("nan|inf", write_value(value))
 
 

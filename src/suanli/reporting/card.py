@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import shlex
 
-from suanli.reporting.files import Data, Evaluation, RunFiles
+from suanli.reporting import prose
+from suanli.reporting.files import RunFiles
+from suanli.reporting.records import Data, Evaluation
 from suanli.reporting.words import score
 
 
 def card(run: RunFiles) -> str:
     """The card in Markdown."""
+    if run.only_bench:
+        return _bench_card(run)
     recipe = run.recipe
     name = run.path.resolve().name
     kind = run.data.kind if run.data else None
@@ -27,11 +31,23 @@ def card(run: RunFiles) -> str:
     if run.trained:
         lines += ["", "## Use", "", *_use(name)]
     lines += ["", "## Limits", "", *_limits(run)]
-    if run.environment and run.environment.command:
-        lines += ["", "## Made with", "", "```sh", shlex.join(run.environment.command), "```"]
-        versions = ", ".join(f"{n} {v}" for n, v in run.environment.versions.items() if v)
-        lines += ["", f"On {run.environment.cpu or 'an unknown machine'}; {versions}."]
+    lines += _made_with(run)
     return "\n".join(lines) + "\n"
+
+
+def _bench_card(run: RunFiles) -> str:
+    """Of a directory that measures speed and holds no model."""
+    lines = [f"# {_plain(run.path.resolve().name)}", "", *map(_plain, prose.abstract(run, None)), ""]
+    lines.append("The figures are in `bench.json`, and in `report.html` for people.")
+    return "\n".join([*lines, *_made_with(run)]) + "\n"
+
+
+def _made_with(run: RunFiles) -> list[str]:
+    if not run.environment or not run.environment.command:
+        return []
+    lines = ["", "## Made with", "", "```sh", shlex.join(run.environment.command), "```"]
+    versions = ", ".join(f"{n} {v}" for n, v in run.environment.versions.items() if v)
+    return [*lines, "", f"On {run.environment.cpu or 'an unknown machine'}; {versions}."]
 
 
 def _data(data: Data) -> list[str]:

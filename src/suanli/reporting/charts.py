@@ -1,8 +1,9 @@
-"""Line charts as numbers: where each axis tick, line and dot lies; `templates/charts.html` draws them.
+"""Charts as numbers: where each axis tick, line and dot lies; `templates/charts.html` draws them.
 
 Why not a plotting library: the page has a light and a dark mode, a phone and a printer. SVG that takes
 its colours and fonts from the page's own style sheet serves all four, is a few kilobytes, and needs
-no fonts, global settings or lock here. It draws lines and dots over numeric axes, nothing else.
+no fonts, global settings or lock here. It draws lines and dots over numeric axes, linear or logarithmic;
+`bars.py` draws bars.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ Range = tuple[float | None, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line. `colour` is a class of the style sheet; `radii` makes dots of those sizes."""
+    """One line. `colour` is a class of the style sheet; `radii` makes dots of those sizes, `texts` says
+    what each is, `marks` is written beside it."""
 
     label: str
     points: Sequence[Point]
     colour: str = "first"
     dots: bool = False
     radii: Sequence[float] = ()
+    texts: Sequence[str] = ()
+    marks: Sequence[str] = ()
+    line: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,7 @@ class Dot:
     y: float
     radius: float
     text: str
+    mark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,7 @@ class Chart:
 
     title: str
     x_label: str
+    y_label: str
     text: str
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
@@ -73,26 +80,34 @@ def chart(
     x_range: Range = (None, None),
     y_range: Range = (None, None),
     show: Callable[[float], str] | None = None,
+    y_label: str = "",
+    log: bool = False,
 ) -> Chart | None:
-    """None where no series has a finite point. A bound of None is that of the points; `show` writes a
-    y value."""
-    drawn = [one for one in series if any(map(_finite, one.points))]
-    finite = [point for one in drawn for point in one.points if _finite(point)]
+    """None where no series has a point that can be drawn. A bound of None is that of the points; `show`
+    writes a y value. With `log` both axes are logarithmic, and what isn't positive has no place."""
+    usable = _positive if log else _finite
+    drawn = [one for one in series if any(map(usable, one.points))]
+    finite = [point for one in drawn for point in one.points if usable(point)]
     if not finite:
         return None
     x_low, x_high = _bounds(x_range, [x for x, _ in finite])
-    x_values = ticks(x_low, x_high)
-    y_values = ticks(*_bounds(y_range, [y for _, y in finite]))
-    to_x = _scale(x_low, x_high, LEFT, WIDTH - RIGHT)
-    to_y = _scale(y_values[0], y_values[-1], HEIGHT - BOTTOM, TOP)
-    written = show or _writer(y_values)
+    y_low, y_high = _bounds(y_range, [y for _, y in finite])
+    x_values = decades(x_low, x_high) if log else ticks(x_low, x_high)
+    y_values = decades(y_low, y_high) if log else ticks(y_low, y_high)
+    if not log:
+        y_low, y_high = y_values[0], y_values[-1]
+    place = _log_scale if log else _scale
+    to_x, to_y = place(x_low, x_high, LEFT, WIDTH - RIGHT), place(y_low, y_high, HEIGHT - BOTTOM, TOP)
+    written = show or (_short if log else _writer(y_values))
+    write_x = _short if log else _writer(x_values)
     return Chart(
         title=title,
         x_label=x_label,
-        text=". ".join([title, *(_told(one, show or _short) for one in drawn)]),
-        x_ticks=tuple(Tick(at=to_x(x), label=_writer(x_values)(x)) for x in x_values if x_low <= x <= x_high),
+        y_label=y_label,
+        text=". ".join([title, *(_told(one, show or _short, usable) for one in drawn)]),
+        x_ticks=tuple(Tick(at=to_x(x), label=write_x(x)) for x in x_values if x_low <= x <= x_high),
         y_ticks=tuple(Tick(at=to_y(y), label=written(y)) for y in y_values),
-        lines=tuple(_line(one, to_x, to_y, show or _short, x_label) for one in drawn),
+        lines=tuple(_line(one, to_x, to_y, show or _short, x_label, usable) for one in drawn),
     )
 
 
@@ -106,6 +121,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     step = next(power * times for times in (1, 2, 2.5, 5, 10) if power * times >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Round values between two positive bounds: 1, 2 and 5 times powers of ten where these are few, else at
+    most seven powers. Empty where none lies between."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    times = (1, 2, 5) if last - first <= 2 else (1,)
+    stride = max(1, math.ceil((last - first) / 6))
+    return [v for p in range(first, last + 1, stride) for t in times if low <= (v := t * 10.0**p) <= high]
 
 
 def thin(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
@@ -124,6 +148,15 @@ def _bounds(given: Range, values: Sequence[float]) -> Point:
 
 def _finite(point: Point) -> bool:
     return all(abs(value) < 1e100 for value in point)  # False for NaN; beyond, axes would overflow
+
+
+def _positive(point: Point) -> bool:
+    return all(1e-100 < value < 1e100 for value in point)
+
+
+def _log_scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    linear = _scale(math.log10(low), math.log10(high), start, stop)
+    return lambda value: linear(math.log10(value))
 
 
 def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
@@ -146,9 +179,11 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _told(one: Series, show: Callable[[float], str]) -> str:
-    finite = [y for x, y in one.points if _finite((x, y))]
-    return f"{one.label}: from {show(finite[0])} to {show(finite[-1])}"
+def _told(one: Series, show: Callable[[float], str], usable: Callable[[Point], bool]) -> str:
+    seen = [y for x, y in one.points if usable((x, y))]
+    if not one.line:
+        return f"{one.label}: {len(seen)} between {show(min(seen))} and {show(max(seen))}"
+    return f"{one.label}: from {show(seen[0])} to {show(seen[-1])}"
 
 
 def _line(
@@ -157,18 +192,21 @@ def _line(
     to_y: Callable[[float], float],
     show: Callable[[float], str],
     x_label: str,
+    usable: Callable[[Point], bool],
 ) -> Line:
     path, pen = [], "M"
-    for x, y in one.points:
-        if not _finite((x, y)):  # a gap
+    for x, y in one.points if one.line else ():
+        if not usable((x, y)):  # a gap
             pen = "M"
             continue
         path.append(f"{pen}{to_x(x):g} {to_y(y):g}")
         pen = "L"
     radii = one.radii or ([3.0] * len(one.points) if one.dots else [])
+    texts = one.texts or [f"{one.label}: {show(y)} at {x_label} {x:.4g}" for x, y in one.points]
+    marks = one.marks or [""] * len(one.points)
     dots = tuple(
-        Dot(x=to_x(x), y=to_y(y), radius=radius, text=f"{one.label}: {show(y)} at {x_label} {x:.4g}")
-        for (x, y), radius in zip(one.points, radii, strict=False)
-        if _finite((x, y))
+        Dot(x=to_x(x), y=to_y(y), radius=radius, text=text, mark=mark)
+        for (x, y), radius, text, mark in zip(one.points, radii, texts, marks, strict=False)
+        if usable((x, y))
     )
     return Line(label=one.label, colour=one.colour, path="".join(path), dots=dots)

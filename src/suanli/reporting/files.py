@@ -1,8 +1,7 @@
 """The files of a run directory as the report reads them.
 
-Every file may be absent (a run can be interrupted at any time) and every field may be absent (a
-file may come from another version), so each field has a default. A field of the wrong type is
-damage and raises DamagedFile. Nothing is interpreted here, and nothing but these files is read.
+Every file may be absent: a run can be interrupted at any time. A field of the wrong type is damage and
+raises DamagedFile. Nothing is interpreted here, and nothing but these files is read.
 """
 
 from __future__ import annotations
@@ -12,193 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError
 
 from suanli.errors import DamagedFile
+from suanli.reporting.records import Check, Data, Environment, Evaluation, Measured, Metric, Summary
+from suanli.reporting.speed_records import Bench, Record, Roofline
 from suanli.rundir import Run, read_lines
 from suanli.storage import read_json
 from suanli.types import SPLITS, AnyPath
 
 REBUILD = "Restore it, or make the run again."
-
-Number = float | None  # None and NaN: not known
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: item for key, item in value.items() if item is not None}
-
-
-class DeviceName(Record):
-    name: str | None = None
-    torch_name: str | None = None
-    memory_bytes: Number = None
-
-
-class Environment(Record):
-    command: tuple[str, ...] = ()
-    time: str | None = None
-    device: DeviceName = DeviceName()
-    cpu: str | None = None
-    cores: int | None = None
-    threads: int | None = None
-    os: str | None = None
-    python: str | None = None
-    driver: str | None = None
-    cuda: str | None = None
-    cudnn: int | None = None
-    versions: dict[str, str | None] = {}
-
-
-class Data(Record):
-    name: str | None = None
-    kind: str | None = None
-    source: str | None = None
-    licence: str | None = None
-    classes: tuple[str, ...] = ()
-    counts: dict[str, dict[str, int]] = {}  # split -> class -> inputs
-    input_shape: tuple[int, ...] = ()
-    digest: str | None = None
-
-
-class BadFile(Record):
-    name: str = "?"
-    reason: str = ""
-
-
-class Duplicate(Record):
-    names: tuple[str, ...] = ()
-    splits: tuple[str, ...] = ()  # in which any of them is
-    labels: tuple[str, ...] = ()  # one for each name
-
-
-class Sizes(Record):
-    min: tuple[int, ...] = ()
-    median: tuple[float, ...] = ()
-    max: tuple[int, ...] = ()
-    distinct: int | None = None
-
-
-class Check(Record):
-    total: int | None = None
-    bad: tuple[BadFile, ...] = ()
-    bad_share: Number = None
-    duplicates_across_splits: tuple[Duplicate, ...] = ()
-    duplicates_within: tuple[Duplicate, ...] = ()
-    label_conflicts: tuple[Duplicate, ...] = ()
-    counts: dict[str, int] = {}  # how long the lists are in full
-    traits: dict[str, int] = {}
-    sizes: Sizes | None = None
-    imbalance: Number = None
-    empty_classes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-class Metric(Record):
-    step: int = 0
-    epoch: Number = None
-    loss: Number = None
-    lr: Number = None
-    examples_per_s: Number = None
-    split: str | None = None  # None: a line of training
-    scores: dict[str, Number] = {}
-
-
-class Measured(Record):
-    metric: str = "?"
-    value: Number = None
-    unit: str = ""
-    spread: Number = None
-    count: int | None = None
-    scores: dict[str, Number] = {}
-    variant: str = ""
-
-
-class Forecast(Record):
-    train_seconds: Number = None
-    memory_bytes: Number = None
-    disk_bytes: Number = None
-
-
-class PlanInUse(Record):
-    device: str | None = None
-    speedups: tuple[str, ...] = ()
-    dropped: dict[str, str] = {}
-
-
-class Summary(Record):
-    status: str | None = None
-    steps: int | None = None
-    epochs: Number = None
-    parameters: int | None = None
-    seconds: dict[str, Number] = {}
-    examples_per_s: Number = None
-    peak_memory_bytes: Number = None
-    limited_by: str | None = None
-    input_share: Number = None
-    forecast: Forecast = Forecast()
-    plan: PlanInUse | None = None
-
-
-class ClassScore(Record):
-    name: str = "?"
-    count: int | None = None
-    precision: Number = None
-    recall: Number = None
-    f1: Number = None
-
-
-class Confused(Record):
-    true: str = "?"
-    predicted: str = "?"
-    count: int = 0
-
-
-class Bin(Record):
-    confidence: Number = None
-    accuracy: Number = None
-    count: int = 0
-
-
-class Augmented(Record):
-    views: int | None = None
-    scores: dict[str, Number] = {}
-
-
-class Shown(Record):
-    media_type: str = ""
-    base64: Base64Bytes = b""
-
-
-class Example(Record):
-    name: str = "?"
-    true: str | None = None
-    predicted: str | None = None
-    probability: Number = None
-    true_probability: Number = None
-    preview: Shown | None = None
-
-
-class Evaluation(Record):
-    split: str | None = None
-    headline: str | None = None  # which of `scores` runs are compared by; None: the first
-    count: int | None = None
-    scores: dict[str, Number] = {}
-    interval: tuple[Number, Number] | None = None
-    per_class: tuple[ClassScore, ...] = ()
-    confusion: tuple[tuple[int, ...], ...] | None = None
-    confused: tuple[Confused, ...] = ()
-    reliability: tuple[Bin, ...] | None = None
-    with_augmentation: Augmented | None = None
-    mistakes: tuple[Example, ...] = ()
-    samples: tuple[Example, ...] = ()
-    seconds: Number = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +36,14 @@ class RunFiles:
     ledger: list[Measured]
     summary: Summary | None
     evaluations: dict[str, Evaluation]  # by split
+    roofline: Roofline | None
+    bench: Bench | None
     trained: bool
+
+    @property
+    def only_bench(self) -> bool:
+        """Whether this directory measures speed and trains nothing."""
+        return self.bench is not None and not self.trained and not self.metrics
 
 
 RecordType = TypeVar("RecordType", bound=Record)
@@ -234,6 +63,8 @@ def read_run(path: AnyPath) -> RunFiles:
         ledger=_read_lines(path / "ledger.jsonl", Measured),
         summary=_read(path / "summary.json", Summary),
         evaluations={split: exam for split, exam in exams.items() if exam is not None},
+        roofline=_read(path / "roofline.json", Roofline),
+        bench=_read(path / "bench.json", Bench),
         trained=(path / "model" / "model.json").is_file(),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from suanli.reporting import words
-from suanli.reporting.files import Check, Duplicate
+from suanli.reporting.records import Check, Duplicate
 
 LISTED = 10  # of each finding; the others fold away
 IMBALANCED = 3.0  # largest class over smallest

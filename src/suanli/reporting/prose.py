@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from suanli.reporting import views, words
+from suanli.reporting import bench_views, views, words
 from suanli.reporting.files import RunFiles
 
 
@@ -16,7 +16,17 @@ class Missing:
     command: tuple[str, ...] = ()
 
 
+def title(run: RunFiles) -> tuple[str, str, str]:
+    """Model, what was done, data: 'speednet', 'on', 'cifar10'."""
+    model = run.recipe.get("model") or "A run"
+    data = (run.data and run.data.name) or "unknown data"
+    return words.plain(model), "bench on" if run.only_bench else "on", data
+
+
 def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
+    if run.only_bench:
+        rungs = run.bench.rungs if run.bench else ()
+        return [] if rungs else [Missing(said="This bench has not finished.")]
     status = run.summary.status if run.summary else None
     reached = f" after step {words.number(run.metrics[-1].step)}" if run.metrics else ""
     said = []
@@ -40,6 +50,9 @@ def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
 
 def abstract(run: RunFiles, head: views.Headline | None) -> list[str]:
     """The run in a few sentences."""
+    if run.only_bench and run.bench:
+        model, _, data = title(run)
+        return bench_views.sentences(run.bench, model, data)
     sentences = [_what_was_trained(run)]
     if head is not None:
         inputs = words.count(head.count, "input") if head.count is not None else "inputs"

@@ -13,7 +13,7 @@ from typing import Any
 
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, thin
-from suanli.reporting.files import ClassScore, Data, Evaluation, Metric, Summary
+from suanli.reporting.records import ClassScore, Data, Evaluation, Metric, Summary
 from suanli.types import SPLITS
 
 HEAT_MAP_CLASSES = 20  # beyond, cells are too small to read

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeGuard
 
@@ -47,6 +48,48 @@ def score(name: str, value: float | None) -> str:
 
 def seconds(value: float | None) -> str:
     return duration(value) if known(value) else UNKNOWN
+
+
+def span(value: float | None) -> str:
+    """A short time: '85 µs', '12.3 ms', '1.2 s'."""
+    if not known(value) or abs(value) >= 1:
+        return seconds(value)
+    return si(value, "s")
+
+
+PREFIXES = {15: "P", 12: "T", 9: "G", 6: "M", 3: "k", 0: "", -3: "m", -6: "µ", -9: "n"}
+
+
+def si(value: float | None, unit: str = "") -> str:
+    """Three digits and a prefix of a thousand: '410 GFLOP/s'."""
+    if not known(value):
+        return UNKNOWN
+    digits = f"{abs(value):.3g}"  # rounded first: 999.9 is 1 k
+    power = math.floor(math.log10(float(digits))) if float(digits) else 0
+    prefix = min(max(power // 3 * 3, min(PREFIXES)), max(PREFIXES))
+    scaled = float(digits) / 10.0**prefix
+    text = f"{scaled:.3g}" if 1e-3 <= scaled < 1e3 else f"{scaled:.2e}"
+    if scaled == 0:
+        text = "0"
+    sign = "−" if value < 0 else ""
+    return f"{sign}{text}{SPACE}{PREFIXES[prefix]}{unit}".rstrip(SPACE)
+
+
+def ratio(value: float | None) -> str:
+    """How many times as fast: '1.42', '12.3'."""
+    if not known(value):
+        return UNKNOWN
+    return f"{value:.2f}" if abs(value) < 10 else number(float(f"{value:.3g}"))
+
+
+def spread(value: float | None, half: float | None, show: Callable[[float | None], str] = number) -> str:
+    """A value and how far it varies: '1,240 ± 12'."""
+    return f"{show(value)} ± {show(half)}" if known(value) and known(half) else show(value)
+
+
+def points(value: float | None) -> str:
+    """A difference of two scores in percentage points: '−0.1', '+1.0'."""
+    return f"{100 * value:+.1f}".replace("-", "−") if known(value) else UNKNOWN
 
 
 def memory(value: float | None) -> str:
@@ -110,6 +153,9 @@ FILTERS = {
     "number": number,
     "seconds": seconds,
     "memory": memory,
+    "span": span,
+    "si": si,
+    "ratio": ratio,
     "count": count,
     "spaced": spaced,
     "times": times,

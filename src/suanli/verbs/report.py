@@ -21,7 +21,8 @@ from suanli.types import AnyPath
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from suanli.reporting.files import RunFiles, Shown
+    from suanli.reporting.files import RunFiles
+    from suanli.reporting.records import Shown
 
 FILE_NAME = "report.html"
 PICTURES = {"image/png", "image/jpeg", "image/webp", "image/gif"}  # what browsers show without running it
@@ -71,15 +72,18 @@ def _pages() -> Environment:
 
 def _content(run: RunFiles) -> dict[str, Any]:
     """What the template is given."""
-    from suanli.reporting import charts, findings, prose, views, words
+    from suanli.reporting import bars, bench_views, charts, findings, prose, speed_views, views, words
 
     head = views.headline(run.evaluations)
     exam_split = next((split for split in ("test", "val", "train") if split in run.evaluations), None)
     exam = run.evaluations[exam_split] if exam_split else None
     columns, rows = views.score_rows(run.evaluations)
     phases = views.phases(run.summary, exam) if run.summary else []
+    plan = (run.summary and run.summary.plan) or (run.bench and run.bench.plan) or None
+    diagnosis = run.summary.diagnosis if run.summary else None
     return {
         "run": run,
+        "title": prose.title(run),
         "name": run.path.resolve().name,
         "head": head,
         "exam": exam,
@@ -101,7 +105,16 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "phases": phases,
         "total_seconds": sum(phase.seconds for phase in phases) if phases else None,
         "forecasts": views.forecasts(run.summary) if run.summary else [],
+        "ladder": bench_views.ladder(run.bench) if run.bench else None,
+        "diagnosis": diagnosis,
+        "shares": speed_views.shares(diagnosis) if diagnosis else ([], []),
+        "plan": plan,
+        "plan_rows": speed_views.plan_rows(plan) if plan else [],
+        "plan_sentence": speed_views.plan_sentence(plan) if plan else "",
+        "roof": speed_views.roof(run.roofline) if run.roofline else None,
+        "layer_rows": speed_views.LAYERS,
         "frame": charts,
+        "bar_frame": bars,
         "score": words.score,
         "unit": words.unit,
         "picture": _picture,

@@ -1,0 +1,272 @@
+"""What the report says about speed: what limits the run, the plan and its trials, the roofline.
+
+Like `views.py`: each function takes records and gives plain values, and works with any part absent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from suanli.reporting import words
+from suanli.reporting.charts import Chart, Point, Series, chart
+from suanli.reporting.speed_records import Ceilings, Diagnosis, Layer, Plan, Roofline, Trial
+from suanli.reporting.views import Phase
+
+# --- what limits ----------------------------------------------------------------------------
+
+SHARES = {
+    "input": "waiting for input",
+    "copy": "copying to the device",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "host": "host: issuing work",
+    "idle": "device idle",
+}
+
+
+def shares(diagnosis: Diagnosis) -> tuple[list[Phase], list[str]]:
+    """Parts of a training step with their seconds (NaN: not known), and what could not be told apart."""
+    known = {name: share for name, share in diagnosis.shares.items() if words.known(share) and share >= 0}
+    step_s = diagnosis.step_s if words.known(diagnosis.step_s) else math.nan
+    parts = [Phase(name=SHARES.get(n, words.spaced(n)), seconds=s * step_s, share=s) for n, s in known.items()]
+    unknown = [SHARES.get(n, words.spaced(n)) for n in diagnosis.shares if n not in known]
+    return parts, unknown
+
+
+# --- the plan -------------------------------------------------------------------------------
+
+ORIGINS = {
+    "plain": "No speedups were asked for.",
+    "named": "These were named by the user.",
+    "measured": "Chosen by trials on this machine before training",
+    "cached": "Chosen by trials on this machine, for an earlier run of the same kind",
+    "short list": "The run is too short for trials, so these are the ones that usually help.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    change: str
+    used: bool
+    times: str = words.UNKNOWN  # as fast as the best plan before it
+    rounds: int | None = None
+    error: float | None = None
+    reason: str = ""
+
+
+def plan_rows(plan: Plan) -> list[PlanRow]:
+    """The trials in their order; then what is in use or dropped without one."""
+    rows = [_trial(trial) for trial in plan.trials]
+    tried = {name for trial in plan.trials for name in _names(trial.change)}
+    rows += [PlanRow(change=name, used=True) for name in plan.speedups if name not in tried]
+    rows += [PlanRow(change=n, used=False, reason=why) for n, why in plan.dropped.items() if n not in tried]
+    return rows
+
+
+def _trial(trial: Trial) -> PlanRow:
+    timed = words.known(trial.ratio)
+    return PlanRow(
+        change=" and ".join(map(_in_words, trial.change.split())) or words.UNKNOWN,
+        used=trial.kept,
+        times=words.spread(trial.ratio, trial.spread, words.ratio),
+        rounds=trial.rounds or None,
+        error=trial.error,
+        reason="" if trial.kept and timed else trial.reason,  # else it would say the ratio again
+    )
+
+
+def _in_words(change: str) -> str:
+    if match := re.fullmatch(r"threads=(\d+)", change):
+        return words.count(int(match[1]), "thread") if len(match[1]) < 9 else change
+    if change[:1] == "-":
+        return f"without {change[1:]}"
+    return change.removeprefix("+")
+
+
+def _names(change: str) -> list[str]:
+    return [one.removeprefix("+") for one in change.split()]
+
+
+def plan_sentence(plan: Plan) -> str:
+    used = [*plan.speedups]
+    if plan.threads is not None:
+        used.append(words.count(plan.threads, "CPU thread"))
+    said = f"In use: {', '.join(used)}. " if used else "No speedup is in use. "
+    origin = ORIGINS.get(plan.origin or "", "")
+    if origin and not origin.endswith("."):
+        took = f", which took {words.seconds(plan.seconds)}" if words.known(plan.seconds) and plan.seconds > 0 else ""
+        origin += f"{took}."
+    return (said + origin).strip()
+
+
+# --- the roofline ---------------------------------------------------------------------------
+
+LAYERS = 10  # shown at once; the others fold away
+APART = 0.09  # of an axis, between two dots that carry the number of their layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    number: int
+    name: str
+    kind: str
+    seconds: float
+    share: float  # of the forward pass
+    flops_per_s: float | None  # None: it has no matrix products
+    bytes_per_s: float | None
+    of_roof: float | None  # the least time it could take here, as a share of what it takes
+    bound: str  # what sets that least time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roof:
+    chart: Chart | None
+    rows: list[LayerRow]
+    sentence: str
+    measured: bool  # whether there are ceilings
+
+
+def roof(roofline: Roofline) -> Roof | None:
+    """None where no layer has a time."""
+    timed = [one for one in roofline.layers if words.known(one.seconds) and one.seconds > 0]
+    total = sum(one.seconds or 0.0 for one in timed)
+    if not timed or not words.known(total):
+        return None
+    peaks = _peaks(roofline)
+    bandwidth = _bandwidth(roofline.ceilings)
+    best = peaks.get(roofline.dtype or "") or max(peaks.values(), default=None)
+    rows = [_layer_row(number, one, total, best, bandwidth) for number, one in enumerate(timed, 1)]
+    return Roof(
+        chart=_roof_chart(rows, peaks, bandwidth),
+        rows=rows,
+        sentence=_roof_sentence(roofline, rows, total),
+        measured=bool(peaks) and bandwidth is not None,
+    )
+
+
+def _peaks(roofline: Roofline) -> dict[str, float]:
+    """FLOP/s that this device reaches in the precision of the run and in float32: the better of matrix
+    product and convolution."""
+    ceilings, found = roofline.ceilings or Ceilings(), {}
+    for dtype in dict.fromkeys([roofline.dtype or "float32", "float32"]):
+        values = [ceilings.matmul_flops.get(dtype), ceilings.conv_flops.get(dtype)]
+        usable = [v for v in values if words.known(v) and v > 0]
+        if usable:
+            found[dtype] = max(usable)
+    return found
+
+
+def _bandwidth(ceilings: Ceilings | None) -> float | None:
+    value = ceilings.memory_bytes_per_s if ceilings else None
+    return value if words.known(value) and value > 0 else None
+
+
+def _layer_row(number: int, one: Layer, total: float, peak: float | None, bandwidth: float | None) -> LayerRow:
+    seconds = one.seconds or math.nan
+    work, moved = _positive(one.flops), _positive(one.bytes)
+    computing = work / peak if work and peak else 0.0
+    moving = moved / bandwidth if moved and bandwidth else 0.0
+    complete = bandwidth is not None and moved is not None and (work is None or peak is not None)
+    return LayerRow(
+        number=number,
+        name=one.name,
+        kind=one.kind,
+        seconds=seconds,
+        share=seconds / total,
+        flops_per_s=work / seconds if work else None,
+        bytes_per_s=moved / seconds if moved else None,
+        of_roof=max(computing, moving) / seconds if complete else None,
+        bound=("computing" if computing > moving else "memory") if complete else words.UNKNOWN,
+    )
+
+
+def _positive(value: float | None) -> float | None:
+    return value if words.known(value) and value > 0 else None
+
+
+def _roof_sentence(roofline: Roofline, rows: list[LayerRow], total: float) -> str:
+    of = f" of {words.count(roofline.batch, 'example')}" if roofline.batch else ""
+    said = f"One forward pass{of} takes {words.span(total)}"
+    if words.known(roofline.flops_per_example):
+        said += f", at {words.si(roofline.flops_per_example, 'FLOP')} an example"
+    said += "."
+    placed = [row for row in rows if row.of_roof is not None]
+    if placed:
+        took = sum(row.seconds for row in placed)
+        least = sum(row.seconds * min(row.of_roof or 0.0, 1.0) for row in placed)
+        said += f" With every layer at the roof it would take {words.percent(least / took, 0)} of that."
+    flat = sum(row.share for row in rows if row.flops_per_s is None)
+    if flat > 0.005:
+        said += f" {words.percent(flat, 0)} of the time goes to what has no matrix products or convolutions"
+        said += " (norms, activations, pooling): it has no place in the plot."
+    return said
+
+
+def _roof_chart(rows: list[LayerRow], peaks: dict[str, float], bandwidth: float | None) -> Chart | None:
+    placed = [
+        (row, (row.flops_per_s / row.bytes_per_s, row.flops_per_s))
+        for row in rows
+        if row.flops_per_s and row.bytes_per_s
+    ]
+    placed = [(row, place) for row, place in placed if all(1e-30 < v < 1e30 for v in place)]
+    if not placed:
+        return None
+    ridges = [peak / bandwidth for peak in peaks.values()] if bandwidth else []
+    x_low, x_high = _around([x for _, (x, _) in placed] + ridges, 2.0)
+    y_low, y_high = _around([y for _, (_, y) in placed] + list(peaks.values()), 1.7)
+    dots = Series(
+        label="layers",
+        points=[place for _, place in placed],
+        colour="second",
+        line=False,
+        radii=[max(2.0, 13 * math.sqrt(row.share)) for row, _ in placed],
+        texts=[_told(row, place[0]) for row, place in placed],
+        marks=_marks(placed, math.log10(x_high / x_low), math.log10(y_high / y_low)),
+    )
+    return chart(
+        "Roofline",
+        [*_roof_lines(peaks, bandwidth, (x_low, x_high), y_low), dots],
+        x_label="FLOP per byte",
+        y_label="FLOP/s",
+        x_range=(x_low, x_high),
+        y_range=(y_low, y_high),
+        show=lambda value: words.si(value),
+        log=True,
+    )
+
+
+def _roof_lines(peaks: dict[str, float], bandwidth: float | None, across: Point, y_low: float) -> Iterable[Series]:
+    x_low, x_high = across
+    for number, (dtype, peak) in enumerate(peaks.items()):
+        points = [(x_low, peak), (x_high, peak)]
+        if bandwidth is not None:
+            start = max(x_low, y_low / bandwidth)
+            points = [(start, start * bandwidth), (peak / bandwidth, peak), (x_high, peak)]
+        label = f"{dtype}, at most {words.si(peak, 'FLOP/s')}"
+        yield Series(label=label, points=points, colour="first" if number == 0 else "rule-line")
+
+
+def _around(values: list[float], factor: float) -> Point:
+    return min(values) / factor, max(values) * factor
+
+
+def _marks(placed: list[tuple[LayerRow, Point]], wide: float, high: float) -> list[str]:
+    """Numbers of the slowest layers, where they don't hide one another. The axes are so many decades long."""
+    taken: list[Point] = []
+    marks = []
+    for row, (x, y) in placed:
+        across, up = math.log10(x) / wide, math.log10(y) / high
+        free = all(abs(across - a) > APART or abs(up - b) > APART for a, b in taken)
+        marks.append(str(row.number) if free and row.number <= LAYERS else "")
+        if marks[-1]:
+            taken.append((across, up))
+    return marks
+
+
+def _told(row: LayerRow, intensity: float) -> str:
+    said = f"{row.number}: {row.name} ({row.kind}), {words.percent(row.share)} of the forward pass, "
+    said += f"{words.si(row.flops_per_s, 'FLOP/s')} at {intensity:.3g} FLOP per byte"
+    return said + (f", {words.percent(row.of_roof, 0)} of the roof" if row.of_roof is not None else "")
