@@ -52,12 +52,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 # --- verbs ---
 
 
-@app.command("device", help="Show this machine, what torch can use of it, and what is missing.")
-def _device(as_json: AsJson = False) -> None:
+@app.command("device", help="Show this machine, what torch can use of it, what it reaches, and what is missing.")
+def _device(
+    probe: Annotated[bool, typer.Option("--probe", help="Measure what the device reaches (under 20 s), once.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure it anew.")] = False,
+    device: DeviceName = "auto",
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
     with _result(as_json) as result:
-        from suanli.verbs.device import device, table
+        from suanli.verbs.device import device as describe
+        from suanli.verbs.device import table
 
-        found = device()
+        found = describe(probe=probe, fresh=fresh, device=device, cache_dir=cache_dir)
         result.values = found.to_json()
         result.shown = lambda: table(found)
 
@@ -196,6 +203,44 @@ def _predict(
         result.shown = lambda: as_csv(found) if csv else table(found)
         if found and all(p.error for p in found):
             result.exit_code = 3
+
+
+@app.command("bench", help="Measure what each change of the plan brings, from plain PyTorch up.")
+def _bench(
+    data: Data,
+    model: Annotated[str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")] = None,
+    recipe: Recipe = None,
+    epochs: Annotated[float | None, typer.Option(help="Of the training that is planned.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples of one step, over all processes.")] = None,
+    settings: Settings = None,
+    device: DeviceName = "auto",
+    speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the full plan; default: measured.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each rung; default: what time allows.")] = None,
+    rounds: Annotated[int, typer.Option(help="Turns in which the rungs are timed.")] = 5,
+    time_budget_s: Annotated[float | None, typer.Option(help="Seconds for all rungs together.")] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, in any currency.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-bench-<n>.")] = None,
+    input_column: InputColumn = None,
+    label_column: LabelColumn = None,
+    max_bad: MaxBad = 0.01,
+    data_dir: DataDir = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    options = {k: v for k, v in locals().items() if k not in ("as_json", "settings")}
+    with _result(as_json) as result:
+        from suanli.verbs.bench import Refused, bench, table
+
+        try:
+            found = bench(**options, settings=_parsed(settings))
+            result.values = found.to_json()
+        except Refused as error:  # the figures are shown all the same
+            found, result.exit_code = error.found, error.exit_code
+            failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
+            result.values = found.to_json() | failure
+            print(f"suanli: {error}", file=sys.stderr)
+        result.shown = lambda: table(found)
 
 
 @app.command("report", help="Write the run's report, one HTML page.")

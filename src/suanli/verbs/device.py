@@ -1,7 +1,8 @@
 """device: what this machine has, what this torch build can use of it, and what would add the rest.
 
-Everything is asked, nothing is benchmarked, so it answers in seconds. A GPU that is there and can't be
-used is the headline, with the command that mends it.
+Without `probe` everything is asked and nothing is timed, so it answers in seconds; how fast the machine is, is then
+what was measured and cached before. A GPU that is there and can't be used is the headline, with the command that
+mends it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from suanli import hardware
-from suanli.console import size
-from suanli.data import cache_dir, data_dir
+from suanli.console import plural, size
+from suanli.data import cache_dir as cache_dir_of
+from suanli.data import data_dir
 from suanli.errors import pip_install
 from suanli.gpus import Gpu, gpus, hidden, nvidia_driver
-from suanli.types import Json
+from suanli.probe import Ceilings, known, title
+from suanli.probe import probe as measured
+from suanli.types import AnyPath, Json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,7 @@ class DeviceReport:
     python: str
     torch: str
     parts: tuple[Part, ...]
+    ceilings: Ceilings | None  # of the asked device; None: not measured yet
 
     def to_json(self) -> dict[str, Json]:
         return asdict(self)
@@ -83,18 +88,26 @@ _PARTS = (
 _SAME = {"mlflow-skinny": "mlflow"}  # the full package serves too
 
 
-def device() -> DeviceReport:
-    """Describe this machine. Raises nothing for what is missing: that is in the report."""
+def device(
+    *, probe: bool = False, fresh: bool = False, device: str | None = "auto", cache_dir: AnyPath | None = None
+) -> DeviceReport:
+    """Describe this machine. With `probe`, measure what `device` can reach, unless that is cached; with `fresh`,
+    measure it anew. Raises nothing for what is missing: that is in the report. But a `device` by name must be here,
+    or it is a UsageError or MachineError."""
     import torch
 
     found, driver = gpus(), nvidia_driver()
-    usable = tuple(gpu.torch_name for gpu in found if gpu.torch_name and gpu.why_not is None)
+    runs_on = (*(gpu.torch_name for gpu in found if gpu.torch_name and gpu.why_not is None), "cpu")
+    automatic = device is None or device.strip().lower() == "auto"  # the headline tells why a GPU isn't used
+    asked = hardware.detect(runs_on[0] if automatic else device)
+    cache = cache_dir_of(cache_dir)
+    ceilings = measured(asked, cache, fresh=fresh) if probe or fresh else known(asked, cache)
     headline, fix = _headline(found, driver.problem)
     cpu = hardware.detect("cpu")
     return DeviceReport(
         headline=headline,
         fix=fix,
-        runs_on=(*usable, "cpu"),
+        runs_on=runs_on,
         cpu=cpu.name,
         architecture=platform.machine(),
         cores=hardware.cores(),
@@ -102,7 +115,7 @@ def device() -> DeviceReport:
         instruction_sets=tuple(n for n in hardware.INSTRUCTION_SETS if n in hardware.instruction_sets()),
         memory_bytes=cpu.memory_bytes,
         available_memory_bytes=hardware.available_memory_bytes(cpu),
-        disks=(_disk("prepared data", cache_dir()), _disk("downloads", data_dir())),
+        disks=(_disk("prepared data", cache), _disk("downloads", data_dir())),
         gpus=found,
         driver=driver.version,
         driver_cuda=driver.cuda,
@@ -112,6 +125,7 @@ def device() -> DeviceReport:
         python=platform.python_version(),
         torch=str(torch.__version__),
         parts=tuple(_part(*part) for part in _PARTS),
+        ceilings=ceilings,
     )
 
 
@@ -193,6 +207,7 @@ def table(report: DeviceReport, width: int = 80) -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
+    lines += ["", *_ceiling_lines(report.ceilings, width)]
     missing = [part for part in report.parts if part.install]
     if missing:
         lines += ["", "Not installed, and not needed unless you want what it adds:"]
@@ -224,6 +239,65 @@ def _software_rows(report: DeviceReport) -> Iterator[tuple[str, str]]:
     for part in report.parts:
         if part.version:
             yield part.name, part.version
+
+
+# Unit, and how many base units of the figure it is.
+_SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+_UNITS = {
+    "matmul_flops": "FLOP/s",
+    "conv_flops": "FLOP/s",
+    "memory_bytes_per_s": "B/s",
+    "host_to_device_bytes_per_s": "B/s",
+    "all_reduce_bytes_per_s": "B/s",
+    "launch_s": "s",
+    "graph_launch_s": "s",
+    "disk_read_bytes_per_s": "B/s",
+}
+
+
+def _ceiling_lines(ceilings: Ceilings | None, width: int) -> Iterator[str]:
+    if ceilings is None:
+        yield "How fast it is was never measured here. suanli device --probe does, in < 20 s."
+        return
+    busy = "" if ceilings.steady else ", on a busy machine"
+    threads = f" with {plural(ceilings.threads, 'thread')}" if ceilings.torch_name == "cpu" else ""
+    yield f"What {ceilings.torch_name} reaches{threads}, measured on {ceilings.time[:10]}{busy}:"
+    rows = [(title(name), _scaled(value, name), ceilings.spread[name]) for name, value in _figures(ceilings)]
+    indent = max(len(name) for name, _, _ in rows)
+    for name, value, spread in rows:
+        yield f"  {name:<{indent}}  {value:>16}  {'' if spread is None else f'± {spread:.1%}'}".rstrip()
+    if ceilings.absent:
+        yield from textwrap.wrap(
+            f"Not measured: {_absent(ceilings)}.", width, initial_indent="  ", subsequent_indent="    "
+        )
+
+
+def _absent(ceilings: Ceilings) -> str:
+    """Every reason once, behind the names that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in ceilings.absent.items():
+        names.setdefault(reason, []).append(title(name))
+    return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in names.items())
+
+
+def _figures(ceilings: Ceilings) -> Iterator[tuple[str, float]]:
+    """Every figure that there is, by the name that its spread has."""
+    for name, value in ceilings.to_json().items():
+        if isinstance(value, dict) and name in _UNITS:
+            yield from ((f"{name}.{precision}", rate) for precision, rate in value.items())
+        elif name in ceilings.spread:
+            yield name, value
+
+
+def _scaled(value: float, figure: str) -> str:
+    """Three digits in a unit that people say: 1.84e11 FLOP/s are "184 GFLOP/s"."""
+    name, _, precision = figure.partition(".")
+    if name not in _UNITS:
+        return f"{value:,.0f} images/s"
+    unit = "op/s" if precision == "int8" else _UNITS[name]
+    factor, prefix = next((scale for scale in _SCALES if value >= scale[0]), _SCALES[-1])
+    scaled = value / factor
+    return f"{scaled:.{0 if scaled >= 100 else 1 if scaled >= 10 else 2}f} {prefix}{unit}"
 
 
 def _size(count: int | None) -> str:

@@ -1,0 +1,260 @@
+"""Ceilings: really measured in a fraction of a second, cached, and not kept where the machine is busy."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suanli import ceilings, hardware
+from suanli.ceilings import PRECISIONS, Absent
+from suanli.disk import read_rates
+from suanli.probe import Ceilings, fingerprint, known, probe, title, unsteady
+from suanli.types import Device
+
+CPU = hardware.detect("cpu")
+SHORT_S = 0.4
+ANY = math.inf  # this machine may be as busy as it likes
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who had the cores")
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ceilings, Path]:
+    """The ceilings of this CPU, and the cache that they are in."""
+    cache = tmp_path_factory.mktemp("kept")
+    return probe(CPU, cache, budget_s=SHORT_S, widest=ANY), cache
+
+
+def entry(cache: Path) -> Path:
+    return cache / "probe" / f"{fingerprint(CPU)}.json"
+
+
+# --- what is measured -----------------------------------------------------------------------
+
+
+def test_every_figure_is_a_rate_with_its_spread(kept: tuple[Ceilings, Path]) -> None:
+    found, _ = kept
+    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert set(values["matmul_flops"]) | set(values["absent"]) >= set(PRECISIONS)
+    assert not set(values["matmul_flops"]) & set(values["absent"])
+    assert "float32" in values["matmul_flops"]
+    assert "float32" in values["conv_flops"]
+    figures = {f"{kind}.{p}" for kind in ("matmul_flops", "conv_flops") for p in values[kind]}
+    figures |= {name for name in values if name.endswith("_s") and values[name] is not None}
+    assert set(values["spread"]) == figures
+    assert {"memory_bytes_per_s", "launch_s", "jpeg_images_per_s"} <= figures
+    assert values["all_reduce_bytes_per_s"] is values["host_to_device_bytes_per_s"] is values["graph_launch_s"] is None
+    assert (values["disk_read_bytes_per_s"] is None) == ("disk_read_bytes_per_s" in values["absent"])
+
+
+def test_the_figures_are_of_this_machine(kept: tuple[Ceilings, Path]) -> None:
+    """Between an abacus and the fastest processor: a wrong unit or a wrong count is a factor of a thousand."""
+    found, _ = kept
+    assert 1e8 < found.matmul_flops["float32"] < 1e14
+    assert 1e8 < found.conv_flops["float32"] < 1e14
+    assert 1e8 < found.memory_bytes_per_s < 1e13
+    assert 1e-8 < found.launch_s < 1e-3
+    assert 10 < found.jpeg_images_per_s < 1e7
+
+
+def test_a_slow_emulation_is_no_ceiling() -> None:
+    plain = Device(name="", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",))
+    assert ceilings.why_not(plain, "float32") is None
+    for precision in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn"):
+        assert ceilings.why_not(plain, precision)
+
+
+@pytest.mark.parametrize("chosen", ["highest", "medium"])
+def test_float32_means_float32_whatever_the_process_chose(chosen: str) -> None:
+    places = (
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn.conv,
+        torch.backends.mkldnn.matmul,
+        torch.backends.mkldnn.conv,
+    )
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(chosen)
+        was = [place.fp32_precision for place in places]
+        with ceilings.fp32_computed_as("ieee"):
+            assert {place.fp32_precision for place in places} == {"ieee"}
+        with ceilings.fp32_computed_as("tf32"):
+            assert [place.fp32_precision for place in places[:2]] == ["tf32", "tf32"]
+        assert [place.fp32_precision for place in places] == was
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_titles_are_for_people(kept: tuple[Ceilings, Path]) -> None:
+    assert title("matmul_flops.int8") == "matrix product in int8"
+    assert not any("_" in title(name) for name in kept[0].spread)
+
+
+# --- the disk -------------------------------------------------------------------------------
+
+
+def test_a_disk_is_read_and_nothing_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "yet"
+    try:
+        rates = read_rates(folder, 0.5)
+    except Absent as reason:
+        pytest.skip(str(reason))
+    assert all(1e5 < rate < 1e12 for rate in rates)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
+def test_memory_is_no_disk() -> None:
+    with pytest.raises(Absent, match="memory|room"):
+        read_rates(Path("/dev/shm"), 0.5)
+
+
+# --- the cache ------------------------------------------------------------------------------
+
+
+def test_what_is_known_is_not_measured_again(kept: tuple[Ceilings, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found, cache = kept
+    assert known(CPU, cache) == found
+    assert probe(CPU, cache) == found  # the full budget would take seconds
+    assert capsys.readouterr().err == ""
+    assert [path.name for path in (cache / "probe").glob("*.json")] == [f"{found.fingerprint}.json"]
+
+
+def test_another_number_of_threads_is_another_machine(kept: tuple[Ceilings, Path]) -> None:
+    found, cache = kept
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 1)
+        assert fingerprint(CPU) != found.fingerprint
+        assert known(CPU, cache) is None
+    finally:
+        torch.set_num_threads(before)
+    assert fingerprint(CPU) == found.fingerprint
+
+
+@given(st.data())
+def test_a_cut_entry_is_unknown(kept: tuple[Ceilings, Path], tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    whole = entry(kept[1]).read_bytes().rstrip()
+    cache = tmp_path_factory.mktemp("cut")
+    entry(cache).parent.mkdir()
+    entry(cache).write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    assert known(CPU, cache) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": "another machine's"},
+        {"launch_s": 0.0},
+        {"launch_s": "3e-6"},
+        {"memory_bytes_per_s": math.nan},
+        {"matmul_flops": {"float32": -1.0}},
+        {"conv_flops": None},
+        {"steady": 1},
+    ],
+)
+def test_an_altered_entry_is_unknown(kept: tuple[Ceilings, Path], tmp_path: Path, change: dict[str, object]) -> None:
+    entry(tmp_path).parent.mkdir()
+    values = kept[0].to_json()
+    entry(tmp_path).write_text(json.dumps(values))
+    assert known(CPU, tmp_path) == kept[0]
+    entry(tmp_path).write_text(json.dumps(values | change))
+    assert known(CPU, tmp_path) is None
+
+
+def test_a_damaged_entry_is_measured_anew(tmp_path: Path) -> None:
+    entry(tmp_path).parent.mkdir()
+    entry(tmp_path).write_bytes(b"\xff\x00")
+    found = probe(CPU, tmp_path, budget_s=SHORT_S, widest=ANY)
+    assert known(CPU, tmp_path) == found
+    again = probe(CPU, tmp_path, fresh=True, budget_s=SHORT_S, widest=ANY)
+    assert again != found
+    assert known(CPU, tmp_path) == again
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    found = probe(CPU, tmp_path / "file" / "cache", budget_s=SHORT_S, widest=ANY)
+    assert found.matmul_flops["float32"] > 0
+    assert found.disk_read_bytes_per_s is None
+    assert "can't be written" in found.absent["disk_read_bytes_per_s"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "warning: The figures are not kept for the next time. Can't write" in said
+
+
+def test_of_two_processes_one_measures() -> None:
+    code = f"""
+import json, math, pathlib, sys, time
+from suanli.hardware import detect
+from suanli.probe import probe
+pathlib.Path("ready" + sys.argv[1]).touch()
+while not (pathlib.Path("ready0").exists() and pathlib.Path("ready1").exists()):
+    time.sleep(0.001)
+found = probe(detect("cpu"), pathlib.Path("shared"), fresh=True, budget_s={SHORT_S}, widest=math.inf)
+print(json.dumps(found.to_json()))
+"""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    answers = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert json.loads(answers[0][0]) == json.loads(answers[1][0])
+    assert sum("waiting for another process" in said for _, said in answers) == 1
+
+
+# --- a busy machine -------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.text(), st.none() | st.floats(0, 10)), st.floats(0, 10))
+def test_wide_or_unknown_is_unsteady(spread: dict[str, float | None], widest: float) -> None:
+    found = unsteady(spread, widest)
+    assert set(found) == {name for name, value in spread.items() if value is None or value > widest}
+    worst = [math.inf if spread[name] is None else spread[name] for name in found]
+    assert worst == sorted(worst, reverse=True)
+
+
+def test_wide_figures_are_said_and_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    random, precision = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
+    found = probe(CPU, tmp_path, budget_s=SHORT_S, widest=0)
+    assert not found.steady
+    assert "warning: This machine was busy" in capsys.readouterr().err
+    assert known(CPU, tmp_path) is None
+    # Measuring leaves the user's process as it was.
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert precision == torch.get_float32_matmul_precision()
+
+
+@contextmanager
+def rival():
+    """A program that computes all the time on the one core that this process may use."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+        os.sched_setaffinity(0, allowed)
+
+
+@needs_linux
+def test_a_rival_for_the_core_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with rival():
+        found = probe(CPU, tmp_path, budget_s=SHORT_S)
+    assert found.waiting is not None
+    assert found.waiting > 0.2
+    assert not found.steady
+    assert "something else had the cores" in capsys.readouterr().err
+    assert list((tmp_path / "probe").glob("*.json")) == []
