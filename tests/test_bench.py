@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,41 +25,23 @@ from suanli import hardware, plugins, probe
 from suanli.gate import Difference, difference, matched_shares
 from suanli.ladder import check
 from suanli.rungs import Ladder, Rung, rungs, shortened, visits
-from suanli.storage import write_json
 from suanli.tasks.classification import Classification
 from suanli.types import Plan, Recipe
 
-CEILINGS = {"float32": 1e11, "bfloat16": 2e11}
-SMALL = {"batch_size": 24, "device": "cpu", "settings": {"val_fraction": 0.3}}
+SMALL = {"batch_size": 24, "device": "cpu", "settings": {"val_fraction": 0.3, "model_args.widths": [8, 16]}}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache directory with the machine's ceilings, measured once and hastily."""
+    folder = tmp_path_factory.mktemp("measured")
+    probe.probe(hardware.detect("cpu"), folder, budget_s=0.1, widest=math.inf)
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def known_ceilings(tmp_path: Path) -> None:
-    """Probing takes longer than all tests here: these ceilings are made up."""
-    device = hardware.detect("cpu")
-    made = probe.Ceilings(
-        device=device.name,
-        torch_name="cpu",
-        threads=1,
-        fingerprint=probe.fingerprint(device),
-        time="2026-01-01T00:00:00+00:00",
-        seconds=1.0,
-        matmul_flops={name: value / 2 for name, value in CEILINGS.items()},
-        conv_flops=dict(CEILINGS),
-        absent={},
-        memory_bytes_per_s=1e10,
-        host_to_device_bytes_per_s=None,
-        all_reduce_bytes_per_s=None,
-        launch_s=1e-6,
-        graph_launch_s=None,
-        jpeg_images_per_s=None,
-        disk_read_bytes_per_s=None,
-        spread={},
-        steady=True,
-    )
-    (tmp_path / "cache" / "probe").mkdir(parents=True)
-    write_json(tmp_path / "cache" / "probe" / f"{made.fingerprint}.json", made.to_json())
-    assert probe.known(device, tmp_path / "cache") == made
+def known_ceilings(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured, tmp_path / "cache")
 
 
 @pytest.fixture
@@ -109,9 +93,10 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None:
     """The file has what the schema says, and the figures agree with each other."""
-    found = suanli.bench(
-        picture_folder(each=60), speedups="channels_last,bf16", steps=20, rounds=3, price_per_hour=3.6, **SMALL
-    )
+    if "bfloat16" not in hardware.detect("cpu").fast_dtypes:
+        pytest.skip("this processor has no fast bfloat16")
+    names = "channels_last,bf16"
+    found = suanli.bench(picture_folder(each=60), speedups=names, steps=20, rounds=3, price_per_hour=3.6, **SMALL)
     told = json.loads((found.run.path / "bench.json").read_text())
     assert told | {"run": str(found.run.path), "scores": found.to_json()["scores"]} == json.loads(
         json.dumps(found.to_json())
@@ -119,7 +104,7 @@ def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None
     assert found.run.path.name == "pictures-bench-1"
     assert [r["name"] for r in told["rungs"]] == ["plain PyTorch", "+ channels_last", "+ bf16"]
     assert (told["steps"], told["rounds"], told["headline"], told["tolerance"]) == (20, 3, "accuracy", 0.005)
-    assert told["ceiling_flops"] == CEILINGS
+    ceilings = told["ceiling_flops"]
     for rung in told["rungs"]:
         assert set(rung["scores"]) >= {"accuracy", "log_loss"}
         for name, unit in (("train", "step"), ("evaluate", "batch")):
@@ -128,7 +113,7 @@ def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None
             assert rate > 0
             assert 0 < phase[f"{unit}_ms_p50"] <= phase[f"{unit}_ms_p95"]
             assert phase["examples_per_price"] == pytest.approx(1000 * rate)
-            assert 0 < phase["share_of_ceiling"] < 1
+            assert 0 < phase["share_of_ceiling"] < 2  # the ceilings were measured hastily
             if sys.platform.startswith("linux") and phase["peak_memory_bytes"] is not None:
                 assert 50e6 < phase["peak_memory_bytes"] < 20e9
     plain, *others = told["rungs"]
@@ -141,7 +126,7 @@ def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None
         assert change["median"] == pytest.approx(gained)
     share = [r["train"]["share_of_ceiling"] / r["train"]["examples_per_s"]["median"] for r in told["rungs"]]
     assert share[0] == pytest.approx(share[1])
-    assert share[0] == pytest.approx(2 * share[2])  # bfloat16's ceiling is twice as high
+    assert share[0] * ceilings["float32"] == pytest.approx(share[2] * ceilings["bfloat16"])
     lines = [json.loads(line) for line in (found.run.path / "ledger.jsonl").read_text().splitlines()]
     assert [(line["metric"], line["variant"]) for line in lines[::2]] == [
         ("examples_per_s", "none"),
@@ -244,10 +229,11 @@ def test_auto_passes_over_what_fails(picture_folder: Callable[..., Path], plant:
 
 def test_time_ends_it_between_rounds(picture_folder: Callable[..., Path]) -> None:
     found = suanli.bench(picture_folder(each=60), speedups="channels_last", rounds=6, time_budget_s=0.01, **SMALL)
-    assert found.ladder.rounds == 1
-    told = [rung.train.examples_per_s.count for rung in found.ladder.rungs if rung.train]
-    assert told == [1, 1]
-    assert found.ladder.steps < sum(visits(14, 6))
+    told = found.to_json()
+    assert told["rounds"] == 1
+    assert 2 <= told["steps"] < told["planned_steps"]
+    assert [rung["train"]["examples_per_s"]["half_iqr"] for rung in told["rungs"]] == [None, None]
+    assert any("the learning rate had not come down" in remark for remark in found.ladder.remarks())
 
 
 def test_a_narrow_terminal(picture_folder: Callable[..., Path]) -> None:
@@ -323,6 +309,7 @@ def ladder(*above: Rung) -> Ladder:
         batch_size=1,
         rounds=1,
         steps=2,
+        planned_steps=2,
         headline="accuracy",
         tolerance=0.005,
         validation_examples=100,

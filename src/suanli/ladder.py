@@ -41,7 +41,7 @@ ROUNDS = 5
 BUDGET_S = 300.0  # for training and evaluating all rungs, where the number of steps isn't given
 EVALUATION_SHARE = 0.2  # of the budget
 MOST_BATCHES = 50  # of evaluation in a visit
-SURVEYED = 3  # steps and batches, from which the time of all is estimated
+SURVEYED = 3  # steps, from which the time of all is estimated
 
 
 def climb(
@@ -56,20 +56,19 @@ def climb(
 ) -> Ladder:
     """Measures plain PyTorch and every rung up to `plan`.
 
-    Without `steps`, as many as `budget_s` (default BUDGET_S) allows and at most the recipe's; with a budget,
-    no further round starts once it is spent. `price_per_hour` is in any currency. Raises Diverged, and what torch
-    raises, where plain PyTorch itself fails.
+    Without `steps`, as many as `budget_s` (default BUDGET_S) allows and at most the recipe's. Where time turns out
+    to be short, rounds get fewer steps, the same for all rungs; the first round always runs. `price_per_hour` is
+    in any currency. Raises Diverged, and what torch raises, where plain PyTorch itself fails.
     """
     places = [_Place(name, part) for name, part in rungs(plan)]
     survey = _survey(assembly)
-    budget = budget_s or BUDGET_S
+    limit_s = budget_s or (BUDGET_S if steps is None else math.inf)
     if steps is None:
-        afford = (1 - EVALUATION_SHARE) * budget / len(places) / survey.step_s
-        steps = min(survey.steps, max(2 * (rounds + 1), int(afford)))
+        afford = _affordable((1 - EVALUATION_SHARE) * limit_s, [survey.step_s] * len(places), survey.steps)
+        steps = min(survey.steps, max(2 * (rounds + 1), afford))
     recipe = shortened(assembly.recipe, steps, survey.steps_per_epoch)
     run = _Climb(_with_recipe(assembly, recipe), places, visits(steps, rounds))
-    afford = EVALUATION_SHARE * budget / len(places) / rounds / survey.batch_s
-    run.climb(budget_s or math.inf, batches=max(1, min(MOST_BATCHES, int(afford))))
+    run.climb(limit_s)
     highest = None if ceilings is None else ceiling_flops(ceilings)
     made = [run.rung(place, survey, highest, price_per_hour) for place in places]
     return Ladder(
@@ -77,6 +76,7 @@ def climb(
         batch_size=survey.batch_size,
         rounds=run.rounds,
         steps=run.steps,
+        planned_steps=steps,
         headline=run.task.headline,
         tolerance=run.task.tolerance,
         validation_examples=len(assembly.prepared.splits["val"]),
@@ -118,7 +118,6 @@ class _Survey:
     steps_per_epoch: int
     batch_size: int
     step_s: float
-    batch_s: float  # of evaluation
     step_flops: float  # of an example in training
     batch_flops: float  # of an example in evaluation
 
@@ -133,13 +132,11 @@ def _survey(assembly: Assembly) -> _Survey:
     way = Way(loop, assembly.device)
     step_flops, batch_flops = way.flops()
     way.train(SURVEYED)
-    way.evaluate(SURVEYED)
     return _Survey(
         steps=whole,
         steps_per_epoch=order.steps_per_epoch,
         batch_size=order.batch_size,
         step_s=percentile(way.training.step_s, 0.5),
-        batch_s=percentile(way.evaluation.step_s, 0.5),
         step_flops=step_flops / order.batch_size,
         batch_flops=batch_flops / way.evaluated,
     )
@@ -175,26 +172,40 @@ class _Climb:
         assert way is not None  # where plain PyTorch fails, nothing is measured
         return way.loop.task
 
-    def climb(self, budget_s: float, batches: int) -> None:
-        started = time.perf_counter()
+    def climb(self, limit_s: float) -> None:
         with Progress("Measuring", len(self.places) * len(self.sizes)) as bar:
-            self._warm_up(bar)
-            for number, steps in enumerate(self.sizes[1:]):
-                if number and time.perf_counter() - started > budget_s:
-                    break
-                for place, way in self._by_turns(number):
-                    with self._attempt(place):
-                        way.train(steps, elsewhere_bytes=self._held_elsewhere(place))
-                self.rounds, self.steps = number + 1, self.steps + steps
-                bar.update(len(self.places) * (number + 2), f"round {number + 1}")
+            self._train(bar, (1 - EVALUATION_SHARE) * limit_s)
         self._examine()
-        for number in range(-1, self.rounds):
-            for place, way in self._by_turns(number + 1):
-                with self._attempt(place):
-                    timed = number >= 0  # the first one warms up
-                    others = self._held_elsewhere(place)
-                    way.evaluate(batches if timed else 1, timed=timed, elsewhere_bytes=others)
+        self._evaluate(EVALUATION_SHARE * min(limit_s, BUDGET_S))
         self._train_again()
+
+    def _train(self, bar: Progress, limit_s: float) -> None:
+        started = time.perf_counter()
+        self._warm_up(bar)
+        rounds = self.sizes[1:]
+        for number, planned in enumerate(rounds):
+            left_s = limit_s - (time.perf_counter() - started)
+            if number and left_s <= 0:
+                break
+            paces = [way.training.pace_s for _, way in self._by_turns(0)]
+            steps = _affordable(left_s / (len(rounds) - number), paces, planned)
+            for place, way in self._by_turns(number):
+                with self._attempt(place):
+                    way.train(steps)
+            self.rounds, self.steps = number + 1, self.steps + steps
+            bar.update(len(self.places) * (number + 2), f"round {number + 1}")
+
+    def _evaluate(self, limit_s: float) -> None:
+        rounds = len(self.sizes) - 1
+        for place, way in self._by_turns(0):
+            with self._attempt(place):
+                way.evaluate(2, timed=False, elsewhere_bytes=self._held_elsewhere(place))
+        paces = [way.evaluation.pace_s for _, way in self._by_turns(0)]
+        batches = _affordable(limit_s / rounds, paces, MOST_BATCHES)
+        for number in range(rounds):
+            for place, way in self._by_turns(number):
+                with self._attempt(place):
+                    way.evaluate(batches)
 
     def _warm_up(self, bar: Progress) -> None:
         """Builds the rungs, in order: what fails is left out of the rungs above."""
@@ -301,6 +312,13 @@ class _Climb:
             refused=place.refused,
             failed=place.failed,
         )
+
+
+def _affordable(time_s: float, paces_s: Sequence[float], most: int) -> int:
+    """How many times all can be done one after the other, each taking so long: from 1 to `most`."""
+    if math.isinf(time_s):
+        return most
+    return max(1, min(most, int(max(0.0, time_s) / sum(paces_s))))
 
 
 def _phase(mine: Record, plain: Record, flops: float, ceiling: float | None, price_per_hour: float | None) -> Phase:

@@ -33,10 +33,15 @@ class Phase:
     joules_per_example: float | None
     examples_per_price: float | None  # for one unit of the price's currency
 
+    @property
+    def half_iqr(self) -> float | None:
+        """Of the examples per second; None: one round has no spread."""
+        return self.examples_per_s.half_iqr if self.examples_per_s.count > 1 else None
+
     def to_json(self, unit: str) -> dict[str, Json]:
         return {
-            "examples_per_s": {"median": self.examples_per_s.median, "half_iqr": self.examples_per_s.half_iqr},
-            "ratio": {"median": self.gain.ratio, "half_iqr": self.gain.spread},
+            "examples_per_s": {"median": self.examples_per_s.median, "half_iqr": self.half_iqr},
+            "ratio": {"median": self.gain.ratio, "half_iqr": self.gain.spread if self.gain.rounds > 1 else None},
             f"{unit}_ms_p50": self.step_ms_p50,
             f"{unit}_ms_p95": self.step_ms_p95,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -80,6 +85,7 @@ class Ladder:
     batch_size: int
     rounds: int
     steps: int  # that each rung was trained
+    planned_steps: int  # more than `steps`: time ended before
     headline: str
     tolerance: float
     validation_examples: int
@@ -123,6 +129,11 @@ class Ladder:
             yield (
                 f"{plural(self.validation_examples, 'validation example')} can't show a loss of "
                 f"{self.tolerance:.1%}: the interval is ±{widest:.1%} wide."
+            )
+        if self.steps < self.planned_steps:
+            yield (
+                f"Time allowed {self.steps} of {self.planned_steps} steps: the learning rate had not come down, so "
+                f"scores vary more."
             )
         if self.plain.train is not None and self.plain.train.examples_per_s.relative > STEADY:
             yield "Speed varied by more than a tenth between rounds: something else used the machine."

@@ -31,6 +31,7 @@ from suanli import energy, roofline
 from suanli.inference import infer
 from suanli.learner import active
 from suanli.loop import Loop, validation_batch
+from suanli.measure import percentile
 from suanli.types import Device
 
 
@@ -41,6 +42,7 @@ class Record:
     seconds: list[float] = field(default_factory=list)  # of each timed visit
     examples: list[int] = field(default_factory=list)  # in each timed visit
     step_s: list[float] = field(default_factory=list)  # of each step in them
+    pace_s: float = 0.0  # of a step, in the latest visit
     joules: float | None = 0.0  # in all of them; None: not readable
     peak_bytes: int | None = None  # in visits that weren't timed; None: unknown
 
@@ -122,11 +124,13 @@ class Way:
                 took = time.perf_counter() - started
             if watched and (peak := _peak(self.device)) is not None:
                 record.peak_bytes = max(record.peak_bytes or 0, peak - elsewhere_bytes)
+        intervals = marks.intervals_s()
+        record.pace_s = percentile(intervals, 0.5)
         if not timed:
             return
         record.seconds.append(took)
         record.examples.append(examples)
-        record.step_s += marks.intervals_s()
+        record.step_s += intervals
         joules = None if meter is None else meter.joules
         record.joules = None if joules is None or record.joules is None else record.joules + joules
 

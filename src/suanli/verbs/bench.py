@@ -81,7 +81,7 @@ def bench(
     """Measure what each change of the plan brings on this data and this machine, in training and evaluation.
 
     Every rung trains `steps` steps from the same start, by turns in `rounds` rounds; without `steps`, as many
-    as fit into `time_budget_s` (about five minutes) and at most the recipe's. `price_per_hour` of the machine,
+    as fit into `time_budget_s` (five minutes) and at most the recipe's. `price_per_hour` of the machine,
     in any currency, adds how many examples one unit of it buys.
 
     Raises Refused (a GateError) when the full plan's score on the validation split is worse than plain
@@ -164,7 +164,7 @@ def _record(run: Run, ladder: Ladder, environment: Mapping[str, Json]) -> None:
                     recipe=ladder.recipe,
                     variant="+".join(rung.speedups) or "none",
                     scores=scores,
-                    spread=phase.examples_per_s.half_iqr,
+                    spread=phase.half_iqr,
                     count=phase.examples_per_s.count,
                 )
             )
@@ -196,7 +196,10 @@ def table(found: Bench) -> Group:
 
 # Title and text of each column; one without any text is left out.
 _COLUMNS: tuple[tuple[str, Callable[[Phase], str]], ...] = (
-    ("examples/s", lambda p: f"{p.examples_per_s.median:,.0f} ±{p.examples_per_s.half_iqr:,.0f}"),
+    (
+        "examples/s",
+        lambda p: f"{p.examples_per_s.median:,.0f}" + ("" if p.half_iqr is None else f" ±{p.half_iqr:,.0f}"),
+    ),
     ("× plain", lambda p: f"{p.gain.ratio:.2f}"),
     ("p50/p95 ms", lambda p: f"{_ms(p.step_ms_p50)}/{_ms(p.step_ms_p95)}"),
     ("memory", lambda p: "" if p.peak_memory_bytes is None else size(p.peak_memory_bytes)),
