@@ -33,7 +33,7 @@ from suanli.types import Device
 PRECISIONS = ("float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 CHANNELS, PIXELS = 256, 14  # of the 3x3 convolution: the third stage of a ResNet at 224 px
 COPY_BYTES = 256 << 20
-LAUNCHES = 500  # of one call: fewer than a GPU's queue holds, or the queue would be measured
+LAUNCHES = 500  # in a row: fewer than a GPU's queue holds, or waiting for room in it would be measured
 JPEG_PIXELS = 224
 _FAST_INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
@@ -114,10 +114,10 @@ def _builders(device: Device, resources: ExitStack, clock: Clock) -> dict[str, C
     for precision in PRECISIONS[:4]:  # torch convolves in these only
         found[f"conv_flops.{precision}"] = partial(_convolution, device, precision, clock)
     found["memory_bytes_per_s"] = partial(_copy, device)
-    found["launch_s"] = partial(_launch, device)
+    found["launch_s"] = partial(_launch, device, clock)
     if device.type == "cuda":
         found["host_to_device_bytes_per_s"] = partial(_host_to_device, device)
-        found["graph_launch_s"] = partial(_graph_launch, device)
+        found["graph_launch_s"] = partial(_graph_launch, device, clock)
         if torch.cuda.device_count() > 1:
             found["all_reduce_bytes_per_s"] = _all_reduce
     found["jpeg_images_per_s"] = partial(_jpeg, resources)
@@ -169,7 +169,7 @@ def _convolution(device: Device, precision: str, clock: Clock) -> Work:
         raise Absent(reason)
     make = partial(_convolution_of, device, precision)
     on_cpu = device.type == "cpu"
-    return clock.grown(make, (1, 4, 16) if on_cpu else (64, 256, 1024))
+    return clock.grown(make, (1, 4, 16) if on_cpu else (512,))
 
 
 def _convolution_of(device: Device, precision: str, batch: int) -> Work:
@@ -280,27 +280,29 @@ def _all_reduce() -> Work:
     return Work(amount=float(COPY_BYTES), call=call)
 
 
-def _launch(device: Device) -> Work:
+def _launch(device: Device, clock: Clock) -> Work:
     """One tiny operation after another, in a place: what each costs beside its arithmetic."""
     tiny = torch.ones(1, device=device.torch_name)
 
-    def call() -> None:
-        for _ in range(LAUNCHES):
-            tiny.add_(1)
-
-    return Work(amount=LAUNCHES, call=call)
+    return _launches(lambda: tiny.add_(1), clock)
 
 
-def _graph_launch(device: Device) -> Work:
+def _graph_launch(device: Device, clock: Clock) -> Work:
     """A CUDA graph of one tiny kernel, replayed again and again."""
     tiny = torch.ones(1, device=device.torch_name)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device.torch_name), torch.cuda.graph(graph):
         tiny.add_(1)
 
+    return _launches(graph.replay, clock)
+
+
+def _launches(launch: Callable[[], object], clock: Clock) -> Work:
     def call() -> None:
         for _ in range(LAUNCHES):
-            graph.replay()
+            launch()
+        if clock.settle is not None:
+            clock.settle()
 
     return Work(amount=LAUNCHES, call=call)
 

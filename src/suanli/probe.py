@@ -31,7 +31,7 @@ from suanli.ceilings import Absent, settling, works
 from suanli.disk import read_rates
 from suanli.errors import StorageError
 from suanli.gpus import nvidia_driver
-from suanli.storage import write_json, writing
+from suanli.storage import write_json
 from suanli.types import Device, Json
 
 FORMAT = 1  # raise when a figure changes its meaning
@@ -79,10 +79,10 @@ def probe(
     """The ceilings of `device`: the cached ones, or measured now in about `budget_s` seconds and cached below
     `cache`. With `fresh`, measured even if they are known.
 
-    Figures of which one has a relative spread above `widest`, or that were taken while more than that share of the
-    time was spent waiting for a core, are returned and not cached, with a warning. A cache
-    that can't be written costs the next caller another measurement, with a warning. Of several processes that
-    measure at once, the others wait for the first and take its answer.
+    Figures of which one has a relative spread above `widest`, or that were taken while this process waited for a core
+    for more than that share of its time, are returned and not cached, with a warning. A cache that can't be written
+    costs the next caller another measurement, with a warning. Of several processes that measure at once, the others
+    wait for the first and take its answer. Raises nothing for what can't be measured: that is in `absent`.
     """
     if not fresh and (found := known(device, cache)) is not None:
         return found
@@ -110,7 +110,9 @@ def known(device: Device, cache: Path) -> Ceilings | None:
 def fingerprint(device: Device) -> str:
     """Of all that decides a ceiling and can be asked: other hardware, software or limits, another fingerprint."""
     facts: list[Json] = [FORMAT, device.name, device.torch_name, device.fast_dtypes, str(torch.__version__)]
-    facts += [hardware.cpu_name(), hardware.cores(), torch.get_num_threads(), sorted(hardware.instruction_sets())]
+    facts += [hardware.cpu_name(), hardware.cores(), sorted(hardware.instruction_sets())]
+    if device.type == "cpu":
+        facts += [torch.get_num_threads()]
     if device.type == "cuda":
         facts += [torch.version.cuda or torch.version.hip, torch.backends.cudnn.version()]  # type: ignore[no-untyped-call]
         facts += [nvidia_driver().version, torch.cuda.device_count()]
@@ -134,7 +136,7 @@ def _alone(path: Path) -> Iterator[bool]:
     lock = FileLock(path.parent / f".{path.name}.lock")
     waited = False
     with ExitStack() as held:
-        with suppress(StorageError), writing(path):
+        with suppress(OSError, NotImplementedError):  # a file system that is read-only, or has no locks
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 held.enter_context(lock.acquire(timeout=0.2))
