@@ -54,7 +54,7 @@ CASES = {
     "fine_tune": Case(data="imagenette5k.zip", weights_of="photos"),
     "fine_tune_grey": Case(data="grey_few.npz", weights_of="small_images_grey_any"),
     "text": Case(data="sentiment_en"),
-    "text_small": Case(data="sentiment_zh"),
+    "text_small": Case(data="sentiment_zh/ChnSentiCorp_htl_all.csv"),
 }
 
 

@@ -113,7 +113,7 @@ def record_folder(records: Path) -> Path:
 def environment(work: Path) -> dict[str, str]:
     """Of every stage: suanli from this tree, a cache that is empty at the start, no surprise from the network."""
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
-    own = {"PYTHONPATH": path, "SUANLI_CACHE": str(work / "cache"), "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    own = {"PYTHONPATH": path, "SUANLI_CACHE": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **own}
 
 

@@ -37,10 +37,10 @@ class Side:
         for _ in range(count):
             next(self.steps)
 
-    def block(self, count: int, settle: Callable[[], object] | None = None) -> float:
-        """Seconds of `count` steps after one that isn't timed, with the switches set."""
+    def block(self, count: int, settle: Callable[[], object] | None = None, *, untimed: int = 1) -> float:
+        """Seconds of `count` steps after some that aren't timed, with the switches set."""
         with nullcontext() if self.step is None else active(self.step):
-            self.advance(1)
+            self.advance(untimed)
             return seconds(partial(self.advance, count), settle)
 
 

@@ -1,0 +1,166 @@
+"""What only an NVIDIA GPU can show: speedups compute the same there, graphs replay what they recorded, rows that
+lie on the device are those of the cache, and training goes on where it stopped.
+
+A GPU adds in no fixed order, so equality is up to rounding unless cuDNN is held to one algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import suanli
+from suanli import checkpoint, planner, planning
+from suanli.assembly import Assembly
+from suanli.cache import Prepared
+from suanli.data import Feed
+from suanli.learner import Numbers, active
+from suanli.loop import Loop
+from suanli.plugins import load, names
+from suanli.types import Device, Plan, Recipe
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),  # torch's compiler uses what torch deprecates
+]
+
+RECIPE = Recipe(
+    model="speednet",
+    augment=("crop(padding=1)", "flip"),
+    batch_size=48,
+    epochs=2,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.01,
+)
+MUON = RECIPE.model_copy(update={"optimizer": "muon", "lr": 0.05, "optimizer_args": {"normalize_filters": True}})
+
+
+@pytest.fixture(autouse=True)
+def _one_algorithm() -> Iterator[None]:
+    """Atomic additions in some of cuDNN's algorithms would make two equal trainings differ."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def dropping(*, classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
+    height, width = image_size
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(in_channels * height * width, classes))
+
+
+def plan_for(speedups: str, assembly: Assembly) -> Plan:
+    """Skips where one of them isn't for this device or this training."""
+    for name in speedups.split(","):
+        reason = load("speedups", name).why_not(assembly.device)
+        reason = reason or load("speedups", name).needless(assembly.step, assembly.device)
+        if reason is not None:
+            pytest.skip(f"{name}: {reason}")
+    return planning.named(speedups, assembly.device)
+
+
+def trained(loop: Loop, steps: int | None = None) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds after so many steps."""
+    with active(loop.compute):
+        for _ in islice(loop.run(), steps):
+            pass
+    return {name: tensor.detach().cpu().clone() for name, tensor in loop.state()[0].items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        error = (value.double() - other[name].double()).norm() / value.double().norm().clamp(min=1e-3)
+        assert float(error) <= tolerance, f"{name} differs by {float(error):.2g}"
+
+
+def numbers(assembly: Assembly, plan: Plan) -> Numbers:
+    loop = assembly.trial(plan)
+    with active(loop.compute):
+        return loop.examine()
+
+
+@pytest.mark.parametrize("name", names("speedups"))
+def test_a_speedup_computes_the_same(name: str, prepared: Prepared, device: Device) -> None:
+    assembly = Assembly(RECIPE, prepared, device)
+    plan = plan_for(name, assembly)
+    error = planner.difference(numbers(assembly, planning.plain(device)), numbers(assembly, plan))
+    assert error <= load("speedups", name).tolerance
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("others", ["", "channels_last,"])
+def test_a_recorded_step_learns_what_an_issued_one_does(
+    recipe: Recipe, others: str, prepared: Prepared, device: Device
+) -> None:
+    """Over two epochs, in which the learning rate falls: a graph that kept its first rate would drift away."""
+    assembly = Assembly(recipe, prepared, device)
+    recorded = plan_for(f"{others}graphs", assembly)
+    plain = planning.named(others.rstrip(",") or "none", device)
+    assert_same(trained(assembly.trial(plain)), trained(assembly.trial(recorded)), tolerance=2e-3)
+
+
+def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Device) -> None:
+    """A network that doesn't learn, on one batch: only dropout changes its loss."""
+    recipe = RECIPE.model_copy(
+        update={"model": f"{__name__}:dropping", "lr": 1e-12, "weight_decay": 0.0, "augment": (), "batch_size": 100_000}
+    )
+    assembly = Assembly(recipe.model_copy(update={"epochs": 6}), prepared, device)
+    loop = assembly.trial(plan_for("graphs", assembly))
+    losses = []
+    with active(loop.compute):
+        for _ in loop.run():
+            losses.append(loop.settle())
+    assert len(set(losses[1:])) > 1
+
+
+def test_rows_on_the_device_are_those_of_the_cache(prepared: Prepared, device: Device) -> None:
+    positions = [torch.randperm(len(prepared.splits["train"]))[:50] for _ in range(5)]
+    resident = Feed(prepared.splits["train"], device, resident=True)
+    mapped = Feed(prepared.splits["train"], device)
+    ways = (
+        resident.batches(iter(positions)),
+        mapped.batches(iter(positions)),
+        mapped.batches(iter(positions), read_ahead=True),
+    )
+    for batches in zip(*ways, strict=True):
+        assert all(tensor.device.type == device.type for batch in batches for tensor in batch)
+        assert all(torch.equal(a, b) for batch in batches[1:] for a, b in zip(batches[0], batch, strict=True))
+
+
+@pytest.mark.parametrize("speedups", ["none", "channels_last,resident", "channels_last,resident,graphs"])
+def test_training_goes_on_where_it_stopped(speedups: str, prepared: Prepared, device: Device, tmp_path: Path) -> None:
+    assembly = Assembly(RECIPE, prepared, device)
+    plan = planning.plain(device) if speedups == "none" else plan_for(speedups, assembly)
+    whole = trained(assembly.trial(plan))
+    first = assembly.trial(plan)
+    trained(first, 7)
+    checkpoint.save_step(tmp_path, first.progress.step, *first.state())
+    saved = checkpoint.newest(tmp_path)
+    assert saved is not None
+    second = Assembly(RECIPE, prepared, device, fresh=False).loop(plan)
+    second.restore(saved)
+    assert_same(whole, trained(second), tolerance=2e-3)
+    assert second.progress.step == second.steps
+
+
+def test_half_precision_with_a_scaled_loss_learns(prepared: Prepared, device: Device) -> None:
+    assembly = Assembly(RECIPE.model_copy(update={"epochs": 8}), prepared, device)
+    loop = assembly.trial(plan_for("fp16", assembly))
+    trained(loop)
+    assert loop.validate()["accuracy"] > 0.5  # of three classes
+
+
+@pytest.mark.parametrize("speedups", ["auto", "none"])
+def test_a_run_on_the_device(speedups: str, device: Device, tmp_path: Path) -> None:
+    run = suanli.train("digits", device=device.type, speedups=speedups, epochs=6, out=tmp_path / "run")
+    assert run.summary["status"] == "finished"
+    assert run.summary["plan"]["device"] == device.torch_name
+    assert run.metrics[-1]["scores"]["accuracy"] > 0.5
+    assert speedups == "auto" or not run.summary["plan"]["speedups"]
