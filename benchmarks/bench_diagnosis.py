@@ -4,7 +4,7 @@ Both sides train the same network on the same data in one process, by turns, a f
 written by hand and marks where suanli's own loop marks: input, forward, backward, optimizer. Two sizes: `small`
 is the worst case, a network of digits whose steps take a few milliseconds; `large` takes some hundred.
 
-    python benchmarks/bench_diagnosis.py [--rounds 200] [--threads 1] [--device cpu] [--out records/…/diagnosis.json]
+    python benchmarks/bench_diagnosis.py [--rounds 2000] [--threads 1] [--device cpu] [--out records/…/diagnosis.json]
 
 Two figures each. `ratio` is how many times as long the steps take with the clock, from pairs; it holds everything,
 but the machine's noise as well, so its standard error is given. `share` is the time of the calls by themselves, in a
@@ -31,8 +31,8 @@ from suanli.phases import CudaTimeline, DeviceClock, HostClock, StepClock
 from suanli.types import Json
 
 SIZES = {  # batch, channels, side, width, steps a turn
-    "small": (64, 1, 8, 32, 10),
-    "large": (256, 3, 32, 48, 1),
+    "small": (64, 1, 8, 24, 2),
+    "large": (64, 3, 32, 48, 1),
 }
 CALLS = 4000
 
@@ -115,8 +115,8 @@ def measured(size: str, device: torch.device, rounds: int, budget_s: float) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--budget-s", type=float, default=60.0, help="for each size")
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--budget-s", type=float, default=30.0, help="for each size")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)

@@ -1,13 +1,22 @@
-"""From a recipe, prepared data, a device and a plan to a loop that is ready for its first step."""
+"""All that a training needs, put together once; from it come loops for any plan.
+
+`Assembly` is what is trained, before it is decided how it is computed: network, optimizer, splits on the
+device. `loop` gives the one that trains; `trial` gives as many as the planner wants, on copies.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from suanli import building, planning
+from suanli import building, data, planning, probe
 from suanli.cache import Prepared
 from suanli.console import say
 from suanli.data import Feed, mix
@@ -18,41 +27,86 @@ from suanli.types import Device, Plan, Recipe, Step
 
 INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
 
+# What decides how long a step takes; a plan holds for every recipe that agrees in these.
+_COMPUTED = (
+    *("model", "model_args", "task", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
+    *("backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
+)
 
-def build_loop(recipe: Recipe, prepared: Prepared, device: Device, plan: Plan, *, fresh: bool = True) -> Loop:
-    """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`:
-    a checkpoint will replace every weight, so none is loaded or initialised from data."""
-    torch.manual_seed(mix(recipe.seed, 0))
-    module = building.build(recipe, prepared.preprocess, len(prepared.classes))
-    head = building.head_of(module, building.resolve(recipe.model))
-    if fresh and recipe.weights is not None:
-        file, card = weights_of(Path(recipe.weights).expanduser())
-        other_classes = card is not None and tuple(card["classes"]) != prepared.classes
-        say(str(building.load_weights(module, file, head, new_head=other_classes)))
-    train, val = (Feed(prepared.splits[s], device) for s in ("train", "val"))
-    module.to(device.torch_name)
-    initialize = getattr(module, "initialize", None)
-    if fresh and recipe.weights is None and callable(initialize):
-        spread = torch.from_numpy(np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES])
-        initialize(prepared.preprocess.to_model(train.rows(spread)))
-    step = planning.apply(plan, Step(model=module), device)
-    optimizer = load("optimizers", recipe.optimizer).build(
-        list(module.named_parameters()),
-        head=head,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        backbone_lr_scale=recipe.backbone_lr_scale,
-        fused=step.fused_optimizer,
-        **recipe.optimizer_args,
-    )
-    return Loop(
-        recipe=recipe,
-        step=step,
-        optimizer=optimizer,
-        task=load("tasks", recipe.task)(),
-        preprocess=prepared.preprocess,
-        train=train,
-        val=val,
-        device=device,
-        classes=len(prepared.classes),
-    )
+
+class Assembly:
+    """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`: a
+    checkpoint will replace every weight, so none is loaded or initialised from data."""
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, *, fresh: bool = True) -> None:
+        self.recipe, self.prepared, self.device = recipe, prepared, device
+        torch.manual_seed(mix(recipe.seed, 0))
+        module = building.build(recipe, prepared.preprocess, len(prepared.classes))
+        head = building.head_of(module, building.resolve(recipe.model))
+        if fresh and recipe.weights is not None:
+            file, card = weights_of(Path(recipe.weights).expanduser())
+            other_classes = card is not None and tuple(card["classes"]) != prepared.classes
+            say(str(building.load_weights(module, file, head, new_head=other_classes)))
+        self.can_reside = device.type != "cpu" and data.fits(prepared.splits["train"], device)
+        self._feed = cache(lambda split, resident: Feed(prepared.splits[split], device, resident=resident))
+        module.to(device.torch_name)
+        initialize = getattr(module, "initialize", None)
+        if fresh and recipe.weights is None and callable(initialize):
+            train: Feed = self._feed("train", False)
+            spread = np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES]
+            initialize(prepared.preprocess.to_model(train.rows(torch.from_numpy(spread))))
+        self.module = module
+        self.optimizer: torch.optim.Optimizer = load("optimizers", recipe.optimizer).build(
+            list(module.named_parameters()),
+            head=head,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            backbone_lr_scale=recipe.backbone_lr_scale,
+            **recipe.optimizer_args,
+        )
+
+    @property
+    def step(self) -> Step:
+        """How plain PyTorch computes it."""
+        return Step(
+            model=self.module,
+            optimizer=self.optimizer,
+            memory_format=torch.contiguous_format,  # or the layout of the cached rows would go on through the network
+            parts=self.recipe.accumulate,
+            reads=True,
+            can_reside=self.can_reside,
+        )
+
+    def loop(self, plan: Plan) -> Loop:
+        """The loop that trains the network itself. Once: a speedup may change it for good."""
+        return self._loop(self.step, plan)
+
+    def trial(self, plan: Plan) -> Loop:
+        """A loop that trains a copy from the same start."""
+        model, optimizer = copy.deepcopy((self.module, self.optimizer))
+        return self._loop(replace(self.step, model=model, optimizer=optimizer), plan)
+
+    def _loop(self, step: Step, plan: Plan) -> Loop:
+        step = planning.apply(plan, step, self.device)
+        return Loop(
+            recipe=self.recipe,
+            step=step,
+            task=load("tasks", self.recipe.task)(),
+            preprocess=self.prepared.preprocess,
+            train=self._feed("train", step.resident),
+            val=self._feed("val", step.resident and data.fits(self.prepared.splits["val"], self.device)),
+            device=self.device,
+            classes=len(self.prepared.classes),
+        )
+
+    @property
+    def key(self) -> str:
+        """Names all that decides which plan is the best: what is computed, on what, with which software."""
+        facts = [
+            {name: self.recipe.model_dump(mode="json")[name] for name in _COMPUTED},
+            [self.prepared.preprocess.kind, self.prepared.preprocess.model_args, self.prepared.preprocess.input_shape],
+            len(self.prepared.classes),
+            probe.fingerprint(self.device),
+        ]
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

@@ -96,6 +96,9 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+_COMPUTING = ("fused", "foreach", "capturable", "differentiable")  # entries of a group that torch's step obeys
+
+
 # --- optimizers -----------------------------------------------------------------------------
 
 
@@ -110,7 +113,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 values.setdefault(str(index), {})[key] = value
-    return tensors, {"values": values, "groups": state["param_groups"]}
+    groups = [
+        {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in group.items()} for group in state["param_groups"]
+    ]
+    return tensors, {"values": values, "groups": groups}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Json) -> None:
@@ -126,8 +132,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Js
                 # the order of memory and would pair the wrong elements.
                 tensor = torch.empty_like(parameter.detach(), dtype=tensor.dtype).copy_(tensor)
             state.setdefault(int(index), {})[key] = tensor
-    # JSON has no tuples; torch's own groups have (betas).
+    # JSON has no tuples; torch's own groups have (betas). How the step is computed is the new plan's.
     groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in g.items()} for g in plain["groups"]
+        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in saved.items()}
+        | {k: v for k, v in group.items() if k in _COMPUTING}
+        for saved, group in zip(plain["groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -142,6 +143,9 @@ def _readable(rows: Sequence[Row]) -> Iterator[Raw]:
             continue  # reported by the data check
 
 
+Fetched = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, targets, positions
+Read = TypeVar("Read")
+
 # --- batches --------------------------------------------------------------------------------
 
 
@@ -188,23 +192,19 @@ class Order:
 class Feed:
     """Batches of one split on the device: rows (B, *row_shape), targets (B,), positions (B,)."""
 
-    def __init__(self, split: Split, device: Device, *, resident: bool | None = None) -> None:
+    def __init__(self, split: Split, device: Device, *, resident: bool = False) -> None:
+        """`resident`: every row is moved to the device first. On a CPU the map is as good: its pages stay in
+        memory."""
         self.split = split
         self.device = torch.device(device.torch_name)
-        self.row_bytes = int(np.prod(split.inputs.shape[1:])) * split.inputs.dtype.itemsize
-        if resident is None:
-            room = hardware.available_memory_bytes(device)
-            resident = room is None or len(split) * self.row_bytes <= RESIDENT_SHARE * room
         self.resident = resident
         self.targets = torch.from_numpy(split.targets).to(self.device)
-        self._rows = None
-        if resident and self.device.type != "cpu":  # on a CPU the map is as good: its pages stay in memory
-            self._rows = self._on_device()
+        self._rows = self._on_device() if resident and self.device.type != "cpu" else None
 
     def _on_device(self) -> torch.Tensor:
         """All rows, moved part by part: a second copy in main memory might not fit."""
         inputs, index = self.split.inputs, self.split.index
-        part = max(1, MOVED_BYTES // self.row_bytes)
+        part = max(1, MOVED_BYTES // row_bytes(self.split))
         first = torch.from_numpy(inputs[index[:1]])
         rows = torch.empty((len(index), *first.shape[1:]), dtype=first.dtype, device=self.device)
         for start in range(0, len(index), part):
@@ -218,37 +218,62 @@ class Feed:
         """Rows at these positions (on the CPU), on the device."""
         if self._rows is not None:
             return self._rows.index_select(0, positions.to(self.device))
-        rows = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]])
-        if self.device.type == "cuda":
-            return rows.pin_memory().to(self.device, non_blocking=True)
-        return rows.to(self.device)
+        return torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).to(self.device)
 
-    def batches(self, steps: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """A batch for each entry of `steps`. Mapped rows are read ahead by a thread."""
-        if self.resident:
-            for positions in steps:
-                yield self._batch(positions)
+    def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[Fetched]:
+        """A batch for each entry of `steps`; read by a thread, some batches ahead, where that is wanted."""
+        if not read_ahead or self._rows is not None:
+            yield from map(self._batch, steps)
+        elif self.device.type == "cuda":
+            yield from self._copied_aside(steps)
         else:
             yield from _read_ahead(self._batch, steps)
 
-    def _batch(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _batch(self, positions: torch.Tensor) -> Fetched:
         on_device = positions.to(self.device)
         return self.rows(positions), self.targets.index_select(0, on_device), on_device
 
-    def in_order(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _copied_aside(self, steps: Iterator[torch.Tensor]) -> Iterator[Fetched]:
+        """Copies from pinned memory run on a stream of their own, beside the computing of earlier batches."""
+        stream = torch.cuda.Stream(self.device)
+
+        def read(positions: torch.Tensor) -> tuple[Fetched, torch.cuda.Event]:
+            found = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()
+            with torch.cuda.stream(stream):
+                on_device = positions.pin_memory().to(self.device, non_blocking=True)
+                rows = found.to(self.device, non_blocking=True)
+                batch = rows, self.targets.index_select(0, on_device), on_device
+                return batch, stream.record_event()
+
+        for batch, copied in _read_ahead(read, steps):
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(copied)
+            for tensor in batch:
+                tensor.record_stream(computing)  # or its memory could be given to the next copy too soon
+            yield batch
+
+    def in_order(self, batch_size: int, *, read_ahead: bool = False) -> Iterator[Fetched]:
         """Every example once, in the order of the split; the last batch may be smaller."""
-        return self.batches(iter(torch.arange(len(self)).split(batch_size)))  # type: ignore[no-untyped-call]
+        positions = torch.arange(len(self)).split(batch_size)  # type: ignore[no-untyped-call]
+        return self.batches(iter(positions), read_ahead=read_ahead)
 
 
-Fetched = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+def row_bytes(split: Split) -> int:
+    return int(np.prod(split.inputs.shape[1:])) * split.inputs.dtype.itemsize
 
 
-def _read_ahead(read: Callable[[torch.Tensor], Fetched], steps: Iterator[torch.Tensor]) -> Iterator[Fetched]:
+def fits(split: Split, device: Device) -> bool:
+    """Whether the device's memory has room for the split beside a training."""
+    room = hardware.available_memory_bytes(device)
+    return room is None or len(split) * row_bytes(split) <= RESIDENT_SHARE * room
+
+
+def _read_ahead(read: Callable[[torch.Tensor], Read], steps: Iterator[torch.Tensor]) -> Iterator[Read]:
     """`read` of each entry, done in a thread a few entries ahead."""
-    ready: queue.Queue[Fetched | BaseException | None] = queue.Queue(READ_AHEAD)
+    ready: queue.Queue[Read | BaseException | None] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
 
-    def put(item: Fetched | BaseException | None) -> None:
+    def put(item: Read | BaseException | None) -> None:
         while not stop.is_set():
             with suppress(queue.Full):
                 ready.put(item, timeout=0.1)

@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from suanli import checkpoint, hardware
+from suanli import checkpoint, hardware, measure
 from suanli.console import duration, size
 from suanli.errors import OutOfMemory, UsageError
+from suanli.learner import active
 from suanli.loop import Loop
-from suanli.threads import step_seconds
 from suanli.types import Device, Json
 
 PROBE_BATCHES = (2, 6)
@@ -49,7 +49,7 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     word. Raises UsageError for a network that can't learn from such batches."""
     held = hardware.peak_memory_bytes(device) or 0
     batch = -(-loop.order.batch_size // loop.recipe.accumulate)
-    with enough_memory(device), _able_to_learn(loop, batch), loop.untouched():
+    with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
         per_example, once = _activation_bytes(loop, batch)
     fixed = once + _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
     saving = SAVING_COPIES * fixed if device.type == "cpu" else 0  # when the batch is gone
@@ -92,24 +92,36 @@ def enough_memory(device: Device) -> Iterator[None]:
         ) from error
 
 
-def forecast(loop: Loop, memory_bytes: int) -> Forecast:
-    """`memory_bytes` is what `refuse_too_big` found."""
-    try:
-        with loop.untouched():
-            step_seconds(loop)
-            step_s = step_seconds(loop)
-    except (RuntimeError, MemoryError) as error:
-        if not hardware.out_of_memory(error):
-            raise
-        raise out_of_memory(loop, memory_bytes, None, loop.order.batch_size // 2) from error
+def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
+    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a step took when the plan was made; None: it
+    wasn't timed, and is now."""
+    if step_s is None:
+        step_s = _step_seconds(loop, memory_bytes)
     validations = loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every
     # A forward pass is about a third of a training step.
     validation_s = validations * len(loop.val_feed) / loop.order.batch_size * step_s / 3
     return Forecast(
-        train_seconds=loop.steps * step_s + validation_s,
+        train_seconds=(loop.steps - loop.progress.step) * step_s + validation_s,
         memory_bytes=memory_bytes,
         disk_bytes=_weights_bytes(loop) * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
     )
+
+
+def _step_seconds(loop: Loop, memory_bytes: int) -> float:
+    """Of one forward and backward pass at the real batch size."""
+
+    def settle() -> None:
+        if loop.device.type == "cuda":
+            torch.cuda.synchronize(loop.device)
+
+    try:
+        with active(loop.compute), loop.untouched():
+            loop.try_step(loop.order.batch_size)
+            return measure.seconds(lambda: loop.try_step(loop.order.batch_size), settle)
+    except (RuntimeError, MemoryError) as error:
+        if not hardware.out_of_memory(error):
+            raise
+        raise out_of_memory(loop, memory_bytes, None, loop.order.batch_size // 2) from error
 
 
 def out_of_memory(loop: Loop, needed: int, available: int | None, fits: int) -> OutOfMemory:
@@ -153,5 +165,5 @@ def _kept_bytes(loop: Loop, batch: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loop.try_step(batch)
+        loop.try_step(batch, whole=True)
     return sum(kept.values())

@@ -112,6 +112,8 @@ def _gpu_device(gpu: Gpu) -> Device:
                 fast.append("bfloat16")
             if torch.version.hip or major >= 7:  # from 7.0 on there are half-precision tensor cores
                 fast.append("float16")
+            if not torch.version.hip and major >= 8:
+                fast.append("tfloat32")
             if not torch.version.hip and (major, minor) >= (8, 9):
                 fast.append("float8_e4m3fn")
     return Device(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from suanli.learner import call
 from suanli.types import Preprocess, Step, Task
 
 Views = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -33,18 +34,8 @@ def infer(
             for rows in batches:
                 inputs = preprocess.to_model(rows)
                 shown = views(inputs) if views else [inputs]
-                total = sum(task.probabilities(forward(step, view)) for view in shown)
+                total = sum(task.probabilities(call(step, step.model, view)) for view in shown)
                 found.append((total / len(shown)).float().cpu())  # type: ignore[union-attr]
     finally:
         step.model.train(was_training)
     return torch.cat(found).numpy() if found else np.zeros((0, 0), np.float32)
-
-
-def forward(step: Step, inputs: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K) of model inputs, in the precision and layout of the step."""
-    if step.memory_format is not None and inputs.dim() == 4:
-        inputs = inputs.to(memory_format=step.memory_format)
-    if step.autocast_dtype is None:
-        return step.model(inputs)  # type: ignore[no-any-return]
-    with torch.autocast(inputs.device.type, dtype=step.autocast_dtype):
-        return step.model(inputs)  # type: ignore[no-any-return]

@@ -21,7 +21,8 @@ from suanli import checkpoint
 from suanli.augmentation import compose
 from suanli.data import Feed, Order, mix
 from suanli.errors import DamagedFile, Diverged, UsageError
-from suanli.inference import forward, infer
+from suanli.inference import infer
+from suanli.learner import Learner, Numbers
 from suanli.schedule import factor
 from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
 
@@ -38,7 +39,6 @@ class Progress:
     best: float | None = None
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
-    input_s: float = 0.0  # of these, waited for and spent on inputs
 
 
 class Loop:
@@ -47,7 +47,6 @@ class Loop:
         *,
         recipe: Recipe,
         step: Step,
-        optimizer: torch.optim.Optimizer,
         task: Task,
         preprocess: Preprocess,
         train: Feed,
@@ -55,13 +54,14 @@ class Loop:
         device: Device,
         classes: int,
     ) -> None:
-        self.recipe, self.compute, self.optimizer, self.task = recipe, step, optimizer, task
+        self.recipe, self.compute, self.task = recipe, step, task
         self.preprocess, self.train_feed, self.val_feed = preprocess, train, val
         self.classes = classes
         self.device = torch.device(device.torch_name)
         self.order = Order(len(train), recipe.batch_size, recipe.seed)
         self.augment = compose(recipe.augment, preprocess.kind)
         self.class_weights = self._class_weights()
+        self.learner = Learner(step, self._loss, clip_norm=recipe.clip_norm)
         self.progress = Progress(segments=[recipe.epochs])
         self.ema = _copy(step.model) if recipe.ema_decay is not None else None
         self._own = step.model.state_dict()  # the tensors themselves: they stay the same while values change
@@ -71,10 +71,21 @@ class Loop:
         self.rate = 0.0  # the recipe's learning rate as the schedule has it now
         self._losses: list[torch.Tensor] = []
         self._generator = torch.Generator(self.device)
+        self._default_generators = [torch.default_generator]
+        if self.device.type == "cuda":
+            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+            self._default_generators.append(torch.cuda.default_generators[index])
+        elif self.device.type == "mps":
+            self._default_generators.append(torch.mps._get_default_mps_generator())
+        self._running: Iterator[float] | None = None
 
     @property
     def model(self) -> nn.Module:
         return self.compute.model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.compute.optimizer
 
     @property
     def steps(self) -> int:
@@ -93,18 +104,19 @@ class Loop:
         The loss is the newest known one: on a GPU it lags by up to LOSSES_HELD steps. Raises
         Diverged at the first loss that is not finite.
         """
-        first = self.progress.step
-        positions = (self.order.positions(s) for s in range(first, self.steps))
-        batches = self.train_feed.batches(positions)
+        positions = (self.order.positions(s) for s in range(self.progress.step, self.steps))
+        batches = self.train_feed.batches(positions, read_ahead=self.compute.read_ahead)
         self.model.train()
+        clock = self.learner.clock
         loss = math.nan
         while self.progress.step < self.steps:
             started = time.perf_counter()
-            rows, targets, index = next(batches)
-            batch = self._inputs(rows, targets, index)
-            self.progress.input_s += time.perf_counter() - started
+            clock.begin()
+            batch = self._inputs(*next(batches))
+            clock.mark("input")
             self._losses.append(self._learn(batch))
             self.progress.step += 1
+            clock.end()
             if self.device.type == "cpu" or len(self._losses) >= LOSSES_HELD:
                 loss = self.settle()
             self.progress.seconds += time.perf_counter() - started
@@ -123,31 +135,48 @@ class Loop:
 
     def _learn(self, batch: Batch) -> torch.Tensor:
         """One step of the optimizer on a batch; its loss, not waited for."""
-        step, recipe = self.progress.step, self.recipe
-        torch.manual_seed(mix(recipe.seed, 2, step))  # for dropout inside the model
+        step = self.progress.step
+        self._seed(step)
         self._set_rate(step)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = min(recipe.accumulate, len(batch.inputs))
-        total = torch.zeros((), device=self.device)
-        for inputs, targets in zip(batch.inputs.tensor_split(parts), batch.targets.tensor_split(parts), strict=True):
-            loss = self._loss(inputs, targets) * (len(inputs) / len(batch.inputs))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
-        self.optimizer.step()
+        loss = self.learner(batch.inputs, batch.targets)
         if self.ema is not None:
             self._average(step)
-        return total
+        return loss
 
-    def try_step(self, examples: int) -> None:
-        """Forward and backward on some training examples, without a step: for measuring. Changes
-        gradients and batch statistics, which the caller puts back."""
-        self.model.train()
+    def _seed(self, step: int) -> None:
+        """For dropout inside the model. `torch.manual_seed` asks every kind of device, which takes longer than the
+        kernels of a small step."""
+        for generator in self._default_generators:
+            generator.manual_seed(mix(self.recipe.seed, 2, step))
+
+    def advance(self) -> None:
+        """The next step of `run`, waited for: what the planner times."""
+        if self._running is None:
+            self._running = self.run()
+        next(self._running)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def first_batch(self, examples: int | None = None) -> Batch:
+        """The batch of the first step, or some examples of it, as training augments it: for measuring."""
         positions = self.order.positions(0)[:examples]
-        rows, targets, index = next(self.train_feed.batches(iter([positions])))
-        batch = self._inputs(rows, targets, index)
-        self._loss(batch.inputs, batch.targets).backward()  # type: ignore[no-untyped-call]
+        return self._inputs(*next(self.train_feed.batches(iter([positions]))))
+
+    def try_step(self, examples: int, *, whole: bool = False) -> None:
+        """Forward and backward on some training examples, without a step: for measuring. `whole`: at once,
+        even if the recipe computes in parts. Changes gradients and batch statistics, which the caller puts
+        back."""
+        self.model.train()
+        batch = self.first_batch(examples)
+        self.learner.backward(batch.inputs, batch.targets, whole=whole)
+
+    def examine(self) -> Numbers:
+        """Trains one step on the first batch and tells what it computed."""
+        self.model.train()
+        batch = self.first_batch()
+        self._seed(0)
+        self._set_rate(self.progress.step)
+        return self.learner.examine(batch.inputs, batch.targets)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -159,12 +188,9 @@ class Loop:
             self.model.load_state_dict(before)
             self.model.zero_grad(set_to_none=True)
 
-    def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.task.loss(
-            forward(self.compute, inputs),
-            targets,
-            label_smoothing=self.recipe.label_smoothing,
-            class_weights=self.class_weights,
+            logits, targets, label_smoothing=self.recipe.label_smoothing, class_weights=self.class_weights
         )
 
     def _set_rate(self, step: int) -> None:
@@ -175,7 +201,10 @@ class Loop:
         scale = factor(self.recipe, step, steps, self.order.steps_per_epoch)
         self.rate = self.recipe.lr * scale
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(group["initial_lr"] * scale)
+            else:
+                group["lr"] = group["initial_lr"] * scale
 
     def _segment_steps(self) -> list[int]:
         return [max(1, round(e * self.order.steps_per_epoch)) for e in self.progress.segments]
@@ -267,7 +296,8 @@ class Loop:
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         optimizer_tensors, plain = checkpoint.optimizer_tensors(self.optimizer)
-        return tensors | optimizer_tensors, {"loop": asdict(self.progress), "optimizer": plain}
+        values = {"loop": asdict(self.progress), "optimizer": plain, "scaler": self.learner.scaler.state_dict()}
+        return tensors | optimizer_tensors, values
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Raises DamagedFile for a checkpoint of another network or optimizer."""
@@ -278,6 +308,8 @@ class Loop:
                 for name, value in _below("ema.", tensors).items():
                     self.ema[name].copy_(value)
             checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
+            if self.learner.scaler.is_enabled() and plain.get("scaler"):
+                self.learner.scaler.load_state_dict(plain["scaler"])
             self.progress = Progress(**plain["loop"])
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise DamagedFile(

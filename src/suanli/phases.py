@@ -9,9 +9,9 @@
     clock.end()  # what is left is "host"
 
 A mark gives the time since the mark before it to its name; a name may come several times in one step. Steps
-are timed as they are, without a profiler, which would slow down what it looks at. A timed step costs a few
-microseconds on a CPU and some tens on a GPU, and once the first window is over, steps are timed only so often
-that this stays below a hundredth of the time, however short they are.
+are timed as they are, without a profiler, which would slow down what it looks at. A timed step costs about 10 µs
+on a CPU (`benchmarks/bench_diagnosis.py`), and once the first window is over, steps are timed only so often that this
+stays below a hundredth of the time, however short they are.
 
 What the shares mean, on a CPU (`HostClock`):
 
@@ -55,8 +55,9 @@ SKIPPED = 3  # first steps of a run: they allocate, choose kernels and fill cach
 TRIMMED_FROM = 10  # steps of a window, from which on its slowest is left out: one hiccup is not a limit
 HELD = 4096  # timed steps, if nobody asks for the window
 HOST_EVERY_S = 0.002  # between timed steps: 10 µs each are at most 0.5 %
-DEVICE_EVERY_S = 0.01  # the same for about 50 µs, of which an event takes most
-CAUGHT_UP_S = 5e-5  # an idle GPU starts within about 10 µs, the two clocks agree within about 20 µs
+DEVICE_EVERY_S = 0.01  # the same for up to 50 µs, an estimate: six events, and asking for their times
+# Assumed, not measured: an idle GPU reaches an event about 10 µs after its issue, and the two clocks agree to 20 µs.
+CAUGHT_UP_S = 5e-5
 
 MARKS = frozenset(("input", "copy", "forward", "backward", "graph", "optimizer", "communication", "host"))
 REPORTED = ("input", "copy", "forward", "backward", "optimizer", "communication", "host", "idle")

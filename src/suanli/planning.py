@@ -1,43 +1,110 @@
-"""Which speedups are in use on this device, and why the others aren't."""
+"""Which speedups there are for a device, how they are put in order and how they change a step.
+
+Choosing by measurement is in `planner.py`; here is what needs no measurement.
+"""
 
 from __future__ import annotations
 
-from suanli.errors import MachineError, unknown
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from suanli import hardware
+from suanli.errors import MachineError, UsageError, unknown
 from suanli.plugins import load, load_all, names
-from suanli.types import Device, Plan, Step
+from suanli.types import Device, Plan, Speedup, Step
+
+PLAIN = "plain"
 
 
-def choose(requested: str, device: Device) -> Plan:
-    """The plan for "auto" (every speedup that is usable here), "none", or a list "bf16,channels_last".
+def plain(device: Device, threads: int | None = None) -> Plan:
+    """PyTorch as it comes."""
+    return Plan(device=device.torch_name, speedups=(), threads=threads, origin=PLAIN)
 
-    Raises UsageError for an unknown name and MachineError for one that is named but unusable:
-    only "auto" may pass one over, and it writes down why.
+
+def named(requested: str, device: Device, threads: int | None = None) -> Plan:
+    """The plan for "none" or a list "bf16,channels_last".
+
+    Raises UsageError for an unknown name or two that exclude each other, and MachineError for one that is
+    unusable here: only "auto" may pass one over, and it writes down why.
     """
     if requested == "none":
-        return Plan(device=device.torch_name, speedups=())
-    if requested == "auto":
-        reasons = {n: s.why_not(device) for n, s in load_all("speedups").items()}
-        usable = [n for n, reason in reasons.items() if reason is None]
-        dropped = {n: reason for n, reason in reasons.items() if reason is not None}
-        return Plan(device=device.torch_name, speedups=_in_order(usable), dropped=dropped)
+        return plain(device, threads)
     chosen = [n.strip() for n in requested.split(",") if n.strip()]
     for name in chosen:
         if name not in names("speedups"):
             raise unknown("speedup", name, [*names("speedups"), "auto", "none"])
-        reason = load("speedups", name).why_not(device)
-        if reason is not None:
-            raise MachineError(
-                f"The speedup {name!r} is not usable on {device.name}: {reason}",
-                fix="Leave it out, or use --speedups auto.",
-            )
-    return Plan(device=device.torch_name, speedups=_in_order(chosen))
+    _refuse_two_of_a_group(chosen)
+    for name in chosen:
+        if (reason := load("speedups", name).why_not(device)) is not None:
+            raise _unusable(name, device, reason)
+    return Plan(device=device.torch_name, speedups=in_order(chosen), threads=threads)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UsageError for a number of threads that can't be meant."""
+    if threads is not None and not 1 <= threads <= 4 * hardware.cores():
+        raise UsageError(f"--threads can't be {threads}.", fix=f"This machine has {hardware.cores()} cores.")
+
+
+def usable(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
+    """The speedups that could be tried here, in order, and why the others can't."""
+    found = {s.name: s for s in sorted(load_all("speedups").values(), key=lambda s: (s.stage, s.name))}
+    reasons = {name: s.why_not(device) for name, s in found.items()}
+    return (
+        {name: s for name, s in found.items() if reasons[name] is None},
+        {name: reason for name, reason in reasons.items() if reason is not None},
+    )
 
 
 def apply(plan: Plan, step: Step, device: Device) -> Step:
+    """The step as the plan wants it computed. Raises MachineError for a speedup that has nothing to do
+    there; a planner asks first."""
     for name in plan.speedups:
-        step = load("speedups", name).apply(step, device)
+        speedup: Speedup = load("speedups", name)
+        if (reason := speedup.needless(step, device)) is not None:
+            raise _unusable(name, device, reason)
+        step = speedup.apply(step, device)
+    if plan.threads is not None:
+        step = replace(step, settings=(partial(threads, plan.threads), *step.settings))
     return step
 
 
-def _in_order(chosen: list[str]) -> tuple[str, ...]:
+def tolerance(speedups: Iterable[str]) -> float:
+    """The relative error that these together may cause."""
+    return max((load("speedups", name).tolerance for name in speedups), default=0.0)
+
+
+def in_order(chosen: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(chosen), key=lambda n: (load("speedups", n).stage, n)))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for operations on the CPU while the block runs."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse_two_of_a_group(chosen: list[str]) -> None:
+    taken: dict[str, str] = {}
+    for name in chosen:
+        group = load("speedups", name).group
+        if group is not None and taken.setdefault(group, name) != name:
+            raise UsageError(
+                f"The speedups {taken[group]!r} and {name!r} exclude each other.", fix="Name one of them."
+            )
+
+
+def _unusable(name: str, device: Device, reason: str) -> MachineError:
+    return MachineError(
+        f"The speedup {name!r} is not usable on {device.name}: {reason}.",
+        fix="Leave it out, or use --speedups auto.",
+    )

@@ -10,21 +10,23 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from suanli import checkpoint, hardware
-from suanli.assembly import build_loop
-from suanli.cache import Prepared
-from suanli.console import Progress, duration, say
+from suanli.console import Progress, duration, plural, say, warn
+from suanli.diagnose import Facts, Watch
 from suanli.errors import Diverged, Interrupted
-from suanli.forecast import enough_memory, forecast, out_of_memory, refuse_too_big
+from suanli.forecast import out_of_memory
+from suanli.learner import active
+from suanli.loop import Loop
 from suanli.rundir import Run, measurement
 from suanli.saved import save_model
+from suanli.start import Start
 from suanli.stopping import Stop, stop_requests
-from suanli.threads import choose as choose_threads
-from suanli.threads import threads as use_threads
-from suanli.types import Device, Plan, Recipe, Tracker
+from suanli.types import Json, Plan, Tracker
 
 LOG_EVERY_S = 1.0
 FINISHED = ("finished", "stopped early")
@@ -36,69 +38,81 @@ class Training:
     Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        prepared: Prepared,
-        device: Device,
-        plan: Plan,
-        threads: int | None,
-        cache: Path,
-        saved: checkpoint.Checkpoint | None = None,
-        more_epochs: float | None = None,
-    ) -> None:
-        self.recipe, self.prepared, self.device = recipe, prepared, device
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.recipe, self.prepared, self.device = start.recipe, start.prepared, start.device
         self.seconds: dict[str, float] = {}
         self.earlier_s = 0.0  # of training before an interruption
-        with enough_memory(device):
-            self.loop = build_loop(recipe, prepared, device, plan, fresh=saved is None)
-        if saved is not None:
-            self.loop.restore(saved)
+        self.fallbacks: list[dict[str, Json]] = []
+        self.watch: Watch | None = None
+        start.ready()
+        if start.saved is not None:
             say(f"going on from step {self.loop.progress.step}")
-        if more_epochs is not None:
-            self.loop.extend(more_epochs)
-        memory = refuse_too_big(self.loop, device)
-        with enough_memory(device):
-            count = choose_threads(self.loop, device, threads, cache)
-        self.plan = replace(plan, threads=count)
-        with use_threads(count):
-            self.forecast = forecast(self.loop, memory)
-        say(f"{self._title()}: {self.forecast}")
+        if (told := _planning(start.plan)) is not None:
+            say(told)
+        say(f"{self._title()}: {start.forecast}")
+
+    @property
+    def loop(self) -> Loop:
+        return self.start.loop
+
+    @property
+    def plan(self) -> Plan:
+        return self.start.plan
 
     def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
         self.directory, self.checkpoint_every_s = run, checkpoint_every_s
         run.write("check.json", self.prepared.findings)
         run.write(
             "summary.json",
-            {"status": "running", "plan": asdict(self.plan), "forecast": self.forecast.to_json()},
+            {"status": "running", "plan": asdict(self.plan), "forecast": self.start.forecast.to_json()},
         )
         with ExitStack() as stack:
             self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
             for tracker in self.trackers:
                 stack.callback(tracker.close)
-            stack.enter_context(use_threads(self.plan.threads))
             stop = stack.enter_context(stop_requests())
             self.started = time.perf_counter()
+            if self.start.more_epochs is not None:
+                self._save()  # from here on the run is a longer one
+            status = self._through(stop)
+            with active(self.loop.compute):
+                self._finish(status)
+
+    def _through(self, stop: Stop) -> str:
+        """All steps; a plan that fails is followed by a weaker one, where the user leaves the choice."""
+        while True:
             try:
-                status = self._steps(stop)
-            except (RuntimeError, MemoryError) as error:
-                if not hardware.out_of_memory(error):
-                    raise
-                half = self.loop.order.batch_size // 2
-                raise out_of_memory(self.loop, self.forecast.memory_bytes, None, half) from error
-            except Diverged as error:
-                self._summarise("diverged")
-                saved = checkpoint.last_step(run.checkpoints)
-                kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
-                raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
-        self._finish(status)
+                with active(self.loop.compute):
+                    return self._steps(stop)
+            except KeyboardInterrupt:
+                raise
+            except Exception as error:  # compilers, drivers and kernel libraries may raise anything
+                self._go_on_or_raise(error)
+
+    def _go_on_or_raise(self, error: Exception) -> None:
+        failed_at = self.loop.progress.step
+        said = self.start.fall_back(error, self.directory.checkpoints)
+        if said is not None:
+            warn(f"Step {failed_at + 1} failed: {said}.")
+            self.fallbacks.append({"step": failed_at, "said": said, "speedups": list(self.plan.speedups)})
+            return
+        if hardware.out_of_memory(error):
+            half = self.loop.order.batch_size // 2
+            raise out_of_memory(self.loop, self.start.forecast.memory_bytes, None, half) from error
+        if isinstance(error, Diverged):
+            self._summarise("diverged")
+            saved = checkpoint.last_step(self.directory.checkpoints)
+            kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
+            raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
+        raise error
 
     def _title(self) -> str:
         recipe = self.recipe
         parameters = sum(p.numel() for p in self.loop.model.parameters())
         how = "+".join(self.plan.speedups) or "plain PyTorch"
         if self.plan.threads is not None:
-            how += f", {self.plan.threads} thread{'s' * (self.plan.threads > 1)}"
+            how += f", {plural(self.plan.threads, 'thread')}"
         size = f"{parameters / 1e6:.1f} M" if parameters >= 100_000 else f"{parameters:,}"
         return f"{recipe.model} ({size} parameters), recipe {recipe.name}, {self.device.name}, {how}"
 
@@ -110,9 +124,12 @@ class Training:
         saved_at = logged_at = time.monotonic()
         since, since_step = loop.progress.seconds, loop.progress.step
         note = ""
+        self.watch = Watch(loop.learner.clock, self._facts, loop.steps)
         with Progress("Training", loop.steps) as bar:
             for loss in loop.run():
                 step, now = loop.progress.step, time.monotonic()
+                if (found := self.watch.after_step(step)) is not None:
+                    say(str(found))
                 last = step == loop.steps
                 if now - logged_at >= LOG_EVERY_S or step % every == 0 or last or step == 1:
                     rate = (step - since_step) * loop.order.batch_size / max(loop.progress.seconds - since, 1e-9)
@@ -134,6 +151,21 @@ class Training:
                     saved_at = time.monotonic()
         self._save()
         return "finished"
+
+    def _facts(self) -> Facts:
+        step, plan = self.loop.compute, self.plan
+        sized = "size" in self.prepared.preprocess.settings() or self.prepared.preprocess.kind == "image"
+        return Facts(
+            device_type=self.device.type,
+            batch_size=self.loop.order.batch_size,
+            cores=hardware.cores(),
+            threads=plan.threads or torch.get_num_threads(),
+            speedups=plan.speedups,
+            dropped=plan.dropped,
+            resident=step.resident or self.device.type == "cpu",
+            augment=self.recipe.augment,
+            size_setting="preprocess.size" if sized else None,
+        )
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
@@ -207,7 +239,7 @@ class Training:
         seconds = loop.progress.seconds
         self.seconds["train"] = self.earlier_s + time.perf_counter() - self.started
         rate = loop.progress.step * loop.order.batch_size / seconds if seconds else None
-        share = min(1.0, loop.progress.input_s / seconds) if seconds else None
+        diagnosis = self.watch.current if self.watch else None
         self.directory.write(
             "summary.json",
             {
@@ -218,10 +250,11 @@ class Training:
                 "seconds": self.seconds,
                 "examples_per_s": rate,
                 "peak_memory_bytes": hardware.peak_memory_bytes(self.device),
-                "input_share": share,
-                "limited_by": _limited_by(share, loop.train_feed.resident),
-                "forecast": self.forecast.to_json(),
+                "limited_by": diagnosis.verdict if diagnosis else None,
+                "diagnosis": diagnosis.to_json() if diagnosis else None,
+                "forecast": self.start.forecast.to_json(),
                 "plan": asdict(self.plan),
+                "fallbacks": self.fallbacks,
             },
         )
         if status in FINISHED and rate is not None:
@@ -239,10 +272,13 @@ class Training:
             )
 
 
-def _limited_by(share: float | None, resident: bool) -> str | None:
-    if share is None:
+def _planning(plan: Plan) -> str | None:
+    """What planning has found, in a sentence; None where nothing was measured."""
+    if plan.origin == "short list":
+        return "plan: the usual speedups; the run is too short to measure more"
+    if plan.origin != "measured":
         return None
-    if share < 0.2:
-        return f"limited by computing: only {share:.0%} of the time goes into inputs"
-    where = "augmentation of the batch" if resident else "reading and augmentation"
-    return f"limited by input: {share:.0%} of the time goes into {where}"
+    kept = [t for t in plan.trials if t.kept and t.ratio is not None]
+    times = math.prod(t.ratio for t in kept if t.ratio is not None)
+    how = f"{times:.2f} times as fast as plain PyTorch" if kept else "nothing was faster than plain PyTorch"
+    return f"plan: {how}; {plural(len(plan.trials), 'change')} tried in {duration(plan.seconds)}"

@@ -391,6 +391,9 @@ class Step:
     loss_scaling: bool = False  # for dtypes whose range is too small for gradients
     memory_format: torch.memory_format | None = None  # of inputs with four dimensions
     parts: int = 1  # in which a batch is computed, one after the other
+    recomputes: bool = False  # blocks compute again in the backward pass what they didn't keep
+    reads: bool = False  # batches come from a cached split, not from the caller
+    can_reside: bool = False  # the training split fits into the device's memory
     resident: bool = False  # the training split lies on the device as a whole
     read_ahead: bool = False  # the next batches are read and copied while this one is computed
     graph: bool = False  # the whole step is recorded once and replayed
@@ -415,6 +418,8 @@ class Speedup:
     risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
     group: str | None = None  # at most one of a group is in use: "precision", "compile"
     slow_start: bool = False  # compiles first: tried only where the run is long enough to win that back
+    sets_in_slowly: bool = False  # shows from the second step on
+    saves_memory: bool = False  # costs time: used only where memory is what limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,6 +434,7 @@ class Trial:
     rounds: int = 0
     error: float | None = None  # largest relative error of outputs and gradients against plain PyTorch
     step_s: float | None = None  # median seconds of a step with the change
+    start_s: float = 0.0  # that its first step took longer (compiling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ Group: TypeAlias = dict[str, Any]
 Named: TypeAlias = tuple[str, nn.Parameter]
 P = ParamSpec("P")
 
-COMMON = ("head", "lr", "weight_decay", "backbone_lr_scale", "fused")  # every `build` takes these
+COMMON = ("head", "lr", "weight_decay", "backbone_lr_scale")  # every `build` takes these
 
 
 def in_head(name: str, head: str) -> bool:

@@ -21,14 +21,13 @@ def build(
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
-    fused: bool = False,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
     named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
     groups = _groups.split(named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale)
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
 
 
 OPTIMIZER = Optimizer(usual_lr=1e-3, name="adamw", build=build, source="arXiv:1711.05101")

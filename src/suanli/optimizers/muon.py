@@ -79,7 +79,11 @@ class Muon(torch.optim.Optimizer):
                 updates = _orthogonalized(updates, group["steps"])
             elif group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+            if isinstance(group["lr"], torch.Tensor):  # a recorded step reads it anew each time
+                torch._foreach_mul_(updates, -group["lr"])
+                torch._foreach_add_(parameters, updates)
+            else:
+                torch._foreach_add_(parameters, updates, alpha=-group["lr"])
         return loss
 
     def _nesterov(self, parameters: list[torch.Tensor], momentum: float) -> list[torch.Tensor]:
@@ -128,7 +132,6 @@ def build(
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
-    fused: bool = False,  # noqa: ARG001 -- its work is batched anyway
     momentum: float = 0.6,
     steps: int = 3,
     normalize_filters: bool = False,

@@ -21,12 +21,11 @@ def build(
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
-    fused: bool = False,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
     named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
     groups = _groups.split(named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 OPTIMIZER = Optimizer(usual_lr=0.1, name="sgd", build=build, source="Sutskever et al., ICML 2013")

@@ -22,4 +22,13 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-SPEEDUP = Speedup(name="bf16", stage=20, apply=apply, why_not=why_not)
+SPEEDUP = Speedup(
+    name="bf16",
+    stage=20,
+    apply=apply,
+    why_not=why_not,
+    usual=True,
+    tolerance=0.15,
+    risks=("numerics",),
+    group="precision",
+)

@@ -14,7 +14,8 @@ from suanli.types import Device, Speedup, Step
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     layout = torch.channels_last
-    return replace(step, model=step.model.to(memory_format=layout), memory_format=layout)  # type: ignore[call-overload]
+    step.model.to(memory_format=layout)  # type: ignore[call-overload]
+    return replace(step, memory_format=layout)
 
 
 def why_not(device: Device) -> str | None:
@@ -23,4 +24,10 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-SPEEDUP = Speedup(name="channels_last", stage=10, apply=apply, why_not=why_not)
+def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    if not any(p.dim() == 4 for p in step.model.parameters()):
+        return "the network has no two-dimensional convolutions"
+    return None
+
+
+SPEEDUP = Speedup(name="channels_last", stage=10, apply=apply, why_not=why_not, needless=needless, usual=True)

@@ -8,7 +8,11 @@ from suanli.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    return replace(step, fused_optimizer=True)
+    for group in step.optimizer.param_groups:
+        if "fused" in group:
+            group |= {"fused": True, "foreach": False}
+    step.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # a scaled step divides inside
+    return replace(step)
 
 
 def why_not(device: Device) -> str | None:
@@ -17,4 +21,12 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-SPEEDUP = Speedup(name="fused_optimizer", stage=30, apply=apply, why_not=why_not)
+def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    if not any("fused" in group for group in step.optimizer.param_groups):
+        return f"{type(step.optimizer).__name__} has no fused kernel; it steps many parameters at once anyway"
+    if any(group.get("differentiable") for group in step.optimizer.param_groups):
+        return "a differentiable optimizer can't be fused"
+    return None
+
+
+SPEEDUP = Speedup(name="fused_optimizer", stage=30, apply=apply, why_not=why_not, needless=needless, usual=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from suanli import checkpoint, hardware, planning
@@ -17,8 +17,9 @@ from suanli.errors import DataError, UsageError
 from suanli.plugins import load
 from suanli.rundir import Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of
+from suanli.start import Start
 from suanli.training import FINISHED, Training
-from suanli.types import AnyPath, Device, Json, Recipe, Tracker
+from suanli.types import AnyPath, Device, Json, Plan, Recipe, Tracker
 from suanli.verbs.prepare import DataOptions, resolve
 
 
@@ -99,8 +100,9 @@ def train(
         preprocess=preprocess,
     )
     full, prepared = resolve(options, recipe=recipe, settings=network | changes)
+    cache = cache_dir_of(options.cache_dir)
     training = Training(
-        full, prepared, target, planning.choose(speedups, target), threads, cache_dir_of(options.cache_dir)
+        Start(recipe=full, prepared=prepared, device=target, cache=cache, requested=speedups, threads=threads)
     )
     training.seconds["prepare"] = time.perf_counter() - started
     # Only now: what can't be trained leaves no directory behind.
@@ -159,16 +161,31 @@ def _reopen(
             fix="Put the data back as it was, or train anew.",
         )
     # Other ways of computing round differently: exactly the same goes on, unless the user insists.
-    before = run.summary.get("plan", {})
-    if speedups == "auto" and "speedups" in before:
-        speedups = ",".join(before["speedups"]) or "none"
-    threads = threads or before.get("threads")
-    saved = checkpoint.newest(run.checkpoints)
-    plan = planning.choose(speedups, device)
-    cache = cache_dir_of(options.cache_dir)
-    training = Training(full, prepared, device, plan, threads, cache, saved, more_epochs)
+    before = run.summary.get("plan")
+    requested: str | Plan = speedups
+    if speedups == "auto" and before is not None:
+        requested = _plan_of(before, device, threads)
+    training = Training(
+        Start(
+            recipe=full,
+            prepared=prepared,
+            device=device,
+            cache=cache_dir_of(options.cache_dir),
+            requested=requested,
+            threads=threads,
+            saved=checkpoint.newest(run.checkpoints),
+            more_epochs=more_epochs,
+        )
+    )
     training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
     return training
+
+
+def _plan_of(before: Mapping[str, Json], device: Device, threads: int | None) -> Plan:
+    """The plan that a run began with. Raises MachineError for a speedup that is unusable on this machine."""
+    found = planning.named(",".join(before["speedups"]) or "none", device, threads or before.get("threads"))
+    origin = before.get("origin", found.origin)
+    return replace(found, origin=origin, dropped=before.get("dropped", {}))
 
 
 def _trackers(wanted: Sequence[str]) -> list[type[Tracker]]:

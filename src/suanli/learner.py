@@ -1,0 +1,162 @@
+"""One optimizer step on a batch, computed the way a `Step` says.
+
+This is the part of training that speedups act on, and it knows nothing else: no data set, no schedule, no
+files. The training loop, the planner's trials and people's own loops all learn through it, so what is
+measured is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from suanli.graphs import Recorded
+from suanli.phases import StepClock
+from suanli.types import Step
+
+Loss = Callable[[Any, Any], torch.Tensor]  # outputs of the network and targets to a mean over the batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What a step computed, on the CPU in float32: by these two ways of computing are compared."""
+
+    outputs: tuple[torch.Tensor, ...]
+    gradients: tuple[torch.Tensor, ...]
+    updates: tuple[torch.Tensor, ...]  # by how much the step moved each parameter
+
+
+class Learner:
+    """Calling it with inputs and targets trains one step and gives the loss (a tensor of no dimensions,
+    not waited for). Inputs are a tensor, a sequence of positional arguments or a mapping of named ones."""
+
+    def __init__(self, step: Step, loss: Loss, *, clip_norm: float | None = None) -> None:
+        self.step, self._loss_of, self._clip_norm = step, loss, clip_norm
+        parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+        self.device = parameters[0].device
+        self._parameters = [p for p in step.model.parameters() if p.requires_grad]
+        self.clock = StepClock.of(self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
+        self._recorded = Recorded(step.model, step.optimizer, self._learn) if step.graph else None
+        self._kept: list[torch.Tensor] | None = None  # outputs, while `examine` wants them
+
+    def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
+        if self._recorded is None or self._kept is not None:
+            return self._learn(inputs, targets)
+        loss = self._recorded(inputs, targets)
+        self.clock.mark("graph")
+        return loss
+
+    def forward(self, inputs: Any) -> Any:
+        """Outputs of the network in training, in the precision and layout of the step."""
+        return call(self.step, self.step.model if self.step.compute is None else self.step.compute, inputs)
+
+    def backward(self, inputs: Any, targets: Any, *, whole: bool = False) -> torch.Tensor:
+        """Forward and backward pass without a step: gradients are added. Gives the mean loss. `whole`: not in
+        parts."""
+        total = torch.zeros((), device=self.device)
+        for part, aims, share in _parts(inputs, targets, 1 if whole else self.step.parts):
+            outputs = self.forward(part)
+            loss = self._loss_of(outputs, aims) * share
+            self.clock.mark("forward")
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self.clock.mark("backward")
+            total += loss.detach()
+            if self._kept is not None:
+                self._kept += _tensors(outputs)
+        return total
+
+    def _learn(self, inputs: Any, targets: Any) -> torch.Tensor:
+        optimizer = self.step.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        total = self.backward(inputs, targets)
+        if self._clip_norm is not None:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.clock.mark("optimizer")
+        return total
+
+    def examine(self, inputs: Any, targets: Any) -> Numbers:
+        """Trains one step and tells what it computed. Dropout is off, since compiled code draws other
+        random numbers."""
+        before = [p.detach().clone() for p in self._parameters]
+        self._kept = []
+        try:
+            with _without_dropout(self.step.model):
+                self(inputs, targets)
+            outputs = _plain(self._kept)
+        finally:
+            self._kept = None
+        # The optimizer's step has taken the scale of the loss out of the gradients.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
+        moved = [p.detach() - b for p, b in zip(self._parameters, before, strict=True)]
+        return Numbers(outputs=outputs, gradients=_plain(gradients), updates=_plain(moved))
+
+
+def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
+    """`function` on inputs in the precision and layout of the step."""
+    if step.memory_format is not None:
+        inputs = _each(inputs, lambda t: t.to(memory_format=step.memory_format) if t.dim() == 4 else t)
+    with ExitStack() as stack:
+        if step.autocast_dtype is not None:
+            device = next((t.device.type for t in _tensors(inputs)), "cpu")
+            stack.enter_context(torch.autocast(device, dtype=step.autocast_dtype))
+        if isinstance(inputs, Mapping):
+            return function(**inputs)
+        if isinstance(inputs, Sequence):
+            return function(*inputs)
+        return function(inputs)
+
+
+@contextmanager
+def active(step: Step) -> Iterator[None]:
+    """The step's switches of the whole process are on while the block runs."""
+    with ExitStack() as stack:
+        for setting in step.settings:
+            stack.enter_context(setting())
+        yield
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    before = [m.p for m in dropouts]
+    for module in dropouts:
+        module.p = 0.0
+    try:
+        yield
+    finally:
+        for module, p in zip(dropouts, before, strict=True):
+            module.p = p
+
+
+def _parts(inputs: Any, targets: Any, parts: int) -> Iterator[tuple[Any, Any, float]]:
+    """The batch in `parts`, each with its share of the examples."""
+    examples = len(next(iter(_tensors(inputs))))
+    if parts == 1:
+        yield inputs, targets, 1.0
+        return
+    for index in torch.arange(examples).tensor_split(min(parts, examples)):  # type: ignore[no-untyped-call]
+        first, last = int(index[0]), int(index[-1]) + 1
+        rows = slice(first, last)
+        yield _each(inputs, lambda t, r=rows: t[r]), _each(targets, lambda t, r=rows: t[r]), (last - first) / examples
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` of every tensor inside, the containers as they are."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, change, value)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _plain(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return tuple(t.detach().float().cpu().contiguous() for t in tensors)

@@ -1,0 +1,28 @@
+"""The repeated parts of a network, which some speedups treat one by one."""
+
+from __future__ import annotations
+
+from torch import nn
+
+CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost members of containers that hold parts of their own: residual blocks, transformer
+    layers, groups of convolutions. None is inside another."""
+    found: list[nn.Module] = []
+
+    def walk(module: nn.Module, listed: bool) -> None:
+        if listed and any(True for _ in module.parameters()) and any(True for _ in module.children()):
+            if not isinstance(module, CONTAINERS) or not _holds_blocks(module):
+                found.append(module)
+                return
+        for child in module.children():
+            walk(child, isinstance(module, CONTAINERS))
+
+    walk(model, False)
+    return found
+
+
+def _holds_blocks(container: nn.Module) -> bool:
+    return any(any(True for _ in child.children()) for child in container.children())

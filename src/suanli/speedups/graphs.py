@@ -1,0 +1,28 @@
+"""The whole step, the optimizer's included, recorded as one CUDA graph and replayed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from suanli.types import Device, Speedup, Step
+
+
+def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
+    return replace(step, graph=True)
+
+
+def why_not(device: Device) -> str | None:
+    return None if device.type == "cuda" else "CUDA graphs run on NVIDIA GPUs"
+
+
+def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    if step.loss_scaling:
+        return "a scaled loss makes each step look at its gradients, which a graph can't"
+    if step.recomputes:
+        return "recomputed blocks can't be recorded"
+    return None
+
+
+SPEEDUP = Speedup(
+    name="graphs", stage=80, apply=apply, why_not=why_not, needless=needless, risks=("memory", "backend")
+)

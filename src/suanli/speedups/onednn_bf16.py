@@ -1,0 +1,66 @@
+"""float32 layers whose products oneDNN computes in bfloat16: nothing is cast outside of the kernel.
+
+An alternative to autocast on a CPU: tensors between layers stay float32. Whether oneDNN has such kernels
+depends on the processor's instructions (with AMX it has), so it is asked with one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from suanli.types import Device, Speedup, Step
+
+
+@contextmanager
+def bfloat16_inside() -> Iterator[None]:
+    places = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    before = [place.fp32_precision for place in places]  # type: ignore[attr-defined]
+    try:
+        for place in places:
+            place.fp32_precision = "bf16"  # type: ignore[attr-defined]
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value  # type: ignore[attr-defined]
+
+
+def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
+    return replace(step, settings=(*step.settings, bfloat16_inside))
+
+
+def why_not(device: Device) -> str | None:
+    if device.type != "cpu":
+        return "oneDNN computes on CPUs"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    if not _rounds():
+        return "oneDNN computes float32 layers in float32 on this processor"
+    return None
+
+
+@cache
+def _rounds() -> bool:
+    """Whether a convolution comes out otherwise, by more than the order of its sums explains."""
+    generator = torch.Generator().manual_seed(0)
+    images, filters = (torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator))
+    exact = F.conv2d(images, filters)
+    with bfloat16_inside():
+        rounded = F.conv2d(images, filters)
+    return bool((rounded - exact).norm() > 1e-4 * exact.norm())
+
+
+SPEEDUP = Speedup(
+    name="onednn_bf16",
+    stage=23,
+    apply=apply,
+    why_not=why_not,
+    tolerance=0.15,
+    risks=("numerics",),
+    group="precision",
+)

@@ -1,0 +1,136 @@
+"""A training made ready for its first step: it fits, it is planned, it is forecast; and made ready again with a
+weaker plan when that fails on the way.
+
+Nothing is written here but the plan in the cache directory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from suanli import checkpoint, hardware, planner, planning
+from suanli.assembly import Assembly
+from suanli.cache import Prepared
+from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
+from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big
+from suanli.loop import Loop
+from suanli.plans import Store
+from suanli.types import Device, Plan, Recipe
+
+CHECKPOINTING = "activation_checkpointing"
+UNPLANNED = ("named", planning.PLAIN)  # origins of plans that the user insists on
+
+
+@dataclass(kw_only=True)
+class Start:
+    """What is trained, where, and how it is computed at present."""
+
+    recipe: Recipe
+    prepared: Prepared
+    device: Device
+    cache: Path
+    requested: str | Plan  # "auto", "none", names, or the plan of a run that goes on
+    threads: int | None = None
+    saved: checkpoint.Checkpoint | None = None
+    more_epochs: float | None = None
+
+    loop: Loop = None  # type: ignore[assignment]  # made by `ready`
+    plan: Plan = None  # type: ignore[assignment]
+    forecast: Forecast = None  # type: ignore[assignment]
+    key: str = ""
+
+    def ready(self) -> None:
+        """Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit."""
+        planning.check_threads(self.threads)
+        with enough_memory(self.device):
+            assembly = Assembly(self.recipe, self.prepared, self.device, fresh=self.saved is None)
+        self.key = assembly.key
+        with enough_memory(self.device):
+            plain = assembly.trial(planning.plain(self.device, self.threads))
+        self._put_back(plain, self.saved)
+        try:
+            memory = refuse_too_big(plain, self.device)
+            steps = plain.steps - plain.progress.step
+            del plain
+            self.plan = self._planned(assembly, steps)
+        except OutOfMemory as error:
+            del plain
+            memory, self.plan = self._smaller(assembly, error)
+        with enough_memory(self.device):
+            self.loop = assembly.loop(self.plan)
+        self._put_back(self.loop, self.saved)
+        timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
+        self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
+
+    def _planned(self, assembly: Assembly, steps: int) -> Plan:
+        if isinstance(self.requested, Plan):
+            return self.requested
+        with enough_memory(self.device):
+            return planner.plan(assembly, self.requested, steps=steps, threads=self.threads, cache=self.cache)
+
+    def _smaller(self, assembly: Assembly, error: OutOfMemory) -> tuple[int, Plan]:
+        """A plan that fits where plain PyTorch doesn't: with half-precision activations, then with recomputed
+        ones too. Raises `error` where none does, or where the user insists on another plan."""
+        if self.requested != "auto":
+            plan = self.requested if isinstance(self.requested, Plan) else None
+            plan = plan or planning.named(str(self.requested), self.device, self.threads)
+            return refuse_too_big(assembly.trial(plan), self.device), plan
+        usual = planner.short_list(assembly, self.threads)
+        for extra in ((), (CHECKPOINTING,)):
+            plan = replace(usual, speedups=planning.in_order((*usual.speedups, *extra)))
+            try:
+                return refuse_too_big(assembly.trial(plan), self.device), plan
+            except (OutOfMemory, MachineError):
+                continue
+        raise error
+
+    def _put_back(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
+        if saved is not None:
+            loop.restore(saved)
+        if self.more_epochs is not None and (saved is None or loop.progress.step >= loop.steps):
+            loop.extend(self.more_epochs)
+
+    # --- when a plan fails on the way ---
+
+    def fall_back(self, error: Exception, checkpoints: Path) -> str | None:
+        """One step back from a plan that has failed with `error`, from the last good state: its step is then the
+        loop's. Gives what was changed, in words; None where no change can help, or the user wants no other plan."""
+        if self.plan.origin in UNPLANNED or (isinstance(error, SuanliError) and not isinstance(error, Diverged)):
+            return None
+        risk, what = _risk(error)
+        found = planner.weaker(self.plan, risk)
+        if found is not None:
+            plan, dropped = found
+            change = f"without {dropped}"
+            plan = replace(plan, dropped={**plan.dropped, dropped: f"it failed in training: {what}"})
+            if risk != "numerics":  # a rate that is too high gives NaN with any plan
+                Store(self.cache, self.key, self.threads).refuse({dropped: f"it failed in training: {what}"})
+        elif risk == "memory" and CHECKPOINTING not in self.plan.speedups:
+            plan = replace(self.plan, speedups=planning.in_order((*self.plan.speedups, CHECKPOINTING)))
+            change = f"with {CHECKPOINTING}"
+        else:
+            return None
+        self.loop = None  # type: ignore[assignment]  # its memory is needed
+        planner.free(self.device)
+        try:
+            saved = checkpoint.newest(checkpoints)
+        except DamagedFile:
+            return None
+        assembly = Assembly(self.recipe, self.prepared, self.device, fresh=saved is None)
+        try:
+            self.loop = assembly.loop(plan)
+        except MachineError:  # checkpointing has nothing to act on
+            return None
+        self._put_back(self.loop, saved)
+        self.plan = plan
+        return f"{what}; going on from step {self.loop.progress.step} {change}"
+
+
+def _risk(error: Exception) -> tuple[str, str]:
+    """Which risk of a speedup has come true, and what to call it."""
+    if hardware.out_of_memory(error):
+        return "memory", "memory ran out"
+    if isinstance(error, Diverged):
+        return "numerics", error.message.rstrip(".")
+    return "backend", planner.first_line(error)
