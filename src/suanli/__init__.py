@@ -26,6 +26,7 @@ from suanli.errors import (
 )
 
 if TYPE_CHECKING:
+    from suanli.own import speed_up
     from suanli.rundir import Run
     from suanli.verbs.bench import bench
     from suanli.verbs.device import device
@@ -54,6 +55,7 @@ __all__ = [
     "prepare",
     "report",
     "run",
+    "speed_up",
     "train",
 ]
 
@@ -63,6 +65,8 @@ _VERBS = {"bench", "device", "evaluate", "predict", "prepare", "report", "run", 
 def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return getattr(importlib.import_module(f"suanli.verbs.{name}"), name)
+    if name == "speed_up":
+        return importlib.import_module("suanli.own").speed_up
     if name == "Run":
         return importlib.import_module("suanli.rundir").Run
     raise AttributeError(f"module 'suanli' has no attribute {name!r}")

@@ -235,7 +235,7 @@ class Feed:
 
     def _copied_aside(self, steps: Iterator[torch.Tensor]) -> Iterator[Fetched]:
         """Copies from pinned memory run on a stream of their own, beside the computing of earlier batches."""
-        stream = torch.cuda.Stream(self.device)
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
         def read(positions: torch.Tensor) -> tuple[Fetched, torch.cuda.Event]:
             found = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()

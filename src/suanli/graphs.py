@@ -52,7 +52,7 @@ class Recorded:
             self._replay = lambda: self._learn(*self._fixed)
             return
         with _as_before(self._model, self._optimizer):
-            aside = torch.cuda.Stream(device)
+            aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -37,6 +39,9 @@ class Learner:
 
     def __init__(self, step: Step, loss: Loss, *, clip_norm: float | None = None) -> None:
         self.step, self._loss_of, self._clip_norm = step, loss, clip_norm
+        if step.optimizer is None:
+            raise ValueError("a step without an optimizer can't learn")
+        self._optimizer = step.optimizer
         parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
         self.device = parameters[0].device
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
@@ -68,11 +73,11 @@ class Learner:
             self.clock.mark("backward")
             total += loss.detach()
             if self._kept is not None:
-                self._kept += _tensors(outputs)
+                self._kept += tensors(outputs)
         return total
 
     def _learn(self, inputs: Any, targets: Any) -> torch.Tensor:
-        optimizer = self.step.optimizer
+        optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
         total = self.backward(inputs, targets)
         if self._clip_norm is not None:
@@ -106,7 +111,7 @@ def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
         inputs = _each(inputs, lambda t: t.to(memory_format=step.memory_format) if t.dim() == 4 else t)
     with ExitStack() as stack:
         if step.autocast_dtype is not None:
-            device = next((t.device.type for t in _tensors(inputs)), "cpu")
+            device = next((t.device.type for t in tensors(inputs)), "cpu")
             stack.enter_context(torch.autocast(device, dtype=step.autocast_dtype))
         if isinstance(inputs, Mapping):
             return function(**inputs)
@@ -139,14 +144,15 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 def _parts(inputs: Any, targets: Any, parts: int) -> Iterator[tuple[Any, Any, float]]:
     """The batch in `parts`, each with its share of the examples."""
-    examples = len(next(iter(_tensors(inputs))))
+    examples = len(next(iter(tensors(inputs))))
     if parts == 1:
         yield inputs, targets, 1.0
         return
-    for index in torch.arange(examples).tensor_split(min(parts, examples)):  # type: ignore[no-untyped-call]
-        first, last = int(index[0]), int(index[-1]) + 1
-        rows = slice(first, last)
-        yield _each(inputs, lambda t, r=rows: t[r]), _each(targets, lambda t, r=rows: t[r]), (last - first) / examples
+    count = min(parts, examples)
+    ends = [examples * i // count for i in range(count + 1)]
+    for first, last in pairwise(ends):
+        take = itemgetter(slice(first, last))
+        yield _each(inputs, take), _each(targets, take), (last - first) / examples
 
 
 def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -154,7 +160,8 @@ def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return torch.utils._pytree.tree_map_only(torch.Tensor, change, value)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors inside, however they are nested."""
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 

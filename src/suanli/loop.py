@@ -85,6 +85,7 @@ class Loop:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
+        assert self.compute.optimizer is not None
         return self.compute.optimizer
 
     @property

@@ -18,6 +18,7 @@ from suanli.plugins import load, load_all, names
 from suanli.types import Device, Plan, Speedup, Step
 
 PLAIN = "plain"
+ORDER_OF_SUMS = 1e-3  # relative error that float32 shows where only the order of sums is another
 
 
 def plain(device: Device, threads: int | None = None) -> Plan:
@@ -75,7 +76,7 @@ def apply(plan: Plan, step: Step, device: Device) -> Step:
 
 def tolerance(speedups: Iterable[str]) -> float:
     """The relative error that these together may cause."""
-    return max((load("speedups", name).tolerance for name in speedups), default=0.0)
+    return max((float(load("speedups", name).tolerance) for name in speedups), default=ORDER_OF_SUMS)
 
 
 def in_order(chosen: Iterable[str]) -> tuple[str, ...]:
@@ -98,9 +99,7 @@ def _refuse_two_of_a_group(chosen: list[str]) -> None:
     for name in chosen:
         group = load("speedups", name).group
         if group is not None and taken.setdefault(group, name) != name:
-            raise UsageError(
-                f"The speedups {taken[group]!r} and {name!r} exclude each other.", fix="Name one of them."
-            )
+            raise UsageError(f"The speedups {taken[group]!r} and {name!r} exclude each other.", fix="Name one of them.")
 
 
 def _unusable(name: str, device: Device, reason: str) -> MachineError:

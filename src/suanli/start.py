@@ -51,12 +51,12 @@ class Start:
         self._put_back(plain, self.saved)
         try:
             memory = refuse_too_big(plain, self.device)
-            steps = plain.steps - plain.progress.step
-            del plain
-            self.plan = self._planned(assembly, steps)
         except OutOfMemory as error:
-            del plain
             memory, self.plan = self._smaller(assembly, error)
+        else:
+            steps = plain.steps - plain.progress.step
+            del plain  # the planner wants the room
+            self.plan = self._planned(assembly, steps)
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, hardware
+from suanli import checkpoint, hardware, planning
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.errors import Diverged, Interrupted
@@ -85,9 +85,7 @@ class Training:
             try:
                 with active(self.loop.compute):
                     return self._steps(stop)
-            except KeyboardInterrupt:
-                raise
-            except Exception as error:  # compilers, drivers and kernel libraries may raise anything
+            except Exception as error:  # noqa: BLE001  # compilers and kernel libraries may raise anything; judged there
                 self._go_on_or_raise(error)
 
     def _go_on_or_raise(self, error: Exception) -> None:
@@ -154,6 +152,7 @@ class Training:
 
     def _facts(self) -> Facts:
         step, plan = self.loop.compute, self.plan
+        possible = {n for n, s in planning.usable(self.device)[0].items() if s.needless(step, self.device) is None}
         sized = "size" in self.prepared.preprocess.settings() or self.prepared.preprocess.kind == "image"
         return Facts(
             device_type=self.device.type,
@@ -161,7 +160,7 @@ class Training:
             cores=hardware.cores(),
             threads=plan.threads or torch.get_num_threads(),
             speedups=plan.speedups,
-            dropped=plan.dropped,
+            dropped={n: r for n, r in plan.dropped.items() if n in possible},
             resident=step.resident or self.device.type == "cpu",
             augment=self.recipe.augment,
             size_setting="preprocess.size" if sized else None,

@@ -385,7 +385,7 @@ class Step:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None = None  # None: only to ask, not to learn
     compute: Callable[..., Any] | None = None  # what maps inputs to outputs in training; None: the model itself
     autocast_dtype: torch.dtype | None = None
     loss_scaling: bool = False  # for dtypes whose range is too small for gradients
@@ -414,7 +414,7 @@ class Speedup:
     why_not: Callable[[Device], str | None]  # None: usable there
     needless: Callable[[Step, Device], str | None] = _always  # why this training can't gain; None: try it
     usual: bool = False  # used where a run is too short to measure, and tried first where it isn't
-    tolerance: float = 1e-3  # relative error (L2) that outputs and gradients may show
+    tolerance: float = 1e-3  # relative error (L2) that outputs may show; gradients four times as much
     risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
     group: str | None = None  # at most one of a group is in use: "precision", "compile"
     slow_start: bool = False  # compiles first: tried only where the run is long enough to win that back

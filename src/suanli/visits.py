@@ -93,7 +93,7 @@ class Way:
         loop = self.loop
         tensors = [*loop.model.parameters(), *loop.model.buffers(), *(loop.ema or {}).values()]
         tensors += [p.grad for p in loop.model.parameters() if p.grad is not None]
-        for state in loop.compute.optimizer.state.values():
+        for state in loop.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
         storages = [t.untyped_storage() for t in tensors if t.device.type == loop.device.type]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

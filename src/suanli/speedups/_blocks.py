@@ -13,10 +13,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
 
     def walk(module: nn.Module, listed: bool) -> None:
-        if listed and any(True for _ in module.parameters()) and any(True for _ in module.children()):
-            if not isinstance(module, CONTAINERS) or not _holds_blocks(module):
-                found.append(module)
-                return
+        has_parts = any(True for _ in module.parameters()) and any(True for _ in module.children())
+        if listed and has_parts and not (isinstance(module, CONTAINERS) and _holds_blocks(module)):
+            found.append(module)
+            return
         for child in module.children():
             walk(child, isinstance(module, CONTAINERS))
 

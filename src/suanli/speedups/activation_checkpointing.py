@@ -37,7 +37,7 @@ def _keep_inputs_only(block: nn.Module) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    block.forward = recomputing  # type: ignore[method-assign]
+    block.forward = recomputing
 
 
 @contextmanager

@@ -28,7 +28,7 @@ SPEEDUP = Speedup(
     apply=apply,
     why_not=why_not,
     usual=True,
-    tolerance=0.15,
+    tolerance=0.05,
     risks=("numerics",),
     group="precision",
 )

@@ -28,7 +28,7 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 def why_not(device: Device) -> str | None:
     if device.type != "cuda":
         return "cuDNN computes on NVIDIA GPUs"
-    if not torch.backends.cudnn.is_available():
+    if not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return "this torch has no cuDNN"
     return None
 

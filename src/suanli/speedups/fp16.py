@@ -30,7 +30,7 @@ SPEEDUP = Speedup(
     apply=apply,
     why_not=why_not,
     usual=True,
-    tolerance=0.05,
+    tolerance=0.02,
     risks=("numerics",),
     group="precision",
 )

@@ -8,9 +8,9 @@ from suanli.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
+    assert step.optimizer is not None
     for group in step.optimizer.param_groups:
-        if "fused" in group:
-            group |= {"fused": True, "foreach": False}
+        group |= {"fused": True, "foreach": False}
     step.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # a scaled step divides inside
     return replace(step)
 
@@ -22,7 +22,9 @@ def why_not(device: Device) -> str | None:
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
-    if not any("fused" in group for group in step.optimizer.param_groups):
+    if step.optimizer is None:
+        return "nothing is learned"
+    if not all("fused" in group for group in step.optimizer.param_groups):
         return f"{type(step.optimizer).__name__} has no fused kernel; it steps many parameters at once anyway"
     if any(group.get("differentiable") for group in step.optimizer.param_groups):
         return "a differentiable optimizer can't be fused"

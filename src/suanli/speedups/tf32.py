@@ -16,15 +16,15 @@ from suanli.types import Device, Speedup, Step
 
 @contextmanager
 def tensor_float() -> Iterator[None]:
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [place.fp32_precision for place in places]  # type: ignore[attr-defined]
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
     try:
         for place in places:
-            place.fp32_precision = "tf32"  # type: ignore[attr-defined]
+            place.fp32_precision = "tf32"
         yield
     finally:
         for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value  # type: ignore[attr-defined]
+            place.fp32_precision = value
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
@@ -37,6 +37,4 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-SPEEDUP = Speedup(
-    name="tf32", stage=22, apply=apply, why_not=why_not, usual=True, tolerance=0.02, risks=("numerics",)
-)
+SPEEDUP = Speedup(name="tf32", stage=22, apply=apply, why_not=why_not, usual=True, tolerance=0.01, risks=("numerics",))

@@ -29,6 +29,4 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
-SPEEDUP = Speedup(
-    name="whole_batch", stage=55, apply=apply, why_not=why_not, needless=needless, risks=("memory",)
-)
+SPEEDUP = Speedup(name="whole_batch", stage=55, apply=apply, why_not=why_not, needless=needless, risks=("memory",))
