@@ -49,6 +49,7 @@ def plan() -> Any:
         ("+fused_optimizer", False, "0.98 times as fast (spread 0.02, 5 rounds)", 0.98, 0.02, 5, 0.0),
         ("+float16", False, "outputs differ by 0.31, more than the 0.02 that it may", None, None, 0, 0.31),
         ("threads=1", False, "0.63 times as fast (spread 0.05, 3 rounds)", 0.63, 0.05, 3, None),
+        ("+graphs", True, "1.31 times as fast (spread 0.02, 5 rounds)", 1.31, 0.02, 5, 0.0),
         ("-bf16 +tf32", False, "not possible on a CPU", None, None, 0, None),
     ]
     names = ("change", "kept", "reason", "ratio", "spread", "rounds", "error")
@@ -56,7 +57,8 @@ def plan() -> Any:
         "device": "cpu",
         "speedups": ["channels_last", "bf16"],
         "threads": 2,
-        "dropped": {"fused_optimizer": "measured 2 % slower here", "compile": "would cost 45 s and win 3 s"},
+        "dropped": {"fused_optimizer": "measured 2 % slower here", "compile": "would cost 45 s and win 3 s"}
+        | {"graphs": "it failed in training: memory ran out"},
         "origin": "measured",
         "seconds": 3.2,
         "trials": [dict(zip(names, one, strict=True)) | {"step_s": 0.2} for one in trials],
@@ -78,9 +80,8 @@ def diagnosis() -> Any:
 
 
 def fallbacks() -> Any:
-    return [
-        {"step": 120, "reason": "out of memory", "dropped": "graphs", "said": "CUDA out of memory. Tried to allocate"},
-    ]
+    said = "memory ran out; going on from step 100 without graphs"
+    return [{"step": 120, "said": said, "speedups": ["channels_last", "bf16"]}]
 
 
 def figures(speed: float, ratio: float, wait: str, **more: Any) -> Any:
@@ -110,6 +111,7 @@ def bench() -> Any:
     told = []
     for name, speedups, speed, ratio, accuracy, difference, refused in rungs:
         rung: dict[str, Any] = {"name": name, "speedups": speedups, "threads": 2, "refused": refused}
+        rung |= {"failed": name == "+ graphs", "again": None}
         measured = speed is not None and ratio is not None
         rung["train"] = figures(speed, ratio, "step") if measured else None
         rung["evaluate"] = figures(3.4 * speed, 1.05 * ratio, "batch") if measured and name != "+ resident" else None
@@ -121,6 +123,8 @@ def bench() -> Any:
         "batch_size": 500,
         "rounds": 5,
         "steps": 100,
+        "planned_steps": 120,
+        "validation_examples": 1000,
         "headline": "accuracy",
         "tolerance": 0.005,
         "price_per_hour": None,
@@ -170,7 +174,7 @@ def hostile_speed(path: Path) -> None:
                 "trials": trials,
             },
             "diagnosis": found,
-            "fallbacks": [text, {"said": long}],
+            "fallbacks": [text, {"said": long, "speedups": [HOSTILE, long]}],
             "seconds": {HOSTILE: 3, long: 2},
         },
     )

@@ -176,11 +176,11 @@ def test_the_headline_is_the_one_that_the_evaluation_names(run: Path) -> None:
 def test_what_limits_the_run_and_what_would_help(finished: Path) -> None:
     seen = page(finished)
     assert seen.says("Limited by computing: 83 % of the step is the forward and backward pass.")
-    assert seen.says("would make a step cheaper. That would be at most 1.30 times as fast.")
-    assert seen.says("Against this already in use: bf16, channels_last.")
+    assert seen.says("would make a step cheaper. At most, a step becomes 1.30 times as fast.")
     assert seen.says("backward pass 109 ms 52.0 %")
-    assert seen.says("One training step of 210 ms, the mean of 25 steps. Not told apart here: copying to the device")
-    assert seen.says("Step 120: out of memory, so graphs is no longer used.")
+    assert seen.says("One training step of 210 ms, from 25 timed steps. Not told apart here: copying to the device")
+    assert seen.says("After step 120: memory ran out; going on from step 100 without graphs")
+    assert seen.says("In use from then on: channels_last, bf16")
 
 
 def test_every_trial_is_told_with_its_measurement(finished: Path) -> None:
@@ -194,6 +194,7 @@ def test_every_trial_is_told_with_its_measurement(finished: Path) -> None:
     assert seen.says("without bf16 and tf32 not used – – – not possible on a CPU")
     assert seen.says("compile not used – – – would cost 45 s and win 3 s")
     assert not seen.says("measured 2 % slower here")  # its trial says it
+    assert seen.says("graphs not used 1.31 ± 0.02 5 0 it failed in training: memory ran out")  # kept, then lost
 
 
 def test_a_plan_without_trials(run: Path) -> None:
@@ -241,11 +242,15 @@ def test_a_bench_is_told_in_full(tmp_path: Path) -> None:
     seen = page(bench_run(tmp_path / "cifar10-bench-1"))
     assert seen.says("speednet bench on cifar10")
     assert seen.says(
-        "Plain PyTorch and 6 speedups, added one at a time: speednet on cifar10, measured on AMD EPYC 9R14"
+        "Plain PyTorch and 6 changes, added one after the other: speednet on cifar10, measured on AMD EPYC 9R14"
     )
     assert seen.says("Training reaches 1,980 examples per second, 2.83 times plain PyTorch.")
     assert seen.says("Evaluation reaches 5,015 examples per second, 2.22 times plain PyTorch.")
-    assert seen.says("Refused: int4_weights, graphs.")
+    assert seen.says("Refused for its score: int4_weights.")
+    assert seen.says("Doesn't run here: graphs.")
+    assert seen.says("+ graphs failed: needs an NVIDIA GPU")
+    assert seen.says("1,000 validation examples can't show a loss as small as that: intervals are up to ±1.1 points")
+    assert seen.says("Time allowed 100 of 120 steps")
     assert seen.says("2.83 × as fast as plain PyTorch, training")
     assert seen.says("+ bf16 1,490 ± 25 2.13 ± 0.04 336 / 356 900.0 MB 62 % 61.5 % +0.3 (−0.9 to +1.4)")
     assert seen.says("+ int4_weights refused: accuracy falls 6.1 points 2,100 ± 36")
@@ -500,7 +505,7 @@ maybe = st.one_of(st.none(), st.floats())
 
 
 @given(st.lists(st.tuples(maybe, maybe, st.booleans()), max_size=8))
-def test_a_waterfall_stays_in_its_frame_and_builds_on_what_was_accepted(
+def test_a_waterfall_stays_in_its_frame_and_builds_on_what_was_measured(
     steps: list[tuple[float | None, float | None, bool]],
 ) -> None:
     rungs = [Rung(name="a", value=value, half_iqr=half, refused=refused) for value, half, refused in steps]
@@ -514,31 +519,34 @@ def test_a_waterfall_stays_in_its_frame_and_builds_on_what_was_accepted(
         edges = [bar.pale, bar.strong]
         assert all(one[0] >= 0 and one[0] + one[1] <= 360 for one in edges if one)
         assert not bar.whisker or 0 <= bar.whisker[0] <= bar.whisker[1] <= 360
-        if measured and not rung.refused:
-            assert bar.kind == ("first" if (rung.value or 0.0) >= base else "second")
+        if measured:
+            assert bar.kind == "refused" or bar.kind == ("first" if (rung.value or 0.0) >= base else "second")
             base = rung.value or 0.0
 
 
-def test_a_waterfall_shows_gain_and_loss() -> None:
-    drawn = waterfall(
-        "Training",
-        [
-            Rung(name="plain", value=100.0),
-            Rung(name="+ a", value=400.0, half_iqr=10.0),
-            Rung(name="+ b", value=500.0, refused=True),
-            Rung(name="+ c", value=300.0),
-        ],
-        x_label="x",
-    )
+def test_a_waterfall_shows_gain_loss_and_refusal() -> None:
+    steps = [
+        Rung(name="plain", value=100.0),
+        Rung(name="+ a", value=400.0, half_iqr=10.0),
+        Rung(name="+ b", value=500.0, refused=True),
+        Rung(name="+ c", value=None, refused=True),
+        Rung(name="+ d", value=300.0),
+    ]
+    drawn = waterfall("Training", steps, x_label="x")
     assert drawn is not None
-    plain, gain, refused, loss = drawn.bars
+    plain, gain, refused, failed, loss = drawn.bars
+    assert [bar.kind for bar in drawn.bars] == ["first", "first", "refused", "refused", "second"]
     assert gain.pale == plain.strong  # it begins where plain ends
-    assert gain.strong is not None
-    assert plain.strong is not None
-    assert gain.strong[0] == pytest.approx(plain.strong[0] + plain.strong[1], abs=0.2)
-    assert (refused.kind, loss.kind) == ("refused", "second")
-    assert loss.strong is not None  # from 300 to the 400 before the refused one
-    assert loss.strong[0] + loss.strong[1] == pytest.approx(gain.strong[0] + gain.strong[1], abs=0.2)
+    assert failed.strong is None
+
+    def ends(edge: tuple[float, float] | None) -> float:
+        assert edge is not None
+        return edge[0] + edge[1]
+
+    assert ends(gain.pale) < ends(gain.strong) < ends(refused.strong)
+    assert ends(refused.pale) == pytest.approx(ends(gain.strong), abs=0.2)
+    assert ends(loss.pale) < ends(loss.strong)  # from 300 up to the 500 before
+    assert ends(loss.strong) == pytest.approx(ends(refused.strong), abs=0.2)
 
 
 @given(st.lists(st.tuples(numbers, numbers), max_size=900), st.integers(1, 300))

@@ -20,7 +20,7 @@ LINE_LENGTH = 52  # characters of a name and a value together
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One step of the ladder. `value` None: not measured. A refused one adds nothing to the next."""
+    """One step of the ladder. `value` None: not measured, so the next one builds on the one before."""
 
     name: str
     value: float | None
@@ -62,7 +62,7 @@ def waterfall(title: str, rungs: Sequence[Rung], *, x_label: str) -> Waterfall |
     for number, rung in enumerate(rungs):
         bars.append(_bar(rung, base, scale, number * ROW))
         value = _value(rung)
-        base = base if value is None or rung.refused else value
+        base = base if value is None else value
     return Waterfall(
         title=title,
         x_label=x_label,
@@ -83,8 +83,7 @@ def _bar(rung: Rung, base: float, scale: float, top: float) -> Bar:
     pale = strong = whisker = None
     if value is not None:
         low, high = min(base, value), max(base, value)
-        pale, strong = (_edge(0.0, low, scale), _edge(low, high, scale)) if not rung.refused else (None, None)
-        strong = strong or _edge(0.0, value, scale)
+        pale, strong = _edge(0.0, low, scale), _edge(low, high, scale)
         whisker = (_place(max(0.0, value - half), scale), _place(value + half, scale)) if half else None
     text = f"{rung.name}: {rung.said}"
     return Bar(name=name, said=rung.said, top=top, kind=kind, pale=pale, strong=strong, whisker=whisker, text=text)

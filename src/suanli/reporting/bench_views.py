@@ -16,7 +16,8 @@ PARTS = {"train": "Training", "evaluate": "Evaluation"}
 @dataclass(frozen=True, kw_only=True)
 class Row:
     name: str
-    refused: str | None
+    verdict: str  # "refused", "failed", or nothing
+    reason: str
     cells: list[str]
 
 
@@ -59,7 +60,7 @@ def _part(bench: Bench, key: str) -> Part:
         title=PARTS[key],
         columns=[names[i] for i in kept],
         rows=[
-            Row(name=rung.name, refused=rung.refused, cells=[cells[i] for i in kept])
+            Row(name=rung.name, verdict=_verdict(rung), reason=rung.refused or "", cells=[cells[i] for i in kept])
             for rung, cells in zip(bench.rungs, told, strict=True)
         ],
         chart=waterfall(
@@ -110,11 +111,15 @@ def _step(rung: Rung, figures: Figures | None) -> Step:
     said = words.number(speed.median) if words.known(speed.median) else "not measured"
     if figures and words.known(figures.ratio.median):
         said += f"  {words.ratio(figures.ratio.median)} ×"
-    if rung.refused:
-        said = f"refused, {said}" if words.known(speed.median) else "refused"
-    return Step(
-        name=rung.name, value=speed.median, half_iqr=speed.half_iqr, said=said, refused=rung.refused is not None
-    )
+    if verdict := _verdict(rung):
+        said = f"{verdict}, {said}" if words.known(speed.median) else verdict
+    return Step(name=rung.name, value=speed.median, half_iqr=speed.half_iqr, said=said, refused=bool(verdict))
+
+
+def _verdict(rung: Rung) -> str:
+    if rung.failed:
+        return "failed"
+    return "" if rung.refused is None else "refused"
 
 
 def _rate(speed: Spread) -> str:
@@ -137,21 +142,55 @@ def _ms(value: float | None) -> str:
 
 def _last(bench: Bench, key: str) -> Figures:
     """Of the last rung that was accepted and measured."""
-    found: list[Figures | None] = [getattr(rung, key) for rung in bench.rungs if rung.refused is None]
+    found: list[Figures | None] = [getattr(rung, key) for rung in bench.rungs if not _verdict(rung)]
     return next((one for one in reversed(found) if one is not None), Figures())
 
 
 def _notes(bench: Bench) -> list[str]:
     said = []
-    if bench.rounds:
-        said.append(f"Every rung was measured by turns in {words.count(bench.rounds, 'round')}; ± is half the")
-        said[-1] += " interquartile range, and ratios are of figures of the same round."
+    if bench.rounds and bench.rounds > 1:
+        said.append(
+            f"Every rung was measured by turns in {words.count(bench.rounds, 'round')}; ± is half the interquartile "
+            "range, and ratios are of figures of the same round."
+        )
     if bench.steps:
         told = f"Scores are on validation after {words.count(bench.steps, 'step')} from the same start"
         if words.known(bench.tolerance):
-            told += f"; the task tolerates a fall of {words.points(bench.tolerance)[1:]} points"
+            told += f"; the task tolerates a fall of {_points(bench.tolerance)} points"
         said.append(told + ".")
+    return [*said, *_remarks(bench)]
+
+
+def _remarks(bench: Bench) -> list[str]:
+    """What makes the scores less sure."""
+    said = [
+        f"{rung.name} lost some of its score with this seed but not with another one: chance, so it isn't refused."
+        for rung in bench.rungs
+        if rung.again is not None and rung.refused is None
+    ]
+    halves = [
+        (d.high - d.low) / 2
+        for rung in bench.rungs
+        if (d := rung.difference) and words.known(d.high) and words.known(d.low)
+    ]
+    widest = max(halves, default=0.0)
+    if words.known(bench.tolerance) and widest > bench.tolerance:
+        examples = words.count(bench.validation_examples, "validation example")
+        if bench.validation_examples is None:
+            examples = "The validation examples"
+        said.append(
+            f"{examples} can't show a loss as small as that: intervals are up to ±{_points(widest)} points wide."
+        )
+    if bench.steps and bench.planned_steps and bench.steps < bench.planned_steps:
+        said.append(
+            f"Time allowed {words.number(bench.steps)} of {words.number(bench.planned_steps)} steps: the learning "
+            "rate had not come down, so scores vary more."
+        )
     return said
+
+
+def _points(value: float) -> str:
+    return words.points(value).lstrip("+−")
 
 
 def sentences(bench: Bench, model: str, data: str) -> list[str]:
@@ -159,7 +198,7 @@ def sentences(bench: Bench, model: str, data: str) -> list[str]:
     added = max(0, len(bench.rungs) - 1)
     said = "Plain PyTorch"
     if added:
-        said += f" and {words.count(added, 'speedup')}, added one at a time"
+        said += f" and {words.count(added, 'change')}, added one after the other"
     said += f": {model} on {data}, measured on {bench.device or 'an unknown device'}"
     said += f" with batches of {words.number(bench.batch_size)}." if bench.batch_size else "."
     found = [said]
@@ -169,7 +208,8 @@ def sentences(bench: Bench, model: str, data: str) -> list[str]:
             told = f"{title} reaches {_whole(figures.examples_per_s.median)} examples per second"
             times = figures.ratio.median
             found.append(told + (f", {words.ratio(times)} times plain PyTorch." if words.known(times) else "."))
-    refused = [rung.name.removeprefix("+ ") for rung in bench.rungs if rung.refused is not None]
-    if refused:
-        found.append(f"Refused: {', '.join(refused)}.")
+    for verdict, title in (("refused", "Refused for its score"), ("failed", "Doesn't run here")):
+        names = [rung.name.removeprefix("+ ") for rung in bench.rungs if _verdict(rung) == verdict]
+        if names:
+            found.append(f"{title}: {', '.join(names)}.")
     return found

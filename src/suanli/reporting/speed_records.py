@@ -59,10 +59,9 @@ class Diagnosis(Record):
 
 
 class Fallback(Record):
-    step: int | None = None
-    reason: str = ""
-    dropped: str | None = None
-    said: str | None = None
+    step: int | None = None  # after which it happened
+    said: str = ""
+    speedups: tuple[str, ...] | None = None  # in use from then on
 
 
 # --- roofline.json --------------------------------------------------------------------------
@@ -123,13 +122,13 @@ class Difference(Record):
 
 class Rung(Record):
     name: str = "?"
-    speedups: tuple[str, ...] = ()
-    threads: int | None = None
     train: Figures | None = None
     evaluate: Figures | None = None
     scores: dict[str, Number] = {}
     difference: Difference | None = None
+    again: Difference | None = None  # with another seed, where the first one is a loss
     refused: str | None = None
+    failed: bool = False  # refused because it doesn't run, not because of its score
 
 
 class Bench(Record):
@@ -137,6 +136,8 @@ class Bench(Record):
     batch_size: int | None = None
     rounds: int | None = None
     steps: int | None = None
+    planned_steps: int | None = None
+    validation_examples: int | None = None
     headline: str | None = None
     tolerance: Number = None
     price_per_hour: Number = None

@@ -22,8 +22,9 @@ SHARES = {
     "copy": "copying to the device",
     "forward": "forward pass",
     "backward": "backward pass",
-    "host": "host: issuing work",
-    "idle": "device idle",
+    "graph": "forward and backward pass, recorded",
+    "host": "host: Python and launches",
+    "idle": "idle",
 }
 
 
@@ -53,41 +54,56 @@ class PlanRow:
     used: bool
     times: str = words.UNKNOWN  # as fast as the best plan before it
     rounds: int | None = None
-    error: float | None = None
+    error: str = words.UNKNOWN
     reason: str = ""
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
     """The trials in their order; then what is in use or dropped without one."""
-    rows = [_trial(trial) for trial in plan.trials]
-    tried = {name for trial in plan.trials for name in _names(trial.change)}
+    rows = [_trial(trial, plan) for trial in plan.trials]
+    tried = {name for trial in plan.trials for name in map(_name, trial.change.split())}
     rows += [PlanRow(change=name, used=True) for name in plan.speedups if name not in tried]
     rows += [PlanRow(change=n, used=False, reason=why) for n, why in plan.dropped.items() if n not in tried]
     return rows
 
 
-def _trial(trial: Trial) -> PlanRow:
-    timed = words.known(trial.ratio)
+def _trial(trial: Trial, plan: Plan) -> PlanRow:
+    lost = [name for name in trial.change.split() if not _stands(name, plan)]
+    reason = trial.reason
+    if trial.kept and lost:  # later changes and failures in training have the last word
+        gone = next((plan.dropped[name] for name in map(_name, lost) if name in plan.dropped), "")
+        reason = gone or "kept then, and changed again later"
+    elif trial.kept and words.known(trial.ratio):
+        reason = ""  # it would say the ratio again
     return PlanRow(
         change=" and ".join(map(_in_words, trial.change.split())) or words.UNKNOWN,
-        used=trial.kept,
+        used=trial.kept and not lost,
         times=words.spread(trial.ratio, trial.spread, words.ratio),
         rounds=trial.rounds or None,
-        error=trial.error,
-        reason="" if trial.kept and timed else trial.reason,  # else it would say the ratio again
+        error=f"{trial.error:.2g}" if words.known(trial.error) else words.UNKNOWN,
+        reason=reason,
     )
 
 
+def _stands(change: str, plan: Plan) -> bool:
+    """Whether the plan has this change now."""
+    if change.startswith("-"):
+        return change[1:] not in plan.speedups
+    if match := re.fullmatch(r"\+?threads=(\d{1,8})", change):
+        return plan.threads == int(match[1])
+    return _name(change) in plan.speedups
+
+
 def _in_words(change: str) -> str:
-    if match := re.fullmatch(r"threads=(\d+)", change):
-        return words.count(int(match[1]), "thread") if len(match[1]) < 9 else change
+    if match := re.fullmatch(r"\+?threads=(\d{1,8})", change):
+        return words.count(int(match[1]), "thread")
     if change[:1] == "-":
         return f"without {change[1:]}"
     return change.removeprefix("+")
 
 
-def _names(change: str) -> list[str]:
-    return [one.removeprefix("+") for one in change.split()]
+def _name(change: str) -> str:
+    return change.removeprefix("+")
 
 
 def plan_sentence(plan: Plan) -> str:
@@ -97,7 +113,8 @@ def plan_sentence(plan: Plan) -> str:
     said = f"In use: {', '.join(used)}. " if used else "No speedup is in use. "
     origin = ORIGINS.get(plan.origin or "", "")
     if origin and not origin.endswith("."):
-        took = f", which took {words.seconds(plan.seconds)}" if words.known(plan.seconds) and plan.seconds > 0 else ""
+        planned = words.known(plan.seconds) and plan.origin == "measured"
+        took = f", which took {words.seconds(plan.seconds)}" if planned else ""
         origin += f"{took}."
     return (said + origin).strip()
 
