@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from suanli.learner import call
+from suanli.learner import call, eager
 from suanli.types import Preprocess, Step, Task
 
 Views = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -30,7 +30,7 @@ def infer(
     step.model.eval()
     found = []
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), eager(step):
             for rows in batches:
                 inputs = preprocess.to_model(rows)
                 shown = views(inputs) if views else [inputs]

@@ -33,7 +33,8 @@ from suanli.errors import SuanliError, UsageError
 from suanli.gate import Difference, difference
 from suanli.measure import gain, percentile, spread
 from suanli.probe import Ceilings
-from suanli.rungs import Ladder, Phase, Rung, ceiling_flops, rungs, shortened, visits
+from suanli.reach import ceiling_flops
+from suanli.rungs import Ladder, Phase, Rung, rungs, shortened, visits
 from suanli.types import Plan, Recipe, Task
 from suanli.visits import Record, Way
 

@@ -108,16 +108,21 @@ class Learner:
 def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
     """`function` on inputs in the precision and layout of the step."""
     if step.memory_format is not None:
-        inputs = _each(inputs, lambda t: t.to(memory_format=step.memory_format) if t.dim() == 4 else t)
-    with ExitStack() as stack:
-        if step.autocast_dtype is not None:
-            device = next((t.device.type for t in tensors(inputs)), "cpu")
-            stack.enter_context(torch.autocast(device, dtype=step.autocast_dtype))
-        if isinstance(inputs, Mapping):
-            return function(**inputs)
-        if isinstance(inputs, Sequence):
-            return function(*inputs)
+        layout = step.memory_format
+        inputs = _each(inputs, lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
+    if step.autocast_dtype is None:
+        return _unpacked(function, inputs)
+    device = next((t.device.type for t in tensors(inputs)), "cpu")
+    with torch.autocast(device, dtype=step.autocast_dtype):
+        return _unpacked(function, inputs)
+
+
+def _unpacked(function: Callable[..., Any], inputs: Any) -> Any:
+    if isinstance(inputs, torch.Tensor):
         return function(inputs)
+    if isinstance(inputs, Mapping):
+        return function(**inputs)
+    return function(*inputs) if isinstance(inputs, Sequence) else function(inputs)
 
 
 @contextmanager
@@ -126,6 +131,17 @@ def active(step: Step) -> Iterator[None]:
     with ExitStack() as stack:
         for setting in step.settings:
             stack.enter_context(setting())
+        yield
+
+
+@contextmanager
+def eager(step: Step) -> Iterator[None]:
+    """Compiled code gives way to the network itself while the block runs: in evaluation it would be compiled
+    once more, for every size of batch."""
+    if step.compute is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 
@@ -157,11 +173,15 @@ def _parts(inputs: Any, targets: Any, parts: int) -> Iterator[tuple[Any, Any, fl
 
 def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`change` of every tensor inside, the containers as they are."""
+    if isinstance(value, torch.Tensor):  # nearly always, and walking a tree costs more than some kernels
+        return change(value)
     return torch.utils._pytree.tree_map_only(torch.Tensor, change, value)
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
     """All tensors inside, however they are nested."""
+    if isinstance(value, torch.Tensor):
+        return [value]
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 

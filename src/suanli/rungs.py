@@ -14,7 +14,6 @@ from suanli.console import plural
 from suanli.gate import Difference
 from suanli.measure import STEADY, Gain, Spread
 from suanli.planning import PLAIN
-from suanli.probe import Ceilings
 from suanli.types import Json, Plan, Recipe
 
 WARM_UP = 10  # steps at most; compiling and recording are over by then
@@ -172,13 +171,3 @@ def shortened(recipe: Recipe, steps: int, steps_per_epoch: int) -> Recipe:
         "early_stop": None,
     }
     return recipe.model_copy(update=change)
-
-
-def ceiling_flops(ceilings: Ceilings) -> dict[str, float]:
-    """For each precision the highest speed that a product or a convolution reached."""
-    found: dict[str, float] = {}
-    for measured in (ceilings.matmul_flops, ceilings.conv_flops):
-        for precision, value in measured.items():
-            if value:
-                found[precision] = max(value, found.get(precision, 0.0))
-    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from suanli import checkpoint, hardware, planner, planning
+from suanli import checkpoint, hardware, planner, planning, probe, reach
 from suanli.assembly import Assembly
 from suanli.cache import Prepared
 from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
@@ -39,6 +39,8 @@ class Start:
     plan: Plan = None  # type: ignore[assignment]
     forecast: Forecast = None  # type: ignore[assignment]
     key: str = ""
+    ceilings: probe.Ceilings | None = None  # as measured before; None: they weren't
+    least_step_s: float | None = None  # that a step would take at the device's measured ceiling
 
     def ready(self) -> None:
         """Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit."""
@@ -60,6 +62,9 @@ class Start:
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)
+        self.ceilings = probe.known(self.device, self.cache)
+        if self.ceilings is not None:
+            self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
         self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
 

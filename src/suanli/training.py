@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, hardware, planning
+from suanli import checkpoint, hardware, planning, reach
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.errors import Diverged, Interrupted
@@ -163,8 +163,17 @@ class Training:
             dropped={n: r for n, r in plan.dropped.items() if n in possible},
             resident=step.resident or self.device.type == "cpu",
             augment=self.recipe.augment,
+            share_of_ceiling=self._share_of_ceiling(),
             size_setting="preprocess.size" if sized else None,
         )
+
+    def _share_of_ceiling(self) -> float | None:
+        """Of what the device was measured to reach; None: it wasn't measured."""
+        least = self.start.least_step_s
+        progress = self.loop.progress
+        if least is None or not progress.seconds:
+            return None
+        return least * progress.step / progress.seconds
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
@@ -227,6 +236,7 @@ class Training:
                 classes=prepared.classes,
                 data=prepared.to_json() | {"cache": None},
             )
+        self.directory.write("roofline.json", reach.roofline(loop, self.device, self.start.ceilings).to_json())
         self._summarise(status)
         rate = self.directory.summary["examples_per_s"]
         score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from suanli import energy, roofline
+from suanli import energy, reach, roofline
 from suanli.inference import infer
 from suanli.learner import active
 from suanli.loop import Loop, validation_batch
@@ -83,10 +83,7 @@ class Way:
 
     def precision(self) -> str:
         """The name of the dtype that products and convolutions are computed in."""
-        if self.loop.compute.autocast_dtype is not None:
-            return str(self.loop.compute.autocast_dtype).removeprefix("torch.")
-        with active(self.loop.compute):
-            return _float32_precision(self.device)
+        return reach.precision(self.loop.compute, self.device)
 
     def held_bytes(self) -> int:
         """Of the device's memory, by weights, gradients, averages and the optimizer's state."""
@@ -174,22 +171,6 @@ class _Marks:
         if self._device.type == "cpu":
             return [after - before for before, after in pairs]
         return [before.elapsed_time(after) / 1e3 for before, after in pairs]
-
-
-def _float32_precision(device: Device) -> str:
-    """What a product of float32 numbers is computed in, with the process's settings of now."""
-    backends = torch.backends
-    if device.type == "cuda" and "tf32" in (
-        backends.cuda.matmul.fp32_precision,
-        backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-    ):
-        return "tfloat32"
-    if device.type == "cpu" and "bf16" in (
-        backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
-        backends.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
-    ):
-        return "bfloat16"
-    return "float32"
 
 
 # --- peak memory ----------------------------------------------------------------------------
