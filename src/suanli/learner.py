@@ -51,7 +51,7 @@ class Learner:
         self._kept: list[torch.Tensor] | None = None  # outputs, while `examine` wants them
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
-        if self._recorded is None or self._kept is not None:
+        if self._recorded is None:
             return self._learn(inputs, targets)
         loss = self._recorded(inputs, targets)
         self.clock.mark("graph")
@@ -79,6 +79,8 @@ class Learner:
     def _learn(self, inputs: Any, targets: Any) -> torch.Tensor:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
+        if self._kept is not None:
+            self._kept.clear()  # of the steps before a recording
         total = self.backward(inputs, targets)
         if self._clip_norm is not None:
             self.scaler.unscale_(optimizer)

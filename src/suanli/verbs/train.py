@@ -131,6 +131,11 @@ def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code
 
 
 def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
+    if (run.path / "bench.json").exists():
+        raise UsageError(
+            f"{run.path} holds the figures of a bench, and no training to go on with.",
+            fix="Name a run of suanli train, or train anew on the data set.",
+        )
     if given:
         raise UsageError(
             f"{run.path} is a run; it goes on with its own recipe, so {', '.join(given)} can't be changed.",
