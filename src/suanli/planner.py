@@ -248,7 +248,7 @@ class _Search:
 
     def _measure_all(self) -> None:
         queue = self._changes()
-        tried = {t.change for t in self.trials}
+        tried = {change for t in self.trials for change in (t.change, _undoing(t))}
         while queue:
             change = queue.pop(0)
             if change.name in tried:
@@ -260,6 +260,7 @@ class _Search:
                 continue
             trial = self._try(change)
             self.trials.append(trial)
+            tried.add(_undoing(trial))
             if trial.kept:
                 queue = self._changes()  # what is left to try has changed
 
@@ -396,6 +397,14 @@ class _Search:
             origin=origin,
             seconds=took,
         )
+
+
+def _undoing(trial: Trial) -> str:
+    """The change back from one that was kept, which needs no trial any more; "" where there is none."""
+    words = trial.change.split()
+    if not trial.kept or len(words) != 1 or words[0][0] not in "+-":
+        return ""
+    return ("-" if words[0][0] == "+" else "+") + words[0][1:]
 
 
 def _sum(names: Sequence[str]) -> str:
