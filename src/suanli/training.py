@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, hardware, planning, reach
+from suanli import checkpoint, exact, hardware, planning, reach
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.errors import Diverged, Interrupted
 from suanli.forecast import out_of_memory
 from suanli.learner import active
 from suanli.loop import Loop
+from suanli.plans import Store
 from suanli.rundir import Run, measurement
 from suanli.saved import save_model
 from suanli.start import Start
@@ -44,6 +45,7 @@ class Training:
         self.seconds: dict[str, float] = {}
         self.earlier_s = 0.0  # of training before an interruption
         self.fallbacks: list[dict[str, Json]] = []
+        self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
         start.ready()
         if start.saved is not None:
@@ -76,8 +78,7 @@ class Training:
             if self.start.more_epochs is not None:
                 self._save()  # from here on the run is a longer one
             status = self._through(stop)
-            with active(self.loop.compute):
-                self._finish(status)
+            self._finish(status)
 
     def _through(self, stop: Stop) -> str:
         """All steps; a plan that fails is followed by a weaker one, where the user leaves the choice."""
@@ -228,6 +229,7 @@ class Training:
         for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
             outdated.unlink(missing_ok=True)
         with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
+            self._hold_against_plain()
             save_model(
                 self.directory.model_path,
                 loop.model,
@@ -242,6 +244,21 @@ class Training:
         score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
+
+    def _hold_against_plain(self) -> None:
+        """The final score as the plan computes it against float32, with the same weights on the same validation
+        inputs. What costs more than the task tolerates is refused from the next plan on."""
+        rounding = exact.rounding(self.plan)
+        if not rounding or (found := exact.against_float32(self.loop)) is None:
+            return
+        difference, examples = found
+        task = self.loop.task
+        refused = difference.exceeds(task.tolerance)
+        self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
+        if refused:
+            reason = f"it cost {-difference.median:.1%} of validation {task.headline} against float32"
+            Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
+            warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
 
     def _summarise(self, status: str) -> None:
         loop = self.loop
@@ -264,6 +281,7 @@ class Training:
                 "forecast": self.start.forecast.to_json(),
                 "plan": asdict(self.plan),
                 "fallbacks": self.fallbacks,
+                "gate": self.gate,
             },
         )
         if status in FINISHED and rate is not None:
