@@ -111,7 +111,7 @@ def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
     """`function` on inputs in the precision and layout of the step."""
     if step.memory_format is not None:
         layout = step.memory_format
-        inputs = _each(inputs, lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
+        inputs = each(inputs, lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
     if step.autocast_dtype is None:
         return _unpacked(function, inputs)
     device = next((t.device.type for t in tensors(inputs)), "cpu")
@@ -170,10 +170,10 @@ def _parts(inputs: Any, targets: Any, parts: int) -> Iterator[tuple[Any, Any, fl
     ends = [examples * i // count for i in range(count + 1)]
     for first, last in pairwise(ends):
         take = itemgetter(slice(first, last))
-        yield _each(inputs, take), _each(targets, take), (last - first) / examples
+        yield each(inputs, take), each(targets, take), (last - first) / examples
 
 
-def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`change` of every tensor inside, the containers as they are."""
     if isinstance(value, torch.Tensor):  # nearly always, and walking a tree costs more than some kernels
         return change(value)

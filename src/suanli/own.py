@@ -24,7 +24,7 @@ from torch import nn
 from suanli import hardware, planner, planning, probe
 from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import UsageError
-from suanli.learner import Learner, Loss, Numbers, active, call, tensors
+from suanli.learner import Learner, Loss, Numbers, active, call, each, tensors
 from suanli.types import AnyPath, Device, Plan, Step
 
 
@@ -38,7 +38,7 @@ class FastStep:
 
     def __init__(self, step: Step, loss: Loss, clip_norm: float | None) -> None:
         self._step = step
-        self._learner = Learner(step, loss, clip_norm=clip_norm)
+        self._learner = Learner(step, _of_float32(step, loss), clip_norm=clip_norm)
         self._on = ExitStack()
         self._on.enter_context(active(step))
 
@@ -125,7 +125,8 @@ class _OwnLoop:
                 fix='Give a model that copy.deepcopy can copy, or speedups="none".',
             ) from error
         step = planning.apply(plan, replace(self.step, model=model, optimizer=optimizer), self.device)
-        return _OwnTrial(Learner(step, self._loss, clip_norm=self._clip_norm), self._batch)
+        learner = Learner(step, _of_float32(step, self._loss), clip_norm=self._clip_norm)
+        return _OwnTrial(learner, self._batch)
 
     @property
     def key(self) -> str:
@@ -139,6 +140,17 @@ class _OwnLoop:
             probe.fingerprint(self.device),
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
+
+
+def _of_float32(step: Step, loss: Loss) -> Loss:
+    """The caller's loss, given float32 outputs as before: a sum over many classes needs the digits."""
+    if step.autocast_dtype is None:
+        return loss
+
+    def of_float32(outputs: Any, targets: Any) -> torch.Tensor:
+        return loss(each(outputs, lambda t: t.float() if t.dtype == step.autocast_dtype else t), targets)
+
+    return of_float32
 
 
 class _OwnTrial:
