@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -109,6 +110,12 @@ class _OwnLoop:
             raise UsageError(
                 "The optimizer holds parameters that aren't the model's.",
                 fix="Make the optimizer from model.parameters(), after the model was moved to its device.",
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UsageError(
+                f"{type(optimizer).__name__} computes the loss several times in a step, which can't be sped up as one.",
+                fix="Use an optimizer whose step needs no closure, such as AdamW.",
             )
         if not tensors(batch[0]):
             raise UsageError("The example batch holds no tensor.", fix="Give (inputs, targets) as training will.")

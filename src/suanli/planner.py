@@ -244,7 +244,23 @@ class _Search:
         self._measure_all()
         self.trainee = None
         free(self.device)
+        if not self.trials and (names := self._usual()):
+            return self._checked_short_list(names)
         return self._plan(self.best, tuple(self.trials), "measured")
+
+    def _checked_short_list(self, names: tuple[str, ...]) -> Plan:
+        """The usual speedups where there was no time for turns, if they compute the same."""
+        self.measured = False
+        plan = replace(self.best, speedups=names)
+        try:
+            error = difference(self.reference, _numbers(self.subject, plan))
+        except MachineError as failed:
+            trial = Trial(change=_sum(names), kept=False, reason=failed.message)
+            return self._plan(self.best, (trial,), "short list")
+        kept = error <= (allowed := planning.tolerance(names))
+        reason = "computes the same; the run is too short to time it" if kept else _too_far(error, allowed)
+        trial = Trial(change=_sum(names), kept=kept, reason=reason, error=error)
+        return self._plan(plan if kept else self.best, (trial,), "short list")
 
     def _measure_all(self) -> None:
         queue = self._changes()
@@ -331,8 +347,7 @@ class _Search:
                 first_s = time.perf_counter() - started
             error = difference(self.reference, numbers)
             if error > (allowed := planning.tolerance(change.plan.speedups)):
-                why = f"outputs or gradients differ by {error:.2g}, more than the {allowed:g} that rounding explains"
-                return Trial(change=change.name, kept=False, reason=why, error=error)
+                return Trial(change=change.name, kept=False, reason=_too_far(error, allowed), error=error)
             before, after = self._by_turns(candidate, change.sets_in_slowly)
         except MachineError as refused:  # needless beside the others
             return Trial(change=change.name, kept=False, reason=refused.message)
@@ -397,6 +412,10 @@ class _Search:
             origin=origin,
             seconds=took,
         )
+
+
+def _too_far(error: float, allowed: float) -> str:
+    return f"outputs or gradients differ by {error:.2g}, more than the {allowed:g} that rounding explains"
 
 
 def _undoing(trial: Trial) -> str:

@@ -25,7 +25,7 @@ from suanli.loop import Loop
 from suanli.plans import Store
 from suanli.rundir import Run, measurement
 from suanli.saved import save_model
-from suanli.start import Start
+from suanli.start import UNPLANNED, Start
 from suanli.stopping import Stop, stop_requests
 from suanli.types import Json, Plan, Tracker
 
@@ -153,7 +153,9 @@ class Training:
 
     def _facts(self) -> Facts:
         step, plan = self.loop.compute, self.plan
-        possible = {n for n, s in planning.usable(self.device)[0].items() if s.needless(step, self.device) is None}
+        possible = {n: s for n, s in planning.usable(self.device)[0].items() if s.needless(step, self.device) is None}
+        groups = {possible[n].group for n in plan.speedups if n in possible}
+        untried = (n for n, s in possible.items() if n not in plan.speedups and n not in plan.dropped)
         sized = "size" in self.prepared.preprocess.settings() or self.prepared.preprocess.kind == "image"
         return Facts(
             device_type=self.device.type,
@@ -162,6 +164,7 @@ class Training:
             threads=plan.threads or torch.get_num_threads(),
             speedups=plan.speedups,
             dropped={n: r for n, r in plan.dropped.items() if n in possible},
+            offered=tuple(n for n in untried if possible[n].group is None or possible[n].group not in groups),
             resident=step.resident or self.device.type == "cpu",
             augment=self.recipe.augment,
             share_of_ceiling=self._share_of_ceiling(),
@@ -255,7 +258,7 @@ class Training:
         task = self.loop.task
         refused = difference.exceeds(task.tolerance)
         self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
-        if refused:
+        if refused and self.plan.origin not in UNPLANNED:
             reason = f"it cost {-difference.median:.1%} of validation {task.headline} against float32"
             Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")

@@ -82,6 +82,7 @@ _PARTS = (
     ("mlflow-skinny", "mlflow-skinny>=2.19", "metrics for MLflow"),
     ("wandb", "wandb>=0.19", "metrics for Weights & Biases"),
     ("triton", "triton", "compiled kernels on GPUs"),
+    ("nvidia-ml-py", "nvidia-ml-py", "energy of NVIDIA GPUs"),
     ("onnxruntime", "onnxruntime", "ONNX inference"),
     ("openvino", "openvino", "inference on Intel processors"),
 )
