@@ -164,3 +164,20 @@ def test_a_run_on_the_device(speedups: str, device: Device, tmp_path: Path) -> N
     assert run.summary["plan"]["device"] == device.torch_name
     assert run.metrics[-1]["scores"]["accuracy"] > 0.5
     assert speedups == "auto" or not run.summary["plan"]["speedups"]
+
+
+def test_a_loop_of_the_users_is_sped_up(device: Device) -> None:
+    torch.manual_seed(0)
+    where = device.torch_name
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    model.to(where)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs = torch.randn(256, 3, 32, 32, device=where)
+    targets = (inputs.mean((1, 2, 3)) > 0).long()
+    step, plan = suanli.speed_up(model, optimizer, nn.functional.cross_entropy, (inputs, targets), steps=5_000)
+    with step:
+        first = step(inputs, targets).item()
+        for _ in range(100):
+            last = step(inputs, targets)
+    assert plan.trials
+    assert last.item() < first
