@@ -17,7 +17,7 @@ from PIL import Image
 import suanli
 from suanli.cli import app, main
 
-VERBS = ("device", "prepare", "train", "evaluate", "predict", "report", "run")
+VERBS = ("bench", "device", "prepare", "train", "evaluate", "predict", "report", "run")
 
 
 def call(*arguments: str | Path) -> int:

@@ -22,17 +22,19 @@ def test_public_names() -> None:
         "Run",
         "SuanliError",
         "UsageError",
+        "bench",
         "device",
         "evaluate",
         "predict",
         "prepare",
         "report",
         "run",
+        "speed_up",
         "train",
     ]
 
 
-@pytest.mark.parametrize("name", ["device", "evaluate", "predict", "prepare", "report", "run", "train"])
+@pytest.mark.parametrize("name", [n for n in suanli.__all__ if n.islower()])
 def test_a_verb_is_the_function_and_stays_it(name: str) -> None:
     """A submodule of the same name must not take the place of the function once it is imported."""
     verb = getattr(suanli, name)

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from suanli import checkpoint, hardware
-from suanli.assembly import build_loop
+from suanli.assembly import Assembly
 from suanli.cache import Prepared, prepare_source
 from suanli.loop import Loop
 from suanli.types import Plan, Recipe, Row, Source
 
 CPU = hardware.detect("cpu")
-PLAN = Plan(device="cpu", speedups=("channels_last", "fused_optimizer"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +61,12 @@ RECIPES = st.builds(
 )
 
 
+def loop_of(recipe: Recipe, prepared: Prepared, *, fresh: bool = True) -> Loop:
+    """Computed in another layout, and by the optimizer's fused kernel where there is one."""
+    speedups = ("channels_last",) if recipe.optimizer == "muon" else ("channels_last", "fused_optimizer")
+    return Assembly(recipe, prepared, CPU, fresh=fresh).loop(Plan(device="cpu", speedups=speedups))
+
+
 def bits(loop: Loop) -> dict[str, torch.Tensor]:
     tensors, _ = loop.state()
     return {name: t.clone() for name, t in tensors.items()}
@@ -72,11 +77,11 @@ def bits(loop: Loop) -> dict[str, torch.Tensor]:
 def test_going_on_from_any_step_gives_the_same_bits(
     prepared: Prepared, tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, stops: list[int]
 ) -> None:
-    whole = build_loop(recipe, prepared, CPU, PLAN)
+    whole = loop_of(recipe, prepared)
     for _ in whole.run():
         pass
     folder = tmp_path_factory.mktemp("checkpoints")
-    parts = build_loop(recipe, prepared, CPU, PLAN)
+    parts = loop_of(recipe, prepared)
     for stop in sorted(stops):
         for _ in parts.run():
             if parts.progress.step >= stop:
@@ -84,7 +89,7 @@ def test_going_on_from_any_step_gives_the_same_bits(
         checkpoint.save_step(folder, parts.progress.step, *parts.state())
         saved = checkpoint.newest(folder)
         assert saved is not None
-        parts = build_loop(recipe, prepared, CPU, PLAN, fresh=False)
+        parts = loop_of(recipe, prepared, fresh=False)
         parts.restore(saved)
     for _ in parts.run():
         pass
@@ -95,7 +100,7 @@ def test_going_on_from_any_step_gives_the_same_bits(
 
 
 def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
-    loop = build_loop(Recipe(batch_size=16), prepared, CPU, PLAN)
+    loop = loop_of(Recipe(batch_size=16), prepared)
     before = bits(loop)
     with loop.untouched():
         loop.try_step(16)
@@ -107,9 +112,9 @@ def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
 def test_another_networks_checkpoint_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     from suanli.errors import DamagedFile
 
-    loop = build_loop(Recipe(batch_size=16), prepared, CPU, PLAN)
+    loop = loop_of(Recipe(batch_size=16), prepared)
     path = checkpoint.save_step(tmp_path, 3, *loop.state())
-    other = build_loop(Recipe(batch_size=16, model=TINY), prepared, CPU, PLAN)
+    other = loop_of(Recipe(batch_size=16, model=TINY), prepared)
     with pytest.raises(DamagedFile, match="not one of this network"):
         other.restore(checkpoint.read(path))
 
@@ -119,7 +124,7 @@ def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: Pre
     results = []
     for parts in (1, 4):
         recipe = Recipe(model=TINY, optimizer="sgd", lr=0.05, batch_size=30, accumulate=parts, epochs=1)
-        loop = build_loop(recipe, prepared, CPU, Plan(device="cpu", speedups=()))
+        loop = Assembly(recipe, prepared, CPU).loop(Plan(device="cpu", speedups=()))
         for layer in loop.model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0
