@@ -54,7 +54,7 @@ class Waterfall:
 def waterfall(title: str, rungs: Sequence[Rung], *, x_label: str) -> Waterfall | None:
     """None where no rung is measured."""
     most = max((value + _half(one) for one in rungs if (value := _value(one)) is not None), default=0.0)
-    if most <= 0:
+    if most <= 1e-100:  # nothing, or so little that a scale would overflow
         return None
     marks = ticks(0.0, most)
     scale = (WIDTH - LEFT - RIGHT) / marks[-1]

@@ -33,9 +33,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Ladder:
-    """`best` is how many times as fast as plain PyTorch training is with all that was accepted."""
+    """`best` is how many times as fast as plain PyTorch training is with all that was accepted.
 
-    best: float | None
+    `loses` and `refuses`: whether a bar is drawn that does.
+    """
+
+    best: Spread
+    loses: bool
+    refuses: bool
     parts: list[Part]
     notes: list[str]
 
@@ -45,7 +50,14 @@ Cell = Callable[[Figures], str]
 
 def ladder(bench: Bench) -> Ladder:
     parts = [_part(bench, key) for key in PARTS if any(getattr(rung, key) for rung in bench.rungs)]
-    return Ladder(best=_last(bench, "train").ratio.median, parts=parts, notes=_notes(bench))
+    kinds = {bar.kind for part in parts if part.chart for bar in part.chart.bars if bar.strong}
+    return Ladder(
+        best=_last(bench, "train").ratio,
+        loses="second" in kinds,
+        refuses="refused" in kinds,
+        parts=parts,
+        notes=_notes(bench),
+    )
 
 
 def _part(bench: Bench, key: str) -> Part:
@@ -82,7 +94,7 @@ def _columns(key: str) -> dict[str, Cell]:
 
     return {
         "examples per second": lambda f: _rate(f.examples_per_s),
-        "times plain": lambda f: words.spread(f.ratio.median, f.ratio.half_iqr, words.ratio),
+        "times plain": lambda f: words.spread(f.ratio.median, f.ratio.half_iqr or None, words.ratio),
         f"ms a {'step' if key == 'train' else 'batch'}, p50 / p95": wait,
         "memory": lambda f: words.memory(f.peak_memory_bytes),
         "of ceiling": lambda f: words.percent(f.share_of_ceiling, 0),
@@ -152,6 +164,11 @@ def _notes(bench: Bench) -> list[str]:
         said.append(
             f"Every rung was measured by turns in {words.count(bench.rounds, 'round')}; ± is half the interquartile "
             "range, and ratios are of figures of the same round."
+        )
+    shares = [one.share_of_ceiling for rung in bench.rungs for one in (rung.train, rung.evaluate) if one]
+    if any(map(words.known, shares)):
+        said.append(
+            "Of ceiling: the share of the FLOP/s that this device was measured to reach in the rung's precision."
         )
     if bench.steps:
         told = f"Scores are on validation after {words.count(bench.steps, 'step')} from the same start"

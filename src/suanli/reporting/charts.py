@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 WIDTH, HEIGHT = 360, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 36  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 36  # margins around the plot; at the left "100.0 %" must fit
 POINTS = 240  # more than the eye can tell apart at this width
 
 Point = tuple[float, float]

@@ -24,7 +24,7 @@ SHARES = {
     "backward": "backward pass",
     "graph": "forward and backward pass, recorded",
     "host": "host: Python and launches",
-    "idle": "idle",
+    "idle": "idle: nothing is computed",
 }
 
 
@@ -42,39 +42,45 @@ def shares(diagnosis: Diagnosis) -> tuple[list[Phase], list[str]]:
 ORIGINS = {
     "plain": "No speedups were asked for.",
     "named": "These were named by the user.",
-    "measured": "Chosen by trials on this machine before training",
+    "measured": "Chosen by trials on this machine",
     "cached": "Chosen by trials on this machine, for an earlier run of the same kind",
     "short list": "The run is too short for trials, so these are the ones that usually help.",
 }
+
+
+# How a trial's reason begins: what the table has in columns of its own.
+MEASURED = re.compile(r"^[\d.]+ times as fast( \(spread [^)]*\))?(, but )?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
     change: str
     used: bool
-    times: str = words.UNKNOWN  # as fast as the best plan before it
-    rounds: int | None = None
-    error: str = words.UNKNOWN
-    reason: str = ""
+    times: str  # as fast as the best plan before it
+    rounds: int | None
+    error: str
+    reason: str  # beyond what the figures say
 
 
 def plan_rows(plan: Plan) -> list[PlanRow]:
-    """The trials in their order; then what is in use or dropped without one."""
-    rows = [_trial(trial, plan) for trial in plan.trials]
+    """The trials in their order."""
+    return [_trial(trial, plan) for trial in plan.trials]
+
+
+def untried(plan: Plan) -> dict[str, str]:
+    """Speedups that were dropped without a trial, most because they don't exist on this device, and why."""
     tried = {name for trial in plan.trials for name in map(_name, trial.change.split())}
-    rows += [PlanRow(change=name, used=True) for name in plan.speedups if name not in tried]
-    rows += [PlanRow(change=n, used=False, reason=why) for n, why in plan.dropped.items() if n not in tried]
-    return rows
+    return {name: why for name, why in plan.dropped.items() if name not in tried}
 
 
 def _trial(trial: Trial, plan: Plan) -> PlanRow:
     lost = [name for name in trial.change.split() if not _stands(name, plan)]
-    reason = trial.reason
+    reason = MEASURED.sub("", trial.reason) if words.known(trial.ratio) else trial.reason
     if trial.kept and lost:  # later changes and failures in training have the last word
         gone = next((plan.dropped[name] for name in map(_name, lost) if name in plan.dropped), "")
         reason = gone or "kept then, and changed again later"
-    elif trial.kept and words.known(trial.ratio):
-        reason = ""  # it would say the ratio again
+    elif not trial.kept and not reason and (trial.ratio or 0.0) > 1.0:
+        reason = "not clearly faster"
     return PlanRow(
         change=" and ".join(map(_in_words, trial.change.split())) or words.UNKNOWN,
         used=trial.kept and not lost,
