@@ -266,6 +266,7 @@ def test_a_bench_is_told_in_full(tmp_path: Path) -> None:
     assert seen.says("Of ceiling: the share of the FLOP/s")
     assert seen.says("+ bf16 1,490 ± 25 2.13 ± 0.04 336 / 356 900.0 MB 62 % 61.5 % +0.3 (−0.9 to +1.4)")
     assert seen.says("+ int4_weights refused: accuracy falls 6.1 points 2,100 ± 36")
+    assert seen.words.count("accuracy falls 6.1 points") == 1
     assert not seen.says("energy an example")  # nobody measured it
     assert not seen.says("has not finished")
     assert not seen.says("no evaluation of this run")

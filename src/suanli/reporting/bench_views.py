@@ -95,7 +95,7 @@ def _columns(key: str) -> dict[str, Cell]:
     return {
         "examples per second": lambda f: _rate(f.examples_per_s),
         "times plain": lambda f: words.spread(f.ratio.median, f.ratio.half_iqr or None, words.ratio),
-        f"ms a {'step' if key == 'train' else 'batch'}, p50 / p95": wait,
+        f"{'step' if key == 'train' else 'batch'} in ms, p50{words.SPACE}/{words.SPACE}p95": wait,
         "memory": lambda f: words.memory(f.peak_memory_bytes),
         "of ceiling": lambda f: words.percent(f.share_of_ceiling, 0),
         "energy an example": lambda f: words.si(f.joules_per_example, "J"),
