@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # One thread for each operation: many processes share the machine in tests, and the threads of one
@@ -69,3 +71,42 @@ def text_table(tmp_path: Path) -> Path:
     path = tmp_path / "reviews.tsv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def speedup_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """A room of speedups that holds only what is put in: a name, the body of `apply`, fields of the record."""
+    import suanli.speedups
+    from suanli import plugins
+
+    folder = tmp_path / "speedup_room"
+    folder.mkdir()
+    shipped = {name: plugins.load("speedups", name) for name in plugins.names("speedups")}
+    assert shipped  # imported now: what they share is found no more below
+    monkeypatch.setattr(suanli.speedups, "__path__", [str(folder)])
+    plugins.names.cache_clear()
+    planted = []
+
+    def put(name: str, body: str, **fields: object) -> str:
+        known = {"stage": 50, "usual": True} | fields
+        told = "".join(f", {field}={value!r}" for field, value in known.items() if field != "why_not")
+        lines = "".join(f"    {line}\n" for line in body.splitlines())
+        (folder / f"{name}.py").write_text(
+            "import time, torch\nfrom dataclasses import replace\nfrom suanli.types import Speedup\n"
+            f"def apply(step, device):\n    model = step.model\n{lines}    return step\n"
+            f"def why_not(device):\n    return {known.get('why_not')!r}\n"
+            f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=why_not{told})\n"
+        )
+        planted.append(name)
+        sys.modules.pop(f"suanli.speedups.{name}", None)
+        importlib.invalidate_caches()  # files that are younger than the last look
+        plugins.names.cache_clear()
+        return name
+
+    yield put
+    for name in planted:
+        sys.modules.pop(f"suanli.speedups.{name}", None)
+        vars(suanli.speedups).pop(name, None)
+    plugins.names.cache_clear()
+    monkeypatch.undo()
+    plugins.names.cache_clear()

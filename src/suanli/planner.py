@@ -124,13 +124,21 @@ def difference(expected: Numbers, got: Numbers) -> float:
 
 def _relative(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
     if [t.shape for t in expected] != [t.shape for t in got]:
-        expected, got = ([torch.cat([t.flatten(1) for t in side])] for side in (expected, got))  # parts of a batch
-        if expected[0].shape != got[0].shape:
+        expected, got = _whole(expected), _whole(got)
+        if [t.shape for t in expected] != [t.shape for t in got]:
             return float("inf")
     squares = sum(float((a - b).double().square().sum()) for a, b in zip(expected, got, strict=True))
     scale = sum(float(a.double().square().sum()) for a in expected)
     error = (squares / scale) ** 0.5 if scale else (squares and float("inf"))
     return error if error == error else float("inf")
+
+
+def _whole(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of the parts of a batch, those of one kind behind each other."""
+    found: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for part in parts:
+        found.setdefault(tuple(part.shape[1:]), []).append(part if part.dim() else part.reshape(1))
+    return [torch.cat(kind) for kind in found.values()]
 
 
 def _checked(subject: Subject, named: Plan) -> Plan:
@@ -454,9 +462,12 @@ def _time_limit(limit_s: float) -> Iterator[None]:
         raise TimeoutError(f"it didn't end within {limit_s:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)  # again: a compiler may swallow the first
+    started = time.monotonic()
+    own_s, every_s = signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)  # again: a compiler may swallow the first
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if own_s:  # the caller's own alarm goes on
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, own_s - (time.monotonic() - started)), every_s)

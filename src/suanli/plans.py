@@ -98,6 +98,8 @@ def _fields(plan: Plan) -> dict[str, Json]:
 def _kept(values: Json) -> Kept:
     """Raises KeyError, TypeError or ValueError for what is no kept plan of this version."""
     found = values["plan"]
+    if not set(found["speedups"]) <= set(names("speedups")):
+        raise ValueError("not a plan of this version")
     plan = Plan(
         **{
             **found,
@@ -105,6 +107,6 @@ def _kept(values: Json) -> Kept:
             "trials": tuple(Trial(**trial) for trial in found["trials"]),
         }
     )
-    if not set(plan.speedups) <= set(names("speedups")) or not (plan.threads is None or plan.threads >= 1):
-        raise ValueError("not a plan of this version")
+    if not (plan.threads is None or plan.threads >= 1):
+        raise ValueError("not a number of threads")
     return Kept(plan=plan, complete=bool(values["complete"]), refused=dict(values["refused"]))
