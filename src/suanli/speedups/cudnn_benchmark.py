@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 
+from suanli.speedups._switches import switched
 from suanli.types import Device, Speedup, Step
 
 
-@contextmanager
-def timed_algorithms() -> Iterator[None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+def timed_algorithms() -> AbstractContextManager[None]:
+    return switched((torch.backends.cudnn,), "benchmark", True)
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001

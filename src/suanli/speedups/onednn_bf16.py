@@ -6,28 +6,21 @@ depends on the processor's instructions (with AMX it has), so it is asked with o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from suanli.speedups._switches import switched
 from suanli.types import Device, Speedup, Step
 
 
-@contextmanager
-def bfloat16_inside() -> Iterator[None]:
-    places = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "bf16"
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+def bfloat16_inside() -> AbstractContextManager[None]:
+    onednn = torch.backends.mkldnn
+    places = (onednn.matmul, onednn.conv)  # type: ignore[attr-defined]
+    return switched(places, "fp32_precision", "bf16")
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001

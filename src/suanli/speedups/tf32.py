@@ -5,26 +5,19 @@ It reaches what autocast leaves in float32. Source: NVIDIA A100 architecture whi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
 
+from suanli.speedups._switches import switched
 from suanli.types import Device, Speedup, Step
 
 
-@contextmanager
-def tensor_float() -> Iterator[None]:
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [place.fp32_precision for place in places]
-    try:
-        for place in places:
-            place.fp32_precision = "tf32"
-        yield
-    finally:
-        for place, value in zip(places, before, strict=True):
-            place.fp32_precision = value
+def tensor_float() -> AbstractContextManager[None]:
+    backends = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
+    return switched(places, "fp32_precision", "tf32")
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
