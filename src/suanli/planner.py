@@ -38,11 +38,12 @@ from suanli.types import Device, Plan, Step, Trial
 SHARE = 0.05  # of the forecast training time that planning may take
 CHECKED_STEPS = 60  # a shorter run can't even afford to check the numbers of the short list
 ROUNDS = (3, 6)  # of a comparison, at least and at most
-CLEAR = 1.3  # a ratio so large needs one round less
+CLEAR, HOPELESS = 1.3, 0.7  # ratios so large or so small need one round less
 OPTIMISM = 0.3  # of a step that compiling saves at most, before it is known
 COMPILING_S = (10.0, 1.0)  # before it is known: at the start, and for each part of the network with weights
 COMPILING_LIMIT_S = 600.0
-FIRST_STEP_LIMIT_S = 120.0  # of any other change
+FIRST_STEP_LIMIT_S = 120.0  # of any other change, and less where steps are short
+FIRST_STEP_S, FIRST_STEP_TIMES = 10.0, 10.0
 
 
 class Trainee(Protocol):
@@ -346,7 +347,8 @@ class _Search:
 
     def _try(self, change: _Change) -> Trial:
         try:
-            limit = COMPILING_LIMIT_S if change.slow_start else FIRST_STEP_LIMIT_S
+            usual = min(FIRST_STEP_LIMIT_S, FIRST_STEP_S + FIRST_STEP_TIMES * self.best_s)
+            limit = COMPILING_LIMIT_S if change.slow_start else usual
             with _time_limit(limit):
                 candidate = self.subject.trial(change.plan)
                 started = time.perf_counter()
@@ -396,7 +398,7 @@ class _Search:
                         sides[which].advance()
                     found[which].append(measure.seconds(sides[which].advance))
             ratios = [a / b for a, b in zip(*found, strict=True)]
-            if number + 1 >= ROUNDS[0] - 1 and min(ratios) > CLEAR:
+            if number + 1 >= ROUNDS[0] - 1 and (min(ratios) > CLEAR or max(ratios) < HOPELESS):
                 break
             if number + 1 >= ROUNDS[0] and not 0.9 < measure.spread(ratios).median < 1.1:
                 break
