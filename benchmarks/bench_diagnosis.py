@@ -1,14 +1,16 @@
 """What the diagnosis costs: training steps with the clock and the watch, against the same steps without.
 
-Both sides train the same network on the same data in one process, by turns, a few steps at a time. The loop is
+Both sides are the same loop with the same network in one process, which gets the clock or goes without it by turns,
+a few steps at a time; a third side, without it as well, shows what a ratio of equals looks like here. The loop is
 written by hand and marks where suanli's own loop marks: input, forward, backward, optimizer. Two sizes: `small`
 is the worst case, a network of digits whose steps take a few milliseconds; `large` takes some hundred.
 
-    python benchmarks/bench_diagnosis.py [--rounds 2000] [--threads 1] [--device cpu] [--out records/…/diagnosis.json]
+    python benchmarks/bench_diagnosis.py [--rounds 600] [--threads 1] [--device cpu] [--out records/…/diagnosis.json]
 
 Two figures each. `ratio` is how many times as long the steps take with the clock, from pairs; it holds everything,
 but the machine's noise as well, so its standard error is given. `share` is the time of the calls by themselves, in a
-loop without work, over the time of a step: exact, but without what they might do to the caches.
+loop without work, over the time of a step, if every step is timed: what is left out is that a step drives them out of
+the caches. `--every-step` times every step in the first figure, too, for what that costs.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from suanli.measure import gain, interleaved, spread
 from suanli.phases import CudaTimeline, DeviceClock, HostClock, StepClock
 from suanli.types import Json
 
-SIZES = {  # batch, channels, side, width, steps a turn
-    "small": (64, 1, 8, 24, 2),
+# Batch, channels, side, width, steps a turn. A turn is longer than the clock's interval, which goes on while the others
+# have theirs: the first step of each turn is timed, as one in several is otherwise.
+SIZES = {
+    "small": (64, 1, 8, 24, 10),
     "large": (64, 3, 32, 48, 1),
 }
 CALLS = 4000
@@ -43,7 +47,7 @@ class Loop:
         torch.manual_seed(0)
         self.pool = torch.randint(256, (4 * batch, channels, side, side), dtype=torch.uint8, device=device)
         self.targets = torch.randint(10, (4 * batch,), device=device)
-        self.batch, self.device, self.clock, self.step = batch, device, clock, 0
+        self.batch, self.device, self.step = batch, device, 0
         self.model = nn.Sequential(
             *(nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()),
             *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)),
@@ -51,10 +55,16 @@ class Loop:
         ).to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
         facts = Facts(device_type=device.type, batch_size=batch, cores=hardware.cores())
-        self.watch = Watch(clock, lambda: facts, 10**9)
+        self.clock = clock
+        self.watch = Watch(self.clock, lambda: facts, 10**9)
 
-    def run(self) -> None:
-        clock = self.clock
+    def plain(self) -> None:
+        self._steps(StepClock(), None)
+
+    def clocked(self) -> None:
+        self._steps(self.clock, self.watch)
+
+    def _steps(self, clock: StepClock, watch: Watch | None) -> None:
         for _ in range(self.turn):
             clock.begin()
             picked = torch.randint(len(self.pool), (self.batch,), device=self.device)
@@ -71,12 +81,18 @@ class Loop:
                 loss.item()
             clock.end()
             self.step += 1
-            self.watch.after_step(self.step)
+            if watch is not None:
+                watch.after_step(self.step)
+
+
+def untiring(device: torch.device) -> StepClock:
+    """Times every step."""
+    return HostClock(every_s=0) if device.type == "cpu" else DeviceClock(CudaTimeline(device), every_s=0)
 
 
 def calls_s(device: torch.device) -> float:
     """Seconds that clock and watch take of a step that is timed, its part of the window's evaluation included."""
-    clock = HostClock(every_s=0) if device.type == "cpu" else DeviceClock(CudaTimeline(device), every_s=0)
+    clock = untiring(device)
     facts = Facts(device_type=device.type, batch_size=1, cores=1)
     watch = Watch(clock, lambda: facts, 10**9)
     started = time.perf_counter()
@@ -90,15 +106,14 @@ def calls_s(device: torch.device) -> float:
     return (time.perf_counter() - started) / CALLS
 
 
-def measured(size: str, device: torch.device, rounds: int, budget_s: float) -> dict[str, Json]:
-    plain, clocked = Loop(size, device, StepClock()), Loop(size, device, StepClock.of(device))
+def measured(size: str, device: torch.device, clock: StepClock, rounds: int, budget_s: float) -> dict[str, Json]:
+    loop = Loop(size, device, clock)
     settle = None if device.type == "cpu" else partial(torch.cuda.synchronize, device)
-    turns = interleaved(
-        {"plain": plain.run, "clocked": clocked.run}, rounds=rounds, warm_up=5, budget_s=budget_s, settle=settle
-    )
-    found = gain(turns["clocked"], turns["plain"])
-    step_s = spread(turns["plain"]).median / plain.turn
-    diagnosis = clocked.watch.current
+    sides = {"plain": loop.plain, "clocked": loop.clocked, "plain again": loop.plain}
+    turns = interleaved(sides, rounds=rounds, warm_up=5, budget_s=budget_s, settle=settle)
+    found, equals = gain(turns["clocked"], turns["plain"]), gain(turns["plain again"], turns["plain"])
+    step_s = spread(turns["plain"]).median / loop.turn
+    diagnosis = loop.watch.current
     return {
         "step_ms": step_s * 1e3,
         "ratio": found.ratio,
@@ -106,7 +121,8 @@ def measured(size: str, device: torch.device, rounds: int, budget_s: float) -> d
         # Of a median: 1.25 standard deviations over the root of the count, one being 1.48 half interquartile ranges.
         "standard_error": 1.25 * 1.48 * found.spread / math.sqrt(found.rounds),
         "rounds": found.rounds,
-        "steps_a_round": plain.turn,
+        "steps_a_round": loop.turn,
+        "ratio_of_equals": equals.ratio,
         "call_us": (call_us := calls_s(device) * 1e6),
         "share": call_us / 1e6 / step_s,
         "diagnosis": None if diagnosis is None else diagnosis.to_json(),
@@ -115,19 +131,23 @@ def measured(size: str, device: torch.device, rounds: int, budget_s: float) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2000)
-    parser.add_argument("--budget-s", type=float, default=30.0, help="for each size")
+    parser.add_argument("--rounds", type=int, default=600)
+    parser.add_argument("--budget-s", type=float, default=90.0, help="for each size")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--every-step", action="store_true")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = hardware.detect(given.device)
+    where = torch.device(device.torch_name)
     sizes = {}
     for size in SIZES:
-        sizes[size] = found = measured(size, torch.device(device.torch_name), given.rounds, given.budget_s)
+        clock = untiring(where) if given.every_step else StepClock.of(where)
+        sizes[size] = found = measured(size, where, clock, given.rounds, given.budget_s)
         print(
-            f"{size}: a step of {found['step_ms']:.2f} ms takes {found['ratio']:.4f} times as long with the clock "
+            f"{size}: a step of {found['step_ms']:.2f} ms takes {found['ratio']:.4f} times as long with the clock, "
+            f"{found['ratio_of_equals']:.4f} times without it "
             f"(spread {found['spread']:.4f}, standard error {found['standard_error']:.4f}, {found['rounds']} rounds of "
             f"{found['steps_a_round']}); the calls take {found['call_us']:.1f} us, {found['share']:.3%} of the step",
             flush=True,

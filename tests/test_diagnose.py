@@ -169,7 +169,8 @@ def test_short_steps_are_timed_only_so_often() -> None:
     took = time.perf_counter() - started
     found = clock.window()
     assert found is not None
-    assert found.steps <= took / 0.02 + 1
+    assert found.steps <= took / 0.01 + 1  # half of the interval is the least
+    assert found.steps < 15
 
 
 def test_a_step_that_was_not_ended_does_not_count() -> None:

@@ -9,7 +9,7 @@
     clock.end()  # what is left is "host"
 
 A mark gives the time since the mark before it to its name; a name may come several times in one step. Steps
-are timed as they are, without a profiler, which would slow down what it looks at. A timed step costs about 10 µs
+are timed as they are, without a profiler, which would slow down what it looks at. A timed step costs about 50 µs
 on a CPU (`benchmarks/bench_diagnosis.py`), and once the first window is over, steps are timed only so often that this
 stays below a hundredth of the time, however short they are.
 
@@ -53,9 +53,11 @@ import torch
 
 SKIPPED = 3  # first steps of a run: they allocate, choose kernels and fill caches
 TRIMMED_FROM = 10  # steps of a window, from which on its slowest is left out: one hiccup is not a limit
+GOLDEN = 0.618  # multiples of it spread evenly over the unit interval
 HELD = 4096  # timed steps, if nobody asks for the window
-HOST_EVERY_S = 0.002  # between timed steps: 10 µs each are at most 0.5 %
-DEVICE_EVERY_S = 0.01  # the same for up to 50 µs, an estimate: six events, and asking for their times
+# Between timed steps, on average. The calls take 10 µs on a CPU in a loop of their own, but 50 µs where the step has
+# driven them out of the caches: 0.25 %. On a GPU six events come on top; up to 100 µs, an estimate, are 0.5 %.
+EVERY_S = 0.02
 # Assumed, not measured: an idle GPU reaches an event about 10 µs after its issue, and the two clocks agree to 20 µs.
 CAUGHT_UP_S = 5e-5
 
@@ -116,9 +118,10 @@ class _Timed:
 class HostClock(StepClock):
     """For a device that has done an operation when the call returns: the CPU."""
 
-    def __init__(self, every_s: float = HOST_EVERY_S) -> None:
-        self._every_ns = round(every_s * 1e9)
-        self._begun = self._last_ns = 0
+    def __init__(self, every_s: float = EVERY_S) -> None:
+        self._every_ns = every_s * 1e9
+        self._begun = 0
+        self._due_ns = 0.0
         self._first_window = True
         self._step: _Timed | None = None
         self._steps: deque[_Timed] = deque(maxlen=HELD)
@@ -127,9 +130,9 @@ class HostClock(StepClock):
         self._step = None
         self._begun += 1
         now = time.perf_counter_ns()
-        often = self._first_window or now - self._last_ns >= self._every_ns
-        if self._begun > SKIPPED and often:
-            self._last_ns = now
+        if self._begun > SKIPPED and (self._first_window or now >= self._due_ns):
+            # At uneven intervals (half to one and a half), or what comes every few steps could be missed each time.
+            self._due_ns = now + self._every_ns * (0.5 + GOLDEN * self._begun % 1)
             self._step = _Timed(process_ns=time.process_time_ns())
             self._stamp(self._step)
 
@@ -221,7 +224,7 @@ class CudaTimeline:
 class DeviceClock(HostClock):
     """For a device that works through a queue. No mark may fall into the recording of a graph."""
 
-    def __init__(self, timeline: Timeline, every_s: float = DEVICE_EVERY_S) -> None:
+    def __init__(self, timeline: Timeline, every_s: float = EVERY_S) -> None:
         super().__init__(every_s)
         self._timeline = timeline
         self._start: tuple[float, Any] | None = None  # a moment on both clocks
