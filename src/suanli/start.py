@@ -16,6 +16,7 @@ from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, Suan
 from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big
 from suanli.loop import Loop
 from suanli.plans import Store
+from suanli.plugins import names
 from suanli.types import Device, Plan, Recipe
 
 CHECKPOINTING = "activation_checkpointing"
@@ -111,7 +112,7 @@ class Start:
             plan = replace(plan, dropped={**plan.dropped, dropped: f"it failed in training: {what}"})
             if risk != "numerics":  # a rate that is too high gives NaN with any plan
                 Store(self.cache, self.key, self.threads).refuse({dropped: f"it failed in training: {what}"})
-        elif risk == "memory" and CHECKPOINTING not in self.plan.speedups:
+        elif risk == "memory" and CHECKPOINTING not in self.plan.speedups and CHECKPOINTING in names("speedups"):
             plan = replace(self.plan, speedups=planning.in_order((*self.plan.speedups, CHECKPOINTING)))
             change = f"with {CHECKPOINTING}"
         else:
