@@ -74,7 +74,7 @@ def text_table(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def speedup_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """A room of speedups that holds only what is put in: a name, the body of `apply`, fields of the record."""
     import suanli.speedups
     from suanli import plugins
@@ -83,7 +83,8 @@ def speedup_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     folder.mkdir()
     shipped = {name: plugins.load("speedups", name) for name in plugins.names("speedups")}
     assert shipped  # imported now: what they share is found no more below
-    monkeypatch.setattr(suanli.speedups, "__path__", [str(folder)])
+    real = suanli.speedups.__path__
+    suanli.speedups.__path__ = [str(folder)]
     plugins.names.cache_clear()
     planted = []
 
@@ -107,6 +108,5 @@ def speedup_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     for name in planted:
         sys.modules.pop(f"suanli.speedups.{name}", None)
         vars(suanli.speedups).pop(name, None)
-    plugins.names.cache_clear()
-    monkeypatch.undo()
+    suanli.speedups.__path__ = real
     plugins.names.cache_clear()
