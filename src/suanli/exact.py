@@ -6,8 +6,10 @@ validation split's, which took no part in training, and in planning neither.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from suanli import gate
@@ -16,9 +18,10 @@ from suanli.inference import infer
 from suanli.learner import active
 from suanli.loop import Loop, validation_batch
 from suanli.plugins import load
-from suanli.types import Plan
+from suanli.types import Plan, Step
 
-EXAMINED = 2_000  # inputs at most: enough to see a loss of a point, and soon done
+EXAMINED = 2_000  # inputs at most: enough to see a loss of a point
+SHARE = 0.01  # of the training's time that float32 may take for its answers; the first batch is always answered
 
 
 def rounding(plan: Plan) -> list[str]:
@@ -28,14 +31,24 @@ def rounding(plan: Plan) -> list[str]:
 
 def against_float32(loop: Loop) -> tuple[Difference, int] | None:
     """How the headline score differs from float32's, and on how many inputs; None: there are none."""
-    examples = min(EXAMINED, len(loop.val_feed))
-    if not examples:
+    order = np.random.default_rng(0).permutation(len(loop.val_feed))[:EXAMINED]  # a split may be sorted by class
+    batches = torch.from_numpy(order).split(validation_batch(loop.recipe))  # type: ignore[no-untyped-call]
+    exact = replace(loop.compute, compute=None, autocast_dtype=None, settings=())
+    until = time.perf_counter() + SHARE * loop.progress.seconds
+    expected: list[np.ndarray] = []
+    for positions in batches:
+        expected.append(_answers(loop, exact, positions))
+        if time.perf_counter() > until:
+            break
+    if not expected:
         return None
-    answers = []
-    for step in (replace(loop.compute, compute=None, autocast_dtype=None, settings=()), loop.compute):
-        positions = torch.arange(examples).split(validation_batch(loop.recipe))  # type: ignore[no-untyped-call]
-        rows = (rows for rows, _, _ in loop.val_feed.batches(iter(positions)))
-        with active(step):
-            answers.append(infer(step, loop.preprocess, loop.task, rows))
-    float32, planned = answers
-    return gate.difference(loop.task, float32, planned, loop.val_feed.split.targets[:examples]), examples
+    got = [_answers(loop, loop.compute, positions) for positions in batches[: len(expected)]]
+    asked = order[: sum(map(len, expected))]
+    targets = loop.val_feed.split.targets[asked]
+    return gate.difference(loop.task, np.concatenate(expected), np.concatenate(got), targets), len(asked)
+
+
+def _answers(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:
+    """Probabilities (B, K) of validation inputs at these positions, computed as `step` says."""
+    with active(step):
+        return infer(step, loop.preprocess, loop.task, [loop.val_feed.rows(positions)])
