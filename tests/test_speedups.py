@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import subprocess
 import sys
@@ -300,22 +299,30 @@ def test_threads_are_set_free_after_an_error_too() -> None:
     assert os.sched_getaffinity(0) == allowed
 
 
+FROM_THE_HEAP = """
+import ctypes
+from suanli.speedups import allocator
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+
+def from_the_heap():
+    place = libc.malloc(64 << 20)
+    chunk_size = ctypes.c_size_t.from_address(place - ctypes.sizeof(ctypes.c_size_t)).value
+    libc.free(place)
+    return not chunk_size & 2  # malloc(3): IS_MMAPPED
+
+with allocator.kept_heap():
+    assert from_the_heap()
+assert not from_the_heap()
+"""
+
+
 @pytest.mark.skipif(allocator.why_not(CPU) is not None, reason="another C library or allocator")
 def test_freed_memory_is_kept_while_the_setting_is_on() -> None:
-    """A block of 64 MiB comes from the heap, where it lies again the next time, not from a fresh map."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-
-    def from_the_heap() -> bool:
-        place = libc.malloc(64 << 20)
-        chunk_size = ctypes.c_size_t.from_address(place - ctypes.sizeof(ctypes.c_size_t)).value
-        libc.free(place)
-        return not chunk_size & 2  # malloc(3): IS_MMAPPED
-
-    with allocator.kept_heap():
-        assert from_the_heap()
-    assert not from_the_heap()
+    """A block of 64 MiB comes from the heap, where it lies again the next time, not from a fresh map. In a process of
+    its own: what others have done to the heap decides where the next block comes from."""
+    subprocess.run([sys.executable, "-c", FROM_THE_HEAP], check=True)
 
 
 # --- reading ahead --------------------------------------------------------------------------------

@@ -117,15 +117,12 @@ def weaker(plan: Plan, risk: str) -> tuple[Plan, str] | None:
 
 
 def difference(expected: Numbers, got: Numbers) -> float:
-    """The relative error (L2 over all tensors together) of the outputs; or a quarter of the gradients', or a tenth of
-    the updates', if that is larger. A gradient is a product of many factors that were all rounded, and an optimizer
-    may turn the smallest of them into steps as large as any (seen in bfloat16: outputs off by up to 0.035, gradients
-    by 0.12, updates by 0.31). Infinite where they aren't finite or have other shapes."""
-    return max(
-        _relative(expected.outputs, got.outputs),
-        _relative(expected.gradients, got.gradients) / 4,
-        _relative(expected.updates, got.updates) / 10,
-    )
+    """The relative error (L2 over all tensors together) of the outputs, or a quarter of the gradients' if that is
+    larger: a gradient is a product of many factors that were all rounded (seen in bfloat16: outputs off by up
+    to 0.035, gradients by up to 0.12). Infinite where they aren't finite or have other shapes.
+
+    The updates are not compared: Adam makes a full step of any gradient, also of one that is only rounding."""
+    return max(_relative(expected.outputs, got.outputs), _relative(expected.gradients, got.gradients) / 4)
 
 
 def _relative(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
