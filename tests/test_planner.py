@@ -461,7 +461,7 @@ def numbers(sizes: list[int], seed: int) -> Numbers:
     def some() -> tuple[torch.Tensor, ...]:
         return tuple(torch.randn(2, n, generator=random) for n in sizes)
 
-    return Numbers(outputs=some(), gradients=some(), updates=some())
+    return Numbers(outputs=some(), gradients=some())
 
 
 @given(sizes=SIZES, seed=st.integers(0, 1000), error=st.floats(1e-4, 10))

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from suanli import hardware
 from suanli.measure import seconds
 from suanli.preprocess._decode import decode
+from suanli.speedups._switches import switched
 from suanli.types import Device
 
 PRECISIONS = ("float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "int8")
@@ -208,20 +209,12 @@ def _in_precision(precision: str, call: Callable[[], object]) -> Callable[[], ob
     return exact
 
 
-@contextmanager
-def fp32_computed_as(what: str) -> Iterator[None]:
+def fp32_computed_as(what: str) -> AbstractContextManager[None]:
     """In full ("ieee") or in NVIDIA's "tf32" inside the block, whatever the user chose for the process."""
     switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     if what == "ieee":
         switches += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]  # type: ignore[attr-defined]
-    before = [switch.fp32_precision for switch in switches]
-    try:
-        for switch in switches:
-            switch.fp32_precision = what
-        yield
-    finally:
-        for switch, chosen in zip(switches, before, strict=True):
-            switch.fp32_precision = chosen
+    return switched(switches, "fp32_precision", what)
 
 
 # --- movement and launches ----------------------------------------------------------------------

@@ -355,13 +355,10 @@ def _main(arguments: list[str], debug: bool) -> int:
         message, fix, code = "Stopped.", "", 130
     except typer.Exit as error:
         return error.exit_code
-    except SystemExit as error:  # typer's answer to a pipe that nobody reads any more
-        if not isinstance(error.__context__, BrokenPipeError):
+    except (BrokenPipeError, SystemExit) as error:
+        # The reader of a pipe (head) has left: that is its good right. Where typer notices it, it exits.
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except BrokenPipeError:
-        # The reader of a pipe (head) has left: that is its good right.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback

@@ -197,7 +197,6 @@ class Feed:
         memory."""
         self.split = split
         self.device = torch.device(device.torch_name)
-        self.resident = resident
         self.targets = torch.from_numpy(split.targets).to(self.device)
         self._rows = self._on_device() if resident and self.device.type != "cpu" else None
 
@@ -252,10 +251,9 @@ class Feed:
                 tensor.record_stream(computing)  # or its memory could be given to the next copy too soon
             yield batch
 
-    def in_order(self, batch_size: int, *, read_ahead: bool = False) -> Iterator[Fetched]:
+    def in_order(self, batch_size: int) -> Iterator[Fetched]:
         """Every example once, in the order of the split; the last batch may be smaller."""
-        positions = torch.arange(len(self)).split(batch_size)  # type: ignore[no-untyped-call]
-        return self.batches(iter(positions), read_ahead=read_ahead)
+        return self.batches(iter(torch.arange(len(self)).split(batch_size)))  # type: ignore[no-untyped-call]
 
 
 def row_bytes(split: Split) -> int:

@@ -119,9 +119,7 @@ def weaker(plan: Plan, risk: str) -> tuple[Plan, str] | None:
 def difference(expected: Numbers, got: Numbers) -> float:
     """The relative error (L2 over all tensors together) of the outputs, or a quarter of the gradients' if that is
     larger: a gradient is a product of many factors that were all rounded (seen in bfloat16: outputs off by up
-    to 0.035, gradients by up to 0.12). Infinite where they aren't finite or have other shapes.
-
-    The updates are not compared: Adam makes a full step of any gradient, also of one that is only rounding."""
+    to 0.035, gradients by up to 0.12). Infinite where they aren't finite or have other shapes."""
     return max(_relative(expected.outputs, got.outputs), _relative(expected.gradients, got.gradients) / 4)
 
 
@@ -224,6 +222,7 @@ class _Search:
         start = planning.plain(self.device, threads)
         self.best = replace(start, speedups=known.plan.speedups, threads=known.plan.threads) if known else start
         self.trials = list(known.plan.trials) if known else []
+        self.untried: dict[str, str] = {}  # changes that had no time, and why
         self.complete = self.measured = False
         self.started = time.perf_counter()
 
@@ -290,8 +289,6 @@ class _Search:
             tried.add(_undoing(trial))
             if trial.kept:
                 queue = self._changes()  # what is left to try has changed
-
-    untried: dict[str, str]
 
     def _changes(self) -> list[_Change]:
         self.untried = {}
@@ -412,7 +409,7 @@ class _Search:
             words = trial.change.split()
             if not trial.kept and len(words) == 1 and words[0].startswith("+"):
                 dropped[words[0][1:]] = trial.reason
-        for change, reason in getattr(self, "untried", {}).items():
+        for change, reason in self.untried.items():
             first = change.split()[0]
             if first.startswith("+") and len(change.split()) <= 2:
                 dropped[first[1:]] = reason
