@@ -112,7 +112,6 @@ def test_whitening_makes_patch_features_uncorrelated_and_equally_spread() -> Non
     inputs = correlated(2000)
     whitening = Whitening(3)
     whitening.fit(inputs, eps=0.0)
-    nn.init.zeros_(whitening.bias)
     with torch.inference_mode():
         features = whitening(inputs)[:, :12].transpose(0, 1).flatten(1)
         negatives = whitening(inputs)[:, 12:].transpose(0, 1).flatten(1)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from suanli import hardware, planner, planning, plugins
+from suanli import graphs, hardware, planner, planning, plugins
 from suanli.assembly import Assembly
 from suanli.cache import Prepared, prepare_source
 from suanli.data import Feed
@@ -398,7 +398,7 @@ def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared
     assert (one - other).norm() <= allowed * (one - before).norm()
 
 
-def test_a_recorded_step_reads_from_fixed_places_and_takes_other_shapes_without() -> None:
+def test_a_recorded_step_reads_from_fixed_places_one_for_each_shape() -> None:
     model = net(norm=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen: list[tuple[int, float]] = []
@@ -408,14 +408,19 @@ def test_a_recorded_step_reads_from_fixed_places_and_takes_other_shapes_without(
         return torch.zeros(())
 
     recorded = Recorded(model, optimizer, learn)
-    batches = [({"x": torch.full((4, 2), float(n))}, torch.full((4,), n)) for n in range(3)]
+    sizes = [4, 4, 3, 4, 3, 5, 6]  # SHAPES of them
+    batches = [({"x": torch.full((size, 2), float(n))}, torch.full((size,), n)) for n, size in enumerate(sizes)]
     for inputs, targets in batches:
         recorded(inputs, targets)
-    assert len({place for place, _ in seen}) == 1
+    places = [place for place, _ in seen]
+    assert len(set(places)) == graphs.SHAPES
+    assert places[0] == places[1] == places[3]
+    assert places[2] == places[4]
     assert [value for _, value in seen] == [float(i["x"].sum() + t.sum()) for i, t in batches]
-    odd = {"x": torch.ones(3, 2)}
-    recorded(odd, torch.ones(3))
-    assert seen[-1][0] == odd["x"].data_ptr()
+    one_more = {"x": torch.ones(7, 2)}
+    recorded(one_more, torch.ones(7))
+    assert places.count(seen[-1][0]) == 0
+    assert seen[-1][0] == one_more["x"].data_ptr()
 
 
 # --- together -------------------------------------------------------------------------------------

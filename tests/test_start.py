@@ -185,3 +185,69 @@ def test_memory_that_still_runs_out_is_said_with_the_way_out(picture_folder: Fol
     speedup_room("activation_checkpointing", "return step", saves_memory=True, usual=False)
     with pytest.raises(suanli.MachineError, match="--batch-size 4 would fit"):
         suanli.train(picture_folder(), **SMALL)
+
+
+# --- a learning rate that was too high ------------------------------------------------------------
+
+WILD = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.head = nn.Linear(channels, classes)
+    def forward(self, x):
+        answers = self.head(x.mean((2, 3)))
+        wild = self.head.weight.detach().abs().max() > 5
+        return {else_} if self.training and wild else answers
+def net(*, in_channels, classes):
+    return Net(in_channels, classes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("else_", "says"),
+    [
+        ("answers * torch.nan", "The loss became nan at step"),
+        ("answers * 0 + torch.randn_like(answers) * 60", "The loss climbed from"),
+    ],
+)
+@pytest.mark.parametrize("speedups", ["auto", "none"])
+def test_divergence_early_on_begins_again_at_a_lower_rate(
+    picture_folder: Folder, capsys: pytest.CaptureFixture[str], else_: str, says: str, speedups: str
+) -> None:
+    name = "climbing" if "randn" in else_ else "breaking"  # an imported module stays
+    Path(f"{name}.py").write_text(WILD.format(else_=else_))
+    root = picture_folder(each=60)
+    options: dict[str, object] = {
+        "model": f"{name}:net",
+        "batch_size": 8,
+        "epochs": 30,
+        "settings": {"optimizer": "sgd", "augment": [], "clip_norm": None, "warmup_epochs": 0.0, "weight_decay": 0.02},
+        "checkpoint_every_s": 0,
+        "speedups": speedups,
+    }
+    run = suanli.train(root, **options, lr=12.0)
+    told = [f["said"] for f in run.summary["fallbacks"]]
+    assert told[-1].startswith(says)
+    assert told[-1].endswith("beginning again at a learning rate of 4")
+    assert told[-1] in capsys.readouterr().err
+    assert (run.summary["status"], run.recipe.lr) == ("finished", pytest.approx(4.0))
+    # As if it had been told so at once.
+    plan = {"speedups": ",".join(run.summary["plan"]["speedups"]) or "none", "threads": run.summary["plan"]["threads"]}
+    assert same(run, suanli.train(root, **(options | plan), lr=run.recipe.lr))
+
+
+def test_it_begins_again_once_and_only_early(picture_folder: Folder) -> None:
+    Path("breaking.py").write_text(WILD.format(else_="answers * torch.nan"))
+    root = picture_folder(each=60)
+    options = {"model": "breaking:net", "batch_size": 8, "epochs": 30, "speedups": "none"}
+    settings = {"optimizer": "sgd", "augment": [], "clip_norm": None, "warmup_epochs": 0.0, "weight_decay": 0.02}
+    with pytest.raises(suanli.Diverged, match="became nan"):
+        suanli.train(root, **options, settings=settings, lr=1e4, out="hopeless")
+    (only,) = Run("hopeless").summary["fallbacks"]
+    assert only["said"].endswith("at a learning rate of 3.3e+03")
+    # A warm-up that reaches the rate after a third of the run: by then it isn't begun again.
+    with pytest.raises(suanli.Diverged, match="became nan"):
+        suanli.train(root, **options, settings=settings | {"warmup_epochs": 29.0}, lr=20.0, out="late")
+    assert Run("late").summary["fallbacks"] == []

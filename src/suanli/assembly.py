@@ -29,8 +29,8 @@ INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisati
 
 # What decides how long a step takes; a plan holds for every recipe that agrees in these.
 _COMPUTED = (
-    *("model", "model_args", "task", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
-    *("backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
+    *("model", "model_args", "task", "augment", "progressive_resizing", "batch_size", "accumulate"),
+    *("optimizer", "optimizer_args", "backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
 )
 
 

@@ -88,6 +88,13 @@ def last_step(folder: Path) -> int | None:
     return next((step for step, _ in _steps(folder)), None)
 
 
+def forget(folder: Path) -> None:
+    """Removes every checkpoint of a step."""
+    for _, path in _steps(folder):
+        with writing(path):
+            path.unlink(missing_ok=True)
+
+
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     """Step checkpoints, newest first."""
     if not folder.is_dir():

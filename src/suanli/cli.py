@@ -113,6 +113,10 @@ def _training(verb: str) -> Callable[..., None]:
         lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
         seed: Annotated[int | None, typer.Option(help="Same seed, same machine, same result.")] = None,
         settings: Settings = None,
+        target_accuracy: Annotated[
+            float | None, typer.Option(help="Train the least that is known to reach it (0 to 1).")
+        ] = None,
+        time_budget: Annotated[str | None, typer.Option(help="Train the best that fits: 90s, 5m, 1.5h.")] = None,
         device: DeviceName = "auto",
         speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,

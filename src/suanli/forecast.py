@@ -51,6 +51,8 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     batch = -(-loop.order.batch_size // loop.recipe.accumulate)
     with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
         per_example, once = _activation_bytes(loop, batch)
+        if (first := loop.scale(0)) != 1:
+            loop.try_step(min(PROBE_BATCHES[0], batch), scale=first)  # some networks take one size only
     fixed = once + _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
     saving = SAVING_COPIES * fixed if device.type == "cpu" else 0  # when the batch is gone
     needed = fixed + max(int(BACKWARD * per_example * batch) + WORKSPACE_BYTES, saving)
@@ -70,9 +72,10 @@ def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         if hardware.out_of_memory(error):
             raise
+        sizes = "images that grow, " if loop.recipe.progressive_resizing else ""
         raise UsageError(
-            f"The network {loop.recipe.model!r} can't learn from batches of {batch}: {error}",
-            fix="Choose a larger --batch-size, or another model.",
+            f"The network {loop.recipe.model!r} can't learn from {sizes}batches of {batch}: {error}",
+            fix=f"Choose {'progressive_resizing=[], ' if sizes else ''}a larger --batch-size, or another model.",
         ) from error
 
 
@@ -93,18 +96,20 @@ def enough_memory(device: Device) -> Iterator[None]:
 
 
 def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
-    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a step took when the plan was made; None: it
-    wasn't timed, and is now."""
-    if step_s is None:
-        step_s = _step_seconds(loop, memory_bytes)
-    validations = loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every
-    # A forward pass is about a third of a training step.
-    validation_s = validations * len(loop.val_feed) / loop.order.batch_size * step_s / 3
+    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a first step took when the plan was made; None:
+    it wasn't timed, and is now."""
+    step_s = _step_seconds(loop, memory_bytes) if step_s is None else step_s / loop.scale(0) ** 2
     return Forecast(
-        train_seconds=(loop.steps - loop.progress.step) * step_s + validation_s,
+        train_seconds=(loop.work(loop.progress.step, loop.steps) + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,
         disk_bytes=_weights_bytes(loop) * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
     )
+
+
+def validation_steps(loop: Loop) -> float:
+    """How many training steps all validations of a run take as long as: a forward pass is about a third of one."""
+    validations = max(1.0, loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every)
+    return validations * len(loop.val_feed) / loop.order.batch_size / 3
 
 
 def _step_seconds(loop: Loop, memory_bytes: int) -> float:

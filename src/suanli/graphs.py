@@ -4,7 +4,7 @@ A small network on a fast GPU computes a step sooner than Python can issue its h
 issues them all at once, the optimizer's too. What changes from step to step must lie in tensors that stay
 where they are: inputs, targets and learning rates are copied into fixed ones before each replay.
 
-Batches must keep their shape; one of another shape is computed without the graph. Not for steps that look
+Each shape of a batch has a graph of its own, up to a few; others are computed without one. Not for steps that look
 at a value on the way (loss scaling). Source: https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs".
 """
 
@@ -12,15 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+SHAPES = 4  # of batches that are recorded: each holds the memory of a step
 WARM_UPS = 3  # steps before recording: libraries choose algorithms and allocate workspaces in the first ones
 
 Learn = Callable[[Any, Any], torch.Tensor]
+Shapes: TypeAlias = tuple[tuple[torch.Size, torch.dtype], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recording:
+    fixed: tuple[Any, Any]  # inputs and targets that a replay reads
+    replay: Callable[[], torch.Tensor]
 
 
 class Recorded:
@@ -29,45 +38,42 @@ class Recorded:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, learn: Learn) -> None:
         self._model, self._optimizer, self._learn = model, optimizer, learn
-        self._fixed: tuple[Any, Any] | None = None
-        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
-        self._replay: Callable[[], torch.Tensor] | None = None
+        self._recordings: dict[Shapes, _Recording] = {}
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
-        if self._replay is None:
-            self._record(inputs, targets)
-        assert self._replay is not None
-        if _shapes((inputs, targets)) != self._shapes:
-            return self._learn(inputs, targets)
-        for fixed, given in zip(_leaves(self._fixed), _leaves((inputs, targets)), strict=True):
+        shapes = _shapes((inputs, targets))
+        recording = self._recordings.get(shapes)
+        if recording is None:
+            if len(self._recordings) == SHAPES:
+                return self._learn(inputs, targets)
+            recording = self._recordings[shapes] = self._record(inputs, targets)
+        for fixed, given in zip(_leaves(recording.fixed), _leaves((inputs, targets)), strict=True):
             fixed.copy_(given)
-        return self._replay()
+        return recording.replay()
 
-    def _record(self, inputs: Any, targets: Any) -> None:
+    def _record(self, inputs: Any, targets: Any) -> _Recording:
         rates_in_tensors(self._optimizer)  # only now: a checkpoint may have replaced them
-        self._shapes = _shapes((inputs, targets))
-        self._fixed = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs, targets))
-        device = _leaves(self._fixed)[0].device
+        fixed = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs, targets))
+        device = _leaves(fixed)[0].device
         if device.type != "cuda":
-            self._replay = lambda: self._learn(*self._fixed)
-            return
+            return _Recording(fixed=fixed, replay=lambda: self._learn(*fixed))
         with _as_before(self._model, self._optimizer):
             aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
-                    self._learn(*self._fixed)
+                    self._learn(*fixed)
             torch.cuda.current_stream(device).wait_stream(aside)
             self._optimizer.zero_grad(set_to_none=True)  # so that gradients are allocated by the recording
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                loss = self._learn(*self._fixed)
+                loss = self._learn(*fixed)
 
         def replay() -> torch.Tensor:
             graph.replay()
             return loss.clone()  # the next replay writes into the same place
 
-        self._replay = replay
+        return _Recording(fixed=fixed, replay=replay)
 
 
 def rates_in_tensors(optimizer: torch.optim.Optimizer) -> None:
@@ -109,5 +115,5 @@ def _leaves(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _shapes(value: Any) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(leaf.shape, leaf.dtype) for leaf in _leaves(value)]
+def _shapes(value: Any) -> Shapes:
+    return tuple((leaf.shape, leaf.dtype) for leaf in _leaves(value))

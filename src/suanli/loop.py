@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +24,13 @@ from suanli.data import Feed, Order, mix
 from suanli.errors import DamagedFile, Diverged, UsageError
 from suanli.inference import infer
 from suanli.learner import Learner, Numbers
+from suanli.resizing import scale, shrink
 from suanli.schedule import factor
 from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
 
 LOSSES_HELD = 20  # on a GPU, reading the loss waits for the device: do it once in so many steps
+EARLY = 0.1  # of a run's steps: until there it is watched for a loss that climbs
+CLIMBED = (10, 2.0)  # so many losses in a row, each so many times what it began with, or what guessing costs
 
 
 @dataclass(kw_only=True)
@@ -70,6 +74,9 @@ class Loop:
         self._averages = [self.ema[n] for n, t in self._own.items() if t.is_floating_point()] if self.ema else []
         self.rate = 0.0  # the recipe's learning rate as the schedule has it now
         self._losses: list[torch.Tensor] = []
+        self._judges = True  # its losses
+        self._newest: deque[float] = deque(maxlen=CLIMBED[0])
+        self._climbed = math.inf  # a loss from here on has climbed; known after the first one
         self._generator = torch.Generator(self.device)
         self._default_generators = [torch.default_generator]
         if self.device.type == "cuda":
@@ -93,6 +100,11 @@ class Loop:
         """Of the whole run."""
         return sum(self._segment_steps())
 
+    def work(self, first: int, end: int) -> float:
+        """Of the steps from `first` to before `end`, each counted by its share of the pixels of a step at full
+        size."""
+        return sum(self.scale(step) ** 2 for step in range(first, end))
+
     @property
     def epoch(self) -> float:
         return self.progress.step / self.order.steps_per_epoch
@@ -103,7 +115,7 @@ class Loop:
         """Trains from where it stands to the end; yields the loss of each step.
 
         The loss is the newest known one: on a GPU it lags by up to LOSSES_HELD steps. Raises
-        Diverged at the first loss that is not finite.
+        Diverged at the first loss that is not finite, and where it climbs in the first tenth of the run.
         """
         positions = (self.order.positions(s) for s in range(self.progress.step, self.steps))
         batches = self.train_feed.batches(positions, read_ahead=self.compute.read_ahead)
@@ -113,7 +125,7 @@ class Loop:
         while self.progress.step < self.steps:
             started = time.perf_counter()
             clock.begin()
-            batch = self._inputs(*next(batches))
+            batch = self._inputs(*next(batches), self.scale(self.progress.step))
             clock.mark("input")
             self._losses.append(self._learn(batch))
             self.progress.step += 1
@@ -123,7 +135,11 @@ class Loop:
             self.progress.seconds += time.perf_counter() - started
             yield loss
 
-    def _inputs(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor) -> Batch:
+    def scale(self, step: int) -> float:
+        """Of each side of the pictures at this step, as the recipe wants it. A continuation sees them whole."""
+        return scale(self.recipe.progressive_resizing, step, self._segment_steps()[0])
+
+    def _inputs(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, scale: float) -> Batch:
         step = self.progress.step
         batch = Batch(
             inputs=self.preprocess.to_model(rows),
@@ -132,7 +148,8 @@ class Loop:
             epoch=self.order.epoch(step),
             classes=self.classes,
         )
-        return self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
+        batch = self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
+        return batch if scale == 1 else replace(batch, inputs=shrink(batch.inputs, scale))
 
     def _learn(self, batch: Batch) -> torch.Tensor:
         """One step of the optimizer on a batch; its loss, not waited for."""
@@ -151,30 +168,33 @@ class Loop:
             generator.manual_seed(mix(self.recipe.seed, 2, step))
 
     def advance(self) -> None:
-        """The next step of `run`, waited for: what the planner times."""
+        """The next step of `run`, waited for: what the planner times. A training that diverges takes as long as
+        any other, so here nothing is said of it."""
         if self._running is None:
+            self._judges = False
             self._running = self.run()
         next(self._running)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def first_batch(self, examples: int | None = None) -> Batch:
-        """The batch of the first step, or some examples of it, as training augments it: for measuring."""
+    def first_batch(self, examples: int | None = None, scale: float = 1.0) -> Batch:
+        """The batch of the first step, or some examples of it, as training augments it: for measuring. At full
+        size, unless another is wanted."""
         positions = self.order.positions(0)[:examples]
-        return self._inputs(*next(self.train_feed.batches(iter([positions]))))
+        return self._inputs(*next(self.train_feed.batches(iter([positions]))), scale)
 
-    def try_step(self, examples: int, *, whole: bool = False) -> None:
+    def try_step(self, examples: int, *, whole: bool = False, scale: float = 1.0) -> None:
         """Forward and backward on some training examples, without a step: for measuring. `whole`: at once,
         even if the recipe computes in parts. Changes gradients and batch statistics, which the caller puts
         back."""
         self.model.train()
-        batch = self.first_batch(examples)
+        batch = self.first_batch(examples, scale)
         self.learner.backward(batch.inputs, batch.targets, whole=whole)
 
     def examine(self) -> Numbers:
         """Trains one step on the first batch and tells what it computed."""
         self.model.train()
-        batch = self.first_batch()
+        batch = self.first_batch(scale=self.scale(self.progress.step))
         self._seed(0)
         self._set_rate(self.progress.step)
         return self.learner.examine(batch.inputs, batch.targets)
@@ -227,11 +247,28 @@ class Loop:
         losses = torch.stack(self._losses).cpu()
         first = self.progress.step - len(losses)
         self._losses.clear()
+        if self._judges:
+            self._judge(first, losses)
+        return float(losses[-1])
+
+    def _judge(self, first: int, losses: torch.Tensor) -> None:
+        """Raises Diverged for losses, the first of them that of step `first`, that aren't finite or climb."""
         bad = torch.nonzero(~torch.isfinite(losses))
         if len(bad):
             step = first + int(bad[0]) + 1
             raise Diverged(f"The loss became {losses[bad[0]].item()} at step {step}.", fix=_DIVERGED_FIX)
-        return float(losses[-1])
+        if first < EARLY * self.steps:
+            self._refuse_climbing(losses.tolist())
+
+    def _refuse_climbing(self, losses: list[float]) -> None:
+        if self._climbed == math.inf:
+            one_each = torch.arange(self.classes, device=self.device)
+            guessing = self._loss(torch.zeros(self.classes, self.classes, device=self.device), one_each)
+            self._climbed = CLIMBED[1] * max(losses[0], float(guessing))
+        self._newest.extend(losses)
+        if len(self._newest) == CLIMBED[0] and min(self._newest) > self._climbed:
+            step, began = self.progress.step, self._climbed / CLIMBED[1]
+            raise Diverged(f"The loss climbed from {began:.2g} to {losses[-1]:.2g} by step {step}.", fix=_DIVERGED_FIX)
 
     # --- validation ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,17 @@ def parse(assignment: str) -> tuple[str, Json]:
         return name.strip(), json.loads(text)
     except ValueError:
         return name.strip(), text
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def seconds(text: str | float) -> float:
+    """ "90", "90s", "5m", "1.5h", or a number of seconds. Raises UsageError for anything else, and for zero."""
+    match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-z]*)\s*", str(text))
+    if match is None or match[2] not in _SECONDS or not float(match[1]):
+        raise UsageError(f"{text!r} is no time.", fix="Write it like 90s, 5m or 1.5h.")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:

@@ -21,6 +21,7 @@ from suanli.types import Device, Plan, Recipe
 
 CHECKPOINTING = "activation_checkpointing"
 UNPLANNED = ("named", planning.PLAIN)  # origins of plans that the user insists on
+LOWER_RATE = 1 / 3  # of the recipe's, after it was too high
 
 
 @dataclass(kw_only=True)
@@ -38,6 +39,7 @@ class Start:
 
     loop: Loop = None  # type: ignore[assignment]  # made by `ready`
     plan: Plan = None  # type: ignore[assignment]
+    first_plan: Plan = None  # type: ignore[assignment]  # before anything failed
     forecast: Forecast = None  # type: ignore[assignment]
     key: str = ""
     ceilings: probe.Ceilings | None = None  # as measured before; None: they weren't
@@ -60,6 +62,7 @@ class Start:
             steps = plain.steps - plain.progress.step
             del plain  # the planner wants the room
             self.plan = self._planned(assembly, steps)
+        self.first_plan = self.plan
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)
@@ -131,6 +134,16 @@ class Start:
         self._put_back(self.loop, saved)
         self.plan = plan
         return f"{what}; going on from step {self.loop.progress.step} {change}"
+
+    def begin_again(self) -> str:
+        """From the first step with a lower rate; gives that in words. The plan is again what it was at first: it
+        was not to blame."""
+        self.recipe = self.recipe.model_copy(update={"lr": self.recipe.lr * LOWER_RATE})
+        self.plan, self.saved = self.first_plan, None
+        self.loop = None  # type: ignore[assignment]  # its memory is needed
+        planner.free(self.device)
+        self.loop = Assembly(self.recipe, self.prepared, self.device).loop(self.plan)
+        return f"beginning again at a learning rate of {self.recipe.lr:.2g}"
 
 
 def _risk(error: Exception) -> tuple[str, str]:

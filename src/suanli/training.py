@@ -21,16 +21,17 @@ from suanli.diagnose import Facts, Watch
 from suanli.errors import Diverged, Interrupted
 from suanli.forecast import out_of_memory
 from suanli.learner import active
-from suanli.loop import Loop
+from suanli.loop import EARLY, LOSSES_HELD, Loop
 from suanli.plans import Store
 from suanli.rundir import Run, measurement
 from suanli.saved import save_model
 from suanli.start import UNPLANNED, Start
 from suanli.stopping import Stop, stop_requests
-from suanli.types import Json, Plan, Tracker
+from suanli.types import Json, Plan, Recipe, Tracker
 
 LOG_EVERY_S = 1.0
 FINISHED = ("finished", "stopped early")
+FEW_STEPS = 20  # to begin again after so few costs nothing
 
 
 class Training:
@@ -41,10 +42,12 @@ class Training:
 
     def __init__(self, start: Start) -> None:
         self.start = start
-        self.recipe, self.prepared, self.device = start.recipe, start.prepared, start.device
+        self.prepared, self.device = start.prepared, start.device
         self.seconds: dict[str, float] = {}
         self.earlier_s = 0.0  # of training before an interruption
         self.fallbacks: list[dict[str, Json]] = []
+        self.began_again = False  # at a lower learning rate
+        self.wanted_score: float | None = None  # that the user named
         self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
         start.ready()
@@ -62,12 +65,21 @@ class Training:
     def plan(self) -> Plan:
         return self.start.plan
 
+    @property
+    def recipe(self) -> Recipe:
+        return self.start.recipe
+
     def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
         self.directory, self.checkpoint_every_s = run, checkpoint_every_s
         run.write("check.json", self.prepared.findings)
         run.write(
             "summary.json",
-            {"status": "running", "plan": asdict(self.plan), "forecast": self.start.forecast.to_json()},
+            {
+                "status": "running",
+                "plan": asdict(self.plan),
+                "forecast": self.start.forecast.to_json(),
+                "wanted_score": self.wanted_score,
+            },
         )
         with ExitStack() as stack:
             self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
@@ -92,6 +104,12 @@ class Training:
     def _go_on_or_raise(self, error: Exception) -> None:
         failed_at = self.loop.progress.step
         said = self.start.fall_back(error, self.directory.checkpoints)
+        if said is None and isinstance(error, Diverged) and self._may_begin_again(failed_at):
+            # Without its checkpoints first: a run that is cut short now must not go on from them.
+            checkpoint.forget(self.directory.checkpoints)
+            said = f"{error.message.rstrip('.')}; {self.start.begin_again()}"
+            self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
+            self.began_again = True
         if said is not None:
             warn(f"Step {failed_at + 1} failed: {said}.")
             self.fallbacks.append({"step": failed_at, "said": said, "speedups": list(self.plan.speedups)})
@@ -105,6 +123,13 @@ class Training:
             kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
             raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
         raise error
+
+    def _may_begin_again(self, failed_at: int) -> bool:
+        """Once, in the first tenth of a run: later it would cost too much, and the rate has proven itself."""
+        loop = self.loop
+        noticed_late = 0 if self.device.type == "cpu" else LOSSES_HELD
+        early = failed_at <= max(FEW_STEPS, EARLY * loop.steps) + noticed_late
+        return early and not self.began_again and len(loop.progress.segments) == 1
 
     def _title(self) -> str:
         recipe = self.recipe
@@ -177,7 +202,7 @@ class Training:
         progress = self.loop.progress
         if least is None or not progress.seconds:
             return None
-        return least * progress.step / progress.seconds
+        return least * self.loop.work(0, progress.step) / progress.seconds
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
@@ -247,6 +272,8 @@ class Training:
         score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
+        if self.wanted_score is not None and loop.kept_score is not None and loop.kept_score < self.wanted_score:
+            warn(f"The {loop.task.headline} on validation is below the {self.wanted_score:.2%} that was wanted.")
 
     def _hold_against_plain(self) -> None:
         """The final score as the plan computes it against float32, with the same weights on the same validation
@@ -284,6 +311,7 @@ class Training:
                 "forecast": self.start.forecast.to_json(),
                 "plan": asdict(self.plan),
                 "fallbacks": self.fallbacks,
+                "wanted_score": self.wanted_score,
                 "gate": self.gate,
             },
         )

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 if TYPE_CHECKING:
     import numpy as np
@@ -294,6 +294,9 @@ class Task(ABC):
         """Everything that the report shows beyond `scores`, as JSON."""
 
 
+Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
+
+
 class Recipe(BaseModel):
     """Everything that decides what is learned; plain values. `digest` names the experiment.
 
@@ -309,6 +312,7 @@ class Recipe(BaseModel):
     task: str = "classification"
     preprocess: dict[str, Json] = Field(default_factory=dict)
     augment: tuple[str, ...] = ()  # "crop(padding=2)", in order
+    progressive_resizing: tuple[tuple[Share, Share], ...] = ()  # (share of the steps, scale of each side until there)
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     epochs: float = Field(default=10.0, gt=0)
@@ -329,6 +333,14 @@ class Recipe(BaseModel):
     validate_every: float = Field(default=1.0, gt=0)  # epochs
     seed: int = Field(default=0, ge=0)
 
+    @field_validator("progressive_resizing")
+    @classmethod
+    def _ascending(cls, stages: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+        shares = [share for share, _ in stages]
+        if shares != sorted(set(shares)):
+            raise ValueError("the shares of the steps must ascend")
+        return stages
+
     @property
     def digest(self) -> str:
         text = json.dumps(self.model_dump(mode="json", exclude={"name"}), sort_keys=True)
@@ -348,11 +360,30 @@ class Traits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reached:
+    """What a recipe was measured to reach."""
+
+    data: str  # the name of a data set
+    classes: int
+    examples: int  # of its training split
+    score: float  # the headline, on validation data: the mean of at least five seeds, less its standard error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """One size of a recipe: another network, another length."""
+
+    changes: Mapping[str, Json]  # of the recipe's fields, "epochs" among them
+    reached: tuple[Reached, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeChoice:
     """A shipped recipe and when it suits: the highest `suits(traits)` wins; None: not at all."""
 
     recipe: Recipe
     suits: Callable[[Traits], int | None]
+    efforts: tuple[Effort, ...] = ()  # from the cheapest to the dearest, for a wanted score or a given time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,16 @@
 """A small convolutional network that learns fast, for images up to 64 px; larger ones work but cost more.
 
 A frozen 2x2 convolution first turns pixels into decorrelated patch features, so that the trained layers
-see inputs of equal spread from the first step. Then come three groups of two 3x3 convolutions, the first
-of each halving the side. Convolutions have no bias and norms no trained scale: with `normalize_filters`
+see inputs of equal spread from the first step. Then come groups of 3x3 convolutions, three by default, each halving
+the side after its first. Convolutions have no bias and norms no trained scale: with `normalize_filters`
 of the `muon` optimizer a filter has only a direction. The first filters of a convolution start as the
 identity, and the head starts small, so that early predictions are soft.
 
 Unlike the original it accepts any number of channels and any side of at least 2 px, keeps the usual
 epsilon in its norms (a constant border pixel is common in real data), and doesn't flip or average views:
-that belongs to augmentations and to `evaluate`.
+that belongs to augmentations and to `evaluate`. Its first group has one convolution and the whitening no bias: both
+are cheaper, most of all in the backward pass at the largest side, and lost nothing (docs/LOG.md). `whitening_bias`
+and `depths` bring them back.
 
 Source: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), arXiv:2404.00498; the
 whitening follows T. Page, "How to Train Your ResNet 8" (2019).
@@ -30,10 +32,10 @@ MAX_PATCHES = 1_000_000  # enough for a stable covariance of a few dozen values,
 
 class Whitening(nn.Conv2d):
     """2x2 convolution onto the principal directions of image patches and their negatives, each scaled to
-    equal spread. The weights are set by `fit` and stay; the bias is trained."""
+    equal spread. The weights are set by `fit` and stay."""
 
-    def __init__(self, in_channels: int) -> None:
-        super().__init__(in_channels, 2 * 4 * in_channels, kernel_size=2)
+    def __init__(self, in_channels: int, *, bias: bool = False) -> None:
+        super().__init__(in_channels, 2 * 4 * in_channels, kernel_size=2, bias=bias)
         self.weight.requires_grad_(False)
 
     @torch.no_grad()
@@ -52,34 +54,50 @@ class Whitening(nn.Conv2d):
 
 
 class Group(nn.Sequential):
-    """(B, in, H, W) to (B, width, H/2, W/2). `ceil_mode` keeps the last row of an odd side."""
+    """(B, in, H, W) to (B, width, H/2, W/2) by `depth` convolutions. `ceil_mode` keeps the last row of an odd
+    side."""
 
-    def __init__(self, in_channels: int, width: int, ceil_mode: bool) -> None:
-        super().__init__(
-            _conv3(in_channels, width),
-            nn.MaxPool2d(2, ceil_mode=ceil_mode),
-            _norm(width),
-            nn.GELU(),
-            _conv3(width, width),
-            _norm(width),
-            nn.GELU(),
-        )
+    def __init__(self, in_channels: int, width: int, depth: int, *, ceil_mode: bool, identity: bool) -> None:
+        layers = [_conv3(in_channels, width, identity), nn.MaxPool2d(2, ceil_mode=ceil_mode), _norm(width), nn.GELU()]
+        for _ in range(depth - 1):
+            layers += [_conv3(width, width, identity), _norm(width), nn.GELU()]
+        super().__init__(*layers)
 
 
 class SpeedNet(nn.Module):
-    def __init__(self, *, classes: int, in_channels: int, widths: Sequence[int], ceil_mode: bool) -> None:
+    def __init__(
+        self,
+        *,
+        classes: int,
+        in_channels: int,
+        widths: Sequence[int],
+        depths: Sequence[int],
+        ceil_mode: bool,
+        whitening: bool,
+        whitening_bias: bool,
+        identity: bool,
+    ) -> None:
         super().__init__()
-        self.whitening = Whitening(in_channels)
+        if whitening:
+            self.whitening: nn.Conv2d = Whitening(in_channels, bias=whitening_bias)
+        else:
+            self.whitening = nn.Conv2d(in_channels, 2 * 4 * in_channels, kernel_size=2, bias=whitening_bias)
         self.activation = nn.GELU()
         before = [self.whitening.out_channels, *widths]
-        self.groups = nn.Sequential(*(Group(a, b, ceil_mode) for a, b in pairwise(before)))
+        self.groups = nn.Sequential(
+            *(
+                Group(a, b, depth, ceil_mode=ceil_mode, identity=identity)
+                for (a, b), depth in zip(pairwise(before), depths, strict=True)
+            )
+        )
         self.head = nn.Linear(widths[-1], classes, bias=False)
         with torch.no_grad():
             self.head.weight.div_(widths[-1])
 
     def initialize(self, inputs: torch.Tensor) -> None:
         """Fits the whitening to training images (B, C, H, W); a few thousand are plenty."""
-        self.whitening.fit(inputs)
+        if isinstance(self.whitening, Whitening):
+            self.whitening.fit(inputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.groups(self.activation(self.whitening(x)))
@@ -87,10 +105,11 @@ class SpeedNet(nn.Module):
         return logits
 
 
-def _conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
+def _conv3(in_channels: int, out_channels: int, identity: bool) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    with torch.no_grad():
-        nn.init.dirac_(conv.weight[: min(in_channels, out_channels)])
+    if identity:
+        with torch.no_grad():
+            nn.init.dirac_(conv.weight[: min(in_channels, out_channels)])
     return conv
 
 
@@ -106,15 +125,32 @@ def build(
     in_channels: int,
     image_size: tuple[int, int],
     widths: Sequence[int] = (32, 64, 128),
+    depths: Sequence[int] | None = None,
+    whitening: bool = True,
+    whitening_bias: bool = False,
+    identity: bool = True,
 ) -> SpeedNet:
-    """Images (B, in_channels, *image_size) to logits (B, classes). `widths` are the channels of the
-    groups. Raises ValueError for images under 2 px."""
+    """Images (B, in_channels, *image_size) to logits (B, classes). `widths` are the channels of the groups, `depths`
+    their convolutions: one in the first and two in the others, unless given. `whitening` False trains the first
+    layer as any other; `identity` False starts every filter at random. Raises ValueError for images under 2 px, and
+    for widths and depths that don't fit together."""
     if min(image_size) < 2:
         raise ValueError(f"speednet needs images of at least 2x2 pixels, not {image_size}")
-    if not widths:
-        raise ValueError("widths needs at least one number of channels")
+    if depths is None:
+        depths = (1, *[2] * (len(widths) - 1))
+    if not widths or len(widths) != len(depths) or min(*widths, *depths) < 1:
+        raise ValueError(f"speednet needs as many depths as widths, all positive, not {widths} and {depths}")
     small = min(image_size) < 2 ** (len(widths) + 1)  # too small to drop an odd last row
-    return SpeedNet(classes=classes, in_channels=in_channels, widths=widths, ceil_mode=small)
+    return SpeedNet(
+        classes=classes,
+        in_channels=in_channels,
+        widths=widths,
+        depths=depths,
+        ceil_mode=small,
+        whitening=whitening,
+        whitening_bias=whitening_bias,
+        identity=identity,
+    )
 
 
 MODEL = Model(name="speednet", kinds=("image",), build=build, head="head", source="arXiv:2404.00498")

@@ -18,7 +18,7 @@ from suanli.console import duration, say, warn
 from suanli.data import cache_dir as default_cache_dir
 from suanli.data import choose_recipe, find_source
 from suanli.data import data_dir as default_data_dir
-from suanli.errors import DamagedFile, DataError
+from suanli.errors import DamagedFile, DataError, UsageError
 from suanli.rundir import Run
 from suanli.settings import change
 from suanli.types import AnyPath, Columns, Json, Recipe
@@ -134,6 +134,8 @@ def _check_names(recipe: Recipe, kind: str) -> None:
     """Raises UsageError for what no later step could find: better before decoding than after it."""
     building.resolve(recipe.model)
     compose(recipe.augment, kind)
+    if recipe.progressive_resizing and kind != "image":
+        raise UsageError(f"progressive_resizing is for images, and this is {kind}.", fix="Leave it out.")
     plugins.load("optimizers", recipe.optimizer)
     plugins.load("tasks", recipe.task)
 

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from suanli import checkpoint, hardware, planning
+from suanli import checkpoint, effort, hardware, planning
 from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import DataError, UsageError
 from suanli.plugins import load
 from suanli.rundir import Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of
+from suanli.settings import seconds
 from suanli.start import Start
 from suanli.training import FINISHED, Training
 from suanli.types import AnyPath, Device, Json, Plan, Recipe, Tracker
@@ -34,6 +35,8 @@ def train(
     lr: float | None = None,
     seed: int | None = None,
     settings: Mapping[str, Json] | None = None,
+    target_accuracy: float | None = None,
+    time_budget: str | float | None = None,
     device: str = "auto",
     speedups: str = "auto",
     threads: int | None = None,
@@ -52,7 +55,9 @@ def train(
 
     `data` is a data set (see `prepare`), or the directory of a run that was interrupted: then
     training goes on from its last checkpoint, bit by bit as if it had not stopped (on a CPU).
-    `more_epochs` continues a finished run. `settings` sets any field of the recipe. Raises
+    `more_epochs` continues a finished run. `settings` sets any field of the recipe. Two options choose network and
+    epochs: `target_accuracy` (a fraction) the cheapest that is known to reach it on this data, and `time_budget`
+    (seconds, or "5m") the best that is done by then. Raises
     Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved; Diverged when the loss is no
     longer finite; OutOfMemory with a batch size that would fit. `trust_code` lets a saved run name
     code that is not suanli's own; a `model` that is named here is run anyway.
@@ -74,6 +79,8 @@ def train(
             *(["recipe"] if recipe else []),
             *(["out"] if out else []),
             *(["weights"] if weights else []),
+            *(["target_accuracy"] if target_accuracy is not None else []),
+            *(["time_budget"] if time_budget is not None else []),
         ]
         given += [n for n, v in (("input_column", input_column), ("label_column", label_column)) if v]
         run = Run.open(data)
@@ -99,12 +106,20 @@ def train(
         max_bad=max_bad,
         preprocess=preprocess,
     )
+    budget_s = None if time_budget is None else seconds(time_budget)
     full, prepared = resolve(options, recipe=recipe, settings=network | changes)
+    if target_accuracy is not None or budget_s is not None:
+        _refuse_deciding_twice(full, changes, target_accuracy is not None and budget_s is not None)
+    if target_accuracy is not None:
+        full = effort.for_score(full, prepared, target_accuracy)
+    if budget_s is not None:
+        full = effort.for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
     cache = cache_dir_of(options.cache_dir)
     training = Training(
         Start(recipe=full, prepared=prepared, device=target, cache=cache, requested=speedups, threads=threads)
     )
     training.seconds["prepare"] = time.perf_counter() - started
+    training.wanted_score = target_accuracy
     # Only now: what can't be trained leaves no directory behind.
     about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
     run = Run.create(prepared.name, out, full, about, hardware.environment(target))
@@ -128,6 +143,17 @@ def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code
         network |= {name: card["recipe"][name] for name in ("model", "model_args")}
     own = any(name.partition(".")[0] == "preprocess" for name in changes)
     return network, None if own else card["preprocess"]
+
+
+def _refuse_deciding_twice(recipe: Recipe, changes: Mapping[str, Json], both: bool) -> None:
+    if both:
+        raise UsageError("--target-accuracy and --time-budget both choose the training.", fix="Give one of them.")
+    own = sorted({name.partition(".")[0] for name in changes} & effort.chosen_fields(recipe))
+    if own:
+        raise UsageError(
+            f"--target-accuracy and --time-budget choose {', '.join(own)} themselves.",
+            fix="Leave one or the other out.",
+        )
 
 
 def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
@@ -183,6 +209,7 @@ def _reopen(
         )
     )
     training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
+    training.wanted_score = run.summary.get("wanted_score")
     return training
 
 

@@ -1,0 +1,108 @@
+"""Pictures that grow while a network learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import suanli
+from suanli.assembly import Assembly
+from suanli.hardware import detect
+from suanli.planning import plain
+from suanli.resizing import SMALLEST, scale, shrink, side
+from suanli.rundir import Run
+from suanli.types import Recipe
+from suanli.verbs.prepare import DataOptions, resolve
+
+STAGES = ((0.25, 0.5), (0.5, 0.75))
+shares = st.floats(0.01, 0.99)
+
+
+@given(st.lists(shares, unique=True, max_size=4), st.lists(shares, min_size=4, max_size=4), st.integers(1, 5000))
+def test_each_step_has_the_scale_of_its_stage_and_the_last_is_whole(
+    untils: list[float], scales: list[float], steps: int
+) -> None:
+    stages = tuple(zip(sorted(untils), scales, strict=False))
+    found = [scale(stages, step, steps) for step in range(steps)]
+    for (until, factor), begun in zip(stages, (0.0, *sorted(untils)), strict=False):
+        first, end = round(begun * steps), round(until * steps)
+        assert found[first:end] == [factor] * (end - first)
+    rest = found[round(max(untils, default=0.0) * steps) :]
+    assert rest == [1.0] * len(rest)
+
+
+@given(st.integers(1, 600), st.floats(0.01, 1.0))
+def test_a_side_is_never_enlarged_nor_made_tiny(pixels: int, factor: float) -> None:
+    assert min(pixels, SMALLEST) <= side(pixels, factor) <= pixels
+
+
+def test_a_smaller_picture_keeps_its_brightness_and_an_odd_one_its_proportions() -> None:
+    images = torch.rand(3, 4, 48, 96)
+    small = shrink(images, 0.5)
+    assert small.shape == (3, 4, 24, 48)
+    assert torch.allclose(small.mean((2, 3)), images.mean((2, 3)), atol=0.02)
+    assert shrink(images, 1.0) is images
+
+
+def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder(each=40, size=(32, 24))
+    settings = {"progressive_resizing": STAGES, "epochs": 4, "batch_size": 16}
+    recipe, prepared = resolve(DataOptions.of(root, data_dir=None, cache_dir=None), recipe=None, settings=settings)
+    cpu = detect("cpu")
+    loop = Assembly(recipe, prepared, cpu).loop(plain(cpu))
+    seen: list[tuple[int, ...]] = []
+    loop.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    for _ in loop.run():
+        pass
+    quarter = loop.steps // 4
+    assert seen == [(16, 16)] * quarter + [(24, 18)] * quarter + [(32, 24)] * (loop.steps - 2 * quarter)
+    seen.clear()
+    loop.extend(1.0)  # a continuation knows the pictures already
+    for _ in loop.run():
+        pass
+    assert set(seen) == {(32, 24)}
+    assert loop.work(0, 4 * quarter) == pytest.approx(quarter * (0.5**2 + 0.75**2 + 2))
+    assert loop.first_batch(3).inputs.shape[2:] == (32, 24)  # memory is measured at full size
+
+
+def test_stopping_between_two_sizes_changes_nothing(picture_folder: Callable[..., Path]) -> None:
+    from test_train import same, stop_after, weights
+
+    root = picture_folder(each=60, size=(32, 32))
+    options = {"epochs": 3, "batch_size": 16, "settings": {"progressive_resizing": STAGES}}
+    whole = suanli.train(root, **options)
+    with stop_after(5), pytest.raises(suanli.Interrupted):
+        suanli.train(root, out="stopped", **options)
+    assert same(weights(whole), weights(suanli.train("stopped")))
+    assert Run("stopped").recipe.progressive_resizing == STAGES
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [[[0.5, 0.5], [0.5, 0.7]], [[0.7, 0.5], [0.2, 0.7]], [[0.5, 1.5]], [[0, 0.5]], [[0.5]], "half", [[1, 0.5]]],
+)
+def test_stages_that_make_no_sense_are_refused(picture_folder: Callable[..., Path], stages: object) -> None:
+    with pytest.raises(suanli.UsageError, match="progressive_resizing"):
+        suanli.train(picture_folder(), settings={"progressive_resizing": stages})
+
+
+def test_texts_have_no_size(text_table: Path) -> None:
+    with pytest.raises(suanli.UsageError, match="progressive_resizing is for images"):
+        suanli.train(text_table, settings={"progressive_resizing": STAGES})
+
+
+def test_a_network_for_one_size_says_so(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder(size=(32, 32))
+    with pytest.raises(suanli.UsageError, match="vit_tiny"):
+        suanli.train(root, model="vit_tiny", settings={"progressive_resizing": STAGES})
+
+
+def test_a_recipe_of_before_has_no_stages() -> None:
+    values = Recipe().model_dump()
+    del values["progressive_resizing"]
+    assert Recipe.model_validate(values).progressive_resizing == ()
