@@ -12,18 +12,14 @@ What it doesn't do: compare scores closely. Both are printed; `bench_plan.py` co
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from processes import Processes
 from record import Record, arguments, start
 from suanli import measure
 from suanli.console import quiet
@@ -84,10 +80,8 @@ def main() -> None:
 class Bench:
     def __init__(self, given: argparse.Namespace, folder: Path) -> None:
         self.given, self.folder = given, folder
-        self.prepared = folder / "prepared"
-        self.prepared.mkdir()
+        self.processes = Processes(folder, given.threads)
         self._weights: dict[str, Path] = {}
-        self._runs = 0
 
     def compare(self, record: Record, name: str) -> dict[str, Json]:
         case = CASES[name]
@@ -100,7 +94,9 @@ class Bench:
         last: dict[str, Json] = {}
         for number in range(self.given.rounds):
             for side in ("none", "auto") if number % 2 == 0 else ("auto", "none"):
-                took, last[side] = self.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", side])
+                took, last[side] = self.processes.train(
+                    data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", side]
+                )
                 seconds[side].append(took)
                 plan = last[side]["plan"]
                 how = ", ".join(plan["speedups"]) or "plain"
@@ -126,7 +122,7 @@ class Bench:
         """So many that `none` trains for the wanted seconds, by the rate of a short training."""
         epochs = 0.02
         while True:
-            _, found = self.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", "none"])
+            _, found = self.processes.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", "none"])
             took = found["seconds"]["train"]
             if took >= min(CALIBRATED_S, self.given.seconds / 3):
                 return epochs * self.given.seconds / took
@@ -135,28 +131,9 @@ class Bench:
     def weights(self, recipe: str, data: Path) -> Path:
         if recipe not in self._weights:
             short = ["--recipe", recipe, "--epochs", "0.1", "--speedups", "none", "--device", self.given.device]
-            _, found = self.train(data, short)
+            _, found = self.processes.train(data, short)
             self._weights[recipe] = Path(found["run"]) / "model" / "weights.safetensors"
         return self._weights[recipe]
-
-    def train(self, data: Path, options: Sequence[str]) -> tuple[float, dict[str, Json]]:
-        """Seconds of the whole process, and its summary with the validation score."""
-        self._runs += 1
-        cache, out = self.folder / f"cache{self._runs}", self.folder / f"run{self._runs}"
-        cache.mkdir()
-        (cache / "prepared").symlink_to(self.prepared)
-        command = [sys.executable, "-m", "suanli", "train", str(data), *options]
-        command += ["--out", str(out), "--cache-dir", str(cache), "--json"]
-        threads = {"OMP_NUM_THREADS": str(self.given.threads)}
-        started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)
-        took = time.perf_counter() - started
-        if done.returncode:
-            sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
-        summary = json.loads((out / "summary.json").read_text())
-        score = json.loads(done.stdout)["scores"].get("val_accuracy")
-        kept = {key: summary.get(key) for key in ("plan", "seconds", "steps", "examples_per_s", "fallbacks")}
-        return took, kept | {"score": score, "run": str(out)}
 
     def data(self, file: str) -> Path:
         """The data, prepared in the cache that all runs share."""
@@ -165,8 +142,7 @@ class Bench:
             path = self.folder / file
             if not path.exists():
                 write_variants(self.given.data / "cifar10.zip", self.folder)
-        with quiet():
-            prepare(path, cache_dir=self.folder)
+        self.processes.prepare(path)
         return path
 
 

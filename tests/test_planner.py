@@ -1,6 +1,7 @@
 """Planning: what helps is kept, what doesn't is dropped with the reason, and it costs little.
 
-The network sleeps in each step, so a planted speedup can make it as fast or slow as the test wants.
+The network pauses in each step, so a planted speedup can make it as fast or slow as the test wants. The clock that
+the planner reads goes on by these pauses alone, so a busy machine changes nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import suanli
-from suanli import hardware, planner, planning, plans
+from suanli import hardware, measure, planner, planning, plans
 from suanli.learner import Numbers
 from suanli.own import _OwnLoop
 from suanli.plans import Store
@@ -36,9 +38,10 @@ PLENTY = 100_000  # steps: planning is in no hurry
 
 
 class Sleeper(nn.Module):
-    """Counts the steps that any copy of it has computed."""
+    """Counts the steps that any copy of it has computed, and the seconds that they took."""
 
     steps = 0
+    now_s = 0.0
 
     def __init__(self, pause_s: float = PAUSE_S) -> None:
         super().__init__()
@@ -47,8 +50,25 @@ class Sleeper(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         Sleeper.steps += 1
-        time.sleep(self.pause_s)
+        Sleeper.pause(self.pause_s)
         return self.fc(x)
+
+    @staticmethod
+    def pause(seconds: float) -> None:
+        Sleeper.now_s += seconds
+
+    @staticmethod
+    def perf_counter() -> float:
+        Sleeper.now_s += 1e-6
+        return Sleeper.now_s
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time limits are kept by the real clock."""
+    pauses = SimpleNamespace(perf_counter=Sleeper.perf_counter, monotonic=time.monotonic)
+    monkeypatch.setattr(planner, "time", pauses)
+    monkeypatch.setattr(measure, "time", pauses)
 
 
 INPUTS, TARGETS = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
@@ -228,7 +248,7 @@ def test_compiling_comes_last_and_must_win_its_start_back(
 ) -> None:
     monkeypatch.setattr(planner, "COMPILING_S", (0.3, 0.0))
     slow_start = (
-        "seen = []\ndef compute(x):\n    time.sleep(0 if seen else 0.3)\n    seen.append(1)\n    return model(x)\n"
+        "seen = []\ndef compute(x):\n    model.pause(0 if seen else 0.3)\n    seen.append(1)\n    return model(x)\n"
     )
     speedup_room(
         "compiled", f"{QUICK}\n{slow_start}step = replace(step, compute=compute)", slow_start=True, usual=False

@@ -14,7 +14,7 @@ import suanli
 from suanli.assembly import Assembly
 from suanli.hardware import detect
 from suanli.planning import plain
-from suanli.resizing import SMALLEST, scale, shrink, side
+from suanli.resizing import SMALLEST, scale, shrink, side, work
 from suanli.rundir import Run
 from suanli.types import Recipe
 from suanli.verbs.prepare import DataOptions, resolve
@@ -34,6 +34,16 @@ def test_each_step_has_the_scale_of_its_stage_and_the_last_is_whole(
         assert found[first:end] == [factor] * (end - first)
     rest = found[round(max(untils, default=0.0) * steps) :]
     assert rest == [1.0] * len(rest)
+
+
+@given(st.lists(st.tuples(shares, shares), unique_by=lambda s: s[0], max_size=4), st.integers(1, 200), st.data())
+def test_work_is_the_sum_over_the_steps(stages: list[tuple[float, float]], steps: int, data: st.DataObject) -> None:
+    stages.sort()
+    first = data.draw(st.integers(0, steps))
+    end = data.draw(st.integers(first, steps + 50))  # a continuation goes beyond
+    assert work(stages, first, end, steps) == pytest.approx(
+        sum(scale(stages, step, steps) ** 2 for step in range(first, end))
+    )
 
 
 @given(st.integers(1, 600), st.floats(0.01, 1.0))

@@ -24,7 +24,7 @@ from suanli.data import Feed, Order, mix
 from suanli.errors import DamagedFile, Diverged, UsageError
 from suanli.inference import infer
 from suanli.learner import Learner, Numbers
-from suanli.resizing import scale, shrink
+from suanli.resizing import scale, shrink, work
 from suanli.schedule import factor
 from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
 
@@ -101,9 +101,8 @@ class Loop:
         return sum(self._segment_steps())
 
     def work(self, first: int, end: int) -> float:
-        """Of the steps from `first` to before `end`, each counted by its share of the pixels of a step at full
-        size."""
-        return sum(self.scale(step) ** 2 for step in range(first, end))
+        """Of the steps from `first` to before `end`, in steps at full size."""
+        return work(self.recipe.progressive_resizing, first, end, self._segment_steps()[0])
 
     @property
     def epoch(self) -> float:

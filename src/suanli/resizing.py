@@ -10,6 +10,7 @@ https://www.fast.ai/posts/2018-04-30-dawnbench-fastai.html.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,16 @@ def scale(stages: Sequence[tuple[float, float]], step: int, steps: int) -> float
     """What each side is multiplied by at `step` (from 0) of `steps`; `stages` are pairs of a share of the steps
     and the scale until there, in ascending order; then comes 1."""
     return next((factor for until, factor in stages if step < round(until * steps)), 1.0)
+
+
+def work(stages: Sequence[tuple[float, float]], first: int, end: int, steps: int) -> float:
+    """Of the steps from `first` to before `end`, each counted by its share of the pixels at full size."""
+    total, begun = 0.0, first
+    for until, factor in (*stages, (math.inf, 1.0)):
+        ended = end if until == math.inf else min(end, round(until * steps))
+        total += max(0, ended - begun) * factor**2
+        begun = max(begun, ended)
+    return total
 
 
 def side(pixels: int, scale: float) -> int:
