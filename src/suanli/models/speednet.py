@@ -57,10 +57,15 @@ class Group(nn.Sequential):
     """(B, in, H, W) to (B, width, H/2, W/2) by `depth` convolutions. `ceil_mode` keeps the last row of an odd
     side."""
 
-    def __init__(self, in_channels: int, width: int, depth: int, *, ceil_mode: bool, identity: bool) -> None:
-        layers = [_conv3(in_channels, width, identity), nn.MaxPool2d(2, ceil_mode=ceil_mode), _norm(width), nn.GELU()]
-        for _ in range(depth - 1):
-            layers += [_conv3(width, width, identity), _norm(width), nn.GELU()]
+    def __init__(
+        self, in_channels: int, width: int, depth: int, *, ceil_mode: bool, identity: bool, norm_momentum: float
+    ) -> None:
+        layers: list[nn.Module] = []
+        for number in range(depth):
+            layers.append(_conv3(in_channels if number == 0 else width, width, identity))
+            if number == 0:
+                layers.append(nn.MaxPool2d(2, ceil_mode=ceil_mode))
+            layers += [_norm(width, norm_momentum), nn.GELU()]
         super().__init__(*layers)
 
 
@@ -76,6 +81,7 @@ class SpeedNet(nn.Module):
         whitening: bool,
         whitening_bias: bool,
         identity: bool,
+        norm_momentum: float,
     ) -> None:
         super().__init__()
         if whitening:
@@ -86,7 +92,7 @@ class SpeedNet(nn.Module):
         before = [self.whitening.out_channels, *widths]
         self.groups = nn.Sequential(
             *(
-                Group(a, b, depth, ceil_mode=ceil_mode, identity=identity)
+                Group(a, b, depth, ceil_mode=ceil_mode, identity=identity, norm_momentum=norm_momentum)
                 for (a, b), depth in zip(pairwise(before), depths, strict=True)
             )
         )
@@ -113,8 +119,8 @@ def _conv3(in_channels: int, out_channels: int, identity: bool) -> nn.Conv2d:
     return conv
 
 
-def _norm(channels: int) -> nn.BatchNorm2d:
-    norm = nn.BatchNorm2d(channels, momentum=0.4)
+def _norm(channels: int, momentum: float) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels, momentum=momentum)
     norm.weight.requires_grad_(False)
     return norm
 
@@ -129,10 +135,12 @@ def build(
     whitening: bool = True,
     whitening_bias: bool = False,
     identity: bool = True,
+    norm_momentum: float = 0.4,
 ) -> SpeedNet:
     """Images (B, in_channels, *image_size) to logits (B, classes). `widths` are the channels of the groups, `depths`
     their convolutions: one in the first and two in the others, unless given. `whitening` False trains the first
-    layer as any other; `identity` False starts every filter at random. Raises ValueError for images under 2 px, and
+    layer as any other; `identity` False starts every filter at random; `norm_momentum` is what a batch counts in
+    the statistics that prediction uses, much, as trainings are short. Raises ValueError for images under 2 px, and
     for widths and depths that don't fit together."""
     if min(image_size) < 2:
         raise ValueError(f"speednet needs images of at least 2x2 pixels, not {image_size}")
@@ -150,6 +158,7 @@ def build(
         whitening=whitening,
         whitening_bias=whitening_bias,
         identity=identity,
+        norm_momentum=norm_momentum,
     )
 
 

@@ -1,0 +1,159 @@
+"""Seconds until a wanted accuracy on CIFAR-10: `suanli train --target-accuracy` beside what others write.
+
+Cold is a whole process, from the start of Python to the saved model: choosing, planning, compiling and validation
+included. Its cache holds the decoded images and nothing else; what decoding takes is measured once and told beside it.
+Warm is from the first step. Accuracy is that of the test split, single view, examined afterwards, which no choice was
+made by. Each seed is a process of its own.
+
+    python benchmarks/bench_time_to_accuracy.py ../shared/data --out records/…  [--targets 0.7,0.8,0.9] [--seeds 5]
+
+Beside it (`--peers plain,resnet18`): the two trainings of `peers.py`, decoded beforehand too, given `--peer-limit-s`
+seconds each; for them every test score on the way counts. With `--airbench FILE`, a copy of airbench94_muon.py of
+https://github.com/KellerJordan/cifar10-airbench is run on the same images; it needs an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from processes import Processes
+from record import Record, arguments, start
+from suanli.cache import Prepared
+from suanli.console import quiet
+from suanli.types import Json
+from suanli.verbs.prepare import prepare
+
+LIMITS_S = {0.7: 20.0, 0.8: 45.0, 0.9: 480.0}  # to reach on two cores
+MEMORY_LIMIT = 2 << 30  # bytes of the whole process
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--targets", default="0.7,0.8,0.9")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--peers", default="plain,resnet18")
+    parser.add_argument("--peer-limit-s", type=float, default=600.0)
+    parser.add_argument("--airbench", type=Path, help="airbench94_muon.py, on a GPU")
+    given = parser.parse_args()
+    record = Record("time_to_accuracy", given.out, start(given))
+    values: dict[str, Json] = {"targets": {}, "peers": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        processes = Processes(Path(folder), given.threads)
+        data = given.data / "cifar10.zip"
+        values["decoding_s"] = processes.prepare(data)
+        record.say(f"decoding, once: {values['decoding_s']:.1f} s")
+        for target in (float(t) for t in given.targets.split(",") if t):
+            values["targets"][f"{target:g}"] = one_target(record, processes, data, target, given)
+            record.write(values)
+        with quiet():
+            prepared = prepare(data, cache_dir=Path(folder))
+        arrays = Path(folder) / "arrays.npz"
+        np.savez(arrays, **as_arrays(prepared))
+        for peer in (p for p in given.peers.split(",") if p):
+            values["peers"][peer] = one_peer(record, peer, arrays, given)
+            record.write(values)
+        if given.airbench is not None:
+            values["peers"]["airbench"] = airbench(record, given.airbench, arrays, Path(folder))
+    record.close(values)
+
+
+def one_target(
+    record: Record, processes: Processes, data: Path, target: float, given: argparse.Namespace
+) -> dict[str, Json]:
+    found = []
+    for seed in range(given.seeds):
+        options = ["--target-accuracy", f"{target:g}", "--seed", str(seed), "--device", given.device]
+        cold_s, summary = processes.train(data, options)
+        one = {
+            "cold_s": cold_s,
+            "warm_s": summary["seconds"]["train"],
+            "accuracy": processes.evaluate(summary["run"])["accuracy"],
+            "memory_bytes": summary["peak_memory_bytes"],
+            **{key: summary[key] for key in ("score", "plan", "steps", "epochs")},
+        }
+        found.append(one)
+        record.say(
+            f"{target:.0%} seed {seed}: {cold_s:6.1f} s cold, {one['warm_s']:6.1f} s warm, test {one['accuracy']:.4f}, "
+            f"validation {one['score']:.4f}, {one['memory_bytes'] / 2**30:.2f} GiB, {'+'.join(one['plan']['speedups'])}"
+        )
+    cold, accuracy = [f["cold_s"] for f in found], [f["accuracy"] for f in found]
+    memory = max(f["memory_bytes"] for f in found)
+    text = f"{target:.0%}: {said(cold, '.1f')} s cold, {said([f['warm_s'] for f in found], '.1f')} s warm"
+    text += f", test accuracy {said([100 * a for a in accuracy], '.2f')} %"
+    reached = statistics.mean(accuracy) >= target and memory < MEMORY_LIMIT
+    if (limit := LIMITS_S.get(target)) is not None:
+        reached = reached and statistics.mean(cold) <= limit
+        text += f"; to reach {target:.0%} in {limit:.0f} s: {'reached' if reached else 'MISSED'}"
+    record.say(text)
+    return {"runs": found, "limit_s": limit, "reached": reached, "memory_bytes": memory}
+
+
+def said(values: list[float], form: str) -> str:
+    """The mean with the standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):{form}} (sd {spread:{form}}, {len(values)} seeds)"
+
+
+def as_arrays(prepared: Prepared) -> dict[str, np.ndarray]:
+    """All that is not test, as others would train on it, and the test split."""
+    splits = {name: (split.inputs[split.index], split.targets) for name, split in prepared.splits.items()}
+    rest = [splits[name] for name in splits if name != "test"]
+    return {
+        "x_train": np.concatenate([inputs for inputs, _ in rest]),
+        "y_train": np.concatenate([targets for _, targets in rest]),
+        "x_test": splits["test"][0],
+        "y_test": splits["test"][1],
+    }
+
+
+def one_peer(record: Record, peer: str, arrays: Path, given: argparse.Namespace) -> dict[str, Json]:
+    command = [sys.executable, str(Path(__file__).parent / "peers.py"), peer, str(arrays)]
+    command += ["--limit-s", str(given.peer_limit_s), "--started", str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
+    course = [json.loads(line) for line in done.stdout.splitlines()]
+    for at in course:
+        record.say(f"{peer}: {at['seconds']:6.1f} s, {at['epochs']:.2f} epochs, test {at['accuracy']:.4f}")
+    first = {}
+    for target in (float(t) for t in given.targets.split(",") if t):
+        first[f"{target:g}"] = next((at["seconds"] for at in course if at["accuracy"] >= target), None)
+        when = "not reached" if first[f"{target:g}"] is None else f"after {first[f'{target:g}']:.1f} s"
+        record.say(f"{peer}: {target:.0%} {when}")
+    return {"course": course, "reached_s": first}
+
+
+def airbench(record: Record, script: Path, arrays: Path, folder: Path) -> dict[str, Json]:
+    """Its own output: it trains many times, warm, and prints accuracy (with its views) and seconds of each run."""
+    if not torch.cuda.is_available():
+        sys.exit("--airbench needs an NVIDIA GPU.")
+    place = folder / "cifar10"
+    place.mkdir()
+    with np.load(arrays) as loaded:
+        for split, file in (("train", "train.pt"), ("test", "test.pt")):
+            images, labels = torch.from_numpy(loaded[f"x_{split}"]), torch.from_numpy(loaded[f"y_{split}"]).long()
+            torch.save({"images": images, "labels": labels, "classes": [str(c) for c in range(10)]}, place / file)
+    done = subprocess.run(
+        [sys.executable, str(script.resolve())], capture_output=True, text=True, check=False, cwd=folder
+    )
+    record.say(done.stdout[-3000:])
+    if done.returncode:
+        sys.exit(f"{script} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    rows = [re.findall(r"\d+\.\d+", line) for line in done.stdout.splitlines() if line.startswith("|")]
+    return {"rows": [[float(number) for number in row] for row in rows if row]}
+
+
+if __name__ == "__main__":
+    main()
