@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from suanli.console import quiet
@@ -22,20 +23,20 @@ class Processes:
         self.prepared = folder / "prepared"
         self.prepared.mkdir()
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self._runs = 0
+        self._numbers = count(1)  # of runs; several threads may ask
 
-    def prepare(self, data: Path) -> float:
+    def prepare(self, data: Path | str) -> float:
         """Decodes the data into the cache that all runs share; the seconds it took."""
         started = time.perf_counter()
         with quiet():
             prepare(data, cache_dir=self.folder)
         return time.perf_counter() - started
 
-    def train(self, data: Path, options: Sequence[str]) -> tuple[float, dict[str, Json]]:
+    def train(self, data: Path | str, options: Sequence[str]) -> tuple[float, dict[str, Json]]:
         """Seconds of the whole process, and its summary with the score on validation. Ends the benchmark where it
         fails."""
-        self._runs += 1
-        cache, out = self.folder / f"cache{self._runs}", self.folder / f"run{self._runs}"
+        number = next(self._numbers)
+        cache, out = self.folder / f"cache{number}", self.folder / f"run{number}"
         cache.mkdir()
         (cache / "prepared").symlink_to(self.prepared)
         command = ["train", str(data), *options, "--out", str(out), "--cache-dir", str(cache)]

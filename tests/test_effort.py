@@ -1,0 +1,159 @@
+"""How large and how long, from a score that is wanted or from the time there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import suanli
+from suanli import effort
+from suanli.cli import main
+from suanli.plugins import load_all
+from suanli.recipes._images import SMALL
+from suanli.settings import change, seconds
+
+Folder = Callable[..., Path]
+
+
+def test_the_cheapest_that_reached_the_score_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    cheap = suanli.train("digits", target_accuracy=0.9, speedups="none")
+    assert cheap.recipe.epochs == 3
+    assert "effort: 3 epochs; it reached 98.2% on digits before" in capsys.readouterr().err
+    assert cheap.summary["wanted_score"] == 0.9
+    assert suanli.evaluate(cheap, augmented_views=False).scores["accuracy"] >= 0.9
+    assert suanli.train("digits", target_accuracy=0.99, speedups="none").recipe.epochs == 8
+
+
+def test_a_score_that_was_missed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    run = suanli.train("digits", target_accuracy=0.98, seed=1, lr=1e-4, speedups="none")
+    assert "below the 98.00% that was wanted" in capsys.readouterr().err
+    assert run.summary["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (0.9999, "Nothing that was measured on digits reaches 100.0%; the best is 99.2%"),
+        (0.0, "can't be 0.0"),
+        (1.0, "can't be 1.0"),
+        (90, "can't be 90"),
+        (float("nan"), "can't be nan"),
+    ],
+)
+def test_scores_that_nothing_reaches_are_refused(wanted: float, says: str) -> None:
+    with pytest.raises(suanli.UsageError, match=says):
+        suanli.train("digits", target_accuracy=wanted)
+    assert not Path("runs").exists()
+
+
+def test_of_other_data_nothing_is_promised(picture_folder: Folder) -> None:
+    with pytest.raises(suanli.UsageError, match="was not measured; known is cifar10, digits") as caught:
+        suanli.train(picture_folder("cifar10"), target_accuracy=0.7)  # the name alone isn't the data
+    assert "--time-budget" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--target-accuracy", "0.9", "--time-budget", "5m"], "both choose"),
+        (["--target-accuracy", "0.9", "--epochs", "3"], "choose epochs themselves"),
+        (["--time-budget", "9s", "--epochs", "3"], "choose epochs themselves"),
+        (["--time-budget", "soon"], "is no time"),
+        (["--time-budget", "0s"], "is no time"),
+        (["--time-budget", "-3"], "is no time"),
+        (["--target-accuracy", "most"], "valid number"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "digits", *arguments])
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_goes_on_with_the_effort_that_it_has() -> None:
+    run = suanli.train("digits", target_accuracy=0.9, speedups="none")
+    with pytest.raises(suanli.UsageError, match="time_budget can't be changed"):
+        suanli.train(run.path, time_budget="5m", more_epochs=1)
+
+
+def test_the_time_is_filled_and_kept() -> None:
+    started = time.perf_counter()
+    run = suanli.train("digits", time_budget="15s", threads=1)
+    took = time.perf_counter() - started
+    assert run.summary["status"] == "finished"
+    assert run.recipe.epochs > 1
+    # Not a measurement: that it isn't off by much, on a machine that may be busy.
+    assert took < 30
+
+
+def test_little_time_gives_a_little_training_and_plenty_not_forever(picture_folder: Folder) -> None:
+    root = picture_folder(each=60)
+    short = suanli.train(root, time_budget=0.01, speedups="none", threads=1)
+    assert short.recipe.epochs == 0.01
+    assert short.summary["steps"] == 1
+    long = suanli.train(root, time_budget="1000h", settings={"preprocess.size": 8}, speedups="none", threads=1)
+    assert long.recipe.epochs == effort.LONGEST * 30  # the recipe's own, thrice
+
+
+class _Faked:
+    """A network and a machine whose speed the test decides: seconds of the training as the effort has it."""
+
+    def __init__(self, recipe: Any, *_: object) -> None:
+        self.seconds = recipe.epochs * recipe.model_args["widths"][0]
+        self.flops = self.seconds * 1e9
+        self.flops_per_s = 1e9
+
+
+@pytest.mark.parametrize(
+    ("left_s", "widths", "epochs"),
+    [
+        (90.0, [10], 7.5),  # not enough for the wide one: the narrow one for longer
+        (500.0, [100], 4.2),  # enough, and a bit longer
+        (50.0, [10], 4.0),
+        (4.0, [10], 0.09),
+        (1e9, [100], 12.0),  # three times the dearest
+    ],
+)
+def test_the_largest_network_that_has_time_for_its_own_epochs(
+    monkeypatch: pytest.MonkeyPatch, left_s: float, widths: list[int], epochs: float
+) -> None:
+    """The choice alone, by networks whose time is known beforehand."""
+    efforts = tuple(
+        SimpleNamespace(changes={"epochs": e, "model_args": {"widths": [w]}}) for e, w in ((2.0, 10), (4.0, 100))
+    )
+    monkeypatch.setattr(effort, "_efforts", lambda _: efforts)
+    monkeypatch.setattr(effort, "_Subject", _Faked)
+    found = effort.for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
+    assert found.model_args["widths"] == widths
+    assert found.epochs == pytest.approx(epochs, abs=0.1)
+
+
+def test_every_shipped_effort_is_a_recipe_and_dearer_ones_reach_more() -> None:
+    for choice in load_all("recipes").values():
+        scores = []
+        for one in choice.efforts:
+            changed = change(choice.recipe, one.changes)
+            assert changed.epochs == one.changes["epochs"]
+            scores += [reached.score for reached in one.reached]
+        assert scores == sorted(scores)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("90", 90), ("90s", 90), (" 5m ", 300), ("1.5h", 5400), (12.5, 12.5), (".5m", 30)]
+)
+def test_times_as_people_write_them(text: str | float, expected: float) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "m", "5 minutes", "1e3", "-5", "nan", "inf", "0", "0.0h", "5m30s", float("nan")])
+def test_what_is_no_time(text: str | float) -> None:
+    with pytest.raises(suanli.UsageError, match="is no time"):
+        seconds(text)
