@@ -5,7 +5,7 @@
 #   make test    install what tests need, run them all
 #   make check   format, lint, types, import ladder
 #   make gpu     tests and benchmarks on an NVIDIA card, in ten minutes, with the packages that are there:
-#                installs nothing and needs no network; make gpu GPU_PYTHON=python3.12 DATA=folder
+#                installs nothing and needs no network; make gpu GPU_PYTHON=python3.12 DATA=folder AIRBENCH=file
 #   make clean   remove what make made; data, caches and runs stay
 #
 # Another Python: make PYTHON=python3.12
@@ -38,7 +38,7 @@ check: .venv/installed-check
 	$(BIN)/lint-imports
 
 gpu:
-	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu.py $(DATA)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu.py $(DATA) $(if $(AIRBENCH),--airbench $(AIRBENCH))
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info

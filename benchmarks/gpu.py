@@ -4,7 +4,7 @@ Uses the Python it is run with and the packages that are there; it installs noth
 within ten minutes: each stage is a process of its own with a time limit, and what one stage leaves of its time
 is the next ones'. Leaves records/<date>_<device>_gpu/ with all output and the figures.
 
-    PYTHONPATH=src python3 benchmarks/gpu.py [DATA] [--records records] [--limit 580]
+    PYTHONPATH=src python3 benchmarks/gpu.py [DATA] [--records records] [--limit 580] [--airbench FILE]
     PYTHONPATH=src python3 benchmarks/gpu.py --rehearse
 
 DATA is a folder with cifar10.zip and imagenette5k.zip; where one is missing, made-up pictures take its place.
@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("data", nargs="?", type=Path, default=Path("../shared/data"))
     parser.add_argument("--records", type=Path, default=ROOT / "records")
     parser.add_argument("--limit", type=float, default=580, help="seconds for everything")
+    parser.add_argument("--airbench", type=Path, help="a copy of airbench94_muon.py to run beside suanli")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, leaving nothing")
     given = parser.parse_args()
     if (reason := why_not(given.rehearse)) is not None:
@@ -66,7 +67,7 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
         run = Run(out, given.limit, environment(work), rehearsal=given.rehearse)
         run.say(f"{'A REHEARSAL ON THE CPU, no measurement: ' if given.rehearse else ''}{device_name(given.rehearse)}")
-        for stage in stages(given.data, work, out, tiny=given.rehearse):
+        for stage in stages(given.data, work, out, airbench=given.airbench, tiny=given.rehearse):
             run.stage(stage)
         if (ladder := work / "bench" / "bench.json").exists():
             shutil.copy(ladder, out / "bench.json")
@@ -117,7 +118,7 @@ def environment(work: Path) -> dict[str, str]:
     return {**os.environ, **own}
 
 
-def stages(data: Path, work: Path, out: Path, *, tiny: bool) -> list[Stage]:
+def stages(data: Path, work: Path, out: Path, *, airbench: Path | None, tiny: bool) -> list[Stage]:
     pictures = work / "data"
     pictures.mkdir()
     for name in ("cifar10.zip", "imagenette5k.zip"):
@@ -144,6 +145,11 @@ def stages(data: Path, work: Path, out: Path, *, tiny: bool) -> list[Stage]:
         ),
         Stage(name="bench", command=bench, limit_s=150),
     ]
+    if (pictures / "cifar10.zip").exists():
+        accuracy = [python, str(here / "bench_time_to_accuracy.py"), str(pictures), "--device", device]
+        accuracy += ["--out", str(out), "--targets", "0.8,0.88", "--seeds", "2", "--peers", ""]
+        accuracy += ["--airbench", str(airbench)] if airbench is not None else []
+        found.insert(4, Stage(name="accuracy", command=accuracy, limit_s=100))
     if importlib.util.find_spec("lightning") is not None:
         found.append(Stage(name="lightning", command=lightning, limit_s=90))
     return found

@@ -206,7 +206,7 @@ def _score_writer(points: Sequence[Point]) -> Any:
     values = [y for _, y in points if words.known(y)]
     if not values or min(values) < 0 or max(values) > 1:
         return None
-    close = max(values) - min(values) < 0.05
+    close = max(values) - min(values) <= 0.1  # ticks at 2.5 points, or nearer
     return lambda value: words.percent(value, decimals=1 if close else 0)
 
 
