@@ -247,6 +247,10 @@ def test_it_begins_again_once_and_only_early(picture_folder: Folder) -> None:
         suanli.train(root, **options, settings=settings, lr=1e4, out="hopeless")
     (only,) = Run("hopeless").summary["fallbacks"]
     assert only["said"].endswith("at a learning rate of 3.3e+03")
+    # Nor when it is gone on with: what happened before is known.
+    with pytest.raises(suanli.Diverged, match="became nan"):
+        suanli.train("hopeless", trust_code=True)
+    assert len(Run("hopeless").summary["fallbacks"]) == 1
     # A warm-up that reaches the rate after a third of the run: by then it isn't begun again.
     with pytest.raises(suanli.Diverged, match="became nan"):
         suanli.train(root, **options, settings=settings | {"warmup_epochs": 29.0}, lr=20.0, out="late")

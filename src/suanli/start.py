@@ -120,16 +120,17 @@ class Start:
             change = f"with {CHECKPOINTING}"
         else:
             return None
-        self.loop = None  # type: ignore[assignment]  # its memory is needed
-        planner.free(self.device)
         try:
             saved = checkpoint.newest(checkpoints)
         except DamagedFile:
             return None
+        self.loop = None  # type: ignore[assignment]  # its memory is needed
+        planner.free(self.device)
         assembly = Assembly(self.recipe, self.prepared, self.device, fresh=saved is None)
         try:
             self.loop = assembly.loop(plan)
         except MachineError:  # checkpointing has nothing to act on
+            self.loop = Assembly(self.recipe, self.prepared, self.device, fresh=saved is None).loop(self.plan)
             return None
         self._put_back(self.loop, saved)
         self.plan = plan

@@ -46,7 +46,6 @@ class Training:
         self.seconds: dict[str, float] = {}
         self.earlier_s = 0.0  # of training before an interruption
         self.fallbacks: list[dict[str, Json]] = []
-        self.began_again = False  # at a lower learning rate
         self.wanted_score: float | None = None  # that the user named
         self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
@@ -72,15 +71,7 @@ class Training:
     def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
         self.directory, self.checkpoint_every_s = run, checkpoint_every_s
         run.write("check.json", self.prepared.findings)
-        run.write(
-            "summary.json",
-            {
-                "status": "running",
-                "plan": asdict(self.plan),
-                "forecast": self.start.forecast.to_json(),
-                "wanted_score": self.wanted_score,
-            },
-        )
+        self._write_running()
         with ExitStack() as stack:
             self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
             for tracker in self.trackers:
@@ -91,6 +82,12 @@ class Training:
                 self._save()  # from here on the run is a longer one
             status = self._through(stop)
             self._finish(status)
+
+    def _write_running(self) -> None:
+        """What a run that is cut short goes on with."""
+        values = {"plan": asdict(self.plan), "fallbacks": self.fallbacks, "wanted_score": self.wanted_score}
+        forecast = self.start.forecast.to_json()
+        self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
 
     def _through(self, stop: Stop) -> str:
         """All steps; a plan that fails is followed by a weaker one, where the user leaves the choice."""
@@ -104,15 +101,18 @@ class Training:
     def _go_on_or_raise(self, error: Exception) -> None:
         failed_at = self.loop.progress.step
         said = self.start.fall_back(error, self.directory.checkpoints)
+        begins = False
         if said is None and isinstance(error, Diverged) and self._may_begin_again(failed_at):
+            begins = True
             # Without its checkpoints first: a run that is cut short now must not go on from them.
             checkpoint.forget(self.directory.checkpoints)
             said = f"{error.message.rstrip('.')}; {self.start.begin_again()}"
             self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
-            self.began_again = True
         if said is not None:
             warn(f"Step {failed_at + 1} failed: {said}.")
-            self.fallbacks.append({"step": failed_at, "said": said, "speedups": list(self.plan.speedups)})
+            now = {"speedups": list(self.plan.speedups), "began_again": begins}
+            self.fallbacks.append({"step": failed_at, "said": said, **now})
+            self._write_running()
             return
         if hardware.out_of_memory(error):
             half = self.loop.order.batch_size // 2
@@ -129,7 +129,8 @@ class Training:
         loop = self.loop
         noticed_late = 0 if self.device.type == "cpu" else LOSSES_HELD
         early = failed_at <= max(FEW_STEPS, EARLY * loop.steps) + noticed_late
-        return early and not self.began_again and len(loop.progress.segments) == 1
+        again = any(before.get("began_again") for before in self.fallbacks)
+        return early and not again and len(loop.progress.segments) == 1
 
     def _title(self) -> str:
         recipe = self.recipe

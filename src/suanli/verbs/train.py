@@ -210,6 +210,7 @@ def _reopen(
     )
     training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
     training.wanted_score = run.summary.get("wanted_score")
+    training.fallbacks = list(run.summary.get("fallbacks", []))
     return training
 
 
