@@ -64,7 +64,8 @@ def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folde
     settings = {"progressive_resizing": STAGES, "epochs": 4, "batch_size": 16}
     recipe, prepared = resolve(DataOptions.of(root, data_dir=None, cache_dir=None), recipe=None, settings=settings)
     cpu = detect("cpu")
-    loop = Assembly(recipe, prepared, cpu).loop(plain(cpu))
+    assembly = Assembly(recipe, prepared, cpu)
+    trial, loop = assembly.trial(plain(cpu)), assembly.loop(plain(cpu))
     seen: list[tuple[int, ...]] = []
     loop.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     for _ in loop.run():
@@ -78,6 +79,12 @@ def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folde
     assert set(seen) == {(32, 24)}
     assert loop.work(0, 4 * quarter) == pytest.approx(quarter * (0.5**2 + 0.75**2 + 2))
     assert loop.first_batch(3).inputs.shape[2:] == (32, 24)  # memory is measured at full size
+    seen.clear()
+    trial.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    trial.examine()
+    trial.advance()
+    assert set(seen) == {(32, 24)}  # so is the plan
+    assert trial.work(0, trial.steps) == pytest.approx(quarter * (0.5**2 + 0.75**2) + trial.steps - 2 * quarter)
 
 
 def test_stopping_between_two_sizes_changes_nothing(picture_folder: Callable[..., Path]) -> None:

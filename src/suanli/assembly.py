@@ -29,8 +29,8 @@ INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisati
 
 # What decides how long a step takes; a plan holds for every recipe that agrees in these.
 _COMPUTED = (
-    *("model", "model_args", "task", "augment", "progressive_resizing", "batch_size", "accumulate"),
-    *("optimizer", "optimizer_args", "backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
+    *("model", "model_args", "task", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
+    *("backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
 )
 
 
@@ -82,11 +82,11 @@ class Assembly:
         return self._loop(self.step, plan)
 
     def trial(self, plan: Plan) -> Loop:
-        """A loop that trains a copy from the same start."""
+        """A loop that trains a copy from the same start, for measuring: its pictures don't grow."""
         model, optimizer = copy.deepcopy((self.module, self.optimizer))
-        return self._loop(replace(self.step, model=model, optimizer=optimizer), plan)
+        return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, one_size=True)
 
-    def _loop(self, step: Step, plan: Plan) -> Loop:
+    def _loop(self, step: Step, plan: Plan, *, one_size: bool = False) -> Loop:
         step = planning.apply(plan, step, self.device)
         return Loop(
             recipe=self.recipe,
@@ -97,6 +97,7 @@ class Assembly:
             val=self._feed("val", step.resident and data.fits(self.prepared.splits["val"], self.device)),
             device=self.device,
             classes=len(self.prepared.classes),
+            one_size=one_size,
         )
 
     @property

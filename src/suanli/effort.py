@@ -111,7 +111,7 @@ class _Subject:
         with active(loop.compute):
             loop.advance()
             took = measure.spread([measure.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
-        return took / loop.scale(0) ** 2 * self._work
+        return took * self._work
 
     @property
     def flops_per_s(self) -> float:

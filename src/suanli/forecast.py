@@ -96,9 +96,10 @@ def enough_memory(device: Device) -> Iterator[None]:
 
 
 def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
-    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a first step took when the plan was made; None:
-    it wasn't timed, and is now."""
-    step_s = _step_seconds(loop, memory_bytes) if step_s is None else step_s / loop.scale(0) ** 2
+    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a step took when the plan was made; None: it
+    wasn't timed, and is now."""
+    if step_s is None:
+        step_s = _step_seconds(loop, memory_bytes)
     return Forecast(
         train_seconds=(loop.work(loop.progress.step, loop.steps) + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,

@@ -57,7 +57,10 @@ class Loop:
         val: Feed,
         device: Device,
         classes: int,
+        one_size: bool = False,
     ) -> None:
+        """`one_size`: whatever the recipe says, every step sees the pictures whole, and so costs the same."""
+        self.one_size = one_size
         self.recipe, self.compute, self.task = recipe, step, task
         self.preprocess, self.train_feed, self.val_feed = preprocess, train, val
         self.classes = classes
@@ -124,7 +127,7 @@ class Loop:
         while self.progress.step < self.steps:
             started = time.perf_counter()
             clock.begin()
-            batch = self._inputs(*next(batches), self.scale(self.progress.step))
+            batch = self._inputs(*next(batches), self._scale_now())
             clock.mark("input")
             self._losses.append(self._learn(batch))
             self.progress.step += 1
@@ -137,6 +140,9 @@ class Loop:
     def scale(self, step: int) -> float:
         """Of each side of the pictures at this step, as the recipe wants it. A continuation sees them whole."""
         return scale(self.recipe.progressive_resizing, step, self._segment_steps()[0])
+
+    def _scale_now(self) -> float:
+        return 1.0 if self.one_size else self.scale(self.progress.step)
 
     def _inputs(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, scale: float) -> Batch:
         step = self.progress.step
@@ -193,7 +199,7 @@ class Loop:
     def examine(self) -> Numbers:
         """Trains one step on the first batch and tells what it computed."""
         self.model.train()
-        batch = self.first_batch(scale=self.scale(self.progress.step))
+        batch = self.first_batch(scale=self._scale_now())
         self._seed(0)
         self._set_rate(self.progress.step)
         return self.learner.examine(batch.inputs, batch.targets)

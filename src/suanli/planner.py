@@ -75,7 +75,8 @@ class Subject(Protocol):
 
 
 def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = None, cache: Path | None) -> Plan:
-    """The plan for "auto", "none" or a list of names; `steps` are still to be trained.
+    """The plan for "auto", "none" or a list of names; `steps` are still to be trained, counted
+    at full size.
 
     Raises UsageError for an unknown name, MachineError for a named speedup that is unusable, and GateError
     for one whose numbers are wrong. `cache` None: nothing is kept.
