@@ -13,7 +13,7 @@ import pytest
 import suanli
 from suanli import effort
 from suanli.cli import main
-from suanli.plugins import load_all
+from suanli.plugins import load, load_all
 from suanli.recipes._images import SMALL
 from suanli.settings import change, seconds
 
@@ -30,7 +30,8 @@ def test_the_cheapest_that_reached_the_score_is_trained(capsys: pytest.CaptureFi
 
 
 def test_a_score_that_was_missed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    run = suanli.train("digits", target_accuracy=0.98, seed=1, lr=1e-4, speedups="none")
+    slow = load("recipes", "small_images_grey_few").recipe.model_copy(update={"lr": 1e-4})
+    run = suanli.train("digits", recipe=slow, target_accuracy=0.98, seed=1, speedups="none")
     assert "below the 98.00% that was wanted" in capsys.readouterr().err
     assert run.summary["status"] == "finished"
 
@@ -61,8 +62,9 @@ def test_of_other_data_nothing_is_promised(picture_folder: Folder) -> None:
     ("arguments", "says"),
     [
         (["--target-accuracy", "0.9", "--time-budget", "5m"], "both choose"),
-        (["--target-accuracy", "0.9", "--epochs", "3"], "choose epochs themselves"),
-        (["--time-budget", "9s", "--epochs", "3"], "choose epochs themselves"),
+        (["--target-accuracy", "0.9", "--epochs", "3"], "takes a recipe as it was measured, so epochs can't"),
+        (["--target-accuracy", "0.9", "--set", "augment=[]"], "so augment can't be changed"),
+        (["--time-budget", "9s", "--epochs", "3"], "chooses epochs itself"),
         (["--time-budget", "soon"], "is no time"),
         (["--time-budget", "0s"], "is no time"),
         (["--time-budget", "-3"], "is no time"),

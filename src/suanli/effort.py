@@ -21,7 +21,7 @@ from suanli.cache import Prepared
 from suanli.console import duration, plural, say
 from suanli.errors import UsageError
 from suanli.flops import flops
-from suanli.forecast import validation_steps
+from suanli.forecast import enough_memory, validation_steps
 from suanli.learner import active
 from suanli.plugins import load_all
 from suanli.settings import change
@@ -91,8 +91,10 @@ class _Subject:
     """One effort on this data and device, computed with the usual speedups."""
 
     def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, threads: int | None) -> None:
-        assembly = Assembly(recipe, prepared, device)
-        self._loop = assembly.trial(planner.short_list(assembly, threads))
+        with enough_memory(device):
+            assembly = Assembly(recipe, prepared, device)
+            self._loop = assembly.trial(planner.short_list(assembly, threads))
+        self._device = device
         self._work = self._loop.work(0, self._loop.steps) + validation_steps(self._loop)
 
     @cached_property
@@ -108,7 +110,7 @@ class _Subject:
     def seconds(self) -> float:
         """Of the whole training, from a few of its steps."""
         loop = self._loop
-        with active(loop.compute):
+        with enough_memory(self._device), active(loop.compute):
             loop.advance()
             took = measure.spread([measure.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
         return took * self._work
@@ -120,7 +122,8 @@ class _Subject:
 
 def chosen_fields(recipe: Recipe) -> set[str]:
     """The fields of the recipe that its efforts decide."""
-    return {"epochs"}.union(*(effort.changes for effort in _efforts(recipe)))
+    fields = {"epochs"}.union(*(effort.changes for effort in _efforts(recipe)))
+    return fields | ({"model"} if "model_args" in fields else set())
 
 
 def _efforts(recipe: Recipe) -> tuple[Effort, ...]:

@@ -109,7 +109,7 @@ def train(
     budget_s = None if time_budget is None else seconds(time_budget)
     full, prepared = resolve(options, recipe=recipe, settings=network | changes)
     if target_accuracy is not None or budget_s is not None:
-        _refuse_deciding_twice(full, changes, target_accuracy is not None and budget_s is not None)
+        _refuse_deciding_twice(full, changes, target_accuracy, budget_s)
     if target_accuracy is not None:
         full = effort.for_score(full, prepared, target_accuracy)
     if budget_s is not None:
@@ -145,15 +145,19 @@ def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code
     return network, None if own else card["preprocess"]
 
 
-def _refuse_deciding_twice(recipe: Recipe, changes: Mapping[str, Json], both: bool) -> None:
-    if both:
+def _refuse_deciding_twice(
+    recipe: Recipe, changes: Mapping[str, Json], target_accuracy: float | None, budget_s: float | None
+) -> None:
+    if target_accuracy is not None and budget_s is not None:
         raise UsageError("--target-accuracy and --time-budget both choose the training.", fix="Give one of them.")
-    own = sorted({name.partition(".")[0] for name in changes} & effort.chosen_fields(recipe))
-    if own:
+    fields = {name.partition(".")[0] for name in changes}
+    if target_accuracy is not None and (own := fields - {"seed"}):
         raise UsageError(
-            f"--target-accuracy and --time-budget choose {', '.join(own)} themselves.",
-            fix="Leave one or the other out.",
+            f"--target-accuracy takes a recipe as it was measured, so {', '.join(sorted(own))} can't be changed.",
+            fix="Leave one or the other out, or use --time-budget.",
         )
+    if own := fields & effort.chosen_fields(recipe):
+        raise UsageError(f"--time-budget chooses {', '.join(sorted(own))} itself.", fix="Leave one or the other out.")
 
 
 def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
