@@ -21,7 +21,7 @@ from record import Record, arguments, start
 from suanli import hardware
 from suanli.types import Json
 
-# What switches each idea off. Rates of the other optimizers are the best of three tried on one seed.
+# What switches each idea off. Rates of the other optimizers are usual ones; they were not searched.
 IDEAS: dict[str, dict[str, Json]] = {
     "nothing": {},
     "progressive image size": {"progressive_resizing": []},
