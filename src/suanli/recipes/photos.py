@@ -1,7 +1,7 @@
 """Photos, and images of any size for a residual network, from scratch.
 
 Muon was chosen over AdamW on 400 held-out training photos at 72 px, three epochs, one seed; its rates
-were not searched. The first part of the training sees smaller pictures.
+were not searched.
 """
 
 from suanli.recipes._images import NORMLESS, from_scratch, is_known
@@ -17,7 +17,6 @@ RECIPE = RecipeChoice(
         name="photos",
         model="resnet18",
         augment=("resized_crop(scale=(0.35, 1.0))", "flip"),
-        progressive_resizing=((0.4, 0.625), (0.7, 0.75)),
         epochs=16,
         batch_size=64,
         optimizer="muon",
