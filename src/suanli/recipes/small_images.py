@@ -27,7 +27,7 @@ RECIPE = RecipeChoice(
             "name": "small_images",
             "augment": ("crop(padding=2)", "flip(mode='alternate')"),
             "progressive_resizing": ((0.4, 0.625), (0.7, 0.75)),
-            "epochs": 6,
+            "epochs": 8,
             "lr": 0.18,
         }
     ),
