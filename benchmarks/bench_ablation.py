@@ -8,17 +8,11 @@ side as there are cores, so seconds are for comparing within this table only.
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import asdict
 
-from processes import Processes
+from processes import Scored, standard_error, train_all
 from record import Record, arguments, start
-from suanli import hardware
 from suanli.types import Json
 
 # What switches each idea off. Rates of the other optimizers are usual ones; they were not searched.
@@ -57,41 +51,22 @@ def main() -> None:
     record.say(
         f"{given.recipe} on {given.file}, {given.epochs:g} epochs, {given.seeds} seeds, validation accuracy in %"
     )
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(hardware.cores()) as side_by_side:
-        processes = Processes(Path(folder), 1)
-        data = given.data / given.file
-        processes.prepare(data)
-
-        def train(idea: str, seed: int) -> dict[str, Json]:
-            options = ["--recipe", given.recipe, "--epochs", f"{given.epochs:g}", "--seed", str(seed), "--threads", "1"]
-            for field, value in IDEAS[idea].items():
-                options += ["--set", f"{field}={json.dumps(value)}"]
-            return processes.train(data, [*options, "--speedups", "channels_last,bf16"])[1]
-
-        asked = {idea: [side_by_side.submit(train, idea, seed) for seed in range(given.seeds)] for idea in ideas}
-        found: dict[str, Json] = {}
-        for idea, runs in asked.items():
-            done = [run.result() for run in runs]
-            found[idea] = {
-                "scores": [one["score"] for one in done],
-                "seconds": [one["seconds"]["train"] for one in done],
-            }
-            tell(record, idea, found[idea], found["nothing"])
-            record.write({"ideas": found})
-    record.close({"ideas": found})
+    found: dict[str, Scored] = {}
+    options = ["--recipe", given.recipe, "--epochs", f"{given.epochs:g}"]
+    for idea, one in train_all(given.data / given.file, {idea: IDEAS[idea] for idea in ideas}, options, given.seeds):
+        found[idea] = one
+        tell(record, idea, one, found["nothing"])
+        record.write({"ideas": {idea: asdict(one) for idea, one in found.items()}})
+    record.close({"ideas": {idea: asdict(one) for idea, one in found.items()}})
 
 
-def tell(record: Record, idea: str, one: dict[str, list[float]], base: dict[str, list[float]]) -> None:
+def tell(record: Record, idea: str, one: Scored, base: Scored) -> None:
     """The score without the idea, and in pairs of equal seeds what the idea brings."""
-    brings = [100 * (b - o) for b, o in zip(base["scores"], one["scores"], strict=True)]
-    text = f"without {idea:50} {100 * statistics.mean(one['scores']):6.2f}, {statistics.mean(one['seconds']):5.1f} s"
+    text = f"without {idea:50} {one}"
     if one is not base:
+        brings = [100 * (b - o) for b, o in zip(base.scores, one.scores, strict=True)]
         text += f"; it brings {statistics.mean(brings):+.2f} (standard error {standard_error(brings):.2f})"
     record.say(text)
-
-
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 if __name__ == "__main__":

@@ -9,17 +9,12 @@ Each training is a process with one thread; as many run side by side as there ar
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import asdict
 
-from bench_ablation import standard_error
-from processes import Processes
+from processes import standard_error, train_all
 from record import Record, arguments, start
-from suanli import hardware
 from suanli.plugins import load
-from suanli.types import Effort, Json, RecipeChoice
+from suanli.types import Json, RecipeChoice
 
 
 def main() -> None:
@@ -28,36 +23,18 @@ def main() -> None:
     parser.add_argument("--recipe", default="small_images")
     parser.add_argument("--only", help="numbers of efforts, from 0, separated by commas")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--speedups", default="channels_last,bf16")
     given = parser.parse_args()
     choice: RecipeChoice = load("recipes", given.recipe)
     only = range(len(choice.efforts)) if given.only is None else [int(n) for n in given.only.split(",")]
     record = Record(f"efforts_{given.recipe}", given.out, start(given))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(hardware.cores()) as side_by_side:
-        processes = Processes(Path(folder), 1)
-        data = given.data / given.file if (given.data / given.file).exists() else given.file
-        processes.prepare(data)
-
-        def train(effort: Effort, seed: int) -> dict[str, Json]:
-            options = ["--recipe", given.recipe, "--seed", str(seed), "--threads", "1", "--speedups", given.speedups]
-            for field, value in effort.changes.items():
-                options += ["--set", f"{field}={json.dumps(value)}"]
-            return processes.train(data, options)[1]
-
-        asked = {n: [side_by_side.submit(train, choice.efforts[n], s) for s in range(given.seeds)] for n in only}
-        found: dict[str, Json] = {}
-        for number, runs in asked.items():
-            done = [run.result() for run in runs]
-            scores, seconds = [one["score"] for one in done], [one["seconds"]["train"] for one in done]
-            promise = statistics.mean(scores) - standard_error(scores)
-            changes = dict(choice.efforts[number].changes)
-            found[str(number)] = {"changes": changes, "scores": scores, "seconds": seconds, "promise": promise}
-            record.say(
-                f"{json.dumps(changes)}: {100 * statistics.mean(scores):.2f} % "
-                f"(standard error {100 * standard_error(scores):.2f}, {len(scores)} seeds), "
-                f"{statistics.mean(seconds):.1f} s; promise {promise:.4f}"
-            )
-            record.write({"efforts": found})
+    data = given.data / given.file if (given.data / given.file).exists() else given.file
+    ways = {str(number): dict(choice.efforts[number].changes) for number in only}
+    found: dict[str, Json] = {}
+    for number, one in train_all(data, ways, ["--recipe", given.recipe], given.seeds):
+        promise = one.mean - standard_error(one.scores)
+        found[number] = {"changes": ways[number], **asdict(one), "promise": promise}
+        record.say(f"{json.dumps(ways[number])}: {one}; promise {promise:.4f}")
+        record.write({"efforts": found})
     record.close({"efforts": found})
 
 

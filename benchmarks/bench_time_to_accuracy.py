@@ -31,9 +31,7 @@ import torch
 from processes import Processes
 from record import Record, arguments, start
 from suanli.cache import Prepared
-from suanli.console import quiet
 from suanli.types import Json
-from suanli.verbs.prepare import prepare
 
 LIMITS_S = {0.7: 20.0, 0.8: 45.0, 0.9: 480.0}  # to reach on two cores
 MEMORY_LIMIT = 2 << 30  # bytes of the whole process
@@ -41,7 +39,7 @@ MEMORY_LIMIT = 2 << 30  # bytes of the whole process
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--targets", default="0.7,0.8,0.9")
+    parser.add_argument("--targets", type=numbers, default="0.7,0.8,0.9")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--peers", default="plain,resnet18")
     parser.add_argument("--peer-limit-s", type=float, default=600.0)
@@ -52,13 +50,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         processes = Processes(Path(folder), given.threads)
         data = given.data / "cifar10.zip"
-        values["decoding_s"] = processes.prepare(data)
+        started = time.perf_counter()
+        prepared = processes.prepare(data)
+        values["decoding_s"] = time.perf_counter() - started
         record.say(f"decoding, once: {values['decoding_s']:.1f} s")
-        for target in (float(t) for t in given.targets.split(",") if t):
+        for target in given.targets:
             values["targets"][f"{target:g}"] = one_target(record, processes, data, target, given)
             record.write(values)
-        with quiet():
-            prepared = prepare(data, cache_dir=Path(folder))
         arrays = Path(folder) / "arrays.npz"
         np.savez(arrays, **as_arrays(prepared))
         for peer in (p for p in given.peers.split(",") if p):
@@ -67,6 +65,10 @@ def main() -> None:
         if given.airbench is not None:
             values["peers"]["airbench"] = airbench(record, given.airbench, arrays, max(2, given.seeds))
     record.close(values)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",") if number]
 
 
 def one_target(
@@ -128,7 +130,7 @@ def one_peer(record: Record, peer: str, arrays: Path, given: argparse.Namespace)
     for at in course:
         record.say(f"{peer}: {at['seconds']:6.1f} s, {at['epochs']:.2f} epochs, test {at['accuracy']:.4f}")
     first = {}
-    for target in (float(t) for t in given.targets.split(",") if t):
+    for target in given.targets:
         first[f"{target:g}"] = next((at["seconds"] for at in course if at["accuracy"] >= target), None)
         when = "not reached" if first[f"{target:g}"] is None else f"after {first[f'{target:g}']:.1f} s"
         record.say(f"{peer}: {target:.0%} {when}")

@@ -55,7 +55,7 @@ class Images(Dataset[Example]):
         return len(self.images)
 
     def __getitem__(self, at: int) -> Example:
-        image = torch.from_numpy(self.images[at]).permute(2, 0, 1).float().div(255).sub(0.5).div(0.5)
+        image = normalized(self.images[at]).permute(2, 0, 1)
         if self.varied:
             top, left = torch.randint(9, (2,)).tolist()
             image = F.pad(image, (4, 4, 4, 4))[:, top : top + 32, left : left + 32]
@@ -63,12 +63,16 @@ class Images(Dataset[Example]):
         return image, int(self.targets[at])
 
 
+def normalized(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).float().div(255).sub(0.5).div(0.5)
+
+
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: np.ndarray, targets: np.ndarray) -> float:
     network.eval()
     right = 0
     for first in range(0, len(images), 500):
-        batch = torch.from_numpy(images[first : first + 500]).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
+        batch = normalized(images[first : first + 500]).permute(0, 3, 1, 2)
         right += int((network(batch).argmax(1) == torch.from_numpy(targets[first : first + 500])).sum())
     network.train()
     return right / len(images)

@@ -1,17 +1,25 @@
 """Whole processes of `suanli`, each with a cache of its own in which only the prepared data is warm: plans and what is
-known of the machine are found anew every time."""
+known of the machine are found anew every time. One at a time, or many short trainings side by side, for their scores.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+from suanli import hardware
+from suanli.cache import Prepared
 from suanli.console import quiet
 from suanli.types import Json
 from suanli.verbs.prepare import prepare
@@ -25,12 +33,10 @@ class Processes:
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self._numbers = count(1)  # of runs; several threads may ask
 
-    def prepare(self, data: Path | str) -> float:
-        """Decodes the data into the cache that all runs share; the seconds it took."""
-        started = time.perf_counter()
+    def prepare(self, data: Path | str) -> Prepared:
+        """Decodes the data into the cache that all runs share."""
         with quiet():
-            prepare(data, cache_dir=self.folder)
-        return time.perf_counter() - started
+            return prepare(data, cache_dir=self.folder)
 
     def train(self, data: Path | str, options: Sequence[str]) -> tuple[float, dict[str, Json]]:
         """Seconds of the whole process, and its summary with the score on validation. Ends the benchmark where it
@@ -50,7 +56,8 @@ class Processes:
 
     def evaluate(self, run: str) -> dict[str, Json]:
         """Scores on the test split, single view."""
-        scores: dict[str, Json] = self._run(["evaluate", run, "--cache-dir", str(self.folder)])[1]["scores"]
+        command = ["evaluate", run, "--no-augmented-views", "--cache-dir", str(self.folder)]
+        scores: dict[str, Json] = self._run(command)[1]["scores"]
         return scores
 
     def _run(self, arguments: Sequence[str]) -> tuple[float, dict[str, Json]]:
@@ -63,3 +70,46 @@ class Processes:
             sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
         answer: dict[str, Json] = json.loads(done.stdout)
         return took, answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """Trainings that differ in their seed only."""
+
+    scores: list[float]  # on validation
+    seconds: list[float]  # of training
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores)
+
+    def __str__(self) -> str:
+        error = standard_error(self.scores)
+        return (
+            f"{100 * self.mean:.2f} % (standard error {100 * error:.2f}, {len(self.scores)} seeds), "
+            f"{statistics.mean(self.seconds):.1f} s"
+        )
+
+
+def train_all(
+    data: Path | str, ways: Mapping[str, Mapping[str, Json]], options: Sequence[str], seeds: int
+) -> Iterator[tuple[str, Scored]]:
+    """Trains `seeds` times in each way, a way being changes of the recipe's fields. Each training is a process with one
+    thread and named speedups; as many run side by side as there are cores."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(hardware.cores()) as side_by_side:
+        processes = Processes(Path(folder), 1)
+        processes.prepare(data)
+
+        def train(changes: Mapping[str, Json], seed: int) -> dict[str, Json]:
+            usual = ["--seed", str(seed), "--threads", "1", "--speedups", "channels_last,bf16"]
+            sets = [part for field, value in changes.items() for part in ("--set", f"{field}={json.dumps(value)}")]
+            return processes.train(data, [*usual, *options, *sets])[1]
+
+        asked = {way: [side_by_side.submit(train, ways[way], seed) for seed in range(seeds)] for way in ways}
+        for way, runs in asked.items():
+            done = [run.result() for run in runs]
+            yield way, Scored(scores=[d["score"] for d in done], seconds=[d["seconds"]["train"] for d in done])
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

@@ -80,7 +80,7 @@ def plan_of(wanted: Collection[str], assembly: Assembly) -> Plan:
 
 def auto_plan(assembly: Assembly, cache: AnyPath | None) -> Plan:
     """What `--speedups auto` chooses for this training, measured now or cached."""
-    steps = round(assembly.recipe.epochs * -(-len(assembly.prepared.splits["train"]) // assembly.recipe.batch_size))
+    steps = round(assembly.trial(planning.plain(assembly.device)).work_left)
     return planner.plan(assembly, "auto", steps=steps, cache=data.cache_dir(cache))
 
 

@@ -27,7 +27,6 @@ SUBJECTS = {
     "text_cnn": Subject(file="sentiment_en", recipe="text", block=60),
 }
 ENDLESS = 100_000.0  # epochs
-ONE_SIZE = {"progressive_resizing": ()}  # every step costs the same, on both sides
 
 
 def load(
@@ -37,7 +36,7 @@ def load(
     `data`. Raises DataError where it isn't there."""
     subject = SUBJECTS[name]
     options = DataOptions.of(data if data.is_file() else data / subject.file, data_dir=None, cache_dir=cache)
-    chosen = {**ONE_SIZE, **subject.settings, **(settings or {})}
+    chosen = {**subject.settings, **(settings or {})}
     with quiet():
         return resolve(options, recipe=subject.recipe, settings=chosen, tell=False)
 

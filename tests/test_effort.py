@@ -108,8 +108,9 @@ def test_little_time_gives_a_little_training_and_plenty_not_forever(picture_fold
 class _Faked:
     """A network and a machine whose speed the test decides: seconds of the training as the effort has it."""
 
-    def __init__(self, recipe: Any, *_: object) -> None:
-        self.seconds = recipe.epochs * recipe.model_args["widths"][0]
+    def __init__(self, recipe: Any, changes: Any, *_: object) -> None:
+        self.changes, self.recipe = changes, change(recipe, changes)
+        self.seconds = self.recipe.epochs * self.recipe.model_args["widths"][0]
         self.flops = self.seconds * 1e9
         self.flops_per_s = 1e9
 

@@ -64,22 +64,18 @@ def for_time(recipe: Recipe, prepared: Prepared, device: Device, threads: int | 
     """The dearest effort that fits into `left_s` seconds from now, its epochs stretched or cut to fill them."""
     until = time.perf_counter() + left_s
     efforts: list[Mapping[str, Json]] = [effort.changes for effort in _efforts(recipe)] or [{}]
-    speed = 0.0  # of the cheapest, in operations a second
-    for changes in efforts[::-1]:
-        candidate = change(recipe, changes)
-        subject = _Subject(candidate, prepared, device, threads)
-        if speed == 0.0 and changes is not efforts[0]:
-            speed = _Subject(change(recipe, efforts[0]), prepared, device, threads).flops_per_s
-        room = _room(until)
-        if changes is not efforts[0] and subject.flops > WIDER * speed * room:
-            continue
-        epochs = candidate.epochs * _room(until) / subject.seconds
-        if epochs >= candidate.epochs or changes is efforts[0]:
+    chosen = cheapest = _Subject(recipe, efforts[0], prepared, device, threads)
+    for changes in efforts[:0:-1]:
+        dearer = _Subject(recipe, changes, prepared, device, threads)
+        # Its operations are counted before a step is taken, which may take longer than there is.
+        if dearer.flops <= WIDER * cheapest.flops_per_s * _room(until) and dearer.seconds <= _room(until):
+            chosen = dearer
             break
-    epochs = min(epochs, LONGEST * change(recipe, efforts[-1]).epochs)
-    told = _told({**changes, "epochs": round(epochs, 2)})
-    say(f"effort: {told}, about {duration(subject.seconds * epochs / candidate.epochs)} of training")
-    return change(candidate, {"epochs": max(round(epochs, 2), 0.01)})
+    whole_s = chosen.seconds
+    epochs = min(chosen.recipe.epochs * _room(until) / whole_s, LONGEST * change(recipe, efforts[-1]).epochs)
+    told = _told({**chosen.changes, "epochs": round(epochs, 2)})
+    say(f"effort: {told}, about {duration(whole_s * epochs / chosen.recipe.epochs)} of training")
+    return change(chosen.recipe, {"epochs": max(round(epochs, 2), 0.01)})
 
 
 def _room(until: float) -> float:
@@ -90,12 +86,15 @@ def _room(until: float) -> float:
 class _Subject:
     """One effort on this data and device, computed with the usual speedups."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, threads: int | None) -> None:
+    def __init__(
+        self, recipe: Recipe, changes: Mapping[str, Json], prepared: Prepared, device: Device, threads: int | None
+    ) -> None:
+        self.changes, self.recipe = changes, change(recipe, changes)
         with enough_memory(device):
-            assembly = Assembly(recipe, prepared, device)
+            assembly = Assembly(self.recipe, prepared, device)
             self._loop = assembly.trial(planner.short_list(assembly, threads))
         self._device = device
-        self._work = self._loop.work(0, self._loop.steps) + validation_steps(self._loop)
+        self._work = self._loop.work_left + validation_steps(self._loop)
 
     @cached_property
     def flops(self) -> float:

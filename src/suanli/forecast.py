@@ -101,7 +101,7 @@ def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
     if step_s is None:
         step_s = _step_seconds(loop, memory_bytes)
     return Forecast(
-        train_seconds=(loop.work(loop.progress.step, loop.steps) + validation_steps(loop)) * step_s,
+        train_seconds=(loop.work_left + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,
         disk_bytes=_weights_bytes(loop) * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
     )

@@ -108,6 +108,11 @@ class Loop:
         return work(self.recipe.progressive_resizing, first, end, self._segment_steps()[0])
 
     @property
+    def work_left(self) -> float:
+        """From here to the end, in steps at full size."""
+        return self.work(self.progress.step, self.steps)
+
+    @property
     def epoch(self) -> float:
         return self.progress.step / self.order.steps_per_epoch
 
@@ -127,7 +132,7 @@ class Loop:
         while self.progress.step < self.steps:
             started = time.perf_counter()
             clock.begin()
-            batch = self._inputs(*next(batches), self._scale_now())
+            batch = self._inputs(*next(batches), 1.0 if self.one_size else self.scale(self.progress.step))
             clock.mark("input")
             self._losses.append(self._learn(batch))
             self.progress.step += 1
@@ -140,9 +145,6 @@ class Loop:
     def scale(self, step: int) -> float:
         """Of each side of the pictures at this step, as the recipe wants it. A continuation sees them whole."""
         return scale(self.recipe.progressive_resizing, step, self._segment_steps()[0])
-
-    def _scale_now(self) -> float:
-        return 1.0 if self.one_size else self.scale(self.progress.step)
 
     def _inputs(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, scale: float) -> Batch:
         step = self.progress.step
@@ -199,7 +201,7 @@ class Loop:
     def examine(self) -> Numbers:
         """Trains one step on the first batch and tells what it computed."""
         self.model.train()
-        batch = self.first_batch(scale=self._scale_now())
+        batch = self.first_batch()
         self._seed(0)
         self._set_rate(self.progress.step)
         return self.learner.examine(batch.inputs, batch.targets)

@@ -59,7 +59,7 @@ class Start:
         except OutOfMemory as error:
             memory, self.plan = self._smaller(assembly, error)
         else:
-            steps = round(plain.work(plain.progress.step, plain.steps))
+            steps = round(plain.work_left)
             del plain  # the planner wants the room
             self.plan = self._planned(assembly, steps)
         self.first_plan = self.plan

@@ -108,9 +108,7 @@ def bench(
     cache = cache_dir_of(options.cache_dir)
     with enough_memory(target):
         assembly = Assembly(full, prepared, target)
-        ahead = assembly.trial(planning.plain(target))
-        steps_ahead = round(ahead.work(0, ahead.steps))
-        del ahead  # the planner wants the room
+        steps_ahead = round(assembly.trial(planning.plain(target)).work_left)
         plan = planner.plan(assembly, speedups, steps=steps_ahead, threads=threads, cache=cache)
         ladder = climb(
             assembly,
