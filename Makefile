@@ -58,7 +58,7 @@ clean:
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(INSTALL) --editable '.[test,tensorboard]'
+	$(INSTALL) --editable '.[test,tensorboard,engines]'
 	@touch $@
 
 .venv/installed-check: .venv/installed

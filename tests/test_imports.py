@@ -9,7 +9,20 @@ import pytest
 
 import suanli
 
-HEAVY = ("torch", "numpy", "sklearn", "scipy", "matplotlib", "PIL", "timm", "tensorboard", "mlflow", "wandb")
+HEAVY = (
+    "torch",
+    "numpy",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "PIL",
+    "timm",
+    "tensorboard",
+    "mlflow",
+    "wandb",
+    "openvino",
+    "onnx",
+)
 
 
 def test_public_names() -> None:
@@ -25,6 +38,8 @@ def test_public_names() -> None:
         "bench",
         "device",
         "evaluate",
+        "load",
+        "optimize",
         "predict",
         "prepare",
         "report",

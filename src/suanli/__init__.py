@@ -27,10 +27,12 @@ from suanli.errors import (
 
 if TYPE_CHECKING:
     from suanli.own import speed_up
+    from suanli.predictor import load
     from suanli.rundir import Run
     from suanli.verbs.bench import bench
     from suanli.verbs.device import device
     from suanli.verbs.evaluate import evaluate
+    from suanli.verbs.optimize import optimize
     from suanli.verbs.predict import predict
     from suanli.verbs.prepare import prepare
     from suanli.verbs.report import report
@@ -51,6 +53,8 @@ __all__ = [
     "bench",
     "device",
     "evaluate",
+    "load",
+    "optimize",
     "predict",
     "prepare",
     "report",
@@ -59,7 +63,7 @@ __all__ = [
     "train",
 ]
 
-_VERBS = {"bench", "device", "evaluate", "predict", "prepare", "report", "run", "train"}
+_VERBS = {"bench", "device", "evaluate", "optimize", "predict", "prepare", "report", "run", "train"}
 
 
 def __getattr__(name: str) -> Any:
@@ -67,6 +71,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"suanli.verbs.{name}"), name)
     if name == "speed_up":
         return importlib.import_module("suanli.own").speed_up
+    if name == "load":
+        return importlib.import_module("suanli.predictor").load
     if name == "Run":
         return importlib.import_module("suanli.rundir").Run
     raise AttributeError(f"module 'suanli' has no attribute {name!r}")

@@ -192,6 +192,7 @@ def _predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or its model/ folder.")],
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns, or - (stdin).")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    engine: Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")] = "auto",
     device: DeviceName = "auto",
     trust_code: TrustCode = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
@@ -202,7 +203,7 @@ def _predict(
             raise UsageError("--csv and --json exclude each other.", fix="Choose one.")
         from suanli.verbs.predict import as_csv, predict, table
 
-        found = predict(model, inputs, top=top, device=device, trust_code=trust_code)
+        found = predict(model, inputs, top=top, engine=engine, device=device, trust_code=trust_code)
         result.values = {"model": str(model), "predictions": [p.to_json() for p in found]}
         result.shown = lambda: as_csv(found) if csv else table(found)
         if found and all(p.error for p in found):
@@ -244,6 +245,33 @@ def _bench(
             failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
             result.values = found.to_json() | failure
             print(f"suanli: {error}", file=sys.stderr)
+        result.shown = lambda: table(found)
+
+
+@app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")
+def _optimize(
+    subject: Annotated[Path, typer.Argument(metavar="SUBJECT", help="A run directory or its model/ folder.")],
+    goal: Annotated[str, typer.Option("--for", help="latency, throughput, size or energy.")] = "latency",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Loss of the headline score that is accepted, as a fraction.")
+    ] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="95 of 100 single answers must be quicker.")] = None,
+    time_budget: Annotated[str, typer.Option(help="For all of it: 90s, 5m, 1.5h.")] = "3m",
+    engines: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled data to calibrate with and to examine on; default: the run's.")
+    ] = None,
+    device: DeviceName = "auto",
+    cache_dir: CacheDir = None,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    options = {k: v for k, v in locals().items() if k != "as_json"}
+    with _result(as_json) as result:
+        from suanli.verbs.optimize import optimize, table
+
+        found = optimize(**options)
+        result.values = found.to_json()
         result.shown = lambda: table(found)
 
 

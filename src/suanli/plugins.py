@@ -17,6 +17,7 @@ from suanli.errors import unknown
 ROOMS = {
     "augments": "AUGMENT",
     "datasets": "DATASET",
+    "engines": "ENGINE",
     "models": "MODEL",
     "optimizers": "OPTIMIZER",
     "preprocess": "PREPROCESS",

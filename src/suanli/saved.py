@@ -3,7 +3,8 @@
     model.json             builder and arguments, preprocessing, classes, task, scores, versions
     weights.safetensors    the weights, with their checksum in model.json
 
-The weights are written first and named by model.json last, so a folder with a model.json is whole.
+The weights are written first and named by model.json last, so a folder with a model.json is whole. What only reads
+model.json needs no torch.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import nn
-
-from suanli import building
 from suanli.errors import DamagedFile, DataError, UsageError
 from suanli.plugins import load as load_plugin
 from suanli.storage import atomic_file, read_json, write_json
 from suanli.types import AnyPath, Json, Preprocess, Recipe, Task
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -49,6 +49,8 @@ def save_model(
     classes: tuple[str, ...],
     data: Json,
 ) -> None:
+    from safetensors.torch import save
+
     state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
     content = save(state)
     with atomic_file(folder / WEIGHTS) as stream:
@@ -121,6 +123,11 @@ def weights_of(path: Path) -> tuple[Path, dict[str, Json] | None]:
 def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
     """Reads nothing but this folder. Raises DataError, DamagedFile, and UsageError for a model whose
     network is built by code outside suanli, unless `trust_code`: a model.json could name any function."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from suanli import building
+
     card = read_card(folder)
     try:
         content = (folder / WEIGHTS).read_bytes()

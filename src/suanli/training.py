@@ -6,6 +6,7 @@ What a step does is in `loop.py`; which data, recipe and directory it is about, 
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -257,6 +258,7 @@ class Training:
         path = self.directory.path
         for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
             outdated.unlink(missing_ok=True)
+        shutil.rmtree(self.directory.model_path / "engines", ignore_errors=True)
         with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
             self._hold_against_plain()
             save_model(

@@ -498,6 +498,53 @@ class Measurement:
     time: str  # ISO 8601, UTC
 
 
+# --- running a trained model ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where and how an engine runs."""
+
+    device: Device
+    threads: int  # of operations on the CPU
+    trust_code: bool = False  # the network may be built by code that isn't suanli's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What an engine is built from."""
+
+    model: Path | None  # the model folder; None: there is nothing but the graph
+    onnx: Path | None  # a float32 graph from cached rows to probabilities; None: the network can't be exported
+    calibration: np.ndarray | None  # cached training rows (N, *row_shape); None: there is no data
+    kept: tuple[str, ...] = ()  # nodes of the graph that a lower precision must leave alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """An engine that is ready: `answer` maps cached rows (B, *row_shape) to probabilities (B, K) float32."""
+
+    answer: Callable[[np.ndarray], np.ndarray]
+    computes_in: Callable[[np.ndarray], str]  # the precision of most of its products and convolutions: looked up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One way to run a trained model. `build` and `load` are called in a process of their own."""
+
+    name: str
+    precisions: tuple[str, ...]  # "float32", "bfloat16", "int8"; the most promising first
+    packages: tuple[str, ...]  # distributions that it needs to run
+    builds_with: tuple[str, ...] = ()  # and to be built
+    why_not: Callable[[Device, str], str | None]  # device and precision; None: usable there
+    build: Callable[[Material, str, Path, Placement], None]  # writes files into the folder, which is empty
+    load: Callable[[Path, str, Placement], Loaded]  # from that folder
+    needs: Literal["model", "onnx"]
+    order: int = 50  # tried from the lowest
+    portable: bool = True  # its files run on any machine of the same kind; False: only where they were built
+    kinds: tuple[str, ...] = ()  # of nodes in the graph that its int8 covers; empty: it can't keep any out
+
+
 class Tracker(ABC):
     """An optional writer of metrics to a place of the user's. `trackers/<name>.py`."""
 

@@ -9,43 +9,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.table import Table
 from rich.text import Text
 
 from suanli import hardware
 from suanli.console import warn
 from suanli.errors import BadInput, DataError
-from suanli.inference import infer
-from suanli.saved import load_model, model_folder
-from suanli.types import AnyPath, Json, Preprocess, Raw, Step
-
-BATCH = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """The answer for one input; `error` says why there is none."""
-
-    name: str
-    label: str | None
-    probability: float | None
-    probabilities: dict[str, float]  # the likeliest classes, best first
-    error: str | None = None
-
-    def to_json(self) -> dict[str, Json]:
-        return {
-            "name": self.name,
-            "label": self.label,
-            "probability": self.probability,
-            "probabilities": self.probabilities,
-            "error": self.error,
-        }
+from suanli.predictor import BATCH, Prediction, Predictor, load
+from suanli.types import AnyPath, Preprocess, Raw
 
 
 def predict(
@@ -53,35 +28,26 @@ def predict(
     inputs: AnyPath | Sequence[AnyPath],
     *,
     top: int = 5,
+    engine: str = "auto",
     device: str = "auto",
     trust_code: bool = False,
 ) -> list[Prediction]:
     """Predict files, folders, globs ("pictures/*.png") or standard input ("-").
 
     `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction
-    with `error`; an argument that names nothing at all raises DataError. `trust_code` runs the code
-    that builds a network which is not suanli's own.
+    with `error`; an argument that names nothing at all raises DataError. `engine` is that of `suanli.load`.
+    `trust_code` runs the code that builds a network which is not suanli's own.
     """
-    saved = load_model(model_folder(model), trust_code=trust_code)
-    target = hardware.detect(device)
-    step = Step(model=saved.module.to(target.torch_name))
-    where = torch.device(target.torch_name)
+    answering = load(model, engine=engine, device=device, trust_code=trust_code)
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     found: list[Prediction] = []
     with ThreadPoolExecutor(hardware.cores()) as pool:
-        for chunk in _chunks(_named(saved.preprocess, given), BATCH):
-            rows = list(pool.map(lambda item: _encode(saved.preprocess, item[1]), chunk))
-            good = [r for r in rows if isinstance(r, np.ndarray)]
-            answers = iter(())  # type: Iterator[np.ndarray]
-            if good:
-                batch = torch.from_numpy(np.stack(good)).to(where)
-                answers = iter(infer(step, saved.preprocess, saved.task, [batch]))
-            for (name, _), row in zip(chunk, rows, strict=True):
-                if isinstance(row, np.ndarray):
-                    found.append(_answer(name, next(answers), saved.classes, top))
-                else:
-                    warn(f"{name}: {row}")
-                    found.append(Prediction(name=name, label=None, probability=None, probabilities={}, error=row))
+        for chunk in _chunks(_named(answering.preprocess, given), BATCH):
+            rows = list(pool.map(lambda item: _encode(answering, item[1]), chunk))
+            found += answering.named([name for name, _ in chunk], rows, top=top)
+    for prediction in found:
+        if prediction.error is not None:
+            warn(f"{prediction.name}: {prediction.error}")
     return found
 
 
@@ -114,20 +80,14 @@ def _chunks(items: Iterable[Named], count: int) -> Iterator[list[Named]]:
         yield chunk
 
 
-def _encode(preprocess: Preprocess, read: Callable[[], Raw]) -> np.ndarray | str:
+def _encode(answering: Predictor, read: Callable[[], Raw]) -> np.ndarray | str:
     """The row of an input, or why there is none."""
     try:
-        return preprocess.encode(read()).row
-    except BadInput as error:
-        return error.message
+        return answering.encode(read())
     except OSError as error:
         return error.strerror or str(error)
-
-
-def _answer(name: str, probabilities: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
-    best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
-    shown = {classes[i]: float(probabilities[i]) for i in best}
-    return Prediction(name=name, label=classes[best[0]], probability=float(probabilities[best[0]]), probabilities=shown)
+    except BadInput as error:
+        return error.message
 
 
 def table(predictions: Sequence[Prediction]) -> Table:

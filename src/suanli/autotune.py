@@ -1,0 +1,581 @@
+"""The search for the fastest engine whose answers are still right: built, examined, timed, each in its own process.
+
+Every candidate (an engine in a precision) is held against the reference, which is the float32 graph that was trained,
+on validation examples that took no part in calibration. It is refused where
+
+- the precision that it claims isn't what most of its products and convolutions run in,
+- its answers depend on how many inputs it gets at once,
+- its answers differ from the reference's by more than rounding to its precision explains, whatever the labels say,
+- the headline score is worse than the tolerance, even at the better end of the paired difference's interval.
+
+Where int8 fails by its answers, the layers that were measured to hurt most go back to higher precision, twice as many
+each time, until it passes or half of them are back. What is left is timed by turns, so that what slows the machine
+slows all of them; what is far behind in every respect gets no further turns.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from suanli import gate, hardware, plugins
+from suanli.console import Progress, say
+from suanli.errors import pip_install
+from suanli.hosts import Host, Lost, describe
+from suanli.measure import percentile
+from suanli.types import Device, Engine, Json, Placement, Task
+
+GOALS = ("latency", "throughput", "size", "energy")
+# The largest difference of a probability between batches of other sizes, and, for float32, to the reference.
+STEADY = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2, "int8": 5e-2, "float8": 5e-2}
+# The largest mean total variation distance to the reference's answers. Rounding to int8 was measured to cause 0.002 to
+# 0.03, calibrating on noise 0.15, normalising with another data set's mean 0.07 and more.
+DRIFT = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 2e-2, "float16": 1e-2, "int8": 5e-2, "float8": 5e-2}
+FEW = 12  # inputs that are answered at batch 1 and 3, too
+BATCHES = (1, 16, 64)  # for throughput, with all threads
+TURN_S = 0.25  # of timing, for each candidate in each round
+ROUNDS = 5
+FAR_BEHIND = 1.5  # times the best's: no further turns
+EXAM_SHARE = 0.03  # of the budget for one candidate's answers
+TIMING_SHARE = 0.3  # of the budget that is kept for timing
+EXAM_BATCH = 64
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is optimised, and what its engines are held against."""
+
+    model: Path | None  # the model folder
+    graph: Path | None  # a graph that is there already; None: it is exported
+    task: Task
+    classes: tuple[str, ...]
+    rows: np.ndarray  # validation examples (N, *row_shape); without labels, made-up ones
+    targets: np.ndarray | None  # (N,); None: there are no labels
+    calibration: np.ndarray | None  # training examples (M, *row_shape)
+    trust_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Calls of one engine with one batch size and one number of threads, all rounds together."""
+
+    batch: int
+    threads: int
+    calls: int
+    p50_s: float
+    p95_s: float
+    p99_s: float
+    joules: float | None  # of one input; None: no counter can be read
+
+    @property
+    def per_s(self) -> float:
+        return self.batch / self.p50_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One engine in one precision, and all that was found about it."""
+
+    engine: str
+    precision: str
+    state: str = "waiting"  # "accepted", "refused", "lost", "impossible", "no time"
+    reason: str = ""
+    kept: tuple[str, ...] = ()  # nodes that its lower precision left alone
+    score: float | None = None  # the headline, on the examples of the exam
+    difference: gate.Difference | None = None  # to the reference's
+    drift: float | None = None  # mean total variation distance (0 to 1) to the reference's answers
+    build_s: float | None = None
+    load_s: float | None = None
+    size_bytes: int | None = None
+    memory_bytes: int | None = None
+    speeds: tuple[Speed, ...] = ()
+    best: bool = False  # none of the others is as good in every respect
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} {self.precision}" + (f" (rescued, {len(self.kept)} kept)" if self.kept else "")
+
+    def latency(self) -> Speed | None:
+        """With one input, with whichever number of threads is faster."""
+        return min((s for s in self.speeds if s.batch == 1), key=lambda s: s.p50_s, default=None)
+
+    def throughput(self) -> Speed | None:
+        return max(self.speeds, key=lambda s: s.per_s, default=None)
+
+    def cost(self, goal: str) -> float:
+        """What `goal` wants least of; infinite where it isn't known."""
+        if goal == "size":
+            return math.inf if self.size_bytes is None else self.size_bytes
+        if goal == "energy":
+            return min((s.joules for s in self.speeds if s.joules is not None), default=math.inf)
+        speed = self.latency() if goal == "latency" else self.throughput()
+        return math.inf if speed is None else speed.p50_s / speed.batch
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search came to."""
+
+    candidates: tuple[Candidate, ...]  # the reference first
+    chosen: Candidate
+    goal: str
+    examples: int  # of the exam
+    of_examples: int  # that there are
+    labelled: bool
+    tolerance: float
+    graph: str | None  # why there is no ONNX graph; None: there is
+    budget_s: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self)
+
+
+@dataclass
+class _Running:
+    """A candidate with its process, waiting to be timed."""
+
+    candidate: Candidate
+    host: Host
+    folder: Path
+    times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    joules: dict[tuple[int, int], list[float | None]] = field(default_factory=dict)
+    racing: bool = True
+
+
+class Autotuner:
+    """One search. `work` is an empty folder on the disk where engines are kept; it isn't cleaned up here."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        device: Device,
+        work: Path,
+        *,
+        goal: str,
+        tolerance: float,
+        budget_s: float,
+        engines: Sequence[str] | None = None,
+        max_latency_s: float | None = None,
+    ) -> None:
+        self.subject, self.device, self.work = subject, device, work
+        self.goal, self.tolerance, self.budget_s, self.max_latency_s = goal, tolerance, budget_s, max_latency_s
+        self.engines = sorted(
+            (plugins.load("engines", name) for name in engines or plugins.names("engines")),
+            key=lambda engine: (engine.order, engine.name),
+        )
+        self.threads = hardware.cores()
+        self._started = time.monotonic()
+        self._stack = ExitStack()
+        self._running: list[_Running] = []
+        self._done: list[Candidate] = []
+        self._no_graph: str | None = None
+        self._layers: list[str] | None = None
+
+    # --- the whole ---
+
+    def search(self) -> Found:
+        """Raises Lost where not even the reference can be run."""
+        with self._stack:
+            self._write_rows()
+            self.graph = self._graph()
+            reference = self._reference()
+            for engine, precision in self._pairs():
+                self._done += self._tried(engine, precision)
+            self._time()
+            self._done = [reference, *self._done]
+            timed = {id(r.candidate): r for r in self._running}
+            candidates = _marked([_with_speeds(c, timed.get(id(c))) for c in self._done])
+            return Found(
+                candidates=tuple(candidates),
+                chosen=self._choice(candidates),
+                goal=self.goal,
+                examples=self.count,
+                of_examples=len(self.subject.rows),
+                labelled=self.subject.targets is not None,
+                tolerance=self.tolerance,
+                graph=self._no_graph,
+                budget_s=self.budget_s,
+                seconds=time.monotonic() - self._started,
+            )
+
+    def folder(self, candidate: Candidate) -> Path:
+        """Where its files are."""
+        return self.work / "-".join((candidate.engine, candidate.precision, *map(str, {len(candidate.kept)} - {0})))
+
+    def left_s(self) -> float:
+        return self.budget_s - (time.monotonic() - self._started)
+
+    # --- before the candidates ---
+
+    def _write_rows(self) -> None:
+        np.save(self.work / "rows.npy", self.subject.rows, allow_pickle=False)
+        if self.subject.calibration is not None:
+            np.save(self.work / "calibration.npy", self.subject.calibration, allow_pickle=False)
+
+    def _graph(self) -> Path | None:
+        if self.subject.graph is not None:
+            return self.subject.graph
+        missing = _missing(("onnx", "onnxscript"))
+        if missing:
+            self._no_graph = missing
+            return None
+        assert self.subject.model is not None
+        path = self.work / "model.onnx"
+        with Host() as host:
+            try:
+                host.ask(
+                    max(60.0, self.left_s() / 2),
+                    "export",
+                    model=str(self.subject.model),
+                    path=str(path),
+                    trust_code=self.subject.trust_code,
+                )
+            except Lost as error:
+                self._no_graph = str(error)
+                return None
+        return path
+
+    def _reference(self) -> Candidate:
+        """The first engine that keeps float32: PyTorch where there is a model, else what runs the graph."""
+        engine = plugins.load("engines", "eager" if self.subject.model is not None else "onnxruntime")
+        candidate = Candidate(engine=engine.name, precision="float32", state="accepted", reason=REFERENCE)
+        candidate, host = self._ready(engine, candidate, limit_s=math.inf)
+        few = min(len(self.subject.rows), EXAM_BATCH)
+        seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]
+        seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]  # the first wakes things up
+        fits = int(EXAM_SHARE * self.budget_s / max(seconds / few, 1e-9))
+        self.count = min(len(self.subject.rows), max(fits, EXAM_BATCH))
+        self.reference = self._answers(host, self.count, EXAM_BATCH)
+        candidate = self._settled(self._scored(candidate, self.reference), host)
+        self._running.append(_Running(candidate=candidate, host=host, folder=self.folder(candidate)))
+        return candidate
+
+    # --- one candidate ---
+
+    def _pairs(self) -> Iterable[tuple[Engine, str]]:
+        reference = self._running[0].candidate
+        for engine in self.engines:
+            for precision in engine.precisions:
+                if (engine.name, precision) != (reference.engine, reference.precision):
+                    yield engine, precision
+
+    def _tried(self, engine: Engine, precision: str) -> list[Candidate]:
+        """The candidate, and where it was rescued, the rescued one behind it."""
+        candidate = Candidate(engine=engine.name, precision=precision)
+        impossible = self._why_not(engine, precision)
+        if impossible:
+            return [replace(candidate, state="impossible", reason=impossible)]
+        say(f"{candidate.name}: building and examining")
+        candidate = self._entered(engine, candidate)
+        if candidate.state == "refused" and engine.kinds and precision == "int8" and self._inexact(candidate):
+            return [candidate, *self._rescued(engine)]
+        return [candidate]
+
+    def _entered(self, engine: Engine, candidate: Candidate) -> Candidate:
+        """Built and examined; if accepted, waiting to be timed."""
+        left = self.left_s() - TIMING_SHARE * self.budget_s
+        if left <= 0:
+            return replace(candidate, state="no time", reason="the time budget was spent on others")
+        host: Host | None = None
+        try:
+            candidate, host = self._ready(engine, candidate, limit_s=left)
+            candidate = self._examined(candidate, host)
+            if candidate.state == "accepted":
+                candidate = self._settled(candidate, host)
+        except Lost as error:
+            candidate = replace(candidate, state="lost", reason=str(error))
+        if host is not None and candidate.state == "accepted":
+            self._running.append(_Running(candidate=candidate, host=host, folder=self.folder(candidate)))
+        elif host is not None:
+            host.close()
+        return candidate
+
+    def _inexact(self, candidate: Candidate) -> bool:
+        if candidate.drift is None or candidate.difference is None:
+            return False
+        return candidate.drift > DRIFT[candidate.precision] or candidate.difference.exceeds(self.tolerance)
+
+    def _rescued(self, engine: Engine) -> list[Candidate]:
+        try:
+            layers = self._sensitive()
+        except Lost:
+            return []
+        count = 1
+        tried: list[Candidate] = []
+        while count <= len(layers) // 2 and (not tried or tried[-1].state == "refused"):
+            say(f"{engine.name} int8: again with the {count} most sensitive of {len(layers)} layers kept out")
+            kept = Candidate(engine=engine.name, precision="int8", kept=tuple(layers[:count]))
+            tried.append(self._entered(engine, kept))
+            count *= 2
+        return tried[-1:]
+
+    def _sensitive(self) -> list[str]:
+        """Names of layers, the one that int8 hurts most first; measured once."""
+        if self._layers is None:
+            if missing := _missing(("onnxruntime",)):
+                raise Lost(missing)
+            with Host() as host:
+                found = host.ask(
+                    max(10.0, self.left_s() / 2),
+                    "damages",
+                    material=self._material(),
+                    placement=describe(self._placement(self.threads)),
+                )
+            self._layers = [name for name, _ in found["layers"]]
+        return self._layers
+
+    def _why_not(self, engine: Engine, precision: str) -> str | None:
+        if reason := engine.why_not(self.device, precision):
+            return reason
+        if missing := _missing((*engine.packages, *engine.builds_with)):
+            return missing
+        if engine.needs == "onnx" and self.graph is None:
+            return f"there is no ONNX graph: {self._no_graph}"
+        if engine.needs == "model" and self.subject.model is None:
+            return "there is only an ONNX graph, no PyTorch network"
+        if precision != "float32" and self.subject.targets is None:
+            return "a lower precision can't be examined without labelled data"
+        if precision == "int8" and self.subject.calibration is None:
+            return "there are no training examples to calibrate with"
+        return None
+
+    def _ready(self, engine: Engine, candidate: Candidate, *, limit_s: float) -> tuple[Candidate, Host]:
+        """Built in one process, loaded in another, so that memory and load time are those of a user."""
+        folder = self.folder(candidate)
+        folder.mkdir()
+        with Host() as builder:
+            built = builder.ask(
+                min(limit_s, 3600.0),
+                "build",
+                engine=engine.name,
+                precision=candidate.precision,
+                material=self._material(candidate.kept),
+                folder=str(folder),
+                placement=describe(self._placement(self.threads)),
+            )
+        host = self._stack.enter_context(Host())
+        loaded = self._load(host, candidate, self.threads, limit_s)
+        return replace(
+            candidate,
+            build_s=built["took_s"],
+            load_s=loaded,
+            size_bytes=sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        ), host
+
+    def _load(self, host: Host, candidate: Candidate, threads: int, limit_s: float) -> float:
+        """Seconds that it took."""
+        reply = host.ask(
+            min(max(limit_s, 60.0), 600.0),
+            "load",
+            engine=candidate.engine,
+            precision=candidate.precision,
+            folder=str(self.folder(candidate)),
+            placement=describe(self._placement(threads)),
+        )
+        return float(reply["took_s"])
+
+    def _material(self, kept: Sequence[str] = ()) -> Json:
+        calibration = self.work / "calibration.npy"
+        return {
+            "model": None if self.subject.model is None else str(self.subject.model),
+            "onnx": None if self.graph is None else str(self.graph),
+            "calibration": str(calibration) if calibration.exists() else None,
+            "kept": list(kept),
+        }
+
+    def _placement(self, threads: int) -> Placement:
+        return Placement(device=self.device, threads=threads, trust_code=self.subject.trust_code)
+
+    def _exam(self, threads: int, count: int, batch: int) -> dict[str, Json]:
+        out, rows = self.work / "answers.npy", self.work / "rows.npy"
+        return {"threads": threads, "rows": str(rows), "count": count, "batch": batch, "out": str(out)}
+
+    def _answers(self, host: Host, count: int, batch: int) -> np.ndarray:
+        limit = 60 + 20 * EXAM_SHARE * self.budget_s
+        host.ask(limit, "answer", **self._exam(self.threads, count, batch))
+        found: np.ndarray = np.load(self.work / "answers.npy", allow_pickle=False)
+        if found.shape[1] != len(self.subject.classes):
+            raise Lost(f"it answers for {found.shape[1]} classes, not {len(self.subject.classes)}")
+        if not np.isfinite(found).all():
+            raise Lost("its answers are not finite numbers")
+        return found
+
+    def _examined(self, candidate: Candidate, host: Host) -> Candidate:
+        """Accepted, or refused with the reason."""
+        ran_in = host.ask(120, "computes_in", threads=self.threads, rows=str(self.work / "rows.npy"))["precision"]
+        if ran_in != candidate.precision:
+            return _refused(candidate, f"most of it ran in {ran_in}")
+        answers = self._answers(host, self.count, EXAM_BATCH)
+        candidate = self._scored(candidate, answers)
+        few = min(FEW, self.count)
+        for batch in (1, 3):
+            apart = float(np.abs(self._answers(host, few, batch) - answers[:few]).max())
+            if apart > STEADY[candidate.precision]:
+                return _refused(candidate, f"answers at batch {batch} and {EXAM_BATCH} differ by up to {apart:.2g}")
+        assert candidate.drift is not None
+        if candidate.drift > DRIFT[candidate.precision]:
+            return _refused(
+                candidate, f"answers differ by {candidate.drift:.2g} on average, which rounding doesn't explain"
+            )
+        if candidate.precision == "float32":
+            apart = float(np.abs(answers - self.reference).max())
+            if apart > STEADY["float32"]:
+                return _refused(candidate, f"answers differ by up to {apart:.2g}, which rounding doesn't explain")
+        found = candidate.difference
+        if found is not None and found.exceeds(self.tolerance):
+            return _refused(
+                candidate,
+                f"{self.subject.task.headline} {100 * found.median:+.2f} points "
+                f"({100 * found.low:+.2f} to {100 * found.high:+.2f})",
+            )
+        return replace(candidate, state="accepted")
+
+    def _settled(self, candidate: Candidate, host: Host) -> Candidate:
+        """With its memory; then loaded for one thread, too, to be timed."""
+        memory = host.ask(60, "memory")["bytes"]
+        if self.threads > 1:
+            self._load(host, candidate, 1, self.left_s())
+        return replace(candidate, memory_bytes=memory)
+
+    def _scored(self, candidate: Candidate, answers: np.ndarray) -> Candidate:
+        drift = float(np.abs(answers - self.reference).sum(1).mean() / 2)
+        if self.subject.targets is None:
+            return replace(candidate, drift=drift)
+        task, targets = self.subject.task, self.subject.targets[: self.count]
+        return replace(
+            candidate,
+            score=task.scores(answers, targets)[task.headline],
+            difference=gate.difference(task, self.reference, answers, targets),
+            drift=drift,
+        )
+
+    # --- timing ---
+
+    def _cells(self) -> list[tuple[int, int]]:
+        """Batch sizes and numbers of threads."""
+        return sorted({*((batch, self.threads) for batch in BATCHES), (1, 1), (BATCHES[-1], 1)})
+
+    def _time(self) -> None:
+        cells = self._cells()
+        until = time.monotonic() + max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
+        with Progress("Timing", ROUNDS) as progress:
+            for number in range(ROUNDS):
+                racing = [r for r in self._running if r.racing]
+                started = time.monotonic()
+                for cell in cells:
+                    for runner in racing if number % 2 == 0 else racing[::-1]:
+                        self._turn(runner, *cell)
+                self._drop()
+                progress.update(number + 1)
+                if time.monotonic() + (time.monotonic() - started) > until:
+                    break
+
+    def _turn(self, runner: _Running, batch: int, threads: int) -> None:
+        if not runner.racing:
+            return
+        try:
+            found = runner.host.ask(
+                120,
+                "time",
+                threads=threads,
+                rows=str(self.work / "rows.npy"),
+                batch=batch,
+                for_s=TURN_S,
+                least=20 if batch == 1 else 3,
+            )
+        except Lost as error:
+            runner.racing = False
+            runner.times.clear()
+            lost = replace(runner.candidate, state="lost", reason=f"while it was timed: {error}")
+            self._done = [lost if c is runner.candidate else c for c in self._done]
+            runner.candidate = lost
+            return
+        runner.times.setdefault((batch, threads), []).extend(found["seconds"])
+        each = None if found["joules"] is None else found["joules"] / (batch * len(found["seconds"]))
+        runner.joules.setdefault((batch, threads), []).append(each)
+
+    def _drop(self) -> None:
+        """Those that are far behind the best in all that the goal is about stop here; the reference stays, gains are
+        told by it."""
+        racing = [r for r in self._running if r.racing]
+        matter = [cell for cell in self._cells() if (cell[0] == 1) == (self.goal == "latency")]
+        best = {cell: min(percentile(r.times[cell], 0.5) for r in racing) for cell in matter}
+        for runner in racing[1:]:
+            runner.racing = any(percentile(runner.times[cell], 0.5) <= FAR_BEHIND * best[cell] for cell in matter)
+
+    # --- choosing ---
+
+    def _choice(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The least costly; of those that are as good up to the spread, the one that computes most exactly."""
+        accepted = [c for c in candidates if c.state == "accepted" and c.speeds]
+        if self.max_latency_s is not None:
+            quick = [c for c in accepted if (speed := c.latency()) is not None and speed.p95_s <= self.max_latency_s]
+            accepted = quick or accepted
+        least = min(c.cost(self.goal) for c in accepted)
+        close = [c for c in accepted if c.cost(self.goal) <= least * 1.02]
+        return min(close, key=lambda c: (c.precision != "float32", c.cost(self.goal)))
+
+
+def _refused(candidate: Candidate, reason: str) -> Candidate:
+    return replace(candidate, state="refused", reason=reason)
+
+
+def _with_speeds(candidate: Candidate, runner: _Running | None) -> Candidate:
+    if runner is None:
+        return candidate
+    speeds = []
+    for (batch, threads), times in sorted(runner.times.items()):
+        joules = [j for j in runner.joules[batch, threads] if j is not None]
+        p50, p95, p99 = (percentile(times, share) for share in (0.5, 0.95, 0.99))
+        speeds.append(
+            Speed(
+                batch=batch,
+                threads=threads,
+                calls=len(times),
+                p50_s=p50,
+                p95_s=p95,
+                p99_s=p99,
+                joules=percentile(joules, 0.5) if joules else None,
+            )
+        )
+    return replace(candidate, speeds=tuple(speeds))
+
+
+def _marked(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The Pareto set of latency, throughput, size and score is marked."""
+
+    def wants(candidate: Candidate) -> tuple[float, ...]:
+        score = 0.0 if candidate.score is None else candidate.score
+        return (*(candidate.cost(goal) for goal in ("latency", "throughput", "size")), -score)
+
+    usable = [c for c in candidates if c.state == "accepted" and c.speeds]
+    return [
+        replace(c, best=c in usable and not any(_beats(wants(other), wants(c)) for other in usable)) for c in candidates
+    ]
+
+
+def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
+
+
+def _missing(packages: Iterable[str]) -> str | None:
+    """Which of these distributions aren't installed, with the command that adds them."""
+    absent = []
+    for package in packages:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(package)
+    return f"not installed: {', '.join(absent)} ({pip_install('suanli[engines]')})" if absent else None

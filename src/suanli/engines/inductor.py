@@ -1,0 +1,55 @@
+"""TorchInductor while it loads: torch.compile, once for a batch of one and once for any batch.
+
+Nothing but the model is kept, so it runs on any machine with a C++ compiler, and takes that long to load.
+Source: "torch.compile" in PyTorch's documentation; `freezing` in torch._inductor.config.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._inductor.config
+
+from suanli.engines import _compiled, eager
+from suanli.saved import load_model
+from suanli.types import Engine, Loaded, Placement
+from suanli.whole import Whole, example
+
+
+def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+    torch.set_num_threads(placement.threads)
+    whole = Whole(load_model(folder, trust_code=placement.trust_code))
+    whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    one, many = torch.compile(whole, dynamic=False), torch.compile(whole, dynamic=True)
+
+    def answer(rows: np.ndarray) -> np.ndarray:
+        torch.set_num_threads(placement.threads)
+        lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
+        with torch.inference_mode(), lower:
+            run = one if len(rows) == 1 else many
+            return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
+
+    def computes_in(rows: np.ndarray) -> str:
+        return _compiled.kernels_ran_in(lambda: answer(rows))
+
+    settings = {"freezing": True, "cpp.dynamic_threads": True}
+    with warnings.catch_warnings(), torch._inductor.config.patch(settings):
+        warnings.simplefilter("ignore")
+        for batch in (1, 8):
+            answer(example(whole.preprocess, batch).numpy())
+    return Loaded(answer=answer, computes_in=computes_in)
+
+
+ENGINE = Engine(
+    name="inductor",
+    precisions=("bfloat16", "float32"),
+    packages=("torch",),
+    why_not=_compiled.why_not,
+    build=eager.build,
+    load=load,
+    needs="model",
+    order=60,
+)

@@ -1,0 +1,201 @@
+"""A trained model that answers: raw inputs in, named probabilities out, by the fastest engine that holds here.
+
+    engine = suanli.load("runs/digits-1")
+    engine.predict("picture.png")[0].label
+
+Only what the engine needs is imported: OpenVINO and ONNX Runtime run without torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from suanli import engine_store, hardware
+from suanli.console import warn
+from suanli.errors import BadInput, DataError, UsageError, unknown
+from suanli.plugins import load as load_plugin
+from suanli.saved import model_folder, read_card
+from suanli.types import AnyPath, Json, Loaded, Placement, Preprocess, Raw
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer for one input; `error` says why there is none."""
+
+    name: str
+    label: str | None
+    probability: float | None
+    probabilities: dict[str, float]  # the likeliest classes, best first
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "name": self.name,
+            "label": self.label,
+            "probability": self.probability,
+            "probabilities": self.probabilities,
+            "error": self.error,
+        }
+
+
+class Predictor:
+    """A model and the engine that computes it. Made by `load`."""
+
+    def __init__(
+        self, *, engine: str, precision: str, preprocess: Preprocess, classes: Sequence[str], loaded: Loaded
+    ) -> None:
+        self.engine, self.precision = engine, precision
+        self.preprocess, self.classes = preprocess, tuple(classes)
+        self._loaded = loaded
+
+    def __repr__(self) -> str:
+        return f"Predictor({self.engine} {self.precision}, {len(self.classes)} classes)"
+
+    def predict(self, inputs: Any, *, top: int = 5) -> list[Prediction]:
+        """One Prediction for each input; one that can't be read has `error`.
+
+        `inputs` is one input or a sequence of them. An image is a path, the bytes of a file, an array (H, W),
+        (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of them. A text is a string.
+        """
+        found: list[Prediction] = []
+        given = list(_named(inputs, self.preprocess.kind))
+        for start in range(0, len(given), BATCH):
+            part = given[start : start + BATCH]
+            rows = [self.encode(raw) for _, raw in part]
+            found += self.named([name for name, _ in part], rows, top=top)
+        return found
+
+    def encode(self, raw: Raw | Path | Image) -> np.ndarray | str:
+        """The row of an input, or why there is none."""
+        try:
+            if isinstance(raw, Path):
+                raw = raw.read_bytes()
+            elif not isinstance(raw, bytes | str | np.ndarray):
+                raw = np.asarray(raw.convert("RGB"))
+            return self.preprocess.encode(raw).row
+        except BadInput as error:
+            return error.message
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def named(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
+        """Answers for rows (from `encode`), some of which are reasons instead."""
+        good = [row for row in rows if isinstance(row, np.ndarray)]
+        answers = iter(self.probabilities(np.stack(good))) if good else iter(())
+        return [
+            self._answer(name, next(answers), top)
+            if isinstance(row, np.ndarray)
+            else Prediction(name=name, label=None, probability=None, probabilities={}, error=row)
+            for name, row in zip(names, rows, strict=True)
+        ]
+
+    def probabilities(self, rows: np.ndarray) -> np.ndarray:
+        """Cached rows (B, *row_shape) to probabilities (B, K) float32."""
+        return self._loaded.answer(np.ascontiguousarray(rows))
+
+    def _answer(self, name: str, probabilities: np.ndarray, top: int) -> Prediction:
+        best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
+        shown = {self.classes[i]: float(probabilities[i]) for i in best}
+        first = best[0]
+        return Prediction(
+            name=name, label=self.classes[first], probability=float(probabilities[first]), probabilities=shown
+        )
+
+
+def load(
+    model: AnyPath,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    trust_code: bool = False,
+) -> Predictor:
+    """The model of a run or a model folder, ready to answer.
+
+    `engine`: "auto" takes the one that `suanli optimize` chose, where it holds on this machine, else the reference
+    among its engines, else PyTorch in float32; "reference" is PyTorch in float32; any other name is one of the
+    engines that were kept, such as "openvino-int8". Raises DataError where there is no model, DamagedFile for
+    files that were altered, UsageError for an engine that isn't there.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads can't compute.", fix="Give 1 or more.")
+    folder = model_folder(model)
+    there = folder if (folder / engine_store.INDEX).exists() else folder / engine_store.FOLDER
+    index = None if engine == "reference" else engine_store.read(there)
+    if index is not None and (name := _usable(index, there, folder, engine, device)) is not None:
+        entry = index["engines"][name]
+        engine_store.check(there / name, entry)
+        target = hardware.detect("cpu") if index["machine"]["type"] == "cpu" else hardware.detect(device)
+        placement = Placement(device=target, threads=threads or entry["threads"], trust_code=trust_code)
+        return Predictor(
+            engine=entry["engine"],
+            precision=entry["precision"],
+            preprocess=load_plugin("preprocess", index["preprocess"]["kind"])(**index["preprocess"]["settings"]),
+            classes=index["classes"],
+            loaded=load_plugin("engines", entry["engine"]).load(there / name, entry["precision"], placement),
+        )
+    if engine not in ("auto", "reference"):
+        kept = () if index is None else ("-".join(name.split("-")[:2]) for name in index["engines"])
+        raise unknown("engine", engine, ("auto", "reference", *kept))
+    card = read_card(folder)
+    placement = Placement(device=hardware.detect(device), threads=threads or hardware.cores(), trust_code=trust_code)
+    return Predictor(
+        engine="eager",
+        precision="float32",
+        preprocess=load_plugin("preprocess", card["preprocess"]["kind"])(**card["preprocess"]["settings"]),
+        classes=card["classes"],
+        loaded=load_plugin("engines", "eager").load(folder, "float32", placement),
+    )
+
+
+def _usable(index: dict[str, Json], there: Path, folder: Path, engine: str, device: str) -> str | None:
+    """The name of the engine to run; None: PyTorch, from the model folder itself."""
+    if (folder / "model.json").exists() and read_card(folder)["weights"]["blake2b"] != index.get("weights"):
+        warn(f"The engines in {there} belong to other weights and are not used; make new ones: suanli optimize.")
+        return None
+    if engine != "auto":
+        return next((name for name in index["engines"] if name == engine or name.startswith(f"{engine}-")), None)
+    if device not in ("auto", index["machine"]["type"]):
+        return None
+    chosen = index["chosen"]
+    here = hardware.detect(index["machine"]["type"] if index["machine"]["type"] == "cpu" else device)
+    reason = engine_store.why_not_here(index["engines"][chosen], index["machine"], here)
+    if reason is None:
+        return str(chosen)
+    reference = index["reference"]
+    entry = index["engines"][reference]
+    falls_back = entry["portable"] and engine_store.absent(entry) is None
+    told = f"{entry['engine']} {entry['precision']}" if falls_back else "PyTorch in float32"
+    warn(f"{chosen} was chosen for {reason}; {told} is used instead. To tune for this machine: suanli optimize.")
+    return str(reference) if falls_back else None
+
+
+def _named(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:
+    """Names and raw inputs."""
+    if isinstance(inputs, np.ndarray) and inputs.ndim == 4:
+        yield from ((f"#{i}", item) for i, item in enumerate(inputs))
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+        for i, item in enumerate(inputs):
+            yield _one(item, kind, i)
+    else:
+        yield _one(inputs, kind, 0)
+
+
+def _one(item: Any, kind: str, number: int) -> tuple[str, Any]:
+    if isinstance(item, os.PathLike) or (isinstance(item, str) and kind == "image"):
+        path = Path(item).expanduser()
+        if not path.exists():
+            raise DataError(f"There is nothing at {path}.", fix="Give the path of an image, its bytes, or its pixels.")
+        return str(item), path
+    return f"#{number}", item

@@ -1,0 +1,320 @@
+"""optimize: the fastest engine that this machine can run and that still gives the right answers.
+
+Leaves the chosen engine and a reference that runs anywhere in `model/engines/`, with the whole table of what was
+tried. How engines are searched is in `autotune.py`. What this doesn't do: change the model, or read the test split.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from suanli import engine_store, hardware, plugins
+from suanli.autotune import GOALS, Autotuner, Candidate, Found, Subject
+from suanli.console import duration, warn
+from suanli.errors import DataError, MachineError, RunBusy, UsageError, unknown
+from suanli.hosts import Lost
+from suanli.rundir import Run, is_run, measurement
+from suanli.saved import SavedModel, load_model, model_folder
+from suanli.settings import seconds
+from suanli.storage import writing
+from suanli.types import AnyPath, Device, Engine, Json, Split
+from suanli.verbs.prepare import DataOptions, resolve
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+CALIBRATION = 300  # training examples
+MADE_UP = 64  # examples where there is no data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimized:
+    """What an optimisation came to, and where the engines lie."""
+
+    path: Path  # the folder of engines
+    found: Found
+    index: Json  # engines.json
+
+    @property
+    def chosen(self) -> Candidate:
+        return self.found.chosen
+
+    def to_json(self) -> dict[str, Json]:
+        return self.found.to_json() | {"engines": str(self.path)}
+
+
+def optimize(
+    subject: AnyPath,
+    *,
+    goal: str = "latency",
+    tolerance: float | None = None,
+    max_latency_ms: float | None = None,
+    time_budget: str | float = "3m",
+    engines: str | None = None,
+    data: AnyPath | None = None,
+    device: str = "auto",
+    cache_dir: AnyPath | None = None,
+    trust_code: bool = False,
+) -> Optimized:
+    """Build every engine that this machine can run, refuse those whose answers aren't right, keep the best.
+
+    `subject` is a run or a model folder. `goal` is "latency" (one input), "throughput", "size" or "energy";
+    `tolerance` the loss of the headline score, as a fraction, that is accepted (default: the task's);
+    `time_budget` the time for all of it. Calibration and examination use the data of the run, or `data`; without,
+    only engines that keep float32 are tried. Raises MachineError where no engine meets `max_latency_ms`.
+    """
+    if goal not in GOALS:
+        raise unknown("goal", goal, GOALS)
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise UsageError(
+            f"A tolerance of {tolerance} is not a share.", fix="Give 0 to 1, such as 0.005 for half a point."
+        )
+    if max_latency_ms is not None and not max_latency_ms > 0:
+        raise UsageError(f"A latency of {max_latency_ms} ms can't be met.", fix="Give milliseconds above 0.")
+    names = _names(engines)
+    budget_s = seconds(time_budget)
+    folder = model_folder(subject)
+    saved = load_model(folder, trust_code=trust_code)
+    target = hardware.detect(device)
+    examples = _examples(subject, saved, data, cache_dir)
+    with _work(folder / engine_store.FOLDER) as work:
+        tuner = Autotuner(
+            _subject(folder, saved, examples, trust_code),
+            target,
+            work,
+            goal=goal,
+            tolerance=saved.task.tolerance if tolerance is None else tolerance,
+            budget_s=budget_s,
+            engines=names,
+            max_latency_s=None if max_latency_ms is None else max_latency_ms / 1000,
+        )
+        try:
+            found = tuner.search()
+        except Lost as error:
+            raise MachineError(f"Not even the reference can be run here: {error}.", fix="See suanli device.") from error
+        if max_latency_ms is not None and (speed := found.chosen.latency()) and speed.p95_s * 1000 > max_latency_ms:
+            raise MachineError(
+                f"No engine answers in {max_latency_ms:g} ms here; the best, {found.chosen.name}, takes "
+                f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
+                fix="Allow more, choose a smaller model, or a faster machine.",
+            )
+        index = engine_store.save(
+            folder / engine_store.FOLDER,
+            [_kept(tuner, c, found) for c in _worth_keeping(found)],
+            device=target,
+            about={
+                "weights": saved.card["weights"]["blake2b"],
+                "classes": list(saved.classes),
+                "preprocess": saved.card["preprocess"],
+                "headline": saved.task.headline,
+                "found": found.to_json(),
+            },
+        )
+    if is_run(subject):
+        _record(Run.open(subject), saved, target, found)
+    return Optimized(path=folder / engine_store.FOLDER, found=found, index=index)
+
+
+def _names(given: str | None) -> list[str] | None:
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        plugins.load("engines", name)
+    if not names:
+        raise UsageError("No engine is named.", fix=f"Name some of: {', '.join(plugins.names('engines'))}.")
+    return names
+
+
+def _examples(
+    subject: AnyPath, saved: SavedModel, data: AnyPath | None, cache_dir: AnyPath | None
+) -> tuple[Split, Split] | None:
+    """Training and validation examples; None: there is no data."""
+    if data is not None:
+        options = DataOptions.of(
+            data,
+            data_dir=None,
+            cache_dir=cache_dir,
+            preprocess={"kind": saved.preprocess.kind, "settings": saved.preprocess.settings()},
+        )
+    elif is_run(subject):
+        options = DataOptions.of_run(Run.open(subject), cache_dir=cache_dir)
+    else:
+        warn("There is no data to calibrate with and to examine on, so only float32 is tried; give some with --data.")
+        return None
+    _, prepared = resolve(options, recipe=saved.recipe, settings={}, tell=False)
+    if data is None and prepared.digest != Run.open(subject).data["digest"]:
+        raise DataError(
+            "The data has changed since this model was trained, so its validation split may hold what it has learned.",
+            fix="Put the data back as it was, or give other data with --data.",
+        )
+    if prepared.classes != saved.classes:
+        raise DataError(
+            f"The data has the classes {', '.join(prepared.classes[:5])}, …; the model knows "
+            f"{', '.join(saved.classes[:5])}, ….",
+            fix="Give data with the classes of the model.",
+        )
+    if not len(prepared.splits["val"]):
+        raise DataError("There are no validation examples.", fix="Give data with more examples.")
+    return prepared.splits["train"], prepared.splits["val"]
+
+
+def _subject(folder: Path, saved: SavedModel, examples: tuple[Split, Split] | None, trust_code: bool) -> Subject:
+    def rows(split: Split, positions: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(split.inputs[split.index[positions]])
+
+    random = np.random.default_rng(0)
+    if examples is None:
+        limit = saved.preprocess.model_args.get("vocabulary_size", 256)
+        made_up = random.integers(0, limit, (MADE_UP, *saved.preprocess.row_shape))
+        given, targets, calibration = made_up.astype(saved.preprocess.row_dtype), None, None
+    else:
+        training, validation = examples
+        order = random.permutation(len(validation))  # any first part of it is a fair sample
+        given, targets = rows(validation, order), validation.targets[order]
+        calibration = rows(training, np.sort(random.permutation(len(training))[:CALIBRATION]))
+    return Subject(
+        model=folder.absolute(),
+        graph=None,
+        task=saved.task,
+        classes=saved.classes,
+        rows=given,
+        targets=targets,
+        calibration=calibration,
+        trust_code=trust_code,
+    )
+
+
+@contextmanager
+def _work(folder: Path) -> Iterator[Path]:
+    """An empty folder beside the engines; only one process makes engines there at a time."""
+    from filelock import FileLock, Timeout
+
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise RunBusy(f"Another process is making engines in {folder}.", fix="Wait until it ends.") from error
+        try:
+            for remains in folder.glob(".work-*"):  # of a process that was killed
+                shutil.rmtree(remains, ignore_errors=True)
+            work = Path(tempfile.mkdtemp(dir=folder, prefix=".work-")).absolute()
+            try:
+                yield work
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        finally:
+            lock.release()
+
+
+def _worth_keeping(found: Found) -> list[Candidate]:
+    """The chosen engine first; last one that keeps float32 and whose files run anywhere."""
+    exact = [c for c in found.candidates if c.state == "accepted" and c.precision == "float32" and _engine(c).portable]
+    reference = next((c for c in exact if c.engine == "onnxruntime"), exact[0])
+    return [found.chosen] if reference == found.chosen else [found.chosen, reference]
+
+
+def _engine(candidate: Candidate) -> Engine:
+    engine: Engine = plugins.load("engines", candidate.engine)
+    return engine
+
+
+def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> engine_store.Kept:
+    engine = _engine(candidate)
+    speed = candidate.throughput() if found.goal == "throughput" else candidate.latency()
+    return engine_store.Kept(
+        engine=candidate.engine,
+        precision=candidate.precision,
+        folder=tuner.folder(candidate),
+        threads=tuner.threads if speed is None else speed.threads,
+        packages=engine.packages,
+        portable=engine.portable,
+    )
+
+
+def _record(run: Run, saved: SavedModel, device: Device, found: Found) -> None:
+    """A line of the ledger for the reference and for the chosen engine."""
+    environment = hardware.environment(device)
+    with run.lock():
+        for candidate in dict.fromkeys((found.candidates[0], found.chosen)):
+            speed, score = candidate.latency(), candidate.score
+            if speed is not None:
+                run.record(
+                    measurement(
+                        "latency_s",
+                        speed.p50_s,
+                        "s",
+                        environment=environment,
+                        recipe=saved.recipe,
+                        variant=candidate.name,
+                        scores={} if score is None else {f"val_{saved.task.headline}": score},
+                        count=speed.calls,
+                    )
+                )
+
+
+# --- for people ---
+
+
+def table(optimized: Optimized) -> Group:
+    """What was tried, the fastest first, and what was chosen."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    found = optimized.found
+    reference, headline = found.candidates[0], optimized.index["headline"]
+    shown = Table(box=None, pad_edge=False, padding=(0, 1))
+    shown.add_column("engine", no_wrap=True)
+    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", headline):
+        shown.add_column(title, justify="right", no_wrap=True)
+    for c in sorted((c for c in found.candidates if c.speeds), key=lambda c: c.cost(found.goal)):
+        speed, most = c.latency(), c.throughput()
+        assert speed is not None
+        assert most is not None
+        shown.add_row(
+            Text(f"{'>' if c == found.chosen else '*' if c.best else ' '} {c.name}"),
+            *(f"{value * 1000:.3g}" for value in (speed.p50_s, speed.p95_s, speed.p99_s)),
+            f"{most.per_s:,.0f}",
+            f"{reference.cost(found.goal) / c.cost(found.goal):.2f}",
+            "" if c.size_bytes is None else f"{c.size_bytes / 1e6:.1f}",
+            "" if c.score is None else f"{c.score:.2%}",
+        )
+    others = [Text(f"  {c.name}: {c.state}: {c.reason}", style="dim") for c in found.candidates if not c.speeds]
+    return Group(shown, *others, Text(_summary(optimized)))
+
+
+def _summary(optimized: Optimized) -> str:
+    found = optimized.found
+    chosen, reference = found.chosen, found.candidates[0]
+    times = reference.cost(found.goal) / chosen.cost(found.goal)
+    lines = [
+        f"> chosen for {found.goal}: {chosen.name}, {times:.2f} times as good as the reference, {reference.name}; "
+        "* no other is as good in every respect."
+    ]
+    if chosen.difference is not None:
+        of = "" if found.examples == found.of_examples else f" of {found.of_examples:,}"
+        d = chosen.difference
+        lines.append(
+            f"{optimized.index['headline']} {100 * d.median:+.2f} points (95 % interval {100 * d.low:+.2f} to "
+            f"{100 * d.high:+.2f}) on {found.examples:,}{of} validation examples."
+        )
+        if not d.resolves(found.tolerance):
+            lines.append(
+                f"So few can't show a loss of {100 * found.tolerance:.2g} points; "
+                f"its answers differ by {chosen.drift:.2g} on average."
+            )
+    else:
+        lines.append("Without labelled data only float32 was tried, and answers were compared on made-up inputs.")
+    lines.append(f"Took {duration(found.seconds)} of {duration(found.budget_s)}.")
+    return "\n".join([*lines, f"Engines: {optimized.path}"])
