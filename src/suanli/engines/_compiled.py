@@ -34,7 +34,7 @@ def kernels_ran_in(work: Callable[[], object]) -> str:
         libc.fflush(None)
         os.dup2(said.fileno(), 1)
         try:
-            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):  # type: ignore[no-untyped-call]
                 work()
             libc.fflush(None)
         finally:
