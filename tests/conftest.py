@@ -110,3 +110,33 @@ def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
         vars(suanli.speedups).pop(name, None)
     suanli.speedups.__path__ = real
     plugins.names.cache_clear()
+
+
+@pytest.fixture
+def engine_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
+    """Adds engines to the shipped ones, here and in processes that are started: a name, and the file's text."""
+    import suanli.engines
+    from suanli import plugins
+
+    folder = tmp_path / "engine_room"
+    folder.mkdir()
+    path = [*suanli.engines.__path__, str(folder)]
+    # Every Python that finds this folder on its path reads this file when it starts.
+    (folder / "sitecustomize.py").write_text(f"import suanli.engines\nsuanli.engines.__path__ = {path!r}\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(suanli.engines, "__path__", path)
+    planted = []
+
+    def put(name: str, text: str) -> str:
+        (folder / f"{name}.py").write_text(text)
+        planted.append(name)
+        sys.modules.pop(f"suanli.engines.{name}", None)
+        importlib.invalidate_caches()
+        plugins.names.cache_clear()
+        return name
+
+    yield put
+    for name in planted:
+        sys.modules.pop(f"suanli.engines.{name}", None)
+        vars(suanli.engines).pop(name, None)
+    plugins.names.cache_clear()

@@ -245,3 +245,25 @@ def hostile_run(path: Path) -> Path:
     write_lines(path / "ledger.jsonl", [{"metric": HOSTILE, "unit": long, "variant": HOSTILE}])
     write_lines(path / "metrics.jsonl", [{"step": 1, "split": "val", "scores": {HOSTILE: 0.5}}])
     return path
+
+
+def hostile_engines(path: Path) -> None:
+    """Names that want to run, numbers that are none or beyond all bounds."""
+    long, nan, inf, huge = "x" * 400, float("nan"), float("inf"), 1e300
+    numbers = [0.5, nan, inf, -inf, huge, -huge, 1e99, 1e29, -1.0, 0.0, 1e-300, 5e-324, None]
+    candidates = []
+    for n in numbers:
+        speeds = [{"batch": batch, "threads": 10**40} | dict.fromkeys(PACES, n) for batch in (1, 10**40, -1, 0, None)]
+        every = dict.fromkeys(["score", "drift", "build_s", "load_s", "size_bytes", "memory_bytes"], n)
+        every |= {"difference": dict.fromkeys(["median", "low", "high"], n), "speeds": speeds, "best": n == 0.5}
+        candidates.append(every | {"engine": HOSTILE, "precision": long, "state": "accepted"})
+        candidates.append(every | {"engine": long, "state": HOSTILE, "reason": HOSTILE, "kept": [HOSTILE]})
+    candidates.append({"engine": HOSTILE, "state": HOSTILE, "reason": long})
+    found = dict.fromkeys(["tolerance", "budget_s", "seconds"], huge)
+    found |= {"goal": HOSTILE, "graph": HOSTILE, "labelled": True, "examples": 10**40}
+    found |= {"candidates": candidates, "chosen": candidates[2]}
+    machine = {"device": HOSTILE, "cores": 10**40}
+    write(path / "model" / "engines" / "engines.json", {"headline": HOSTILE, "machine": machine, "found": found})
+
+
+PACES = ["p50_s", "p95_s", "p99_s", "joules"]

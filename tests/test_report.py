@@ -17,7 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from report_runs import HOSTILE, TEXTS, digits_run, hostile_run, many_classes_run, text_run, write, write_lines
+from report_runs import (
+    HOSTILE,
+    TEXTS,
+    digits_run,
+    hostile_engines,
+    hostile_run,
+    many_classes_run,
+    text_run,
+    write,
+    write_lines,
+)
 from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, roofline
 from suanli.errors import DamagedFile, DataError, StorageError
 from suanli.reporting import words
@@ -92,6 +102,7 @@ def page(path: Path, **options: Any) -> Page:
 
 def worst_run(path: Path) -> Path:
     hostile_speed(hostile_run(path))
+    hostile_engines(path)
     return path
 
 
@@ -504,14 +515,44 @@ def test_decades_lie_between_the_bounds_and_are_few(a: float, b: float) -> None:
     assert found or high < 2.6 * low
 
 
-@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30))
-def test_a_logarithmic_chart_stays_in_its_frame(points: list[tuple[float, float]]) -> None:
-    drawn = chart("Roofline", [Series(label="a", points=points, dots=True)], x_label="x", log=True)
-    usable = [p for p in points if all(1e-100 < v < 1e100 for v in p)]
+@given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30), st.sampled_from(["x", "xy"]))
+def test_a_logarithmic_chart_stays_in_its_frame(points: list[tuple[float, float]], log: str) -> None:
+    drawn = chart("Roofline", [Series(label="a", points=points, dots=True)], x_label="x", log=log)
+    least = 1e-100 if log == "xy" else -1e100
+    usable = [(x, y) for x, y in points if 1e-100 < x < 1e100 and least < y < 1e100]
     assert (drawn is None) == (not usable)
     if drawn is not None:
         assert len(drawn.lines[0].dots) == len(usable)
         assert all(0 <= dot.x <= 360 and 0 <= dot.y <= 220 for dot in drawn.lines[0].dots)
+
+
+def test_marks_stand_where_they_hide_neither_dots_nor_one_another() -> None:
+    places = [(10.0, 1.0), (10.4, 1.0), (10.8, 1.0), (100.0, 1.0), (50.0, 9.0)]
+    marks = ["1", "2", "3", "4", "5"]
+    series = Series(label="a", points=places, dots=True, line=False, marks=marks)
+    drawn = chart("a", [series], x_label="x", x_range=(5.0, 100.0), log="x")
+    assert drawn is not None
+    first, second, third, last, top = drawn.lines[0].dots
+    assert [dot.mark for dot in drawn.lines[0].dots] == marks
+    assert first.mark_y < first.y - first.radius  # above: at its right is the next one
+    assert second.mark_y - 8 > second.y + second.radius  # below
+    assert third.mark_x > third.x + third.radius  # at its right
+    assert last.mark_x + 7 <= 360
+    assert top.mark_x > top.x
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
+def test_marks_never_hide_one_another_and_those_on_top_stay(points: list[tuple[float, float]]) -> None:
+    marks = [str(number) for number in range(len(points))]
+    series = [Series(label=label, points=points, dots=True, line=False, marks=marks) for label in ("below", "on top")]
+    drawn = chart("a", series, x_label="x")
+    assert drawn is not None
+    shown = [dot for line in drawn.lines for dot in line.dots if dot.mark]
+    for number, one in enumerate(shown):
+        for other in shown[:number]:
+            wide = 7 * len(one.mark if one.mark_x < other.mark_x else other.mark)
+            assert abs(one.mark_x - other.mark_x) >= wide - 0.2 or abs(one.mark_y - other.mark_y) >= 7.8
+    assert drawn.lines[1].dots[0].mark == "0"
 
 
 maybe = st.one_of(st.none(), st.floats())

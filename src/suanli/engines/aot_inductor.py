@@ -40,7 +40,7 @@ def why_not(device: Device, precision: str) -> str | None:
 def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:
     assert material.model is not None
     saved = load_model(material.model, trust_code=placement.trust_code)
-    whole: Any = Whole(saved).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    whole: Any = Whole(saved)  # Inductor finds the layout; frozen channels_last weights were seen to give wrong answers
     several = example(saved.preprocess, BATCH)
     any_batch = ({0: torch.export.Dim("batch", min=1, max=LARGEST)},)
     whole(several)  # constants that are made at the first call and kept must not be made while it is exported
@@ -63,6 +63,7 @@ def _quantized(module: Any, material: Material) -> Any:
     assert material.calibration is not None
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    quantizer.set_function_type_qconfig(torch.nn.functional.max_pool2d, None)  # in int8 it would lose its ceil_mode
     prepared = prepare_pt2e(module, quantizer)
     for start in range(0, len(material.calibration), BATCH):
         prepared(torch.from_numpy(np.array(material.calibration[start : start + BATCH])))

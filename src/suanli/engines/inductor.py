@@ -22,7 +22,6 @@ from suanli.whole import Whole, example
 def load(folder: Path, precision: str, placement: Placement) -> Loaded:
     torch.set_num_threads(placement.threads)
     whole = Whole(load_model(folder, trust_code=placement.trust_code))
-    whole.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     one, many = torch.compile(whole, dynamic=False), torch.compile(whole, dynamic=True)
 
     def answer(rows: np.ndarray) -> np.ndarray:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 36  # margins around the plot; at the left "100.0 %" must fit
+LETTER = 7  # the width of one in a mark
 POINTS = 240  # more than the eye can tell apart at this width
 
 Point = tuple[float, float]
@@ -43,6 +44,8 @@ class Dot:
     radius: float
     text: str
     mark: str = ""
+    mark_x: float = 0.0
+    mark_y: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +84,25 @@ def chart(
     y_range: Range = (None, None),
     show: Callable[[float], str] | None = None,
     y_label: str = "",
-    log: bool = False,
+    log: str = "",
 ) -> Chart | None:
     """None where no series has a point that can be drawn. A bound of None is that of the points; `show`
-    writes a y value. With `log` both axes are logarithmic, and what isn't positive has no place."""
-    usable = _positive if log else _finite
+    writes a y value. `log` names the axes that are logarithmic ("x", "xy"): what isn't positive has no place there."""
+    usable = _usable(log)
     drawn = [one for one in series if any(map(usable, one.points))]
     finite = [point for one in drawn for point in one.points if usable(point)]
     if not finite:
         return None
     x_low, x_high = _bounds(x_range, [x for x, _ in finite])
     y_low, y_high = _bounds(y_range, [y for _, y in finite])
-    x_values = decades(x_low, x_high) if log else ticks(x_low, x_high)
-    y_values = decades(y_low, y_high) if log else ticks(y_low, y_high)
-    if not log:
+    x_values = decades(x_low, x_high) if "x" in log else ticks(x_low, x_high)
+    y_values = decades(y_low, y_high) if "y" in log else ticks(y_low, y_high)
+    if "y" not in log:
         y_low, y_high = y_values[0], y_values[-1]
-    place = _log_scale if log else _scale
-    to_x, to_y = place(x_low, x_high, LEFT, WIDTH - RIGHT), place(y_low, y_high, HEIGHT - BOTTOM, TOP)
-    written = show or (_short if log else _writer(y_values))
-    write_x = _short if log else _writer(x_values)
+    to_x = (_log_scale if "x" in log else _scale)(x_low, x_high, LEFT, WIDTH - RIGHT)
+    to_y = (_log_scale if "y" in log else _scale)(y_low, y_high, HEIGHT - BOTTOM, TOP)
+    written = show or (_short if "y" in log else _writer(y_values))
+    write_x = _short if "x" in log else _writer(x_values)
     return Chart(
         title=title,
         x_label=x_label,
@@ -107,7 +110,7 @@ def chart(
         text=". ".join([title, *(_told(one, show or _short, usable) for one in drawn)]),
         x_ticks=tuple(Tick(at=to_x(x), label=write_x(x)) for x in x_values if x_low <= x <= x_high),
         y_ticks=tuple(Tick(at=to_y(y), label=written(y)) for y in y_values),
-        lines=tuple(_line(one, to_x, to_y, show or _short, x_label, usable) for one in drawn),
+        lines=_legible([_line(one, to_x, to_y, show or _short, x_label, usable) for one in drawn]),
     )
 
 
@@ -136,8 +139,8 @@ def thin(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
     """At most `limit` points: means of equally many neighbours, non-finite values left out."""
     if len(points) <= limit:
         return list(points)
-    edges = [round(i * len(points) / limit) for i in range(limit + 1)]
-    groups = ([p for p in points[a:b] if _finite(p)] for a, b in pairwise(edges))
+    edges, usable = [round(i * len(points) / limit) for i in range(limit + 1)], _usable("")
+    groups = ([p for p in points[a:b] if usable(p)] for a, b in pairwise(edges))
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups if g]
 
 
@@ -146,12 +149,10 @@ def _bounds(given: Range, values: Sequence[float]) -> Point:
     return (min(values) if low is None else low), (max(values) if high is None else high)
 
 
-def _finite(point: Point) -> bool:
-    return all(abs(value) < 1e100 for value in point)  # False for NaN; beyond, axes would overflow
-
-
-def _positive(point: Point) -> bool:
-    return all(1e-100 < value < 1e100 for value in point)
+def _usable(log: str) -> Callable[[Point], bool]:
+    """Whether a point has a place: False for NaN; beyond these bounds, axes would overflow."""
+    x_least, y_least = (1e-100 if axis in log else -1e100 for axis in "xy")
+    return lambda point: x_least < point[0] < 1e100 and y_least < point[1] < 1e100
 
 
 def _log_scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
@@ -210,3 +211,48 @@ def _line(
         if usable((x, y))
     )
     return Line(label=one.label, colour=one.colour, path="".join(path), dots=dots)
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def hides(self, other: _Box) -> bool:
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+
+def _legible(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """With each mark on the side of its dot where it hides nothing, without those that would hide another mark. What
+    is drawn later lies on top, so its marks come first."""
+    dots = [_Box(d.x - d.radius, d.x + d.radius, d.y - d.radius, d.y + d.radius) for line in lines for d in line.dots]
+    taken: list[_Box] = []
+    drawn = []
+    for line in reversed(lines):
+        placed = []
+        for dot in line.dots:
+            free = [box for box in _sides(dot) if dot.mark and not any(map(box.hides, taken))]
+            box = next((box for box in free if not any(map(box.hides, dots))), free[0] if free else None)
+            if box is None:
+                placed.append(replace(dot, mark=""))
+            else:
+                taken.append(box)
+                placed.append(replace(dot, mark_x=round(box.left, 1), mark_y=round(box.bottom, 1)))
+        drawn.append(replace(line, dots=tuple(placed)))
+    return tuple(reversed(drawn))
+
+
+def _sides(dot: Dot) -> list[_Box]:
+    """Places for the mark of a dot: right, above, below, left, as far as they are in the frame."""
+    wide, high, away = LETTER * len(dot.mark), 8, dot.radius + 2
+    corners = [
+        (dot.x + away, dot.y + high / 2),
+        (dot.x - wide / 2, dot.y - away),
+        (dot.x - wide / 2, dot.y + away + high),
+        (dot.x - away - wide, dot.y + high / 2),
+    ]
+    boxes = [_Box(left, left + wide, bottom - high, bottom) for left, bottom in corners]
+    return [box for box in boxes if box.left >= LEFT and box.right <= WIDTH and box.bottom <= HEIGHT - BOTTOM]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from suanli.errors import DamagedFile
+from suanli.reporting.engine_records import Engines
 from suanli.reporting.records import Check, Data, Environment, Evaluation, Measured, Metric, Summary
 from suanli.reporting.speed_records import Bench, Record, Roofline
 from suanli.rundir import Run, read_lines
@@ -38,6 +39,7 @@ class RunFiles:
     evaluations: dict[str, Evaluation]  # by split
     roofline: Roofline | None
     bench: Bench | None
+    engines: Engines | None
     trained: bool
 
     @property
@@ -65,6 +67,7 @@ def read_run(path: AnyPath) -> RunFiles:
         evaluations={split: exam for split, exam in exams.items() if exam is not None},
         roofline=_read(path / "roofline.json", Roofline),
         bench=_read(path / "bench.json", Bench),
+        engines=_read(path / "model" / "engines" / "engines.json", Engines),
         trained=(path / "model" / "model.json").is_file(),
     )
 

@@ -128,7 +128,6 @@ def plan_sentence(plan: Plan) -> str:
 # --- the roofline ---------------------------------------------------------------------------
 
 LAYERS = 10  # shown at once; the others fold away
-APART = 0.09  # of an axis, between two dots that carry the number of their layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +246,7 @@ def _roof_chart(rows: list[LayerRow], peaks: dict[str, float], bandwidth: float 
         line=False,
         radii=[max(2.0, 13 * math.sqrt(row.share)) for row, _ in placed],
         texts=[_told(row, place[0]) for row, place in placed],
-        marks=_marks(placed, math.log10(x_high / x_low), math.log10(y_high / y_low)),
+        marks=[str(row.number) if row.number <= LAYERS else "" for row, _ in placed],
     )
     return chart(
         "Roofline",
@@ -257,7 +256,7 @@ def _roof_chart(rows: list[LayerRow], peaks: dict[str, float], bandwidth: float 
         x_range=(x_low, x_high),
         y_range=(y_low, y_high),
         show=lambda value: words.si(value),
-        log=True,
+        log="xy",
     )
 
 
@@ -274,19 +273,6 @@ def _roof_lines(peaks: dict[str, float], bandwidth: float | None, across: Point,
 
 def _around(values: list[float], factor: float) -> Point:
     return min(values) / factor, max(values) * factor
-
-
-def _marks(placed: list[tuple[LayerRow, Point]], wide: float, high: float) -> list[str]:
-    """Numbers of the slowest layers, where they don't hide one another. The axes are so many decades long."""
-    taken: list[Point] = []
-    marks = []
-    for row, (x, y) in placed:
-        across, up = math.log10(x) / wide, math.log10(y) / high
-        free = all(abs(across - a) > APART or abs(up - b) > APART for a, b in taken)
-        marks.append(str(row.number) if free and row.number <= LAYERS else "")
-        if marks[-1]:
-            taken.append((across, up))
-    return marks
 
 
 def _told(row: LayerRow, intensity: float) -> str:

@@ -39,10 +39,10 @@ def times(value: float | None) -> str:
     return number(round(value, 1)) if known(value) else UNKNOWN
 
 
-def score(name: str, value: float | None) -> str:
+def score(name: str, value: float | None, decimals: int = 1) -> str:
     """Scores are fractions, shown in percent; a loss is not."""
     if value is not None and 0 <= value <= 1 and "loss" not in name:
-        return percent(value)
+        return percent(value, decimals)
     return number(value)
 
 
@@ -87,9 +87,9 @@ def spread(value: float | None, half: float | None, show: Callable[[float | None
     return f"{show(value)} ± {show(half)}" if known(value) and known(half) else show(value)
 
 
-def points(value: float | None) -> str:
+def points(value: float | None, decimals: int = 1) -> str:
     """A difference of two scores in percentage points: '−0.1', '+1.0'."""
-    return f"{100 * value:+.1f}".replace("-", "−") if known(value) else UNKNOWN
+    return f"{100 * value:+.{decimals}f}".replace("-", "−") if known(value) else UNKNOWN
 
 
 def memory(value: float | None) -> str:

@@ -72,7 +72,7 @@ def _pages() -> Environment:
 
 def _content(run: RunFiles) -> dict[str, Any]:
     """What the template is given."""
-    from suanli.reporting import bars, bench_views, charts, findings, prose, speed_views, views, words
+    from suanli.reporting import bars, bench_views, charts, engine_views, findings, prose, speed_views, views, words
 
     head = views.headline(run.evaluations)
     exam_split = next((split for split in ("test", "val", "train") if split in run.evaluations), None)
@@ -114,6 +114,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "plan_sentence": speed_views.plan_sentence(plan) if plan else "",
         "roof": speed_views.roof(run.roofline) if run.roofline else None,
         "layer_rows": speed_views.LAYERS,
+        "search": engine_views.search(run.engines) if run.engines else None,
         "frame": charts,
         "bar_frame": bars,
         "score": words.score,

@@ -1,0 +1,113 @@
+"""What every engine promises: it says where it can't be used, and elsewhere answers as the model does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import suanli
+from suanli import hardware, plugins
+from suanli.autotune import DRIFT, STEADY
+from suanli.hosts import Host, describe
+from suanli.saved import load_model
+from suanli.types import Device, Engine, Placement
+from suanli.whole import write_onnx
+
+HERE = hardware.detect("cpu")
+DEVICES = (
+    HERE,
+    Device(name="an old CPU", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",)),
+    Device(name="a GPU", torch_name="cuda:1", memory_bytes=80 << 30, fast_dtypes=("float32", "float16", "bfloat16")),
+    Device(name="a Mac's GPU", torch_name="mps", memory_bytes=None, fast_dtypes=("float32", "float16")),
+)
+ENGINES: dict[str, Engine] = plugins.load_all("engines")
+SLOW = ("aot_inductor", "inductor")  # they compile
+PAIRS = [
+    pytest.param(engine, precision, id=f"{engine.name}-{precision}", marks=[pytest.mark.slow] * (engine.name in SLOW))
+    for engine in ENGINES.values()
+    for precision in engine.precisions
+]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained model, its graph, training rows and rows to answer."""
+    place = tmp_path_factory.mktemp("engines")
+    run = suanli.train(
+        "digits",
+        epochs=2,
+        speedups="none",
+        threads=1,
+        out=place / "run",
+        cache_dir=place / "cache",
+    )
+    prepared = suanli.prepare("digits", settings={}, cache_dir=place / "cache")
+    training, validation = prepared.splits["train"], prepared.splits["val"]
+    np.save(place / "calibration.npy", training.inputs[training.index[:100]])
+    np.save(place / "rows.npy", validation.inputs[validation.index[:40]])
+    write_onnx(load_model(run.model_path), place / "model.onnx")
+    return place
+
+
+@pytest.mark.parametrize("name", plugins.names("engines"))
+def test_is_called_like_its_file(name: str) -> None:
+    engine = ENGINES[name]
+    assert engine.name == name
+    assert engine.precisions
+    assert len(set(engine.precisions)) == len(engine.precisions)
+    assert set(engine.precisions) <= STEADY.keys() & DRIFT.keys()
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+@pytest.mark.parametrize(("engine", "precision"), PAIRS)
+def test_says_where_it_cannot_be_used(engine: Engine, precision: str, device: Device) -> None:
+    reason = engine.why_not(device, precision)
+    assert reason is None or (reason.strip() == reason and 0 < len(reason) < 300 and not reason.endswith("."))
+    if precision not in ("float32", "int8") and precision not in device.fast_dtypes:
+        assert reason is not None
+
+
+@pytest.mark.parametrize(("engine", "precision"), PAIRS)
+def test_answers_as_the_model_does(engine: Engine, precision: str, material: Path, tmp_path: Path) -> None:
+    """In a process of its own, as it is meant to be run: same answers, at every batch, in the precision it claims."""
+    if reason := engine.why_not(HERE, precision):
+        pytest.skip(reason)
+    folder = tmp_path / "engine"
+    folder.mkdir()
+    placement = describe(Placement(device=HERE, threads=1))
+    with Host() as builder:
+        builder.ask(
+            200,
+            "build",
+            engine=engine.name,
+            precision=precision,
+            material={
+                "model": str(material / "run" / "model"),
+                "onnx": str(material / "model.onnx"),
+                "calibration": str(material / "calibration.npy"),
+                "kept": [],
+            },
+            folder=str(folder),
+            placement=placement,
+        )
+    assert any(folder.iterdir())
+    rows = str(material / "rows.npy")
+    with Host() as host:
+        host.ask(200, "load", engine=engine.name, precision=precision, folder=str(folder), placement=placement)
+        answers = {}
+        for batch in (1, 3, 40):
+            out = tmp_path / f"{batch}.npy"
+            host.ask(60, "answer", threads=1, rows=rows, count=40, batch=batch, out=str(out))
+            answers[batch] = np.load(out)
+        assert host.ask(60, "computes_in", threads=1, rows=rows)["precision"] == precision
+        assert host.ask(60, "memory")["bytes"] > 10_000_000
+    found = answers[40]
+    assert found.shape == (40, 10)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(1), 1, atol=0.02)
+    for batch in (1, 3):
+        assert np.abs(answers[batch] - found).max() <= STEADY[precision]
+    reference = suanli.load(material / "run", engine="reference").probabilities(np.load(rows))
+    assert np.abs(found - reference).sum(1).mean() / 2 <= DRIFT[precision]

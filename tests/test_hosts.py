@@ -1,0 +1,114 @@
+"""A process that is asked: what it prints, raises, or dies of, and how long it takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from suanli import hardware
+from suanli.hosts import Host, Lost, describe
+from suanli.types import Placement
+
+PLACEMENT = describe(Placement(device=hardware.detect("cpu"), threads=1))
+
+
+@pytest.fixture
+def ask(engine_room: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., object]]:
+    """Loads an engine whose `answer` has the given body, and asks it for answers to ten rows."""
+    np.save(tmp_path / "rows.npy", np.zeros((10, 4), np.uint8))
+    hosts = []
+
+    def work(body: str, *, limit_s: float = 30, loading: str = "pass") -> np.ndarray:
+        name = engine_room(
+            "strange",
+            f"""
+import ctypes, os, signal, sys, time
+import numpy as np
+from suanli.types import Engine, Loaded
+def answer(rows):
+    {body}
+def load(folder, precision, placement):
+    {loading}
+    return Loaded(answer=answer, computes_in=lambda rows: precision)
+ENGINE = Engine(name="strange", precisions=("float32",), packages=(), why_not=lambda d, p: None,
+                build=lambda *a: None, load=load, needs="onnx")
+""",
+        )
+        host = Host()
+        hosts.append(host)
+        host.ask(30, "load", engine=name, precision="float32", folder=str(tmp_path), placement=PLACEMENT)
+        out = tmp_path / "out.npy"
+        host.ask(limit_s, "answer", threads=1, rows=str(tmp_path / "rows.npy"), count=10, batch=4, out=str(out))
+        found: np.ndarray = np.load(out)
+        return found
+
+    yield work
+    for host in hosts:
+        host.close()
+
+
+def test_answers_come_in_batches_and_in_order(ask: Callable[..., np.ndarray]) -> None:
+    found = ask("return np.full((len(rows), 2), len(rows), np.float64)")
+    assert found.dtype == np.float32
+    assert found[:, 0].tolist() == [4] * 8 + [2] * 2
+
+
+def test_what_a_library_prints_does_not_disturb_the_replies(ask: Callable[..., np.ndarray]) -> None:
+    body = "print('{\"error\": 1}'); os.write(1, b'noise\\n'); ctypes.CDLL(None).puts(b'more'); "
+    found = ask(body + "return np.ones((len(rows), 2), np.float32)")
+    assert found.shape == (10, 2)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", r"crashed \(SIGSEGV\)"),
+        ("ctypes.string_at(0)", r"crashed \(SIG(SEGV|BUS)\)"),
+        ("os._exit(7)", "exit code 7"),
+        ("sys.stderr.write('first\\nout of luck\\n'); sys.stderr.flush(); os._exit(1)", "out of luck"),
+        ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing$"),
+        ("raise MemoryError", "MemoryError$"),
+        ("return np.ones((1, 2))", r"4 inputs got answers of shape \(1, 2\)"),
+        ("return np.ones(4)", r"4 inputs got answers of shape \(4,\)"),
+    ],
+)
+def test_a_failure_is_told_with_its_reason(ask: Callable[..., object], body: str, reason: str) -> None:
+    with pytest.raises(Lost, match=reason):
+        ask(body)
+
+
+def test_one_that_hangs_is_ended_with_all_it_started(ask: Callable[..., object], tmp_path: Path) -> None:
+    body = (
+        f"import subprocess; child = subprocess.Popen(['sleep', '60']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
+    )
+    started = time.monotonic()
+    with pytest.raises(Lost, match="not done after 2 s"):
+        ask(body, limit_s=2)
+    assert time.monotonic() - started < 30
+    child = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().split()[2]
+        except FileNotFoundError:
+            break
+        if state == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, 9)
+        pytest.fail("the child of a process that was ended is still there")
+
+
+def test_goes_on_after_an_error() -> None:
+    with Host() as host:
+        with pytest.raises(Lost, match="FileNotFoundError"):
+            host.ask(30, "computes_in", threads=5, rows="nowhere")
+        with pytest.raises(Lost, match="Unknown engine"):
+            host.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
+        assert host.ask(30, "memory")["bytes"] > 0

@@ -1,0 +1,286 @@
+"""The report's section about engines: what it says, with any part of engines.json absent, wrong or hostile."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report_runs import HOSTILE, hostile_engines, write
+from suanli.autotune import Candidate, Found, Speed
+from suanli.errors import DamagedFile
+from suanli.gate import Difference
+from suanli.verbs.report import report
+from test_report import Page, circles, page
+
+
+def speeds(ms: float, *, joules: float | None = None) -> tuple[Speed, ...]:
+    """One input on one thread takes three times as long as on two; 64 at once take 20 times one."""
+    each = [(1, 1, 3.0), (1, 2, 1.0), (64, 2, 20.0)]
+    return tuple(
+        Speed(batch=batch, threads=threads, calls=50, joules=joules, **paces(ms * times / 1000))
+        for batch, threads, times in each
+    )
+
+
+def paces(p50_s: float) -> dict[str, float]:
+    return {"p50_s": p50_s, "p95_s": p50_s * 1.5, "p99_s": p50_s * 2}
+
+
+EAGER = Candidate(
+    engine="eager",
+    precision="float32",
+    state="accepted",
+    reason="reference",
+    score=0.9375,
+    difference=Difference(median=0.0, low=-0.0004, high=0.0004),
+    drift=0.0,
+    build_s=1.02,
+    load_s=1.15,
+    size_bytes=1_200_000,
+    memory_bytes=322_000_000,
+    speeds=speeds(0.8, joules=0.004),
+)
+INT8 = replace(
+    EAGER,
+    engine="openvino",
+    precision="int8",
+    reason="",
+    score=0.9356,
+    difference=Difference(median=-0.0019, low=-0.0045, high=0.0007),
+    drift=0.02,
+    build_s=2.3,
+    load_s=0.166,
+    size_bytes=360_000,
+    memory_bytes=None,
+    speeds=speeds(0.2, joules=0.001),
+    best=True,
+)
+RESCUED = replace(INT8, engine="onnxruntime", kept=("a", "b"), score=0.9369, speeds=speeds(0.25), best=True)
+SLOW = replace(EAGER, engine="inductor", reason="", speeds=speeds(1.0))
+REFUSED = replace(
+    INT8, engine="onnxruntime", state="refused", reason="accuracy -6.10 points (-7.00 to -5.20)", speeds=(), best=False
+)
+LOST = Candidate(engine="aot_inductor", precision="int8", state="lost", reason="while it was timed: gone", build_s=9.0)
+IMPOSSIBLE = Candidate(engine="tensorrt", precision="float16", state="impossible", reason="needs an NVIDIA GPU")
+
+FOUND = Found(
+    candidates=(EAGER, REFUSED, RESCUED, INT8, SLOW, LOST, IMPOSSIBLE),
+    chosen=INT8,
+    goal="latency",
+    examples=4000,
+    of_examples=5107,
+    labelled=True,
+    tolerance=0.005,
+    graph=None,
+    budget_s=180.0,
+    seconds=175.7,
+)
+
+
+def engines(found: Found = FOUND) -> Any:
+    """As `optimize` writes it."""
+    machine = {"device": "AMD EPYC 9R14", "type": "cpu", "cores": 2, "instruction_sets": ["avx2"]}
+    return {"format": 1, "headline": "accuracy", "machine": machine, "found": found.to_json()}
+
+
+def run_with(path: Path, told: Any) -> Path:
+    write(path / "recipe.json", {"model": "speednet"})
+    write(path / "model" / "engines" / "engines.json", told)
+    return path
+
+
+def seen(path: Path, found: Found = FOUND) -> Page:
+    return page(run_with(path, engines(found)))
+
+
+# --- what it says ----------------------------------------------------------------------------
+
+
+def test_the_choice_is_told_with_its_gain_and_its_score(tmp_path: Path) -> None:
+    told = seen(tmp_path)
+    assert "Engines" in told.headings()
+    assert ("a", {"href": "#engines"}) in told.tags
+    assert told.says(
+        "Chosen for latency: openvino int8, 4.00 times as fast with one input as the reference, eager float32. "
+        "On 4,000 of 5,107 validation examples its accuracy is 93.56 %, −0.19 points against the reference "
+        "(95 % interval −0.45 to +0.07). Measured on AMD EPYC 9R14 with 2 cores."
+    )
+    assert told.says("a loss of up to 0.5 points of accuracy is tolerated.")
+    assert told.says("The search took 2 min 56 s of the 3 min 00 s that were allowed.")
+    assert not told.says("can't show a loss")
+
+
+def test_every_candidate_is_told_the_best_first(tmp_path: Path) -> None:
+    told = seen(tmp_path)
+    head = "# engine p50 ms p95 p99 inputs/s batch, threads energy an input size memory load build accuracy"
+    assert told.says(head)
+    rows = [
+        "1 openvino int8 chosen, unbeaten 0.2 0.3 0.4 16,000 64, 2 1 mJ 360.0 kB – 166 ms 2.3 s "
+        "93.56 % −0.19 (−0.45 to +0.07)",
+        "2 onnxruntime int8 (rescued, 2 kept) unbeaten 0.25 0.375 0.5 12,800 64, 2 – 360.0 kB – 166 ms 2.3 s 93.69 %",
+        "3 eager float32 reference 0.8 1.2 1.6 4,000 64, 2 4 mJ 1.2 MB 322.0 MB 1.1 s 1.0 s 93.75 %",
+        "4 inductor float32 1 1.5 2 3,200 64, 2 –",
+        "5 onnxruntime int8 refused: accuracy -6.10 points (-7.00 to -5.20) – – – – – 360.0 kB",
+        "6 aot_inductor int8 failed: while it was timed: gone – – – – – – – – 9.0 s –",
+    ]
+    places = [" ".join(told.words.split()).find(row) for row in rows]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert told.says("Rescued: so many of the most sensitive layers were kept in higher precision.")
+    assert told.says("1 engine not tried, and why")
+    assert told.says("tensorrt float16 impossible: needs an NVIDIA GPU")
+
+
+def test_what_nobody_measured_has_no_column(tmp_path: Path) -> None:
+    plain = [replace(one, speeds=speeds(0.5)) if one.speeds else one for one in FOUND.candidates]
+    assert not seen(tmp_path, replace(FOUND, candidates=tuple(plain))).says("energy")
+
+
+@pytest.mark.parametrize(
+    ("goal", "gain"),
+    [
+        ("latency", "{:.2f} times as fast with one input as"),
+        ("throughput", "{:.2f} times as many inputs per second as"),
+        ("size", "{:.1f} % of the size of"),
+        ("energy", "{:.1f} % of the energy of"),
+    ],
+)
+def test_the_gain_is_that_of_the_search(tmp_path: Path, goal: str, gain: str) -> None:
+    times = EAGER.cost(goal) / INT8.cost(goal)
+    told = seen(tmp_path, replace(FOUND, goal=goal))
+    assert told.says(f"Chosen for {goal}: openvino int8, {gain.format(100 / times if '%' in gain else times)} the ref")
+
+
+def test_the_order_is_that_of_the_goal(tmp_path: Path) -> None:
+    small = replace(SLOW, size_bytes=1000)
+    told = seen(tmp_path, replace(FOUND, candidates=(EAGER, INT8, small), goal="size"))
+    assert told.says("1 inductor float32 1 1.5 2")
+    assert told.says("2 openvino int8 chosen")
+
+
+def test_the_reference_may_be_the_best(tmp_path: Path) -> None:
+    told = seen(tmp_path, replace(FOUND, chosen=EAGER, examples=5107))
+    assert told.says("Chosen for latency: eager float32, the reference itself; no other engine is clearly better.")
+    assert told.says("On all 5,107 validation examples its accuracy is 93.75 %. Measured")
+
+
+def test_too_few_examples_are_told(tmp_path: Path) -> None:
+    unsure = replace(INT8, difference=Difference(median=0.0, low=-0.0106, high=0.0106))
+    told = seen(tmp_path, replace(FOUND, chosen=unsure, candidates=(EAGER, unsure)))
+    assert told.says("So few examples can't show a loss as small as that: the interval is ±1.1 points wide.")
+
+
+def test_without_labels_there_is_no_score(tmp_path: Path) -> None:
+    reference, other = (replace(one, score=None, difference=None) for one in (EAGER, SLOW))
+    found = replace(FOUND, candidates=(reference, other), chosen=reference, labelled=False, examples=64, of_examples=64)
+    told = seen(tmp_path, replace(found, graph="not installed: onnx"))
+    assert told.says("Without labelled data only float32 was tried, and answers were compared on 64 made-up inputs.")
+    assert told.says("There is no ONNX graph: Not installed: onnx.")
+    assert told.says("up: inputs per second")
+    assert not told.says("accuracy")
+    ups = [float(dot["cy"] or 0) for dot in circles(told, "area")]
+    assert ups[0] < ups[1]  # the reference has more inputs per second
+
+
+# --- the plot --------------------------------------------------------------------------------
+
+
+def test_accepted_engines_have_a_dot_and_the_unbeaten_a_name(tmp_path: Path) -> None:
+    told = seen(tmp_path)
+    assert told.says("1: openvino int8, 0.2 ms, 93.56")
+    assert told.says("3: eager float32, 0.8 ms, 93.75")
+    dots = circles(told, "area")
+    assert len(dots) == 4  # neither refused nor failed ones
+    others, unbeaten = dots[:2], dots[2:]
+    assert sorted(float(dot["r"] or 0) for dot in unbeaten) == [4.0, 6.0]  # the chosen one is larger
+    assert {dot["r"] for dot in others} == {"4.0"}
+    across = {dot["r"]: float(dot["cx"] or 0) for dot in dots}
+    assert across["6.0"] == min(across.values())
+    # 0.2 to 0.8 ms is as far as 0.25 to 1 ms: the axis is logarithmic
+    x = sorted(float(dot["cx"] or 0) for dot in dots)
+    assert x[2] - x[0] == pytest.approx(x[3] - x[1], abs=0.3)
+    caption = re.search(r"<figcaption>Every accepted engine.*?</figcaption>", told.source)
+    assert caption is not None
+    assert re.findall(r"<strong>(\d)&nbsp;<bdi>(.*?)</bdi>", caption[0]) == [
+        ("1", "openvino int8"),
+        ("2", "onnxruntime int8 (rescued, 2 kept)"),
+    ]
+
+
+def test_the_lowest_score_that_is_tolerated_is_a_line_below_the_reference(tmp_path: Path) -> None:
+    told = seen(tmp_path)
+    assert told.says("lowest tolerated")
+    line = re.search(r'<g class="rule-line"><path d="M[\d.]+ ([\d.]+)L[\d.]+ ([\d.]+)"', told.source)
+    assert line is not None
+    assert line[1] == line[2]
+    heights = [float(dot["cy"] or 0) for dot in circles(told, "area")]
+    assert float(line[1]) > max(heights)
+    assert not seen(tmp_path, replace(FOUND, tolerance=math.nan)).says("lowest tolerated")
+
+
+def test_engines_of_one_speed_and_no_other_can_be_drawn(tmp_path: Path) -> None:
+    told = seen(tmp_path, replace(FOUND, candidates=(EAGER,), chosen=EAGER))
+    assert len(circles(told, "area")) == 1
+    assert told.says("0.5 1 accuracy, % ms for one input (p50)")  # ticks on both sides
+
+
+# --- what is missing, wrong or hostile -------------------------------------------------------
+
+
+def test_no_file_no_section(tmp_path: Path) -> None:
+    write(tmp_path / "recipe.json", {"model": "speednet"})
+    assert "Engines" not in page(tmp_path).headings()
+
+
+@pytest.mark.parametrize("told", [{}, {"found": None}, {"found": {}}, {"found": {"candidates": []}}])
+def test_a_file_without_candidates_has_no_section(tmp_path: Path, told: Any) -> None:
+    assert "Engines" not in page(run_with(tmp_path, told)).headings()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"found": ', b"[1, 2]", b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (run_with(tmp_path, {}) / "model" / "engines" / "engines.json").write_bytes(content)
+    with pytest.raises(DamagedFile, match=r"engines\.json"):
+        report(tmp_path)
+
+
+def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
+    told = engines()
+    told["found"]["candidates"][1]["score"] = "high"
+    with pytest.raises(DamagedFile, match=r"engines\.json.*found\.candidates\.1\.score"):
+        report(run_with(tmp_path, told))
+
+
+def parts(value: Any, *path: Any) -> list[tuple[Any, ...]]:
+    """The ways to every field, those of the first of a list only."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    return [found for key, item in items for found in ((*path, key), *parts(item, *path, key))]
+
+
+def test_any_field_may_be_missing(tmp_path: Path) -> None:
+    whole = json.dumps(engines())
+    for *way, last in parts(json.loads(whole)):
+        told = holder = json.loads(whole)
+        for key in way:
+            holder = holder[key]
+        if isinstance(holder, dict):  # what stands in a list is a record, not a field
+            del holder[last]
+            assert not re.search(r"\b(nan|inf|None)\b", page(run_with(tmp_path, told)).words), (*way, last)
+
+
+def test_hostile_names_and_numbers_are_only_shown(tmp_path: Path) -> None:
+    hostile_engines(run_with(tmp_path, {}))
+    told = page(tmp_path)
+    assert "<script" not in told.source
+    assert "onerror" not in {key for _, attrs in told.tags for key in attrs}
+    assert told.count("img") == 0
+    section = told.source.partition('<section id="engines"')[2].partition("</section>")[0]
+    assert section.count("&lt;script&gt;") > 20
+    assert told.says(f"Chosen for {HOSTILE}: {HOSTILE} {'x' * 400}")
+    assert not re.search(r"\b(nan|inf|None)\b", told.words)
