@@ -38,6 +38,7 @@ def test_public_names() -> None:
         "bench",
         "device",
         "evaluate",
+        "export",
         "load",
         "optimize",
         "predict",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from suanli.verbs.bench import bench
     from suanli.verbs.device import device
     from suanli.verbs.evaluate import evaluate
+    from suanli.verbs.export import export
     from suanli.verbs.optimize import optimize
     from suanli.verbs.predict import predict
     from suanli.verbs.prepare import prepare
@@ -53,6 +54,7 @@ __all__ = [
     "bench",
     "device",
     "evaluate",
+    "export",
     "load",
     "optimize",
     "predict",
@@ -63,7 +65,7 @@ __all__ = [
     "train",
 ]
 
-_VERBS = {"bench", "device", "evaluate", "optimize", "predict", "prepare", "report", "run", "train"}
+_VERBS = {"bench", "device", "evaluate", "export", "optimize", "predict", "prepare", "report", "run", "train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ slows all of them; what is far behind in every respect gets no further turns.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -324,8 +325,8 @@ class Autotuner:
     def _sensitive(self) -> list[str]:
         """Names of layers, the one that int8 hurts most first; measured once."""
         if self._layers is None:
-            if missing := _missing(("onnxruntime",)):
-                raise Lost(missing)
+            if importlib.util.find_spec("onnxruntime") is None:
+                raise Lost("not installed: onnxruntime")
             with Host() as host:
                 found = host.ask(
                     max(10.0, self.left_s() / 2),

@@ -275,6 +275,22 @@ def _optimize(
         result.shown = lambda: table(found)
 
 
+@app.command("export", help="Write a trained model as a plain file, for use without suanli.")
+def _export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or its model/ folder.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, pt2 or safetensors (weights alone).")],
+    out: Annotated[Path | None, typer.Option(help="The file or folder; default: <run>.<form>, here.")] = None,
+    trust_code: TrustCode = False,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.export import export, told
+
+        made = export(run, to=to, out=out, trust_code=trust_code)
+        result.values = {"run": str(run)} | made.to_json()
+        result.shown = lambda: told(made)
+
+
 @app.command("report", help="Write the run's report, one HTML page.")
 def _report(
     run: RunDir,

@@ -45,6 +45,7 @@ def _with_one(quantized: Any, whole: Any, layer: str) -> Any:
     floats = {tensor.name: tensor for tensor in whole.graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
     there: set[str] = set()
+    own = {output for node in graph.node if node.name == layer for output in node.output}
 
     def undone(name: str) -> str:
         """The float value behind a dequantized one."""
@@ -52,8 +53,8 @@ def _with_one(quantized: Any, whole: Any, layer: str) -> Any:
         if node is None or node.op_type != "DequantizeLinear":
             return name
         before = made_by.get(node.input[0])
-        if before is not None:
-            return undone(before.input[0])
+        if before is not None:  # what this layer gives is rounded, too
+            return name if before.input[0] in own else undone(before.input[0])
         original = node.input[0].removesuffix("_quantized")
         if original not in floats:
             return name

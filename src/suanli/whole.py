@@ -6,9 +6,9 @@ engine can't be fed inputs that were normalised otherwise.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +39,11 @@ def example(preprocess: Preprocess, batch: int) -> torch.Tensor:
     return torch.from_numpy(np.zeros((batch, *preprocess.row_shape), preprocess.row_dtype))
 
 
-def write_onnx(saved: SavedModel, path: Path) -> None:
+def write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """The model as one ONNX file of float32 operations with any batch size.
 
-    Input "rows" (B, *row_shape), output "probabilities" (B, K); names of classes and the first half of preprocessing
-    are in its metadata, as JSON. Raises MachineError for a network that can't be exported, with the exporter's reason.
+    Input "rows" (B, *row_shape), output "probabilities" (B, K). Raises MachineError for a network that can't be
+    exported, with the exporter's reason, whose batch size it fixes, or that one file can't hold.
     """
     whole = Whole(saved)
     rows = example(saved.preprocess, 3)  # a batch of one would be taken for a constant
@@ -65,18 +65,27 @@ def write_onnx(saved: SavedModel, path: Path) -> None:
                 verbose=False,
             )
             assert program is not None
-            about = {"kind": saved.preprocess.kind, "settings": saved.preprocess.settings()}
-            program.model.metadata_props.update(
-                {"classes": json.dumps(saved.classes, ensure_ascii=False), "preprocess": json.dumps(about)}
-            )
+            graph = program.model.graph
+            for node in graph.all_nodes():
+                node.metadata_props.clear()  # where in whose source code it came from is nobody's business
+            program.model.metadata_props.update(metadata or {})
             program.save(str(path))
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-        raise MachineError(
-            f"This network can't be written as ONNX ({reason(error)}).",
-            fix="Engines that need no ONNX still work: eager and inductor.",
-        ) from error
+        raise _not_onnx(reason(error)) from error
     finally:
         noisy.setLevel(level)
+    shape = graph.outputs[0].shape
+    if shape is None or isinstance(shape[0], int):
+        path.unlink()
+        raise _not_onnx("it fixes the batch size; a network must take x.shape[0], not len(x)")
+    if path.with_name(f"{path.name}.data").exists():  # where the exporter puts what one file can't hold
+        raise _not_onnx("it is larger than one file may be, about 2 GB")
+
+
+def _not_onnx(why: str) -> MachineError:
+    return MachineError(
+        f"This network can't be written as ONNX ({why}).", fix="What needs no ONNX still works: PyTorch's own engines."
+    )
 
 
 def reason(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from suanli import engine_store, hardware, plugins
 from suanli.autotune import GOALS, Autotuner, Candidate, Found, Subject
 from suanli.console import duration, warn
+from suanli.energy import counters
 from suanli.errors import DataError, MachineError, RunBusy, UsageError, unknown
 from suanli.hosts import Lost
 from suanli.rundir import Run, is_run, measurement
@@ -84,6 +85,11 @@ def optimize(
     folder = model_folder(subject)
     saved = load_model(folder, trust_code=trust_code)
     target = hardware.detect(device)
+    if goal == "energy" and not counters(target):
+        raise MachineError(
+            f"The energy that {target.name} takes can't be read here.",
+            fix="Choose another goal; on most machines only root may read it.",
+        )
     examples = _examples(subject, saved, data, cache_dir)
     with _work(folder / engine_store.FOLDER) as work:
         tuner = Autotuner(

@@ -1,0 +1,354 @@
+"""Plain files for use without suanli: each is read here by a process that has nothing of suanli in it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import suanli
+from suanli.cli import main
+from suanli.errors import MachineError, StorageError, pip_install
+from suanli.preprocess.image import ImagePreprocess
+from suanli.saved import load_model, save_model
+from suanli.types import Recipe
+
+module = importlib.import_module("suanli.verbs.export")
+
+SUFFIXES = {"onnx": ".onnx", "openvino": "-openvino", "pt2": ".pt2", "safetensors": ".safetensors"}
+GRAPHS = ("onnx", "openvino", "pt2")
+
+# As a user would read them; not the source that the verb runs.
+READERS = {
+    "onnx": """
+import onnx, onnxruntime
+for item in onnx.load(path).metadata_props:
+    about[item.key] = item.value
+answers = onnxruntime.InferenceSession(path).run(["probabilities"], {"rows": rows})[0]
+""",
+    "openvino": """
+sys.modules["openvino_telemetry"] = None
+import xml.etree.ElementTree as tree
+import openvino
+for item in tree.parse(path + "/model.xml").find("rt_info"):
+    about[item.tag] = item.get("value")
+answers = openvino.compile_model(path + "/model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(rows)[0]
+""",
+    "pt2": """
+import torch
+about = {"classes.json": "", "preprocess.json": "", "rows.json": ""}
+program = torch.export.load(path, extra_files=about)
+about = {name.split(".")[0]: text for name, text in about.items()}
+answers = program.module()(torch.from_numpy(rows)).numpy()
+""",
+    "safetensors": """
+from safetensors import safe_open
+with safe_open(path, framework="np") as file:
+    about = file.metadata()
+    answers = file.get_tensor("head.weight")
+""",
+}
+
+
+def read_apart(form: str, path: Path, rows: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Probabilities (weights of the head for safetensors) and metadata, by a process without suanli."""
+    np.save("rows.npy", rows)
+    code = (
+        f"import json, sys, numpy\npath, about, rows = sys.argv[1], {{}}, numpy.load('rows.npy')\n{READERS[form]}\n"
+        "numpy.save('answers.npy', answers)\n"
+        "assert 'suanli' not in sys.modules\n"
+        "json.dump(about, open('about.json', 'w'))\n"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return np.load("answers.npy"), json.loads(Path("about.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> suanli.Run:
+    place = tmp_path_factory.mktemp("trained")
+    return suanli.train(
+        "digits", epochs=2, speedups="none", threads=1, out=place / "digits-1", cache_dir=place / "cache"
+    )
+
+
+@pytest.fixture(scope="module")
+def digits() -> np.ndarray:
+    """Real inputs, (40, 8, 8) uint8."""
+    from sklearn.datasets import load_digits
+
+    return np.rint(load_digits().images[:40] * (255 / 16)).astype(np.uint8)
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest) -> str:
+    for package in module.FORMS[request.param].packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: {pip_install('suanli[engines]')}")
+    return str(request.param)
+
+
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """The current directory holds afterwards what it held before."""
+    before = sorted(os.listdir("."))
+    yield
+    assert sorted(os.listdir(".")) == before
+
+
+every_form = pytest.mark.parametrize("form", list(SUFFIXES), indirect=True)
+
+
+@every_form
+def test_the_file_answers_as_the_model_without_suanli(form: str, run: suanli.Run, digits: np.ndarray) -> None:
+    made = suanli.export(run, to=form)
+    assert made.path == Path(f"digits-1{SUFFIXES[form]}")
+    assert sorted(os.listdir(".")) == [made.path.name]  # what was in work is gone
+    files = [made.path] if made.path.is_file() else list(made.path.iterdir())
+    assert made.size_bytes == sum(file.stat().st_size for file in files) > 1_000_000
+    here = str(Path(suanli.__file__).parent).encode()
+    assert not any(here in file.read_bytes() for file in files)  # names no files of this machine
+
+    found, about = read_apart(form, made.path, digits[..., None])
+    assert json.loads(about["classes"]) == [str(i) for i in range(10)]
+    preprocess = json.loads(about["preprocess"])
+    assert preprocess == load_model(run.model_path).card["preprocess"]
+    assert [preprocess["settings"][name] for name in ("height", "width", "channels")] == [8, 8, 1]
+    if form == "safetensors":
+        assert made.difference is None
+        assert np.array_equal(found, load_model(run.model_path).module.state_dict()["head.weight"].numpy())
+        assert about["model"] == "speednet"
+        assert json.loads(about["model_args"]) == {"classes": 10, "in_channels": 1, "image_size": [8, 8]}
+        return
+    assert made.difference is not None
+    assert made.difference < 1e-4
+    assert json.loads(about["rows"])["shape"] == [8, 8, 1]
+    predictor = suanli.load(run, engine="reference", device="cpu", threads=1)
+    rows = np.stack([predictor.encode(picture) for picture in digits])
+    assert np.array_equal(rows, digits[..., None])  # at their own size pictures are rows already
+    expected = predictor.probabilities(rows)
+    assert found.shape == (40, 10)
+    assert np.abs(found - expected).max() < 1e-4
+    assert np.ptp(expected, axis=0).min() > 0.5  # answers that differ from input to input
+
+
+@pytest.mark.parametrize("form", ["openvino"], indirect=True)
+def test_a_text_model_with_the_vocabulary_in_its_metadata(form: str, text_table: Path) -> None:
+    run = suanli.train(text_table, epochs=2, speedups="none", threads=1, out="reviews-1")
+    made = suanli.export(run.model_path, to=form)  # a model folder has the name of its run
+    assert made.path.name == f"reviews-1{SUFFIXES[form]}"
+
+    texts = ["great lovely fine film", "dull awful story", "zebra , poor plot"]
+    # From words to rows by the metadata alone: padding is 0, what is unknown 1, the vocabulary follows.
+    settings = load_model(run.model_path).card["preprocess"]["settings"]
+    ids = {word: i for i, word in enumerate(settings["vocabulary"], start=2)}
+    rows = np.zeros((len(texts), settings["length"]), np.int32)
+    for row, text in zip(rows, texts, strict=True):
+        words = text.split()[: settings["length"]]
+        row[: len(words)] = [ids.get(word, 1) for word in words]
+    found, about = read_apart(form, made.path, rows)
+    assert json.loads(about["preprocess"]) == {"kind": "text", "settings": settings}
+    answers = suanli.load(run, engine="reference", device="cpu", threads=1).predict(texts)
+    classes = json.loads(about["classes"])
+    expected = [[answer.probabilities[name] for name in classes] for answer in answers]
+    assert np.abs(found - expected).max() < 1e-4
+
+
+@every_form
+@pytest.mark.usefixtures("untouched")
+def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
+    form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sign of the output layer is turned on disk; the file can still be read."""
+    check = module._checked
+    weights = load_model(run.model_path).module.state_dict()["head.weight"].numpy()
+
+    def spoil_and_check(saved: Any, made: Path, *rest: Any) -> Any:
+        file = made / "model.bin" if made.is_dir() else made
+        content = file.read_bytes()
+        spoiled = content.replace(weights.tobytes(), (-weights).tobytes())
+        assert spoiled != content
+        file.write_bytes(spoiled)
+        return check(saved, made, *rest)
+
+    monkeypatch.setattr(module, "_checked", spoil_and_check)
+    says = r"up to 0\.\d+ apart" if form in GRAPHS else "weights are not the model's"
+    with pytest.raises(suanli.GateError, match=says):
+        suanli.export(run, to=form)
+
+
+@pytest.mark.parametrize("form", ["onnx", "safetensors"], indirect=True)
+@pytest.mark.usefixtures("untouched")
+def test_a_file_that_was_cut_short_is_refused(form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = module._checked
+
+    def cut_and_check(saved: Any, made: Path, *rest: Any) -> Any:
+        os.truncate(made, made.stat().st_size // 2)
+        return check(saved, made, *rest)
+
+    monkeypatch.setattr(module, "_checked", cut_and_check)
+    with pytest.raises(MachineError, match="can't be used without suanli"):
+        suanli.export(run, to=form)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_a_file_that_needs_suanli_is_refused(run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = module.FORMS["safetensors"]
+    monkeypatch.setitem(module.FORMS, "safetensors", replace(form, read=f"import suanli\n{form.read}"))
+    with pytest.raises(MachineError, match="reading it needs suanli"):
+        suanli.export(run, to="safetensors")
+
+
+BRANCHES = """
+import torch
+from torch import nn
+
+class Branches(nn.Module):
+    '''Which way it goes depends on the values of a batch, which no graph can hold.'''
+
+    def __init__(self, classes):
+        super().__init__()
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(x) if x.sum() > 0 else -self.head(x)
+
+def build(*, classes):
+    return Branches(classes)
+"""
+
+
+@every_form
+def test_a_network_that_no_graph_can_hold(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(os.getcwd())
+    Path("branching.py").write_text(BRANCHES)
+    sys.modules.pop("branching", None)
+    network = importlib.import_module("branching").build(classes=2)
+    preprocess = ImagePreprocess(height=8, width=8, channels=1)
+    recipe = Recipe(name="own", model="branching:build")
+    save_model(Path("net"), network, recipe=recipe, preprocess=preprocess, classes=("a", "b"), data=None)
+    with pytest.raises(suanli.UsageError, match="--trust-code"):
+        suanli.export("net", to=form)
+    before = sorted(os.listdir("."))
+    if form == "safetensors":  # has no graph
+        assert suanli.export("net", to=form, trust_code=True).path.name == "net.safetensors"
+        return
+    with pytest.raises(MachineError, match=r"can't be written as .*\(.*data-dependent.*\).* --to") as failed:
+        suanli.export("net", to=form, trust_code=True)
+    assert "safetensors" in failed.value.fix
+    assert sorted(os.listdir(".")) == before
+
+
+@pytest.mark.parametrize("form", ["onnx"], indirect=True)
+def test_a_graph_for_one_size_of_batch_is_refused(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`len` of a batch is a plain number, and the exporter takes it for a constant without a word."""
+    monkeypatch.syspath_prepend(os.getcwd())
+    Path("fixed.py").write_text(
+        BRANCHES.replace("x.flatten(1)", "x.reshape(len(x), 64)").replace("if x.sum() > 0", "if 1")
+    )
+    network = importlib.import_module("fixed").build(classes=2)
+    preprocess = ImagePreprocess(height=8, width=8, channels=1)
+    recipe = Recipe(name="own", model="fixed:build")
+    save_model(Path("net"), network, recipe=recipe, preprocess=preprocess, classes=("a", "b"), data=None)
+    with pytest.raises(MachineError, match="it fixes the batch size"):
+        suanli.export("net", to=form, trust_code=True)
+    assert not [name for name in os.listdir(".") if "export" in name or name.endswith(".onnx")]
+
+
+@every_form
+def test_what_exists_is_refused(form: str, run: suanli.Run) -> None:
+    target = Path(f"digits-1{SUFFIXES[form]}")
+    target.write_text("mine")
+    with pytest.raises(suanli.UsageError, match="exists"):
+        suanli.export(run, to=form)
+    assert target.read_text() == "mine"
+    folder = Path("folder")
+    (folder / "inner").mkdir(parents=True)
+    with pytest.raises(suanli.UsageError, match="exists"):
+        suanli.export(run, to=form, out=folder)
+    Path("nowhere").symlink_to("gone")
+    with pytest.raises(suanli.UsageError, match="exists"):
+        suanli.export(run, to=form, out="nowhere")
+
+
+@pytest.mark.parametrize("form", ["openvino"], indirect=True)
+def test_an_empty_folder_is_filled_and_another_writer_is_noticed(
+    form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("empty").mkdir()
+    made = suanli.export(run, to=form, out="empty")
+    assert sorted(p.name for p in made.path.iterdir()) == ["model.bin", "model.xml"]
+
+    check = module._checked
+
+    def check_while_another_writes(*given: Any) -> Any:
+        Path("late").mkdir()
+        Path("late/theirs").touch()
+        return check(*given)
+
+    monkeypatch.setattr(module, "_checked", check_while_another_writes)
+    with pytest.raises(suanli.UsageError, match="late exists"):
+        suanli.export(run, to=form, out="late")
+    assert os.listdir("late") == ["theirs"]
+
+
+@every_form
+@pytest.mark.usefixtures("untouched")
+def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match="Can't write /proc/nothing/model"):
+        suanli.export(run, to=form, out="/proc/nothing/model")
+    # A disk that is full, for this process alone: no file may grow beyond 200 kB.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write: Callable[..., None] = module.FORMS[form].write
+
+    def write_little(*given: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        try:
+            write(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setitem(module.FORMS, form, replace(module.FORMS[form], write=write_little))
+    with pytest.raises(StorageError, match="File too large"):
+        suanli.export(run, to=form, out="new/folder/model")
+
+
+@pytest.mark.usefixtures("untouched")
+def test_words_that_can_not_be_used(run: suanli.Run) -> None:
+    with pytest.raises(suanli.UsageError, match=r"Did you mean 'onnx'\? Allowed: onnx, openvino, pt2, safetensors"):
+        suanli.export(run, to="onx")
+    with pytest.raises(suanli.DataError, match="There is nothing at"):
+        suanli.export("nowhere", to="onnx")
+
+
+@pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("openvino", "openvino")])
+@pytest.mark.usefixtures("untouched")
+def test_a_missing_package_is_named(to: str, package: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MachineError, match=rf"needs .*{package}.*pip install 'suanli\[engines\]'"):
+        suanli.export(run, to=to)
+
+
+def test_the_command(run: suanli.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run.path), "--to", "safetensors", "--out", "weights.safetensors"])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "weights.safetensors (1.1 MB): every tensor is the model's." in shown
+    assert "Use it: safetensors.torch.load_file('weights.safetensors')" in shown
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run.path), "--to", "safetensors", "--out", "weights.safetensors", "--json"])
+    assert ended.value.code == 2
+    assert "exists" in json.loads(capsys.readouterr().out)["error"]
