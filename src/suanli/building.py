@@ -242,7 +242,7 @@ def load_weights(module: nn.Module, path: Path, head: str, *, new_head: bool = F
     if new_head or in_head & skipped.keys():
         skipped |= dict.fromkeys(in_head - skipped.keys(), "part of a head for other classes")
     fitting = {name: tensor for name, tensor in tensors.items() if name not in skipped}
-    if fitting.keys() <= in_head:
+    if not fitting or (fitting.keys() <= in_head and any(not name.startswith(f"{head}.") for name in state)):
         raise DataError(
             f"{path} doesn't fit the model: it has {_few([*tensors, *skipped])}, the model {_few(state)}.",
             fix="Choose the model that these weights were trained with.",

@@ -250,7 +250,10 @@ def _bench(
 
 @app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")
 def _optimize(
-    subject: Annotated[Path, typer.Argument(metavar="SUBJECT", help="A run directory or its model/ folder.")],
+    subject: Annotated[
+        str,
+        typer.Argument(metavar="SUBJECT", help="A run, a model/ folder, an .onnx file, or package.module:function."),
+    ],
     goal: Annotated[str, typer.Option("--for", help="latency, throughput, size or energy.")] = "latency",
     tolerance: Annotated[
         float | None, typer.Option(help="Loss of the headline score that is accepted, as a fraction.")
@@ -261,12 +264,18 @@ def _optimize(
     data: Annotated[
         Path | None, typer.Option(help="Labelled data to calibrate with and to examine on; default: the run's.")
     ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Of a function's network (.safetensors).")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels of a foreign network's pictures: 224, or 224x160.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Of each channel, white is 1: 0.485,0.456,0.406.")] = None,
+    std: Annotated[str | None, typer.Option(help="Of each channel: 0.229,0.224,0.225.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the engines of a foreign network go.")] = None,
     device: DeviceName = "auto",
     cache_dir: CacheDir = None,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    options = {k: v for k, v in locals().items() if k != "as_json"}
+    options = {k: v for k, v in locals().items() if k not in ("as_json", "mean", "std")}
+    options |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
     with _result(as_json) as result:
         from suanli.verbs.optimize import optimize, table
 
@@ -344,6 +353,16 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
     from suanli.settings import parse
 
     return dict(parse(s) for s in settings)
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    """ "0.5,0.4,0.3" as numbers."""
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"{option} takes numbers separated by commas, not {text!r}.", fix="Such as 0.5,0.4,0.3."
+        ) from error
 
 
 def _last_validation(run: Any) -> dict[str, float]:

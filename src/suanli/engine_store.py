@@ -4,7 +4,8 @@
     <engine>-<precision>-<digest>/          the files of one engine
 
 Names of classes and preprocessing are in engines.json, so the folder can be copied alone. It is written last and at
-once: a folder with an engines.json is whole. What it doesn't name is left over from before and is removed.
+once: a folder with an engines.json is whole. What it doesn't name is left over from before and is removed. Engines that
+hold machine code run only where they were made, or where the user trusts them: a mark of each is left in the cache.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from suanli import hardware
 from suanli.errors import DamagedFile
 from suanli.gpus import nvidia_driver
+from suanli.places import cache_dir
 from suanli.rundir import now
 from suanli.storage import read_json, write_json, writing
 from suanli.types import Device, Json
@@ -48,10 +50,12 @@ def save(folder: Path, engines: Sequence[Kept], *, device: Device, about: Mappin
     with writing(folder):
         for kept in engines:
             files = _files(kept.folder)
-            text = "".join(f"{name}:{file['blake2b']};" for name, file in sorted(files.items()))
-            name = f"{kept.engine}-{kept.precision}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+            name = f"{kept.engine}-{kept.precision}-{_digest(files, 4)}"
             if not (folder / name).exists():
                 shutil.copytree(kept.folder, folder / name)
+            if not kept.portable:
+                _mark(files).parent.mkdir(parents=True, exist_ok=True)
+                _mark(files).touch()
             entries[name] = {
                 "engine": kept.engine,
                 "precision": kept.precision,
@@ -103,6 +107,20 @@ def read(folder: Path) -> dict[str, Json] | None:
             f"{folder / INDEX} has a format that this version can't read.", fix="Make it again: suanli optimize RUN."
         )
     return dict(index)
+
+
+def _mark(files: Mapping[str, Json]) -> Path:
+    return cache_dir() / "engines" / _digest(files, 16)
+
+
+def _digest(files: Mapping[str, Json], size: int) -> str:
+    text = "".join(f"{name}:{file['blake2b']};" for name, file in sorted(files.items()))
+    return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
+
+
+def made_here(entry: Mapping[str, Json]) -> bool:
+    """Whether this user made the engine on this machine, or its files are no machine code."""
+    return bool(entry["portable"]) or _mark(entry["files"]).exists()
 
 
 def why_not_here(entry: Mapping[str, Json], tuned_on: Mapping[str, Json], device: Device) -> str | None:

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 
 from suanli import hardware, planner, planning, probe
-from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import UsageError
 from suanli.learner import Learner, Loss, Numbers, active, call, each, tensors
+from suanli.places import cache_dir as cache_dir_of
 from suanli.types import AnyPath, Device, Plan, Step
 
 

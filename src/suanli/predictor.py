@@ -18,7 +18,7 @@ import numpy as np
 
 from suanli import engine_store, hardware
 from suanli.console import warn
-from suanli.errors import BadInput, DataError, UsageError, unknown
+from suanli.errors import BadInput, DataError, MachineError, UsageError, unknown
 from suanli.plugins import load as load_plugin
 from suanli.saved import model_folder, read_card
 from suanli.types import AnyPath, Json, Loaded, Placement, Preprocess, Raw
@@ -124,7 +124,8 @@ def load(
     """The model of a run or a model folder, ready to answer.
 
     `engine`: "auto" takes the one that `suanli optimize` chose, where it holds on this machine, else the reference
-    among its engines, else PyTorch in float32; "reference" is PyTorch in float32; any other name is one of the
+    among its engines, else PyTorch in float32; "reference" is PyTorch in float32, or where there are engines alone
+    the reference among them; any other name is one of the
     engines that were kept, such as "openvino-int8". Raises DataError where there is no model, DamagedFile for
     files that were altered, UsageError for an engine that isn't there.
     """
@@ -132,8 +133,10 @@ def load(
         raise UsageError(f"{threads} threads can't compute.", fix="Give 1 or more.")
     folder = model_folder(model)
     there = folder if (folder / engine_store.INDEX).exists() else folder / engine_store.FOLDER
-    index = None if engine == "reference" else engine_store.read(there)
-    if index is not None and (name := _usable(index, there, folder, engine, device)) is not None:
+    own = (folder / "model.json").exists()  # else there are engines alone
+    index = None if engine == "reference" and own else engine_store.read(there)
+    name = None if index is None else _usable(index, there, folder if own else None, engine, device, trust_code)
+    if index is not None and name is not None:
         entry = index["engines"][name]
         engine_store.check(there / name, entry)
         target = hardware.detect("cpu") if index["machine"]["type"] == "cpu" else hardware.detect(device)
@@ -159,26 +162,44 @@ def load(
     )
 
 
-def _usable(index: dict[str, Json], there: Path, folder: Path, engine: str, device: str) -> str | None:
-    """The name of the engine to run; None: PyTorch, from the model folder itself."""
-    if (folder / "model.json").exists() and read_card(folder)["weights"]["blake2b"] != index.get("weights"):
+def _usable(
+    index: dict[str, Json], there: Path, folder: Path | None, engine: str, device: str, trust_code: bool
+) -> str | None:
+    """The name of the engine to run; None: PyTorch, from the model's own `folder`. Without one, it is an engine."""
+    if folder is not None and read_card(folder)["weights"]["blake2b"] != index.get("weights"):
         warn(f"The engines in {there} belong to other weights and are not used; make new ones: suanli optimize.")
         return None
+    entries, reference = index["engines"], str(index["reference"])
+    if engine == "reference":
+        return reference
     if engine != "auto":
-        return next((name for name in index["engines"] if name == engine or name.startswith(f"{engine}-")), None)
-    if device not in ("auto", index["machine"]["type"]):
+        named = next((name for name in entries if name == engine or name.startswith(f"{engine}-")), None)
+        if named is not None and not (trust_code or engine_store.made_here(entries[named])):
+            raise UsageError(
+                f"{there / named} is machine code that was not made here.",
+                fix="If you trust where it comes from, run it with --trust-code.",
+            )
+        return named
+    if folder is not None and device not in ("auto", index["machine"]["type"]):
         return None
-    chosen = index["chosen"]
-    here = hardware.detect(index["machine"]["type"] if index["machine"]["type"] == "cpu" else device)
-    reason = engine_store.why_not_here(index["engines"][chosen], index["machine"], here)
+    chosen = str(index["chosen"])
+    here = hardware.detect("cpu" if index["machine"]["type"] == "cpu" else device)
+    reason = engine_store.why_not_here(entries[chosen], index["machine"], here)
+    if reason is None and not (trust_code or engine_store.made_here(entries[chosen])):
+        reason = "the machine where it was made: it is machine code, and runs here only with --trust-code"
     if reason is None:
-        return str(chosen)
-    reference = index["reference"]
-    entry = index["engines"][reference]
-    falls_back = entry["portable"] and engine_store.absent(entry) is None
-    told = f"{entry['engine']} {entry['precision']}" if falls_back else "PyTorch in float32"
+        return chosen
+    entry = entries[reference]
+    missing = engine_store.absent(entry)
+    usable = entry["portable"] and missing is None
+    if not usable and folder is None:
+        raise MachineError(
+            f"{chosen} was chosen for {reason}; {reference} needs {missing or 'the machine where it was made'}.",
+            fix="Install what is missing, or make engines here: suanli optimize.",
+        )
+    told = f"{entry['engine']} {entry['precision']}" if usable else "PyTorch in float32"
     warn(f"{chosen} was chosen for {reason}; {told} is used instead. To tune for this machine: suanli optimize.")
-    return str(reference) if falls_back else None
+    return reference if usable else None
 
 
 def _named(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:

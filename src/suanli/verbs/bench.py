@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from suanli import hardware, planner, planning, probe
 from suanli.assembly import Assembly
 from suanli.console import size, warn
-from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import GateError, MachineError
 from suanli.forecast import enough_memory
 from suanli.ladder import ROUNDS, check, climb
+from suanli.places import cache_dir as cache_dir_of
 from suanli.plans import Store
 from suanli.rundir import Run, measurement, refuse_inside, refuse_occupied
 from suanli.rungs import Ladder, Phase, Rung

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from suanli import hardware
 from suanli.console import plural, size
-from suanli.data import cache_dir as cache_dir_of
-from suanli.data import data_dir
 from suanli.errors import pip_install
 from suanli.gpus import Gpu, gpus, hidden, nvidia_driver
+from suanli.places import cache_dir as cache_dir_of
+from suanli.places import data_dir
 from suanli.probe import Ceilings, known, title
 from suanli.probe import probe as measured
 from suanli.types import AnyPath, Json

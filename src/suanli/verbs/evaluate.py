@@ -19,11 +19,12 @@ from suanli.augmentation import compose
 from suanli.cache import prepare_source
 from suanli.check import refuse_bad_share
 from suanli.console import Progress, say
-from suanli.data import Feed, data_dir, find_source
-from suanli.data import cache_dir as cache_dir_of
+from suanli.data import Feed, find_source
 from suanli.errors import DataError, unknown
 from suanli.inference import infer
 from suanli.loop import validation_batch
+from suanli.places import cache_dir as cache_dir_of
+from suanli.places import data_dir
 from suanli.rundir import Run, measurement
 from suanli.saved import SavedModel, add_scores, load_model
 from suanli.types import SPLITS, AnyPath, Columns, Device, Json, Split, Step

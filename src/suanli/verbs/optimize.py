@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from suanli import engine_store, hardware, plugins
-from suanli.autotune import GOALS, Autotuner, Candidate, Found, Subject
-from suanli.console import duration, warn
+from suanli.autotune import GOALS, Autotuner, Candidate, Found
+from suanli.console import duration
 from suanli.energy import counters
-from suanli.errors import DataError, MachineError, RunBusy, UsageError, unknown
+from suanli.errors import MachineError, RunBusy, UsageError, unknown
 from suanli.hosts import Lost
-from suanli.rundir import Run, is_run, measurement
-from suanli.saved import SavedModel, load_model, model_folder
+from suanli.rundir import Run, measurement
 from suanli.settings import seconds
 from suanli.storage import writing
-from suanli.types import AnyPath, Device, Engine, Json, Split
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.types import AnyPath, Device, Engine, Json
+from suanli.verbs._subjects import Given, Options, understood
 
 if TYPE_CHECKING:
     from rich.console import Group
-
-CALIBRATION = 300  # training examples
-MADE_UP = 64  # examples where there is no data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,16 +55,25 @@ def optimize(
     time_budget: str | float = "3m",
     engines: str | None = None,
     data: AnyPath | None = None,
+    weights: AnyPath | None = None,
+    size: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    out: AnyPath | None = None,
     device: str = "auto",
     cache_dir: AnyPath | None = None,
     trust_code: bool = False,
 ) -> Optimized:
     """Build every engine that this machine can run, refuse those whose answers aren't right, keep the best.
 
-    `subject` is a run or a model folder. `goal` is "latency" (one input), "throughput", "size" or "energy";
-    `tolerance` the loss of the headline score, as a fraction, that is accepted (default: the task's);
-    `time_budget` the time for all of it. Calibration and examination use the data of the run, or `data`; without,
-    only engines that keep float32 are tried. Raises MachineError where no engine meets `max_latency_ms`.
+    `subject` is a run, a model folder, an .onnx file of any framework, or "package.module:function", which builds a
+    network, with `weights` (.safetensors). `goal` is "latency" (one input), "throughput", "size" or "energy";
+    `tolerance` the loss of the headline score, as a fraction, that is accepted (default: the task's); `time_budget`
+    the time for all of it. Calibration and examination use the data of the run, or `data`; without, only engines that
+    keep float32 are tried. `mean` and `std` of each channel (white is 1) and `size` ("224", "224x160") say what a
+    foreign network learned with. Engines go into the model folder; for a foreign one into `out`.
+
+    Raises MachineError where no engine meets `max_latency_ms`, and what reading the subject raises.
     """
     if goal not in GOALS:
         raise unknown("goal", goal, GOALS)
@@ -82,22 +85,23 @@ def optimize(
         raise UsageError(f"A latency of {max_latency_ms} ms can't be met.", fix="Give milliseconds above 0.")
     names = _names(engines)
     budget_s = seconds(time_budget)
-    folder = model_folder(subject)
-    saved = load_model(folder, trust_code=trust_code)
     target = hardware.detect(device)
     if goal == "energy" and not counters(target):
         raise MachineError(
             f"The energy that {target.name} takes can't be read here.",
             fix="Choose another goal; on most machines only root may read it.",
         )
-    examples = _examples(subject, saved, data, cache_dir)
-    with _work(folder / engine_store.FOLDER) as work:
+    options = Options(
+        data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
+    )
+    given = understood(subject, options)
+    with _work(given.engines) as work:
         tuner = Autotuner(
-            _subject(folder, saved, examples, trust_code),
+            given.subject(work),
             target,
             work,
             goal=goal,
-            tolerance=saved.task.tolerance if tolerance is None else tolerance,
+            tolerance=given.task.tolerance if tolerance is None else tolerance,
             budget_s=budget_s,
             engines=names,
             max_latency_s=None if max_latency_ms is None else max_latency_ms / 1000,
@@ -113,20 +117,20 @@ def optimize(
                 fix="Allow more, choose a smaller model, or a faster machine.",
             )
         index = engine_store.save(
-            folder / engine_store.FOLDER,
+            given.engines,
             [_kept(tuner, c, found) for c in _worth_keeping(found)],
             device=target,
             about={
-                "weights": saved.card["weights"]["blake2b"],
-                "classes": list(saved.classes),
-                "preprocess": saved.card["preprocess"],
-                "headline": saved.task.headline,
+                "weights": given.weights,
+                "classes": list(given.classes),
+                "preprocess": {"kind": given.preprocess.kind, "settings": given.preprocess.settings()},
+                "headline": given.task.headline,
                 "found": found.to_json(),
             },
         )
-    if is_run(subject):
-        _record(Run.open(subject), saved, target, found)
-    return Optimized(path=folder / engine_store.FOLDER, found=found, index=index)
+    if given.run is not None:
+        _record(given.run, given, target, found)
+    return Optimized(path=given.engines, found=found, index=index)
 
 
 def _names(given: str | None) -> list[str] | None:
@@ -138,65 +142,6 @@ def _names(given: str | None) -> list[str] | None:
     if not names:
         raise UsageError("No engine is named.", fix=f"Name some of: {', '.join(plugins.names('engines'))}.")
     return names
-
-
-def _examples(
-    subject: AnyPath, saved: SavedModel, data: AnyPath | None, cache_dir: AnyPath | None
-) -> tuple[Split, Split] | None:
-    """Training and validation examples; None: there is no data."""
-    if data is not None:
-        options = DataOptions.of(
-            data,
-            data_dir=None,
-            cache_dir=cache_dir,
-            preprocess={"kind": saved.preprocess.kind, "settings": saved.preprocess.settings()},
-        )
-    elif is_run(subject):
-        options = DataOptions.of_run(Run.open(subject), cache_dir=cache_dir)
-    else:
-        warn("There is no data to calibrate with and to examine on, so only float32 is tried; give some with --data.")
-        return None
-    _, prepared = resolve(options, recipe=saved.recipe, settings={}, tell=False)
-    if data is None and prepared.digest != Run.open(subject).data["digest"]:
-        raise DataError(
-            "The data has changed since this model was trained, so its validation split may hold what it has learned.",
-            fix="Put the data back as it was, or give other data with --data.",
-        )
-    if prepared.classes != saved.classes:
-        raise DataError(
-            f"The data has the classes {', '.join(prepared.classes[:5])}, …; the model knows "
-            f"{', '.join(saved.classes[:5])}, ….",
-            fix="Give data with the classes of the model.",
-        )
-    if not len(prepared.splits["val"]):
-        raise DataError("There are no validation examples.", fix="Give data with more examples.")
-    return prepared.splits["train"], prepared.splits["val"]
-
-
-def _subject(folder: Path, saved: SavedModel, examples: tuple[Split, Split] | None, trust_code: bool) -> Subject:
-    def rows(split: Split, positions: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(split.inputs[split.index[positions]])
-
-    random = np.random.default_rng(0)
-    if examples is None:
-        limit = saved.preprocess.model_args.get("vocabulary_size", 256)
-        made_up = random.integers(0, limit, (MADE_UP, *saved.preprocess.row_shape))
-        given, targets, calibration = made_up.astype(saved.preprocess.row_dtype), None, None
-    else:
-        training, validation = examples
-        order = random.permutation(len(validation))  # any first part of it is a fair sample
-        given, targets = rows(validation, order), validation.targets[order]
-        calibration = rows(training, np.sort(random.permutation(len(training))[:CALIBRATION]))
-    return Subject(
-        model=folder.absolute(),
-        graph=None,
-        task=saved.task,
-        classes=saved.classes,
-        rows=given,
-        targets=targets,
-        calibration=calibration,
-        trust_code=trust_code,
-    )
 
 
 @contextmanager
@@ -248,7 +193,7 @@ def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> engine_store.
     )
 
 
-def _record(run: Run, saved: SavedModel, device: Device, found: Found) -> None:
+def _record(run: Run, given: Given, device: Device, found: Found) -> None:
     """A line of the ledger for the reference and for the chosen engine."""
     environment = hardware.environment(device)
     with run.lock():
@@ -261,9 +206,9 @@ def _record(run: Run, saved: SavedModel, device: Device, found: Found) -> None:
                         speed.p50_s,
                         "s",
                         environment=environment,
-                        recipe=saved.recipe,
+                        recipe=given.recipe,
                         variant=candidate.name,
-                        scores={} if score is None else {f"val_{saved.task.headline}": score},
+                        scores={} if score is None else {f"val_{given.task.headline}": score},
                         count=speed.calls,
                     )
                 )

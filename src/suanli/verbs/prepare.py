@@ -15,10 +15,10 @@ from suanli import building, check, hardware, plugins
 from suanli.augmentation import compose
 from suanli.cache import Prepared, prepare_source
 from suanli.console import duration, say, warn
-from suanli.data import cache_dir as default_cache_dir
 from suanli.data import choose_recipe, find_source
-from suanli.data import data_dir as default_data_dir
 from suanli.errors import DamagedFile, DataError, UsageError
+from suanli.places import cache_dir as default_cache_dir
+from suanli.places import data_dir as default_data_dir
 from suanli.rundir import Run
 from suanli.settings import change
 from suanli.types import AnyPath, Columns, Json, Recipe

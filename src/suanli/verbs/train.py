@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from suanli import checkpoint, effort, hardware, planning
-from suanli.data import cache_dir as cache_dir_of
 from suanli.errors import DataError, UsageError
+from suanli.places import cache_dir as cache_dir_of
 from suanli.plugins import load
 from suanli.rundir import Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of

@@ -1,0 +1,239 @@
+"""What `optimize` may be given: a run, a model folder, an ONNX file, or a function that builds a network.
+
+Each becomes the same thing: a model or a graph, with examples to calibrate on and others to examine on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from suanli import building, foreign
+from suanli.autotune import Subject
+from suanli.console import warn
+from suanli.errors import DataError, UsageError
+from suanli.plugins import load as load_plugin
+from suanli.rundir import Run, is_run, refuse_occupied
+from suanli.saved import load_model, model_folder, save_model
+from suanli.types import AnyPath, Json, Preprocess, Recipe, Split, Task
+from suanli.verbs.prepare import DataOptions, resolve
+
+CALIBRATION = 300  # training examples
+MADE_UP = 64  # examples where there is no data
+SIDE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the user said about the subject."""
+
+    data: AnyPath | None
+    cache_dir: AnyPath | None
+    weights: AnyPath | None
+    size: str | None
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    out: AnyPath | None
+    trust_code: bool
+
+    def refuse(self, what: str, *names: str) -> None:
+        """Raises UsageError for options that make no sense here."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise UsageError(f"--{name} doesn't go with {what}, which brings its own.", fix="Leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A subject that was understood."""
+
+    engines: Path  # the folder where its engines go
+    model: Path | None  # its model folder
+    graph: foreign.Foreign | None
+    task: Task
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    weights: str  # a digest: which weights the engines belong to
+    recipe: Recipe
+    run: Run | None
+    rows: np.ndarray  # (N, *row_shape)
+    targets: np.ndarray | None  # (N,)
+    calibration: np.ndarray | None  # (M, *row_shape)
+    trust_code: bool
+
+    def subject(self, work: Path) -> Subject:
+        """As the search takes it; a foreign graph is written into `work`."""
+        path = None
+        if self.graph is not None:
+            path = work / "given.onnx"
+            path.write_bytes(self.graph.graph.SerializeToString())
+        return Subject(
+            model=self.model,
+            graph=path,
+            task=self.task,
+            classes=self.classes,
+            rows=self.rows,
+            targets=self.targets,
+            calibration=self.calibration,
+            trust_code=self.trust_code,
+        )
+
+
+def understood(subject: AnyPath, options: Options) -> Given:
+    """Raises UsageError, DataError or DamagedFile for what can't be optimised, with the reason."""
+    path = Path(subject).expanduser()
+    if not path.exists() and ":" in str(subject):
+        return _of_function(str(subject), options)
+    if path.suffix.lower() == ".onnx":
+        return _of_graph(path, options)
+    return _of_model(subject, options)
+
+
+def _of_model(subject: AnyPath, options: Options) -> Given:
+    options.refuse("a trained model", "weights", "size", "mean", "std", "out")
+    folder = model_folder(subject)
+    saved = load_model(folder, trust_code=options.trust_code)
+    run = Run.open(subject) if is_run(subject) else None
+    if options.data is not None:
+        examples = _examples(_foreign_data(options, saved.preprocess), saved.recipe, saved.classes)
+    elif run is not None:
+        own = DataOptions.of_run(run, cache_dir=options.cache_dir)
+        examples = _examples(own, saved.recipe, saved.classes, digest=run.data["digest"])
+    else:
+        examples = None
+    return _given(
+        examples,
+        engines=folder / "engines",
+        model=folder.absolute(),
+        graph=None,
+        task=saved.task,
+        classes=saved.classes,
+        preprocess=saved.preprocess,
+        weights=saved.card["weights"]["blake2b"],
+        recipe=saved.recipe,
+        run=run,
+        trust_code=options.trust_code,
+    )
+
+
+def _of_graph(path: Path, options: Options) -> Given:
+    options.refuse("an ONNX file", "weights")
+    graph = foreign.read(path, size=_size(options.size), mean=options.mean, std=options.std)
+    recipe, examples, classes = Recipe(name="foreign", model=path.stem), None, graph.classes
+    if options.data is not None:
+        examples = _examples(_foreign_data(options, graph.preprocess), Recipe(name="foreign"), classes)
+        classes = classes or examples[1].classes
+        if len(classes) != graph.count:
+            raise DataError(
+                f"{path} knows {graph.count} classes, the data {len(classes)}.", fix="Give data of its own."
+            )
+    return _given(
+        examples,
+        engines=Path(options.out or f"{path.stem}-engines").expanduser(),
+        model=None,
+        graph=graph,
+        task=load_plugin("tasks", recipe.task)(),
+        classes=classes or tuple(str(i) for i in range(graph.count)),
+        preprocess=graph.preprocess,
+        weights=hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
+        recipe=recipe,
+        run=None,
+        trust_code=options.trust_code,
+    )
+
+
+def _of_function(spec: str, options: Options) -> Given:
+    """Its model folder is made first, with the weights in it; then it is one like any other."""
+    if options.data is None:
+        raise UsageError(f"{spec} alone doesn't say what it learned from.", fix="Give labelled data with --data.")
+    size = _size(options.size)
+    settings: dict[str, Json] = {"model": spec}
+    if size is not None:
+        settings["preprocess"] = {"size": list(size)}
+    data = DataOptions.of(options.data, data_dir=None, cache_dir=options.cache_dir)
+    recipe, prepared = resolve(data, recipe=None, settings=settings, tell=False)
+    changes = {k: tuple(v) for k, v in (("mean", options.mean), ("std", options.std)) if v is not None}
+    preprocess: Preprocess = replace(prepared.preprocess, **changes) if changes else prepared.preprocess  # type: ignore[type-var]
+    module = building.build(recipe, preprocess, len(prepared.classes))
+    if options.weights is None:
+        warn(f"No --weights are given: the network is examined as {spec} makes it.")
+    else:
+        head = building.head_of(module, building.resolve(recipe.model))
+        report = building.load_weights(module, Path(options.weights).expanduser(), head)
+        if report.missing or report.skipped:
+            raise DataError(f"{options.weights} doesn't fit the network: {report}", fix="Give all of its weights.")
+    folder = Path(options.out or f"{spec.rpartition(':')[2]}-model").expanduser()
+    refuse_occupied(folder)
+    save_model(folder, module, recipe=recipe, preprocess=preprocess, classes=prepared.classes, data=prepared.to_json())
+    trusted = replace(options, weights=None, size=None, mean=None, std=None, out=None, trust_code=True)
+    return _of_model(folder, trusted)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = SIDE.fullmatch(text.strip())
+    if found is None or not int(found[1]):
+        raise UsageError(f"{text!r} is no size.", fix="Give pixels: 224, or height and width: 224x160.")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _foreign_data(options: Options, preprocess: Preprocess) -> DataOptions:
+    assert options.data is not None
+    return DataOptions.of(
+        options.data,
+        data_dir=None,
+        cache_dir=options.cache_dir,
+        preprocess={"kind": preprocess.kind, "settings": preprocess.settings()},
+    )
+
+
+def _examples(
+    options: DataOptions, recipe: Recipe, classes: tuple[str, ...] | None, *, digest: str | None = None
+) -> tuple[Split, Split]:
+    """Training and validation examples."""
+    _, prepared = resolve(options, recipe=recipe, settings={}, tell=False)
+    if digest not in (None, prepared.digest):
+        raise DataError(
+            "The data has changed since this model was trained, so its validation split may hold what it has learned.",
+            fix="Put the data back as it was, or give other data with --data.",
+        )
+    if classes is not None and prepared.classes != classes:
+        raise DataError(
+            f"The data has the classes {_few(prepared.classes)}; the model knows {_few(classes)}.",
+            fix="Give data with the classes of the model.",
+        )
+    if not len(prepared.splits["val"]):
+        raise DataError("There are no validation examples.", fix="Give data with more examples.")
+    return prepared.splits["train"], prepared.splits["val"]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _given(examples: tuple[Split, Split] | None, *, preprocess: Preprocess, **known: Json) -> Given:
+    random = np.random.default_rng(0)
+    if examples is None:
+        warn("There is no data to calibrate with and to examine on, so only float32 is tried; give some with --data.")
+        limit = preprocess.model_args.get("vocabulary_size", 256)
+        rows = random.integers(0, limit, (MADE_UP, *preprocess.row_shape)).astype(preprocess.row_dtype)
+        return Given(rows=rows, targets=None, calibration=None, preprocess=preprocess, **known)
+    training, validation = examples
+    order = random.permutation(len(validation))  # any first part of it is a fair sample
+    return Given(
+        rows=_rows(validation, order),
+        targets=validation.targets[order],
+        calibration=_rows(training, np.sort(random.permutation(len(training))[:CALIBRATION])),
+        preprocess=preprocess,
+        **known,
+    )
+
+
+def _rows(split: Split, positions: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(split.inputs[split.index[positions]])
