@@ -64,3 +64,27 @@ print(json.dumps({"scores": dict(found.scores), "tracked": (run.path / "metrics.
     result = with_examples(rooms, tmp_path, verb)
     assert result["scores"]["accuracy"] > 0.8
     assert result["tracked"] > 0
+
+
+def test_a_new_engine_answers_as_the_model_does(rooms: Path, tmp_path: Path) -> None:
+    verb = """
+import numpy as np
+import suanli
+from suanli import hardware
+from suanli.saved import load_model
+from suanli.types import Material, Placement
+from suanli.whole import write_onnx
+
+run = suanli.train("wine", epochs=2, out=work / "run", cache_dir=work / "cache", device="cpu", speedups="none")
+write_onnx(load_model(run.model_path), work / "model.onnx")
+engine = plugins.load("engines", "onnx_reference")
+here = Placement(device=hardware.detect("cpu"), threads=1)
+material = Material(model=run.model_path, onnx=work / "model.onnx", calibration=None)
+(work / "engine").mkdir()
+engine.build(material, "float32", work / "engine", here)
+loaded = engine.load(work / "engine", "float32", here)
+rows = np.random.default_rng(0).normal(size=(5, 13)).astype(np.float32)
+apart = np.abs(loaded.answer(rows) - suanli.load(run).probabilities(rows)).max()
+print(json.dumps({"apart": float(apart), "ran": loaded.computes_in(rows)}))
+"""
+    assert with_examples(rooms, tmp_path, verb) == {"apart": pytest.approx(0, abs=1e-5), "ran": "float32"}

@@ -8,7 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
 GUIDE = Path(__file__).parents[1] / "docs" / "speed.md"
+ENGINES = GUIDE.with_name("engines.md")
 
 
 def run(script: str, folder: Path) -> float:
@@ -24,3 +30,14 @@ def test_three_changed_lines_learn_the_same(tmp_path: Path) -> None:
     before, after = run(plain, tmp_path), run(fast, tmp_path)
     assert before < 0.5
     assert abs(before - after) < 0.05
+
+
+@pytest.mark.slow
+def test_the_lines_that_load_an_engine(tmp_path: Path) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", ENGINES.read_text(), re.DOTALL)
+    Image.fromarray((load_digits().images[7] * 15.9).astype(np.uint8)).save(tmp_path / "seven.png")
+    shorter = script.replace('time_budget="1m"', 'time_budget="8s"')
+    assert shorter != script
+    done = subprocess.run([sys.executable, "-c", shorter], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "7"
