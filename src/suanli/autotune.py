@@ -43,6 +43,7 @@ FEW = 12  # inputs that are answered at batch 1 and 3, too
 BATCHES = (1, 16, 64)  # for throughput, with all threads
 TURN_S = 0.25  # of timing, for each candidate in each round
 ROUNDS = 5
+WARM_UP = 2  # calls that don't count
 FAR_BEHIND = 1.5  # times the best's: no further turns
 EXAM_SHARE = 0.03  # of the budget for one candidate's answers
 TIMING_SHARE = 0.3  # of the budget that is kept for timing
@@ -256,7 +257,8 @@ class Autotuner:
         few = min(len(self.subject.rows), EXAM_BATCH)
         seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]
         seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]  # the first wakes things up
-        fits = int(EXAM_SHARE * self.budget_s / max(seconds / few, 1e-9))
+        self.input_s = max(seconds / few, 1e-9)
+        fits = int(EXAM_SHARE * self.budget_s / self.input_s)
         self.count = min(len(self.subject.rows), max(fits, EXAM_BATCH))
         self.reference = self._answers(host, self.count, EXAM_BATCH)
         candidate = self._settled(self._scored(candidate, self.reference), host)
@@ -464,18 +466,28 @@ class Autotuner:
 
     # --- timing ---
 
-    def _cells(self) -> list[tuple[int, int]]:
-        """Batch sizes and numbers of threads."""
-        return sorted({*((batch, self.threads) for batch in BATCHES), (1, 1), (BATCHES[-1], 1)})
+    def _cells(self, room_s: float) -> list[tuple[int, int]]:
+        """Batch sizes and numbers of threads, as many as one round of all has time for; at least one input, and a
+        few, with all threads."""
+        every, few, many = ((batch, self.threads) for batch in BATCHES)
+        found: list[tuple[int, int]] = []
+        spent = 0.0
+        for batch, threads in dict.fromkeys((every, few, many, (BATCHES[0], 1), (BATCHES[-1], 1))):
+            calls = WARM_UP + _least(batch)
+            each = max(TURN_S, calls * batch * self.input_s * self.threads / threads)  # none is slower, or not by much
+            spent += len(self._running) * each
+            if len(found) < 2 or spent <= room_s:
+                found.append((batch, threads))
+        return sorted(found)
 
     def _time(self) -> None:
-        cells = self._cells()
-        until = time.monotonic() + max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
+        room_s = max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
+        self._timed, until = self._cells(room_s), time.monotonic() + room_s
         with Progress("Timing", ROUNDS) as progress:
             for number in range(ROUNDS):
                 racing = [r for r in self._running if r.racing]
                 started = time.monotonic()
-                for cell in cells:
+                for cell in self._timed:
                     for runner in racing if number % 2 == 0 else racing[::-1]:
                         self._turn(runner, *cell)
                 self._drop()
@@ -494,7 +506,8 @@ class Autotuner:
                 rows=str(self.work / "rows.npy"),
                 batch=batch,
                 for_s=TURN_S,
-                least=20 if batch == 1 else 3,
+                warm_up=WARM_UP,
+                least=_least(batch),
             )
         except Lost as error:
             runner.racing = False
@@ -511,7 +524,7 @@ class Autotuner:
         """Those that are far behind the best in all that the goal is about stop here; the reference stays, gains are
         told by it."""
         racing = [r for r in self._running if r.racing]
-        matter = [cell for cell in self._cells() if (cell[0] == 1) == (self.goal == "latency")]
+        matter = [cell for cell in self._timed if (cell[0] == 1) == (self.goal == "latency")]
         best = {cell: min(percentile(r.times[cell], 0.5) for r in racing) for cell in matter}
         for runner in racing[1:]:
             runner.racing = any(percentile(runner.times[cell], 0.5) <= FAR_BEHIND * best[cell] for cell in matter)
@@ -519,14 +532,21 @@ class Autotuner:
     # --- choosing ---
 
     def _choice(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The least costly; of those that are as good up to the spread, the one that computes most exactly."""
+        """The least costly within the tolerance; of those as good up to the spread, one that keeps float32."""
         accepted = [c for c in candidates if c.state == "accepted" and c.speeds]
+        # A loss that isn't proven may be one all the same: what measured more than tolerated isn't chosen.
+        accepted = [c for c in accepted if c.difference is None or c.difference.median >= -self.tolerance]
         if self.max_latency_s is not None:
             quick = [c for c in accepted if (speed := c.latency()) is not None and speed.p95_s <= self.max_latency_s]
             accepted = quick or accepted
         least = min(c.cost(self.goal) for c in accepted)
         close = [c for c in accepted if c.cost(self.goal) <= least * 1.02]
         return min(close, key=lambda c: (c.precision != "float32", c.cost(self.goal)))
+
+
+def _least(batch: int) -> int:
+    """How many calls make a turn: a tail of latencies needs more."""
+    return 20 if batch == 1 else 3
 
 
 def _refused(candidate: Candidate, reason: str) -> Candidate:

@@ -166,8 +166,8 @@ class _Hosted:
         np.save(out, np.concatenate(found), allow_pickle=False)
         return {}
 
-    def time(self, threads: int, rows: str, batch: int, for_s: float, least: int) -> Json:
-        """Seconds of each call with a batch of rows, for so long and at least so often, after two that don't count."""
+    def time(self, threads: int, rows: str, batch: int, for_s: float, warm_up: int, least: int) -> Json:
+        """Seconds of each call with a batch of rows, for so long and at least so often, after some that don't count."""
         import numpy as np
 
         from suanli.energy import metered
@@ -176,7 +176,7 @@ class _Hosted:
         given = np.load(rows, mmap_mode="r", allow_pickle=False)
         part = np.ascontiguousarray(given[np.arange(batch) % len(given)])
         work = self._loaded[threads].answer
-        for _ in range(2):
+        for _ in range(warm_up):
             work(part)
         took: list[float] = []
         started = time.perf_counter()
