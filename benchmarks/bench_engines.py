@@ -40,7 +40,7 @@ import numpy as np
 
 import suanli
 from suanli import gate, hardware, measure
-from suanli.autotune import REFERENCE, Found
+from suanli.candidates import Found
 from suanli.console import quiet
 from suanli.hosts import Host, Lost
 from suanli.rundir import Run
@@ -61,10 +61,12 @@ BEHIND = 1.3  # times the best of the same backend: no further turns
 TOLERANCE = 0.005  # of accuracy
 SAME = 0.05  # mean total variation distance of the answers at batch 1 and 64
 FLOOR, RESNET_FLOOR, MEAN_FLOOR = 0.97, 3.0, 2.0
+FAMILIES = ("openvino", "onnxruntime", "torch.compile", "eager")
 SERVE = "--serve"  # how this file is told to be the process of one way
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "torchao")
 
 Answer = Callable[[np.ndarray], np.ndarray]
+Loaded = tuple[Answer, str]  # and a remark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ def module_of(case: Path) -> nn.Module:
     return FromRows(saved.module, about["mean"], about["std"]).eval()
 
 
-def eager(case: Path, way: Way) -> Answer:
+def eager(case: Path, way: Way) -> Loaded:
     import torch
 
     assert way.threads is not None
@@ -143,10 +145,10 @@ def eager(case: Path, way: Way) -> Answer:
         with torch.inference_mode():
             return model(torch.from_numpy(rows)).numpy()
 
-    return answer
+    return answer, ""
 
 
-def compiled(case: Path, way: Way) -> Answer:
+def compiled(case: Path, way: Way) -> Loaded:
     """Source: "torch.compile" in PyTorch's documentation; `freezing` in torch._inductor.config."""
     import torch
     import torch._inductor.config
@@ -162,10 +164,10 @@ def compiled(case: Path, way: Way) -> Answer:
         with torch.inference_mode(), lower:
             return model(torch.from_numpy(rows)).numpy()
 
-    return answer
+    return answer, ""
 
 
-def onnxruntime(case: Path, way: Way) -> Answer:
+def onnxruntime(case: Path, way: Way) -> Loaded:
     """Source: "Graph Optimizations" in ONNX Runtime's documentation. Its threads are its own choice."""
     import onnxruntime as ort
 
@@ -173,7 +175,7 @@ def onnxruntime(case: Path, way: Way) -> Answer:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     file = "onnxruntime-int8.onnx" if way.precision == "int8" else "plain.onnx"
     session = ort.InferenceSession(case / file, options, providers=["CPUExecutionProvider"])
-    return lambda rows: session.run(None, {"rows": rows})[0]
+    return lambda rows: session.run(None, {"rows": rows})[0], ""
 
 
 def openvino_package() -> Any:
@@ -197,19 +199,18 @@ def openvino_compiled(case: Path, way: Way, batch: int, hint: str) -> Any:
     return core.compile_model(model, "CPU", settings)
 
 
-def openvino(case: Path, way: Way) -> Answer:
+def openvino(case: Path, way: Way) -> Loaded:
     models = {batch: openvino_compiled(case, way, batch, "LATENCY") for batch in way.batches}
-    return lambda rows: models[len(rows)](rows)[0]
+    return lambda rows: models[len(rows)](rows)[0], ""
 
 
-def openvino_queue(case: Path, way: Way) -> Answer:
+def openvino_queue(case: Path, way: Way) -> Loaded:
     """Source: "OpenVINO Runtime Python API", AsyncInferQueue. The size of a piece is tried."""
     rows = np.load(case / "rows.npy", mmap_mode="r", allow_pickle=False)[: BATCHES[-1]].copy()
     tried = {piece: queue_of(openvino_compiled(case, way, piece, "THROUGHPUT"), piece) for piece in PIECES}
     took = measure.interleaved({piece: lambda work=work: work(rows) for piece, work in tried.items()}, rounds=5)
     best = min(took, key=lambda piece: statistics.median(took[piece]))
-    print(f"pieces of {best}", file=sys.stderr)
-    return tried[best]
+    return tried[best], f"pieces of {best}"
 
 
 def queue_of(model: Any, piece: int) -> Answer:
@@ -233,9 +234,10 @@ def queue_of(model: Any, piece: int) -> Answer:
     return answer
 
 
-def optimized(case: Path, way: Way) -> Answer:
+def optimized(case: Path, way: Way) -> Loaded:
     """suanli's own: what `suanli.load` gives for a run that was optimised. `precision` is what was asked of it."""
-    return suanli.load(case / way.precision, trust_code=True).probabilities
+    found = suanli.load(case / way.precision, trust_code=True)
+    return found.probabilities, f"{found.engine} {found.precision}"
 
 
 LOADERS = {
@@ -284,7 +286,8 @@ def quantize_for_onnxruntime(case: Path) -> None:
             row = next(self._rows, None)
             return None if row is None else {"rows": row[None]}
 
-    quant_pre_process(case / "plain.onnx", case / "prepared.onnx")
+    # Its symbolic inference of shapes, meant for transformers, fails on what PyTorch's exporter writes for a maximum.
+    quant_pre_process(case / "plain.onnx", case / "prepared.onnx", skip_symbolic_shape=True)
     quantize_static(
         case / "prepared.onnx",
         case / "onnxruntime-int8.onnx",
@@ -347,11 +350,11 @@ class Served:
     def load(self, case: str, way: Json) -> Json:
         """Ready for each size of a batch, whatever is compiled at the first call included."""
         chosen = Way(**(way | {"batches": tuple(way["batches"])}))
-        self._work = LOADERS[chosen.backend](Path(case), chosen)
+        self._work, remark = LOADERS[chosen.backend](Path(case), chosen)
         self._rows = np.load(Path(case) / "rows.npy", mmap_mode="r", allow_pickle=False)
         for batch in chosen.batches:
             self._work(self._rows[:batch].copy())
-        return {}
+        return {"remark": remark}
 
     def answer(self, count: int, batch: int, out: str) -> Json:
         assert self._work is not None
@@ -416,12 +419,17 @@ class Running:
 
     way: Way
     process: Process
+    remark: str
     accuracy: float = 0.0
     difference: gate.Difference | None = None  # to eager float32
     drift: float = 0.0  # mean total variation distance to its answers
     apart: float = 0.0  # the same between batch 1 and 64
     turns: dict[int, list[float]] = field(default_factory=dict)  # by batch
     racing: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.way.name}: {self.remark}" if self.remark else self.way.name
 
     @property
     def refused(self) -> str:
@@ -438,7 +446,7 @@ class Running:
         difference = None if self.difference is None else self.difference.to_json()
         medians = {str(batch): values for batch, values in self.turns.items()}
         about = {"accuracy": self.accuracy, "difference": difference, "drift": self.drift, "apart": self.apart}
-        return about | {"refused": self.refused, "medians_s": medians}
+        return about | {"remark": self.remark, "refused": self.refused, "medians_s": medians}
 
 
 class Bench:
@@ -525,8 +533,10 @@ class Bench:
         took = time.perf_counter() - started
         tried = [{"name": c.name, "state": c.state, "reason": c.reason, "build_s": c.build_s} for c in found.candidates]
         self.keep("optimize", net=name, options=options, seconds=took, found=found.to_json())
-        states = ", ".join(f"{c['name']} {c['state']}" for c in tried if c["reason"] != REFERENCE)
-        self.record.say(f"{name}: optimize ({copy}) chose {found.chosen.name} in {took:.0f} s; {states}")
+        states = ", ".join(f"{c['name']} {c['state']}" for c in tried if c["state"] not in ("impossible", "accepted"))
+        self.record.say(
+            f"{name}: optimize ({copy}) chose {found.chosen.name} in {took:.0f} s{'; ' if states else ''}{states}"
+        )
         return found, took
 
     def build(self, name: str, case: Path, what: str, **more: Json) -> float | None:
@@ -545,14 +555,15 @@ class Bench:
         process = stack.enter_context(Process(way.threads))
         asked = {"backend": way.backend, "precision": way.precision, "threads": way.threads, "batches": way.batches}
         try:
-            took = process.ask(self.given.limit_s, "load", case=str(case), way=asked)["took_s"]
+            reply = process.ask(self.given.limit_s, "load", case=str(case), way=asked)
         except Lost as error:
             self.record.say(self.clean(f"{name}: {way.name} can't be run: {error}"))
             self.keep("load", net=name, way=way.name, lost=str(error))
             return None
-        self.keep("load", net=name, way=way.name, seconds=took)
+        self.keep("load", net=name, way=way.name, seconds=reply["took_s"], remark=reply["remark"])
+        turns: dict[int, list[float]] = {batch: [] for batch in way.batches}
         racing = dict.fromkeys(way.batches, True)
-        return Running(way=way, process=process, turns={batch: [] for batch in way.batches}, racing=racing)
+        return Running(way=way, process=process, remark=reply["remark"], turns=turns, racing=racing)
 
     def examine(self, name: str, case: Path, running: Sequence[Running]) -> None:
         """Scores of all on the same rows, held against the first's."""
@@ -605,21 +616,16 @@ class Bench:
     # --- what came out ---
 
     def table(self, running: Sequence[Running]) -> None:
-        self.record.say(
-            f"  {'way':36} {'p50 ms at 1':>11} {'images/s at 64':>14} {'accuracy':>9} {'points':>7} {'drift':>7}"
-        )
+        titles = f"{'p50 ms at 1':>11} {'images/s at 64':>14} {'accuracy':>9} {'points':>7} {'drift':>7}"
+        self.record.say(f"  {'way':36} {titles}")
         for one in running:
-            one_ms, rate = "", ""
-            rounds = [len(one.turns[batch]) for batch in one.turns if one.turns[batch]]
-            if one.turns.get(1):
-                one_ms = f"{1e3 * one.median_s(1):.3f}"
-            if one.turns.get(BATCHES[-1]):
-                rate = f"{BATCHES[-1] / one.median_s(BATCHES[-1]):,.0f}"
             assert one.difference is not None
-            ended = "" if not rounds or min(rounds) == self.given.rounds else f"; fewer rounds: {rounds}"
+            one_ms = f"{1e3 * one.median_s(1):.3f}" if one.turns.get(1) else ""
+            rate = f"{BATCHES[-1] / one.median_s(BATCHES[-1]):,.0f}" if one.turns.get(BATCHES[-1]) else ""
+            ended = [f"{len(turns)} rounds at {b}" for b, turns in one.turns.items() if len(turns) < self.given.rounds]
             self.record.say(
-                f"  {one.way.name:36} {one_ms:>11} {rate:>14} {one.accuracy:9.2%} {100 * one.difference.median:+7.2f} "
-                f"{one.drift:7.4f} {one.refused}{ended}"
+                f"  {one.name:36} {one_ms:>11} {rate:>14} {one.accuracy:9.2%} {100 * one.difference.median:+7.2f} "
+                f"{one.drift:7.4f} {', '.join([*filter(None, [one.refused]), *ended])}".rstrip()
             )
 
     def compare(self, name: str) -> dict[str, Json]:
@@ -627,20 +633,24 @@ class Bench:
         goals = self.given.goals
         case = self.case(name, self.trained(name), goals)
         found = {goal: self.optimize(name, case, goal, goal=goal) for goal in goals}
-        net = NETS[name]
-        builds = {"onnx": self.build(name, case, "onnx")}
-        builds["onnxruntime"] = self.build(name, case, "onnxruntime")
-        builds["openvino"] = self.build(name, case, "openvino", transformer=net.transformer)
+        builds = {what: self.build(name, case, what) for what in ("onnx", "onnxruntime")}
+        builds["openvino"] = self.build(name, case, "openvino", transformer=NETS[name].transformer)
+        running = self.measured(name, case, [*by_hand(), *(Way(backend="suanli", precision=goal) for goal in goals)])
+        chosen = {goal: {"chosen": one.chosen.name, "seconds": seconds} for goal, (one, seconds) in found.items()}
+        values = {"optimized": chosen, "build_s": builds, "ways": {one.way.name: one.to_json() for one in running}}
+        return values | {"figures": self.figures(name, running)}
+
+    def measured(self, name: str, case: Path, ways: Sequence[Way]) -> list[Running]:
+        """Those that can be run, examined and timed; the first is what the others' scores are held against."""
         with ExitStack() as stack:
-            ways = [*by_hand(), *(Way(backend="suanli", precision=goal) for goal in goals)]
             running = [one for way in ways if (one := self.loaded(name, case, way, stack)) is not None]
+            if not running or running[0].way != ways[0]:
+                sys.exit(f"{name}: without {ways[0].name} nothing can be compared.")
             self.examine(name, case, running)
             self.race(name, running)
         self.table(running)
-        chosen = {goal: [one.chosen.name, seconds] for goal, (one, seconds) in found.items()}
-        values = {"optimized": chosen, "build_s": builds, "ways": {one.way.name: one.to_json() for one in running}}
         shutil.rmtree(case)
-        return values | {"figures": self.figures(name, running)}
+        return running
 
     def figures(self, name: str, running: Sequence[Running]) -> dict[str, Json]:
         """For each size of a batch, how many times as fast suanli's engine is as the best of each backend."""
@@ -648,7 +658,7 @@ class Bench:
         ours = {one.way.precision: one for one in running if one.way.backend == "suanli"}
         for batch, goal in zip(BATCHES, ("latency", "throughput"), strict=True):
             own = ours.get(goal) or next(iter(ours.values()))
-            for family in ("openvino", "onnxruntime", "torch.compile", "eager"):
+            for family in FAMILIES:
                 best = quickest(running, family, batch)
                 if best is None:
                     record.say(f"{name}: nothing by hand with {family} is usable at batch {batch}")
@@ -674,36 +684,30 @@ class Bench:
     def control(self, name: str) -> dict[str, Json]:
         """One net against NNCF's own control of accuracy."""
         case = self.case(name, self.trained(name), ["int8"])
-        found, seconds = self.optimize(name, case, "int8", engines="openvino")
-        exported = self.build(name, case, "onnx")
-        controlled = self.build(name, case, "openvino", transformer=NETS[name].transformer, control=found.examples)
+        found, ours_s = self.optimize(name, case, "int8", engines="openvino")
+        own = sum(c.build_s or 0.0 for c in found.candidates if (c.engine, c.precision) == ("openvino", "int8"))
+        asked = {"transformer": NETS[name].transformer, "control": found.examples}
+        exported, controlled = self.build(name, case, "onnx"), self.build(name, case, "openvino", **asked)
+        values = {"optimize_s": ours_s, "int8_build_s": own, "export_s": exported, "nncf_s": controlled}
         if exported is None or controlled is None:
-            return {"optimize_s": seconds, "nncf_s": None}
-        record, took = self.record, exported + controlled
-        own = [c.build_s for c in found.candidates if c.engine == "openvino" and c.precision == "int8" and c.build_s]
-        record.say(
-            f"{name}: NNCF with accuracy control took {took:.1f} s (ONNX {exported:.1f} s of it), suanli optimize "
-            f"{seconds:.1f} s in all (building int8 {sum(own):.1f} s of it); {found.examples} validation examples for both"
+            return values
+        self.record.say(
+            f"{name}: NNCF with accuracy control took {controlled:.1f} s after {exported:.1f} s for the ONNX graph, "
+            f"suanli optimize {ours_s:.1f} s for everything, of which building int8 {own:.1f} s; both examined "
+            f"{found.examples} validation examples"
         )
-        times = record.figure(f"{name}: seconds of NNCF / of suanli optimize", took / seconds, 0.0, 1)
-        ways = [
-            Way(backend="eager", precision="float32", threads=hardware.cores()),
-            Way(backend="openvino", precision="controlled"),
-            Way(backend="suanli", precision="int8"),
-        ]
-        with ExitStack() as stack:
-            running = [one for way in ways if (one := self.loaded(name, case, way, stack)) is not None]
-            self.examine(name, case, running)
-            self.race(name, running)
-        self.table(running)
-        ratios = {}
+        theirs_s = exported + controlled
+        values["times"] = self.record.figure(f"{name}: seconds, NNCF / suanli optimize", theirs_s / ours_s, 0.0, 1)
+        eager = Way(backend="eager", precision="float32", threads=hardware.cores())
+        ways = [eager, Way(backend="openvino", precision="controlled"), Way(backend="suanli", precision="int8")]
+        running = self.measured(name, case, ways)
+        values["ways"] = {one.way.name: one.to_json() for one in running}
         for batch in BATCHES:
-            _, theirs, ours = running
-            gained = measure.gain(theirs.turns[batch], ours.turns[batch])
-            ratios[str(batch)] = record.compare(f"{name}, batch {batch}: suanli ({found.chosen.name}) / NNCF", gained)
-        shutil.rmtree(case)
-        values = {"optimize_s": seconds, "nncf_s": took, "chosen": found.chosen.name, "seconds_ratio": times}
-        return values | {"speed": ratios, "ways": {one.way.name: one.to_json() for one in running}}
+            turns = [one.turns[batch] for one in running[1:] if one.turns.get(batch)]
+            if len(turns) == 2:
+                what = f"{name}, batch {batch}: suanli ({running[-1].remark}) / NNCF with accuracy control"
+                values[f"speed {batch}"] = self.record.compare(what, measure.gain(*turns))
+        return values
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:
@@ -726,16 +730,22 @@ def drop(running: Sequence[Running]) -> None:
                 one.racing[batch] = False
 
 
-def means(record: Record, found: Mapping[str, Json]) -> None:
-    """Over all nets."""
+def summary(record: Record, found: Mapping[str, Json]) -> None:
+    """One line a net and size of a batch, then the means over all nets."""
+    record.say(f"{'times as fast as the best of':24} {' '.join(f'{family:>13}' for family in FAMILIES)}")
+    for name, one in found.items():
+        for batch in BATCHES:
+            values = [one["figures"].get(f"{family} {batch}") for family in FAMILIES]
+            shown = (f"{value['value']:7.2f} ±{value['spread']:4.2f}" if value else "" for value in values)
+            record.say(f"{f'{name}, batch {batch}':24} {' '.join(f'{text:>13}' for text in shown)}")
+    record.say()
     for batch in BATCHES:
-        for family in ("openvino", "onnxruntime", "torch.compile", "eager"):
+        for family in FAMILIES:
             key = f"{family} {batch}"
-            values = [one["figures"][key]["value"] for one in found.values() if key in one["figures"]]
-            if values:
+            if values := [one["figures"][key]["value"] for one in found.values() if key in one["figures"]]:
                 floor = MEAN_FLOOR if family == "eager" else FLOOR
-                spread = measure.spread(values).half_iqr
-                what = f"geometric mean of {len(values)} nets, batch {batch}: suanli / best {family}"
+                what = f"geometric mean of {len(values)} nets, batch {batch}: suanli / best of {family}"
+                spread = measure.spread(values).half_iqr  # between nets
                 record.figure(what, statistics.geometric_mean(values), spread, len(values), floor=floor)
 
 
@@ -773,7 +783,7 @@ def main() -> None:
             found[name] = bench.control(name) if given.accuracy_control else bench.compare(name)
             record.write(bench.clean({"nets": found}))
         if not given.accuracy_control:
-            means(record, found)
+            summary(record, found)
         record.close(bench.clean({"engines": hardware.versions(PACKAGES), "nets": found}))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from report_runs import HOSTILE, hostile_engines, write
-from suanli.autotune import Candidate, Found, Speed
+from suanli.candidates import Candidate, Found, Speed
 from suanli.errors import DamagedFile
 from suanli.gate import Difference
 from suanli.verbs.report import report

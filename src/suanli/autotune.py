@@ -21,19 +21,19 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from suanli import gate, hardware, plugins
+from suanli.candidates import Candidate, Found, choice, marked, speed
 from suanli.console import Progress, say
 from suanli.errors import pip_install
 from suanli.hosts import Host, Lost, describe
 from suanli.measure import percentile
 from suanli.types import Device, Engine, Json, Placement, Task
 
-GOALS = ("latency", "throughput", "size", "energy")
 # The largest difference of a probability between batches of other sizes, and, for float32, to the reference.
 STEADY = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2, "int8": 5e-2, "float8": 5e-2}
 # The largest mean total variation distance to the reference's answers. Rounding to int8 was measured to cause 0.002 to
@@ -63,85 +63,6 @@ class Subject:
     targets: np.ndarray | None  # (N,); None: there are no labels
     calibration: np.ndarray | None  # training examples (M, *row_shape)
     trust_code: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Calls of one engine with one batch size and one number of threads, all rounds together."""
-
-    batch: int
-    threads: int
-    calls: int
-    p50_s: float
-    p95_s: float
-    p99_s: float
-    joules: float | None  # of one input; None: no counter can be read
-
-    @property
-    def per_s(self) -> float:
-        return self.batch / self.p50_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One engine in one precision, and all that was found about it."""
-
-    engine: str
-    precision: str
-    state: str = "waiting"  # "accepted", "refused", "lost", "impossible", "no time"
-    reason: str = ""
-    kept: tuple[str, ...] = ()  # nodes that its lower precision left alone
-    score: float | None = None  # the headline, on the examples of the exam
-    difference: gate.Difference | None = None  # to the reference's
-    drift: float | None = None  # mean total variation distance (0 to 1) to the reference's answers
-    build_s: float | None = None
-    load_s: float | None = None
-    size_bytes: int | None = None
-    memory_bytes: int | None = None
-    speeds: tuple[Speed, ...] = ()
-    best: bool = False  # none of the others is as good in every respect
-
-    @property
-    def name(self) -> str:
-        return f"{self.engine} {self.precision}" + (f" (rescued, {len(self.kept)} kept)" if self.kept else "")
-
-    def latency(self) -> Speed | None:
-        """With one input, with whichever number of threads is faster."""
-        return min((s for s in self.speeds if s.batch == 1), key=lambda s: s.p50_s, default=None)
-
-    def throughput(self) -> Speed | None:
-        return max(self.speeds, key=lambda s: s.per_s, default=None)
-
-    def cost(self, goal: str) -> float:
-        """What `goal` wants least of; infinite where it isn't known."""
-        if goal == "size":
-            return math.inf if self.size_bytes is None else self.size_bytes
-        if goal == "energy":
-            return min((s.joules for s in self.speeds if s.joules is not None), default=math.inf)
-        speed = self.latency() if goal == "latency" else self.throughput()
-        return math.inf if speed is None else speed.p50_s / speed.batch
-
-    def to_json(self) -> dict[str, Json]:
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What a search came to."""
-
-    candidates: tuple[Candidate, ...]  # the reference first
-    chosen: Candidate
-    goal: str
-    examples: int  # of the exam
-    of_examples: int  # that there are
-    labelled: bool
-    tolerance: float
-    graph: str | None  # why there is no ONNX graph; None: there is
-    budget_s: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Json]:
-        return asdict(self)
 
 
 @dataclass
@@ -198,10 +119,10 @@ class Autotuner:
             self._time()
             self._done = [reference, *self._done]
             timed = {id(r.candidate): r for r in self._running}
-            candidates = _marked([_with_speeds(c, timed.get(id(c))) for c in self._done])
+            candidates = marked([_with_speeds(c, timed.get(id(c))) for c in self._done])
             return Found(
                 candidates=tuple(candidates),
-                chosen=self._choice(candidates),
+                chosen=choice(candidates, self.goal, self.tolerance, self.max_latency_s),
                 goal=self.goal,
                 examples=self.count,
                 of_examples=len(self.subject.rows),
@@ -529,20 +450,6 @@ class Autotuner:
         for runner in racing[1:]:
             runner.racing = any(percentile(runner.times[cell], 0.5) <= FAR_BEHIND * best[cell] for cell in matter)
 
-    # --- choosing ---
-
-    def _choice(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The least costly within the tolerance; of those as good up to the spread, one that keeps float32."""
-        accepted = [c for c in candidates if c.state == "accepted" and c.speeds]
-        # A loss that isn't proven may be one all the same: what measured more than tolerated isn't chosen.
-        accepted = [c for c in accepted if c.difference is None or c.difference.median >= -self.tolerance]
-        if self.max_latency_s is not None:
-            quick = [c for c in accepted if (speed := c.latency()) is not None and speed.p95_s <= self.max_latency_s]
-            accepted = quick or accepted
-        least = min(c.cost(self.goal) for c in accepted)
-        close = [c for c in accepted if c.cost(self.goal) <= least * 1.02]
-        return min(close, key=lambda c: (c.precision != "float32", c.cost(self.goal)))
-
 
 def _least(batch: int) -> int:
     """How many calls make a turn: a tail of latencies needs more."""
@@ -556,39 +463,8 @@ def _refused(candidate: Candidate, reason: str) -> Candidate:
 def _with_speeds(candidate: Candidate, runner: _Running | None) -> Candidate:
     if runner is None:
         return candidate
-    speeds = []
-    for (batch, threads), times in sorted(runner.times.items()):
-        joules = [j for j in runner.joules[batch, threads] if j is not None]
-        p50, p95, p99 = (percentile(times, share) for share in (0.5, 0.95, 0.99))
-        speeds.append(
-            Speed(
-                batch=batch,
-                threads=threads,
-                calls=len(times),
-                p50_s=p50,
-                p95_s=p95,
-                p99_s=p99,
-                joules=percentile(joules, 0.5) if joules else None,
-            )
-        )
+    speeds = [speed(*cell, times, runner.joules[cell]) for cell, times in sorted(runner.times.items())]
     return replace(candidate, speeds=tuple(speeds))
-
-
-def _marked(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The Pareto set of latency, throughput, size and score is marked."""
-
-    def wants(candidate: Candidate) -> tuple[float, ...]:
-        score = 0.0 if candidate.score is None else candidate.score
-        return (*(candidate.cost(goal) for goal in ("latency", "throughput", "size")), -score)
-
-    usable = [c for c in candidates if c.state == "accepted" and c.speeds]
-    return [
-        replace(c, best=c in usable and not any(_beats(wants(other), wants(c)) for other in usable)) for c in candidates
-    ]
-
-
-def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
-    return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
 
 
 def _missing(packages: Iterable[str]) -> str | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli import engine_store, hardware, plugins
-from suanli.autotune import GOALS, Autotuner, Candidate, Found
+from suanli.autotune import Autotuner
+from suanli.candidates import GOALS, Candidate, Found
 from suanli.console import duration
 from suanli.energy import counters
 from suanli.errors import MachineError, RunBusy, UsageError, unknown
