@@ -35,7 +35,7 @@ from suanli.measure import percentile
 from suanli.types import Device, Engine, Json, Placement, Task
 
 # The largest difference of a probability between batches of other sizes, and, for float32, to the reference.
-STEADY = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 5e-2, "float16": 1e-2, "int8": 5e-2, "float8": 5e-2}
+STEADY = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 0.1, "float16": 1e-2, "int8": 0.1, "float8": 0.1}
 # The largest mean total variation distance to the reference's answers. Rounding to int8 was measured to cause 0.002 to
 # 0.03, calibrating on noise 0.15, normalising with another data set's mean 0.07 and more.
 DRIFT = {"float32": 1e-3, "tfloat32": 1e-2, "bfloat16": 2e-2, "float16": 1e-2, "int8": 5e-2, "float8": 5e-2}

@@ -51,14 +51,19 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
     settings = {"INFERENCE_NUM_THREADS": placement.threads, "PERFORMANCE_HINT": "LATENCY"}
     if precision in HINTS:  # what int8 leaves to floating point may be in the processor's best
         settings["INFERENCE_PRECISION_HINT"] = HINTS[precision]
-    compiled = _openvino().Core().compile_model(folder / FILE, "CPU", settings)
+    core = _openvino().Core()
+    many = core.compile_model(folder / FILE, "CPU", settings)
+    alone = core.read_model(folder / FILE)  # its shapes are constants then: up to a fifth faster for a small network
+    alone.reshape([1, *list(alone.input(0).partial_shape)[1:]])
+    one = core.compile_model(alone, "CPU", settings)
 
     def answer(rows: np.ndarray) -> np.ndarray:
-        return np.array(compiled(rows)[0])  # the next call writes into the same memory
+        run = one if len(rows) == 1 else many
+        return np.array(run(rows)[0])  # the next call writes into the same memory
 
     def computes_in(rows: np.ndarray) -> str:  # noqa: ARG001
         found: Counter[str] = Counter()
-        for operation in compiled.get_runtime_model().get_ordered_ops():
+        for operation in many.get_runtime_model().get_ordered_ops():
             about = operation.get_rt_info()
             if about["layerType"].value in HEAVY:
                 found[about["runtimePrecision"].value] += 1
