@@ -11,6 +11,7 @@ from suanli.measure import percentile
 from suanli.types import Json
 
 GOALS = ("latency", "throughput", "size", "energy")
+CLEARLY = 1.1
 CLOSE = 1.02  # times the least: as good
 
 
@@ -55,8 +56,10 @@ class Candidate:
         return f"{self.engine} {self.precision}" + (f" (rescued, {len(self.kept)} kept)" if self.kept else "")
 
     def latency(self) -> Speed | None:
-        """With one input, with whichever number of threads is faster."""
-        return min((s for s in self.speeds if s.batch == 1), key=lambda s: s.p50_s, default=None)
+        """With one input: with all threads, unless one alone is clearly faster, for larger batches want all."""
+        alone = [s for s in self.speeds if s.batch == 1]
+        most = max((s.threads for s in alone), default=1)
+        return min(alone, key=lambda s: s.p50_s * (CLEARLY if s.threads < most else 1), default=None)
 
     def throughput(self) -> Speed | None:
         return max(self.speeds, key=lambda s: s.per_s, default=None)
