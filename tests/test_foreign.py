@@ -299,8 +299,12 @@ def test_a_function_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     card = json.loads(Path("build-model/model.json").read_text())
     assert card["preprocess"]["settings"]["mean"] == [0.0]
     assert suanli.load("build-model").predict((digits.images[3] * 15.9).astype(np.uint8))[0].label == "3"
+    again = suanli.optimize("linear:build", data="digits", engines="onnxruntime", time_budget=10)
+    assert again.path == found.path  # its own folder is made anew
+    Path("taken").mkdir()
+    Path("taken/mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="not an empty directory"):
-        suanli.optimize("linear:build", data="digits", engines="onnxruntime")
+        suanli.optimize("linear:build", data="digits", out="taken")
 
 
 def test_a_function_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

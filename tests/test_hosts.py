@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,3 +114,27 @@ def test_goes_on_after_an_error() -> None:
         with pytest.raises(Lost, match="Unknown engine"):
             host.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
         assert host.ask(30, "memory")["bytes"] > 0
+
+
+def test_it_goes_away_with_the_one_that_asks() -> None:
+    """Even where that is killed and can tell nobody, in the middle of work."""
+    code = (
+        "import os, sys, threading, time\n"
+        "from suanli.hosts import Host\n"
+        "host = Host()\n"
+        "print(host._process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert asking.stdout is not None
+    host = int(asking.stdout.readline())
+    time.sleep(1)
+    asking.kill()
+    asking.wait()
+    asking.stdout.close()
+    for _ in range(100):
+        if not Path(f"/proc/{host}").exists() or Path(f"/proc/{host}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(host, 9)
+    pytest.fail("a host outlives the process that started it")

@@ -520,10 +520,122 @@ def test_an_index_that_is_damaged_is_refused(mine: Path, text: str) -> None:
         suanli.load(mine)
 
 
+@pytest.mark.parametrize(
+    "change_it",
+    [
+        lambda index: index.pop("machine"),
+        lambda index: index.update(reference="nothing"),
+        lambda index: index.update(engines=[]),
+        lambda index: index.update(classes=["a", "a"]),
+        lambda index: index.update(engines={"../../x": next(iter(index["engines"].values()))}, chosen="../../x"),
+        lambda index: next(iter(index["engines"].values())).update(threads=0),
+        lambda index: next(iter(index["engines"].values())).pop("files"),
+        lambda index: next(iter(index["engines"].values())).update(engine="no_such_engine"),
+        lambda index: index["preprocess"].update(kind="../x"),
+    ],
+)
+def test_an_index_that_was_tampered_with_is_refused(mine: Path, change_it: Callable[[dict], object]) -> None:
+    path = mine / "model" / "engines" / "engines.json"
+    index = json.loads(path.read_text())
+    change_it(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(DamagedFile, match="optimize"):
+        suanli.load(mine)
+
+
 def test_training_again_removes_engines(mine: Path) -> None:
     assert (mine / "model" / "engines").exists()
     suanli.train(mine, more_epochs=0.2)
     assert not (mine / "model" / "engines").exists()
+
+
+def test_a_folder_of_the_users_own_stays_as_it_was(trained: Path, tmp_path: Path) -> None:
+    exported = suanli.export(trained, to="onnx", out=tmp_path / "net.onnx").path
+    home = tmp_path / "home"
+    (home / "photos").mkdir(parents=True)
+    (home / "photos" / "1.jpg").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="not an empty directory"):
+        suanli.optimize(exported, out=home)
+    assert (home / "photos" / "1.jpg").read_bytes() == b"mine"
+
+
+def test_an_engine_that_was_damaged_is_made_again(mine: Path) -> None:
+    index = json.loads((mine / "model" / "engines" / "engines.json").read_text())
+    for name in index["engines"]:
+        for file in (mine / "model" / "engines" / name).iterdir():
+            file.write_bytes(b"spoiled")
+    suanli.optimize(mine, engines="onnxruntime,openvino", time_budget=20)
+    assert suanli.load(mine).predict(pictures(1)[0])[0].label == "0"
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_machine_code_from_elsewhere_does_not_run(
+    mine: Path, portable: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the file says of itself: which engines hold machine code, suanli knows."""
+    monkeypatch.setenv("SUANLI_CACHE", str(tmp_path / "another"))
+    path = mine / "model" / "engines" / "engines.json"
+    index = json.loads(path.read_text())
+    entry = index["engines"][index["chosen"]]
+    entry |= {"engine": "aot_inductor", "precision": "float32", "portable": portable, "versions": {}}
+    path.write_text(json.dumps(index))
+    assert suanli.load(mine).engine in ("onnxruntime", "eager")
+    with pytest.raises(UsageError, match="--trust-code"):
+        suanli.load(mine, engine=index["chosen"])
+
+
+def test_several_threads_get_their_own_answers(tuned: tuple[Path, Optimized]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    for name in ("openvino-int8", "onnxruntime-int8", "auto"):
+        try:
+            engine = suanli.load(tuned[0], engine=name)
+        except UsageError:
+            continue  # not the one that was kept
+        rows = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+        alone = engine.probabilities(rows)
+        parts = [rows[i : i + 1 + i % 4] for i in range(36)] * 10
+        with ThreadPoolExecutor(8) as pool:
+            for i, answer in enumerate(pool.map(engine.probabilities, parts)):
+                expected = alone[i % 36 : i % 36 + len(parts[i])]
+                np.testing.assert_allclose(answer, expected, atol=0.1)
+
+
+def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, Optimized], tmp_path: Path) -> None:
+    pixels = pictures(5)[4]
+    clear = np.dstack([np.zeros_like(pixels)] * 3 + [255 - pixels])  # white where the digit is: all is in the alpha
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    turned = Image.fromarray(pixels)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    engine = suanli.load(tuned[0])
+    for name in ("clear.png", "turned.png"):
+        with Image.open(tmp_path / name) as opened:
+            there, here = engine.predict([tmp_path / name, opened])
+        assert there.probability == pytest.approx(here.probability, abs=1e-3), name
+        assert there.label == here.label
+    with pytest.raises(UsageError, match="can't be int"):
+        engine.predict([3])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_backend_that_hangs_costs_what_was_left(run: Path, engine_room: Callable[[str, str], str]) -> None:
+    engine_room(
+        "hangs",
+        """
+import time
+from dataclasses import replace
+from suanli.engines import onnxruntime as real
+def load(folder, precision, placement):
+    time.sleep(600)
+ENGINE = replace(real.ENGINE, name="hangs", precisions=("float32",), load=load)
+""",
+    )
+    found = suanli.optimize(run, engines="hangs", time_budget=15).found
+    assert found.candidates[1].state == "lost"
+    assert "not done after" in found.candidates[1].reason
+    assert found.seconds < 60
 
 
 # --- wrong use ---
@@ -574,11 +686,11 @@ def test_two_at_once(run: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_nothing_of_the_work_is_left(run: Path) -> None:
     folder = run / "model" / "engines"
-    (folder / ".work-killed").mkdir(parents=True)
-    (folder / "old-engine").mkdir()
+    (folder / ".suanli-work-killed").mkdir(parents=True)
+    (folder / "mine").mkdir()
     suanli.optimize(run, engines="onnxruntime")
     names = {p.name for p in folder.iterdir()}
-    assert {n for n in names if not n.startswith("onnxruntime-")} <= {"engines.json", ".lock"}
+    assert {n for n in names if not n.startswith("onnxruntime-")} - {".lock"} == {"engines.json", "mine"}
 
 
 def test_the_command_line(tuned: tuple[Path, Optimized], capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,7 @@ BATCHES = (1, 16, 64)  # for throughput, with all threads
 TURN_S = 0.25  # of timing, for each candidate in each round
 ROUNDS = 5
 WARM_UP = 2  # calls that don't count
+SLOW_S = 2.0  # a turn may take as long for the sake of more calls
 FAR_BEHIND = 1.5  # times the best's: no further turns
 EXAM_SHARE = 0.03  # of the budget for one candidate's answers
 TIMING_SHARE = 0.3  # of the budget that is kept for timing
@@ -62,6 +63,7 @@ class Subject:
     rows: np.ndarray  # validation examples (N, *row_shape); without labels, made-up ones
     targets: np.ndarray | None  # (N,); None: there are no labels
     calibration: np.ndarray | None  # training examples (M, *row_shape)
+    examples: int  # that there are; rows may be fewer
     trust_code: bool = False
 
 
@@ -91,7 +93,9 @@ class Autotuner:
         budget_s: float,
         engines: Sequence[str] | None = None,
         max_latency_s: float | None = None,
+        started: float | None = None,
     ) -> None:
+        """`started` is when the budget began to run, by time.monotonic()."""
         self.subject, self.device, self.work = subject, device, work
         self.goal, self.tolerance, self.budget_s, self.max_latency_s = goal, tolerance, budget_s, max_latency_s
         self.engines = sorted(
@@ -99,7 +103,7 @@ class Autotuner:
             key=lambda engine: (engine.order, engine.name),
         )
         self.threads = hardware.cores()
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
         self._stack = ExitStack()
         self._running: list[_Running] = []
         self._done: list[Candidate] = []
@@ -113,11 +117,12 @@ class Autotuner:
         with self._stack:
             self._write_rows()
             self.graph = self._graph()
-            reference = self._reference()
+            self._done.append(self._reference())
             for engine, precision in self._pairs():
                 self._done += self._tried(engine, precision)
             self._time()
-            self._done = [reference, *self._done]
+            if not self._done[0].state == "accepted":
+                raise Lost(f"{self._done[0].name} {self._done[0].reason}")
             timed = {id(r.candidate): r for r in self._running}
             candidates = marked([_with_speeds(c, timed.get(id(c))) for c in self._done])
             return Found(
@@ -125,7 +130,7 @@ class Autotuner:
                 chosen=choice(candidates, self.goal, self.tolerance, self.max_latency_s),
                 goal=self.goal,
                 examples=self.count,
-                of_examples=len(self.subject.rows),
+                of_examples=self.subject.examples,
                 labelled=self.subject.targets is not None,
                 tolerance=self.tolerance,
                 graph=self._no_graph,
@@ -133,9 +138,13 @@ class Autotuner:
                 seconds=time.monotonic() - self._started,
             )
 
+    def _host(self) -> Host:
+        return Host(self.work / "scratch")
+
     def folder(self, candidate: Candidate) -> Path:
         """Where its files are."""
-        return self.work / "-".join((candidate.engine, candidate.precision, *map(str, {len(candidate.kept)} - {0})))
+        kept = f"-{len(candidate.kept)}" if candidate.kept else ""
+        return self.work / f"{candidate.engine}-{candidate.precision}{kept}"
 
     def left_s(self) -> float:
         return self.budget_s - (time.monotonic() - self._started)
@@ -156,7 +165,7 @@ class Autotuner:
             return None
         assert self.subject.model is not None
         path = self.work / "model.onnx"
-        with Host() as host:
+        with self._host() as host:
             try:
                 host.ask(
                     max(60.0, self.left_s() / 2),
@@ -190,10 +199,12 @@ class Autotuner:
 
     def _pairs(self) -> Iterable[tuple[Engine, str]]:
         reference = self._running[0].candidate
-        for engine in self.engines:
-            for precision in engine.precisions:
-                if (engine.name, precision) != (reference.engine, reference.precision):
-                    yield engine, precision
+        pairs = [(engine, precision) for engine in self.engines for precision in engine.precisions]
+        # The graph as it is costs nothing to build, and is what runs anywhere: never for want of time left out.
+        pairs.sort(key=lambda pair: (pair[0].name, pair[1]) != ("onnxruntime", "float32"))
+        for engine, precision in pairs:
+            if (engine.name, precision) != (reference.engine, reference.precision):
+                yield engine, precision
 
     def _tried(self, engine: Engine, precision: str) -> list[Candidate]:
         """The candidate, and where it was rescued, the rescued one behind it."""
@@ -250,7 +261,7 @@ class Autotuner:
         if self._layers is None:
             if importlib.util.find_spec("onnxruntime") is None:
                 raise Lost("not installed: onnxruntime")
-            with Host() as host:
+            with self._host() as host:
                 found = host.ask(
                     max(10.0, self.left_s() / 2),
                     "damages",
@@ -263,7 +274,7 @@ class Autotuner:
     def _why_not(self, engine: Engine, precision: str) -> str | None:
         if reason := engine.why_not(self.device, precision):
             return reason
-        if missing := _missing((*engine.packages, *engine.builds_with)):
+        if missing := _missing((*engine.packages, *(engine.builds_with if precision == "int8" else ()))):
             return missing
         if engine.needs == "onnx" and self.graph is None:
             return f"there is no ONNX graph: {self._no_graph}"
@@ -279,7 +290,7 @@ class Autotuner:
         """Built in one process, loaded in another, so that memory and load time are those of a user."""
         folder = self.folder(candidate)
         folder.mkdir()
-        with Host() as builder:
+        with self._host() as builder:
             built = builder.ask(
                 min(limit_s, 3600.0),
                 "build",
@@ -289,8 +300,12 @@ class Autotuner:
                 folder=str(folder),
                 placement=describe(self._placement(self.threads)),
             )
-        host = self._stack.enter_context(Host())
-        loaded = self._load(host, candidate, self.threads, limit_s)
+        host = self._stack.enter_context(self._host())
+        try:
+            loaded = self._load(host, candidate, self.threads, limit_s)
+        except Lost:
+            host.close()
+            raise
         return replace(
             candidate,
             build_s=built["took_s"],
@@ -301,7 +316,7 @@ class Autotuner:
     def _load(self, host: Host, candidate: Candidate, threads: int, limit_s: float) -> float:
         """Seconds that it took."""
         reply = host.ask(
-            min(max(limit_s, 60.0), 600.0),
+            min(max(limit_s, 20.0), 600.0),
             "load",
             engine=candidate.engine,
             precision=candidate.precision,
@@ -394,12 +409,19 @@ class Autotuner:
         found: list[tuple[int, int]] = []
         spent = 0.0
         for batch, threads in dict.fromkeys((every, few, many, (BATCHES[0], 1), (BATCHES[-1], 1))):
-            calls = WARM_UP + _least(batch)
+            calls = self._warm_up(batch) + self._least(batch)
             each = max(TURN_S, calls * batch * self.input_s * self.threads / threads)  # none is slower, or not by much
             spent += len(self._running) * each
-            if len(found) < 2 or spent <= room_s:
+            if not found or spent <= room_s:
                 found.append((batch, threads))
         return sorted(found)
+
+    def _least(self, batch: int) -> int:
+        """How many calls make a turn: a tail of latencies needs more, a slow network gets fewer."""
+        return max(2, min(20 if batch == 1 else 3, int(SLOW_S / (batch * self.input_s))))
+
+    def _warm_up(self, batch: int) -> int:
+        return WARM_UP if batch * self.input_s < SLOW_S else 1
 
     def _time(self) -> None:
         room_s = max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
@@ -409,6 +431,9 @@ class Autotuner:
                 racing = [r for r in self._running if r.racing]
                 started = time.monotonic()
                 for cell in self._timed:
+                    if number == 0 and cell != self._timed[0] and time.monotonic() > until:
+                        self._timed = [timed for timed in self._timed if timed < cell]
+                        break
                     for runner in racing if number % 2 == 0 else racing[::-1]:
                         self._turn(runner, *cell)
                 self._drop()
@@ -421,14 +446,14 @@ class Autotuner:
             return
         try:
             found = runner.host.ask(
-                120,
+                60 + 10 * batch * self.input_s * self.threads / threads * (self._warm_up(batch) + self._least(batch)),
                 "time",
                 threads=threads,
                 rows=str(self.work / "rows.npy"),
                 batch=batch,
                 for_s=TURN_S,
-                warm_up=WARM_UP,
-                least=_least(batch),
+                warm_up=self._warm_up(batch),
+                least=self._least(batch),
             )
         except Lost as error:
             runner.racing = False
@@ -445,15 +470,13 @@ class Autotuner:
         """Those that are far behind the best in all that the goal is about stop here; the reference stays, gains are
         told by it."""
         racing = [r for r in self._running if r.racing]
+        if not racing:
+            return
         matter = [cell for cell in self._timed if (cell[0] == 1) == (self.goal == "latency")]
+        matter = matter or self._timed
         best = {cell: min(percentile(r.times[cell], 0.5) for r in racing) for cell in matter}
         for runner in racing[1:]:
             runner.racing = any(percentile(runner.times[cell], 0.5) <= FAR_BEHIND * best[cell] for cell in matter)
-
-
-def _least(batch: int) -> int:
-    """How many calls make a turn: a tail of latencies needs more."""
-    return 20 if batch == 1 else 3
 
 
 def _refused(candidate: Candidate, reason: str) -> Candidate:

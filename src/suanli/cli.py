@@ -277,10 +277,16 @@ def _optimize(
     options = {k: v for k, v in locals().items() if k not in ("as_json", "mean", "std")}
     options |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
     with _result(as_json) as result:
-        from suanli.verbs.optimize import optimize, table
+        from suanli.verbs.optimize import TooSlow, optimize, table
 
-        found = optimize(**options)
-        result.values = found.to_json()
+        try:
+            found = optimize(**options)
+            result.values = found.to_json()
+        except TooSlow as error:  # the figures are shown all the same
+            found, result.exit_code = error.found, error.exit_code
+            failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
+            result.values = found.to_json() | failure
+            print(f"suanli: {error}", file=sys.stderr)
         result.shown = lambda: table(found)
 
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Self
 
-from suanli import hardware
-from suanli.errors import DamagedFile
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from suanli import hardware, plugins
+from suanli.errors import DamagedFile, UsageError
 from suanli.gpus import nvidia_driver
 from suanli.places import cache_dir
 from suanli.rundir import now
@@ -29,6 +33,53 @@ from suanli.types import Device, Json
 FORMAT = 1
 FOLDER = "engines"
 INDEX = "engines.json"
+
+
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]  # of a folder or file: no way out of here
+
+
+class _File(BaseModel):
+    blake2b: str
+    size_bytes: int
+
+
+class _Entry(BaseModel):
+    engine: Name
+    precision: Name
+    threads: int = Field(ge=1)
+    portable: bool
+    versions: dict[str, str]
+    files: dict[str, _File]
+
+
+class _Preprocess(BaseModel):
+    kind: Name
+    settings: dict[str, Json]
+
+
+class _Machine(BaseModel):
+    type: str
+    device: str
+    instruction_sets: list[str]
+
+
+class _Index(BaseModel):
+    """What has to be in engines.json before any of it is believed."""
+
+    engines: dict[Name, _Entry]
+    chosen: Name
+    reference: Name
+    classes: list[str] = Field(min_length=1)
+    preprocess: _Preprocess
+    machine: _Machine
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not {self.chosen, self.reference} <= self.engines.keys():
+            raise ValueError("it names engines that aren't there")
+        if len(set(self.classes)) < len(self.classes):
+            raise ValueError("two classes have one name")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +98,15 @@ def save(folder: Path, engines: Sequence[Kept], *, device: Device, about: Mappin
     """Moves the engines' files below `folder` and writes the index; the first is the chosen one, the last the
     reference. `about` goes into the index as it is."""
     entries: dict[str, Json] = {}
+    before = _names_of(folder)
     with writing(folder):
         for kept in engines:
             files = _files(kept.folder)
             name = f"{kept.engine}-{kept.precision}-{_digest(files, 4)}"
+            if (folder / name).exists() and _files(folder / name) != files:
+                shutil.rmtree(folder / name)  # it was altered
             if not (folder / name).exists():
-                shutil.copytree(kept.folder, folder / name)
+                os.rename(kept.folder, folder / name)  # whole or not at all
             if not kept.portable:
                 _mark(files).parent.mkdir(parents=True, exist_ok=True)
                 _mark(files).touch()
@@ -75,9 +129,8 @@ def save(folder: Path, engines: Sequence[Kept], *, device: Device, about: Mappin
             **about,
         }
         write_json(folder / INDEX, index)
-        for left_over in folder.iterdir():
-            if left_over.is_dir() and left_over.name not in entries:
-                shutil.rmtree(left_over, ignore_errors=True)
+        for left_over in before - entries.keys():  # nothing else: the folder may be the user's own
+            shutil.rmtree(folder / left_over, ignore_errors=True)
     return index
 
 
@@ -101,12 +154,27 @@ def read(folder: Path) -> dict[str, Json] | None:
         index = read_json(folder / INDEX)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    whole = isinstance(index, dict) and {"engines", "chosen", "reference", "classes", "preprocess"} <= index.keys()
-    if not whole or index.get("format") != FORMAT or index["chosen"] not in index["engines"]:
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise DamagedFile(
             f"{folder / INDEX} has a format that this version can't read.", fix="Make it again: suanli optimize RUN."
         )
+    try:
+        _Index.model_validate(index)
+        for entry in index["engines"].values():
+            plugins.load("engines", entry["engine"])
+    except (ValidationError, UsageError) as error:
+        raise DamagedFile(
+            f"{folder / INDEX} is damaged ({str(error).splitlines()[0]}).", fix="Make it again: suanli optimize RUN."
+        ) from error
     return dict(index)
+
+
+def _names_of(folder: Path) -> set[str]:
+    """Engines that an index here names; none where it can't be read."""
+    try:
+        return set((read(folder) or {"engines": {}})["engines"])
+    except DamagedFile:
+        return set()
 
 
 def _mark(files: Mapping[str, Json]) -> Path:
@@ -119,8 +187,9 @@ def _digest(files: Mapping[str, Json], size: int) -> str:
 
 
 def made_here(entry: Mapping[str, Json]) -> bool:
-    """Whether this user made the engine on this machine, or its files are no machine code."""
-    return bool(entry["portable"]) or _mark(entry["files"]).exists()
+    """Whether this user made the engine on this machine, or its files are no machine code: which they are, the engine
+    knows, not the file that came with them."""
+    return bool(plugins.load("engines", entry["engine"]).portable) or _mark(entry["files"]).exists()
 
 
 def why_not_here(entry: Mapping[str, Json], tuned_on: Mapping[str, Json], device: Device) -> str | None:

@@ -20,6 +20,8 @@ from suanli.plugins import load as load_plugin
 from suanli.types import Preprocess
 
 CHANNELS = (1, 3)
+SHAPERS = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Clip")  # keep probabilities as they are
+MOST = 4096  # px of a side
 FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}  # numbers of ONNX's types
 
 
@@ -52,8 +54,11 @@ def read(
     about = {prop.key: prop.value for prop in model.metadata_props}
     count = _classes(path, result)
     _softmax(model, result.name)
+    _out_of_the_way(model, {given.name, result.name})
     if {"preprocess", "rows"} <= about.keys() and given.type.tensor_type.elem_type not in FLOATS:
-        preprocess = _own_preprocess(path, about)
+        if size is not None or mean is not None or std is not None:
+            raise UsageError(f"{path} brings its own size, mean and std.", fix="Leave the options out.")
+        preprocess = _own_preprocess(path, about, _shape(given))
         _renamed(model, given.name, result)
     else:
         preprocess = _in_front(path, model, given, size, mean, std)
@@ -140,10 +145,15 @@ def _softmax(model: Any, name: str) -> None:
 
     graph = model.graph
     last = next((node for node in graph.node if name in node.output), None)
-    while last is not None and last.op_type in ("Identity", "Cast", "Reshape"):
+    while last is not None and last.op_type in SHAPERS:
         last = next((node for node in graph.node if last.input[0] in node.output), None)
     if last is not None and last.op_type == "Softmax":
         return
+    if last is not None and last.op_type in ("Sigmoid", "LogSoftmax"):
+        raise DataError(
+            f"The graph ends in {last.op_type}; logits, or probabilities that sum to 1, are needed.",
+            fix="Export the network without its last operation.",
+        )
     for node in graph.node:
         for place, output in enumerate(node.output):
             if output == name:
@@ -187,6 +197,8 @@ def _in_front(
     for name, values in (("--mean", mean), ("--std", std)):
         if values is not None and len(values) != channels:
             raise UsageError(f"{name} has {len(values)} numbers; there are {channels} channels.", fix="One for each.")
+    if not np.isfinite([*(mean or ()), *(std or ())]).all():
+        raise UsageError("--mean and --std have to be finite numbers.", fix="Such as 0.485,0.456,0.406.")
     if std is not None and min(std) <= 0:
         raise UsageError(
             "--std has to be above 0.", fix="Give what the network learned with, such as 0.229,0.224,0.225."
@@ -224,15 +236,27 @@ def _in_front(
     return preprocess
 
 
-def _own_preprocess(path: Path, about: dict[str, str]) -> Preprocess:
+def _own_preprocess(path: Path, about: dict[str, str], shape: Sequence[int | None]) -> Preprocess:
     try:
         values = json.loads(about["preprocess"])
         preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
-    except (ValueError, KeyError, TypeError, UsageError) as error:
+        if list(preprocess.row_shape) != list(shape[1:]) or max(preprocess.row_shape) > MOST:
+            raise ValueError(f"rows of {preprocess.row_shape}, the input is {_told(shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
         raise DamagedFile(
             f"The metadata of {path} can't be used ({_first_line(error)}).", fix="Export it again."
         ) from error
     return preprocess
+
+
+def _out_of_the_way(model: Any, ends: set[str]) -> None:
+    """Inner values that are called as the ends will be get another name."""
+    names = {name: f"{name}_inner" for name in ("rows", "probabilities") if name not in ends}
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    for value in (*model.graph.initializer, *model.graph.value_info):
+        value.name = names.get(value.name, value.name)
 
 
 def _renamed(model: Any, given: str, result: Any) -> None:

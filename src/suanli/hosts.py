@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -34,7 +35,8 @@ class Lost(Exception):
 class Host:
     """One process. A context manager; after Lost by a crash or the clock it is gone."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path | None = None) -> None:
+        """`scratch` is where libraries put their own files, which they don't clear when they are ended."""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         paths = [p for p in sys.path if p]
         self._process = subprocess.Popen(
@@ -42,7 +44,7 @@ class Host:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | _places(scratch),
             start_new_session=True,  # its compilers end with it
         )
         self._pending = b""
@@ -101,6 +103,13 @@ class Host:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
+
+
+def _places(scratch: Path | None) -> dict[str, str]:
+    if scratch is None:
+        return {}
+    scratch.mkdir(exist_ok=True)
+    return {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
 
 
 def describe(placement: Placement) -> Json:
@@ -225,10 +234,18 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(": ")
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process and its compilers once the one that asks is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Answers requests until its input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like; replies must stay readable
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     hosted = _Hosted()
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)

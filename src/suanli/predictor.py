@@ -9,6 +9,7 @@ Only what the engine needs is imported: OpenVINO and ONNX Runtime run without to
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from suanli.console import warn
 from suanli.errors import BadInput, DataError, MachineError, UsageError, unknown
 from suanli.plugins import load as load_plugin
 from suanli.saved import model_folder, read_card
-from suanli.types import AnyPath, Json, Loaded, Placement, Preprocess, Raw
+from suanli.types import AnyPath, Json, Loaded, Placement, Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,6 +59,7 @@ class Predictor:
         self.engine, self.precision = engine, precision
         self.preprocess, self.classes = preprocess, tuple(classes)
         self._loaded = loaded
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"Predictor({self.engine} {self.precision}, {len(self.classes)} classes)"
@@ -76,13 +78,15 @@ class Predictor:
             found += self.named([name for name, _ in part], rows, top=top)
         return found
 
-    def encode(self, raw: Raw | Path | Image) -> np.ndarray | str:
+    def encode(self, raw: Any) -> np.ndarray | str:
         """The row of an input, or why there is none."""
         try:
             if isinstance(raw, Path):
                 raw = raw.read_bytes()
-            elif not isinstance(raw, bytes | str | np.ndarray):
-                raw = np.asarray(raw.convert("RGB"))
+            elif isinstance(raw, bytearray | memoryview):
+                raw = bytes(raw)
+            elif hasattr(raw, "getexif"):  # a Pillow image
+                raw = _of_pillow(raw)
             return self.preprocess.encode(raw).row
         except BadInput as error:
             return error.message
@@ -102,7 +106,8 @@ class Predictor:
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Cached rows (B, *row_shape) to probabilities (B, K) float32."""
-        return self._loaded.answer(np.ascontiguousarray(rows))
+        with self._lock:  # most engines answer into memory of their own, one call at a time
+            return self._loaded.answer(np.ascontiguousarray(rows))
 
     def _answer(self, name: str, probabilities: np.ndarray, top: int) -> Prediction:
         best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
@@ -140,7 +145,9 @@ def load(
         entry = index["engines"][name]
         engine_store.check(there / name, entry)
         target = hardware.detect("cpu") if index["machine"]["type"] == "cpu" else hardware.detect(device)
-        placement = Placement(device=target, threads=threads or entry["threads"], trust_code=trust_code)
+        most = hardware.cores()
+        tuned = entry["threads"] if name == index["chosen"] else most
+        placement = Placement(device=target, threads=threads or min(tuned, most), trust_code=trust_code)
         return Predictor(
             engine=entry["engine"],
             precision=entry["precision"],
@@ -174,13 +181,15 @@ def _usable(
         return reference
     if engine != "auto":
         named = next((name for name in entries if name == engine or name.startswith(f"{engine}-")), None)
+        if named is not None and (missing := engine_store.absent(entries[named])):
+            raise MachineError(f"{named} needs {missing}.", fix="Install it, or leave --engine out.")
         if named is not None and not (trust_code or engine_store.made_here(entries[named])):
             raise UsageError(
                 f"{there / named} is machine code that was not made here.",
                 fix="If you trust where it comes from, run it with --trust-code.",
             )
         return named
-    if folder is not None and device not in ("auto", index["machine"]["type"]):
+    if folder is not None and device != "auto" and hardware.detect(device).type != index["machine"]["type"]:
         return None
     chosen = str(index["chosen"])
     here = hardware.detect("cpu" if index["machine"]["type"] == "cpu" else device)
@@ -191,7 +200,7 @@ def _usable(
         return chosen
     entry = entries[reference]
     missing = engine_store.absent(entry)
-    usable = entry["portable"] and missing is None
+    usable = load_plugin("engines", entry["engine"]).portable and missing is None
     if not usable and folder is None:
         raise MachineError(
             f"{chosen} was chosen for {reason}; {reference} needs {missing or 'the machine where it was made'}.",
@@ -202,11 +211,17 @@ def _usable(
     return reference if usable else None
 
 
+def _of_pillow(image: Image) -> np.ndarray:
+    from suanli.preprocess._decode import of_pillow
+
+    return of_pillow(image)
+
+
 def _named(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:
     """Names and raw inputs."""
     if isinstance(inputs, np.ndarray) and inputs.ndim == 4:
         yield from ((f"#{i}", item) for i, item in enumerate(inputs))
-    elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes):
+    elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview):
         for i, item in enumerate(inputs):
             yield _one(item, kind, i)
     else:
@@ -219,4 +234,9 @@ def _one(item: Any, kind: str, number: int) -> tuple[str, Any]:
         if not path.exists():
             raise DataError(f"There is nothing at {path}.", fix="Give the path of an image, its bytes, or its pixels.")
         return str(item), path
+    if not isinstance(item, str | bytes | bytearray | memoryview | np.ndarray) and not hasattr(item, "getexif"):
+        raise UsageError(
+            f"An input can't be {type(item).__name__}.",
+            fix="Give paths, bytes, arrays (H, W, C) of uint8 or Pillow images; for texts, strings.",
+        )
     return f"#{number}", item

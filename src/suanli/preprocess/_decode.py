@@ -26,6 +26,7 @@ from PIL import Image
 from suanli.errors import BadInput
 from suanli.types import Raw
 
+EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 100_000_000
 # An explicit list, because Pillow would start Ghostscript for EPS, among other surprises.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "ICO", "JPEG2000")
@@ -72,6 +73,15 @@ def decode(raw: Raw) -> Decoded:
     if orientation != 1:
         pixels = _upright(pixels, orientation)
     return Decoded(_without_equal_channels(pixels), traits)
+
+
+def of_pillow(image: Image.Image) -> np.ndarray:
+    """The pixels of an open image, as `decode` would give those of its file: upright and opaque. Raises BadInput."""
+    try:
+        pixels, _ = _to_pixels(image)
+        return _upright(pixels, int(image.getexif().get(EXIF_ORIENTATION, 1)))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput(f"The image can't be decoded ({error}).") from error
 
 
 def peek(raw: Raw) -> Header:

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from suanli import building, foreign
+from suanli import building, engine_store, foreign
 from suanli.autotune import Subject
 from suanli.console import warn
+from suanli.data import row_bytes
 from suanli.errors import DataError, UsageError
 from suanli.plugins import load as load_plugin
 from suanli.rundir import Run, is_run, refuse_occupied
-from suanli.saved import load_model, model_folder, save_model
+from suanli.saved import load_model, model_folder, read_card, save_model
 from suanli.types import AnyPath, Json, Preprocess, Recipe, Split, Task
 from suanli.verbs.prepare import DataOptions, resolve
 
 CALIBRATION = 300  # training examples
+MOST_BYTES = 1 << 30  # of rows to examine
 MADE_UP = 64  # examples where there is no data
 SIDE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
 
@@ -64,6 +66,7 @@ class Given:
     rows: np.ndarray  # (N, *row_shape)
     targets: np.ndarray | None  # (N,)
     calibration: np.ndarray | None  # (M, *row_shape)
+    examples: int  # for examining, that there are
     trust_code: bool
 
     def subject(self, work: Path) -> Subject:
@@ -80,6 +83,7 @@ class Given:
             rows=self.rows,
             targets=self.targets,
             calibration=self.calibration,
+            examples=self.examples,
             trust_code=self.trust_code,
         )
 
@@ -132,9 +136,12 @@ def _of_graph(path: Path, options: Options) -> Given:
             raise DataError(
                 f"{path} knows {graph.count} classes, the data {len(classes)}.", fix="Give data of its own."
             )
+    folder = Path(options.out or f"{path.stem}-engines").expanduser()
+    if not (folder / engine_store.INDEX).exists():
+        refuse_occupied(folder)
     return _given(
         examples,
-        engines=Path(options.out or f"{path.stem}-engines").expanduser(),
+        engines=folder,
         model=None,
         graph=graph,
         task=load_plugin("tasks", recipe.task)(),
@@ -168,7 +175,8 @@ def _of_function(spec: str, options: Options) -> Given:
         if report.missing or report.skipped:
             raise DataError(f"{options.weights} doesn't fit the network: {report}", fix="Give all of its weights.")
     folder = Path(options.out or f"{spec.rpartition(':')[2]}-model").expanduser()
-    refuse_occupied(folder)
+    if not (folder / "model.json").exists() or read_card(folder)["model"] != spec:
+        refuse_occupied(folder)  # one that this function left there before is made anew
     save_model(folder, module, recipe=recipe, preprocess=preprocess, classes=prepared.classes, data=prepared.to_json())
     trusted = replace(options, weights=None, size=None, mean=None, std=None, out=None, trust_code=True)
     return _of_model(folder, trusted)
@@ -178,7 +186,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     found = SIDE.fullmatch(text.strip())
-    if found is None or not int(found[1]):
+    if found is None or not int(found[1]) or found[2] == "0":
         raise UsageError(f"{text!r} is no size.", fix="Give pixels: 224, or height and width: 224x160.")
     return int(found[1]), int(found[2] or found[1])
 
@@ -223,12 +231,14 @@ def _given(examples: tuple[Split, Split] | None, *, preprocess: Preprocess, **kn
         warn("There is no data to calibrate with and to examine on, so only float32 is tried; give some with --data.")
         limit = preprocess.model_args.get("vocabulary_size", 256)
         rows = random.integers(0, limit, (MADE_UP, *preprocess.row_shape)).astype(preprocess.row_dtype)
-        return Given(rows=rows, targets=None, calibration=None, preprocess=preprocess, **known)
+        return Given(rows=rows, targets=None, calibration=None, examples=len(rows), preprocess=preprocess, **known)
     training, validation = examples
-    order = random.permutation(len(validation))  # any first part of it is a fair sample
+    # Any first part of it is a fair sample; more than fits here can't be examined in time.
+    order = random.permutation(len(validation))[: max(MADE_UP, MOST_BYTES // row_bytes(validation))]
     return Given(
         rows=_rows(validation, order),
         targets=validation.targets[order],
+        examples=len(validation),
         calibration=_rows(training, np.sort(random.permutation(len(training))[:CALIBRATION])),
         preprocess=preprocess,
         **known,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+WORK = ".suanli-work-"  # how folders begin that are gone when the work is done
+
+
 @dataclass(frozen=True, kw_only=True)
 class Optimized:
     """What an optimisation came to, and where the engines lie."""
@@ -45,6 +49,14 @@ class Optimized:
 
     def to_json(self) -> dict[str, Json]:
         return self.found.to_json() | {"engines": str(self.path)}
+
+
+class TooSlow(MachineError):
+    """No engine is as fast as was asked for; `found` has every figure."""
+
+    def __init__(self, found: Optimized, message: str, *, fix: str) -> None:
+        super().__init__(message, fix=fix)
+        self.found = found
 
 
 def optimize(
@@ -84,10 +96,12 @@ def optimize(
         )
     if max_latency_ms is not None and not max_latency_ms > 0:
         raise UsageError(f"A latency of {max_latency_ms} ms can't be met.", fix="Give milliseconds above 0.")
+    started = time.monotonic()
     names = _names(engines)
     budget_s = seconds(time_budget)
     target = hardware.detect(device)
-    if goal == "energy" and not counters(target):
+    meters = counters(target) if goal == "energy" else []
+    if goal == "energy" and (not meters or any(meter.read_j() is None for meter in meters)):
         raise MachineError(
             f"The energy that {target.name} takes can't be read here.",
             fix="Choose another goal; on most machines only root may read it.",
@@ -96,7 +110,10 @@ def optimize(
         data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
     )
     given = understood(subject, options)
-    with _work(given.engines) as work:
+    with ExitStack() as held:
+        if given.run is not None:
+            held.enter_context(given.run.lock())  # better now than after the search
+        work = held.enter_context(_work(given.engines))
         tuner = Autotuner(
             given.subject(work),
             target,
@@ -106,13 +123,17 @@ def optimize(
             budget_s=budget_s,
             engines=names,
             max_latency_s=None if max_latency_ms is None else max_latency_ms / 1000,
+            started=started,
         )
         try:
             found = tuner.search()
         except Lost as error:
-            raise MachineError(f"Not even the reference can be run here: {error}.", fix="See suanli device.") from error
-        if max_latency_ms is not None and (speed := found.chosen.latency()) and speed.p95_s * 1000 > max_latency_ms:
             raise MachineError(
+                f"Not even the reference can be run here ({error}).", fix="Check the network, and see suanli device."
+            ) from error
+        if max_latency_ms is not None and (speed := found.chosen.latency()) and speed.p95_s * 1000 > max_latency_ms:
+            raise TooSlow(
+                Optimized(path=given.engines, found=found, index={"headline": given.task.headline}),
                 f"No engine answers in {max_latency_ms:g} ms here; the best, {found.chosen.name}, takes "
                 f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
                 fix="Allow more, choose a smaller model, or a faster machine.",
@@ -129,15 +150,15 @@ def optimize(
                 "found": found.to_json(),
             },
         )
-    if given.run is not None:
-        _record(given.run, given, target, found)
+        if given.run is not None:
+            _record(given.run, given, target, found)
     return Optimized(path=given.engines, found=found, index=index)
 
 
 def _names(given: str | None) -> list[str] | None:
     if given is None:
         return None
-    names = [name.strip() for name in given.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     for name in names:
         plugins.load("engines", name)
     if not names:
@@ -158,9 +179,9 @@ def _work(folder: Path) -> Iterator[Path]:
         except Timeout as error:
             raise RunBusy(f"Another process is making engines in {folder}.", fix="Wait until it ends.") from error
         try:
-            for remains in folder.glob(".work-*"):  # of a process that was killed
+            for remains in folder.glob(f"{WORK}*"):  # of a process that was killed
                 shutil.rmtree(remains, ignore_errors=True)
-            work = Path(tempfile.mkdtemp(dir=folder, prefix=".work-")).absolute()
+            work = Path(tempfile.mkdtemp(dir=folder, prefix=WORK)).absolute()
             try:
                 yield work
             finally:
@@ -171,7 +192,8 @@ def _work(folder: Path) -> Iterator[Path]:
 
 def _worth_keeping(found: Found) -> list[Candidate]:
     """The chosen engine first; last one that keeps float32 and whose files run anywhere."""
-    exact = [c for c in found.candidates if c.state == "accepted" and c.precision == "float32" and _engine(c).portable]
+    timed = [c for c in found.candidates if c.state == "accepted" and c.speeds]
+    exact = [c for c in timed if c.precision == "float32" and _engine(c).portable]
     reference = next((c for c in exact if c.engine == "onnxruntime"), exact[0])
     return [found.chosen] if reference == found.chosen else [found.chosen, reference]
 
@@ -197,22 +219,21 @@ def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> engine_store.
 def _record(run: Run, given: Given, device: Device, found: Found) -> None:
     """A line of the ledger for the reference and for the chosen engine."""
     environment = hardware.environment(device)
-    with run.lock():
-        for candidate in dict.fromkeys((found.candidates[0], found.chosen)):
-            speed, score = candidate.latency(), candidate.score
-            if speed is not None:
-                run.record(
-                    measurement(
-                        "latency_s",
-                        speed.p50_s,
-                        "s",
-                        environment=environment,
-                        recipe=given.recipe,
-                        variant=candidate.name,
-                        scores={} if score is None else {f"val_{given.task.headline}": score},
-                        count=speed.calls,
-                    )
+    for candidate in dict.fromkeys((found.candidates[0], found.chosen)):
+        speed, score = candidate.latency(), candidate.score
+        if speed is not None:
+            run.record(
+                measurement(
+                    "latency_s",
+                    speed.p50_s,
+                    "s",
+                    environment=environment,
+                    recipe=given.recipe,
+                    variant=candidate.name,
+                    scores={} if score is None else {f"val_{given.task.headline}": score},
+                    count=speed.calls,
                 )
+            )
 
 
 # --- for people ---

@@ -95,7 +95,8 @@ def table(predictions: Sequence[Prediction]) -> Table:
     shown = Table("input", "label", "probability", "next", box=None, pad_edge=False)
     for p in predictions:
         others = "  ".join(f"{name} {value:.1%}" for name, value in list(p.probabilities.items())[1:3])
-        shown.add_row(Text(p.name), Text(p.label or "-"), "" if p.error else f"{p.probability:.1%}", p.error or others)
+        share = "" if p.error else f"{p.probability:.1%}"
+        shown.add_row(Text(p.name), Text(p.label or "-"), share, Text(p.error or others))
     return shown
 
 
