@@ -463,8 +463,8 @@ class Bench:
 
     def clean(self, value: Json) -> Json:
         """Without the names of folders here."""
-        text = json.dumps(value).replace(str(self.folder), "…").replace(str(Path.home()), "~")
-        return json.loads(text)
+        text = json.dumps(value).replace(str(self.folder), "…")
+        return json.loads(text if len(str(Path.home())) == 1 else text.replace(str(Path.home()), "~"))
 
     # --- before the race ---
 
@@ -659,7 +659,10 @@ class Bench:
     def figures(self, name: str, running: Sequence[Running]) -> dict[str, Json]:
         """For each size of a batch, how many times as fast suanli's engine is as the best of each backend."""
         record, found = self.record, {}
-        ours = {one.way.precision: one for one in running if one.way.backend == "suanli"}
+        ours = {one.way.precision: one for one in running if one.way.backend == "suanli" and one.turns}
+        if not ours:
+            record.say(f"{name}: NO ENGINE OF SUANLI IS LEFT TO COMPARE\n")
+            return {}
         for batch, goal in zip(BATCHES, ("latency", "throughput"), strict=True):
             own = ours.get(goal) or next(iter(ours.values()))
             for family in FAMILIES:
@@ -676,18 +679,21 @@ class Bench:
                     what = f"{name}, batch {batch}: suanli / {loose.way.name}, which is {loose.refused}"
                     found[f"{family} {batch}, any score"] = record.compare(what, gained)
         for own in ours.values():
-            assert own.difference is not None
-            points = own.difference
-            reached = points.median >= -TOLERANCE
-            record.say(
-                f"{name}: {own.way.name}: {100 * points.median:+.2f} points of accuracy (95 % interval "
-                f"{100 * points.low:+.2f} to {100 * points.high:+.2f}), to lose at most {100 * TOLERANCE:g}: "
-                f"{'reached' if reached else 'MISSED'}"
-            )
-            about = {"what": f"{name}: accuracy, {own.way.name}", "value": points.median, "floor": -TOLERANCE}
-            record.figures.append({**about, "interval": points.to_json(), "reached": reached})
+            self.score(name, own)
         record.say()
         return found
+
+    def score(self, name: str, own: Running) -> None:
+        """The accuracy that suanli's engine costs, against what it may."""
+        assert own.difference is not None
+        points = own.difference
+        reached = points.median >= -TOLERANCE
+        self.record.say(
+            f"{name}: {own.name}: {100 * points.median:+.2f} points of accuracy (95 % interval {100 * points.low:+.2f} "
+            f"to {100 * points.high:+.2f}), to lose at most {100 * TOLERANCE:g}: {'reached' if reached else 'MISSED'}"
+        )
+        about = {"what": f"{name}: accuracy, {own.name}", "value": points.median, "floor": -TOLERANCE}
+        self.record.figures.append({**about, "interval": points.to_json(), "reached": reached})
 
     def control(self, name: str) -> dict[str, Json]:
         """One net against NNCF's own control of accuracy."""
@@ -724,8 +730,8 @@ def distance(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def quickest(running: Sequence[Running], family: str, batch: int, *, scored: bool = True) -> Running | None:
-    """The best by hand of a backend; `scored`: only those that don't lose too much accuracy."""
-    able = [one for one in running if one.way.family == family and one.turns.get(batch)]
+    """The best by hand of a backend that is timed in every round; `scored`: and doesn't lose too much accuracy."""
+    able = [one for one in running if one.way.family == family and one.racing.get(batch) and one.turns.get(batch)]
     able = [one for one in able if not (one.refused and scored)]
     return min(able, key=lambda one: one.median_s(batch), default=None)
 
