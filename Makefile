@@ -3,6 +3,7 @@
 #
 #   make demo    install, then train, test and report on handwritten digits
 #   make test    install what tests need, run them all
+#   make long    the few tests that take longest and aren't part of make test
 #   make check   format, lint, types, import ladder
 #   make gpu     tests and benchmarks on an NVIDIA card, in ten minutes, with the packages that are there:
 #                installs nothing and needs no network; make gpu GPU_PYTHON=python3.12 DATA=folder AIRBENCH=file
@@ -22,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 GPU_PYTHON ?= python3
 DATA ?= ../shared/data
 
-.PHONY: demo test check gpu clean
+.PHONY: demo test long check gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -30,6 +31,9 @@ demo: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+long: .venv/installed-test
+	$(BIN)/python -m pytest -m long
 
 check: .venv/installed-check
 	$(BIN)/ruff format --check .

@@ -316,7 +316,7 @@ class Autotuner:
     def _load(self, host: Host, candidate: Candidate, threads: int, limit_s: float) -> float:
         """Seconds that it took."""
         reply = host.ask(
-            min(max(limit_s, 20.0), 600.0),
+            min(max(limit_s, 10.0), 600.0),
             "load",
             engine=candidate.engine,
             precision=candidate.precision,

@@ -23,9 +23,18 @@ DEVICES = (
     Device(name="a Mac's GPU", torch_name="mps", memory_bytes=None, fast_dtypes=("float32", "float16")),
 )
 ENGINES: dict[str, Engine] = plugins.load_all("engines")
-SLOW = ("aot_inductor", "inductor")  # they compile
+SLOW = ("aot_inductor", "inductor")  # they compile: one precision of each always, the others in `make long`
+ALWAYS = (("aot_inductor", "int8"), ("inductor", "float32"))
+
+
+def marks(engine: Engine, precision: str) -> list[pytest.MarkDecorator]:
+    if engine.name not in SLOW:
+        return []
+    return [pytest.mark.slow if (engine.name, precision) in ALWAYS else pytest.mark.long]
+
+
 PAIRS = [
-    pytest.param(engine, precision, id=f"{engine.name}-{precision}", marks=[pytest.mark.slow] * (engine.name in SLOW))
+    pytest.param(engine, precision, id=f"{engine.name}-{precision}", marks=marks(engine, precision))
     for engine in ENGINES.values()
     for precision in engine.precisions
 ]

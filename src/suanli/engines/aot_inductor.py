@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from suanli.engines import _compiled
+from suanli.planning import threads
 from suanli.saved import load_model
 from suanli.types import Device, Engine, Loaded, Material, Placement
 from suanli.whole import LARGEST, Whole, example
@@ -71,12 +72,10 @@ def _quantized(module: Any, material: Material) -> Any:
 
 
 def load(folder: Path, precision: str, placement: Placement) -> Loaded:  # noqa: ARG001
-    torch.set_num_threads(placement.threads)
     one, many = (torch._inductor.aoti_load_package(str(folder / name)) for name in (ONE, MANY))
 
     def answer(rows: np.ndarray) -> np.ndarray:
-        torch.set_num_threads(placement.threads)
-        with torch.inference_mode():
+        with threads(placement.threads), torch.inference_mode():
             run = one if len(rows) == 1 else many
             return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
 

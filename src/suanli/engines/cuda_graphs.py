@@ -172,7 +172,6 @@ class Recorded:
 
 
 def load(folder: Path, precision: str, placement: Placement) -> Loaded:
-    torch.set_num_threads(placement.threads)
     saved = load_model(folder, trust_code=placement.trust_code)
     where = torch.device(placement.device.torch_name)
     model = prepared(saved, precision, where)

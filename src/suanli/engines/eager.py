@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from suanli.planning import threads
 from suanli.saved import WEIGHTS, load_model
 from suanli.speedups._switches import switched
 from suanli.types import Device, Engine, Loaded, Material, Placement
@@ -53,9 +54,8 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
     lower = precision in LOWER
 
     def answer(rows: np.ndarray) -> np.ndarray:
-        torch.set_num_threads(placement.threads)
         autocast = torch.autocast(where.type, DTYPES[precision], enabled=lower)
-        with torch.inference_mode(), autocast, float32_as(precision, where.type):
+        with threads(placement.threads), torch.inference_mode(), autocast, float32_as(precision, where.type):
             return whole(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
 
     def computes_in(rows: np.ndarray) -> str:

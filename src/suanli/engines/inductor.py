@@ -14,20 +14,19 @@ import torch
 import torch._inductor.config
 
 from suanli.engines import _compiled, eager
+from suanli.planning import threads
 from suanli.saved import load_model
 from suanli.types import Engine, Loaded, Placement
 from suanli.whole import Whole, example
 
 
 def load(folder: Path, precision: str, placement: Placement) -> Loaded:
-    torch.set_num_threads(placement.threads)
     whole = Whole(load_model(folder, trust_code=placement.trust_code))
     one, many = torch.compile(whole, dynamic=False), torch.compile(whole, dynamic=True)
 
     def answer(rows: np.ndarray) -> np.ndarray:
-        torch.set_num_threads(placement.threads)
         lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
-        with torch.inference_mode(), lower:
+        with threads(placement.threads), torch.inference_mode(), lower:
             run = one if len(rows) == 1 else many
             return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
 
