@@ -263,8 +263,12 @@ def table(optimized: Optimized) -> Group:
             "" if c.size_bytes is None else f"{c.size_bytes / 1e6:.1f}",
             "" if c.score is None else f"{c.score:.2%}",
         )
-    others = [Text(f"  {c.name}: {c.state}: {c.reason}", style="dim") for c in found.candidates if not c.speeds]
-    return Group(shown, *others, Text(_summary(optimized)))
+    others: dict[tuple[str, str], list[str]] = {}
+    for c in found.candidates:
+        if not c.speeds:
+            others.setdefault((c.state, c.reason), []).append(c.name)
+    lines = [Text(f"  {state}: {', '.join(names)}: {reason}", style="dim") for (state, reason), names in others.items()]
+    return Group(shown, *lines, Text(_summary(optimized)))
 
 
 def _summary(optimized: Optimized) -> str:
