@@ -246,13 +246,15 @@ def _legible(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def _sides(dot: Dot) -> list[_Box]:
-    """Places for the mark of a dot: right, above, below, left, as far as they are in the frame."""
+    """Places for the mark of a dot: right, above, below, left, aslant above, as far as they are in the frame."""
     wide, high, away = LETTER * len(dot.mark), 8, dot.radius + 2
     corners = [
         (dot.x + away, dot.y + high / 2),
         (dot.x - wide / 2, dot.y - away),
         (dot.x - wide / 2, dot.y + away + high),
         (dot.x - away - wide, dot.y + high / 2),
+        (dot.x + away, dot.y - away),  # in a corner of the frame no other is free
+        (dot.x - away - wide, dot.y - away),
     ]
     boxes = [_Box(left, left + wide, bottom - high, bottom) for left, bottom in corners]
     return [box for box in boxes if box.left >= LEFT and box.right <= WIDTH and box.bottom <= HEIGHT - BOTTOM]
