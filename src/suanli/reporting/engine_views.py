@@ -15,6 +15,7 @@ from suanli.reporting.charts import Chart, Point, Series, chart, decades
 from suanli.reporting.engine_records import Candidate, Engines, Found, Pace
 from suanli.reporting.speed_records import Difference
 
+CLEARLY = 1.1  # times as fast has one thread to be
 STATES = {"lost": "failed"}  # its process was
 
 
@@ -76,9 +77,14 @@ def name(one: Candidate) -> str:
 
 
 def _latency(one: Candidate) -> Pace | None:
-    """With one input, with whichever number of threads is faster."""
+    """With one input, with the number of threads that `Candidate.latency` in `candidates.py` takes."""
     alone = [pace for pace in one.speeds if pace.batch == 1 and _positive(pace.p50_s)]
-    return min(alone, key=lambda pace: pace.p50_s or 0.0, default=None)
+    most = max((pace.threads or 1 for pace in alone), default=1)
+
+    def cost(pace: Pace) -> float:
+        return (pace.p50_s or 0.0) * (CLEARLY if (pace.threads or 1) < most else 1)
+
+    return min(alone, key=cost, default=None)
 
 
 def _throughput(one: Candidate) -> Pace | None:
@@ -166,8 +172,8 @@ def _same(one: Candidate, other: Candidate) -> bool:
 
 def _notes(found: Found, headline: str) -> list[str]:
     said = [
-        "p50, p95, p99: one input, with whichever number of threads is faster; inputs/s: with the batch size and the "
-        "threads that are best. All were timed by turns, each in a process of its own, whose memory is told."
+        "p50, p95, p99: one input, with all threads unless one is clearly faster; inputs/s: with the batch size and "
+        "the threads that are best. All were timed by turns, each in a process of its own, whose memory is told."
     ]
     if words.known(found.tolerance) and found.labelled:
         allowed = words.points(found.tolerance).lstrip("+−")
