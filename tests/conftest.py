@@ -77,6 +77,7 @@ def text_table(tmp_path: Path) -> Path:
 def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """A room of speedups that holds only what is put in: a name, the body of `apply`, fields of the record."""
     import suanli.speedups
+    from rooms import forget
     from suanli import plugins
 
     folder = tmp_path / "speedup_room"
@@ -105,17 +106,15 @@ def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
         return name
 
     yield put
-    for name in planted:
-        sys.modules.pop(f"suanli.speedups.{name}", None)
-        vars(suanli.speedups).pop(name, None)
     suanli.speedups.__path__ = real
-    plugins.names.cache_clear()
+    forget("speedups", planted)
 
 
 @pytest.fixture
 def engine_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
     """Adds engines to the shipped ones, here and in processes that are started: a name, and the file's text."""
     import suanli.engines
+    from rooms import forget
     from suanli import plugins
 
     folder = tmp_path / "engine_room"
@@ -136,7 +135,4 @@ def engine_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
         return name
 
     yield put
-    for name in planted:
-        sys.modules.pop(f"suanli.engines.{name}", None)
-        vars(suanli.engines).pop(name, None)
-    plugins.names.cache_clear()
+    forget("engines", planted)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 import suanli
 import suanli.speedups
+from rooms import forget
 from suanli import hardware, plugins, probe
 from suanli.gate import Difference, difference, matched_shares
 from suanli.ladder import check
@@ -64,10 +65,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         return name
 
     yield add
-    for name in planted:
-        sys.modules.pop(f"suanli.speedups.{name}", None)
-        vars(suanli.speedups).pop(name, None)
-    plugins.names.cache_clear()
+    forget("speedups", planted)
 
 
 NOTHING = "return step"

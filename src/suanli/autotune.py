@@ -73,7 +73,6 @@ class _Running:
 
     candidate: Candidate
     host: Host
-    folder: Path
     times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     joules: dict[tuple[int, int], list[float | None]] = field(default_factory=dict)
     racing: bool = True
@@ -185,14 +184,14 @@ class Autotuner:
         candidate = Candidate(engine=engine.name, precision="float32", state="accepted", reason=REFERENCE)
         candidate, host = self._ready(engine, candidate, limit_s=math.inf)
         few = min(len(self.subject.rows), EXAM_BATCH)
-        seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]
-        seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]  # the first wakes things up
+        for _ in range(2):  # the first call wakes things up
+            seconds = host.ask(600, "answer", **self._exam(self.threads, few, few))["took_s"]
         self.input_s = max(seconds / few, 1e-9)
         fits = int(EXAM_SHARE * self.budget_s / self.input_s)
         self.count = min(len(self.subject.rows), max(fits, EXAM_BATCH))
         self.reference = self._answers(host, self.count, EXAM_BATCH)
         candidate = self._settled(self._scored(candidate, self.reference), host)
-        self._running.append(_Running(candidate=candidate, host=host, folder=self.folder(candidate)))
+        self._running.append(_Running(candidate=candidate, host=host))
         return candidate
 
     # --- one candidate ---
@@ -232,7 +231,7 @@ class Autotuner:
         except Lost as error:
             candidate = replace(candidate, state="lost", reason=str(error))
         if host is not None and candidate.state == "accepted":
-            self._running.append(_Running(candidate=candidate, host=host, folder=self.folder(candidate)))
+            self._running.append(_Running(candidate=candidate, host=host))
         elif host is not None:
             host.close()
         return candidate

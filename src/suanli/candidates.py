@@ -11,7 +11,7 @@ from suanli.measure import percentile
 from suanli.types import Json
 
 GOALS = ("latency", "throughput", "size", "energy")
-CLEARLY = 1.1
+CLEARLY = 1.1  # times as fast has one thread to be; the report has the same rule
 CLOSE = 1.02  # times the least: as good
 
 
@@ -72,9 +72,6 @@ class Candidate:
             return min((s.joules for s in self.speeds if s.joules is not None), default=math.inf)
         speed = self.latency() if goal == "latency" else self.throughput()
         return math.inf if speed is None else speed.p50_s / speed.batch
-
-    def to_json(self) -> dict[str, Json]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

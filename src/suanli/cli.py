@@ -241,10 +241,8 @@ def _bench(
             found = bench(**options, settings=_parsed(settings))
             result.values = found.to_json()
         except Refused as error:  # the figures are shown all the same
-            found, result.exit_code = error.found, error.exit_code
-            failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
-            result.values = found.to_json() | failure
-            print(f"suanli: {error}", file=sys.stderr)
+            found = error.found
+            result.fail(error, found.to_json())
         result.shown = lambda: table(found)
 
 
@@ -283,10 +281,8 @@ def _optimize(
             found = optimize(**options)
             result.values = found.to_json()
         except TooSlow as error:  # the figures are shown all the same
-            found, result.exit_code = error.found, error.exit_code
-            failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
-            result.values = found.to_json() | failure
-            print(f"suanli: {error}", file=sys.stderr)
+            found = error.found
+            result.fail(error, found.to_json())
         result.shown = lambda: table(found)
 
 
@@ -330,6 +326,12 @@ class _Result:
     values: dict[str, Any]
     shown: Callable[[], Any]  # what a person sees: text, or something that rich prints
     exit_code = 0
+
+    def fail(self, error: SuanliError, figures: dict[str, Any]) -> None:
+        """An error that comes with figures: both are told."""
+        failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
+        self.values, self.exit_code = figures | failure, error.exit_code
+        print(f"suanli: {error}", file=sys.stderr)
 
 
 @contextmanager

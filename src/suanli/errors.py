@@ -97,6 +97,12 @@ def unknown(what: str, given: str, allowed: Iterable[str], *, error: type[Suanli
     return error(f"Unknown {what} {given!r}.", fix=fix)
 
 
+def first_line(error: BaseException, length: int) -> str:
+    """Of its message, which in libraries may be a page; its type where there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:length] if lines else type(error).__name__
+
+
 def pip_install(*requirements: str) -> str:
     """The command that installs into the very Python that runs now, for a `fix`: a bare `pip` may
     belong to another one."""

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from suanli.errors import DamagedFile, DataError, MachineError, UsageError, pip_install
+from suanli.errors import DamagedFile, DataError, MachineError, UsageError, first_line, pip_install
 from suanli.plugins import load as load_plugin
+from suanli.saved import preprocess_of
 from suanli.types import Preprocess
 
 CHANNELS = (1, 3)
@@ -79,7 +80,7 @@ def _loaded(path: Path) -> Any:
         onnx.checker.check_model(model)
     except (OSError, ValueError, onnx.checker.ValidationError) as error:  # the second one: weights in another file
         raise DamagedFile(
-            f"{path} can't be read ({_first_line(error)}).",
+            f"{path} can't be read ({first_line(error, 200)}).",
             fix="Export it again; weights in files of their own must lie beside it.",
         ) from error
     except Exception as error:
@@ -238,13 +239,12 @@ def _in_front(
 
 def _own_preprocess(path: Path, about: dict[str, str], shape: Sequence[int | None]) -> Preprocess:
     try:
-        values = json.loads(about["preprocess"])
-        preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
+        preprocess = preprocess_of(json.loads(about["preprocess"]))
         if list(preprocess.row_shape) != list(shape[1:]) or max(preprocess.row_shape) > MOST:
             raise ValueError(f"rows of {preprocess.row_shape}, the input is {_told(shape)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
         raise DamagedFile(
-            f"The metadata of {path} can't be used ({_first_line(error)}).", fix="Export it again."
+            f"The metadata of {path} can't be used ({first_line(error, 200)}).", fix="Export it again."
         ) from error
     return preprocess
 
@@ -275,8 +275,3 @@ def _names(about: dict[str, str], count: int) -> tuple[str, ...] | None:
     except (KeyError, ValueError, TypeError):
         return None
     return names if len(names) == count else None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +21,11 @@ from suanli import engine_store, hardware
 from suanli.console import warn
 from suanli.errors import BadInput, DataError, MachineError, UsageError, unknown
 from suanli.plugins import load as load_plugin
-from suanli.saved import model_folder, read_card
+from suanli.saved import model_folder, preprocess_of, read_card
 from suanli.types import AnyPath, Json, Loaded, Placement, Preprocess
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 BATCH = 64
 
@@ -41,13 +41,7 @@ class Prediction:
     error: str | None = None
 
     def to_json(self) -> dict[str, Json]:
-        return {
-            "name": self.name,
-            "label": self.label,
-            "probability": self.probability,
-            "probabilities": self.probabilities,
-            "error": self.error,
-        }
+        return asdict(self)
 
 
 class Predictor:
@@ -86,7 +80,9 @@ class Predictor:
             elif isinstance(raw, bytearray | memoryview):
                 raw = bytes(raw)
             elif hasattr(raw, "getexif"):  # a Pillow image
-                raw = _of_pillow(raw)
+                from suanli.preprocess._decode import of_pillow
+
+                raw = of_pillow(raw)
             return self.preprocess.encode(raw).row
         except BadInput as error:
             return error.message
@@ -151,7 +147,7 @@ def load(
         return Predictor(
             engine=entry["engine"],
             precision=entry["precision"],
-            preprocess=load_plugin("preprocess", index["preprocess"]["kind"])(**index["preprocess"]["settings"]),
+            preprocess=preprocess_of(index["preprocess"]),
             classes=index["classes"],
             loaded=load_plugin("engines", entry["engine"]).load(there / name, entry["precision"], placement),
         )
@@ -163,7 +159,7 @@ def load(
     return Predictor(
         engine="eager",
         precision="float32",
-        preprocess=load_plugin("preprocess", card["preprocess"]["kind"])(**card["preprocess"]["settings"]),
+        preprocess=preprocess_of(card["preprocess"]),
         classes=card["classes"],
         loaded=load_plugin("engines", "eager").load(folder, "float32", placement),
     )
@@ -209,12 +205,6 @@ def _usable(
     told = f"{entry['engine']} {entry['precision']}" if usable else "PyTorch in float32"
     warn(f"{chosen} was chosen for {reason}; {told} is used instead. To tune for this machine: suanli optimize.")
     return reference if usable else None
-
-
-def _of_pillow(image: Image) -> np.ndarray:
-    from suanli.preprocess._decode import of_pillow
-
-    return of_pillow(image)
 
 
 def _named(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:

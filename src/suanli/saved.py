@@ -62,7 +62,7 @@ def save_model(
             "model": recipe.model,
             "task": recipe.task,
             "classes": list(classes),
-            "preprocess": {"kind": preprocess.kind, "settings": preprocess.settings()},
+            "preprocess": preprocess.to_json(),
             "recipe": recipe.model_dump(mode="json"),
             "weights": {"file": WEIGHTS, "blake2b": _digest(content), "size_bytes": len(content)},
             "data": data,
@@ -93,6 +93,12 @@ def read_card(folder: Path) -> dict[str, Json]:
             fix="Use the version of suanli that wrote it, or train again.",
         )
     return card
+
+
+def preprocess_of(values: Mapping[str, Json]) -> Preprocess:
+    """From its kind and settings. Raises KeyError, TypeError or what the kind itself raises for others."""
+    preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
+    return preprocess
 
 
 def model_folder(subject: AnyPath) -> Path:
@@ -139,8 +145,7 @@ def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
         recipe = Recipe.model_validate(card["recipe"])
         if not trust_code:
             refuse_foreign_code(recipe.model, folder)
-        kind = load_plugin("preprocess", card["preprocess"]["kind"])
-        preprocess: Preprocess = kind(**card["preprocess"]["settings"])
+        preprocess = preprocess_of(card["preprocess"])
         classes = tuple(card["classes"])
         module = building.build(recipe, preprocess, len(classes))
         module.load_state_dict(load(content))

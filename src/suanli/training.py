@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, exact, hardware, planning, reach
+from suanli import checkpoint, engine_store, exact, hardware, planning, reach
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.errors import Diverged, Interrupted
@@ -258,7 +258,7 @@ class Training:
         path = self.directory.path
         for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
             outdated.unlink(missing_ok=True)
-        shutil.rmtree(self.directory.model_path / "engines", ignore_errors=True)
+        shutil.rmtree(self.directory.model_path / engine_store.FOLDER, ignore_errors=True)
         with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
             self._hold_against_plain()
             save_model(

@@ -198,6 +198,10 @@ class Preprocess(ABC):
         values: dict[str, Json] = asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
         return values
 
+    def to_json(self) -> dict[str, Json]:
+        """As `model.json` has it; `saved.preprocess_of` makes an equal object of it."""
+        return {"kind": self.kind, "settings": self.settings()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:

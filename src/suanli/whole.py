@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from suanli.errors import MachineError
+from suanli.errors import MachineError, first_line
 from suanli.saved import SavedModel
 from suanli.types import Preprocess
 
@@ -92,5 +92,4 @@ def reason(error: BaseException) -> str:
     """The line of an exporter's message that names what it can't do: the innermost cause's first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    return first_line(error, 300)

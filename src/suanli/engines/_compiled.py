@@ -11,18 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from suanli.types import Device
+from suanli.engines._cpu import NAMES
 
-NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "s8": "int8", "u8": "int8"}
+SETTINGS = {"freezing": True, "cpp.dynamic_threads": True}
 EXECUTED = re.compile(r",exec,\w+,(?:convolution|matmul|inner_product),[^,]*,[^,]*,src:(\w+):")
-
-
-def why_not(device: Device, precision: str) -> str | None:
-    if device.type != "cpu":
-        return "written for the CPU so far"
-    if precision == "bfloat16" and precision not in device.fast_dtypes:
-        return f"{device.name} has no bfloat16 of its own"
-    return None
 
 
 def kernels_ran_in(work: Callable[[], object]) -> str:

@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from suanli.engines import _compiled
+from suanli.engines import _compiled, _cpu
 from suanli.planning import threads
 from suanli.saved import load_model
 from suanli.types import Device, Engine, Loaded, Material, Placement
 from suanli.whole import LARGEST, Whole, example
 
 ONE, MANY = "one.pt2", "many.pt2"
-SETTINGS = {"freezing": True, "cpp.dynamic_threads": True}
 BATCH = 8  # of examples, and of calibration
 
 
 def why_not(device: Device, precision: str) -> str | None:
-    if reason := _compiled.why_not(device, precision):
+    if reason := _cpu.why_not(device, precision):
         return reason
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         return "no C++ compiler is installed (g++ or clang++)"
@@ -54,7 +53,9 @@ def build(material: Material, precision: str, folder: Path, placement: Placement
             with torch.autocast("cpu", torch.bfloat16, enabled=lower):
                 program = torch.export.export(whole, (rows,), dynamic_shapes=shapes)
                 path = str(folder / name)
-                torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=SETTINGS)
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=path, inductor_configs=_compiled.SETTINGS
+                )
 
 
 def _quantized(module: Any, material: Material) -> Any:

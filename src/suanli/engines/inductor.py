@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch._inductor.config
 
-from suanli.engines import _compiled, eager
+from suanli.engines import _compiled, _cpu, eager
 from suanli.planning import threads
 from suanli.saved import load_model
 from suanli.types import Engine, Loaded, Placement
@@ -33,8 +33,7 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
     def computes_in(rows: np.ndarray) -> str:
         return _compiled.kernels_ran_in(lambda: answer(rows))
 
-    settings = {"freezing": True, "cpp.dynamic_threads": True}
-    with warnings.catch_warnings(), torch._inductor.config.patch(settings):
+    with warnings.catch_warnings(), torch._inductor.config.patch(_compiled.SETTINGS):
         warnings.simplefilter("ignore")
         for batch in (1, 8):
             answer(example(whole.preprocess, batch).numpy())
@@ -45,7 +44,7 @@ ENGINE = Engine(
     name="inductor",
     precisions=("bfloat16", "float32"),
     packages=("torch",),
-    why_not=_compiled.why_not,
+    why_not=_cpu.why_not,
     build=eager.build,
     load=load,
     needs="model",

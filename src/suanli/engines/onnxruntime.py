@@ -15,7 +15,7 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,16 @@ def build(material: Material, precision: str, folder: Path, placement: Placement
         shutil.copyfile(material.onnx, folder / FILE)
 
 
-def quantize(material: Material, folder: Path) -> Path:
-    """Writes the int8 graph, and returns the one it was made from: float32, norms folded into convolutions."""
+def quantize(
+    material: Material,
+    folder: Path,
+    *,
+    activations: str = "QUInt8",
+    kinds: Sequence[str] = (*QUANTIZED, "MaxPool", "Add"),
+    **extra: Json,
+) -> Path:
+    """Writes the int8 graph, and returns the one it was made from: float32, norms folded into convolutions. `kinds` of
+    nodes get int8; `extra` are the quantizer's own further options."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -77,18 +85,19 @@ def quantize(material: Material, folder: Path) -> Path:
     quantize_static(
         prepared,
         folder / FILE,
-        Rows(material.calibration),
+        _Rows(material.calibration),
         quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QUInt8,
+        activation_type=QuantType[activations],
         weight_type=QuantType.QInt8,
         per_channel=True,
-        op_types_to_quantize=[*QUANTIZED, "MaxPool", "Add"],
+        op_types_to_quantize=list(kinds),
         nodes_to_exclude=list(material.kept),
+        extra_options=extra,
     )
     return prepared
 
 
-class Rows:
+class _Rows:
     """Calibration rows, some at a time, as the quantizer reads them."""
 
     BATCH = 8

@@ -15,21 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from suanli.types import Device, Engine, Loaded, Material, Placement
+from suanli.engines import _cpu
+from suanli.types import Engine, Loaded, Material, Placement
 
 FILE = "model.xml"
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
-NAMES = {"f32": "float32", "bf16": "bfloat16", "i8": "int8", "u8": "int8"}
 PIECES = (32, 8)  # inputs that one core takes of a batch
 HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
-
-
-def why_not(device: Device, precision: str) -> str | None:
-    if device.type != "cpu":
-        return "written for the CPU so far"
-    if precision == "bfloat16" and precision not in device.fast_dtypes:
-        return f"{device.name} has no bfloat16 of its own"
-    return None
 
 
 def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
@@ -91,7 +83,7 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
             if about["layerType"].value in HEAVY:
                 found[about["runtimePrecision"].value] += 1
         most = found.most_common(1)
-        return NAMES.get(most[0][0], most[0][0]) if most else precision
+        return _cpu.NAMES.get(most[0][0], most[0][0]) if most else precision
 
     return Loaded(answer=answer, computes_in=computes_in)
 
@@ -108,7 +100,7 @@ ENGINE = Engine(
     precisions=("int8", "bfloat16", "float32"),
     packages=("openvino",),
     builds_with=("nncf", "onnx", "onnxscript"),
-    why_not=why_not,
+    why_not=_cpu.why_not,
     build=build,
     load=load,
     needs="onnx",

@@ -24,7 +24,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import re
 import tempfile
 from collections import Counter
@@ -87,32 +86,18 @@ def graph_for(material: Material, precision: str, folder: Path) -> onnx.ModelPro
 
 def quantized(material: Material, folder: Path) -> Path:
     """An int8 graph with signed, symmetric Q/DQ on the inputs of products and convolutions only."""
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    assert material.calibration is not None
-    logging.disable(logging.WARNING)
-    prepared, path = folder / "prepared.onnx", folder / "quantized.onnx"
-    quant_pre_process(material.onnx, prepared, skip_symbolic_shape=True)
-    quantize_static(
-        prepared,
-        path,
-        onnx_engine.Rows(material.calibration),
-        quant_format=QuantFormat.QDQ,
-        activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        op_types_to_quantize=list(onnx_engine.QUANTIZED),
-        nodes_to_exclude=list(material.kept),
-        extra_options={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "AddQDQPairToWeight": True,  # TensorRT quantizes the weights itself, by these scales
-            "QuantizeBias": False,  # it has no int32 for them
-            "OpTypesToExcludeOutputQuantization": list(onnx_engine.QUANTIZED),
-        },
+    onnx_engine.quantize(
+        material,
+        folder,
+        activations="QInt8",
+        kinds=onnx_engine.QUANTIZED,
+        ActivationSymmetric=True,
+        WeightSymmetric=True,
+        AddQDQPairToWeight=True,  # TensorRT quantizes the weights itself, by these scales
+        QuantizeBias=False,  # it has no int32 for them
+        OpTypesToExcludeOutputQuantization=list(onnx_engine.QUANTIZED),
     )
-    return path
+    return folder / onnx_engine.FILE
 
 
 SHAPED = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")  # move numbers, whatever their type

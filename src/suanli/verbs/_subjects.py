@@ -112,7 +112,7 @@ def _of_model(subject: AnyPath, options: Options) -> Given:
         examples = None
     return _given(
         examples,
-        engines=folder / "engines",
+        engines=folder / engine_store.FOLDER,
         model=folder.absolute(),
         graph=None,
         task=saved.task,
@@ -197,7 +197,7 @@ def _foreign_data(options: Options, preprocess: Preprocess) -> DataOptions:
         options.data,
         data_dir=None,
         cache_dir=options.cache_dir,
-        preprocess={"kind": preprocess.kind, "settings": preprocess.settings()},
+        preprocess=preprocess.to_json(),
     )
 
 

@@ -203,7 +203,7 @@ def _row(saved: SavedModel) -> str:
 def _metadata(saved: SavedModel, to: str) -> dict[str, str]:
     about: dict[str, Json] = {
         "classes": list(saved.classes),
-        "preprocess": {"kind": saved.preprocess.kind, "settings": saved.preprocess.settings()},
+        "preprocess": saved.preprocess.to_json(),
     }
     if to != "safetensors":
         about["rows"] = {

@@ -145,7 +145,7 @@ def optimize(
             about={
                 "weights": given.weights,
                 "classes": list(given.classes),
-                "preprocess": {"kind": given.preprocess.kind, "settings": given.preprocess.settings()},
+                "preprocess": given.preprocess.to_json(),
                 "headline": given.task.headline,
                 "found": found.to_json(),
             },

@@ -20,6 +20,7 @@ from suanli.errors import DamagedFile, DataError, UsageError
 from suanli.places import cache_dir as default_cache_dir
 from suanli.places import data_dir as default_data_dir
 from suanli.rundir import Run
+from suanli.saved import preprocess_of
 from suanli.settings import change
 from suanli.types import AnyPath, Columns, Json, Recipe
 
@@ -119,7 +120,7 @@ def resolve(
                 f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
                 fix="Choose weights, or data, of the other kind.",
             )
-        preprocess = plugins.load("preprocess", source.kind)(**options.preprocess["settings"])
+        preprocess = preprocess_of(options.preprocess)
     prepared = prepare_source(
         source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores(), preprocess=preprocess
     )
