@@ -1,4 +1,4 @@
-"""suanli (算力, computing power): data in, a trained, measured, optimised model out.
+"""suanli (算力, computing power): data in, a trained, measured, optimised and served model out.
 
     import suanli
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from suanli.verbs.prepare import prepare
     from suanli.verbs.report import report
     from suanli.verbs.run import run
+    from suanli.verbs.serve import serve
     from suanli.verbs.train import train
 
 __version__ = "0.1.0"
@@ -61,11 +62,12 @@ __all__ = [
     "prepare",
     "report",
     "run",
+    "serve",
     "speed_up",
     "train",
 ]
 
-_VERBS = {"bench", "device", "evaluate", "export", "optimize", "predict", "prepare", "report", "run", "train"}
+_VERBS = {"bench", "device", "evaluate", "export", "optimize", "predict", "prepare", "report", "run", "serve", "train"}
 
 
 def __getattr__(name: str) -> Any:

@@ -189,8 +189,15 @@ def _evaluate(
 
 @app.command("predict", help="Name what is in files, folders or standard input.")
 def _predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run directory or its model/ folder.")],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Files, folders, patterns, or - (stdin).")],
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL INPUT...", help="A run or its model/ folder; then files, folders, patterns, or - (stdin)."
+        ),
+    ],
+    url: Annotated[
+        str | None, typer.Option(help="Ask this server instead, and name no MODEL: http://127.0.0.1:8000.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
     engine: Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")] = "auto",
     device: DeviceName = "auto",
@@ -203,8 +210,11 @@ def _predict(
             raise UsageError("--csv and --json exclude each other.", fix="Choose one.")
         from suanli.verbs.predict import as_csv, predict, table
 
-        found = predict(model, inputs, top=top, engine=engine, device=device, trust_code=trust_code)
-        result.values = {"model": str(model), "predictions": [p.to_json() for p in found]}
+        model, inputs = (words[0], words[1:]) if url is None else (None, words)
+        if not inputs:
+            raise UsageError("There is nothing to predict.", fix="Name files, folders, a quoted pattern, or -.")
+        found = predict(model, inputs, top=top, engine=engine, device=device, trust_code=trust_code, url=url)
+        result.values = {"model": model or url, "predictions": [p.to_json() for p in found]}
         result.shown = lambda: as_csv(found) if csv else table(found)
         if found and all(p.error for p in found):
             result.exit_code = 3
@@ -300,6 +310,40 @@ def _export(
         made = export(run, to=to, out=out, trust_code=trust_code)
         result.values = {"run": str(run)} | made.to_json()
         result.shown = lambda: told(made)
+
+
+@app.command("serve", help="Answer requests over HTTP and gRPC, and on a web page.")
+def _serve(
+    subject: Annotated[
+        str, typer.Argument(metavar="SUBJECT", help="A run, a model/ folder, or a folder of models (NAME/ or NAME/1/).")
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="For HTTP; 0: a free one.")] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="For gRPC too; usual is 8001.")] = None,
+    p99_ms: Annotated[
+        float | None, typer.Option("--p99-ms", help="What a request may take; who comes when it can't is refused.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")] = "auto",
+    device: DeviceName = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: as optimize chose.")] = None,
+    max_body_mb: Annotated[float, typer.Option(help="Of one request.")] = 64,
+    max_image_megapixels: Annotated[float, typer.Option(help="Of one picture.")] = 50,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Who asks must send this key; default: $SUANLI_API_KEY, if set.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="A certificate (PEM), for https.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    shutdown_delay_s: Annotated[
+        float, typer.Option(min=0, help="Seconds between 'not ready' and no more connections, for load balancers.")
+    ] = 0,
+    log: Annotated[str, typer.Option(help="json, text, none, or auto: text on a terminal.")] = "auto",
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="Log every request, too.")] = False,
+    trust_code: TrustCode = False,
+) -> None:
+    options = locals()
+    from suanli.verbs.serve import serve
+
+    serve(**options)
 
 
 @app.command("report", help="Write the run's report, one HTML page.")

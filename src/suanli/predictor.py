@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from suanli.errors import BadInput, DataError, MachineError, UsageError, unknown
 from suanli.plugins import load as load_plugin
 from suanli.saved import model_folder, preprocess_of, read_card
 from suanli.types import AnyPath, Json, Loaded, Placement, Preprocess
-
-if TYPE_CHECKING:
-    pass
 
 BATCH = 64
 
@@ -48,9 +45,16 @@ class Predictor:
     """A model and the engine that computes it. Made by `load`."""
 
     def __init__(
-        self, *, engine: str, precision: str, preprocess: Preprocess, classes: Sequence[str], loaded: Loaded
+        self,
+        *,
+        engine: str,
+        precision: str,
+        threads: int,
+        preprocess: Preprocess,
+        classes: Sequence[str],
+        loaded: Loaded,
     ) -> None:
-        self.engine, self.precision = engine, precision
+        self.engine, self.precision, self.threads = engine, precision, threads
         self.preprocess, self.classes = preprocess, tuple(classes)
         self._loaded = loaded
         self._lock = threading.Lock()
@@ -74,20 +78,7 @@ class Predictor:
 
     def encode(self, raw: Any) -> np.ndarray | str:
         """The row of an input, or why there is none."""
-        try:
-            if isinstance(raw, Path):
-                raw = raw.read_bytes()
-            elif isinstance(raw, bytearray | memoryview):
-                raw = bytes(raw)
-            elif hasattr(raw, "getexif"):  # a Pillow image
-                from suanli.preprocess._decode import of_pillow
-
-                raw = of_pillow(raw)
-            return self.preprocess.encode(raw).row
-        except BadInput as error:
-            return error.message
-        except OSError as error:
-            return error.strerror or str(error)
+        return encode(self.preprocess, raw)
 
     def named(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
         """Answers for rows (from `encode`), some of which are reasons instead."""
@@ -133,7 +124,7 @@ def load(
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads can't compute.", fix="Give 1 or more.")
     folder = model_folder(model)
-    there = folder if (folder / engine_store.INDEX).exists() else folder / engine_store.FOLDER
+    there = _engines(folder)
     own = (folder / "model.json").exists()  # else there are engines alone
     index = None if engine == "reference" and own else engine_store.read(there)
     name = None if index is None else _usable(index, there, folder if own else None, engine, device, trust_code)
@@ -147,6 +138,7 @@ def load(
         return Predictor(
             engine=entry["engine"],
             precision=entry["precision"],
+            threads=placement.threads,
             preprocess=preprocess_of(index["preprocess"]),
             classes=index["classes"],
             loaded=load_plugin("engines", entry["engine"]).load(there / name, entry["precision"], placement),
@@ -159,10 +151,30 @@ def load(
     return Predictor(
         engine="eager",
         precision="float32",
+        threads=placement.threads,
         preprocess=preprocess_of(card["preprocess"]),
         classes=card["classes"],
         loaded=load_plugin("engines", "eager").load(folder, "float32", placement),
     )
+
+
+def measured(model: AnyPath, predictor: Predictor) -> list[tuple[int, float]]:
+    """Batch sizes and the median seconds that `suanli optimize` measured for the engine of `predictor`, with as many
+    threads; empty where it measured another, or none."""
+    index = engine_store.read(_engines(model_folder(model)))
+    try:
+        chosen = (index or {})["found"]["chosen"]
+        if (chosen["engine"], chosen["precision"]) != (predictor.engine, predictor.precision):
+            return []
+        speeds = [s for s in chosen["speeds"] if s["threads"] == predictor.threads]
+        return sorted((int(s["batch"]), float(s["p50_s"])) for s in speeds if s["batch"] >= 1 and s["p50_s"] > 0)
+    except (KeyError, TypeError, ValueError):  # engines that were kept by other means
+        return []
+
+
+def _engines(folder: Path) -> Path:
+    """The folder of engines: itself, or the one beside a model."""
+    return folder if (folder / engine_store.INDEX).exists() else folder / engine_store.FOLDER
 
 
 def _usable(
@@ -205,6 +217,24 @@ def _usable(
     told = f"{entry['engine']} {entry['precision']}" if usable else "PyTorch in float32"
     warn(f"{chosen} was chosen for {reason}; {told} is used instead. To tune for this machine: suanli optimize.")
     return reference if usable else None
+
+
+def encode(preprocess: Preprocess, raw: Any) -> np.ndarray | str:
+    """The row of an input, or why there is none. Safe to call from several threads at once."""
+    try:
+        if isinstance(raw, Path):
+            raw = raw.read_bytes()
+        elif isinstance(raw, bytearray | memoryview):
+            raw = bytes(raw)
+        elif hasattr(raw, "getexif"):  # a Pillow image
+            from suanli.preprocess._decode import of_pillow
+
+            raw = of_pillow(raw)
+        return preprocess.encode(raw).row
+    except BadInput as error:
+        return error.message
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def _named(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from suanli.types import Engine, Loaded, Material, Placement
 
 FILE = "model.xml"
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
-PIECES = (32, 8)  # inputs that one core takes of a batch
+PIECES = (8, 32)  # inputs that one core may take of a batch
 HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 
 
@@ -57,24 +58,48 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
 
     one = fixed(1, "LATENCY")
 
+    def whole(rows: np.ndarray) -> np.ndarray:
+        run = one if len(rows) == 1 else many
+        return np.array(run(rows)[0])  # the next call writes into the same memory
+
     def in_pieces(rows: np.ndarray, piece: int) -> np.ndarray:
         """A piece on each core at once, instead of all cores on one call."""
         if piece not in queues:
             queues[piece] = openvino.AsyncInferQueue(fixed(piece, "THROUGHPUT"))
-        queue, found, whole = queues[piece], {}, len(rows) // piece * piece
-        queue.set_callback(lambda request, start: found.update({start: np.array(request.get_output_tensor().data)}))
-        for start in range(0, whole, piece):
-            queue.start_async({0: rows[start : start + piece]}, start)
-        rest = [np.array(many(rows[whole:])[0])] if whole < len(rows) else []
+        queue, end = queues[piece], len(rows) // piece * piece
+        found = np.empty((len(rows), many.output(0).partial_shape[1].get_length()), np.float32)
+
+        def take(request: Any, start: int) -> None:
+            found[start : start + piece] = request.get_output_tensor().data
+
+        queue.set_callback(take)
+        for start in range(0, end, piece):
+            queue.start_async({0: rows[start : start + piece]}, start, share_inputs=True)
+        if end < len(rows):
+            found[end:] = whole(rows[end:])
         queue.wait_all()
-        return np.concatenate([*(found[start] for start in sorted(found)), *rest])
+        return found
+
+    best: dict[int, int] = {}  # of so many choices: the piece; 0: the batch is not cut up
+
+    def fastest(rows: np.ndarray, choices: list[int]) -> int:
+        """Which piece it is depends on the network and the caches: the first large batch finds out."""
+        took = {}
+        for piece in [0, *choices]:
+            for _ in range(2):  # the first compiles and warms up
+                before = time.perf_counter()
+                in_pieces(rows, piece) if piece else whole(rows)
+                took[piece] = time.perf_counter() - before
+        return min(took, key=lambda piece: took[piece])
 
     def answer(rows: np.ndarray) -> np.ndarray:
-        piece = next((piece for piece in PIECES if placement.threads > 1 and len(rows) >= piece * placement.threads), 0)
-        if piece:
-            return in_pieces(rows, piece)
-        run = one if len(rows) == 1 else many
-        return np.array(run(rows)[0])  # the next call writes into the same memory
+        choices = [piece for piece in PIECES if 1 < placement.threads <= len(rows) // piece]
+        if not choices:
+            return whole(rows)
+        if len(choices) not in best:
+            best[len(choices)] = fastest(rows, choices)
+        piece = best[len(choices)]
+        return in_pieces(rows, piece) if piece else whole(rows)
 
     def computes_in(rows: np.ndarray) -> str:  # noqa: ARG001
         found: Counter[str] = Counter()

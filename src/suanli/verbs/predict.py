@@ -18,43 +18,83 @@ from rich.text import Text
 
 from suanli import hardware
 from suanli.console import warn
-from suanli.errors import BadInput, DataError
+from suanli.errors import BadInput, DataError, UsageError
+from suanli.plugins import load as load_plugin
 from suanli.predictor import BATCH, Prediction, Predictor, load
 from suanli.types import AnyPath, Preprocess, Raw
 
 
 def predict(
-    model: AnyPath,
+    model: AnyPath | None,
     inputs: AnyPath | Sequence[AnyPath],
     *,
     top: int = 5,
     engine: str = "auto",
     device: str = "auto",
     trust_code: bool = False,
+    url: str | None = None,
 ) -> list[Prediction]:
     """Predict files, folders, globs ("pictures/*.png") or standard input ("-").
 
     `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction
     with `error`; an argument that names nothing at all raises DataError. `engine` is that of `suanli.load`.
-    `trust_code` runs the code that builds a network which is not suanli's own.
+    `trust_code` runs the code that builds a network which is not suanli's own. With `url`, a server answers (see
+    `suanli serve`) and `model` is None.
     """
-    answering = load(model, engine=engine, device=device, trust_code=trust_code)
     given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    if url is not None:
+        return _warned(_from_server(url, given, top))
+    if model is None:
+        raise UsageError("There is no model to predict with.", fix="Name a run or a model folder, or give url.")
+    answering = load(model, engine=engine, device=device, trust_code=trust_code)
     found: list[Prediction] = []
     with ThreadPoolExecutor(hardware.cores()) as pool:
         for chunk in _chunks(_named(answering.preprocess, given), BATCH):
             rows = list(pool.map(lambda item: _encode(answering, item[1]), chunk))
             found += answering.named([name for name, _ in chunk], rows, top=top)
+    return _warned(found)
+
+
+def _warned(found: list[Prediction]) -> list[Prediction]:
     for prediction in found:
         if prediction.error is not None:
             warn(f"{prediction.name}: {prediction.error}")
     return found
 
 
+def _from_server(url: str, given: Sequence[AnyPath], top: int) -> list[Prediction]:
+    from suanli.verbs._remote import Server
+
+    server = Server(url)
+    found: list[Prediction] = []
+    for chunk in _chunks(_named(load_plugin("preprocess", server.kind()), given), BATCH):
+        raws = [_read(read) for _, read in chunk]
+        sent = [(name, raw) for (name, _), raw in zip(chunk, raws, strict=True) if not isinstance(raw, BadInput)]
+        answers = iter(server.predict([name for name, _ in sent], [raw for _, raw in sent], top=top))
+        for (name, _), raw in zip(chunk, raws, strict=True):
+            found.append(_unread(name, raw) if isinstance(raw, BadInput) else next(answers))
+    return found
+
+
+def _read(read: Callable[[], Raw]) -> bytes | str | BadInput:
+    """What is sent, or why it can't be read."""
+    try:
+        raw = read()
+    except BadInput as error:
+        return error
+    except OSError as error:
+        return BadInput(error.strerror or str(error))
+    return raw.read_bytes() if isinstance(raw, Path) else raw
+
+
+def _unread(name: str, error: BadInput) -> Prediction:
+    return Prediction(name=name, label=None, probability=None, probabilities={}, error=error.message)
+
+
 Named = tuple[str, Callable[[], Raw]]
 
 
-def _named(preprocess: Preprocess, given: Sequence[AnyPath]) -> Iterator[Named]:
+def _named(preprocess: Preprocess | type[Preprocess], given: Sequence[AnyPath]) -> Iterator[Named]:
     for item in given:
         for path in _paths(str(item)):
             yield from preprocess.inputs(path)

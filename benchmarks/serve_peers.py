@@ -1,0 +1,110 @@
+"""The servers that `bench_serve.py` runs beside suanli, each as its own documentation has it, with a trivial engine.
+
+    python benchmarks/serve_peers.py echo PORT              # uvicorn that sends a body back: what the wire allows
+    PEERS/python benchmarks/serve_peers.py mlserver PORT    # and gRPC on the next port
+    PEERS/python benchmarks/serve_peers.py litserve PORT
+
+Needs nothing of suanli, since peers live in a Python of their own. The trivial engine looks at ten pixels, as that of
+suanli does, and gives ten probabilities.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+SHAPE = (1, 224, 224, 3)
+CLASSES = 10
+
+Message = dict[str, Any]
+
+
+def probabilities(pixels: Any) -> list[float]:
+    """Of ten pixels of one image: a softmax."""
+    powers = [math.exp(int(pixel) / 255) for pixel in pixels[:CLASSES]]
+    return [power / sum(powers) for power in powers]
+
+
+# --- uvicorn ---
+
+
+async def echo(scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Any]) -> None:
+    """An ASGI application: the body of a request is its answer."""
+    if scope["type"] != "http":
+        return
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    body = b"".join(parts)
+    head = [(b"content-type", b"application/octet-stream"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": head})
+    await send({"type": "http.response.body", "body": body})
+
+
+def serve_echo(port: int) -> None:
+    import uvicorn
+
+    uvicorn.run(echo, host="127.0.0.1", port=port, log_level="error", access_log=False, lifespan="off", http="httptools")
+
+
+# --- MLServer. Source: "Custom runtimes" and "Settings" in its documentation. ---
+
+
+def serve_mlserver(port: int) -> None:
+    """With as many processes for models as $MLSERVER_PARALLEL_WORKERS says: 0 is none but the server's own."""
+    from mlserver import MLServer, Settings
+    from mlserver.settings import ModelSettings
+
+    folder = Path(__file__).parent
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = Settings(
+        host="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_port=port + 2, debug=False, use_structured_logging=False
+    )
+    with tempfile.TemporaryDirectory() as place:
+        about = {"name": "trivial", "implementation": "serve_mlserver.Trivial"}
+        (Path(place) / "model-settings.json").write_text(json.dumps(about))
+        model = ModelSettings.parse_file(str(Path(place) / "model-settings.json"))
+        asyncio.run(MLServer(settings).start([model]))
+
+
+# --- LitServe. Source: "LitAPI", "LitServer" and "fast_queue" in its documentation. ---
+
+
+def serve_litserve(port: int) -> None:
+    import litserve
+    from fastapi import Request
+
+    class Trivial(litserve.LitAPI):  # type: ignore[misc]
+        def setup(self, device: str) -> None:
+            pass
+
+        async def decode_request(self, request: Request) -> bytes:
+            return await request.body()
+
+        def predict(self, pixels: bytes) -> list[float]:
+            return probabilities(pixels)
+
+        def encode_response(self, output: list[float]) -> dict[str, list[float]]:
+            return {"probabilities": output}
+
+    server = litserve.LitServer(Trivial(), accelerator="cpu", devices=1, workers_per_device=1, fast_queue=True)
+    server.run(host="127.0.0.1", port=port, log_level="error", generate_client_file=False)
+
+
+def main() -> None:
+    which, port = sys.argv[1], int(sys.argv[2])
+    {"echo": serve_echo, "mlserver": serve_mlserver, "litserve": serve_litserve}[which](port)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Requests into batches for one engine, answers back to requests.
+
+A batch begins as soon as the engine is free, unless the policy says that one more is worth waiting for; while it is
+computed, the next one collects. A second batch is handed over before the first is back only when it is full, so that
+the engine never waits. Inputs of one request stay together. A batch that fails is tried again one request at a time,
+so that a bad one harms only itself.
+
+What this doesn't do: decode, start or replace engines (see `model`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from suanli.serving.figures import Figures
+from suanli.serving.policy import Policy
+from suanli.serving.protocol import Refused
+from suanli.serving.worker import Died, EngineFailed, Worker
+
+IN_FLIGHT = 2  # batches that the engine has: one that it computes, one that it finds next
+HANGS_S = 10.0  # without an answer, and
+HANGS_TIMES = 30  # times what the batch should take: the engine hangs
+
+
+class _Entry:
+    """Inputs of one request, at most a batch of them."""
+
+    __slots__ = ("alone", "arrived", "future", "queued", "rows", "timer")
+
+    def __init__(self, rows: np.ndarray, future: asyncio.Future[np.ndarray], now: float) -> None:
+        self.rows, self.future, self.arrived = rows, future, now
+        self.alone = False  # it was in a batch that failed
+        self.queued = True  # no engine has it yet
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Batcher:
+    """The queue of one model. `use` gives it an engine; `submit` is what requests call."""
+
+    def __init__(self, policy: Policy, figures: Figures, *, died: Callable[[Worker, str], None]) -> None:
+        """`died` is called when the engine's process is gone."""
+        self.policy, self.figures = policy, figures
+        self.waiting = 0  # inputs that no engine has yet
+        self.in_flight = 0  # inputs that it has
+        self._died = died
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[_Entry] = deque()
+        self._worker: Worker | None = None
+        self._free: list[int] = []
+        self._batches = 0  # in flight
+        self._answered = 0.0  # when the last batch came back
+        self._soon: asyncio.Handle | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def rows(self) -> int:
+        return self.waiting + self.in_flight
+
+    def use(self, worker: Worker | None) -> Worker | None:
+        """From now on batches go to `worker`; the one before is returned, and ends what it has."""
+        before, self._worker = self._worker, worker
+        self._free = [] if worker is None else list(range(len(worker.slots)))
+        self._batches = 0
+        self._dispatch_soon()
+        return before
+
+    async def submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
+        """Probabilities (B, K) of rows (B, *row_shape). Raises Refused. Cancelling withdraws the rows."""
+        size = self.policy.batch
+        if len(rows) <= size:
+            return await self._submit(rows, deadline)
+        parts = [self._submit(rows[i : i + size], deadline) for i in range(0, len(rows), size)]
+        return np.concatenate(await asyncio.gather(*parts))
+
+    async def _submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
+        now = time.monotonic()  # the loop's own clock may count whole milliseconds
+        entry = _Entry(rows, self._loop.create_future(), now)
+        if deadline is not None:
+            entry.timer = self._loop.call_at(deadline, self._too_late, entry)
+        self.policy.arrived(now)
+        self._queue.append(entry)
+        self.waiting += len(rows)
+        self._idle.clear()
+        self._dispatch_soon()
+        try:
+            return await entry.future
+        finally:
+            if entry.timer is not None:
+                entry.timer.cancel()
+            self._withdraw(entry)
+
+    def _withdraw(self, entry: _Entry) -> None:
+        """Gives back the room of a request that nobody waits for any more."""
+        if entry.queued:
+            entry.queued = False
+            self.waiting -= len(entry.rows)
+            self._see_idle()
+
+    def _too_late(self, entry: _Entry) -> None:
+        if not entry.future.done():
+            entry.future.set_exception(Refused(504, "The deadline of the request has passed."))
+
+    def fail_waiting(self, error: Refused) -> None:
+        """All that no engine has yet is refused."""
+        queue, self._queue = self._queue, deque()
+        for entry in queue:
+            self._withdraw(entry)
+            if not entry.future.done():
+                entry.future.set_exception(error)
+
+    async def drained(self) -> None:
+        """Returns when nothing waits and nothing is computed."""
+        await self._idle.wait()
+
+    def _see_idle(self) -> None:
+        if not self.rows:
+            self._idle.set()
+
+    def _dispatch_soon(self, delay_s: float = 0.0) -> None:
+        """After whatever else has arrived by now: requests that come together go together."""
+        if self._soon is not None:
+            self._soon.cancel()
+        if delay_s:
+            self._soon = self._loop.call_later(delay_s, self._dispatch)
+        else:
+            self._soon = self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._soon = None
+        while self._worker is not None and self._free and self._batches < IN_FLIGHT:
+            while self._queue and self._queue[0].future.done():  # withdrawn, or too late
+                self._withdraw(self._queue.popleft())
+            if not self._queue:
+                return
+            size = min(self.waiting, self.policy.batch)
+            if self._batches and size < self.policy.batch and not self._queue[0].alone:
+                return  # it collects while the engine computes
+            if not self._batches:
+                pause_s = self.policy.pause_s(size, time.monotonic() - self._queue[0].arrived)
+                if pause_s:
+                    self._dispatch_soon(pause_s)
+                    return
+            self._send(self._worker, self._take())
+
+    def _take(self) -> list[_Entry]:
+        """The next batch: whole requests, in their order."""
+        entries: list[_Entry] = []
+        room = self.policy.batch
+        while self._queue and len(self._queue[0].rows) <= room:
+            entry = self._queue[0]
+            if entry.alone and entries:
+                break
+            self._queue.popleft()
+            if entry.future.done():
+                self._withdraw(entry)
+                continue
+            entry.queued = False
+            self.waiting -= len(entry.rows)
+            self.in_flight += len(entry.rows)
+            entries.append(entry)
+            room -= len(entry.rows)
+            if entry.alone:
+                break
+        return entries
+
+    def _send(self, worker: Worker, entries: list[_Entry]) -> None:
+        if not entries:
+            return
+        slot = self._free.pop()
+        rows, _ = worker.slots[slot]
+        count, now = 0, time.monotonic()
+        for entry in entries:
+            rows[count : count + len(entry.rows)] = entry.rows
+            count += len(entry.rows)
+            self.figures.queued(now - entry.arrived)
+        self._batches += 1
+        limit_s = max(HANGS_S, HANGS_TIMES * self.policy.curve.seconds(count) * max(1.0, self.policy.pace))
+        watchdog = self._loop.call_later(limit_s, worker.close, f"the engine did not answer in {limit_s:.0f} s")
+        answer = worker.compute(slot, count)
+        answer.add_done_callback(lambda done: self._back(worker, slot, entries, count, now, watchdog, done))
+
+    def _back(
+        self,
+        worker: Worker,
+        slot: int,
+        entries: list[_Entry],
+        count: int,
+        sent: float,
+        watchdog: asyncio.TimerHandle,
+        answer: asyncio.Future[float],
+    ) -> None:
+        watchdog.cancel()
+        self.in_flight -= count
+        ours = worker is self._worker
+        if ours:
+            self._batches -= 1
+        error = answer.exception()
+        if error is None:
+            now = time.monotonic()
+            self.policy.took(count, now - max(sent, self._answered))
+            self._answered = now
+            self.figures.computed(count, answer.result())
+            _, found = worker.slots[slot]
+            at = 0
+            for entry in entries:
+                if not entry.future.done():
+                    entry.future.set_result(found[at : at + len(entry.rows)].copy())
+                at += len(entry.rows)
+        else:
+            assert isinstance(error, EngineFailed)
+            self._again(entries, error)
+        if ours and isinstance(error, Died):
+            self._worker, self._free, self._batches = None, [], 0
+            self._died(worker, str(error))
+        elif ours:
+            self._free.append(slot)
+        self._see_idle()
+        if self._queue:
+            self._dispatch()
+
+    def _again(self, entries: list[_Entry], error: EngineFailed) -> None:
+        """Each alone; one that was alone already is the reason."""
+        for entry in reversed(entries):
+            if entry.future.done():
+                continue
+            if entry.alone or (len(entries) == 1 and not isinstance(error, Died)):
+                entry.future.set_exception(Refused(500, f"The engine failed: {error}."))
+                continue
+            entry.alone = entry.queued = True
+            self._queue.appendleft(entry)
+            self.waiting += len(entry.rows)

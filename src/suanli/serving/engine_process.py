@@ -1,0 +1,172 @@
+"""The process that computes for a server: loads one engine, then answers over shared memory until its socket closes.
+
+    python -m suanli.serving.engine_process DESCRIPTOR-OF-A-SOCKET
+
+It reads no file but the model's, and only what the engine needs is imported. See `worker` for the side that asks.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suanli.errors import first_line
+from suanli.serving.shared_memory import ASK, REPLY, Layout
+from suanli.types import Json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from suanli.predictor import Predictor
+
+LADDER = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are warmed up
+WARM_S = 2.0  # of timing them
+
+
+def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
+    from suanli.predictor import load, measured
+
+    subject = Path(options["subject"])
+    chosen = {key: options[key] for key in ("engine", "device", "threads", "trust_code")}
+    predictor = load(subject, **chosen)
+    preprocess = predictor.preprocess
+    about: dict[str, Json] = {
+        "engine": predictor.engine,
+        "precision": predictor.precision,
+        "threads": predictor.threads,
+        "preprocess": preprocess.to_json(),
+        "classes": list(predictor.classes),
+        "row_shape": list(preprocess.row_shape),
+        "row_dtype": str(preprocess.row_dtype),
+        "measured": [list(point) for point in measured(subject, predictor)],
+    }
+    return predictor, about
+
+
+def _warm(predictor: Predictor, layout: Layout, slots: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
+    """Every batch size once, since some engines compile for each; then a few of each are timed."""
+    rows, _ = slots[0]
+    sizes = [size for size in LADDER if size < layout.batch] + [layout.batch]
+    seconds: dict[int, float] = {}
+    spent = 0.0
+    for size in sizes:
+        if spent + 3 * size * min((s / b for b, s in seconds.items()), default=0.0) > WARM_S:
+            break  # a slow network: larger batches are inferred
+        predictor.probabilities(rows[:size])
+        took = []
+        for _ in range(3):
+            before = time.perf_counter()
+            predictor.probabilities(rows[:size])
+            took.append(time.perf_counter() - before)
+        spent += sum(took)
+        seconds[size] = sorted(took)[1]
+    return seconds
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:  # not Linux: the most it ever had
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process and what it started once the server is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes | None:
+    found = b""
+    while len(found) < size:
+        part = connection.recv(size - len(found))
+        if not part:
+            return None
+        found += part
+    return found
+
+
+def _line(connection: socket.socket) -> dict[str, Json]:
+    found = b""
+    while not found.endswith(b"\n"):
+        part = connection.recv(1)
+        if not part:
+            raise SystemExit(0)
+        found += part
+    values: dict[str, Json] = json.loads(found)
+    return values
+
+
+def _serve(connection: socket.socket) -> None:
+    import numpy as np
+
+    predictor, about = _load(_line(connection))
+    connection.sendall(json.dumps(about).encode() + b"\n")
+    _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_LEN(array.array("i").itemsize))
+    descriptor = array.array("i", ancillary[0][2])[0]
+    agreed = _line(connection)
+    layout = Layout(
+        slots=agreed["slots"],
+        batch=agreed["batch"],
+        row_shape=tuple(about["row_shape"]),
+        row_dtype=about["row_dtype"],
+        classes=len(about["classes"]),
+    )
+    slots = layout.arrays(mmap.mmap(descriptor, layout.size_bytes))
+    os.close(descriptor)
+    seconds = _warm(predictor, layout, slots) | dict(about["measured"])
+    ready = {"seconds": seconds, "memory_bytes": _resident_bytes()}
+    connection.sendall(json.dumps(ready).encode() + b"\n")
+    while (asked := _exactly(connection, ASK.size)) is not None:
+        slot, count = ASK.unpack(asked)
+        rows, answers = slots[slot]
+        before = time.perf_counter()
+        reason = b""
+        try:
+            found = np.asarray(predictor.probabilities(rows[:count]))
+            if found.shape != (count, layout.classes):
+                raise ValueError(f"{count} inputs got answers of shape {found.shape}")
+            answers[:count] = found
+            if not np.isfinite(answers[:count]).all():
+                raise ValueError("the answer is not a number")
+        except Exception as error:  # noqa: BLE001  # told to who asked, who decides
+            reason = f"{type(error).__name__}: {first_line(error, 300)}".encode()
+        took = time.perf_counter() - before
+        connection.sendall(REPLY.pack(slot, len(reason), took, _resident_bytes()) + reason)
+
+
+def main() -> None:
+    """Loads an engine and answers until the server closes the socket."""
+    from suanli.errors import SuanliError
+
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        _serve(connection)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+    except SuanliError as error:
+        connection.sendall(json.dumps({"error": f"{error.message} {error.fix}".strip()}).encode() + b"\n")
+    except Exception as error:  # a reason for who asked
+        with contextlib.suppress(OSError):
+            connection.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}).encode() + b"\n")
+        raise
+
+
+if __name__ == "__main__":
+    main()

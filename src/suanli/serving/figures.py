@@ -1,0 +1,73 @@
+"""What one served model did: counts, times and batches. `/metrics`, `/stats` and `/status` all read it from here.
+
+Adding is a few integer operations, since every request pays for it; whoever asks does the arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+
+from suanli.measure import percentile
+from suanli.types import Json
+
+BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+LAST = 1000  # requests whose times give the percentiles of now
+
+
+class Times:
+    """How often, how long altogether, and a histogram. Seconds."""
+
+    __slots__ = ("buckets", "count", "total_s")
+
+    def __init__(self) -> None:
+        self.count, self.total_s = 0, 0.0
+        self.buckets = [0] * (len(BUCKETS_S) + 1)
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        self.count += count
+        self.total_s += seconds * count
+        self.buckets[bisect_left(BUCKETS_S, seconds)] += count
+
+    def to_json(self) -> dict[str, Json]:
+        return {"count": self.count, "ns": round(self.total_s * 1e9)}
+
+
+class Figures:
+    """Of one model and version, from its start."""
+
+    def __init__(self) -> None:
+        self.answered, self.failed, self.queue = Times(), Times(), Times()
+        self.encode, self.infer, self.output = Times(), Times(), Times()
+        self.refused: Counter[int] = Counter()  # by status, failures included
+        self.batches: dict[int, Times] = {}  # by size
+        self.inputs = 0
+        self.restarts = 0
+        self.last_s = 0.0  # of the last answer, since 1970
+        self._recent: deque[float] = deque(maxlen=LAST)
+
+    def done(self, seconds: float, inputs: int) -> None:
+        """A request was answered."""
+        self.answered.add(seconds)
+        self.inputs += inputs
+        self.last_s = time.time()
+        self._recent.append(seconds)
+
+    def not_done(self, seconds: float, status: int) -> None:
+        self.failed.add(seconds)
+        self.refused[status] += 1
+
+    def queued(self, seconds: float) -> None:
+        self.queue.add(seconds)
+
+    def computed(self, size: int, seconds: float) -> None:
+        """A batch came back, after so long in the engine."""
+        if size not in self.batches:
+            self.batches[size] = Times()
+        self.batches[size].add(seconds)
+        self.infer.add(seconds)
+
+    def percentile_ms(self, share: float) -> float | None:
+        """Of the last answers; None where there were none."""
+        return 1e3 * percentile(list(self._recent), share) if self._recent else None

@@ -1,0 +1,147 @@
+"""One call of gRPC: whose it is, its body within bounds of size and time, and how it is refused.
+
+A key is checked before the body of a call is read. gRPC itself would inflate a compressed request without a bound, and
+wait for the rest of one for ever: both are done here instead. It knows no method; see `grpc` for those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import math
+import operator
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NoReturn
+
+from suanli.serving.protocol import Refused, bad
+
+DETAILS = 1000  # characters of a message, which travels in a header
+_STATUS = {  # HTTP's to gRPC's; others of 400 to 499 are INVALID_ARGUMENT, the rest INTERNAL
+    401: "UNAUTHENTICATED",
+    403: "PERMISSION_DENIED",
+    404: "NOT_FOUND",
+    405: "UNIMPLEMENTED",
+    408: "DEADLINE_EXCEEDED",
+    413: "RESOURCE_EXHAUSTED",
+    429: "RESOURCE_EXHAUSTED",
+    499: "CANCELLED",
+    501: "UNIMPLEMENTED",
+    503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
+}
+
+Answer = Callable[[Any, Any], Awaitable[Any]]  # from the request's message and gRPC's context to the answer's message
+
+
+class Calls:
+    """The handlers of all methods. gRPC asks `service` for one as soon as a call's headers are here."""
+
+    def __init__(self, *, api_key: str | None, max_message_bytes: int, receive_s: float) -> None:
+        self._api_key = None if api_key is None else api_key.encode()
+        self._max_message_bytes, self._receive_s = max_message_bytes, receive_s
+        self._no_key = _refusing(Refused(401, "A key is needed: authorization: Bearer KEY, or x-api-key: KEY."))
+        self._handlers: dict[str, Any] = {}
+        self._open: set[str] = set()  # methods that need no key
+
+    def service(self, call: Any) -> Any:
+        """The handler of the method that a call names; None: there is none."""
+        handler = self._handlers.get(call.method)
+        if handler is None or self._api_key is None or call.method in self._open:
+            return handler
+        return handler if self._has_key(dict(call.invocation_metadata), self._api_key) else self._no_key
+
+    def _has_key(self, metadata: Mapping[str, str | bytes], key: bytes) -> bool:
+        scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else str(metadata.get("x-api-key", ""))
+        return hmac.compare_digest(given.encode("utf-8", "replace"), key)
+
+    def add(self, method: str, request: Any, answer: Answer, *, keyed: bool = True) -> None:
+        """A method with one request, whose class is given, and one answer."""
+        from grpc import stream_unary_rpc_method_handler
+
+        async def handle(_: Any, context: Any) -> Any:  # a stream to gRPC, which would read one request without a limit
+            try:
+                return await answer(await self.parsed(await self._body(context), request), context)
+            except Refused as refused:
+                await _abort(context, refused)
+
+        write = operator.methodcaller("SerializeToString")
+        self._register(method, stream_unary_rpc_method_handler(handle, response_serializer=write), keyed)
+
+    def add_stream(self, method: str, handle: Callable[[Any], Awaitable[None]], *, keyed: bool = True) -> None:
+        """A method that reads and writes bytes by itself."""
+        from grpc import stream_stream_rpc_method_handler
+
+        async def guarded(_: Any, context: Any) -> None:
+            try:
+                await handle(context)
+            except Refused as refused:
+                await _abort(context, refused)
+
+        self._register(method, stream_stream_rpc_method_handler(guarded), keyed)
+
+    def add_refused(self, method: str, reason: str) -> None:
+        """A method that clients know and that isn't offered."""
+        self._register(method, _refusing(Refused(501, reason)), keyed=True)
+
+    def _register(self, method: str, handler: Any, keyed: bool) -> None:
+        self._handlers[method] = handler
+        if not keyed:
+            self._open.add(method)
+
+    async def _body(self, context: Any) -> Any:
+        try:
+            async with asyncio.timeout(self._receive_s):
+                return await context.read()
+        except TimeoutError:
+            raise Refused(408, f"The request was not here after {self._receive_s:g} s.") from None
+
+    async def parsed(self, body: Any, kind: Any) -> Any:
+        """The message of a class in what was read, which is gRPC's EOF where nothing came. Raises Refused."""
+        from google.protobuf.message import DecodeError
+
+        if not isinstance(body, bytes):
+            raise bad("The call ended before its request.")
+        if body[:2] == b"\x1f\x8b" or (body[:1] == b"\x78" and int.from_bytes(body[:2]) % 31 == 0):
+            body = await asyncio.to_thread(_inflated, body, self._max_message_bytes)
+        try:
+            return kind.FromString(body)
+        except DecodeError as error:
+            raise bad(f"The request is not a {kind.DESCRIPTOR.name}: {error}.") from None
+
+
+def _inflated(body: bytes, most_bytes: int) -> bytes:
+    """A body that was compressed with gzip or deflate. No message of ours begins like one, so a look at it is enough:
+    where gRPC doesn't inflate, it doesn't tell how a body was sent either."""
+    inflating = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        found = inflating.decompress(body, most_bytes + 1)
+    except zlib.error:
+        raise bad("The request is neither a message of protocol buffers nor compressed.") from None
+    if len(found) > most_bytes:
+        raise Refused(413, f"The request is more than {most_bytes} bytes when it is inflated.")
+    if not inflating.eof:
+        raise bad("The compressed request is cut short.")
+    return found
+
+
+def _refusing(refused: Refused) -> Any:
+    """A handler that refuses without reading a body."""
+    from grpc import stream_stream_rpc_method_handler
+
+    async def refuse(_: Any, context: Any) -> None:
+        await _abort(context, refused)
+
+    return stream_stream_rpc_method_handler(refuse)
+
+
+async def _abort(context: Any, refused: Refused) -> NoReturn:
+    """Ends the call, by an exception of gRPC's. When to try again is told as its clients read it (gRPC proposal A6)."""
+    from grpc import StatusCode
+
+    code = _STATUS.get(refused.status, "INVALID_ARGUMENT" if 400 <= refused.status < 500 else "INTERNAL")
+    after_s = refused.retry_after_s
+    trailing = () if after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(after_s * 1000))),)
+    await context.abort(StatusCode[code], refused.message[:DETAILS], trailing)
+    raise AssertionError("abort raises")

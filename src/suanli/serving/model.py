@@ -1,0 +1,431 @@
+"""One version of one model that is served: tensors to rows, rows to answers, and an engine that is kept alive.
+
+An engine's process that throws away a batch stays; one that crashes or hangs is replaced, after a longer and longer
+pause if it doesn't stop doing so; one whose memory grows far beyond what it had after warming up is replaced while it
+still answers. Pictures are decoded in threads while the engine computes.
+
+What this doesn't do: HTTP or gRPC, or several models (see `repository`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from suanli.errors import BadInput
+from suanli.predictor import encode
+from suanli.saved import preprocess_of
+from suanli.serving import describe
+from suanli.serving.batching import Batcher
+from suanli.serving.describe import MAX_INPUTS
+from suanli.serving.figures import Figures
+from suanli.serving.policy import Curve, Policy
+from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
+from suanli.serving.shared_memory import Layout
+from suanli.serving.worker import About, Died, Worker
+from suanli.types import Json, Preprocess
+
+if TYPE_CHECKING:
+    from suanli.serving.log import Log
+
+SLOTS = 2  # one is computed while the other is filled
+SLOT_BYTES = 1 << 26  # at most
+PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before an engine is started again
+STEADY_S = 60.0  # without a crash: the next pause is the first one again
+GROWN = 2.0  # times the memory after warming up, and
+GROWN_BYTES = 1 << 29  # so much more: the engine leaks
+WATCH_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How models are served; see `suanli serve --help`."""
+
+    engine: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    trust_code: bool = False
+    p99_s: float | None = None
+    max_pixels: int = 50_000_000  # of one picture
+
+
+class ServedModel:
+    """`start` it, then `infer` or `predict`; `drain` and `close` it at the end. All on one asyncio loop."""
+
+    def __init__(self, name: str, version: str, subject: Path, settings: Settings, *, pool: Executor, log: Log) -> None:
+        self.name, self.version, self.subject = name, version, subject
+        self.state, self.reason = "loading", ""  # loading, ready, failed, draining, closed
+        self.figures = Figures()
+        self._settings, self._pool, self._log = settings, pool, log
+        self._worker: Worker | None = None
+        self._encoding = 0  # inputs that are being decoded
+        self._users = 0
+        self._crashes = 0
+        self._crashed = -math.inf
+        self._up_bytes = 0  # memory of the engine when it was warm
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.about: About
+        self.preprocess: Preprocess
+        self.batcher: Batcher
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Brings an engine up. Raises Died with the reason."""
+        try:
+            worker, about = await self._new()
+        except Died as error:
+            self._fail(str(error))
+            raise
+        self._task(self._watch())
+        self.state = "ready"
+        self._log.event("model ready", model=self.name, version=self.version, engine=about.engine,
+                        precision=about.precision, batch=self.policy.batch, pid=worker.pid)  # fmt: skip
+        if not self.policy.reachable:
+            self._log.warning(
+                "the latency target can't be kept",
+                model=self.name,
+                one_input_ms=round(1e3 * self.policy.curve.seconds(1), 3),
+                target_ms=round(1e3 * self.policy.target_s, 3),
+            )
+
+    async def _new(self) -> tuple[Worker, About]:
+        """A warm engine, in use."""
+        options = self._settings
+        worker = Worker(
+            self.subject,
+            engine=options.engine,
+            device=options.device,
+            threads=options.threads,
+            trust_code=options.trust_code,
+        )
+        try:
+            about = await worker.start()
+            row_bytes = math.prod(about.row_shape) * np.dtype(about.row_dtype).itemsize
+            most = max(1, min(64, SLOT_BYTES // max(row_bytes, 1)))
+            layout = Layout(
+                slots=SLOTS,
+                batch=most,
+                row_shape=about.row_shape,
+                row_dtype=about.row_dtype,
+                classes=len(about.classes),
+            )
+            seconds = await worker.attach(layout)
+        except BaseException:
+            worker.close()
+            raise
+        if not self.known:
+            self.about = about
+            self.preprocess = preprocess_of(about.preprocess)
+            self.policy = Policy(Curve(seconds), p99_s=options.p99_s, most=most)
+            self.batcher = Batcher(self.policy, self.figures, died=self._died)
+        elif (about.row_shape, about.classes) != (self.about.row_shape, self.about.classes):
+            worker.close()
+            raise Died("the model on disk is another one now")
+        self._worker, self._up_bytes = worker, worker.memory_bytes
+        self.batcher.use(worker)
+        return worker, about
+
+    def _died(self, worker: Worker, reason: str) -> None:
+        """The engine's process is gone: another takes its place."""
+        worker.close()
+        if self.state in ("draining", "closed") and not self.batcher.rows:
+            return
+        now = time.monotonic()
+        self._crashes = 0 if now - self._crashed > STEADY_S else self._crashes + 1
+        self._crashed = now
+        pause_s = PAUSES_S[min(self._crashes, len(PAUSES_S) - 1)]
+        self._fail(reason)
+        self._log.error("engine lost", model=self.name, version=self.version, reason=reason, again_in_s=pause_s)
+        if pause_s:
+            self.batcher.fail_waiting(self._unready())
+        self._task(self._restart(pause_s))
+
+    async def _restart(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        self.figures.restarts += 1
+        try:
+            await self._new()
+        except Died as error:
+            self._crashes += 1
+            self._crashed = time.monotonic()
+            pause_s = PAUSES_S[min(self._crashes, len(PAUSES_S) - 1)]
+            self._fail(str(error))
+            self.batcher.fail_waiting(self._unready())
+            self._log.error("engine did not start", model=self.name, reason=str(error), again_in_s=pause_s)
+            if self.state != "closed":
+                self._task(self._restart(pause_s))
+            return
+        if self.state == "failed":
+            self.state, self.reason = "ready", ""
+        self._log.event("engine started again", model=self.name, version=self.version)
+
+    async def _watch(self) -> None:
+        """Replaces an engine that leaks, without a pause for those who ask."""
+        while self.state not in ("draining", "closed"):
+            await asyncio.sleep(WATCH_S)
+            worker = self._worker
+            if worker is None or self.state != "ready":
+                continue
+            if worker.memory_bytes > max(GROWN * self._up_bytes, self._up_bytes + GROWN_BYTES):
+                self._log.warning("engine leaks", model=self.name, memory_bytes=worker.memory_bytes,
+                                  at_start_bytes=self._up_bytes)  # fmt: skip
+                self.figures.restarts += 1
+                try:
+                    await self._new()
+                except Died as error:
+                    self._log.error("engine not replaced", model=self.name, reason=str(error))
+                    await asyncio.sleep(STEADY_S)
+                    continue
+                await worker.idle()
+                worker.close()
+
+    def _fail(self, reason: str) -> None:
+        if self.state not in ("draining", "closed"):
+            self.state = "failed"
+        self.reason = reason
+
+    def _task(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def drain(self) -> None:
+        """Returns when all that was asked is answered; nothing new may be asked for meanwhile."""
+        if self.state != "closed":
+            self.state = "draining"
+        while self._users:
+            await asyncio.sleep(0.01)
+
+    def close(self) -> None:
+        self.state = "closed"
+        for task in self._tasks:
+            task.cancel()
+        if self.known:
+            self.batcher.use(None)
+            self.batcher.fail_waiting(Refused(503, f"Model {self.name} was unloaded."))
+        if self._worker is not None:
+            self._worker.close()
+
+    # --- answering ---
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "ready"
+
+    def admit(self, inputs: int = 1) -> None:
+        """Raises Refused(503) where a request can't be answered in time. Cheap: before its body is read."""
+        if self.state not in ("ready", "draining"):
+            raise self._unready()
+        again_s = self.policy.full(self.batcher.rows + self._encoding, inputs)
+        if again_s is not None:
+            raise Refused(503, f"Model {self.name} has as much to do as it can answer in time.", retry_after_s=again_s)
+
+    def _unready(self) -> Refused:
+        told = {"loading": "is being loaded", "closed": "was unloaded"}.get(self.state, f"is not ready: {self.reason}")
+        return Refused(503, f"Model {self.name} {told}.", retry_after_s=1.0)
+
+    async def infer(self, request: InferRequest, *, deadline: float | None = None) -> InferResponse:
+        """The answer to a request of the protocol. `deadline` is a time of the loop's clock. Raises Refused."""
+        with self._counted() as count:
+            tensor = self._only(request)
+            count[0] = inputs = self._inputs(tensor)
+            self._check_outputs(request)
+            timeout = request.parameters.get("timeout")
+            if isinstance(timeout, int) and timeout > 0:
+                until = asyncio.get_running_loop().time() + timeout / 1e6
+                deadline = until if deadline is None else min(until, deadline)
+            self.admit(inputs)
+            probabilities = await self._probabilities(await self._rows(tensor, inputs), deadline)
+            before = time.perf_counter()
+            response = self._response(request, probabilities)
+            self.figures.output.add(time.perf_counter() - before)
+            return response
+
+    async def predict(
+        self, raws: Sequence[bytes | str], *, top: int, deadline: float | None = None
+    ) -> list[dict[str, Json]]:
+        """For each input its label and the likeliest classes, or an error. Raises Refused."""
+        with self._counted() as count:
+            count[0] = len(raws)
+            self.admit(len(raws))
+            found = await self._encoded(raws)
+            rows = [row for row in found if isinstance(row, np.ndarray)]
+            answers = iter(await self._probabilities(np.stack(rows), deadline)) if rows else iter(())
+            return [
+                self._named(next(answers), top)
+                if isinstance(row, np.ndarray)
+                else {"label": None, "probability": None, "probabilities": {}, "error": row}
+                for row in found
+            ]
+
+    def _named(self, probabilities: np.ndarray, top: int) -> dict[str, Json]:
+        classes = self.about.classes
+        best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
+        shown: dict[str, Json] = {classes[i]: float(probabilities[i]) for i in best}
+        first = best[0]
+        return {
+            "label": classes[first],
+            "probability": float(probabilities[first]),
+            "probabilities": shown,
+            "error": None,
+        }
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[list[int]]:
+        """Counts a request and what became of it."""
+        started, count = time.perf_counter(), [0]
+        self._users += 1
+        try:
+            yield count
+        except Refused as error:
+            self.figures.not_done(time.perf_counter() - started, error.status)
+            raise
+        except asyncio.CancelledError:
+            self.figures.not_done(time.perf_counter() - started, 499)
+            raise
+        else:
+            self.figures.done(time.perf_counter() - started, count[0])
+        finally:
+            self._users -= 1
+
+    @property
+    def input_name(self) -> str:
+        return self.preprocess.kind
+
+    def _only(self, request: InferRequest) -> Tensor:
+        if len(request.inputs) != 1 or request.inputs[0].name not in (self.input_name, ""):
+            given = ", ".join(tensor.name[:40] for tensor in request.inputs)
+            raise bad(f"Model {self.name} has one input, {self.input_name!r}; the request has {given!r}.")
+        return request.inputs[0]
+
+    def _inputs(self, tensor: Tensor) -> int:
+        """How many inputs a tensor holds."""
+        if not tensor.shape or not tensor.shape[0]:
+            raise bad(f"Input {tensor.name!r} holds nothing: its shape is {list(tensor.shape)}.")
+        inputs = math.prod(tensor.shape) if tensor.datatype == "BYTES" else tensor.shape[0]
+        if inputs > MAX_INPUTS:
+            raise bad(f"{inputs} inputs are more than the {MAX_INPUTS} that one request may have.")
+        return inputs
+
+    async def _rows(self, tensor: Tensor, inputs: int) -> np.ndarray:
+        """The rows of a tensor: itself where it has their shape, else encoded."""
+        data, about = tensor.data, self.about
+        if not isinstance(data, list):
+            if data.dtype == about.row_dtype and data.shape[1:] == about.row_shape:
+                if data.dtype.kind == "f" and not np.isfinite(data).all():
+                    raise bad(f"Input {tensor.name!r} has values that are not numbers.")
+                return data
+            if self.preprocess.kind != "image" or data.dtype != np.uint8 or data.ndim != 4:
+                wanted = f"{NAMES[np.dtype(about.row_dtype)]} {[-1, *about.row_shape]} or BYTES [-1]"
+                raise bad(f"Input {tensor.name!r} is {wanted}, not {tensor.datatype} {list(tensor.shape)}.")
+        found = await self._encoded(data)
+        for i, row in enumerate(found):
+            if isinstance(row, str):
+                raise bad(f"Input {i} can't be read: {row}")
+        assert len(found) == inputs
+        return np.stack([row for row in found if isinstance(row, np.ndarray)])
+
+    async def _encoded(self, raws: Sequence[object]) -> list[np.ndarray | str]:
+        """Rows, or why there is none, in threads."""
+        loop = asyncio.get_running_loop()
+        started = time.perf_counter()
+        self._encoding += len(raws)
+        try:
+            return await asyncio.gather(*(loop.run_in_executor(self._pool, self._encode, raw) for raw in raws))
+        finally:
+            self._encoding -= len(raws)
+            self.figures.encode.add(time.perf_counter() - started)
+
+    def _encode(self, raw: object) -> np.ndarray | str:
+        if self.preprocess.kind == "image" and isinstance(raw, bytes):
+            from suanli.preprocess._decode import peek
+
+            try:
+                header = peek(raw)
+            except BadInput as error:
+                return error.message
+            if header.height * header.width > self._settings.max_pixels:
+                return (
+                    f"The picture has {header.width}x{header.height} pixels, more than the "
+                    f"{self._settings.max_pixels / 1e6:g} million that are allowed."
+                )
+        return encode(self.preprocess, raw)
+
+    async def _probabilities(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
+        if self.state not in ("ready", "draining", "failed"):
+            raise self._unready()
+        return await self.batcher.submit(rows, deadline)
+
+    def _check_outputs(self, request: InferRequest) -> None:
+        for wanted in request.outputs:
+            if wanted.name not in ("probabilities", "label"):
+                raise bad(f"Model {self.name} has the outputs 'probabilities' and 'label', not {wanted.name!r}.")
+
+    def _response(self, request: InferRequest, probabilities: np.ndarray) -> InferResponse:
+        outputs = []
+        counts = {wanted.name: wanted.class_count for wanted in request.outputs} or {"probabilities": 0, "label": 0}
+        for name, count in counts.items():
+            if name == "label":
+                best = probabilities.argmax(1)
+                labels = [self.about.classes[i].encode() for i in best]
+                outputs.append(Tensor(name=name, datatype="BYTES", shape=(len(labels),), data=labels))
+            elif count:
+                outputs.append(self._classified(probabilities, count))
+            else:
+                outputs.append(Tensor(name=name, datatype="FP32", shape=probabilities.shape, data=probabilities))
+        return InferResponse(id=request.id, model_name=self.name, model_version=self.version, outputs=tuple(outputs))
+
+    def _classified(self, probabilities: np.ndarray, count: int) -> Tensor:
+        """The classification extension: "value:index:label", best first."""
+        count = min(count, probabilities.shape[1])
+        best = np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+        texts = [
+            f"{row[i]:f}:{i}:{self.about.classes[i]}".encode()
+            for row, chosen in zip(probabilities, best, strict=True)
+            for i in chosen
+        ]
+        return Tensor(name="probabilities", datatype="BYTES", shape=(len(best), count), data=texts)
+
+    # --- what it says of itself ---
+
+    def metadata(self, versions: Sequence[str] = ()) -> dict[str, Json]:
+        """The protocol's, with these versions of the model; its own, if none are said."""
+        self._known()
+        return describe.metadata(self, versions or (self.version,))
+
+    def config(self) -> dict[str, Json]:
+        """Triton Inference Server's model configuration."""
+        self._known()
+        return describe.config(self)
+
+    def stats(self) -> dict[str, Json]:
+        """An entry of Triton Inference Server's statistics."""
+        return describe.stats(self.name, self.version, self.figures)
+
+    def status(self) -> dict[str, Json]:
+        """For people and the pages: also of a model that isn't ready."""
+        return describe.status(self)
+
+    @property
+    def known(self) -> bool:
+        """Whether an engine ever came up, so that classes and shapes are known."""
+        return hasattr(self, "batcher")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Of the engine's process."""
+        return None if self._worker is None else self._worker.memory_bytes
+
+    def _known(self) -> None:
+        if not self.known:
+            raise self._unready()

@@ -1,0 +1,353 @@
+"""The Open Inference Protocol, version 2: requests from bytes, answers to bytes. No sockets, no models.
+
+A request is JSON, or JSON with the tensors' raw bytes behind it (the binary tensor extension, whose header
+`Inference-Header-Content-Length` says where the JSON ends). Raw bytes are not copied: arrays are views of the body.
+What comes from outside is believed only after its shape, datatype and number of bytes agree. Sources: "Open Inference
+Protocol" (REST) and Triton Inference Server's "Binary Tensor Data", "Classification" and "Raw Binary Request".
+
+What this doesn't do: BF16, which NumPy hasn't; shared memory; tensors of several models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from suanli.types import Json
+
+DATATYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "UINT8": np.dtype("u1"),
+    "UINT16": np.dtype("<u2"),
+    "UINT32": np.dtype("<u4"),
+    "UINT64": np.dtype("<u8"),
+    "INT8": np.dtype("i1"),
+    "INT16": np.dtype("<i2"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP16": np.dtype("<f2"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+MAX_RANK = 8
+MAX_TENSORS = 64  # of one request
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+class Refused(Exception):
+    """Why a request gets no answer: `status` is HTTP's, `retry_after_s` says when it may."""
+
+    def __init__(self, status: int, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.retry_after_s = status, message, retry_after_s
+
+
+def bad(message: str) -> Refused:
+    return Refused(400, message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """Of a request or an answer. `data` is an array of `shape`; for BYTES the elements in row-major order."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: np.ndarray | list[bytes]
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """An output that a request names."""
+
+    name: str
+    binary: bool = False
+    class_count: int = 0  # more than 0: so many of the likeliest classes, as "value:index:label"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    id: str | None = None
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Wanted, ...] = ()  # empty: all
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    binary_output: bool = False  # for outputs that don't say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferResponse:
+    id: str | None
+    model_name: str
+    model_version: str
+    outputs: tuple[Tensor, ...]
+
+
+# --- from bytes ---
+
+
+def parse(body: bytes, header_length: int | None = None) -> InferRequest:
+    """The request in `body`, whose first `header_length` bytes are JSON; None: all of it is.
+
+    `header_length` 0 is a raw binary request: the body is the only element of a nameless BYTES input, and the answer
+    is binary too. Raises Refused(400), whose message names what is wrong.
+    """
+    if header_length is None:
+        return _request(body, None)
+    if not 0 <= header_length <= len(body):
+        raise bad(f"{HEADER_LENGTH} is {header_length}, but the body has {len(body)} bytes.")
+    if header_length == 0:
+        raw = Tensor(name="", datatype="BYTES", shape=(1,), data=[body])
+        return InferRequest(inputs=(raw,), binary_output=True)
+    return _request(body[:header_length], memoryview(body)[header_length:])
+
+
+def _request(text: bytes, binary: memoryview | None) -> InferRequest:
+    values = parse_json(text)
+    if not isinstance(values, dict):
+        raise bad(f"A request is a JSON object, not {_kind(values)}.")
+    identity = values.get("id")
+    if identity is not None and not isinstance(identity, str):
+        raise bad(f"id is a string, not {_kind(identity)}.")
+    parameters = _object(values, "parameters")
+    return InferRequest(
+        id=identity,
+        inputs=_inputs(values.get("inputs"), binary),
+        outputs=tuple(_wanted(item, i) for i, item in enumerate(_list(values, "outputs"))),
+        parameters=parameters,
+        binary_output=_flag(parameters, "binary_data_output"),
+    )
+
+
+def parse_json(text: bytes) -> Any:
+    """What a body says. NaN and Infinity are not JSON, though Python's reader takes them by default."""
+    try:
+        return json.loads(text, parse_constant=_not_json)
+    except RecursionError:
+        raise bad("The JSON is nested too deeply.") from None
+    except ValueError as error:  # malformed, not UTF-8, or a number of thousands of digits
+        raise bad(f"The body is not JSON: {str(error)[:200]}.") from None
+
+
+def _not_json(name: str) -> Any:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _inputs(items: Any, binary: memoryview | None) -> tuple[Tensor, ...]:
+    if not isinstance(items, list) or not items:
+        raise bad("inputs is missing: a list with at least one tensor (name, shape, datatype, data).")
+    if len(items) > MAX_TENSORS:
+        raise bad(f"{len(items)} inputs are more than {MAX_TENSORS}.")
+    found: list[Tensor] = []
+    at = 0
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise bad(f"inputs[{i}] is an object, not {_kind(item)}.")
+        name, datatype, shape = _name(item, f"inputs[{i}]"), item.get("datatype"), _shape(item.get("shape"), i)
+        if not isinstance(datatype, str) or (datatype not in DATATYPES and datatype != "BYTES"):
+            known = ", ".join((*DATATYPES, "BYTES"))
+            raise bad(f"The datatype of input {name!r} is {str(datatype)[:40]!r}; there are {known}.")
+        parameters = _object(item, "parameters")
+        size = parameters.get("binary_data_size")
+        data: np.ndarray | list[bytes]
+        if size is None:
+            data = _listed(name, datatype, shape, item.get("data"))
+        elif binary is None:
+            raise bad(f"Input {name!r} has binary_data_size, but the request has no header {HEADER_LENGTH}.")
+        elif "data" in item:
+            raise bad(f"Input {name!r} has both data and binary_data_size.")
+        elif type(size) is not int or not 0 <= size <= len(binary) - at:
+            raise bad(f"binary_data_size of input {name!r} is {size!r}; {len(binary) - at} bytes are left.")
+        else:
+            data = from_bytes(name, datatype, shape, binary[at : at + size])
+            at += size
+        found.append(Tensor(name=name, datatype=datatype, shape=shape, data=data, parameters=parameters))
+    if binary is not None and at != len(binary):
+        raise bad(f"{len(binary) - at} bytes behind the JSON belong to no input.")
+    if len({tensor.name for tensor in found}) < len(found):
+        raise bad("Two inputs have one name.")
+    return tuple(found)
+
+
+def _shape(values: Any, index: int) -> tuple[int, ...]:
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        raise bad(f"The shape of inputs[{index}] is a list of numbers of 0 or more, not {str(values)[:100]}.")
+    if len(values) > MAX_RANK:
+        raise bad(f"The shape of inputs[{index}] has {len(values)} dimensions; {MAX_RANK} are the most.")
+    return tuple(values)
+
+
+def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview | bytes) -> np.ndarray | list[bytes]:
+    """The data of a tensor from its little-endian bytes, as a view. Raises Refused(400) where they don't fit."""
+    count = math.prod(shape)
+    if datatype == "BYTES":
+        elements = split_bytes(raw, name)
+        if len(elements) != count:
+            raise bad(f"Input {name!r} of shape {list(shape)} has {len(elements)} elements.")
+        return elements
+    dtype = DATATYPES[datatype]
+    if count * dtype.itemsize != len(raw):
+        wanted = count * dtype.itemsize
+        raise bad(f"Input {name!r} of {datatype} {list(shape)} is {wanted} bytes, not {len(raw)}.")
+    if datatype == "BOOL" and np.frombuffer(raw, np.uint8).max(initial=0) > 1:
+        raise bad(f"Input {name!r} is BOOL: its bytes are 0 or 1.")
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def split_bytes(raw: memoryview | bytes, name: str) -> list[bytes]:
+    """Elements of a BYTES tensor: each is its length in four bytes and its content."""
+    elements, at, end = [], 0, len(raw)
+    while at < end:
+        if end - at < 4:
+            raise bad(f"Input {name!r} is cut short in the length of element {len(elements)}.")
+        (length,) = struct.unpack_from("<I", raw, at)
+        at += 4
+        if length > end - at:
+            raise bad(f"Element {len(elements)} of input {name!r} says {length} bytes; {end - at} are left.")
+        elements.append(bytes(raw[at : at + length]))
+        at += length
+    return elements
+
+
+def join_bytes(elements: Sequence[bytes]) -> bytes:
+    return b"".join(part for element in elements for part in (struct.pack("<I", len(element)), element))
+
+
+def _listed(name: str, datatype: str, shape: tuple[int, ...], values: Any) -> np.ndarray | list[bytes]:
+    """The data of a tensor from JSON: nested lists, or one flat list in row-major order."""
+    if not isinstance(values, list):
+        raise bad(f"Input {name!r} has no data: a list in row-major order, nested or flat.")
+    count = math.prod(shape)
+    items = _flat(values, name) if any(isinstance(item, list) for item in values) else values
+    if len(items) != count:
+        raise bad(f"Input {name!r} of shape {list(shape)} has {len(items)} elements.")
+    kinds = set(map(type, items))
+    if datatype == "BYTES":
+        if kinds - {str}:
+            raise bad(f"Elements of input {name!r} are strings; raw bytes go behind the JSON.")
+        try:
+            return [text.encode() for text in items]
+        except UnicodeEncodeError:
+            raise bad(f"An element of input {name!r} is not text that UTF-8 can write.") from None
+    if kinds - {int, float, bool}:  # before NumPy sees it: of one long text it would make an array of long texts
+        raise bad(f"The data of input {name!r} is not {datatype}.")
+    try:
+        array = np.array(values)
+    except (ValueError, OverflowError):  # ragged
+        raise bad(f"The data of input {name!r} is not an array: its lists have different lengths.") from None
+    if array.ndim > 1 and array.shape != shape:
+        raise bad(f"Input {name!r} of shape {list(shape)} has data of shape {list(array.shape)}.")
+    dtype = DATATYPES[datatype]
+    if array.size and array.dtype.kind not in {"b": "b", "u": "ui", "i": "ui", "f": "uif"}[dtype.kind]:
+        raise bad(f"The data of input {name!r} is not {datatype}.")
+    if dtype.kind in "ui" and array.size:
+        limits = np.iinfo(dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise bad(f"The data of input {name!r} doesn't fit into {datatype} ({limits.min} to {limits.max}).")
+    with np.errstate(over="ignore"):
+        return array.astype(dtype).reshape(shape)
+
+
+def _flat(values: list[Any], name: str) -> list[Any]:
+    found: list[Any] = []
+    rest: list[tuple[Any, int]] = [(values, 0)]
+    while rest:
+        item, depth = rest.pop()
+        if not isinstance(item, list):
+            found.append(item)
+        elif depth >= MAX_RANK:
+            raise bad(f"The data of input {name!r} is nested more than {MAX_RANK} deep.")
+        else:
+            rest.extend((part, depth + 1) for part in reversed(item))
+    return found
+
+
+def _wanted(item: Any, index: int) -> Wanted:
+    if not isinstance(item, dict):
+        raise bad(f"outputs[{index}] is an object, not {_kind(item)}.")
+    parameters = _object(item, "parameters")
+    classes = parameters.get("classification", 0)
+    if type(classes) is not int or classes < 0:
+        raise bad(f"classification of outputs[{index}] is a number of 0 or more.")
+    return Wanted(name=_name(item, f"outputs[{index}]"), binary=_flag(parameters, "binary_data"), class_count=classes)
+
+
+def _name(item: Mapping[str, Any], where: str) -> str:
+    name = item.get("name")
+    if not isinstance(name, str) or not name:
+        raise bad(f"{where} has no name.")
+    return name[:200]
+
+
+def _object(item: Mapping[str, Any], key: str) -> Mapping[str, Json]:
+    found = item.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise bad(f"{key} is an object, not {_kind(found)}.")
+    return found
+
+
+def _list(item: Mapping[str, Any], key: str) -> list[Any]:
+    found = item.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or len(found) > MAX_TENSORS:
+        raise bad(f"{key} is a list of at most {MAX_TENSORS}.")
+    return found
+
+
+def _flag(parameters: Mapping[str, Json], key: str) -> bool:
+    found = parameters.get(key, False)
+    if not isinstance(found, bool):
+        raise bad(f"{key} is true or false.")
+    return found
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+# --- to bytes ---
+
+
+def render(response: InferResponse, request: InferRequest) -> tuple[list[bytes], int | None]:
+    """The parts of the answer's body, and how long the JSON in front is; None: all of it is JSON.
+
+    Where every output is binary, a raw binary request included, only names and shapes are JSON.
+    """
+    binary = {wanted.name: wanted.binary for wanted in request.outputs}
+    outputs: list[Json] = []
+    parts: list[bytes] = []
+    for tensor in response.outputs:
+        output: dict[str, Json] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+        if binary.get(tensor.name, False) or request.binary_output:
+            raw = to_bytes(tensor)
+            output["parameters"] = {"binary_data_size": len(raw)}
+            parts.append(raw)
+        elif isinstance(tensor.data, list):
+            output["data"] = [element.decode("utf-8", "replace") for element in tensor.data]
+        else:
+            output["data"] = tensor.data.ravel().tolist()
+        outputs.append(output)
+    values: dict[str, Json] = {"model_name": response.model_name, "model_version": response.model_version}
+    if response.id is not None:
+        values["id"] = response.id
+    values["outputs"] = outputs
+    head = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return ([head, *parts], len(head)) if parts else ([head], None)
+
+
+def to_bytes(tensor: Tensor) -> bytes:
+    """The little-endian bytes of a tensor."""
+    if isinstance(tensor.data, list):
+        return join_bytes(tensor.data)
+    return np.ascontiguousarray(tensor.data, DATATYPES[tensor.datatype]).tobytes()

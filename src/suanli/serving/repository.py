@@ -1,0 +1,254 @@
+"""The models of a server: found in a folder, loaded, swapped for newer ones and unloaded while requests are answered.
+
+    models/digits/            one model: a run, a model/ folder, or a folder of engines; its version is 1
+    models/flowers/1/, 2/     versions of one model
+
+A folder is looked at every second. What has changed is loaded beside what is there and takes its place when it is
+ready; what was there answers those that it has and is then closed. A change that can't be loaded changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from suanli import hardware
+from suanli.engine_store import INDEX
+from suanli.errors import DataError
+from suanli.serving.log import Log
+from suanli.serving.model import ServedModel, Settings
+from suanli.serving.protocol import Refused
+from suanli.serving.worker import Died
+from suanli.types import Json
+
+LOOK_S = 1.0
+CARDS = ("model.json", INDEX, f"engines/{INDEX}", "model/model.json", f"model/engines/{INDEX}")
+
+Key = tuple[str, str]  # name and version
+Stamp = tuple[tuple[int, int, int], ...]
+
+
+class Repository:
+    """`start` it on the loop that answers requests; `close` at the end."""
+
+    def __init__(self, subject: Path, settings: Settings, log: Log) -> None:
+        """Raises DataError where there is no model."""
+        self.subject = subject
+        self.draining = False
+        self._settings, self._log = settings, log
+        self._models: dict[Key, ServedModel] = {}
+        self._loading: set[Key] = set()
+        self._stamps: dict[Key, Stamp] = {}  # of what was loaded, or tried in vain
+        self._failed: dict[Key, str] = {}
+        self._unloaded: set[str] = set()  # names that were unloaded on request
+        self._closing: set[asyncio.Task[None]] = set()
+        self._locks: dict[Key, asyncio.Lock] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._pool = ThreadPoolExecutor(hardware.cores(), "encode")
+        self.alone = _is_model(subject)
+        if not self.alone and not scan(subject):
+            raise DataError(
+                f"There is no model in {subject}.",
+                fix="Name a run directory, a model/ folder, or a folder of them (NAME/ or NAME/1/).",
+            )
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Loads what there is. Raises Died where that is one model, and it doesn't come up."""
+        there = scan(self.subject)
+        self._loading |= there.keys()
+        for key, path in there.items():
+            try:
+                await self._load(key, path)
+            except Died:
+                if self.alone:
+                    raise
+        if not self.alone:
+            self._watching = asyncio.create_task(self._watch())
+
+    async def drain(self) -> None:
+        """Returns when all that was asked is answered."""
+        self.draining = True
+        if self._watching is not None:
+            self._watching.cancel()
+        await asyncio.gather(*(model.drain() for model in self._models.values()), *self._closing)
+
+    def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        for task in self._closing:
+            task.cancel()
+        for model in self._models.values():
+            model.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _load(self, key: Key, path: Path) -> None:
+        """Brings one up beside the one that is there, then swaps. Raises Died, and changes nothing."""
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            self._stamps[key] = stamp(path)
+            self._loading.add(key)
+            model = ServedModel(*key, path, self._settings, pool=self._pool, log=self._log)
+            try:
+                await model.start()
+            except Died as error:
+                self._failed[key] = str(error)
+                model.close()
+                self._log.error("model not loaded", model=key[0], version=key[1], reason=str(error))
+                raise
+            finally:
+                self._loading.discard(key)
+            self._failed.pop(key, None)
+            before = self._models.get(key)
+            self._models[key] = model
+            if before is not None:
+                self._retire(before)
+
+    def _retire(self, model: ServedModel) -> None:
+        async def work() -> None:
+            await model.drain()
+            model.close()
+
+        task = asyncio.create_task(work())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _watch(self) -> None:
+        """Follows the folder: what is new or has changed is loaded once it has been the same for one look."""
+        before: Mapping[Key, Stamp] = {}
+        while True:
+            await asyncio.sleep(LOOK_S)
+            there = await asyncio.to_thread(scan, self.subject)
+            stamps = {key: stamp(path) for key, path in there.items() if key[0] not in self._unloaded}
+            for key in [key for key in {*self._models, *self._failed} if key not in there]:
+                self._failed.pop(key, None)
+                self._stamps.pop(key, None)
+                if (gone := self._models.pop(key, None)) is not None:
+                    self._log.event("model unloaded", model=key[0], version=key[1], reason="its folder is gone")
+                    self._retire(gone)
+            for key, found in stamps.items():
+                if found != self._stamps.get(key) and found == before.get(key):
+                    with contextlib.suppress(Died):
+                        await self._load(key, there[key])
+            before = stamps
+
+    # --- asking ---
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model that is there answers."""
+        models = self._models.values()
+        waiting = self._loading - self._models.keys()  # a swap isn't a reason
+        new = self._failed.keys() - self._models.keys()
+        return bool(models) and not self.draining and not waiting and not new and all(m.ready for m in models)
+
+    def find(self, name: str, version: str | None = None) -> ServedModel:
+        """Without a version the newest that is ready. Raises Refused(404)."""
+        if version is not None:
+            found = self._models.get((name, version))
+        else:
+            ours = [self._models[key] for key in sorted(self._models, key=_order) if key[0] == name]
+            found = next((model for model in reversed(ours) if model.ready), ours[-1] if ours else None)
+        if found is None:
+            if any(key[0] == name and version in (None, key[1]) for key in self._loading):
+                raise Refused(503, f"Model {name} is being loaded.", retry_after_s=1.0)
+            label = name[:100] if version is None else f"{name[:100]} version {version[:40]}"
+            raise Refused(404, f"There is no model {label}; there are: {', '.join(self.names()) or 'none'}.")
+        return found
+
+    def only(self) -> ServedModel:
+        """The model of a server that has one. Raises Refused(400) where the name must be said."""
+        names = self.names()
+        if len(names) == 1:
+            return self.find(names[0])
+        if not names:
+            raise Refused(503, "No model is loaded.", retry_after_s=1.0)
+        raise Refused(400, f"Say which model: {', '.join(names)}.")
+
+    def names(self) -> list[str]:
+        return sorted({name for name, _ in self._models})
+
+    def versions(self, name: str) -> list[str]:
+        return [version for key in sorted(self._models, key=_order) for version in key[1:] if key[0] == name]
+
+    def models(self) -> list[ServedModel]:
+        return [self._models[key] for key in sorted(self._models, key=_order)]
+
+    def index(self) -> list[dict[str, Json]]:
+        """Every model and version with its state, as the repository extension has it."""
+        states: dict[Key, tuple[str, str]] = dict.fromkeys(self._loading, ("LOADING", ""))
+        states |= {key: ("UNAVAILABLE", reason) for key, reason in self._failed.items() if key not in self._models}
+        for key, model in self._models.items():
+            states[key] = ("READY", "") if model.ready else ("UNAVAILABLE", model.reason)
+        return [
+            {"name": key[0], "version": key[1], "state": states[key][0], "reason": states[key][1]}
+            for key in sorted(states, key=_order)
+        ]
+
+    async def load(self, name: str) -> None:
+        """Loads, or loads again, all versions of a model. Raises Refused(404), or (400) with the reason."""
+        there = {key: path for key, path in (await asyncio.to_thread(scan, self.subject)).items() if key[0] == name}
+        if not there:
+            raise Refused(404, f"There is no model {name[:100]} in {self.subject.name}.")
+        self._unloaded.discard(name)
+        for key, path in there.items():
+            try:
+                await self._load(key, path)
+            except Died as error:
+                raise Refused(400, f"Model {name} version {key[1]} can't be loaded: {error}.") from error
+
+    async def unload(self, name: str) -> None:
+        """Answers what was asked, then closes. Raises Refused(404)."""
+        keys = [key for key in self._models if key[0] == name]
+        if not keys:
+            raise Refused(404, f"There is no model {name[:100]}.")
+        self._unloaded.add(name)
+        for key in keys:
+            self._stamps.pop(key, None)
+            self._log.event("model unloaded", model=key[0], version=key[1], reason="asked to")
+            self._retire(self._models.pop(key))
+
+
+def _order(key: Key) -> tuple[str, int, str]:
+    name, version = key
+    return name, int(version) if version.isdecimal() else -1, version
+
+
+def _is_model(path: Path) -> bool:
+    return any((path / card).is_file() for card in CARDS)
+
+
+def scan(subject: Path) -> dict[Key, Path]:
+    """The models at `subject`: itself, or what lies in it, version by version."""
+    if _is_model(subject):
+        own = subject.resolve()
+        name = own.parent.name if own.name in ("model", "engines") else own.name
+        return {(name or "model", "1"): subject}
+    found: dict[Key, Path] = {}
+    for folder in _folders(subject):
+        if _is_model(folder):
+            found[folder.name, "1"] = folder
+        else:
+            versions = [path for path in _folders(folder) if path.name.isdecimal() and _is_model(path)]
+            found |= {(folder.name, path.name): path for path in versions}
+    return found
+
+
+def _folders(path: Path) -> Sequence[Path]:
+    try:
+        return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError:
+        return []
+
+
+def stamp(path: Path) -> Stamp:
+    """Changes when the model does: its cards are written last and at once."""
+    found = []
+    for card in CARDS:
+        with contextlib.suppress(OSError):
+            about = (path / card).stat()
+            found.append((about.st_mtime_ns, about.st_size, about.st_ino))
+    return tuple(found)

@@ -1,0 +1,180 @@
+"""A server from its first socket to its last answer: HTTP and gRPC on one loop, and an end that loses nothing.
+
+On SIGTERM or Ctrl-C it says that it isn't ready, takes no new connections, answers what it has, and ends; a second
+Ctrl-C ends it at once. What this doesn't do: several processes for one port; one engine uses all cores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from suanli.errors import MachineError, UsageError
+from suanli.serving.connection import Connection
+from suanli.serving.http import LOOPBACK, App
+from suanli.serving.log import Log
+from suanli.serving.model import Settings
+from suanli.serving.repository import Repository
+from suanli.serving.worker import Died
+
+KEEP_ALIVE_S = 75
+DRAIN_S = 60.0  # for what was accepted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening:
+    """Where and how a server listens."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: a free one
+    grpc_port: int | None = None  # None: no gRPC
+    max_body_bytes: int = 1 << 26
+    max_connections: int = 1024
+    api_key: str | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    shutdown_delay_s: float = 0.0  # between saying that it isn't ready and taking no more connections
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which leaves signals to us."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    subject: Path, settings: Settings, listening: Listening, log: Log, *, started: Callable[[int, int | None], None]
+) -> None:
+    """Serves until a signal ends it. `started` is told the ports once it listens. Raises MachineError where a port is
+    in use or the model's engine doesn't come up, DataError where there is no model."""
+    loop = asyncio.get_running_loop()
+    repository = Repository(subject, settings, log)
+    loopback = listening.host in LOOPBACK
+    app = App(
+        repository,
+        log=log,
+        max_body_bytes=listening.max_body_bytes,
+        api_key=listening.api_key,
+        host_names=LOOPBACK if loopback else None,
+    )
+    with _bound(listening.host, listening.port) as listener:
+        server = _Server(_config(app, listening))
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, _stop, stop, server)
+        running = asyncio.create_task(server.serve(sockets=[listener]))
+        grpc = None
+        try:
+            if listening.grpc_port is not None:
+                grpc = await _grpc(repository, listening)
+            loading = asyncio.create_task(repository.start())
+            while not server.started and not running.done():
+                await asyncio.sleep(0.005)
+            started(listener.getsockname()[1], None if grpc is None else grpc.port)
+            await _first(loading, stop.wait(), running)
+            if not stop.is_set():
+                await _first(stop.wait(), running)
+            loading.cancel()
+            log.event("stopping", requests="those that were accepted are answered")
+            repository.draining = True
+            await asyncio.sleep(listening.shutdown_delay_s)
+            server.should_exit = True
+            if grpc is not None:
+                await grpc.stop(DRAIN_S)
+            await running
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(repository.drain(), DRAIN_S)
+        except Died as error:
+            raise MachineError(f"The model can't be served: {error}", fix="See suanli predict for the same.") from error
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+            server.should_exit = server.force_exit = True
+            if grpc is not None:
+                await grpc.stop(0)
+            await asyncio.gather(running, return_exceptions=True)
+            repository.close()
+
+
+async def _grpc(repository: Repository, listening: Listening):  # type: ignore[no-untyped-def]
+    from suanli.serving.grpc import serve_grpc
+
+    return await serve_grpc(
+        repository,
+        host=listening.host,
+        port=listening.grpc_port,
+        api_key=listening.api_key,
+        max_message_bytes=listening.max_body_bytes,
+        tls_cert=listening.tls_cert,
+        tls_key=listening.tls_key,
+    )
+
+
+def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
+    if stop.is_set():
+        server.force_exit = True
+    stop.set()
+
+
+async def _first(*work: object) -> None:
+    """Until one of them is done; its error is raised."""
+    tasks = [asyncio.ensure_future(item) for item in work]  # type: ignore[arg-type]
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+
+
+def _config(app: App, listening: Listening) -> uvicorn.Config:
+    protocol = type("Bounded", (Connection,), {"max_body_bytes": listening.max_body_bytes})
+    tls = listening.tls_cert is not None
+    try:
+        config = uvicorn.Config(
+            app,
+            http=protocol,
+            ws="none",
+            loop="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(DRAIN_S),
+            limit_concurrency=listening.max_connections,
+            ssl_certfile=str(listening.tls_cert) if tls else None,
+            ssl_keyfile=str(listening.tls_key) if tls else None,
+        )
+        config.load()
+    except OSError as error:  # ssl.SSLError is one
+        raise UsageError(f"The certificate or its key can't be used ({error}).", fix="Give PEM files.") from error
+    return config
+
+
+@contextlib.contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+    except OSError as error:
+        raise UsageError(f"{host!r} can't be listened on ({error}).", fix="Give an address of this machine.") from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError as error:
+            raise MachineError(
+                f"Port {port} of {host} can't be had ({error.strerror}).", fix="Choose another: --port 8080, or 0."
+            ) from error
+        listener.setblocking(False)
+        yield listener

@@ -1,0 +1,307 @@
+// English and Chinese: what the pages say, and the switch between them.
+//
+// An element says what its data-t names; `say` also keeps the values, so that everything that is on the page, answers
+// included, changes with the switch. Values are only ever set as text.
+
+const LANGUAGE = "suanli.language";
+
+const WORDS = {
+  en: {
+    other: "中文",
+    nav: "Pages",
+    health: "Health",
+    home: "Try it",
+    model: "Model",
+    input: "Input",
+    sources: "Where the picture comes from",
+    draw: "Draw",
+    picture: "Picture",
+    camera: "Camera",
+    draw_area: "Drawing area: draw a digit with a mouse, a pen or a finger",
+    draw_hint: "Draw a digit, 0 to 9",
+    undo: "Undo",
+    clear: "Clear",
+    choose: "Choose pictures",
+    drop: "or drop them here, or paste one",
+    drop_now: "Drop to classify",
+    camera_view: "What the camera sees",
+    camera_on: "Turn the camera on",
+    camera_off: "Turn off",
+    camera_take: "Take a picture",
+    camera_live: "Keep answering",
+    camera_is_off: "The camera is off. Its pictures go to this server only.",
+    camera_asks: "Waiting for the camera…",
+    camera_insecure:
+      "Browsers give the camera only to pages from https or from localhost. Start the server with --tls-cert and --tls-key, or choose a picture instead: a phone offers its camera there.",
+    camera_absent: "This browser has no camera for pages. Choose a picture instead.",
+    camera_denied: "The camera is blocked for this page. Allow it in the browser's settings for this site, then turn it on again.",
+    camera_none: "No camera was found.",
+    camera_busy: "The camera can't be started. Another program may be using it.",
+    text: "Text",
+    text_ask: "Classify",
+    text_hint: "or Ctrl + Enter",
+    shell: "The same from a shell",
+    answers: "Answers",
+    empty: "The answer comes here.",
+    forget: "Remove all answers",
+    knows: "The {n} classes that it knows",
+    knows_one: "The one class that it knows",
+    more: "and {n} more",
+    is_image: "Pictures, {width} × {height}, {colour}",
+    is_image_any: "Pictures",
+    is_text: "Texts",
+    grey: "grey",
+    colour: "colour",
+    classes: "{n} classes",
+    classes_one: "1 class",
+    version: "version {version}",
+    drawn: "Drawing",
+    photographed: "Camera",
+    pending: "Asking…",
+    waits: "Waiting…",
+    took: "{server} in the server, {trip} round trip",
+    by: "{engine} {precision}",
+    by_model: "{model}, version {version}",
+    told: "{name}: {label}, {share}",
+    told_many: "{n} of {all} answered",
+    told_error: "{name}: no answer. {error}",
+    no_answer: "No answer",
+    again: "Try again",
+    again_in: "Try again in {n} s",
+    offline: "No connection to the server.",
+    offline_still: "No connection to the server. Trying again by itself.",
+    full: "The server is full and refused this at once, to stay quick for the others.",
+    not_ready: "The model is not ready.",
+    large: "Too large for this server.",
+    late: "No answer in time.",
+    refused: "The server refused this.",
+    broken: "The server failed on this.",
+    key_wrong: "The server didn't accept the key.",
+    loading: "The model is loading.",
+    failed: "The model is not running.",
+    draining: "The server is shutting down: it finishes what it has and accepts nothing new.",
+    no_models: "The server has no model.",
+    key_needed: "This server asks for its API key.",
+    key_use: "Use this key",
+    key_kept: "Kept in this tab until it is closed.",
+    key_checking: "Asking the server…",
+    health_ready: "Ready",
+    health_partly: "Partly ready",
+    health_not: "Not ready",
+    health_draining: "Shutting down",
+    health_none: "No model",
+    health_lost: "No connection",
+    health_about: "suanli {version}, up {time}. Refreshed every 2 s.",
+    health_since: "What is shown is {time} old.",
+    table: "Models",
+    state: "State",
+    engine: "Engine",
+    requests: "Requests",
+    rate: "Per second",
+    waiting: "Waiting",
+    p50: "p50",
+    p99: "p99",
+    turned_away: "Refused",
+    errors: "Failed",
+    restarts: "Restarts",
+    version_column: "Version",
+    state_ready: "ready",
+    state_loading: "loading",
+    state_failed: "failed",
+    state_draining: "shutting down",
+    seconds: "{n} s",
+    minutes: "{n} min {s} s",
+    hours: "{n} h {m} min",
+    days: "{n} d {h} h",
+  },
+  zh: {
+    other: "English",
+    nav: "页面",
+    health: "运行状况",
+    home: "试用",
+    model: "模型",
+    input: "输入",
+    sources: "图片来源",
+    draw: "手写",
+    picture: "图片",
+    camera: "摄像头",
+    draw_area: "手写区：用鼠标、笔或手指写一个数字",
+    draw_hint: "写一个数字，0 到 9",
+    undo: "撤销",
+    clear: "清除",
+    choose: "选择图片",
+    drop: "也可以拖到这里，或直接粘贴",
+    drop_now: "松开即可识别",
+    camera_view: "摄像头画面",
+    camera_on: "打开摄像头",
+    camera_off: "关闭",
+    camera_take: "拍照",
+    camera_live: "连续识别",
+    camera_is_off: "摄像头已关闭。画面只会发送到这台服务器。",
+    camera_asks: "正在等待摄像头……",
+    camera_insecure:
+      "浏览器只允许通过 https 或 localhost 打开的页面使用摄像头。请用 --tls-cert 和 --tls-key 启动服务，或改为选择图片：手机在选择图片时可以直接拍照。",
+    camera_absent: "此浏览器不向网页提供摄像头。请改为选择图片。",
+    camera_denied: "此页面被禁止使用摄像头。请在浏览器的网站设置中允许，然后重新打开。",
+    camera_none: "没有找到摄像头。",
+    camera_busy: "无法启动摄像头，可能正被其他程序占用。",
+    text: "文本",
+    text_ask: "分类",
+    text_hint: "或按 Ctrl + Enter",
+    shell: "在命令行里做同样的事",
+    answers: "结果",
+    empty: "结果会显示在这里。",
+    forget: "移除全部结果",
+    knows: "它认识的 {n} 个类别",
+    more: "以及另外 {n} 个",
+    is_image: "图片，{width} × {height}，{colour}",
+    is_image_any: "图片",
+    is_text: "文本",
+    grey: "灰度",
+    colour: "彩色",
+    classes: "{n} 个类别",
+    version: "版本 {version}",
+    drawn: "手写",
+    photographed: "摄像头",
+    pending: "正在识别……",
+    waits: "等待中……",
+    took: "服务器用时 {server}，往返 {trip}",
+    by: "{engine} {precision}",
+    by_model: "{model}，版本 {version}",
+    told: "{name}：{label}，{share}",
+    told_many: "{all} 个中有 {n} 个已得到结果",
+    told_error: "{name}：没有结果。{error}",
+    no_answer: "没有结果",
+    again: "重试",
+    again_in: "{n} 秒后可重试",
+    offline: "无法连接服务器。",
+    offline_still: "无法连接服务器，正在自动重试。",
+    full: "服务器已满，因此立即拒绝了这次请求，以免拖慢其他请求。",
+    not_ready: "模型尚未就绪。",
+    large: "超过了服务器允许的大小。",
+    late: "没有及时得到结果。",
+    refused: "服务器拒绝了这次请求。",
+    broken: "服务器处理时出错。",
+    key_wrong: "服务器不接受这个密钥。",
+    loading: "模型正在加载。",
+    failed: "模型没有在运行。",
+    draining: "服务器正在关闭：会完成已接受的请求，不再接受新的请求。",
+    no_models: "服务器上没有模型。",
+    key_needed: "这台服务器需要 API 密钥。",
+    key_use: "使用此密钥",
+    key_kept: "只保存在此标签页中，关闭后即清除。",
+    key_checking: "正在询问服务器……",
+    health_ready: "就绪",
+    health_partly: "部分就绪",
+    health_not: "未就绪",
+    health_draining: "正在关闭",
+    health_none: "没有模型",
+    health_lost: "无法连接",
+    health_about: "suanli {version}，已运行 {time}。每 2 秒刷新。",
+    health_since: "显示的是 {time}前的数据。",
+    table: "模型",
+    state: "状态",
+    engine: "引擎",
+    requests: "请求",
+    rate: "每秒",
+    waiting: "等待",
+    p50: "p50",
+    p99: "p99",
+    turned_away: "拒绝",
+    errors: "失败",
+    restarts: "重启",
+    version_column: "版本",
+    state_ready: "就绪",
+    state_loading: "加载中",
+    state_failed: "失败",
+    state_draining: "正在关闭",
+    seconds: "{n} 秒",
+    minutes: "{n} 分 {s} 秒",
+    hours: "{n} 小时 {m} 分",
+    days: "{n} 天 {h} 小时",
+  },
+};
+
+let language = remembered() ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+
+function remembered() {
+  try {
+    const kept = localStorage.getItem(LANGUAGE);
+    return Object.hasOwn(WORDS, kept ?? "") ? kept : null;
+  } catch {
+    return null; // storage is off in this browser: then the language of the browser holds
+  }
+}
+
+export function words(key, values = {}) {
+  const said = WORDS[language];
+  const text = (values.n === 1 && said[`${key}_one`]) || said[key] || key;
+  return text.replace(/\{(\w+)\}/g, (whole, name) => {
+    const value = values[name];
+    if (value === undefined || value === null) return whole;
+    return typeof value === "object" ? words(value.key, value) : String(value); // {key: …} is said in its turn
+  });
+}
+
+// From now on the element says this, in whichever language is chosen.
+export function say(element, key, values) {
+  element.dataset.t = key;
+  if (values) element.dataset.values = JSON.stringify(values);
+  else delete element.dataset.values;
+  element.textContent = words(key, values);
+  return element;
+}
+
+export function label(element, key) {
+  element.dataset.tLabel = key;
+  element.setAttribute("aria-label", words(key));
+  return element;
+}
+
+function sayAll() {
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+  for (const element of document.querySelectorAll("[data-t]")) {
+    const { t, values } = element.dataset;
+    element.textContent = words(t, values ? JSON.parse(values) : {});
+  }
+  for (const element of document.querySelectorAll("[data-t-label]")) {
+    element.setAttribute("aria-label", words(element.dataset.tLabel));
+  }
+}
+
+export function startLanguage(button) {
+  const show = () => {
+    sayAll();
+    button.textContent = words("other");
+    button.lang = language === "zh" ? "en" : "zh-CN";
+  };
+  button.addEventListener("click", () => {
+    language = language === "zh" ? "en" : "zh";
+    try {
+      localStorage.setItem(LANGUAGE, language);
+    } catch {
+      // storage is off: the choice holds for this page
+    }
+    show();
+  });
+  show();
+}
+
+// Seconds as people say them: "3.2 ms", "48 ms", "1.24 s".
+export function brief(seconds) {
+  const ms = 1000 * seconds;
+  if (ms < 9.95) return `${ms.toFixed(1)} ms`;
+  return ms < 999.5 ? `${ms.toFixed(0)} ms` : `${seconds.toFixed(2)} s`;
+}
+
+// A longer time as values for `say`: "48 s", "3 min 5 s", "2 h 10 min", "4 d 3 h".
+export function long(seconds) {
+  const s = Math.floor(seconds);
+  if (s < 60) return { key: "seconds", n: s };
+  if (s < 3600) return { key: "minutes", n: Math.floor(s / 60), s: s % 60 };
+  if (s < 86400) return { key: "hours", n: Math.floor(s / 3600), m: Math.floor((s % 3600) / 60) };
+  return { key: "days", n: Math.floor(s / 86400), h: Math.floor((s % 86400) / 3600) };
+}
+
+export const percent = (share) => `${(100 * share).toFixed(2)} %`;
+export const count = (n) => n.toLocaleString("en"); // 1,234 in both languages

@@ -1,0 +1,125 @@
+"""Predictions from a server (`suanli serve`) instead of a model on this machine: files go there as they are."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import secrets
+import ssl
+import time
+from collections.abc import Sequence
+from urllib.parse import quote, urlencode, urlsplit
+
+from suanli.errors import DataError, MachineError, UsageError
+from suanli.predictor import Prediction
+from suanli.types import Json
+
+TRIES = 5  # where the server has too much to do
+WAIT_S = 120.0
+MAX_BYTES = 16_000_000  # of one request, unless one file is larger
+
+
+class Server:
+    """`url` is http://HOST:PORT, or that and /v2/models/NAME[/versions/V] where the server has several models."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        try:
+            secure, host, port = {"http": False, "https": True}[parts.scheme], parts.hostname, parts.port
+        except (KeyError, ValueError):
+            host = None
+        if not host:
+            raise UsageError(f"{url!r} is no address of a server.", fix="Give one such as http://127.0.0.1:8000.")
+        path = parts.path.strip("/").split("/")
+        match path:
+            case [""]:
+                self._name, self._version = None, None
+            case ["v2", "models", name]:
+                self._name, self._version = name, None
+            case ["v2", "models", name, "versions", version]:
+                self._name, self._version = name, version
+            case _:
+                raise UsageError(f"{url!r} names no model.", fix="End it with the port, or /v2/models/NAME.")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._connection = (
+            http.client.HTTPSConnection(host, port, timeout=WAIT_S, context=ssl.create_default_context())
+            if secure
+            else http.client.HTTPConnection(host, port, timeout=WAIT_S)
+        )
+        key = os.environ.get("SUANLI_API_KEY")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def kind(self) -> str:
+        """The kind of data that its model reads. Raises DataError where it has several, or none."""
+        models = [m for m in self._ask("GET", "/status")["models"] if m["state"] in ("ready", "draining")]
+        if self._name is not None:
+            models = [m for m in models if m["name"] == self._name]
+        names = sorted({m["name"] for m in models})
+        if len(names) != 1:
+            told = ", ".join(names) or "none"
+            raise DataError(f"The models at {self.url} are: {told}.", fix="Name one: --url URL/v2/models/NAME.")
+        return str(models[0]["kind"])
+
+    def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
+        """One Prediction for each input, in their order. Raises MachineError where the server doesn't answer."""
+        query = {"top": str(top)}
+        query |= {} if self._name is None else {"model": self._name}
+        query |= {} if self._version is None else {"version": self._version}
+        found: list[Prediction] = []
+        start = 0
+        while start < len(raws):
+            end, size = start, 0
+            while end < len(raws) and (end == start or size + len(raws[end]) <= MAX_BYTES):
+                size += len(raws[end])
+                end += 1
+            kind, body = _packed(raws[start:end])
+            answer = self._ask("POST", f"/predict?{urlencode(query)}", body, {"Content-Type": kind})
+            for name, values in zip(names[start:end], answer["predictions"], strict=True):
+                found.append(Prediction(**(values | {"name": name})))
+            start = end
+        return found
+
+    def _ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Json:
+        for attempt in range(TRIES):
+            try:
+                self._connection.request(method, path, body, self._headers | (headers or {}))
+                reply = self._connection.getresponse()
+                content = reply.read()
+            except (OSError, http.client.HTTPException) as error:
+                self._connection.close()
+                raise MachineError(
+                    f"{self.url} doesn't answer ({error}).", fix="Is it running? suanli serve RUN starts it."
+                ) from error
+            try:
+                values = json.loads(content)
+            except ValueError:
+                values = {}
+            if reply.status == 200:
+                return values
+            told = values.get("error") if isinstance(values, dict) else None
+            if reply.status != 503 or attempt == TRIES - 1:
+                raise _error(self.url, reply.status, told or reply.reason)
+            again = reply.headers.get("Retry-After", "1")
+            time.sleep(min(float(again) if again.isdigit() else 1.0, 10.0))
+        raise AssertionError("the last try returns or raises")
+
+
+def _error(url: str, status: int, told: str) -> MachineError | UsageError:
+    if status == 401:
+        return UsageError(f"{url} wants an API key.", fix="Put it into $SUANLI_API_KEY.")
+    if status < 500:
+        return UsageError(f"{url} refused: {told}", fix="See its page /health.")
+    return MachineError(f"{url} could not answer: {told}", fix="Try again later; see its page /health.")
+
+
+def _packed(raws: Sequence[bytes | str]) -> tuple[str, bytes]:
+    """Content type and body: texts as JSON, files as a form."""
+    if all(isinstance(raw, str) for raw in raws):
+        return "application/json", json.dumps({"inputs": list(raws)}).encode()
+    boundary = secrets.token_hex(16)
+    parts: list[bytes] = []
+    for i, raw in enumerate(raws):
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{quote(str(i))}"\r\n\r\n'
+        parts += [head.encode(), raw if isinstance(raw, bytes) else raw.encode(), b"\r\n"]
+    return f"multipart/form-data; boundary={boundary}", b"".join([*parts, f"--{boundary}--\r\n".encode()])

@@ -1,0 +1,881 @@
+"""The protocol over gRPC: Triton's client and plain calls against a real server, with real digits where answers matter.
+
+Statuses that a healthy model never gives come from a repository of the test's own, behind the same server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from PIL import Image
+
+import suanli
+from suanli.errors import MachineError, UsageError, pip_install
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, bad, join_bytes
+
+grpc = pytest.importorskip("grpc", reason=f"needs: {pip_install('suanli[serve]')}")
+pytest.importorskip("google.protobuf", reason=f"needs: {pip_install('suanli[serve]')}")
+
+from suanli.serving.grpc import SERVICE, GrpcServer, serve_grpc  # noqa: E402  # after the check
+from suanli.serving.messages import HEALTH, message, to_message, to_request  # noqa: E402
+
+CLIENT = "import sys, numpy as np, tritonclient.grpc as triton\nclient = triton.InferenceServerClient(sys.argv[1])\n"
+CODE = grpc.StatusCode
+
+
+# --- servers ---
+
+
+class Loop:
+    """A loop in a thread, where servers run while the test asks them."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Awaitable[Any]) -> Any:
+        async def whole() -> Any:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(whole(), self._loop).result(120)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+Infer = Callable[[InferRequest, float | None], Awaitable[InferResponse]]
+
+
+class OneModel:
+    """What a server needs of a repository, with one model, whose answers are the test's."""
+
+    ready = True
+
+    def __init__(self, infer: Infer) -> None:
+        self.model = SimpleNamespace(name="model", version="1", ready=True, infer=self.infer)
+        self.answer = infer
+        self.asked: list[InferRequest] = []
+
+    async def infer(self, request: InferRequest, *, deadline: float | None = None) -> InferResponse:
+        self.asked.append(request)
+        return await self.answer(request, deadline)
+
+    def find(self, name: str, version: str | None = None) -> Any:
+        if name != "model" or version not in (None, "1"):
+            raise Refused(404, f"There is no model {name}.")
+        return self.model
+
+
+async def echo(request: InferRequest, _: float | None) -> InferResponse:
+    return InferResponse(id=request.id, model_name="model", model_version="1", outputs=request.inputs)
+
+
+@pytest.fixture
+def serve(loop: Loop) -> Iterator[Callable[..., tuple[GrpcServer, OneModel]]]:
+    """Serves one model that answers with what it is given, unless the test says otherwise."""
+    servers = []
+
+    def start(infer: Infer = echo, **options: Any) -> tuple[GrpcServer, OneModel]:
+        repository = OneModel(infer)
+        server = loop.run(serve_grpc(repository, port=0, **options))  # type: ignore[arg-type]
+        servers.append(server)
+        return server, repository
+
+    yield start
+    for server in servers:
+        loop.run(server.stop(0))
+
+
+def ask(
+    server: GrpcServer,
+    method: str,
+    request: Any,
+    answer: Any,
+    *,
+    metadata: tuple[tuple[str, str], ...] = (),
+    channel: Any = None,
+    **options: Any,
+) -> Any:
+    """The answer to one call."""
+    opened = channel or grpc.insecure_channel(f"127.0.0.1:{server.port}")
+    with opened if channel is None else contextlib.nullcontext():
+        call = opened.unary_unary(
+            method, request_serializer=lambda sent: sent.SerializeToString(), response_deserializer=answer.FromString
+        )
+        return call(request, metadata=metadata, timeout=options.pop("timeout", 60), **options)
+
+
+def infer(server: GrpcServer, request: Any, **options: Any) -> Any:
+    return ask(server, f"/{SERVICE}/ModelInfer", request, message("ModelInferResponse"), **options)
+
+
+def inputs(**tensors: tuple[str, list[int], bytes | None]) -> Any:
+    """A request with an input for each name: datatype, shape and raw bytes."""
+    request = message("ModelInferRequest")(model_name="model")
+    for name, (datatype, shape, raw) in tensors.items():
+        request.inputs.add(name=name, datatype=datatype, shape=shape)
+        if raw is not None:
+            request.raw_input_contents.append(raw)
+    return request
+
+
+def refused(code: Any, work: Callable[[], Any], match: str) -> Any:
+    """The error of a call that has to fail with this status."""
+    with pytest.raises(grpc.RpcError, match=match) as caught:
+        work()
+    assert caught.value.code() == code
+    return caught.value
+
+
+# --- Triton's client and real digits ---
+
+
+@pytest.fixture(scope="module")
+def triton() -> ModuleType:
+    return pytest.importorskip("tritonclient.grpc", reason=f"needs: {pip_install('tritonclient[grpc]')}")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with digits in two versions, trained now."""
+    home = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUANLI_CACHE", str(home / "cache"))
+        run = suanli.train("digits", epochs=2, out=home / "run")
+    for version in ("1", "2"):
+        shutil.copytree(run.model_path, home / "models" / "digits" / version)
+    return home / "models"
+
+
+@pytest.fixture(scope="module")
+def digits(models: Path, loop: Loop) -> Iterator[GrpcServer]:
+    from suanli.serving.log import Log
+    from suanli.serving.model import Settings
+    from suanli.serving.repository import Repository
+
+    repository = Repository(models, Settings(), Log("none"))
+    loop.run(repository.start())
+    server = loop.run(serve_grpc(repository, port=0))
+    yield server
+    loop.run(server.stop(5))
+    loop.run(repository.drain())
+    loop.run(asyncio.to_thread(repository.close))
+
+
+@pytest.fixture
+def client(triton: ModuleType, digits: GrpcServer) -> Iterator[Any]:
+    with triton.InferenceServerClient(f"127.0.0.1:{digits.port}") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pictures() -> np.ndarray:
+    """Ten real digits at the size of the model."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits().images[:10, ..., None]
+    return (found * 255 / 16).round().astype(np.uint8)
+
+
+def test_triton_reads_the_server_and_the_model(client: Any) -> None:
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("digits")
+    assert client.is_model_ready("digits", "2")
+    assert not client.is_model_ready("digits", "3")
+    assert not client.is_model_ready("nobody")
+    about = client.get_server_metadata(as_json=True)
+    assert (about["name"], about["version"]) == ("suanli", suanli.__version__)
+    assert "classification" in about["extensions"]
+    model = client.get_model_metadata("digits", as_json=True)
+    assert model["versions"] == ["1", "2"]
+    assert [output["name"] for output in model["outputs"]] == ["probabilities", "label"]
+    config = client.get_model_config("digits", as_json=True)["config"]
+    assert config["input"][0]["data_type"] == "TYPE_UINT8"
+    assert config["max_batch_size"] > 1
+    assert "dynamic_batching" in config
+    index = client.get_model_repository_index(as_json=True)["models"]
+    assert [(model["name"], model["version"], model["state"]) for model in index] == [
+        ("digits", "1", "READY"),
+        ("digits", "2", "READY"),
+    ]
+
+
+def test_triton_gets_what_predict_says(client: Any, triton: ModuleType, models: Path, pictures: np.ndarray) -> None:
+    (about,) = client.get_model_metadata("digits").inputs
+    sent = triton.InferInput(about.name, list(pictures.shape), about.datatype)
+    sent.set_data_from_numpy(pictures)
+    result = client.infer("digits", [sent], request_id="number 7")
+    expected = suanli.load(models / "digits" / "2").predict(pictures)
+    assert result.get_response().id == "number 7"
+    assert result.get_response().model_version == "2"
+    assert result.as_numpy("label").tolist() == [answer.label.encode() for answer in expected if answer.label]
+    best = result.as_numpy("probabilities").max(1)
+    np.testing.assert_allclose(best, [answer.probability for answer in expected], atol=1e-5)
+
+    files = np.empty(len(pictures), object)
+    for i, picture in enumerate(pictures):
+        written = io.BytesIO()
+        Image.fromarray(picture[..., 0]).save(written, "png")
+        files[i] = written.getvalue()
+    sent = triton.InferInput(about.name, [len(files)], "BYTES")
+    sent.set_data_from_numpy(files)
+    wanted = [triton.InferRequestedOutput("probabilities", class_count=3)]
+    again = client.infer("digits", [sent], model_version="1", outputs=wanted)
+    classes = again.as_numpy("probabilities")
+    assert classes.shape == (10, 3)
+    assert [row[0].decode().split(":")[2] for row in classes] == [answer.label for answer in expected]
+    assert again.as_numpy("label") is None
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_triton_compresses(client: Any, triton: ModuleType, pictures: np.ndarray, algorithm: str) -> None:
+    sent = triton.InferInput("image", list(pictures.shape), "UINT8")
+    sent.set_data_from_numpy(pictures)
+    plain = client.infer("digits", [sent]).as_numpy("probabilities")
+    found = client.infer("digits", [sent], compression_algorithm=algorithm).as_numpy("probabilities")
+    np.testing.assert_allclose(found, plain, atol=1e-6)
+
+
+def test_triton_asks_many_at_once(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    sent = triton.InferInput("image", [1, *pictures.shape[1:]], "UINT8")
+    for i in range(50):
+        sent.set_data_from_numpy(pictures[i % 10][None])
+        client.async_infer(
+            "digits", [sent], lambda result, error: answers.put((result, error)), request_id=str(i)
+        )  # fmt: skip
+    found = [answers.get(timeout=60) for _ in range(50)]
+    assert [error for _, error in found if error is not None] == []
+    assert sorted(int(result.get_response().id) for result, _ in found) == list(range(50))
+
+
+def test_triton_streams_in_order_past_a_bad_request(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
+    answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    client.start_stream(lambda result, error: answers.put((result, error)))
+    for i in range(70):
+        sent = triton.InferInput("image" if i != 3 else "picture", [1, *pictures.shape[1:]], "UINT8")
+        sent.set_data_from_numpy(pictures[i % 10][None])
+        client.async_stream_infer("digits", [sent], request_id=str(i))
+    found = [answers.get(timeout=60) for _ in range(70)]
+    client.stop_stream()
+    assert "'image'" in found[3][1].message()
+    assert [result.get_response().id for result, error in found if error is None] == [
+        str(i) for i in range(70) if i != 3
+    ]
+
+
+def test_triton_sees_statistics(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
+    def counted() -> int:
+        stats = client.get_inference_statistics("digits", "2").model_stats
+        assert [entry.version for entry in stats] == ["2"]
+        return int(stats[0].inference_count)
+
+    before = counted()
+    sent = triton.InferInput("image", list(pictures.shape), "UINT8")
+    sent.set_data_from_numpy(pictures)
+    client.infer("digits", [sent], model_version="2")
+    assert counted() == before + 10
+    everything = client.get_inference_statistics().model_stats
+    assert [(entry.name, entry.version) for entry in everything] == [("digits", "1"), ("digits", "2")]
+    assert everything[1].inference_stats.success.ns > 0
+
+
+def test_triton_is_told_what_was_wrong(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
+    sent = triton.InferInput("image", list(pictures.shape), "UINT8")
+    sent.set_data_from_numpy(pictures)
+    for arguments, status in (
+        ({"model_name": "nobody", "inputs": [sent]}, "NOT_FOUND"),
+        ({"model_name": "digits", "model_version": "9", "inputs": [sent]}, "NOT_FOUND"),
+        (
+            {"model_name": "digits", "inputs": [sent], "outputs": [triton.InferRequestedOutput("nothing")]},
+            "INVALID_ARGUMENT",
+        ),
+    ):
+        with pytest.raises(triton.InferenceServerException, match="There is no|has the outputs") as caught:
+            client.infer(**arguments)
+        assert caught.value.status() == f"StatusCode.{status}"
+    with pytest.raises(triton.InferenceServerException, match="raw_input_contents") as caught:
+        client.register_system_shared_memory("region", "/region", 64)
+    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+    with pytest.raises(triton.InferenceServerException, match="Deadline") as caught:
+        client.infer("digits", [sent], client_timeout=1e-6)
+
+
+def test_triton_unloads_and_loads(client: Any, triton: ModuleType) -> None:
+    client.unload_model("digits")
+    assert not client.is_model_ready("digits")
+    client.load_model("digits")
+    assert client.is_model_ready("digits", "1")
+    with pytest.raises(triton.InferenceServerException, match="as its folder says"):
+        client.load_model("digits", config="{}")
+    with pytest.raises(triton.InferenceServerException, match="no model nobody") as caught:
+        client.load_model("nobody")
+    assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+
+@pytest.mark.usefixtures("triton")
+def test_triton_in_another_process(digits: GrpcServer, pictures: np.ndarray, tmp_path: Path) -> None:
+    np.save(tmp_path / "pictures.npy", pictures)
+    asks = (
+        "pictures = np.load('pictures.npy')\nsent = triton.InferInput('image', list(pictures.shape), 'UINT8')\n"
+        "sent.set_data_from_numpy(pictures)\nprint(client.infer('digits', [sent]).as_numpy('label').size)\n"
+    )
+    command = [sys.executable, "-c", CLIENT + asks, f"127.0.0.1:{digits.port}"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.split() == ["10"]
+
+
+# --- the messages ---
+
+
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("name", sorted(message("ModelInferRequest").DESCRIPTOR.file.message_types_by_name))
+def test_fields_are_as_triton_has_them(name: str) -> None:
+    from tritonclient.grpc import model_config_pb2, service_pb2
+
+    known = getattr(service_pb2, name, None) or getattr(model_config_pb2, name)
+    differs(message(name).DESCRIPTOR, known.DESCRIPTOR)
+
+
+def differs(ours: Any, theirs: Any) -> None:
+    """Fails where a field of ours isn't one of theirs, down to what it holds."""
+    for field in ours.fields:
+        other = theirs.fields_by_name[field.name]
+        about = [
+            (f.number, f.type, f.is_repeated, f.containing_oneof and f.containing_oneof.name) for f in (field, other)
+        ]
+        assert about[0] == about[1], f"{ours.name}.{field.name}"
+        if field.message_type is not None and field.message_type.containing_type is not None:
+            differs(field.message_type, other.message_type)
+        if field.enum_type is not None:
+            assert field.enum_type.values_by_name.keys() <= other.enum_type.values_by_name.keys()
+            for value in field.enum_type.values:
+                assert other.enum_type.values_by_name[value.name].number == value.number
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    datatype = draw(st.sampled_from([*DATATYPES, "BYTES"]))
+    shape = draw(npst.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4))
+    data: np.ndarray | list[bytes]
+    if datatype == "BYTES":
+        count = int(np.prod(shape))
+        data = draw(st.lists(st.binary(max_size=9), min_size=count, max_size=count))
+    else:
+        data = draw(npst.arrays(DATATYPES[datatype], shape))
+    return Tensor(name=draw(st.text(min_size=1, max_size=9)), datatype=datatype, shape=shape, data=data)
+
+
+def typed(contents: Any, tensor: Tensor) -> None:
+    """Fills the field of a tensor's datatype."""
+    values = tensor.data if isinstance(tensor.data, list) else tensor.data.ravel().tolist()
+    fields = {"BOOL": "bool", "INT64": "int64", "UINT64": "uint64", "FP32": "fp32", "FP64": "fp64", "BYTES": "bytes"}
+    usual = "uint" if tensor.datatype.startswith("U") else "int"
+    getattr(contents, f"{fields.get(tensor.datatype, usual)}_contents").extend(values)
+
+
+def same(found: Tensor, tensor: Tensor) -> None:
+    assert (found.name, found.datatype, found.shape) == (tensor.name, tensor.datatype, tensor.shape)
+    if isinstance(tensor.data, list):
+        assert found.data == tensor.data
+    else:
+        assert isinstance(found.data, np.ndarray)
+        assert found.data.dtype == tensor.data.dtype
+        np.testing.assert_array_equal(found.data, tensor.data)
+
+
+@given(st.lists(tensors(), min_size=1, max_size=4, unique_by=lambda tensor: tensor.name), st.booleans())
+def test_tensors_come_through_raw_and_typed(sent: list[Tensor], raw: bool) -> None:
+    request = message("ModelInferRequest")(id="7")
+    response = to_message(InferResponse(id="7", model_name="m", model_version="1", outputs=tuple(sent)))
+    if not raw:
+        sent = [tensor for tensor in sent if tensor.datatype != "FP16"] or [
+            Tensor(name="a", datatype="UINT8", shape=(), data=np.uint8(3).reshape(()))
+        ]
+    for tensor in sent:
+        asked = request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        if not raw:
+            typed(asked.contents, tensor)
+    if raw:
+        request.raw_input_contents.extend(response.raw_output_contents)
+    found = to_request(type(request).FromString(request.SerializeToString()))
+    assert found.id == "7"
+    for one, tensor in zip(found.inputs, sent, strict=True):
+        same(one, tensor)
+
+
+def test_raw_bytes_are_not_copied() -> None:
+    (tensor,) = to_request(inputs(x=("FP32", [2, 3], bytes(24)))).inputs
+    assert isinstance(tensor.data, np.ndarray)
+    assert not tensor.data.flags.owndata
+    assert not tensor.data.flags.writeable
+
+
+def test_parameters_and_outputs_are_understood() -> None:
+    request = inputs(x=("UINT8", [1], b"a"))
+    request.parameters["timeout"].int64_param = 5
+    request.parameters["share"].double_param = 0.5
+    request.parameters["large"].uint64_param = 2**63
+    request.parameters["flag"].bool_param = False
+    request.parameters["word"].string_param = "yes"
+    request.outputs.add(name="probabilities").parameters["classification"].int64_param = 3
+    request.outputs.add(name="label")
+    found = to_request(request)
+    assert found.parameters == {"timeout": 5, "share": 0.5, "large": 2**63, "flag": False, "word": "yes"}
+    assert [(wanted.name, wanted.binary, wanted.class_count) for wanted in found.outputs] == [
+        ("probabilities", True, 3),
+        ("label", True, 0),
+    ]
+
+
+def contradiction(change: Callable[[Any], Any], **tensors: tuple[str, list[int], bytes | None]) -> Any:
+    request = inputs(**tensors)
+    change(request)
+    return request
+
+
+WRONG = {
+    "no inputs": (inputs(), "inputs is missing"),
+    "raw for one of two": (inputs(a=("UINT8", [1], b"a"), b=("UINT8", [1], None)), "1 elements for 2 inputs"),
+    "raw and typed": (
+        contradiction(lambda r: r.inputs[0].contents.uint_contents.append(1), a=("UINT8", [1], b"a")),
+        "only one of them",
+    ),
+    "too short": (inputs(a=("FP32", [2, 2], bytes(15))), "is 16 bytes, not 15"),
+    "too long": (inputs(a=("INT64", [1], bytes(9))), "is 8 bytes, not 9"),
+    "negative": (inputs(a=("UINT8", [-1, 4], bytes(4))), "0 or more"),
+    "two negatives": (inputs(a=("UINT8", [-2, -2], bytes(4))), "0 or more"),
+    "overflow": (inputs(a=("FP64", [2**32, 2**32], b"")), "larger than any"),
+    "empty and huge": (inputs(a=("UINT8", [0, 2**62, 2**62], b"")), "larger than any"),
+    "many dimensions": (inputs(a=("UINT8", [1] * 40, b"a")), "at most"),
+    "unknown datatype": (inputs(a=("BF16", [1], b"ab")), "'BF16'; there are BOOL"),
+    "no datatype": (inputs(a=("", [1], b"ab")), "''; there are BOOL"),
+    "a name twice": (
+        contradiction(lambda r: r.inputs.add(name="a", datatype="UINT8") and r.raw_input_contents.append(b"b"),
+                      a=("UINT8", [], b"a")),
+        "one name",
+    ),
+    "no name": (inputs(**{"": ("UINT8", [1], b"a")}), "no name"),
+    "BOOL of 2": (inputs(a=("BOOL", [1], b"\x02")), "0 or 1"),
+    "BYTES cut in a length": (inputs(a=("BYTES", [1], b"\x01\x00")), "cut short"),
+    "BYTES cut in an element": (inputs(a=("BYTES", [1], b"\x05\x00\x00\x00ab")), "says 5 bytes"),
+    "BYTES of another count": (inputs(a=("BYTES", [3], join_bytes([b"a", b"b"]))), "has 2 elements"),
+    "typed of another count": (
+        contradiction(lambda r: r.inputs[0].contents.fp32_contents.append(1), a=("FP32", [2], None)),
+        "1 elements in fp32_contents",
+    ),
+    "typed elsewhere": (
+        contradiction(lambda r: r.inputs[0].contents.int_contents.append(1), a=("FP32", [1], None)),
+        "0 elements in fp32_contents",
+    ),
+    "typed FP16": (
+        contradiction(lambda r: r.inputs[0].contents.fp32_contents.append(1), a=("FP16", [1], None)),
+        "no field in contents",
+    ),
+    "typed too large": (
+        contradiction(lambda r: r.inputs[0].contents.uint_contents.append(256), a=("UINT8", [1], None)),
+        "fit into UINT8",
+    ),
+    "typed too small": (
+        contradiction(lambda r: r.inputs[0].contents.int_contents.append(-(2**15) - 1), a=("INT16", [1], None)),
+        "fit into INT16",
+    ),
+    "shared memory": (
+        contradiction(
+            lambda r: setattr(r.inputs[0].parameters["shared_memory_region"], "string_param", "x"),
+            a=("UINT8", [1], None),
+        ),
+        "not supported",
+    ),
+    "classification of a word": (
+        contradiction(
+            lambda r: setattr(r.outputs.add(name="o").parameters["classification"], "string_param", "x"),
+            a=("UINT8", [1], b"a"),
+        ),
+        "classification of output 'o'",
+    ),
+    "many inputs": (inputs(**{f"i{i}": ("UINT8", [1], b"a") for i in range(65)}), "64 are the most"),
+}  # fmt: skip
+
+
+def test_what_contradicts_itself_is_refused(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, repository = serve()
+    for request, told in WRONG.values():
+        refused(CODE.INVALID_ARGUMENT, lambda request=request: infer(server, request), told)
+    assert repository.asked == []
+    assert infer(server, inputs(x=("UINT8", [1], b"a"))).raw_output_contents == [b"a"]
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
+    from google.protobuf.message import DecodeError
+
+    with contextlib.suppress(DecodeError, Refused):
+        to_request(message("ModelInferRequest").FromString(body))
+
+
+# --- calls ---
+
+
+def test_every_refusal_has_its_status(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    async def refuse(request: InferRequest, _: float | None) -> InferResponse:
+        raise Refused(int(request.parameters["status"]), "The reason.", retry_after_s=0.25)
+
+    server, _ = serve(refuse)
+    statuses = {
+        400: CODE.INVALID_ARGUMENT,
+        404: CODE.NOT_FOUND,
+        413: CODE.RESOURCE_EXHAUSTED,
+        415: CODE.INVALID_ARGUMENT,
+        429: CODE.RESOURCE_EXHAUSTED,
+        499: CODE.CANCELLED,
+        500: CODE.INTERNAL,
+        503: CODE.UNAVAILABLE,
+        504: CODE.DEADLINE_EXCEEDED,
+    }
+    for status, code in statuses.items():
+        request = inputs(x=("UINT8", [1], b"a"))
+        request.parameters["status"].int64_param = status
+        error = refused(code, lambda request=request: infer(server, request), "The reason")
+        assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
+
+
+def test_a_long_reason_fits_into_a_header(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    async def refuse(_: InferRequest, __: float | None) -> InferResponse:
+        raise bad("不" * 100_000)
+
+    server, _ = serve(refuse)
+    refused(CODE.INVALID_ARGUMENT, lambda: infer(server, inputs(x=("UINT8", [1], b"a"))), "不不不")
+
+
+def test_a_deadline_is_passed_on(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    left: queue.Queue[float | None] = queue.Queue()
+
+    async def note(request: InferRequest, deadline: float | None) -> InferResponse:
+        left.put(None if deadline is None else deadline - asyncio.get_running_loop().time())
+        return await echo(request, deadline)
+
+    server, _ = serve(note)
+    infer(server, inputs(x=("UINT8", [1], b"a")), timeout=None)
+    assert left.get(timeout=10) is None
+    infer(server, inputs(x=("UINT8", [1], b"a")), timeout=7)
+    assert 5 < (left.get(timeout=10) or 0) <= 7
+
+
+@pytest.mark.parametrize("how", ["cancelled", "too late", "gone"])
+def test_a_client_that_leaves_withdraws_its_request(
+    serve: Callable[..., tuple[GrpcServer, OneModel]], how: str
+) -> None:
+    begun, cancelled = threading.Event(), threading.Event()
+
+    async def hang(_: InferRequest, __: float | None) -> InferResponse:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+        raise AssertionError
+
+    server, _ = serve(hang)
+    channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
+    call = channel.unary_unary(f"/{SERVICE}/ModelInfer", request_serializer=lambda sent: sent.SerializeToString())
+    answer = call.future(inputs(x=("UINT8", [1], b"a")), timeout=0.3 if how == "too late" else 60)
+    assert begun.wait(10)
+    if how == "cancelled":
+        answer.cancel()
+    elif how == "gone":
+        channel.close()
+    assert cancelled.wait(10)
+    channel.close()
+
+
+def test_a_key_is_asked_for(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, repository = serve(api_key="open sesame")
+    request = inputs(x=("UINT8", [1], b"a"))
+    for metadata in (
+        (),
+        (("x-api-key", "no"),),
+        (("authorization", "Bearer no"),),
+        (("authorization", "open sesame"),),
+    ):
+        refused(CODE.UNAUTHENTICATED, lambda metadata=metadata: infer(server, request, metadata=metadata), "key")
+    assert repository.asked == []
+    for metadata in ((("x-api-key", "open sesame"),), (("authorization", "bearer open sesame"),)):
+        assert infer(server, request, metadata=metadata).raw_output_contents == [b"a"]
+    live = ask(server, f"/{SERVICE}/ServerLive", message("ServerLiveRequest")(), message("ServerLiveResponse"))
+    ready = ask(server, f"/{SERVICE}/ServerReady", message("ServerReadyRequest")(), message("ServerReadyResponse"))
+    assert (live.live, ready.ready) == (True, True)
+    assert health(server) == "SERVING"
+
+
+def test_without_a_key_no_body_is_read(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, _ = serve(api_key="open sesame")
+
+    def never() -> Iterator[bytes]:
+        time.sleep(30)
+        yield b""
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.stream_unary(f"/{SERVICE}/ModelInfer")
+        refused(CODE.UNAUTHENTICATED, lambda: call.future(never(), timeout=20).result(), "key")
+
+
+def test_a_request_that_never_comes_is_ended(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, _ = serve(receive_s=0.2)
+    done = threading.Event()
+
+    def never() -> Iterator[bytes]:
+        done.wait(30)
+        yield b""
+
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.stream_unary(f"/{SERVICE}/ModelInfer")
+        refused(CODE.DEADLINE_EXCEEDED, lambda: call.future(never(), timeout=20).result(), "was not here after")
+        done.set()
+
+
+def test_what_is_too_large_is_refused_however_it_is_sent(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, repository = serve(max_message_bytes=1 << 20)
+    small, large = (inputs(x=("UINT8", [size], bytes(size))) for size in (900_000, 200_000_000))
+    for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
+        assert infer(server, small, compression=compression).outputs[0].shape == [900_000]
+        refused(
+            CODE.RESOURCE_EXHAUSTED,
+            lambda compression=compression: infer(server, large, compression=compression),
+            "larger than max|more than 1048576 bytes",
+        )
+    assert len(repository.asked) == 3
+
+
+def test_broken_bodies_are_refused(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, _ = serve()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+        for body, told in (
+            (b"\xff\xff\xff", "not a ModelInferRequest"),
+            (b"\x1f\x8b\x08 nonsense", "nor compressed"),
+            (b"\x1f\x8b", "cut short"),
+            (b"\x0a\x02\xff\xfe", "not a ModelInferRequest"),  # a name that isn't UTF-8
+            (b"", "no model"),
+        ):
+            refused(
+                CODE.INVALID_ARGUMENT if told != "no model" else CODE.NOT_FOUND,
+                lambda b=body: call(b, timeout=20),
+                told,
+            )
+
+
+def test_large_typed_contents(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, _ = serve()
+    request = inputs(x=("FP32", [100_000], None))
+    request.inputs[0].contents.fp32_contents.extend(range(100_000))
+    answer = infer(server, request)
+    np.testing.assert_array_equal(np.frombuffer(answer.raw_output_contents[0], np.float32), np.arange(100_000))
+
+
+def health(server: GrpcServer, service: str = "") -> str:
+    answer = ask(
+        server,
+        f"/{HEALTH}.Health/Check",
+        message("HealthCheckRequest", HEALTH)(service=service),
+        message("HealthCheckResponse", HEALTH),
+    )
+    return str(answer.DESCRIPTOR.fields_by_name["status"].enum_type.values_by_number[answer.status].name)
+
+
+def test_health(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
+    server, repository = serve()
+    assert health(server) == health(server, SERVICE) == "SERVING"
+    refused(CODE.NOT_FOUND, lambda: health(server, "another"), "no service 'another'")
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        watch = channel.unary_stream(f"/{HEALTH}.Health/Watch")(b"", timeout=60)
+        assert next(watch) == b"\x08\x01"
+        repository.ready = False
+        assert next(watch) == b"\x08\x02"
+        assert health(server) == "NOT_SERVING"
+        repository.ready = True
+        assert next(watch) == b"\x08\x01"
+        loop.run(server.stop(5))
+        assert list(watch) == [b"\x08\x02"]
+
+
+def test_methods_that_are_not_offered(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    server, _ = serve()
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        for name, told in (
+            ("TraceSetting", "no traces"),
+            ("CudaSharedMemoryStatus", "raw_input_contents"),
+            ("No", "not found"),
+        ):
+            refused(
+                CODE.UNIMPLEMENTED, lambda name=name: channel.unary_unary(f"/{SERVICE}/{name}")(b"", timeout=20), told
+            )
+
+
+def test_stopping_answers_what_was_asked(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
+    begun = threading.Event()
+
+    async def slow(request: InferRequest, deadline: float | None) -> InferResponse:
+        begun.set()
+        await asyncio.sleep(0.5)
+        return await echo(request, deadline)
+
+    server, _ = serve(slow)
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        body = inputs(x=("UINT8", [1], b"a")).SerializeToString()
+        answer = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(body, timeout=20)
+        requests: queue.Queue[bytes] = queue.Queue()
+        stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(iter(requests.get, b""), timeout=20)
+        requests.put(body)
+        assert begun.wait(10)
+        time.sleep(0.1)
+        started = time.monotonic()
+        loop.run(server.stop(20))
+        assert time.monotonic() - started < 5  # a stream that a client leaves open is ended, not waited for
+        assert message("ModelInferResponse").FromString(answer.result()).raw_output_contents == [b"a"]
+        (last,) = (message("ModelStreamInferResponse").FromString(part) for part in stream)
+        assert last.infer_response.raw_output_contents == [b"a"]
+        requests.put(b"")
+
+
+def test_stopping_cancels_what_takes_too_long(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
+    begun = threading.Event()
+
+    async def hang(request: InferRequest, deadline: float | None) -> InferResponse:
+        begun.set()
+        await asyncio.sleep(60)
+        return await echo(request, deadline)
+
+    server, _ = serve(hang)
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        body = inputs(x=("UINT8", [1], b"a")).SerializeToString()
+        answer = channel.unary_unary(f"/{SERVICE}/ModelInfer").future(body, timeout=20)
+        assert begun.wait(10)
+        loop.run(server.stop(0.1))
+        assert answer.code() in (CODE.CANCELLED, CODE.UNAVAILABLE)
+
+
+def test_a_stream_that_is_left_ends_quietly(
+    serve: Callable[..., tuple[GrpcServer, OneModel]], caplog: pytest.LogCaptureFixture
+) -> None:
+    server, repository = serve()
+    body = inputs(x=("UINT8", [1], b"a")).SerializeToString()
+    for _ in range(5):
+        channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
+        stream = channel.stream_stream(f"/{SERVICE}/ModelStreamInfer")(iter(lambda: body, b""), timeout=20)
+        next(stream)
+        channel.close()
+    time.sleep(0.3)
+    count = len(repository.asked)
+    time.sleep(0.2)
+    assert len(repository.asked) == count
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
+
+
+# --- starting ---
+
+
+def test_tls(serve: Callable[..., tuple[GrpcServer, OneModel]], tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs: openssl")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem"],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    server, _ = serve(tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem", host="localhost")
+    trusted = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
+    with grpc.secure_channel(f"localhost:{server.port}", trusted) as channel:
+        assert infer(server, inputs(x=("UINT8", [1], b"a")), channel=channel).raw_output_contents == [b"a"]
+    refused(CODE.UNAVAILABLE, lambda: infer(server, inputs(x=("UINT8", [1], b"a")), timeout=5), "")
+
+
+def test_a_port_that_is_taken(loop: Loop) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="can't listen on"):
+        loop.run(serve_grpc(OneModel(echo), port=taken.getsockname()[1]))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="nowhere.pem"):
+        loop.run(serve_grpc(OneModel(echo), port=0, tls_cert=Path("nowhere.pem"), tls_key=Path("no.pem")))  # type: ignore[arg-type]
+
+
+def test_two_servers_do_not_share_a_port(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
+    server, _ = serve()
+    with pytest.raises(UsageError, match="can't listen on"):
+        loop.run(serve_grpc(OneModel(echo), port=server.port))  # type: ignore[arg-type]
+
+
+def test_without_grpcio_it_says_how_to_get_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(MachineError, match=r"suanli\[serve\]"):
+        loop.run(serve_grpc(OneModel(echo), port=0))  # type: ignore[arg-type]
+
+
+UVLOOP = """
+import asyncio, subprocess, sys, uvloop
+from types import SimpleNamespace
+from suanli.serving.grpc import serve_grpc
+from suanli.serving.protocol import InferResponse
+
+async def infer(request, *, deadline=None):
+    found = await asyncio.create_subprocess_exec("true")  # what an engine's start is: a child beside gRPC's threads
+    await found.wait()
+    return InferResponse(id=request.id, model_name="model", model_version="1", outputs=request.inputs)
+
+async def main():
+    model = SimpleNamespace(infer=infer)
+    server = await serve_grpc(SimpleNamespace(ready=True, find=lambda name, version: model), port=0)
+    print(server.port, type(asyncio.get_running_loop()).__module__, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(5)
+
+uvloop.run(main())
+"""
+
+
+def test_under_uvloop_in_another_process() -> None:
+    pytest.importorskip("uvloop", reason=f"needs: {pip_install('suanli[serve]')}")
+    with subprocess.Popen(
+        [sys.executable, "-c", UVLOOP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        port, module = process.stdout.readline().split()
+        assert module == "uvloop"
+        server = SimpleNamespace(port=int(port))
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            for size in (1, 150_000, 1_000_000):
+                answer = infer(server, inputs(x=("UINT8", [size], bytes(size))), channel=channel)  # type: ignore[arg-type]
+                assert len(answer.raw_output_contents[0]) == size
+            calls = channel.unary_unary(f"/{SERVICE}/ModelInfer")
+            body = inputs(x=("UINT8", [1], b"a")).SerializeToString()
+            assert len([call.result() for call in [calls.future(body, timeout=60) for _ in range(40)]]) == 40
+        told, said = process.communicate(timeout=30)
+        assert (told, said, process.returncode) == ("", "", 0)
