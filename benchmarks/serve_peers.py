@@ -10,7 +10,6 @@ suanli does, and gives ten probabilities.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -53,28 +52,29 @@ async def echo(scope: Message, receive: Callable[[], Awaitable[Message]], send: 
 def serve_echo(port: int) -> None:
     import uvicorn
 
-    uvicorn.run(echo, host="127.0.0.1", port=port, log_level="error", access_log=False, lifespan="off", http="httptools")
+    uvicorn.run(
+        echo, host="127.0.0.1", port=port, log_level="error", access_log=False, lifespan="off", http="httptools"
+    )
 
 
-# --- MLServer. Source: "Custom runtimes" and "Settings" in its documentation. ---
+# --- MLServer. Source: "Serving a custom model" and "Settings" in its documentation. ---
 
 
 def serve_mlserver(port: int) -> None:
-    """With as many processes for models as $MLSERVER_PARALLEL_WORKERS says: 0 is none but the server's own."""
-    from mlserver import MLServer, Settings
-    from mlserver.settings import ModelSettings
+    """HTTP on `port`, gRPC on the next. $MLSERVER_PARALLEL_WORKERS says how many processes it has for models; 0 is none
+    but its own."""
+    from mlserver.cli import main as start
 
-    folder = Path(__file__).parent
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = Settings(
-        host="127.0.0.1", http_port=port, grpc_port=port + 1, metrics_port=port + 2, debug=False, use_structured_logging=False
-    )
-    with tempfile.TemporaryDirectory() as place:
+    here = Path(__file__).resolve().parent
+    ports = {"HTTP_PORT": port, "GRPC_PORT": port + 1, "METRICS_PORT": port + 2}
+    os.environ |= {f"MLSERVER_{name}": str(number) for name, number in ports.items()}
+    os.environ |= {"MLSERVER_HOST": "127.0.0.1", "MLSERVER_DEBUG": "false", "PYTHONPATH": str(here)}
+    sys.path.insert(0, str(here))
+    with tempfile.TemporaryDirectory() as folder:
         about = {"name": "trivial", "implementation": "serve_mlserver.Trivial"}
-        (Path(place) / "model-settings.json").write_text(json.dumps(about))
-        model = ModelSettings.parse_file(str(Path(place) / "model-settings.json"))
-        asyncio.run(MLServer(settings).start([model]))
+        (Path(folder) / "model-settings.json").write_text(json.dumps(about))
+        sys.argv = ["mlserver", "start", folder]
+        start()
 
 
 # --- LitServe. Source: "LitAPI", "LitServer" and "fast_queue" in its documentation. ---

@@ -55,6 +55,7 @@ class Batcher:
         self._batches = 0  # in flight
         self._answered = 0.0  # when the last batch came back
         self._soon: asyncio.Handle | None = None
+        self._at_once = False  # that is when it is, and not after a pause
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -125,11 +126,11 @@ class Batcher:
     def _dispatch_soon(self, delay_s: float = 0.0) -> None:
         """After whatever else has arrived by now: requests that come together go together."""
         if self._soon is not None:
+            if self._at_once:
+                return
             self._soon.cancel()
-        if delay_s:
-            self._soon = self._loop.call_later(delay_s, self._dispatch)
-        else:
-            self._soon = self._loop.call_soon(self._dispatch)
+        self._at_once = not delay_s
+        self._soon = self._loop.call_later(delay_s, self._dispatch) if delay_s else self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         self._soon = None

@@ -39,7 +39,6 @@ LARGE_JSON = 1 << 18  # bytes: read in a thread, so that others are answered mea
 FILES = 256  # of one request for people
 OPEN = ("/", "/health", "/status", "/v2/health/live", "/v2/health/ready")  # to whoever has no key
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class App:
@@ -167,10 +166,10 @@ class App:
                 return _json({"model_stats": [model.stats() for model in self.repository.models()]})
             case ["models", name, *rest] if name:
                 _allow(method, "GET")
-                version = None
+                chosen = None
                 if len(rest) >= 2 and rest[0] == "versions":
-                    version, rest = rest[1], rest[2:]
-                return self._about(self.repository.find(name, version), version, rest)
+                    chosen, rest = rest[1], rest[2:]
+                return self._about(self.repository.find(name, chosen), chosen, rest)
             case ["repository", *rest]:
                 _allow(method, "POST")
                 return await self._repository(rest, scope, headers, receive)

@@ -328,7 +328,7 @@ class ServedModel:
             if self.preprocess.kind != "image" or data.dtype != np.uint8 or data.ndim != 4:
                 wanted = f"{NAMES[np.dtype(about.row_dtype)]} {[-1, *about.row_shape]} or BYTES [-1]"
                 raise bad(f"Input {tensor.name!r} is {wanted}, not {tensor.datatype} {list(tensor.shape)}.")
-        found = await self._encoded(data)
+        found = await self._encoded(list(data))
         for i, row in enumerate(found):
             if isinstance(row, str):
                 raise bad(f"Input {i} can't be read: {row}")

@@ -129,7 +129,7 @@ def _request(text: bytes, binary: memoryview | None) -> InferRequest:
 def parse_json(text: bytes) -> Any:
     """What a body says. NaN and Infinity are not JSON, though Python's reader takes them by default."""
     try:
-        return json.loads(text, parse_constant=_not_json)
+        return _DECODER.decode(text.decode())
     except RecursionError:
         raise bad("The JSON is nested too deeply.") from None
     except ValueError as error:  # malformed, not UTF-8, or a number of thousands of digits
@@ -138,6 +138,9 @@ def parse_json(text: bytes) -> Any:
 
 def _not_json(name: str) -> Any:
     raise ValueError(f"{name} is not a number in JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_not_json)
 
 
 def _inputs(items: Any, binary: memoryview | None) -> tuple[Tensor, ...]:
@@ -203,7 +206,8 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
 
 def split_bytes(raw: memoryview | bytes, name: str) -> list[bytes]:
     """Elements of a BYTES tensor: each is its length in four bytes and its content."""
-    elements, at, end = [], 0, len(raw)
+    elements: list[bytes] = []
+    at, end = 0, len(raw)
     while at < end:
         if end - at < 4:
             raise bad(f"Input {name!r} is cut short in the length of element {len(elements)}.")

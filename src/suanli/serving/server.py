@@ -13,18 +13,23 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from suanli.errors import MachineError, UsageError
 from suanli.serving.connection import Connection
-from suanli.serving.http import LOOPBACK, App
+from suanli.serving.http import App
 from suanli.serving.log import Log
 from suanli.serving.model import Settings
 from suanli.serving.repository import Repository
 from suanli.serving.worker import Died
 
+if TYPE_CHECKING:
+    from suanli.serving.grpc import GrpcServer
+
 KEEP_ALIVE_S = 75
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DRAIN_S = 60.0  # for what was accepted
 
 
@@ -80,9 +85,11 @@ async def serve(
             while not server.started and not running.done():
                 await asyncio.sleep(0.005)
             started(listener.getsockname()[1], None if grpc is None else grpc.port)
-            await _first(loading, stop.wait(), running)
-            if not stop.is_set():
-                await _first(stop.wait(), running)
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait({loading, stopped, running}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
             loading.cancel()
             log.event("stopping", requests="those that were accepted are answered")
             repository.draining = True
@@ -105,9 +112,10 @@ async def serve(
             repository.close()
 
 
-async def _grpc(repository: Repository, listening: Listening):  # type: ignore[no-untyped-def]
+async def _grpc(repository: Repository, listening: Listening) -> GrpcServer:
     from suanli.serving.grpc import serve_grpc
 
+    assert listening.grpc_port is not None
     return await serve_grpc(
         repository,
         host=listening.host,
@@ -123,14 +131,6 @@ def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
     if stop.is_set():
         server.force_exit = True
     stop.set()
-
-
-async def _first(*work: object) -> None:
-    """Until one of them is done; its error is raised."""
-    tasks = [asyncio.ensure_future(item) for item in work]  # type: ignore[arg-type]
-    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in done:
-        task.result()
 
 
 def _config(app: App, listening: Listening) -> uvicorn.Config:

@@ -158,6 +158,11 @@ class Worker:
             self._gone()
         return future
 
+    async def idle(self) -> None:
+        """Returns when nothing is being computed."""
+        while self._waiting:
+            await asyncio.sleep(0.01)
+
     def _receive(self) -> None:
         assert self._socket is not None
         try:

@@ -114,7 +114,9 @@ def _bytes(datatype: str, shape: Sequence[int]) -> int:
 def _made_up(datatype: str, shape: Sequence[int], seed: int) -> bytes:
     random = np.random.default_rng(seed)
     if datatype == "BYTES":
-        return join_bytes([" ".join(random.choice(WORDS.split(), TEXT_WORDS)).encode() for _ in range(math.prod(shape))])
+        return join_bytes(
+            [" ".join(random.choice(WORDS.split(), TEXT_WORDS)).encode() for _ in range(math.prod(shape))]
+        )
     dtype = DATATYPES[datatype]
     if dtype.kind == "f":
         return random.random(shape, np.float32).astype(dtype).tobytes()

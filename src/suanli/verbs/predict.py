@@ -84,7 +84,8 @@ def _read(read: Callable[[], Raw]) -> bytes | str | BadInput:
         return error
     except OSError as error:
         return BadInput(error.strerror or str(error))
-    return raw.read_bytes() if isinstance(raw, Path) else raw
+    assert isinstance(raw, bytes | str), "what lies in files and streams"
+    return raw
 
 
 def _unread(name: str, error: BadInput) -> Prediction:

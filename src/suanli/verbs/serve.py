@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -90,13 +91,14 @@ def serve(
         runner.run(work(path, settings, listening, Log(log, requests=log_requests), started=started))
 
 
-def _loop_factory():  # type: ignore[no-untyped-def]
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """uvloop's where it is installed: twice the requests of asyncio's own."""
     if importlib.util.find_spec("uvloop") is None:
         return None
-    import uvloop
+    from uvloop import new_event_loop
 
-    return uvloop.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = new_event_loop
+    return factory
 
 
 def _check(
