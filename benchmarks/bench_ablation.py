@@ -4,10 +4,14 @@ All trainings have equal epochs and are scored on validation. Each is a process 
 side as there are cores, so seconds are for comparing within this table only.
 
     python benchmarks/bench_ablation.py ../shared/data --out records/…  [--epochs 1.5] [--seeds 5] [--ideas size,muon]
+
+`--way NAME JSON` adds changes of the recipe's fields that are not a switch of the fast recipe; `--ideas nothing` leaves
+those alone.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from dataclasses import asdict
 
@@ -44,6 +48,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.5)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--ideas", help="parts of their names; default: all")
+    parser.add_argument("--size", type=int, help="px of the pictures; default: the recipe's")
+    parser.add_argument("--way", nargs=2, action="append", default=[], metavar=("NAME", "JSON"))
     given = parser.parse_args()
     wanted = [idea for idea in IDEAS if not given.ideas or any(part in idea for part in given.ideas.split(","))]
     ideas = ["nothing", *(idea for idea in wanted if idea != "nothing")]
@@ -52,8 +58,11 @@ def main() -> None:
         f"{given.recipe} on {given.file}, {given.epochs:g} epochs, {given.seeds} seeds, validation accuracy in %"
     )
     found: dict[str, Scored] = {}
-    options = ["--recipe", given.recipe, "--epochs", f"{given.epochs:g}"]
-    for idea, one in train_all(given.data / given.file, {idea: IDEAS[idea] for idea in ideas}, options, given.seeds):
+    ways = {idea: IDEAS[idea] for idea in ideas} | {name: json.loads(text) for name, text in given.way}
+    options = ["--recipe", given.recipe]
+    every: dict[str, Json] = {"epochs": given.epochs} | ({} if given.size is None else {"preprocess.size": given.size})
+    ways = {idea: every | changes for idea, changes in ways.items()}
+    for idea, one in train_all(given.data / given.file, ways, options, given.seeds):
         found[idea] = one
         tell(record, idea, one, found["nothing"])
         record.write({"ideas": {idea: asdict(one) for idea, one in found.items()}})

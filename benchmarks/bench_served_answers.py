@@ -1,0 +1,83 @@
+"""Whether a server says of each file what `suanli predict` says: label by label, probability by probability.
+
+The pictures of a data set are written as files; both answer them, the server in requests of many files, and from many
+clients at once with one file each, so that they come in batches of every size. `suanli predict --url` is the client.
+
+    python benchmarks/bench_served_answers.py RUN ../shared/data/cifar10.zip --out records/…  [--images 1000]
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from argparse import ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from record import Record
+from suanli import hardware
+from suanli.predictor import Prediction
+from suanli.suffixes import IMAGE_SUFFIXES
+from suanli.verbs._bench_serve import started
+from suanli.verbs._remote import Server
+
+CLIENTS = 32
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("data", type=Path, help="a zip of pictures")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    record = Record("served_answers", given.out, hardware.detect("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        files = pictures(given.data, Path(folder), given.images)
+        alone = predicted([str(given.run), *map(str, files)])
+        with started(given.run) as (url, _):
+            together = predicted(["--url", url, *map(str, files)])
+            one_by_one = from_many(url, files)
+    for way, answers in (("files together", together), (f"{CLIENTS} clients, a file each", one_by_one)):
+        same = sum(a["label"] == b["label"] for a, b in zip(alone, answers, strict=True))
+        apart = max(
+            abs(a["probabilities"][name] - b["probabilities"].get(name, 0.0))
+            for a, b in zip(alone, answers, strict=True)
+            for name in list(a["probabilities"])[:1]
+        )
+        record.say(f"{way}: {same} of {len(alone)} labels are the same; probabilities differ by at most {apart:.2g}")
+        if same < len(alone):
+            record.say("MISSED: every label is to be the same")
+    record.close({})
+
+
+def pictures(data: Path, folder: Path, count: int) -> list[Path]:
+    """The first pictures of a zip, evenly spread, as files."""
+    with zipfile.ZipFile(data) as archive:
+        names = [n for n in archive.namelist() if n.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
+        names = names[:: max(1, len(names) // count)][:count]
+        files = [folder / f"{i:05d}.{name.rsplit('.', 1)[-1]}" for i, name in enumerate(names)]
+        for file, name in zip(files, names, strict=True):
+            file.write_bytes(archive.read(name))
+    return files
+
+
+def predicted(words: list[str]) -> list[dict]:  # type: ignore[type-arg]
+    command = [sys.executable, "-m", "suanli", "predict", *words, "--top", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return list(json.loads(done.stdout)["predictions"])
+
+
+def from_many(url: str, files: list[Path]) -> list[dict]:  # type: ignore[type-arg]
+    def ask(file: Path) -> Prediction:
+        return Server(url).predict([file.name], [file.read_bytes()], top=3)[0]
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        return [answer.to_json() for answer in pool.map(ask, files)]
+
+
+if __name__ == "__main__":
+    main()
