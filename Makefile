@@ -62,7 +62,7 @@ clean:
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(INSTALL) --editable '.[test,tensorboard,engines]'
+	$(INSTALL) --editable '.[test,tensorboard,engines,serve]'
 	@touch $@
 
 .venv/installed-check: .venv/installed
