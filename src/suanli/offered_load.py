@@ -17,7 +17,7 @@ import threading
 from dataclasses import asdict
 
 from suanli.errors import SuanliError
-from suanli.load_client import CONNECT_S, offer
+from suanli.load_client import CONNECT_S, Client, offer
 from suanli.loads import Load, ServerGone, Stretch, Target
 
 __all__ = ["Generator", "offer"]
@@ -86,10 +86,11 @@ def main() -> None:
     given = json.loads(sys.stdin.readline() or "null")
     if given is None:
         return
-    target = Target(url=given["url"], requests=tuple(base64.b64decode(request) for request in given["requests"]))
+    requests = tuple(base64.b64decode(request) for request in given["requests"])
+    client = Client(Target(url=given["url"], requests=requests))
     for line in sys.stdin:
         try:
-            reply = vars(offer(target, Load(**json.loads(line))))
+            reply = vars(client.offer(Load(**json.loads(line))))
         except SuanliError as error:
             reply = {"error": error.message, "fix": error.fix}
         print(json.dumps(reply), flush=True)

@@ -11,6 +11,7 @@ What this doesn't do: decode, start or replace engines (see `model`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class Batcher:
         self._worker: Worker | None = None
         self._free: list[int] = []
         self._batches = 0  # in flight
+        self._alone = False  # what is in flight is a suspect, tried alone
         self._answered = 0.0  # when the last batch came back
         self._soon: asyncio.Handle | None = None
         self._at_once = False  # that is when it is, and not after a pause
@@ -67,7 +69,7 @@ class Batcher:
         """From now on batches go to `worker`; the one before is returned, and ends what it has."""
         before, self._worker = self._worker, worker
         self._free = [] if worker is None else list(range(len(worker.slots)))
-        self._batches = 0
+        self._batches, self._alone = 0, False
         self._dispatch_soon()
         return before
 
@@ -76,8 +78,13 @@ class Batcher:
         size = self.policy.batch
         if len(rows) <= size:
             return await self._submit(rows, deadline)
-        parts = [self._submit(rows[i : i + size], deadline) for i in range(0, len(rows), size)]
-        return np.concatenate(await asyncio.gather(*parts))
+        starts = range(0, len(rows), size)
+        parts = [asyncio.ensure_future(self._submit(rows[i : i + size], deadline)) for i in starts]
+        try:
+            return np.concatenate(await asyncio.gather(*parts))
+        finally:
+            for part in parts:  # of no use where one of them failed
+                part.cancel()
 
     async def _submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
         now = time.monotonic()  # the loop's own clock may count whole milliseconds
@@ -97,10 +104,12 @@ class Batcher:
             self._withdraw(entry)
 
     def _withdraw(self, entry: _Entry) -> None:
-        """Gives back the room of a request that nobody waits for any more."""
+        """Gives back the room and the memory of a request that nobody waits for any more."""
         if entry.queued:
             entry.queued = False
             self.waiting -= len(entry.rows)
+            with contextlib.suppress(ValueError):
+                self._queue.remove(entry)
             self._see_idle()
 
     def _too_late(self, entry: _Entry) -> None:
@@ -130,9 +139,13 @@ class Batcher:
                 return
             self._soon.cancel()
         self._at_once = not delay_s
-        self._soon = self._loop.call_later(delay_s, self._dispatch) if delay_s else self._loop.call_soon(self._dispatch)
+        if delay_s:
+            self._soon = self._loop.call_later(delay_s, self._dispatch, True)
+        else:
+            self._soon = self._loop.call_soon(self._dispatch)
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, nobody_came: bool = False) -> None:
+        """`nobody_came`: it has waited for one more already, in vain."""
         self._soon = None
         while self._worker is not None and self._free and self._batches < IN_FLIGHT:
             while self._queue and self._queue[0].future.done():  # withdrawn, or too late
@@ -140,9 +153,10 @@ class Batcher:
             if not self._queue:
                 return
             size = min(self.waiting, self.policy.batch)
-            if self._batches and size < self.policy.batch and not self._queue[0].alone:
+            suspect = self._alone or self._queue[0].alone  # computed with nothing beside it that it could take along
+            if self._batches and (suspect or size < self.policy.batch):
                 return  # it collects while the engine computes
-            if not self._batches:
+            if not self._batches and not suspect and not nobody_came:
                 pause_s = self.policy.pause_s(size, time.monotonic() - self._queue[0].arrived)
                 if pause_s:
                     self._dispatch_soon(pause_s)
@@ -181,6 +195,7 @@ class Batcher:
             count += len(entry.rows)
             self.figures.queued(now - entry.arrived)
         self._batches += 1
+        self._alone = entries[0].alone
         limit_s = max(HANGS_S, HANGS_TIMES * self.policy.curve.seconds(count) * max(1.0, self.policy.pace))
         watchdog = self._loop.call_later(limit_s, worker.close, f"the engine did not answer in {limit_s:.0f} s")
         answer = worker.compute(slot, count)
@@ -201,6 +216,7 @@ class Batcher:
         ours = worker is self._worker
         if ours:
             self._batches -= 1
+            self._alone = False
         error = answer.exception()
         if error is None:
             now = time.monotonic()
@@ -217,7 +233,7 @@ class Batcher:
             assert isinstance(error, EngineFailed)
             self._again(entries, error)
         if ours and isinstance(error, Died):
-            self._worker, self._free, self._batches = None, [], 0
+            self._worker, self._free, self._batches, self._alone = None, [], 0, False
             self._died(worker, str(error))
         elif ours:
             self._free.append(slot)

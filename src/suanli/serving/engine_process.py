@@ -54,6 +54,15 @@ def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
     return predictor, about
 
 
+def _answers(predictor: Predictor, rows: np.ndarray) -> np.ndarray:
+    """Probabilities (B, K). Raises what the engine raises, and ValueError for another shape."""
+    found = predictor.probabilities(rows)
+    wanted = (len(rows), len(predictor.classes))
+    if getattr(found, "shape", None) != wanted:
+        raise ValueError(f"{len(rows)} inputs got answers of shape {getattr(found, 'shape', None)}, not {wanted}")
+    return found
+
+
 def _warm(predictor: Predictor, layout: Layout, slots: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
     """Every batch size once, since some engines compile for each; then a few of each are timed."""
     rows, _ = slots[0]
@@ -63,7 +72,7 @@ def _warm(predictor: Predictor, layout: Layout, slots: list[tuple[np.ndarray, np
     for size in sizes:
         if spent + 3 * size * min((s / b for b, s in seconds.items()), default=0.0) > WARM_S:
             break  # a slow network: larger batches are inferred
-        predictor.probabilities(rows[:size])
+        _answers(predictor, rows[:size])
         took = []
         for _ in range(3):
             before = time.perf_counter()
@@ -138,14 +147,11 @@ def _serve(connection: socket.socket) -> None:
         before = time.perf_counter()
         reason = b""
         try:
-            found = np.asarray(predictor.probabilities(rows[:count]))
-            if found.shape != (count, layout.classes):
-                raise ValueError(f"{count} inputs got answers of shape {found.shape}")
-            answers[:count] = found
+            answers[:count] = _answers(predictor, rows[:count])
             if not np.isfinite(answers[:count]).all():
                 raise ValueError("the answer is not a number")
         except Exception as error:  # noqa: BLE001  # told to who asked, who decides
-            reason = f"{type(error).__name__}: {first_line(error, 300)}".encode()
+            reason = f"{type(error).__name__}: {first_line(error, 300)}".encode("utf-8", "replace")
         took = time.perf_counter() - before
         connection.sendall(REPLY.pack(slot, len(reason), took, _resident_bytes()) + reason)
 

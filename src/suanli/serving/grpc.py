@@ -79,6 +79,12 @@ async def serve_grpc(
     except ImportError as error:
         fix = f"Install them: {pip_install('suanli[serve]')}"
         raise MachineError(f"gRPC needs grpcio and protobuf ({error}).", fix=fix) from None
+    credentials = None
+    if tls_cert is not None and tls_key is not None:
+        try:
+            credentials = ssl_server_credentials([(tls_key.read_bytes(), tls_cert.read_bytes())])
+        except OSError as error:
+            raise UsageError(f"The certificate or its key can't be read: {error}.", fix="Name two PEM files.") from None
     calls = Calls(api_key=api_key, max_message_bytes=max_message_bytes, receive_s=receive_s)
     service = _Service(repository, calls)
     server = aio.server(
@@ -97,12 +103,11 @@ async def serve_grpc(
     )
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        if tls_cert is not None and tls_key is not None:
-            pair = (tls_key.read_bytes(), tls_cert.read_bytes())
-            bound = server.add_secure_port(address, ssl_server_credentials((pair,)))
-        else:
+        if credentials is None:
             bound = server.add_insecure_port(address)
-    except (OSError, RuntimeError) as error:  # a file that can't be read; a port that is taken
+        else:
+            bound = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
         raise UsageError(f"gRPC can't listen on {address}: {error}.", fix="Choose another port.") from None
     await server.start()
     return GrpcServer(server, service, bound)

@@ -38,6 +38,8 @@ EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "mo
 LARGE_JSON = 1 << 18  # bytes: read in a thread, so that others are answered meanwhile
 FILES = 256  # of one request for people
 OPEN = ("/", "/health", "/status", "/v2/health/live", "/v2/health/ready")  # to whoever has no key
+OWN = ("/status", "/metrics", "/openapi.json")
+ABOUT = ([], ["ready"], ["config"], ["stats"])  # what there is below a model
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
 
 
@@ -116,13 +118,16 @@ class App:
         if path == "/predict":
             _allow(method, "POST")
             return await self._predict(scope, headers, receive)
+        if path not in OWN and pages.page(path) is None:
+            raise Refused(404, "There is nothing here. See / and /v2.")
         _allow(method, "GET")
         if path == "/status":
             return _json(self.status())
         if path == "/metrics":
             return 200, [(b"content-type", metrics.CONTENT_TYPE.encode())], metrics.text(self.repository)
         if path == "/openapi.json":
-            return _json(openapi.document())
+            models = {name: self.repository.versions(name) for name in self.repository.names()}
+            return _json(openapi.document(key_needed=self._key is not None, models=models))
         return _page(path, headers)
 
     def _guard(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> None:
@@ -165,10 +170,11 @@ class App:
                 _allow(method, "GET")
                 return _json({"model_stats": [model.stats() for model in self.repository.models()]})
             case ["models", name, *rest] if name:
-                _allow(method, "GET")
                 chosen = None
                 if len(rest) >= 2 and rest[0] == "versions":
                     chosen, rest = rest[1], rest[2:]
+                if rest in ABOUT:
+                    _allow(method, "GET")
                 return self._about(self.repository.find(name, chosen), chosen, rest)
             case ["repository", *rest]:
                 _allow(method, "POST")
@@ -192,11 +198,16 @@ class App:
     async def _repository(
         self, parts: list[str], scope: Scope, headers: Mapping[bytes, bytes], receive: Receive
     ) -> Reply:
-        await self._body(scope, headers, receive)
+        asked = _object(await self._body(scope, headers, receive))
         match parts:
             case ["index"]:
-                return _json(self.repository.index())
+                ready = asked.get("ready", False)
+                if not isinstance(ready, bool):
+                    raise bad("ready is true or false.")
+                return _json([entry for entry in self.repository.index() if not ready or entry["state"] == "READY"])
             case ["models", name, "load"] if name:
+                if asked.get("parameters"):
+                    raise bad("A model is loaded as its folder says: parameters can't be given.")
                 await self.repository.load(name)
                 return _json({})
             case ["models", name, "unload"] if name:
@@ -218,8 +229,8 @@ class App:
             if not given.isdigit() or len(given) > 12:
                 raise bad(f"{HEADER_LENGTH} is a number of bytes.")
             length = int(given)
-        if length is None and len(body) > LARGE_JSON:
-            request = await asyncio.to_thread(protocol.parse, body)
+        if (len(body) if length is None else length) > LARGE_JSON:
+            request = await asyncio.to_thread(protocol.parse, body, length)
         else:
             request = protocol.parse(body, length)
         model = self.repository.find(name, version)  # again: another may have taken its place meanwhile
@@ -397,8 +408,7 @@ def _unpacked(body: bytes, coding: bytes, limit: int) -> bytes:
 
 def _page(path: str, headers: Mapping[bytes, bytes]) -> Reply:
     page = pages.page(path)
-    if page is None:
-        raise Refused(404, "There is nothing here. See / and /v2.")
+    assert page is not None
     more = [(name.lower().encode(), value.encode()) for name, value in pages.headers(path).items()]
     tag = headers.get(b"if-none-match")
     if tag is not None and pages.is_current(path, tag.decode("latin-1")):
@@ -406,9 +416,23 @@ def _page(path: str, headers: Mapping[bytes, bytes]) -> Reply:
     return 200, more, page[0]
 
 
+def _object(body: bytes) -> dict[str, Json]:
+    """What a body says that may be left out."""
+    values = protocol.parse_json(body) if body else {}
+    if not isinstance(values, dict):
+        raise bad("The body is a JSON object, or empty.")
+    return values
+
+
+class _WrongMethod(Refused):
+    def __init__(self, allowed: str) -> None:
+        super().__init__(405, f"This takes {allowed}.")
+        self.allowed = "GET, HEAD" if allowed == "GET" else allowed
+
+
 def _allow(method: str, allowed: str) -> None:
     if method != allowed and not (method == "HEAD" and allowed == "GET"):
-        raise Refused(405, f"This takes {allowed}.")
+        raise _WrongMethod(allowed)
 
 
 def _json(values: Json, status: int = 200) -> Reply:
@@ -422,4 +446,6 @@ def _refusal(error: Refused) -> Reply:
         more.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
     if error.status == 401:
         more.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, _WrongMethod):
+        more.append((b"allow", error.allowed.encode()))
     return status, more, body

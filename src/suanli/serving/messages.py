@@ -172,6 +172,8 @@ def _pool() -> Any:
 
 def _add_field(described: Any, owner: str, name: str, number: int, kind: str, label: str = "", group: str = "") -> None:
     """Adds the field to a DescriptorProto, whose full name is `owner`; for a map also the message of one entry."""
+    from google.protobuf.descriptor_pb2 import FieldDescriptorProto
+
     field = described.field.add(name=name, number=number, label="LABEL_REPEATED" if label else "LABEL_OPTIONAL")
     if label == "{}":
         entry = described.nested_type.add(name=f"{name.title().replace('_', '')}Entry")
@@ -180,10 +182,11 @@ def _add_field(described: Any, owner: str, name: str, number: int, kind: str, la
         _add_field(entry, "", "value", 2, kind)
         kind = f"{owner}.{entry.name}"
     if not kind.startswith("."):
-        field.type = f"TYPE_{kind.upper()}"
+        field.type = FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
     else:
         enums = {enum for known in _ENUMS.values() for enum in known}
-        field.type = "TYPE_ENUM" if kind.rpartition(".")[2] in enums else "TYPE_MESSAGE"
+        enum = kind.rpartition(".")[2] in enums
+        field.type = FieldDescriptorProto.TYPE_ENUM if enum else FieldDescriptorProto.TYPE_MESSAGE
         field.type_name = kind
     if group:
         if all(known.name != group for known in described.oneof_decl):

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 SLOTS = 2  # one is computed while the other is filled
 SLOT_BYTES = 1 << 26  # at most
-PAUSES_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before an engine is started again
+# Before an engine is started again. Twice at once: an input that kills it does so in a batch, and then alone.
+PAUSES_S = (0.0, 0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 STEADY_S = 60.0  # without a crash: the next pause is the first one again
 GROWN = 2.0  # times the memory after warming up, and
 GROWN_BYTES = 1 << 29  # so much more: the engine leaks
@@ -120,20 +121,27 @@ class ServedModel:
                 classes=len(about.classes),
             )
             seconds = await worker.attach(layout)
+            if not self.known:
+                self.about, self.preprocess = about, preprocess_of(about.preprocess)
+                self.policy = Policy(Curve(seconds), p99_s=options.p99_s, most=most)
+                self.batcher = Batcher(self.policy, self.figures, died=self._died)
+            elif (about.classes, about.preprocess) != (self.about.classes, self.about.preprocess):
+                raise Died("the model on disk is another one now")
         except BaseException:
             worker.close()
             raise
-        if not self.known:
-            self.about = about
-            self.preprocess = preprocess_of(about.preprocess)
-            self.policy = Policy(Curve(seconds), p99_s=options.p99_s, most=most)
-            self.batcher = Batcher(self.policy, self.figures, died=self._died)
-        elif (about.row_shape, about.classes) != (self.about.row_shape, self.about.classes):
-            worker.close()
-            raise Died("the model on disk is another one now")
         self._worker, self._up_bytes = worker, worker.memory_bytes
-        self.batcher.use(worker)
+        before = self.batcher.use(worker)
+        if before is not None:
+            self._task(self._retire(before))
         return worker, about
+
+    async def _retire(self, worker: Worker) -> None:
+        """Another has taken its place: it answers what it has."""
+        try:
+            await worker.idle()
+        finally:
+            worker.close()
 
     def _died(self, worker: Worker, reason: str) -> None:
         """The engine's process is gone: another takes its place."""
@@ -185,9 +193,6 @@ class ServedModel:
                 except Died as error:
                     self._log.error("engine not replaced", model=self.name, reason=str(error))
                     await asyncio.sleep(STEADY_S)
-                    continue
-                await worker.idle()
-                worker.close()
 
     def _fail(self, reason: str) -> None:
         if self.state not in ("draining", "closed"):
@@ -197,7 +202,12 @@ class ServedModel:
     def _task(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log.error("task failed", model=self.name, version=self.version, reason=repr(error)[:500])
 
     async def drain(self) -> None:
         """Returns when all that was asked is answered; nothing new may be asked for meanwhile."""
@@ -241,7 +251,9 @@ class ServedModel:
             count[0] = inputs = self._inputs(tensor)
             self._check_outputs(request)
             timeout = request.parameters.get("timeout")
-            if isinstance(timeout, int) and timeout > 0:
+            if timeout is not None and (type(timeout) is not int or not 0 <= timeout < 1 << 62):
+                raise bad("timeout is a number of microseconds; 0: none.")
+            if timeout:
                 until = asyncio.get_running_loop().time() + timeout / 1e6
                 deadline = until if deadline is None else min(until, deadline)
             self.admit(inputs)
@@ -321,19 +333,24 @@ class ServedModel:
         """The rows of a tensor: itself where it has their shape, else encoded."""
         data, about = tensor.data, self.about
         if not isinstance(data, list):
-            if data.dtype == about.row_dtype and data.shape[1:] == about.row_shape:
+            if data.dtype == about.row_dtype and data.shape[1:] == about.row_shape and self._takes_rows:
                 if data.dtype.kind == "f" and not np.isfinite(data).all():
                     raise bad(f"Input {tensor.name!r} has values that are not numbers.")
                 return data
             if self.preprocess.kind != "image" or data.dtype != np.uint8 or data.ndim != 4:
-                wanted = f"{NAMES[np.dtype(about.row_dtype)]} {[-1, *about.row_shape]} or BYTES [-1]"
-                raise bad(f"Input {tensor.name!r} is {wanted}, not {tensor.datatype} {list(tensor.shape)}.")
+                wanted = f"{NAMES[np.dtype(about.row_dtype)]} {[-1, *about.row_shape]} or " if self._takes_rows else ""
+                raise bad(f"Input {tensor.name!r} is {wanted}BYTES [-1], not {tensor.datatype} {list(tensor.shape)}.")
         found = await self._encoded(list(data))
         for i, row in enumerate(found):
             if isinstance(row, str):
                 raise bad(f"Input {i} can't be read: {row}")
         assert len(found) == inputs
         return np.stack([row for row in found if isinstance(row, np.ndarray)])
+
+    @property
+    def _takes_rows(self) -> bool:
+        """Any number can be a pixel or a measurement, but not any is the id of a word: who looks it up could crash."""
+        return np.dtype(self.about.row_dtype).kind == "f" or self.about.row_dtype == "uint8"
 
     async def _encoded(self, raws: Sequence[object]) -> list[np.ndarray | str]:
         """Rows, or why there is none, in threads."""

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,11 @@ DATATYPES: dict[str, np.dtype] = {
     "FP64": np.dtype("<f8"),
 }
 NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+ELEMENTS = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}  # Python's types by NumPy's kinds
 MAX_RANK = 8
 MAX_TENSORS = 64  # of one request
+MAX_ELEMENTS = 1 << 40  # of one tensor, as if no side were 0: NumPy refuses larger shapes even where they are empty
+MAX_STRINGS = 1 << 16  # elements of one BYTES tensor: each is an object, and is read by itself
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -109,7 +114,7 @@ def parse(body: bytes, header_length: int | None = None) -> InferRequest:
     return _request(body[:header_length], memoryview(body)[header_length:])
 
 
-def _request(text: bytes, binary: memoryview | None) -> InferRequest:
+def _request(text: bytes, raw: memoryview | None) -> InferRequest:
     values = parse_json(text)
     if not isinstance(values, dict):
         raise bad(f"A request is a JSON object, not {_kind(values)}.")
@@ -117,12 +122,13 @@ def _request(text: bytes, binary: memoryview | None) -> InferRequest:
     if identity is not None and not isinstance(identity, str):
         raise bad(f"id is a string, not {_kind(identity)}.")
     parameters = _object(values, "parameters")
+    binary = _flag(parameters, "binary_data_output", False)
     return InferRequest(
         id=identity,
-        inputs=_inputs(values.get("inputs"), binary),
-        outputs=tuple(_wanted(item, i) for i, item in enumerate(_list(values, "outputs"))),
+        inputs=_inputs(values.get("inputs"), raw),
+        outputs=tuple(_wanted(item, i, binary) for i, item in enumerate(_list(values, "outputs"))),
         parameters=parameters,
-        binary_output=_flag(parameters, "binary_data_output"),
+        binary_output=binary,
     )
 
 
@@ -156,7 +162,7 @@ def _inputs(items: Any, binary: memoryview | None) -> tuple[Tensor, ...]:
         name, datatype, shape = _name(item, f"inputs[{i}]"), item.get("datatype"), _shape(item.get("shape"), i)
         if not isinstance(datatype, str) or (datatype not in DATATYPES and datatype != "BYTES"):
             known = ", ".join((*DATATYPES, "BYTES"))
-            raise bad(f"The datatype of input {name!r} is {str(datatype)[:40]!r}; there are {known}.")
+            raise bad(f"The datatype of input {name!r} is {_short(datatype)}; there are {known}.")
         parameters = _object(item, "parameters")
         size = parameters.get("binary_data_size")
         data: np.ndarray | list[bytes]
@@ -167,7 +173,7 @@ def _inputs(items: Any, binary: memoryview | None) -> tuple[Tensor, ...]:
         elif "data" in item:
             raise bad(f"Input {name!r} has both data and binary_data_size.")
         elif type(size) is not int or not 0 <= size <= len(binary) - at:
-            raise bad(f"binary_data_size of input {name!r} is {size!r}; {len(binary) - at} bytes are left.")
+            raise bad(f"binary_data_size of input {name!r} is {_short(size)}; {len(binary) - at} bytes are left.")
         else:
             data = from_bytes(name, datatype, shape, binary[at : at + size])
             at += size
@@ -181,9 +187,11 @@ def _inputs(items: Any, binary: memoryview | None) -> tuple[Tensor, ...]:
 
 def _shape(values: Any, index: int) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
-        raise bad(f"The shape of inputs[{index}] is a list of numbers of 0 or more, not {str(values)[:100]}.")
+        raise bad(f"The shape of inputs[{index}] is a list of numbers of 0 or more, not {_short(values)}.")
     if len(values) > MAX_RANK:
         raise bad(f"The shape of inputs[{index}] has {len(values)} dimensions; {MAX_RANK} are the most.")
+    if math.prod(max(v, 1) for v in values) > MAX_ELEMENTS:
+        raise bad(f"The shape of inputs[{index}] is {_short(values)}: larger than any request.")
     return tuple(values)
 
 
@@ -191,7 +199,7 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
     """The data of a tensor from its little-endian bytes, as a view. Raises Refused(400) where they don't fit."""
     count = math.prod(shape)
     if datatype == "BYTES":
-        elements = split_bytes(raw, name)
+        elements = split_bytes(raw, name, count)
         if len(elements) != count:
             raise bad(f"Input {name!r} of shape {list(shape)} has {len(elements)} elements.")
         return elements
@@ -204,11 +212,15 @@ def from_bytes(name: str, datatype: str, shape: tuple[int, ...], raw: memoryview
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
-def split_bytes(raw: memoryview | bytes, name: str) -> list[bytes]:
-    """Elements of a BYTES tensor: each is its length in four bytes and its content."""
+def split_bytes(raw: memoryview | bytes, name: str, most: int) -> list[bytes]:
+    """Elements of a BYTES tensor: each is its length in four bytes and its content. More than `most` are refused."""
+    if most > MAX_STRINGS:
+        raise bad(f"Input {name!r} has {most} elements; {MAX_STRINGS} of BYTES are the most.")
     elements: list[bytes] = []
     at, end = 0, len(raw)
     while at < end:
+        if len(elements) == most:
+            raise bad(f"Input {name!r} has more than the {most} elements of its shape.")
         if end - at < 4:
             raise bad(f"Input {name!r} is cut short in the length of element {len(elements)}.")
         (length,) = struct.unpack_from("<I", raw, at)
@@ -228,59 +240,70 @@ def _listed(name: str, datatype: str, shape: tuple[int, ...], values: Any) -> np
     """The data of a tensor from JSON: nested lists, or one flat list in row-major order."""
     if not isinstance(values, list):
         raise bad(f"Input {name!r} has no data: a list in row-major order, nested or flat.")
-    count = math.prod(shape)
-    items = _flat(values, name) if any(isinstance(item, list) for item in values) else values
-    if len(items) != count:
+    items, sides = _flat(values, name)
+    if len(items) != math.prod(shape):
         raise bad(f"Input {name!r} of shape {list(shape)} has {len(items)} elements.")
+    if len(sides) > 1 and sides != (shape if items else shape[: len(sides)]):  # lists end at the first 0
+        raise bad(f"Input {name!r} of shape {list(shape)} has data of shape {list(sides)}.")
     kinds = set(map(type, items))
     if datatype == "BYTES":
-        if kinds - {str}:
-            raise bad(f"Elements of input {name!r} are strings; raw bytes go behind the JSON.")
-        try:
-            return [text.encode() for text in items]
-        except UnicodeEncodeError:
-            raise bad(f"An element of input {name!r} is not text that UTF-8 can write.") from None
-    if kinds - {int, float, bool}:  # before NumPy sees it: of one long text it would make an array of long texts
+        return _strings(name, items, kinds)
+    if kinds - ELEMENTS[DATATYPES[datatype].kind]:  # before NumPy sees it: it would make something of anything
         raise bad(f"The data of input {name!r} is not {datatype}.")
-    try:
-        array = np.array(values)
-    except (ValueError, OverflowError):  # ragged
-        raise bad(f"The data of input {name!r} is not an array: its lists have different lengths.") from None
-    if array.ndim > 1 and array.shape != shape:
-        raise bad(f"Input {name!r} of shape {list(shape)} has data of shape {list(array.shape)}.")
-    dtype = DATATYPES[datatype]
-    if array.size and array.dtype.kind not in {"b": "b", "u": "ui", "i": "ui", "f": "uif"}[dtype.kind]:
-        raise bad(f"The data of input {name!r} is not {datatype}.")
-    if dtype.kind in "ui" and array.size:
-        limits = np.iinfo(dtype)
-        if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise bad(f"The data of input {name!r} doesn't fit into {datatype} ({limits.min} to {limits.max}).")
-    with np.errstate(over="ignore"):
-        return array.astype(dtype).reshape(shape)
+    return _numbers(name, datatype, items).reshape(shape)
 
 
-def _flat(values: list[Any], name: str) -> list[Any]:
-    found: list[Any] = []
-    rest: list[tuple[Any, int]] = [(values, 0)]
-    while rest:
-        item, depth = rest.pop()
-        if not isinstance(item, list):
-            found.append(item)
-        elif depth >= MAX_RANK:
+def _flat(values: list[Any], name: str) -> tuple[list[Any], tuple[int, ...]]:
+    """The elements of nested lists and their shape. Level by level, which holds little more than the lists do."""
+    sides = [len(values)]
+    while any(isinstance(item, list) for item in values):
+        if len(sides) == MAX_RANK:
             raise bad(f"The data of input {name!r} is nested more than {MAX_RANK} deep.")
-        else:
-            rest.extend((part, depth + 1) for part in reversed(item))
+        lengths = {len(item) if isinstance(item, list) else -1 for item in values}
+        if len(lengths) > 1:
+            raise bad(f"The data of input {name!r} is not an array: its lists have different lengths.")
+        sides.append(lengths.pop())
+        values = list(chain.from_iterable(values))
+    return values, tuple(sides)
+
+
+def _strings(name: str, items: list[Any], kinds: set[type]) -> list[bytes]:
+    if kinds - {str}:
+        raise bad(f"Elements of input {name!r} are strings; raw bytes go behind the JSON.")
+    if len(items) > MAX_STRINGS:
+        raise bad(f"Input {name!r} has {len(items)} elements; {MAX_STRINGS} of BYTES are the most.")
+    try:
+        return [text.encode() for text in items]
+    except UnicodeEncodeError:
+        raise bad(f"An element of input {name!r} is not text that UTF-8 can write.") from None
+
+
+def _numbers(name: str, datatype: str, items: list[Any]) -> np.ndarray:
+    """Raises Refused(400) for numbers that the datatype doesn't hold, 1e999 too."""
+    dtype = DATATYPES[datatype]
+    if dtype.kind in "ui" and items:
+        limits = np.iinfo(dtype)
+        if min(items) < limits.min or max(items) > limits.max:
+            raise bad(f"The data of input {name!r} doesn't fit into {datatype} ({limits.min} to {limits.max}).")
+    try:
+        with np.errstate(over="ignore"):
+            found = np.array(items, np.float64).astype(dtype) if dtype.kind == "f" else np.array(items, dtype)
+    except OverflowError:  # an integer that is larger than any float
+        found = np.array(np.inf)
+    if dtype.kind == "f" and not np.isfinite(found).all():
+        raise bad(f"The data of input {name!r} doesn't fit into {datatype}.")
     return found
 
 
-def _wanted(item: Any, index: int) -> Wanted:
+def _wanted(item: Any, index: int, binary: bool) -> Wanted:
     if not isinstance(item, dict):
         raise bad(f"outputs[{index}] is an object, not {_kind(item)}.")
     parameters = _object(item, "parameters")
     classes = parameters.get("classification", 0)
     if type(classes) is not int or classes < 0:
         raise bad(f"classification of outputs[{index}] is a number of 0 or more.")
-    return Wanted(name=_name(item, f"outputs[{index}]"), binary=_flag(parameters, "binary_data"), class_count=classes)
+    binary = _flag(parameters, "binary_data", binary)
+    return Wanted(name=_name(item, f"outputs[{index}]"), binary=binary, class_count=classes)
 
 
 def _name(item: Mapping[str, Any], where: str) -> str:
@@ -308,11 +331,16 @@ def _list(item: Mapping[str, Any], key: str) -> list[Any]:
     return found
 
 
-def _flag(parameters: Mapping[str, Json], key: str) -> bool:
-    found = parameters.get(key, False)
+def _flag(parameters: Mapping[str, Json], key: str, otherwise: bool) -> bool:
+    found = parameters.get(key, otherwise)
     if not isinstance(found, bool):
         raise bad(f"{key} is true or false.")
     return found
+
+
+def _short(value: Any) -> str:
+    """For a message: however much a client sent, and however deeply nested."""
+    return reprlib.repr(value)
 
 
 def _kind(value: Any) -> str:
@@ -333,7 +361,7 @@ def render(response: InferResponse, request: InferRequest) -> tuple[list[bytes],
     parts: list[bytes] = []
     for tensor in response.outputs:
         output: dict[str, Json] = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        if binary.get(tensor.name, False) or request.binary_output:
+        if binary.get(tensor.name, request.binary_output):
             raw = to_bytes(tensor)
             output["parameters"] = {"binary_data_size": len(raw)}
             parts.append(raw)

@@ -82,6 +82,16 @@ class Worker:
 
     async def start(self) -> About:
         """Brings the process up and loads the engine. Raises Died with the reason."""
+        try:
+            self._begin()
+        except OSError as error:  # no process, no memory, no descriptor to be had
+            raise Died(f"the engine's process can't be started ({error.strerror or error})") from error
+        values = await self._agree(self._options)
+        values["classes"], values["row_shape"] = tuple(values["classes"]), tuple(values["row_shape"])
+        values["measured"] = tuple((int(batch), float(s)) for batch, s in values["measured"])
+        return About(**values)
+
+    def _begin(self) -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self._socket = ours
@@ -99,20 +109,17 @@ class Worker:
         assert self._process.stdout is not None
         os.set_blocking(self._process.stdout.fileno(), False)
         asyncio.get_running_loop().add_reader(self._process.stdout.fileno(), self._hear)
-        values = await self._agree(self._options)
-        values["classes"], values["row_shape"] = tuple(values["classes"]), tuple(values["row_shape"])
-        values["measured"] = tuple((int(batch), float(s)) for batch, s in values["measured"])
-        return About(**values)
 
     async def attach(self, layout: Layout) -> dict[int, float]:
-        """Shares memory and warms up. Seconds that each batch size took; where optimize measured, its figures."""
+        """Shares memory and warms up. Seconds that each batch size took; where optimize measured, its figures. Raises
+        Died with the reason."""
         assert self._socket is not None
-        descriptor = new_memory(layout.size_bytes)
         try:
-            memory = mmap.mmap(descriptor, layout.size_bytes)
-            self._send_descriptor(descriptor)
-        finally:
-            os.close(descriptor)
+            memory = self._share(self._socket, layout.size_bytes)
+        except ConnectionError:
+            raise Died(self._why_ended()) from None
+        except OSError as error:
+            raise Died(f"no memory can be shared with the engine's process ({error.strerror or error})") from error
         values = await self._agree({"slots": layout.slots, "batch": layout.batch})
         self.slots = layout.arrays(memory)
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
@@ -120,9 +127,15 @@ class Worker:
         self.memory_bytes = values["memory_bytes"]
         return {int(batch): float(s) for batch, s in values["seconds"].items()}
 
-    def _send_descriptor(self, descriptor: int) -> None:
-        assert self._socket is not None
-        self._socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))])
+    @staticmethod
+    def _share(connection: socket.socket, size_bytes: int) -> mmap.mmap:
+        descriptor = new_memory(size_bytes)
+        try:
+            memory = mmap.mmap(descriptor, size_bytes)
+            connection.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))])
+        finally:
+            os.close(descriptor)
+        return memory
 
     async def _agree(self, values: Mapping[str, Json]) -> dict[str, Json]:
         """A line there, a line back."""
@@ -149,8 +162,10 @@ class Worker:
     def compute(self, slot: int, rows: int) -> asyncio.Future[float]:
         """Seconds that the engine took for the first rows of a slot, whose answers are there then. The future raises
         EngineFailed or Died."""
-        assert self._socket is not None
         future = asyncio.get_running_loop().create_future()
+        if self._socket is None:  # it ended a moment ago, and who asks hasn't been told yet
+            future.set_exception(Died("the engine was stopped"))
+            return future
         self._waiting[slot] = future
         try:
             self._socket.send(ASK.pack(slot, rows))  # eight bytes always fit: there are few slots

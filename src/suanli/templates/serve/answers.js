@@ -33,7 +33,7 @@ export class Item {
   }
 
   title() {
-    return typeof this.name === "object" ? say(element("span"), this.name.key) : outside(this.name);
+    return this.name.key ? say(element("span"), this.name.key) : outside(this.name);
   }
 
   #picture() {

@@ -14,18 +14,20 @@ let before = null; // the one before it, for rates
 const COLUMNS = [
   { key: "model", of: nameCell, row: true },
   { key: "state", of: stateCell },
-  { key: "engine", of: (entry) => [entry.engine, entry.precision].filter(Boolean).join(" ") },
-  { key: "requests", of: (entry) => count(entry.requests), n: true },
+  { key: "engine", of: (entry) => [entry.engine, entry.precision].filter(Boolean).join(" ") || "–" },
+  { key: "requests", of: (entry) => number(entry.requests), n: true },
   { key: "rate", of: rate, n: true },
-  { key: "waiting", of: (entry) => count(entry.waiting), n: true },
+  { key: "waiting", of: (entry) => number(entry.waiting), n: true },
   { key: "p50", of: (entry) => ms(entry.p50_ms), n: true },
   { key: "p99", of: (entry) => ms(entry.p99_ms), n: true },
-  { key: "turned_away", of: (entry) => count(entry.refused), n: true },
-  { key: "errors", of: (entry) => count(entry.failed), n: true },
-  { key: "restarts", of: (entry) => count(entry.restarts), n: true },
+  { key: "turned_away", of: (entry) => number(entry.refused), n: true },
+  { key: "errors", of: (entry) => number(entry.failed), n: true },
+  { key: "restarts", of: (entry) => number(entry.restarts), n: true },
 ];
 
-const ms = (value) => (value === null ? "–" : `${value.toFixed(value < 9.95 ? 1 : 0)} ms`);
+// A model that never came up has no figures.
+const number = (value) => (Number.isFinite(value) ? count(value) : "–");
+const ms = (value) => (Number.isFinite(value) ? `${value.toFixed(value < 9.95 ? 1 : 0)} ms` : "–");
 const idOf = (entry) => JSON.stringify([entry.name, entry.version]);
 
 function make(tag, className, ...children) {
@@ -59,7 +61,7 @@ function stateCell(entry) {
 // Requests per second between the last two looks.
 function rate(entry) {
   const old = before?.status.models.find((other) => idOf(other) === idOf(entry));
-  if (!old || entry.requests < old.requests) return "–";
+  if (!old || !(entry.requests >= old.requests)) return "–";
   const perSecond = (1000 * (entry.requests - old.requests)) / (seen.at - before.at);
   return perSecond < 9.95 ? perSecond.toFixed(1) : count(Math.round(perSecond));
 }

@@ -26,11 +26,11 @@ export function startInputs(given) {
 // Shows the ways that the model has; the one that is open stays, if the model has it too.
 export function openWaysFor(model) {
   $("tab-draw").hidden = !model?.draws;
-  const possible = !model ? [""] : model.kind === "text" ? ["text"] : shownTabs().map(nameOf);
+  const possible = !model?.kind ? [""] : model.kind === "text" ? ["text"] : shownTabs().map(nameOf);
   if (!possible.includes(open)) openWay(possible[0]);
 }
 
-const takesPictures = () => current() !== null && current().kind !== "text";
+const takesPictures = () => current()?.kind === "image";
 
 function submit(files) {
   const items = [...files].map((file) => new Item({ name: file.name, file }));

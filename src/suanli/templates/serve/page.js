@@ -92,8 +92,9 @@ function chooseModel(entry) {
 
 function about({ kind, height, width, channels, classes, engine, precision, version }) {
   const part = (key, values) => say(element("span"), key, values);
+  if (!kind) return [part("version", { version })]; // it never came up
   const size = { height, width, colour: { key: channels === 1 ? "grey" : "colour" } };
-  const what = kind === "text" ? part("is_text") : height === null ? part("is_image_any") : part("is_image", size);
+  const what = kind === "text" ? part("is_text") : part("is_image", size);
   return [what, part("classes", { n: classes.length }), part("by", { engine, precision }), part("version", { version })];
 }
 
@@ -111,8 +112,8 @@ function showClasses() {
 }
 
 function showShell() {
-  $("shell").hidden = model === null;
-  if (!model) return;
+  $("shell").hidden = !model?.kind;
+  if (!model?.kind) return;
   const address = new URL("predict", location.href);
   address.hash = "";
   address.search = new URLSearchParams({ model: model.name });
@@ -184,7 +185,8 @@ function told(failure) {
 
 function announce(items, found) {
   const [prediction] = found;
-  const name = typeof items[0].name === "object" ? words(items[0].name.key) : (items[0].name ?? words("text"));
+  const { name: given } = items[0];
+  const name = given?.key ? words(given.key) : (given ?? words("text"));
   let text;
   if (found.length > 1) {
     const n = found.filter((one) => one && one.error === null).length;
