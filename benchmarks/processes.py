@@ -99,9 +99,11 @@ def train_all(
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(hardware.cores()) as side_by_side:
         processes = Processes(Path(folder), 1)
         processes.prepare(data)
+        fast = "bfloat16" in hardware.detect("cpu").fast_dtypes
+        speedups = "channels_last,bf16" if fast else "channels_last"
 
         def train(changes: Mapping[str, Json], seed: int) -> dict[str, Json]:
-            usual = ["--seed", str(seed), "--threads", "1", "--speedups", "channels_last,bf16"]
+            usual = ["--seed", str(seed), "--threads", "1", "--speedups", speedups]
             sets = [part for field, value in changes.items() for part in ("--set", f"{field}={json.dumps(value)}")]
             return processes.train(data, [*usual, *options, *sets])[1]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/serve_peers.py echo PORT              # uvicorn that sends a body back: what the wire allows
     PEERS/python benchmarks/serve_peers.py mlserver PORT    # and gRPC on the next port
-    PEERS/python benchmarks/serve_peers.py litserve PORT
+    PEERS/python benchmarks/serve_litserve.py PORT
 
 Needs nothing of suanli, since peers live in a Python of their own. The trivial engine looks at ten pixels, as that of
 suanli does, and gives ten probabilities.
@@ -77,33 +77,9 @@ def serve_mlserver(port: int) -> None:
         start()
 
 
-# --- LitServe. Source: "LitAPI", "LitServer" and "fast_queue" in its documentation. ---
-
-
-def serve_litserve(port: int) -> None:
-    import litserve
-    from fastapi import Request
-
-    class Trivial(litserve.LitAPI):  # type: ignore[misc]
-        def setup(self, device: str) -> None:
-            pass
-
-        async def decode_request(self, request: Request) -> bytes:
-            return await request.body()
-
-        def predict(self, pixels: bytes) -> list[float]:
-            return probabilities(pixels)
-
-        def encode_response(self, output: list[float]) -> dict[str, list[float]]:
-            return {"probabilities": output}
-
-    server = litserve.LitServer(Trivial(), accelerator="cpu", devices=1, workers_per_device=1, fast_queue=True)
-    server.run(host="127.0.0.1", port=port, log_level="error", generate_client_file=False)
-
-
 def main() -> None:
     which, port = sys.argv[1], int(sys.argv[2])
-    {"echo": serve_echo, "mlserver": serve_mlserver, "litserve": serve_litserve}[which](port)
+    {"echo": serve_echo, "mlserver": serve_mlserver}[which](port)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The protocol over gRPC: Triton's client and plain calls against a real server, with real digits where answers matter.
+"""The protocol over gRPC: Triton's client against `suanli serve` of real digits, and plain calls to a server in here.
 
-Statuses that a healthy model never gives come from a repository of the test's own, behind the same server.
+What a healthy model never does, a repository of the test's own does, behind the same code.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import queue
 import shutil
 import socket
@@ -28,16 +29,19 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 import suanli
+from served import Served, digits_run, serving
 from suanli.errors import MachineError, UsageError, pip_install
+from suanli.serving.log import Log
 from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, bad, join_bytes
 
+for package in ("uvicorn", "httptools", "starlette"):
+    pytest.importorskip(package, reason=f"needs: {pip_install('suanli[serve]')}")
 grpc = pytest.importorskip("grpc", reason=f"needs: {pip_install('suanli[serve]')}")
 pytest.importorskip("google.protobuf", reason=f"needs: {pip_install('suanli[serve]')}")
 
 from suanli.serving.grpc import SERVICE, GrpcServer, serve_grpc  # noqa: E402  # after the check
 from suanli.serving.messages import HEALTH, message, to_message, to_request  # noqa: E402
 
-CLIENT = "import sys, numpy as np, tritonclient.grpc as triton\nclient = triton.InferenceServerClient(sys.argv[1])\n"
 CODE = grpc.StatusCode
 
 
@@ -78,6 +82,7 @@ class OneModel:
     """What a server needs of a repository, with one model, whose answers are the test's."""
 
     ready = True
+    draining = False
 
     def __init__(self, infer: Infer) -> None:
         self.model = SimpleNamespace(name="model", version="1", ready=True, infer=self.infer)
@@ -164,39 +169,23 @@ def triton() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with digits in two versions, trained now."""
-    home = tmp_path_factory.mktemp("digits")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUANLI_CACHE", str(home / "cache"))
-        run = suanli.train("digits", epochs=2, out=home / "run")
-    for version in ("1", "2"):
-        shutil.copytree(run.model_path, home / "models" / "digits" / version)
-    return home / "models"
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return digits_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def digits(models: Path, loop: Loop) -> Iterator[GrpcServer]:
-    from suanli.serving.log import Log
-    from suanli.serving.model import Settings
-    from suanli.serving.repository import Repository
-
-    repository = Repository(models, Settings(p99_s=60), Log("none"))  # a busy machine is not what this is about
-    loop.run(repository.start())
-    server = loop.run(serve_grpc(repository, port=0))
-    yield server
-    loop.run(server.stop(5))
-    loop.run(ended(repository))
-
-
-async def ended(repository: Any) -> None:
-    await repository.drain()
-    repository.close()
+def digits(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`suanli serve` of digits in two versions; on a busy machine nobody is turned away."""
+    models = tmp_path_factory.mktemp("models")
+    for version in ("1", "2"):
+        shutil.copytree(run / "model", models / "digits" / version)
+    with serving(models, "--grpc-port", "0", "--p99-ms", "60000") as found:
+        yield found
 
 
 @pytest.fixture
-def client(triton: ModuleType, digits: GrpcServer) -> Iterator[Any]:
-    with triton.InferenceServerClient(f"127.0.0.1:{digits.port}") as made:
+def client(triton: ModuleType, digits: Served) -> Iterator[Any]:
+    with triton.InferenceServerClient(f"{digits.host}:{digits.grpc_port}") as made:
         yield made
 
 
@@ -233,12 +222,12 @@ def test_triton_reads_the_server_and_the_model(client: Any) -> None:
     ]
 
 
-def test_triton_gets_what_predict_says(client: Any, triton: ModuleType, models: Path, pictures: np.ndarray) -> None:
+def test_triton_gets_what_predict_says(client: Any, triton: ModuleType, run: Path, pictures: np.ndarray) -> None:
     (about,) = client.get_model_metadata("digits").inputs
     sent = triton.InferInput(about.name, list(pictures.shape), about.datatype)
     sent.set_data_from_numpy(pictures)
     result = client.infer("digits", [sent], request_id="number 7")
-    expected = suanli.load(models / "digits" / "2").predict(pictures)
+    expected = suanli.load(run).predict(pictures)
     assert result.get_response().id == "number 7"
     assert result.get_response().model_version == "2"
     assert result.as_numpy("label").tolist() == [answer.label.encode() for answer in expected if answer.label]
@@ -330,7 +319,7 @@ def test_triton_is_told_what_was_wrong(client: Any, triton: ModuleType, pictures
     with pytest.raises(triton.InferenceServerException, match="raw_input_contents") as caught:
         client.register_system_shared_memory("region", "/region", 64)
     assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
-    with pytest.raises(triton.InferenceServerException, match="Deadline") as caught:
+    with pytest.raises(triton.InferenceServerException, match="(?i)deadline") as caught:
         client.infer("digits", [sent], client_timeout=1e-6)
 
 
@@ -346,16 +335,38 @@ def test_triton_unloads_and_loads(client: Any, triton: ModuleType) -> None:
     assert caught.value.status() == "StatusCode.NOT_FOUND"
 
 
-@pytest.mark.usefixtures("triton")
-def test_triton_in_another_process(digits: GrpcServer, pictures: np.ndarray, tmp_path: Path) -> None:
-    np.save(tmp_path / "pictures.npy", pictures)
-    asks = (
-        "pictures = np.load('pictures.npy')\nsent = triton.InferInput('image', list(pictures.shape), 'UINT8')\n"
-        "sent.set_data_from_numpy(pictures)\nprint(client.infer('digits', [sent]).as_numpy('label').size)\n"
-    )
-    command = [sys.executable, "-c", CLIENT + asks, f"127.0.0.1:{digits.port}"]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert found.stdout.split() == ["10"]
+def test_triton_beside_the_server_in_one_process(
+    triton: ModuleType, serve: Callable[..., tuple[GrpcServer, OneModel]]
+) -> None:
+    server, _ = serve(api_key="open sesame")
+    sent = triton.InferInput("x", [2], "BYTES")
+    sent.set_data_from_numpy(np.array([b"one", b"another"], object))
+    with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
+        found = client.infer("model", [sent], headers={"authorization": "Bearer open sesame"})
+        assert found.as_numpy("x").tolist() == [b"one", b"another"]
+        with pytest.raises(triton.InferenceServerException, match="key"):
+            client.infer("model", [sent])
+
+
+def test_kserve_gets_the_same_raw_and_typed(digits: Served, pictures: np.ndarray, run: Path) -> None:
+    kserve = pytest.importorskip("kserve", reason=f"needs: {pip_install('kserve')}, in an environment of its own")
+
+    async def work() -> list[list[bytes]]:
+        found = []
+        async with kserve.InferenceGRPCClient(url=f"{digits.host}:{digits.grpc_port}") as client:
+            assert await client.is_server_ready()
+            assert await client.is_model_ready("digits")
+            for raw in (True, False):
+                tensor = kserve.InferInput("image", list(pictures.shape), "UINT8")
+                tensor.set_data_from_numpy(pictures, binary_data=raw)
+                request = kserve.InferRequest(model_name="digits", infer_inputs=[tensor], request_id="7")
+                answer = await client.infer(request)
+                assert answer.id == "7"
+                found.append(answer.outputs[1].as_numpy().tolist())
+        return found
+
+    expected = [answer.label.encode() for answer in suanli.load(run).predict(pictures) if answer.label]
+    assert asyncio.run(work()) == [expected, expected]
 
 
 # --- the messages ---
@@ -423,7 +434,7 @@ def test_tensors_come_through_raw_and_typed(sent: list[Tensor], raw: bool) -> No
     response = to_message(InferResponse(id="7", model_name="m", model_version="1", outputs=tuple(sent)))
     if not raw:
         sent = [tensor for tensor in sent if tensor.datatype != "FP16"] or [
-            Tensor(name="a", datatype="UINT8", shape=(), data=np.uint8(3).reshape(()))
+            Tensor(name="a", datatype="UINT8", shape=(), data=np.array(3, np.uint8))
         ]
     for tensor in sent:
         asked = request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -571,6 +582,32 @@ def test_every_refusal_has_its_status(serve: Callable[..., tuple[GrpcServer, One
         request.parameters["status"].int64_param = status
         error = refused(code, lambda request=request: infer(server, request), "The reason")
         assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
+
+
+def test_what_nobody_foresaw_is_told_to_the_log_only(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    async def fail(_: InferRequest, __: float | None) -> InferResponse:
+        raise ZeroDivisionError("a secret")
+
+    told = io.StringIO()
+    server, _ = serve(fail, log=Log("json", stream=told))
+    request = inputs(x=("UINT8", [1], b"a"))
+    request.id = "number 7"
+    error = refused(CODE.INTERNAL, lambda: infer(server, request), "not foreseen")
+    assert "secret" not in error.details()
+    line = json.loads(told.getvalue())
+    assert (line["level"], line["request_id"], line["status"]) == ("error", "number 7", "INTERNAL")
+    assert "secret" in line["reason"]
+
+
+def test_requests_are_told_to_the_log_that_wants_them(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    told = io.StringIO()
+    server, _ = serve(log=Log("json", stream=told, requests=True))
+    infer(server, inputs(x=("UINT8", [1], b"a")))
+    refused(CODE.INVALID_ARGUMENT, lambda: infer(server, inputs()), "missing")
+    lines = [json.loads(line) for line in told.getvalue().splitlines()]
+    assert [line["status"] for line in lines] == ["OK", "INVALID_ARGUMENT"]
+    assert lines[0]["path"] == f"/{SERVICE}/ModelInfer"
+    assert lines[0]["ms"] > 0
 
 
 def test_a_long_reason_fits_into_a_header(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
@@ -767,8 +804,9 @@ def test_stopping_answers_what_was_asked(serve: Callable[..., tuple[GrpcServer, 
         loop.run(server.stop(20))
         assert time.monotonic() - started < 5  # a stream that a client leaves open is ended, not waited for
         assert message("ModelInferResponse").FromString(answer.result()).raw_output_contents == [b"a"]
-        (last,) = (message("ModelStreamInferResponse").FromString(part) for part in stream)
+        last = message("ModelStreamInferResponse").FromString(next(stream))
         assert last.infer_response.raw_output_contents == [b"a"]
+        refused(CODE.UNAVAILABLE, lambda: next(stream), "is stopping")
         requests.put(b"")
 
 
@@ -825,7 +863,7 @@ def test_tls(serve: Callable[..., tuple[GrpcServer, OneModel]], tmp_path: Path) 
 
 
 def test_a_port_that_is_taken(loop: Loop) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="can't listen on"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(MachineError, match="can't be had"):
         loop.run(serve_grpc(OneModel(echo), port=taken.getsockname()[1]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="can't be read.*nowhere.pem"):
         loop.run(serve_grpc(OneModel(echo), port=0, tls_cert=Path("no.pem"), tls_key=Path("nowhere.pem")))  # type: ignore[arg-type]
@@ -833,7 +871,7 @@ def test_a_port_that_is_taken(loop: Loop) -> None:
 
 def test_two_servers_do_not_share_a_port(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
     server, _ = serve()
-    with pytest.raises(UsageError, match="can't listen on"):
+    with pytest.raises(MachineError, match="can't be had"):
         loop.run(serve_grpc(OneModel(echo), port=server.port))  # type: ignore[arg-type]
 
 

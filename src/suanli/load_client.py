@@ -254,14 +254,18 @@ class _Sending:
 
     def _event(self, connection: _Connection, events: int) -> None:
         if connection.out is not None:
-            answered = connection.due < 0  # before the server had the whole request, whose rest it takes first
-            usable = self._flush(connection)
-            if answered and not usable:
-                self._close(connection)
-            elif answered and connection.out is None:
-                self._next(connection, time.perf_counter())
+            self._go_on(connection)
         if events & selectors.EVENT_READ and connection.socket is not None:
             self._read(connection)
+
+    def _go_on(self, connection: _Connection) -> None:
+        """Sends what is left of a request."""
+        answered = connection.due < 0  # before the server had the whole request, whose rest it takes first
+        usable = self._flush(connection)
+        if answered and not usable:
+            self._close(connection)
+        elif answered and connection.out is None:
+            self._next(connection, time.perf_counter())
 
     def _flush(self, connection: _Connection) -> bool:
         """Sends what can be sent now. False: the connection can't be sent on any more."""

@@ -47,7 +47,7 @@ def page(about: Mapping[str, Json], capacity: Figures, loads: Sequence[Figures])
     best = held(loads)
     return Page(
         name=str(about["model"]),
-        held=words.number(_three(best.offered_per_s)) if best else None,
+        held=_rate(best.offered_per_s) if best else None,
         sentences=sentences(capacity, loads),
         facts=_facts(about, capacity),
         charts=[one for one in (_latencies(capacity, loads), _answers(capacity, loads)) if one is not None],
@@ -64,27 +64,28 @@ def page(about: Mapping[str, Json], capacity: Figures, loads: Sequence[Figures])
 def sentences(capacity: Figures, loads: Sequence[Figures]) -> list[str]:
     """What it comes to."""
     said = [
-        f"Clients that never pause get {words.number(_three(capacity.answered_per_s))} answers per second: that is its "
-        "capacity here."
+        f"Clients that never pause get {_rate(capacity.answered_per_s)} answers per second: that is its capacity here."
     ]
     best, least, most = held(loads), loads[0], loads[-1]
+    low = f"the least load, {_rate(least.offered_per_s)} per second"
     if best is None:
-        said.append("Even at the least load that was offered, requests were refused or failed.")
+        said.append(f"Even at {low}, requests were refused or failed.")
+    elif best is least:
+        said.append(f"Only {low}, is held: 99 of 100 are answered within {_ms(least.p99_ms)}.")
     else:
         said.append(
-            f"Up to {words.number(_three(best.offered_per_s))} requests per second, 99 of 100 are answered within "
-            f"{_ms(best.p99_ms)}; at the least load, {words.number(_three(least.offered_per_s))} per second, within "
-            f"{_ms(least.p99_ms)}."
+            f"Up to {_rate(best.offered_per_s)} requests per second, 99 of 100 are answered within {_ms(best.p99_ms)}; "
+            f"at {low}, within {_ms(least.p99_ms)}."
         )
     lost = most.refused_per_s / most.offered_per_s if most.offered_per_s else 0.0
     if most is not best and lost > 0:
         said.append(
-            f"Offered {words.number(_three(most.offered_per_s))} per second, it refuses {words.percent(lost)}, 99 of "
+            f"Offered {_rate(most.offered_per_s)} per second, it refuses {words.percent(lost)}, 99 of "
             f"100 of them within {_ms(most.refused_p99_ms)}, and answers the others within {_ms(most.p99_ms)}."
         )
     elif most is not best:
         said.append(
-            f"Offered {words.number(_three(most.offered_per_s))} per second, it refuses nothing, and 99 of 100 are "
+            f"Offered {_rate(most.offered_per_s)} per second, it refuses nothing, and 99 of 100 are "
             f"answered within {_ms(most.p99_ms)}."
         )
     return said
@@ -130,8 +131,12 @@ def _facts(about: Mapping[str, Json], capacity: Figures) -> list[tuple[str, str,
     engine = " ".join(str(about[key]) for key in ("engine", "precision") if about.get(key))
     cores = words.count(about["cores"], "core")
     return [
-        ("Capacity", f"{words.number(_three(capacity.answered_per_s))} a second", f"{about['clients']} clients"),
-        ("Engine", engine or str(about.get("platform") or "unknown"), str(about["version"] or "")),
+        ("Capacity", f"{_rate(capacity.answered_per_s)} a second", f"{about['clients']} clients"),
+        (
+            "Engine",
+            engine or str(about.get("platform") or "unknown"),
+            f"version {about['version']}" if about["version"] else "",
+        ),
         ("Request", str(about["request"]), words.memory(about["request_bytes"])),
         ("Machine", str(about["cpu"]), cores if about["local"] else f"{cores}; the server is elsewhere"),
     ]
@@ -140,8 +145,13 @@ def _facts(about: Mapping[str, Json], capacity: Figures) -> list[tuple[str, str,
 # --- the table ---
 
 
-def _rate(value: float, half: float | None = None) -> str:
-    return words.number(_three(value)) + (f" ± {words.number(_three(half))}" if half else "")
+def _rate(value: float) -> str:
+    return words.number(_three(value))
+
+
+def _half(value: float | None) -> str:
+    """How far something varies, in two digits."""
+    return f"± {words.number(float(f'{value:.2g}'))}" if words.known(value) else ""
 
 
 def _three(value: float) -> float:
@@ -163,7 +173,7 @@ _COLUMNS: dict[Cell, Callable[[Figures, Figures], Cell]] = {
         detail=words.percent(one.offered_per_s / capacity.answered_per_s if capacity.answered_per_s else None, 0),
     ),
     Cell(text="answered/s"): lambda one, _: Cell(
-        text=_rate(one.answered_per_s), detail=f"± {_rate(one.answered_half_iqr)}" if one.rounds > 1 else ""
+        text=_rate(one.answered_per_s), detail=_half(one.answered_half_iqr) if one.rounds > 1 else ""
     ),
     Cell(text="refused/s", detail="failed/s"): lambda one, _: Cell(
         text=_rate(one.refused_per_s), detail=_rate(one.errors_per_s) if one.errors_per_s else ""
@@ -171,7 +181,7 @@ _COLUMNS: dict[Cell, Callable[[Figures, Figures], Cell]] = {
     Cell(text="p50 ms"): lambda one, _: Cell(text=_bare_ms(one.p50_ms)),
     Cell(text="p95"): lambda one, _: Cell(text=_bare_ms(one.p95_ms)),
     Cell(text="p99"): lambda one, _: Cell(
-        text=_bare_ms(one.p99_ms), detail=f"± {_bare_ms(one.p99_half_iqr_ms)}" if one.rounds > 1 else ""
+        text=_bare_ms(one.p99_ms), detail=_half(one.p99_half_iqr_ms) if one.rounds > 1 else ""
     ),
     Cell(text="longest"): lambda one, _: Cell(text=_bare_ms(one.max_ms)),
     Cell(text="refusals", detail="p99 ms"): lambda one, _: Cell(text=_bare_ms(one.refused_p99_ms)),
@@ -186,9 +196,15 @@ def plain_table(capacity: Figures, loads: Sequence[Figures]) -> tuple[list[str],
         title: cells for title, cells in told.items() if any(cell.text not in ("0", words.UNKNOWN) for cell in cells)
     }
     columns = [f"{title.text}\n{title.detail}".rstrip() for title in shown]
-    return columns, [
-        [f"{cell.text} {cell.detail}".rstrip() for cell in row] for row in zip(*shown.values(), strict=True)
-    ]
+    return columns, [[_told(cell) for cell in row] for row in zip(*shown.values(), strict=True)]
+
+
+def _told(cell: Cell) -> str:
+    return (
+        f"{cell.text} {cell.detail}"
+        if cell.detail.startswith("±")
+        else cell.text + (cell.detail and f" ({cell.detail})")
+    )
 
 
 # --- the charts ---

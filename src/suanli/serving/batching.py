@@ -68,10 +68,17 @@ class Batcher:
     def use(self, worker: Worker | None) -> Worker | None:
         """From now on batches go to `worker`; the one before is returned, and ends what it has."""
         before, self._worker = self._worker, worker
+        if worker is not None:
+            worker.gone = self._gone
         self._free = [] if worker is None else list(range(len(worker.slots)))
         self._batches, self._alone = 0, False
         self._dispatch_soon()
         return before
+
+    def _gone(self, worker: Worker, reason: str) -> None:
+        if worker is self._worker and not self._batches:  # else what it had comes back as lost
+            self._worker, self._free = None, []
+            self._died(worker, reason)
 
     async def submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
         """Probabilities (B, K) of rows (B, *row_shape). Raises Refused. Cancelling withdraws the rows."""

@@ -1,55 +1,121 @@
-"""uvicorn's HTTP connection, with what a server of models needs beside: whole bodies, and an end to slow senders.
+"""uvicorn's HTTP connection, with what a server of models needs beside: whole bodies, and an end to bad clients.
 
 A body is collected until it is complete instead of being handed over in pieces, so that a request wakes its task once;
-its size is known to be allowed from its first header on. Who sends a request too slowly, or half of one, is cut off.
-When the client leaves, the request is told at once through `scope["suanli.left"]`, a function that the request puts
-there.
+its size is known to be allowed from its first header on. Who sends too slowly, sends half of a request, headers without
+an end or one request after the other, or doesn't read the answers, is cut off. When the client leaves, the request is
+told at once through `scope["suanli.left"]`, a function that the request puts there.
+
+What this doesn't do: a limit for the number of connections, which is uvicorn's `limit_concurrency`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 HEADERS_S = 10.0  # for all of a request's headers, and for the first of a connection to begin
 BODY_S = 10.0  # for a body, and beside that
 SLOWEST_BYTES_PER_S = 50_000
+STALLED_S = 30.0  # in which a client must read some of its answers
+HEAD_BYTES = 1 << 16  # of one request's path and headers
+PIPELINED = 64  # requests of a connection that wait for the one before them
+BODIES = 16  # times the largest body: what all connections together may have sent without an answer
 
 
 class Connection(HttpToolsProtocol):
-    max_body_bytes = 1 << 26  # set in a subclass, since uvicorn makes the objects
+    max_body_bytes = 1 << 26  # this and the next two are set in a subclass for each server: uvicorn makes the objects
+    last = False  # the server ends: no further request after the one that is there
+    held_bytes = 0  # of bodies that came and aren't answered, of all connections
+
+    # --- from uvicorn and the transport ---
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._clock: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
+        self._running: Any = None  # the cycle that is being answered; `cycle` is the one that came last
+        self._in_head = self._head_is_new = False
+        self._head_bytes = 0
+        self._held_bytes = 0
+        self._body_bytes, self._body_since = 0, 0.0
         self._within(HEADERS_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
-        cycle = self.cycle
+        self.resume_writing()
+        self._release()
+        cycle = self._running
         if cycle is not None and not cycle.response_complete:
-            scope: Any = cycle.scope
-            left = scope.get("suanli.left")
+            left = cycle.scope.get("suanli.left")
             if left is not None:
                 left()
+            cycle.disconnected = True
+            cycle.message_event.set()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self._head_is_new = False
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._pass_over(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self._refuse(400, "This is not HTTP/1.1.")
+        if self._in_head and not self._head_is_new and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self._refuse(431, f"Path and headers are more than {HEAD_BYTES} bytes.")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():  # it didn't even read its last answer: a close would wait for that
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def _pass_over(self, rest: bytes) -> None:
+        """Goes on in HTTP/1.1 after the offer of another protocol, with which Java's own client begins. The parser
+        takes nothing after such headers, so another one is told how long the body is; it is the last request."""
+        framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        self.parser = httptools.HttpRequestParser(_Body(self))
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(b"%s: %s\r\n" % pair for pair in framing))
+        if rest:
+            self.data_received(rest)
+
+    # --- from the parser ---
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._in_head = self._head_is_new = True
+        self._head_bytes = 0
         self._within(HEADERS_S)
 
     def on_headers_complete(self) -> None:
-        size = 0
-        for name, value in self.headers:
-            if name == b"content-length" and value.isdigit():
-                size = int(value[:15])
-        self._within(BODY_S + min(size, self.max_body_bytes) / SLOWEST_BYTES_PER_S)
+        self._in_head = False
+        self._body_bytes, self._body_since = 0, self.loop.time()
+        self._within(BODY_S)
         super().on_headers_complete()
+        if self.last or self.parser.should_upgrade():
+            self.cycle.keep_alive = False
+        if len(self.pipeline) > PIPELINED:
+            self.transport.abort()
 
     def on_body(self, body: bytes) -> None:
         cycle = self.cycle
+        self._body_bytes += len(body)
         if cycle.response_complete:  # it was refused without being read
             return
         cycle.body += body
@@ -58,12 +124,41 @@ class Connection(HttpToolsProtocol):
             scope["suanli.too_large"] = True
             cycle.body = bytearray()
             cycle.more_body = False
-            cycle.keep_alive = False
             cycle.message_event.set()
+        self._held_bytes += len(body)
+        type(self).held_bytes += len(body)
+        if self.held_bytes > BODIES * self.max_body_bytes and not self.transport.is_closing():
+            self._refuse(503, "The server has as many bodies as it can hold.", b"retry-after: 1\r\n")
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():  # its body comes yet
+            return
         self._stop_clock()
         super().on_message_complete()
+
+    # --- answers ---
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        if not self.pipeline:
+            self._release()
+        super().on_response_complete()
+
+    def _refuse(self, status: int, text: str, headers: bytes = b"") -> None:
+        """An answer to what never became a request."""
+        body = json.dumps({"error": text}).encode()
+        told = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + told + headers + b"\r\n" + body)
+        self.transport.close()
+
+    def _release(self) -> None:
+        type(self).held_bytes -= self._held_bytes
+        self._held_bytes = 0
+
+    # --- who is too slow ---
 
     def _within(self, seconds: float) -> None:
         self._stop_clock()
@@ -75,5 +170,17 @@ class Connection(HttpToolsProtocol):
             self._clock = None
 
     def _too_slow(self) -> None:
+        if not self._in_head and self.cycle is not None and not self.cycle.response_complete:
+            due = self._body_since + BODY_S + self._body_bytes / SLOWEST_BYTES_PER_S
+            if due > self.loop.time():  # what has come meanwhile was quick enough
+                self._within(due - self.loop.time())
+                return
         if not self.transport.is_closing():
             self.transport.abort()
+
+
+class _Body:
+    """What a parser tells of a body whose headers another one has read."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.on_body, self.on_message_complete = connection.on_body, connection.on_message_complete

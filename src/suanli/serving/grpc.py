@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import suanli
 from suanli.errors import MachineError, UsageError, pip_install
 from suanli.serving.grpc_calls import DETAILS, Answer, Calls
+from suanli.serving.log import Log
 from suanli.serving.messages import HEALTH, INFERENCE, filled, message, to_message, to_request
 from suanli.serving.protocol import Refused, bad
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from suanli.serving.repository import Repository
 
 SERVICE = f"{INFERENCE}.GRPCInferenceService"
+STREAM = f"/{SERVICE}/ModelStreamInfer"
 CALLS = 2048  # at once; one more is RESOURCE_EXHAUSTED
 CALLS_OF_A_CONNECTION = 256  # at once; its client lets others wait
 WAITING_IN_A_STREAM = 32  # requests of one stream that are being answered
@@ -59,6 +61,7 @@ class GrpcServer:
 async def serve_grpc(
     repository: Repository,
     *,
+    log: Log | None = None,
     host: str = "127.0.0.1",
     port: int = 8001,
     tls_cert: Path | None = None,
@@ -70,7 +73,7 @@ async def serve_grpc(
     """Answers on `port` (0: any that is free) until `stop`, with TLS where there are a certificate and its key in PEM.
 
     `api_key` is asked of every call but health, live and ready: `authorization: Bearer KEY` or `x-api-key: KEY`.
-    Raises MachineError where grpcio or protobuf is missing, UsageError where the port or the TLS files can't be used.
+    Raises MachineError where the port is in use or packages are missing, UsageError for TLS files that can't be read.
     """
     try:
         from grpc import aio, ssl_server_credentials
@@ -85,7 +88,8 @@ async def serve_grpc(
             credentials = ssl_server_credentials([(tls_key.read_bytes(), tls_cert.read_bytes())])
         except OSError as error:
             raise UsageError(f"The certificate or its key can't be read: {error}.", fix="Name two PEM files.") from None
-    calls = Calls(api_key=api_key, max_message_bytes=max_message_bytes, receive_s=receive_s)
+    log = log or Log("none")
+    calls = Calls(log=log, api_key=api_key, max_message_bytes=max_message_bytes, receive_s=receive_s)
     service = _Service(repository, calls)
     server = aio.server(
         handlers=(calls,),
@@ -98,6 +102,7 @@ async def serve_grpc(
             ("grpc.so_reuseport", 0),  # or a second server on the port would get half of the calls, silently
             ("grpc.keepalive_time_ms", 60_000),  # a client that is gone is noticed
             ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.max_connection_idle_ms", 900_000),  # clients connect again by themselves
             ("grpc.server_handshake_timeout_ms", 10_000),
         ),
     )
@@ -108,7 +113,8 @@ async def serve_grpc(
         else:
             bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise UsageError(f"gRPC can't listen on {address}: {error}.", fix="Choose another port.") from None
+        fix = "Choose another: --grpc-port 8002, or 0."
+        raise MachineError(f"Port {port} of {host} can't be had for gRPC ({error}).", fix=fix) from None
     await server.start()
     return GrpcServer(server, service, bound)
 
@@ -135,7 +141,7 @@ class _Service:
         for name, answer in answers.items():
             keyed = name not in ("ServerLive", "ServerReady")
             calls.add(f"/{SERVICE}/{name}", message(f"{name}Request"), answer, keyed=keyed)
-        calls.add_stream(f"/{SERVICE}/ModelStreamInfer", self._model_stream_infer)
+        calls.add_stream(STREAM, self._model_stream_infer)
         for name, reason in _NOT_OFFERED.items():
             calls.add_refused(f"/{SERVICE}/{name}", reason)
         calls.add(f"/{HEALTH}.Health/Check", message("HealthCheckRequest", HEALTH), self._check, keyed=False)
@@ -145,7 +151,7 @@ class _Service:
 
     @property
     def _is_ready(self) -> bool:
-        return self.repository.ready and not self.stopping.is_set()
+        return self.repository.ready and not self.stopping.is_set()  # a repository that drains isn't ready
 
     async def _live(self, *_: Any) -> Any:
         return message("ServerLiveResponse")(live=True)
@@ -171,10 +177,11 @@ class _Service:
         asked = await self.calls.parsed(await context.read(), message("HealthCheckRequest", HEALTH))
         told = ""
         while True:
+            last = self.stopping.is_set()  # before the status, which is then the one of a server that stops
             status = self._health(asked.service)
             if status != told:
                 await context.write(message("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
-            if self.stopping.is_set():
+            if last:
                 return
             told = status
             with contextlib.suppress(TimeoutError):
@@ -186,12 +193,13 @@ class _Service:
     async def _model_ready(self, asked: Any, _: Any) -> Any:
         ready = False  # also of a model that isn't there, as Triton answers
         with contextlib.suppress(Refused):
-            ready = self.repository.find(asked.name, asked.version or None).ready
+            ready = self.repository.find(asked.name, asked.version or None).ready and not self.repository.draining
         return message("ModelReadyResponse")(ready=ready)
 
     async def _model_metadata(self, asked: Any, _: Any) -> Any:
         model = self.repository.find(asked.name, asked.version or None)
-        return filled("ModelMetadataResponse", model.metadata(self.repository.versions(model.name)))
+        versions = [asked.version] if asked.version else self.repository.versions(model.name)
+        return filled("ModelMetadataResponse", model.metadata(versions))
 
     async def _model_config(self, asked: Any, _: Any) -> Any:
         config = self.repository.find(asked.name, asked.version or None).config()
@@ -226,6 +234,8 @@ class _Service:
             group.create_task(read())
             while (answer := await answers.get()) is not None:
                 await context.write(await answer)
+        if self.stopping.is_set():
+            raise Refused(503, "The server is stopping; what it had of this stream is answered.", retry_after_s=1.0)
 
     async def _next(self, context: Any) -> Any:
         """The next request of a stream; something else where it ends, or the server does."""
@@ -241,9 +251,11 @@ class _Service:
     async def _answer_in_stream(self, body: bytes, context: Any) -> bytes:
         answer = message("ModelStreamInferResponse")()
         try:
-            asked = await self.calls.parsed(body, message("ModelInferRequest"))
-            answer.infer_response.id = asked.id  # an error says whose it is, too
-            answer.infer_response.CopyFrom(await self._model_infer(asked, context))
+            with self.calls.told(STREAM) as identity:
+                asked = await self.calls.parsed(body, message("ModelInferRequest"))
+                identity.append(asked.id)
+                answer.infer_response.id = asked.id  # an error says whose it is, too
+                answer.infer_response.CopyFrom(await self._model_infer(asked, context))
         except Refused as refused:
             answer.error_message = refused.message[:DETAILS]
         answer.infer_response.parameters["triton_final_response"].bool_param = True

@@ -1,4 +1,4 @@
-"""One call of gRPC: whose it is, its body within bounds of size and time, and how it is refused.
+"""One call of gRPC: whose it is, its body within bounds of size and time, how it is refused, and a line in the log.
 
 A key is checked before the body of a call is read. gRPC itself would inflate a compressed request without a bound, and
 wait for the rest of one for ever: both are done here instead. It knows no method; see `grpc` for those.
@@ -7,16 +7,19 @@ wait for the rest of one for ever: both are done here instead. It knows no metho
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import math
 import operator
+import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
+from suanli.serving.log import Log
 from suanli.serving.protocol import Refused, bad
 
-DETAILS = 1000  # characters of a message, which travels in a header
+DETAILS = 400  # characters of a message: in a header, where one may take 12 bytes and 8 KiB are the most
 _STATUS = {  # HTTP's to gRPC's; others of 400 to 499 are INVALID_ARGUMENT, the rest INTERNAL
     401: "UNAUTHENTICATED",
     403: "PERMISSION_DENIED",
@@ -37,7 +40,8 @@ Answer = Callable[[Any, Any], Awaitable[Any]]  # from the request's message and 
 class Calls:
     """The handlers of all methods. gRPC asks `service` for one as soon as a call's headers are here."""
 
-    def __init__(self, *, api_key: str | None, max_message_bytes: int, receive_s: float) -> None:
+    def __init__(self, *, log: Log, api_key: str | None, max_message_bytes: int, receive_s: float) -> None:
+        self._log = log
         self._api_key = None if api_key is None else api_key.encode()
         self._max_message_bytes, self._receive_s = max_message_bytes, receive_s
         self._no_key = _refusing(Refused(401, "A key is needed: authorization: Bearer KEY, or x-api-key: KEY."))
@@ -62,7 +66,10 @@ class Calls:
 
         async def handle(_: Any, context: Any) -> Any:  # a stream to gRPC, which would read one request without a limit
             try:
-                return await answer(await self.parsed(await self._body(context), request), context)
+                with self.told(method) as identity:
+                    asked = await self.parsed(await self._body(context), request)
+                    identity.append(getattr(asked, "id", ""))
+                    return await answer(asked, context)
             except Refused as refused:
                 await _abort(context, refused)
 
@@ -89,6 +96,38 @@ class Calls:
         self._handlers[method] = handler
         if not keyed:
             self._open.add(method)
+
+    @contextlib.contextmanager
+    def told(self, method: str) -> Iterator[list[str]]:
+        """Around the work on one request, whose identity is put into the list: a line in the log where it wants one.
+        What nobody foresaw becomes Refused(500), and its reason is for the log only."""
+        from grpc import aio
+
+        started = time.perf_counter()
+        identity: list[str] = []
+        try:
+            yield identity
+        except Refused as error:
+            self._tell(method, identity, started, _code(error), error.message)
+            raise
+        except asyncio.CancelledError:
+            self._tell(method, identity, started, "CANCELLED")
+            raise
+        except aio.BaseError:  # of a call that is over
+            raise
+        except Exception as error:  # one request must not harm the others; the log has the reason
+            self._tell(method, identity, started, "INTERNAL", repr(error))
+            raise Refused(500, "This was not foreseen; the server's log says more.") from error
+        else:
+            self._tell(method, identity, started, "OK")
+
+    def _tell(self, method: str, identity: list[str], started: float, status: str, reason: str = "") -> None:
+        if status != "INTERNAL" and not self._log.requests:
+            return
+        say = self._log.error if status == "INTERNAL" else self._log.event
+        ms = round(1e3 * (time.perf_counter() - started), 3)
+        why = {"reason": reason[:500]} if reason else {}
+        say("request", request_id="".join(identity)[:128], method="gRPC", path=method, status=status, ms=ms, **why)
 
     async def _body(self, context: Any) -> Any:
         try:
@@ -136,12 +175,15 @@ def _refusing(refused: Refused) -> Any:
     return stream_stream_rpc_method_handler(refuse)
 
 
+def _code(refused: Refused) -> str:
+    return _STATUS.get(refused.status, "INVALID_ARGUMENT" if 400 <= refused.status < 500 else "INTERNAL")
+
+
 async def _abort(context: Any, refused: Refused) -> NoReturn:
     """Ends the call, by an exception of gRPC's. When to try again is told as its clients read it (gRPC proposal A6)."""
     from grpc import StatusCode
 
-    code = _STATUS.get(refused.status, "INVALID_ARGUMENT" if 400 <= refused.status < 500 else "INTERNAL")
     after_s = refused.retry_after_s
     trailing = () if after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(after_s * 1000))),)
-    await context.abort(StatusCode[code], refused.message[:DETAILS], trailing)
+    await context.abort(StatusCode[_code(refused)], refused.message[:DETAILS], trailing)
     raise AssertionError("abort raises")

@@ -134,11 +134,15 @@ class App:
         """Raises Refused for who may not ask: without the key, or by a foreign page in the user's browser."""
         if self._hosts is not None:
             host = headers.get(b"host", b"").decode("latin-1")
-            if (urlsplit(f"//{host}").hostname or "") not in self._hosts:
+            try:
+                name = urlsplit(f"//{host}").hostname or ""
+            except ValueError:  # half an IPv6 address
+                name = ""
+            if name not in self._hosts:
                 raise Refused(421, "This server is addressed by another name. Its owner can allow it with --host.")
         origin = headers.get(b"origin")
-        own = b"://" + headers.get(b"host", b"")
-        if origin is not None and method not in ("GET", "HEAD") and not origin.endswith(own):
+        own = headers.get(b"host", b"")
+        if origin is not None and method not in ("GET", "HEAD") and origin.partition(b"://")[2] != own:
             raise Refused(403, "Pages of other sites can't ask this server.")
         if self._key is None or path in OPEN or path.startswith("/page/"):
             return
@@ -257,11 +261,16 @@ class App:
         if not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000:
             raise bad("top is a number of 1 or more.")
         named = asked.get("model")
-        model = self.repository.only() if named is None else self.repository.find(named, asked.get("version"))
+
+        def find() -> ServedModel:
+            return self.repository.only() if named is None else self.repository.find(named, asked.get("version"))
+
+        model = find()
         self._admit(model)
         body = await self._body(scope, headers, receive)
         kind = headers.get(b"content-type", b"").decode("latin-1")
         names, raws = await _inputs(body, kind, model.preprocess.kind)
+        model = find()  # again: another may have taken its place meanwhile
         with _Leaving(scope):
             found = await model.predict(raws, top=int(top[:9]))
         return _json(

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import sys
 import threading
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
@@ -42,6 +45,8 @@ class Log:
             time = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
             values: dict[str, Json] = {"time": time, "level": level, "event": what} | fields
             line = json.dumps(values, ensure_ascii=False, default=str)
+            if not line.isprintable():  # what a client sent could move a terminal's cursor, or begin a line of its own
+                line = json.dumps(values, default=str)
         else:
             told = " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
             line = f"{now:%H:%M:%S} {'' if level == 'info' else level + ': '}{what} {told}".rstrip()
@@ -51,6 +56,28 @@ class Log:
                 self._stream.flush()
             except (OSError, ValueError):  # nobody reads any more; the server goes on
                 self._style = "none"
+
+
+class _Heard(logging.Handler):
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.ERROR)  # warnings are about what clients sent
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        told = f"{record.getMessage().strip()}: {error!r}" if error is not None else record.getMessage().strip()
+        self._log.error("library", library=record.name, reason=told[:500])
+
+
+@contextlib.contextmanager
+def hearing(log: Log) -> Iterator[None]:
+    """What goes wrong in the libraries of a server is told in its log, and nothing of them beside it."""
+    handler = _Heard(log)
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _quoted(value: Json) -> str:

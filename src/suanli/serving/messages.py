@@ -21,7 +21,9 @@ import numpy as np
 
 from suanli.serving.protocol import (
     DATATYPES,
+    MAX_ELEMENTS,
     MAX_RANK,
+    MAX_STRINGS,
     MAX_TENSORS,
     InferRequest,
     InferResponse,
@@ -35,7 +37,6 @@ from suanli.types import Json
 
 INFERENCE = "inference"
 HEALTH = "grpc.health.v1"
-MAX_ELEMENTS = 2**40
 
 # A field is NAME=NUMBER and a type; `*` repeated, `{}` a map from strings, `|GROUP` one of a group.
 _NAMED = "name=1 string, version=2 string"
@@ -74,7 +75,7 @@ _FIELDS: dict[str, dict[str, str]] = {
         "ModelStreamInferResponse": "error_message=1 string, infer_response=2 ModelInferResponse",
         "ModelConfigRequest": _NAMED,
         "ModelConfigResponse": "config=1 ModelConfig",
-        "ModelConfig": "name=1 string, platform=2 string, backend=17 string, runtime=25 string, "
+        "ModelConfig": "name=1 string, platform=2 string, backend=17 string, "
         "version_policy=3 ModelVersionPolicy, max_batch_size=4 int32, input=5 ModelInput*, output=6 ModelOutput*, "
         "instance_group=7 ModelInstanceGroup*, dynamic_batching=11 ModelDynamicBatching|scheduling_choice, "
         "parameters=14 ModelParameter{}, model_transaction_policy=19 ModelTransactionPolicy",
@@ -211,8 +212,6 @@ def to_request(asked: Any) -> InferRequest:
         raise bad("inputs is missing: at least one tensor.")
     if len(tensors) > MAX_TENSORS or len(asked.outputs) > MAX_TENSORS:
         raise bad(f"There are {len(tensors)} inputs and {len(asked.outputs)} outputs; {MAX_TENSORS} are the most.")
-    if any("shared_memory_region" in tensor.parameters for tensor in (*tensors, *asked.outputs)):
-        raise bad("Shared memory is not supported: send the bytes of a tensor in raw_input_contents.")
     if raws and len(raws) != len(tensors):
         raise bad(f"raw_input_contents has {len(raws)} elements for {len(tensors)} inputs.")
     inputs = tuple(_tensor(tensor, raw) for tensor, raw in zip(tensors, raws or [None] * len(tensors), strict=True))
@@ -249,12 +248,12 @@ def _tensor(sent: Any, raw: bytes | None) -> Tensor:
         raise bad(
             f"The shape of input {name[:200]!r} is {list(shape[:MAX_RANK])}: 0 or more, {MAX_RANK} of them at most."
         )
-    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:  # NumPy refuses these even where they are empty
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise bad(f"The shape of input {name[:200]!r} is {list(shape)}: larger than any request.")
     data: np.ndarray | list[bytes]
     if raw is None:
         data = _typed(name, datatype, shape, sent.contents)
-    elif sent.contents.ByteSize():
+    elif sent.HasField("contents") and sent.contents.ByteSize():
         raise bad(f"Input {name[:200]!r} has contents, and raw_input_contents too: only one of them.")
     else:
         data = from_bytes(name, datatype, shape, raw)
@@ -270,6 +269,8 @@ def _typed(name: str, datatype: str, shape: tuple[int, ...], contents: Any) -> n
     if len(values) != math.prod(shape):
         raise bad(f"Input {name!r} of {datatype} {list(shape)} has {len(values)} elements in {field}.")
     if datatype == "BYTES":
+        if len(values) > MAX_STRINGS:
+            raise bad(f"Input {name!r} has {len(values)} elements; {MAX_STRINGS} of BYTES are the most.")
         return list(values)
     dtype = DATATYPES[datatype]
     if dtype.kind not in "iu" or dtype.itemsize >= 4:  # the field is as wide as the datatype
@@ -292,5 +293,9 @@ def _wanted(asked: Any) -> Wanted:
 
 def _values(parameters: Mapping[str, Any]) -> dict[str, Json]:
     """A map of InferParameter as plain values; one that says nothing is None."""
+    if not parameters:
+        return {}
+    if "shared_memory_region" in parameters:
+        raise bad("Shared memory is not supported: send the bytes of a tensor in raw_input_contents.")
     chosen = {key: value.WhichOneof("parameter_choice") for key, value in parameters.items()}
     return {key: getattr(parameters[key], choice) if choice else None for key, choice in chosen.items()}

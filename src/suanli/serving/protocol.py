@@ -121,6 +121,8 @@ def _request(text: bytes, raw: memoryview | None) -> InferRequest:
     identity = values.get("id")
     if identity is not None and not isinstance(identity, str):
         raise bad(f"id is a string, not {_kind(identity)}.")
+    if identity is not None and not _writable(identity):
+        raise bad("id is not text that UTF-8 can write.")
     parameters = _object(values, "parameters")
     binary = _flag(parameters, "binary_data_output", False)
     return InferRequest(
@@ -310,7 +312,18 @@ def _name(item: Mapping[str, Any], where: str) -> str:
     name = item.get("name")
     if not isinstance(name, str) or not name:
         raise bad(f"{where} has no name.")
+    if not _writable(name):
+        raise bad(f"The name of {where} is not text that UTF-8 can write.")
     return name[:200]
+
+
+def _writable(text: str) -> bool:
+    """Whether it can be sent back: JSON may hold one half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _object(item: Mapping[str, Any], key: str) -> Mapping[str, Json]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,20 +118,24 @@ class Repository:
         task.add_done_callback(self._closing.discard)
 
     async def _watch(self) -> None:
-        """Follows the folder: what is new or has changed is loaded once it has been the same for one look."""
-        before: Mapping[Key, Stamp] = {}
+        """Follows the folder: what is new or has changed is loaded once it has been the same for two looks, and what is
+        gone for two is unloaded. So a copy that takes its time is let finish."""
+        before: Mapping[Key, Stamp] = dict.fromkeys(self._models, ())
         while True:
             await asyncio.sleep(LOOK_S)
             there = await asyncio.to_thread(scan, self.subject)
-            stamps = {key: stamp(path) for key, path in there.items() if key[0] not in self._unloaded}
-            for key in [key for key in {*self._models, *self._failed} if key not in there]:
+            if not there and not self.subject.is_dir():
+                continue  # a disk that is away, perhaps: what is loaded can still answer
+            stamps = await asyncio.to_thread(lambda: {key: stamp(path) for key, path in there.items()})  # noqa: B023
+            for key in [key for key in {*self._models, *self._failed} if key not in there and key not in before]:
                 self._failed.pop(key, None)
                 self._stamps.pop(key, None)
                 if (gone := self._models.pop(key, None)) is not None:
                     self._log.event("model unloaded", model=key[0], version=key[1], reason="its folder is gone")
                     self._retire(gone)
             for key, found in stamps.items():
-                if found != self._stamps.get(key) and found == before.get(key):
+                known = key[0] in self._unloaded or found == self._stamps.get(key)
+                if not known and found == before.get(key):
                     with contextlib.suppress(Died):
                         await self._load(key, there[key])
             before = stamps
@@ -218,7 +223,10 @@ def _order(key: Key) -> tuple[str, int, str]:
 
 
 def _is_model(path: Path) -> bool:
-    return any((path / card).is_file() for card in CARDS)
+    try:
+        return any((path / card).is_file() for card in CARDS)
+    except OSError:  # not ours to look into
+        return False
 
 
 def scan(subject: Path) -> dict[Key, Path]:
@@ -245,10 +253,13 @@ def _folders(path: Path) -> Sequence[Path]:
 
 
 def stamp(path: Path) -> Stamp:
-    """Changes when the model does: its cards are written last and at once."""
+    """Changes when a file of the model does. Not of its cards alone: who copies a model may copy the weights last."""
     found = []
-    for card in CARDS:
-        with contextlib.suppress(OSError):
-            about = (path / card).stat()
-            found.append((about.st_mtime_ns, about.st_size, about.st_ino))
+    model = path / "model"  # of a run, which has large files of its own beside it
+    for place, folders, files in os.walk(model if _is_model(model) else path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            with contextlib.suppress(OSError):
+                about = os.stat(os.path.join(place, name))
+                found.append((about.st_mtime_ns, about.st_size, about.st_ino))
     return tuple(found)

@@ -20,7 +20,7 @@ import uvicorn
 from suanli.errors import MachineError, UsageError
 from suanli.serving.connection import Connection
 from suanli.serving.http import App
-from suanli.serving.log import Log
+from suanli.serving.log import Log, hearing
 from suanli.serving.model import Settings
 from suanli.serving.repository import Repository
 from suanli.serving.worker import Died
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 75
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 DRAIN_S = 60.0  # for what was accepted
+LAST_S = 0.25  # in which clients with a connection are told that the answer is the last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,11 @@ async def serve(
         api_key=listening.api_key,
         host_names=LOOPBACK if loopback else None,
     )
-    with _bound(listening.host, listening.port) as listener:
+    with _bound(listening.host, listening.port) as listener, hearing(log):
         server = _Server(_config(app, listening))
-        stop = asyncio.Event()
+        stop, now = asyncio.Event(), asyncio.Event()  # a first signal, and a second
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _stop, stop, server)
+            loop.add_signal_handler(number, _stop, stop, now)
         running = asyncio.create_task(server.serve(sockets=[listener]))
         grpc = None
         try:
@@ -92,24 +93,44 @@ async def serve(
                 await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
             loading.cancel()
             log.event("stopping", requests="those that were accepted are answered")
-            repository.draining = True
-            await asyncio.sleep(listening.shutdown_delay_s)
-            server.should_exit = True
-            if grpc is not None:
-                await grpc.stop(DRAIN_S)
-            await running
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(repository.drain(), DRAIN_S)
+            ending = asyncio.create_task(_end(server, running, grpc, repository, listening.shutdown_delay_s))
+            at_once = asyncio.create_task(now.wait())
+            limit_s = listening.shutdown_delay_s + DRAIN_S
+            await asyncio.wait({ending, at_once}, return_when=asyncio.FIRST_COMPLETED, timeout=limit_s)
+            ending.cancel()
         except Died as error:
             raise MachineError(f"The model can't be served: {error}", fix="See suanli predict for the same.") from error
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
             server.should_exit = server.force_exit = True
+            for connection in list(server.server_state.connections):  # none, but where there was no time
+                connection.transport.abort()
             if grpc is not None:
                 await grpc.stop(0)
             await asyncio.gather(running, return_exceptions=True)
             repository.close()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+
+async def _end(
+    server: uvicorn.Server, running: asyncio.Task[None], grpc: GrpcServer | None, repository: Repository, delay_s: float
+) -> None:
+    """Takes nothing new, and returns when what was accepted is answered.
+
+    Who keeps a connection and asks again and again would lose the request that is on its way when that is closed. So
+    for a moment every answer says that it is the last of its connection.
+    """
+    repository.draining = True
+    await asyncio.sleep(delay_s)
+    server.config.http_protocol_class.last = True  # type: ignore[attr-defined]  # a Connection
+    for listener in server.servers:
+        listener.close()
+    await asyncio.sleep(LAST_S)
+    server.should_exit = True
+    if grpc is not None:
+        await grpc.stop(DRAIN_S)
+    await asyncio.wait({running})
+    await repository.drain()
 
 
 async def _grpc(repository: Repository, listening: Listening) -> GrpcServer:
@@ -127,9 +148,9 @@ async def _grpc(repository: Repository, listening: Listening) -> GrpcServer:
     )
 
 
-def _stop(stop: asyncio.Event, server: uvicorn.Server) -> None:
+def _stop(stop: asyncio.Event, now: asyncio.Event) -> None:
     if stop.is_set():
-        server.force_exit = True
+        now.set()
     stop.set()
 
 

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,7 @@ class Worker:
         self.slots: list[tuple[np.ndarray, np.ndarray]] = []  # rows and probabilities of each
         self.memory_bytes = 0  # of the process, as it said last
         self.said: deque[str] = deque(maxlen=SAID_KEPT)
+        self.gone: Callable[[Worker, str], None] | None = None  # is called when the process ends by itself
         self._waiting: dict[int, asyncio.Future[float]] = {}
         self._pending = b""
         self._process: subprocess.Popen[bytes] | None = None
@@ -207,6 +208,8 @@ class Worker:
     def _gone(self) -> None:
         reason = self._why_ended()
         self.close(reason)
+        if self.gone is not None:
+            self.gone(self, reason)
 
     def _hear(self) -> None:
         """What libraries print: its last lines are kept for the log and as a reason."""

@@ -212,7 +212,7 @@ def started(subject: AnyPath, *options: str) -> Iterator[tuple[str, int]]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "suanli", "serve", str(Path(subject).expanduser()), "--port", str(port)]
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([*command, "--grpc-port", "0", *options], stdout=said, stderr=said)
+        process = subprocess.Popen([*command, *options], stdout=said, stderr=said)
         try:
             _wait(process, port, said)
             yield f"http://127.0.0.1:{port}", process.pid

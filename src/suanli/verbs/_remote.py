@@ -50,6 +50,9 @@ class Server:
         key = os.environ.get("SUANLI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
+    def close(self) -> None:
+        self._connection.close()
+
     def kind(self) -> str:
         """The kind of data that its model reads. Raises DataError where it has several, or none."""
         models = [m for m in self._ask("GET", "/status")["models"] if m["state"] in ("ready", "draining")]

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -65,14 +66,14 @@ def _warned(found: list[Prediction]) -> list[Prediction]:
 def _from_server(url: str, given: Sequence[AnyPath], top: int) -> list[Prediction]:
     from suanli.verbs._remote import Server
 
-    server = Server(url)
     found: list[Prediction] = []
-    for chunk in _chunks(_named(load_plugin("preprocess", server.kind()), given), BATCH):
-        raws = [_read(read) for _, read in chunk]
-        sent = [(name, raw) for (name, _), raw in zip(chunk, raws, strict=True) if not isinstance(raw, BadInput)]
-        answers = iter(server.predict([name for name, _ in sent], [raw for _, raw in sent], top=top))
-        for (name, _), raw in zip(chunk, raws, strict=True):
-            found.append(_unread(name, raw) if isinstance(raw, BadInput) else next(answers))
+    with closing(Server(url)) as server:
+        for chunk in _chunks(_named(load_plugin("preprocess", server.kind()), given), BATCH):
+            raws = [_read(read) for _, read in chunk]
+            sent = [(name, raw) for (name, _), raw in zip(chunk, raws, strict=True) if not isinstance(raw, BadInput)]
+            answers = iter(server.predict([name for name, _ in sent], [raw for _, raw in sent], top=top))
+            for (name, _), raw in zip(chunk, raws, strict=True):
+                found.append(_unread(name, raw) if isinstance(raw, BadInput) else next(answers))
     return found
 
 

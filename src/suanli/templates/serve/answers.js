@@ -5,6 +5,7 @@
 import { brief, percent, say } from "./language.js";
 
 const SMALL = 64; // px: a picture of at most this width is shown with its pixels
+const LONG = 14; // characters: longer names of classes stand above their bars, in smaller type
 
 export function element(tag, className, ...children) {
   const made = document.createElement(tag);
@@ -14,11 +15,11 @@ export function element(tag, className, ...children) {
 }
 
 // Text from outside: it may be of any direction.
-const outside = (text) => {
+export function outside(text) {
   const made = document.createElement("bdi");
   made.textContent = text;
   return made;
-};
+}
 
 // One thing to ask about. `name` is text, or {key} for what the page itself made.
 export class Item {
@@ -60,6 +61,7 @@ export class Batch {
   constructor() {
     this.root = element("article", "batch");
     this.asked = null; // the AbortController of the question that is open
+    this.gone = false; // removed: what is asked next is another batch
   }
 
   // Draws all of it anew. `found` has a prediction for each item, or null: not yet. `answer` is the last whole answer
@@ -83,6 +85,7 @@ export class Batch {
   }
 
   remove() {
+    this.gone = true;
     clearInterval(this.#timer);
     this.asked?.abort();
     this.drop(this.#items.splice(0));
@@ -118,7 +121,8 @@ export class Batch {
 function row(item, prediction, most, failure) {
   const said = element("div", "said");
   if (prediction && prediction.error === null) {
-    said.append(element("p", "label", outside(prediction.label)), bars(prediction.probabilities, most));
+    const size = prediction.label.length > LONG ? "label long" : "label";
+    said.append(element("p", size, outside(prediction.label)), bars(prediction.probabilities, most));
   } else if (prediction) {
     said.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(prediction.error)));
   } else {
@@ -129,13 +133,15 @@ function row(item, prediction, most, failure) {
 }
 
 function bars(probabilities, most) {
-  const list = element("ol", "bars");
-  const sorted = Object.entries(probabilities).sort((a, b) => b[1] - a[1]);
-  for (const [name, share] of sorted.slice(0, most)) {
+  const sorted = Object.entries(probabilities).sort((a, b) => b[1] - a[1]).slice(0, most);
+  const long = sorted.some(([name]) => name.length > LONG);
+  const list = element("ol", long ? "bars long" : "bars");
+  for (const [name, share] of sorted) {
     const bar = element("i", "bar");
     bar.setAttribute("aria-hidden", true);
     bar.style.setProperty("--v", share);
-    list.append(element("li", "", element("span", "name", outside(name)), bar, element("span", "value", percent(share))));
+    const value = element("span", "value", percent(share));
+    list.append(element("li", "", element("span", "name", outside(name)), bar, value));
   }
   return list;
 }

@@ -1,6 +1,6 @@
 // The page at /health: /status for people, asked every 2 s while somebody looks.
 
-import { count, label, long, say, startLanguage } from "./language.js";
+import { brief, count, label, long, say, startLanguage } from "./language.js";
 import { Failure, fetchStatus } from "./server.js";
 
 const EVERY_MS = 2000;
@@ -27,7 +27,7 @@ const COLUMNS = [
 
 // A model that never came up has no figures.
 const number = (value) => (Number.isFinite(value) ? count(value) : "–");
-const ms = (value) => (Number.isFinite(value) ? `${value.toFixed(value < 9.95 ? 1 : 0)} ms` : "–");
+const ms = (value) => (Number.isFinite(value) ? brief(value / 1000) : "–");
 const idOf = (entry) => JSON.stringify([entry.name, entry.version]);
 
 function make(tag, className, ...children) {

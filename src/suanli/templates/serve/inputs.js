@@ -109,9 +109,10 @@ function startDrawing() {
     else timer = setTimeout(send, PAUSE_MS);
   });
   async function send() {
+    if (!batch || batch.gone) batch = new Batch();
+    const to = batch; // the slate may be cleared, and begun anew, while the picture is made
     const picture = await drawing.picture(current().height, current().width);
-    if (!batch?.root.isConnected) batch = new Batch();
-    ask(batch, [new Item({ name: { key: "drawn" }, file: new File([picture], "drawing.png", { type: picture.type }) })]);
+    ask(to, [new Item({ name: { key: "drawn" }, file: new File([picture], "drawing.png", { type: picture.type }) })]);
   }
   $("undo").addEventListener("click", () => drawing.undo());
   $("clear").addEventListener("click", () => drawing.clear());
@@ -161,8 +162,9 @@ async function frame() {
 async function keepAnswering() {
   live = !live;
   $("camera-live").setAttribute("aria-pressed", live);
-  const batch = new Batch();
+  let batch = new Batch();
   while (live && $("video").srcObject) {
+    if (batch.gone) batch = new Batch();
     if (await ask(batch, await frame())) return stopLive();
     await new Promise((resolve) => setTimeout(resolve, FRAME_MS));
   }

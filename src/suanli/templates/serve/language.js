@@ -27,14 +27,15 @@ const WORDS = {
     camera_view: "What the camera sees",
     camera_on: "Turn the camera on",
     camera_off: "Turn off",
-    camera_take: "Take a picture",
+    camera_take: "Take picture",
     camera_live: "Keep answering",
     camera_is_off: "The camera is off. Its pictures go to this server only.",
     camera_asks: "Waiting for the camera…",
     camera_insecure:
-      "Browsers give the camera only to pages from https or from localhost. Start the server with --tls-cert and --tls-key, or choose a picture instead: a phone offers its camera there.",
+      "Browsers give the camera only to pages from https or from localhost. Start the server with --tls-cert and " +
+      "--tls-key, or choose a picture instead: a phone offers its camera there.",
     camera_absent: "This browser has no camera for pages. Choose a picture instead.",
-    camera_denied: "The camera is blocked for this page. Allow it in the browser's settings for this site, then turn it on again.",
+    camera_denied: "The camera is blocked for this page. Allow it in the browser's settings, then turn it on again.",
     camera_none: "No camera was found.",
     camera_busy: "The camera can't be started. Another program may be using it.",
     text: "Text",
@@ -42,7 +43,7 @@ const WORDS = {
     text_hint: "or Ctrl + Enter",
     shell: "The same from a shell",
     answers: "Answers",
-    empty: "The answer comes here.",
+    empty: "The likeliest classes come here, with the time it took and the engine that answered.",
     forget: "Remove all answers",
     knows: "The {n} classes that it knows",
     knows_one: "The one class that it knows",
@@ -65,7 +66,7 @@ const WORDS = {
     told_error: "{name}: no answer. {error}",
     no_answer: "No answer",
     again: "Try again",
-    again_in: "Try again in {n} s",
+    again_in: "Try again in {n}\u00a0s",
     offline: "No connection to the server.",
     offline_still: "No connection to the server. Trying again by itself.",
     full: "The server is full and refused this at once, to stay quick for the others.",
@@ -89,7 +90,7 @@ const WORDS = {
     health_draining: "Shutting down",
     health_none: "No model",
     health_lost: "No connection",
-    health_about: "suanli {version}, up {time}. Refreshed every 2 s.",
+    health_about: "suanli {version}, up {time}. Refreshed every 2\u00a0s.",
     health_since: "What is shown is {time} old.",
     table: "Models",
     state: "State",
@@ -106,10 +107,10 @@ const WORDS = {
     state_loading: "loading",
     state_failed: "failed",
     state_draining: "shutting down",
-    seconds: "{n} s",
-    minutes: "{n} min {s} s",
-    hours: "{n} h {m} min",
-    days: "{n} d {h} h",
+    seconds: "{n}\u00a0s",
+    minutes: "{n}\u00a0min {s}\u00a0s",
+    hours: "{n}\u00a0h {m}\u00a0min",
+    days: "{n}\u00a0d {h}\u00a0h",
   },
   zh: {
     other: "English",
@@ -147,7 +148,7 @@ const WORDS = {
     text_hint: "或按 Ctrl + Enter",
     shell: "在命令行里做同样的事",
     answers: "结果",
-    empty: "结果会显示在这里。",
+    empty: "这里会显示最可能的类别、所用的时间，以及由哪个引擎得出。",
     forget: "移除全部结果",
     knows: "它认识的 {n} 个类别",
     more: "以及另外 {n} 个",
@@ -281,11 +282,13 @@ export function startLanguage(button) {
   show();
 }
 
+const NO_BREAK = "\u00a0"; // between a number and its unit
+
 // Seconds as people say them: "3.2 ms", "48 ms", "1.24 s".
 export function brief(seconds) {
   const ms = 1000 * seconds;
-  if (ms < 9.95) return `${ms.toFixed(1)} ms`;
-  return ms < 999.5 ? `${ms.toFixed(0)} ms` : `${seconds.toFixed(2)} s`;
+  if (ms < 9.95) return `${ms.toFixed(1)}${NO_BREAK}ms`;
+  return ms < 999.5 ? `${ms.toFixed(0)}${NO_BREAK}ms` : `${seconds.toFixed(2)}${NO_BREAK}s`;
 }
 
 // A longer time as values for `say`: "48 s", "3 min 5 s", "2 h 10 min", "4 d 3 h".
@@ -297,5 +300,5 @@ export function long(seconds) {
   return { key: "days", n: Math.floor(s / 86400), h: Math.floor((s % 86400) / 3600) };
 }
 
-export const percent = (share) => `${(100 * share).toFixed(2)} %`;
+export const percent = (share) => `${(100 * share).toFixed(2)}${NO_BREAK}%`;
 export const count = (n) => n.toLocaleString("en"); // 1,234 in both languages

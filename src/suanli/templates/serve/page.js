@@ -1,6 +1,6 @@
 // The page at /: what the server is like, asking it, and the key. The ways in are in inputs.js.
 
-import { element } from "./answers.js";
+import { element, outside } from "./answers.js";
 import { openWaysFor, startInputs } from "./inputs.js";
 import { percent, say, startLanguage, words } from "./language.js";
 import { Failure, checkKey, fetchStatus, hasKey, predict, useKey } from "./server.js";
@@ -14,8 +14,10 @@ const ALL_SHOWN = 12; // as many classes are all shown in an answer, else the fi
 
 const $ = (id) => document.getElementById(id);
 const batches = [];
-let status = null;
+let status = null; // the last one that came
+let reached = false; // the server answers
 let model = null; // the entry of /status that is asked
+let shown = ""; // what the page says of it
 let heldByKey = []; // questions that were refused for want of a key
 
 // ---- What the server is like
@@ -23,19 +25,24 @@ let heldByKey = []; // questions that were refused for want of a key
 async function poll() {
   try {
     status = await fetchStatus();
+    reached = true;
     showServer();
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure;
+    reached = false;
     notice(failure.kind === "offline" || failure.kind === "late" ? "offline_still" : failure.kind, failure.told);
-    status = null;
   }
 }
 
 async function keepPolling() {
   await poll();
-  const well = status?.ready && !status.draining;
-  setTimeout(() => (document.hidden ? document.addEventListener("visibilitychange", keepPolling, { once: true }) : keepPolling()),
-    well ? POLL_MS.well : POLL_MS.ill);
+  const well = reached && status.ready && !status.draining;
+  setTimeout(whenSeen, well ? POLL_MS.well : POLL_MS.ill);
+}
+
+function whenSeen() {
+  if (document.hidden) document.addEventListener("visibilitychange", whenSeen, { once: true });
+  else keepPolling();
 }
 
 function notice(key, told = "") {
@@ -44,9 +51,7 @@ function notice(key, told = "") {
   if (key === null || (box.dataset.said === key + told && box.firstChild)) return; // said once, not at every poll
   box.dataset.said = key + told;
   const text = element("p", "", say(element("span"), key));
-  const rest = element("bdi");
-  rest.textContent = told;
-  text.append(" ", rest);
+  text.append(" ", outside(told));
   box.replaceChildren(text);
 }
 
@@ -60,7 +65,7 @@ function showServer() {
   if (status.draining) notice("draining");
   else if (!model) notice("no_models");
   else if (model.state === "ready") notice(null);
-  else notice(model.state === "failed" ? "failed" : model.state === "draining" ? "draining" : "loading", model.reason ?? "");
+  else notice(["failed", "draining"].includes(model.state) ? model.state : "loading", model.reason ?? "");
   if (status.key_needed && !hasKey()) $("key-form").hidden = false;
   if (!status.key_needed) $("key-form").hidden = true;
 }
@@ -82,12 +87,16 @@ function showChoice() {
 
 function chooseModel(entry) {
   model = entry;
-  $("title").textContent = model?.name ?? "suanli";
-  document.title = model ? `${model.name} · suanli` : "suanli";
-  $("about").replaceChildren(...(model ? about(model) : []));
+  const { name, version, engine, precision, kind, classes, draws } = entry ?? {};
+  const fresh = JSON.stringify([name, version, engine, precision, kind, classes, draws, status.key_needed]);
+  if (fresh === shown) return; // what somebody reads, selects or has scrolled stays as it is
+  shown = fresh;
+  $("title").textContent = name ?? "suanli";
+  document.title = name ? `${name} · suanli` : "suanli";
+  $("about").replaceChildren(...(entry ? about(entry) : []));
   showClasses();
   showShell();
-  openWaysFor(model);
+  openWaysFor(entry);
 }
 
 function about({ kind, height, width, channels, classes, engine, precision, version }) {
@@ -95,7 +104,8 @@ function about({ kind, height, width, channels, classes, engine, precision, vers
   if (!kind) return [part("version", { version })]; // it never came up
   const size = { height, width, colour: { key: channels === 1 ? "grey" : "colour" } };
   const what = kind === "text" ? part("is_text") : part("is_image", size);
-  return [what, part("classes", { n: classes.length }), part("by", { engine, precision }), part("version", { version })];
+  const many = part("classes", { n: classes.length });
+  return [what, many, part("by", { engine, precision }), part("version", { version })];
 }
 
 function showClasses() {
@@ -103,12 +113,9 @@ function showClasses() {
   const [summary, list] = $("classes").children;
   $("classes").hidden = names.length === 0;
   say(summary, "knows", { n: names.length });
-  list.replaceChildren(...names.slice(0, MANY_CLASSES).map((name) => {
-    const text = element("bdi");
-    text.textContent = name;
-    return element("li", "", text);
-  }));
-  if (names.length > MANY_CLASSES) list.append(say(element("li", "note"), "more", { n: names.length - MANY_CLASSES }));
+  list.replaceChildren(...names.slice(0, MANY_CLASSES).map((name) => element("li", "", outside(name))));
+  const more = names.length - MANY_CLASSES;
+  if (more > 0) list.append(say(element("li", "note"), "more", { n: more }));
 }
 
 function showShell() {
@@ -127,6 +134,7 @@ function showShell() {
 
 // Asks about `items`, and shows what came in `batch`. What a batch showed before stays until there is an answer.
 async function ask(batch, items) {
+  if (batch.gone) return batch.drop(items);
   batch.asked?.abort();
   const asked = (batch.asked = new AbortController());
   const found = items.map(() => null);
@@ -150,7 +158,10 @@ async function ask(batch, items) {
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure;
     if (asked.signal.aborted) return batch.drop(items);
-    const again = () => ask(batch, items);
+    const again = () => {
+      batch.show(items, {});
+      return ask(batch, items);
+    };
     batch.show(items, { found, answer, failure: told(failure), again });
     $("announcer").textContent = words(failure.kind);
     if (failure.kind === "key") askForKey(again);
@@ -159,7 +170,8 @@ async function ask(batch, items) {
   }
 }
 
-function askPart(items, signal) {
+async function askPart(items, signal) {
+  if (!model?.kind) throw new Failure("not_ready");
   const top = model.classes.length <= ALL_SHOWN ? Math.max(model.classes.length, 1) : 5;
   if (items[0].text !== null) return predict({ model, top, text: items[0].text, signal });
   return predict({ model, top, files: items.map((item) => item.file), signal });

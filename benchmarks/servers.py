@@ -1,0 +1,137 @@
+"""Servers as processes: started, stopped, and what they cost. Linux only, by /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that it started."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:  # it grows meanwhile
+        found += parents.get(one, [])
+    return found
+
+
+def cpu_seconds(pid: int) -> float:
+    total = 0
+    for one in tree(pid):
+        with contextlib.suppress(OSError):
+            values = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            total += int(values[11]) + int(values[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def memory_bytes(pid: int) -> int:
+    """Of all processes together, pages that they share counted once."""
+    total = 0
+    for one in tree(pid):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) * 1024
+    return total
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    for one in tree(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, number)
+
+
+def free_port() -> int:
+    """The first of three free ones in a row."""
+    while True:
+        with ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                for more in (1, 2):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + more))
+                return port
+
+
+@contextlib.contextmanager
+def peer(python: Path | str, script: str, path: str, **environment: str) -> Iterator[tuple[int, int]]:
+    """A script of this folder, with arguments, that serves: its port, which is the last argument, and its process, once
+    `path` is answered by 200."""
+    port = free_port()
+    name, *arguments = script.split()
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [str(python), str(HERE / name), *arguments, str(port)],
+            stdout=said,
+            stderr=said,
+            env=os.environ | environment,
+        )
+        try:
+            until = time.monotonic() + 60
+            while not answers(port, path):
+                if time.monotonic() > until or process.poll() is not None:
+                    said.seek(0)
+                    sys.exit(f"{script} did not start:\n{said.read().decode(errors='replace')[-3000:]}")
+                time.sleep(0.1)
+            yield port, process.pid
+        finally:
+            for one in reversed(tree(process.pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGKILL)
+            process.wait()
+
+
+def answers(port: int, path: str) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def has(python: Path | None, package: str) -> bool:
+    if python is None:
+        return False
+    found = subprocess.run([str(python), "-c", f"import {package}"], capture_output=True, check=False)
+    return found.returncode == 0
+
+
+class MemoryWatch:
+    """The memory of a server, once a second, while the block runs."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.values = pid, [memory_bytes(pid)]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._stop.wait(1.0):
+            self.values.append(memory_bytes(self.pid))
+
+    def __enter__(self) -> MemoryWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.values.append(memory_bytes(self.pid))

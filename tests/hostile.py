@@ -1,0 +1,166 @@
+"""An engine that does what its input says, good and bad, for tests of what runs engines.
+
+    with room() as environment:
+        folder = engines(place / "models" / "odd", input_ms=5)
+
+Its pictures are 2 by 2 of three colours, and the first pixel is (what to do, which class to answer, how much). So every
+answer can be told from every other, and one request of a batch can be the one that kills.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import suanli.engines
+from rooms import forget
+from suanli import hardware, plugins
+from suanli.engine_store import Kept, save
+from suanli.preprocess.image import ImagePreprocess
+
+SIDE = 2  # px
+CLASSES = tuple(f"class{i}" for i in range(10))
+GOOD, THROWS, SHAPE, NAN, DIES, EXITS, HANGS, HOLDS, LEAKS, SLEEPS, CHATTERS = range(11)
+
+ENGINE = """
+import ctypes, json, os, signal, sys, time
+import numpy as np
+from pathlib import Path
+from suanli.types import Engine, Loaded
+
+LEAKED = []
+GOOD, THROWS, SHAPE, NAN, DIES, EXITS, HANGS, HOLDS, LEAKS, SLEEPS, CHATTERS = range(11)
+
+def load(folder, precision, placement):
+    settings = json.loads((Path(folder) / "settings.json").read_text())
+    exec(settings["load"])
+    classes, calls = settings["classes"], []
+
+    def answer(rows):
+        calls.append(len(rows))
+        exec(settings["always"])
+        time.sleep((settings["batch_ms"] + settings["input_ms"] * len(rows)) / 1e3)
+        found = np.zeros((len(rows), classes), np.float32)
+        for i, (what, label, much) in enumerate(rows[:, 0, 0].tolist()):
+            found[i, (label + settings["offset"]) % classes] = 1
+            if what == THROWS:
+                raise ValueError("a planted fault \\udcff \\u00e9")
+            if what == SHAPE:
+                return found[:, :1]
+            if what == NAN:
+                found[i] = np.nan
+            if what == DIES:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            if what == EXITS:
+                sys.exit("a planted end")
+            if what == HANGS:
+                time.sleep(3600)
+            if what == HOLDS:
+                ctypes.PyDLL(None).sleep(60)
+            if what == LEAKS:
+                LEAKED.append(np.ones(much << 20, np.uint8))
+            if what == SLEEPS:
+                time.sleep(much / 100)
+            if what == CHATTERS:
+                print("noise " * 200_000, flush=True)
+        return found
+
+    return Loaded(answer=answer, computes_in=lambda rows: precision)
+
+ENGINE = Engine(name="hostile", precisions=("float32",), packages=(), why_not=lambda d, p: None,
+                build=lambda *a: None, load=load, needs="onnx")
+"""
+
+
+@contextlib.contextmanager
+def room() -> Iterator[dict[str, str]]:
+    """The engine is found here and in processes that are started from here; what is given is the environment in which
+    other processes find it, too."""
+    with tempfile.TemporaryDirectory(prefix="hostile-") as place:
+        folder = Path(place)
+        path = [*suanli.engines.__path__, place]
+        (folder / "hostile.py").write_text(ENGINE, encoding="utf-8")
+        # Every Python that finds this folder on its path reads this file when it starts.
+        (folder / "sitecustomize.py").write_text(f"import suanli.engines\nsuanli.engines.__path__ = {path!r}\n")
+        before = suanli.engines.__path__
+        suanli.engines.__path__ = path
+        sys.path.insert(0, place)
+        importlib.invalidate_caches()
+        plugins.names.cache_clear()
+        try:
+            yield {"PYTHONPATH": place}
+        finally:
+            sys.path.remove(place)
+            suanli.engines.__path__ = before
+            forget("engines", ["hostile"])
+
+
+def engines(
+    folder: Path,
+    *,
+    classes: Sequence[str] = CLASSES,
+    side: int = SIDE,
+    offset: int = 0,
+    batch_ms: float = 0,
+    input_ms: float = 0,
+    load: str = "",
+    always: str = "",
+) -> Path:
+    """A folder of engines that can be served. `offset` is added to every class that is answered; a batch takes
+    `batch_ms` and `input_ms` for each input; `load` and `always` are Python that runs when the engine is loaded, and
+    before every answer (`calls`, the sizes of the batches so far, and `rows` are known there)."""
+    settings = {
+        "classes": len(classes),
+        "offset": offset,
+        "batch_ms": batch_ms,
+        "input_ms": input_ms,
+        "load": load,
+        "always": always,
+    }
+    made = Path(tempfile.mkdtemp(prefix="made-", dir=folder.parent if folder.parent.is_dir() else None))
+    try:
+        (made / "files").mkdir()
+        (made / "files" / "settings.json").write_text(json.dumps(settings))
+        kept = Kept(engine="hostile", precision="float32", folder=made / "files", threads=1, packages=(), portable=True)
+        preprocess = ImagePreprocess(height=side, width=side, channels=3).to_json()
+        about = {"classes": list(classes), "preprocess": preprocess}
+        folder.mkdir(parents=True, exist_ok=True)
+        save(folder, [kept], device=hardware.detect("cpu"), about=about)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return folder
+
+
+def pictures(*orders: tuple[int, ...], side: int = SIDE) -> np.ndarray:
+    """Rows (N, side, side, 3), one for each (what, class, how much); what is left out is 0."""
+    rows = np.zeros((len(orders), side, side, 3), np.uint8)
+    for row, order in zip(rows, orders, strict=True):
+        row[0, 0, : len(order)] = order
+    return rows
+
+
+def request(*orders: tuple[int, ...], side: int = SIDE, **parameters: object) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a binary request of the protocol for these pictures."""
+    rows = pictures(*orders, side=side)
+    tensor = {
+        "name": "image",
+        "datatype": "UINT8",
+        "shape": list(rows.shape),
+        "parameters": {"binary_data_size": rows.nbytes},
+    }
+    outputs = [{"name": "label"}]
+    head = json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
+    return head + rows.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+
+
+def labels(body: bytes) -> list[int]:
+    """Which classes an answer to `request` says."""
+    return [int(text.removeprefix("class")) for text in json.loads(body)["outputs"][0]["data"]]
