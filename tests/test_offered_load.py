@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import shutil
 import ssl
 import subprocess
@@ -19,11 +20,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from suanli import building
 from suanli.errors import DataError, UsageError
 from suanli.loads import Figures, Load, ServerGone, Stretch, Target, figures, held
 from suanli.offered_load import Generator, offer
+from suanli.plugins import load as load_plugin
+from suanli.saved import save_model
 from suanli.serving import protocol
-from suanli.verbs._bench_serve import bench_serve, table
+from suanli.types import Recipe
+from suanli.verbs._bench_serve import bench_serve, started, table
 from suanli.verbs._payloads import payload
 
 BODY = b"x" * 10_000
@@ -547,3 +552,27 @@ def test_subjects_and_options_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ServerGone):
         bench_serve("http://127.0.0.1:1", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_model_is_served_for_it_and_the_server_ends(tmp_path: Path) -> None:
+    kind = load_plugin("preprocess", "image")
+    preprocess = kind(height=16, width=16, channels=3)
+    recipe = Recipe(name="test", model="speednet")
+    module = building.build(recipe, preprocess, 3)
+    folder = tmp_path / "small"
+    save_model(folder, module, recipe=recipe, preprocess=preprocess, classes=("a", "b", "c"), data={})
+    with started(folder) as (url, pid):
+        asked = payload(url, {}, rows=2, files=[])
+        assert (asked.model, asked.engine, asked.told) == ("small", "eager", "UINT8 [2, 16, 16, 3]")
+        found = offer(Target.of(asked.url, asked.bodies, asked.headers), closed(clients=2))
+        assert found.accepted_us
+        assert not found.errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ServerGone, match=r"suanli serve ended\. .*model\.json"), started(tmp_path):
+        pass

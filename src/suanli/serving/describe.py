@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
     from suanli.serving.model import ServedModel
 
 MAX_INPUTS = 4096  # of one request
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
+
+
+@cache
+def version() -> str:
+    return importlib.metadata.version("suanli")
+
+
+def server() -> dict[str, Json]:
+    """Open Inference Protocol, "Server Metadata"."""
+    return {"name": "suanli", "version": version(), "extensions": EXTENSIONS}
 
 
 def metadata(model: ServedModel, versions: Sequence[str]) -> dict[str, Json]:

@@ -12,8 +12,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import suanli
 from suanli.errors import MachineError, UsageError, pip_install
+from suanli.serving import describe
 from suanli.serving.grpc_calls import DETAILS, Answer, Calls
 from suanli.serving.log import Log
 from suanli.serving.messages import HEALTH, INFERENCE, filled, message, to_message, to_request
@@ -31,7 +31,6 @@ RECEIVE_S = 60.0  # for the whole body of a request
 WATCH_S = 1.0  # between two looks at the health, for those who watch it
 LARGE_BYTES = 1 << 18  # of typed contents, which from here on are read in a thread
 
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics")
 _MEMORY = "suanli shares no memory with clients: send the bytes of a tensor in raw_input_contents."
 _SETTINGS = "suanli has no traces or logs that clients could set."
 _NOT_OFFERED = {
@@ -160,7 +159,7 @@ class _Service:
         return message("ServerReadyResponse")(ready=self._is_ready)
 
     async def _server_metadata(self, *_: Any) -> Any:
-        return message("ServerMetadataResponse")(name="suanli", version=suanli.__version__, extensions=EXTENSIONS)
+        return message("ServerMetadataResponse")(**describe.server())
 
     def _health(self, service: str) -> str:
         if service not in ("", SERVICE):

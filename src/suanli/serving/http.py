@@ -20,8 +20,7 @@ from itertools import count
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from suanli import __version__
-from suanli.serving import metrics, openapi, pages, protocol
+from suanli.serving import describe, metrics, openapi, pages, protocol
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel
 from suanli.serving.protocol import HEADER_LENGTH, Refused, bad
@@ -34,12 +33,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 Reply = tuple[int, Headers, bytes]
 
-EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 LARGE_JSON = 1 << 18  # bytes: read in a thread, so that others are answered meanwhile
 FILES = 256  # of one request for people
 OPEN = ("/", "/health", "/status", "/v2/health/live", "/v2/health/ready")  # to whoever has no key
 OWN = ("/status", "/metrics", "/openapi.json")
-ABOUT = ([], ["ready"], ["config"], ["stats"])  # what there is below a model
+ABOUT: tuple[list[str], ...] = ([], ["ready"], ["config"], ["stats"])  # what there is below a model
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
 
 
@@ -162,7 +160,7 @@ class App:
                 return await self._infer(name, version, scope, headers, receive)
             case [] | [""]:
                 _allow(method, "GET")
-                return _json({"name": "suanli", "version": __version__, "extensions": EXTENSIONS})
+                return _json(describe.server())
             case ["health", "live"]:
                 _allow(method, "GET")
                 return _json({"live": True})
@@ -315,7 +313,7 @@ class App:
                                "reason": entry["reason"], "classes": []})  # fmt: skip
         return {
             "name": "suanli",
-            "version": __version__,
+            "version": describe.version(),
             "ready": repository.ready,
             "draining": repository.draining,
             "uptime_s": time.monotonic() - self._started,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from suanli import __version__
+from suanli.serving import describe
 from suanli.serving.protocol import DATATYPES, HEADER_LENGTH, MAX_RANK, MAX_TENSORS
 from suanli.types import Json
 
@@ -259,7 +259,12 @@ def document(*, key_needed: bool = False, models: Mapping[str, Sequence[str]] | 
     }
     found: dict[str, Json] = {
         "openapi": "3.1.0",
-        "info": {"title": "suanli", "version": __version__, "description": ABOUT, "license": {"name": "Apache-2.0"}},
+        "info": {
+            "title": "suanli",
+            "version": describe.version(),
+            "description": ABOUT,
+            "license": {"name": "Apache-2.0"},
+        },
         "servers": [{"url": "/"}],
         "paths": paths.found,
         "components": {"schemas": _schemas(), "responses": _refusals()}

@@ -247,7 +247,7 @@ def _listed(name: str, datatype: str, shape: tuple[int, ...], values: Any) -> np
         raise bad(f"Input {name!r} of shape {list(shape)} has {len(items)} elements.")
     if len(sides) > 1 and sides != (shape if items else shape[: len(sides)]):  # lists end at the first 0
         raise bad(f"Input {name!r} of shape {list(shape)} has data of shape {list(sides)}.")
-    kinds = set(map(type, items))
+    kinds: set[type] = set(map(type, items))
     if datatype == "BYTES":
         return _strings(name, items, kinds)
     if kinds - ELEMENTS[DATATYPES[datatype].kind]:  # before NumPy sees it: it would make something of anything
