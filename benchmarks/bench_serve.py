@@ -90,7 +90,7 @@ class Turns:
 
     @property
     def per_s(self) -> list[float]:
-        return [one.answered_in_time / one.seconds for one in self.stretches]
+        return [one.answered_per_s for one in self.stretches]
 
     @property
     def per_cpu_s(self) -> list[float]:
@@ -350,21 +350,21 @@ def engine(given: Namespace, record: Record, model: Path, work: Path) -> Json:
         single = Load(rate_per_s=None, connections=1, seconds=given.seconds / 2)
         for load in (many, single):
             generator.offer(load)
-        alone_per_s, served, alone_ms, single_ms, singles = [], Turns([], []), [], [], []
+        alone_per_s, alone_ms, served, lone = [], [], Turns([], []), Turns([], [])
         for number in range(given.rounds):
             for ours in (False, True) if number % 2 == 0 else (True, False):
                 if ours:
-                    before = cpu_seconds(pid)
-                    served.stretches.append(generator.offer(many))
-                    served.cpu_s.append(cpu_seconds(pid) - before)
-                    singles.append(generator.offer(single))
-                    single_ms.append(measure.percentile(singles[-1].accepted_us, 0.5) / 1000)
+                    for turns, load in ((served, many), (lone, single)):
+                        before = cpu_seconds(pid)
+                        turns.stretches.append(generator.offer(load))
+                        turns.cpu_s.append(cpu_seconds(pid) - before)
                 else:
                     alone_per_s.append(alone.per_s(best, given.seconds))
                     alone_ms.append(1000 * statistics.median(alone.seconds(1, given.seconds / 2)))
     record.say(f"alone {measure.spread(alone_per_s).median:,.1f} inputs/s in batches of {best}")
-    tell(record, {"served, 32 clients": served, "served, one client": Turns(singles, [0.0] * len(singles))})
+    tell(record, {"served, 32 clients": served, "served, one client": lone})
     kept = ratio(record, "served / alone, inputs per second", served.per_s, alone_per_s, ENGINE_FLOOR)
+    single_ms = [measure.percentile(one.accepted_us, 0.5) / 1000 for one in lone.stretches]
     added = measure.spread([a - b for a, b in zip(single_ms, alone_ms, strict=True)])
     record.say(f"one client {statistics.median(single_ms):.3f} ms, a call {statistics.median(alone_ms):.3f} ms")
     allowed = record.figure(
@@ -399,6 +399,7 @@ def overload(given: Namespace, record: Record, model: Path, work: Path) -> Json:
 
 def overloaded(given: Namespace, record: Record, model: Path, p99_ms: float | None) -> dict[str, Json]:
     options = [] if p99_ms is None else ["--p99-ms", f"{p99_ms:.3f}"]
+    way = "defaults" if p99_ms is None else "--p99-ms"
     with ExitStack() as stack:
         url, pid = stack.enter_context(started(model, *options))
         asked = payload(url, {}, rows=1, files=[])
@@ -421,30 +422,42 @@ def overloaded(given: Namespace, record: Record, model: Path, p99_ms: float | No
     assert under.p99_ms is not None
     well = [since for since, one in after if not one.refused_per_s and (one.p99_ms or 1e9) <= TAIL * unloaded.p99_ms]
     recovered_s = max(0.0, well[0]) if well else float("inf")
-    grown = measure.percentile(memory.values[-5:], 0.5) / measure.percentile(memory.values[:5], 0.5)
+    under_load = memory.values[len(memory.values) // 10 : -1]  # its connections have their buffers by then
+    tenth = max(1, len(under_load) // 10)
+    grown = statistics.median(under_load[-tenth:]) / statistics.median(under_load[:tenth])
     record.say(
         f"capacity {capacity.answered_per_s:,.1f}/s; unloaded p99 {unloaded.p99_ms:.2f} ms at {few_per_s:,.1f}/s; "
         f"offered {under.offered_per_s:,.0f}/s: answered {under.answered_per_s:,.1f}/s, p50 {under.p50_ms:.1f}, p99 "
         f"{under.p99_ms:.1f} ms; refused {under.refused_per_s:,.1f}/s, p99 {under.refused_p99_ms or 0:.2f}, longest "
         f"{under.refused_max_ms or 0:.1f} ms (from sending: {under.refused_sent_p99_ms or 0:.2f}, "
         f"{under.refused_sent_max_ms or 0:.1f}); errors {under.errors}; {under.waited:,} waited for a connection; "
-        f"generator late by {under.lag_ms_p99:.2f} ms (p99); memory {memory.values[0] / 1e6:.0f} to "
+        f"generator late by {under.lag_ms_p99:.2f} ms (p99); memory before, in the first and last tenth, "
+        f"after: {memory.values[0] / 1e6:.0f}, {under_load[0] / 1e6:.0f}, {under_load[-1] / 1e6:.0f}, "
         f"{memory.values[-1] / 1e6:.0f} MB; as before after {recovered_s:.1f} s"
     )
     count = under.requests
-    record.figure("2 x unloaded p99 / accepted p99", TAIL * unloaded.p99_ms / under.p99_ms, 0.0, count, floor=1.0)
+    kept = TAIL * unloaded.p99_ms / under.p99_ms
+    record.figure(f"{way}: 2 x unloaded p99 / accepted p99", kept, 0.0, count, floor=None if p99_ms is None else 1.0)
     for what, ms in (("p99", under.refused_p99_ms), ("longest", under.refused_max_ms)):
-        value = REFUSED_MS / ms if ms else float("nan")
-        record.figure(f"10 ms / time to a refusal, {what}", value, 0.0, count, floor=1.0 if what == "p99" else None)
-    record.figure("1.1 / memory at the end to that at the beginning", GROWN / grown, 0.0, len(memory.values), floor=1.0)
-    record.figure("2 s / time to recover", RECOVERED_S / max(recovered_s, 0.01), 0.0, 1, floor=1.0)
+        value = REFUSED_MS / ms if ms else 0.0
+        record.figure(
+            f"{way}: 10 ms / time to a refusal, {what}", value, 0.0, count, floor=1.0 if what == "p99" else None
+        )
+    record.figure(
+        f"{way}: 1.1 / memory in the last tenth of the time to that in the first",
+        GROWN / grown,
+        0.0,
+        len(memory.values),
+        floor=1.0,
+    )
+    record.figure(f"{way}: 2 s / time to recover", RECOVERED_S / max(recovered_s, 0.01), 0.0, 1, floor=1.0)
     return {
         "capacity": capacity.to_json(),
         "unloaded": unloaded.to_json(),
         "under": under.to_json(),
         "after": [{"since_s": since, **one.to_json()} for since, one in after],
         "memory_bytes": memory.values,
-        "recovered_s": recovered_s,
+        "recovered_s": recovered_s if well else None,
     }
 
 

@@ -25,6 +25,7 @@ from rooms import forget
 from suanli import hardware, plugins
 from suanli.engine_store import Kept, save
 from suanli.preprocess.image import ImagePreprocess
+from suanli.types import Preprocess
 
 SIDE = 2  # px
 CLASSES = tuple(f"class{i}" for i in range(10))
@@ -49,7 +50,8 @@ def load(folder, precision, placement):
         exec(settings["always"])
         time.sleep((settings["batch_ms"] + settings["input_ms"] * len(rows)) / 1e3)
         found = np.zeros((len(rows), classes), np.float32)
-        for i, (what, label, much) in enumerate(rows[:, 0, 0].tolist()):
+        orders = rows[:, 0, 0].tolist() if rows.ndim == 4 else [(GOOD, len(set(row)), 0) for row in rows.tolist()]
+        for i, (what, label, much) in enumerate(orders):
             found[i, (label + settings["offset"]) % classes] = 1
             if what == THROWS:
                 raise ValueError("a planted fault \\udcff \\u00e9")
@@ -113,10 +115,12 @@ def engines(
     input_ms: float = 0,
     load: str = "",
     always: str = "",
+    preprocess: Preprocess | None = None,
 ) -> Path:
     """A folder of engines that can be served. `offset` is added to every class that is answered; a batch takes
     `batch_ms` and `input_ms` for each input; `load` and `always` are Python that runs when the engine is loaded, and
-    before every answer (`calls`, the sizes of the batches so far, and `rows` are known there)."""
+    before every answer (`calls`, the sizes of the batches so far, and `rows` are known there). `preprocess` is for
+    other inputs than pictures: the class is then how many different values a row has."""
     settings = {
         "classes": len(classes),
         "offset": offset,
@@ -130,8 +134,8 @@ def engines(
         (made / "files").mkdir()
         (made / "files" / "settings.json").write_text(json.dumps(settings))
         kept = Kept(engine="hostile", precision="float32", folder=made / "files", threads=1, packages=(), portable=True)
-        preprocess = ImagePreprocess(height=side, width=side, channels=3).to_json()
-        about = {"classes": list(classes), "preprocess": preprocess}
+        reads = preprocess or ImagePreprocess(height=side, width=side, channels=3)
+        about = {"classes": list(classes), "preprocess": reads.to_json()}
         folder.mkdir(parents=True, exist_ok=True)
         save(folder, [kept], device=hardware.detect("cpu"), about=about)
     finally:

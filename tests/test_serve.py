@@ -345,6 +345,27 @@ def test_a_flood_on_one_connection_that_reads_nothing_is_cut_off(server: Served)
     assert time.monotonic() - started < 20
 
 
+def test_many_bodies_that_never_end_do_not_fill_the_memory(server: Served) -> None:
+    """Sixteen times the largest body is what all of them together may have sent."""
+    with contextlib.ExitStack() as stack:
+        raws = [stack.enter_context(Raw(server)) for _ in range(24)]
+        refused = 0
+        for raw in raws:
+            with contextlib.suppress(ConnectionError):
+                raw.send(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 990000\r\n\r\n" % INFER.encode())
+                raw.send(b"x" * 900_000)
+            raw.socket.settimeout(0.1)
+            try:
+                refused += raw.answer().status == 503
+            except (ConnectionError, EOFError):
+                refused += 1
+            except TimeoutError:
+                pass
+        assert 5 <= refused <= 8
+        assert answered(server, (GOOD, 1)) in ([1], 503)
+    assert answered(server, (GOOD, 1)) == [1]
+
+
 def test_a_client_that_asks_before_it_sends_is_told_to_go_on(server: Served) -> None:
     whole = message((GOOD, 6), headers="Expect: 100-continue\r\n")
     head, _, body = whole.partition(b"\r\n\r\n")
@@ -886,6 +907,16 @@ def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path, environmen
         assert json.loads(server.log().strip().splitlines()[-1])["event"] in ("stopping", "stopped")
 
 
+def test_sigterm_while_a_model_comes_up(tmp_path: Path, environment: dict[str, str]) -> None:
+    subject = engines(tmp_path / "odd", load="time.sleep(30)")
+    with serving(subject, environment=environment, ready=False) as server:
+        until(lambda: bool(children(server.process.pid)), within_s=10, what="an engine's process")
+        (engine,) = children(server.process.pid)
+        server.process.terminate()
+        assert server.process.wait(10) == 0
+        assert not is_there(engine)
+
+
 def test_a_second_signal_ends_it_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
     with serving(engines(tmp_path / "odd"), environment=environment, exit_code=None) as server:
         (engine,) = children(server.process.pid)
@@ -1142,6 +1173,44 @@ def test_a_folder_of_models_is_followed(tmp_path: Path, environment: dict[str, s
         until(lambda: index() == {("odd", "1"): "READY"}, within_s=30, what="one model")
         assert server.ready()
         until(lambda: len(children(server.process.pid)) == 1, within_s=10, what="one engine")
+
+
+def test_a_model_whose_last_file_comes_late_is_loaded_in_the_end(tmp_path: Path, environment: dict[str, str]) -> None:
+    """What lists the files is often copied before the large ones."""
+    models = tmp_path / "models"
+    engines(models / "odd")
+    engines(tmp_path / "next", offset=1)
+    (late,) = (tmp_path / "next").glob("hostile-*/settings.json")
+    content = late.read_bytes()
+    late.unlink()
+    with serving(models, environment=environment) as server:
+        shutil.copytree(tmp_path / "next", models / "new")
+        until(lambda: bool(server.events("model not loaded")), within_s=20, what="half of a model")
+        (models / "new" / late.relative_to(tmp_path / "next")).write_bytes(content)
+        ask = lambda: read(server.ask("POST", "/v2/models/new/infer", *request((GOOD, 0))))  # noqa: E731
+        until(lambda: ask() == [1], within_s=20, what="the whole model")
+        until(server.ready, within_s=10, what="ready")
+
+        # Unloaded while a request is computed, swapped while one is being sent, loaded by many at once.
+        with Raw(server) as slow, Raw(server) as half:
+            slow.send(message((SLEEPS, 1, 60), path="/v2/models/new/infer"))
+            picture = file_of(pictures((GOOD, 1))[0])
+            half.send(b"POST /predict?model=odd HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n")
+            half.send(b"Content-Length: %d\r\n\r\n" % len(picture) + picture[:20])
+            time.sleep(0.1)
+            assert server.ask("POST", "/v2/repository/models/new/unload").status == 200
+            assert server.ask("POST", "/v2/repository/models/odd/load").status == 200
+            time.sleep(0.2)
+            half.send(picture[20:])
+            answer = half.answer()
+            assert answer.status == 200, answer.body
+            assert answer.json()["predictions"][0]["label"] == "class1"
+            assert read(slow.answer()) == [2]
+        with ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(server.ask, "POST", "/v2/repository/models/odd/load") for _ in range(4)]
+            assert [one.result().status for one in asked] == [200] * 4
+        until(lambda: len(children(server.process.pid)) == 1, within_s=10, what="one engine")
+        assert answered(server, (GOOD, 0)) == [0]
 
 
 def test_a_folder_that_is_away_for_a_moment_is_not_unloaded(tmp_path: Path, environment: dict[str, str]) -> None:

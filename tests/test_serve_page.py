@@ -476,6 +476,17 @@ def test_headers_of_a_page() -> None:
     assert not pages.is_current("/nothing", "*")
 
 
+def test_what_the_server_sends_with_a_page(served: Served) -> None:
+    for path in ("/", "/health", "/page/page.js"):
+        first = served.ask("GET", path)
+        assert first.status == 200
+        assert first.body == (pages.page(path) or (b"", ""))[0]
+        assert {name.lower(): value for name, value in pages.headers(path).items()}.items() <= first.headers.items()
+        again = served.ask("GET", path, headers={"If-None-Match": first.headers["etag"]})
+        assert (again.status, again.body) == (304, b"")
+    assert served.ask("GET", "/page/../report.css").status == 404
+
+
 def test_pages_name_no_other_site_and_hold_no_script_or_style() -> None:
     folder = Path(pages.__file__).parents[1] / pages.FOLDER
     for file in folder.iterdir():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hostile import (
     CHATTERS,
@@ -36,6 +37,7 @@ from hostile import (
     pictures,
     room,
 )
+from suanli.preprocess.text import TextPreprocess
 from suanli.serving import batching, model, worker
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel, Settings
@@ -614,6 +616,63 @@ def test_a_deadline_passes(run: Run, keep: Callable[..., Kept], tmp_path: Path) 
         assert await first == [1]
         assert await kept.ask((GOOD, 2), timeout=30_000_000) == [2]
         assert kept.served.figures.refused == {504: 1}
+
+    run(work())
+
+
+def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
+    """Ids of words that aren't there would lead an engine to memory that isn't its own."""
+    kept = keep(engines(tmp_path / "odd", preprocess=TextPreprocess(vocabulary=("a", "b", "c"), length=4)))
+
+    async def ask(datatype: str, data: Any, shape: tuple[int, ...]) -> list[bytes] | int:
+        tensor = Tensor(name="text", datatype=datatype, shape=shape, data=data)
+        try:
+            response = await kept.served.infer(InferRequest(inputs=(tensor,)))
+        except Refused as error:
+            return error.status
+        found = response.outputs[1].data
+        assert isinstance(found, list)
+        return found
+
+    async def work() -> None:
+        await kept.served.start()
+        assert await ask("BYTES", [b"a b", b"a b c c"], (2,)) == [b"class3", b"class3"]
+        assert await ask("INT32", np.array([[10**6, -5, 1, 0]], np.int32), (1, 4)) == 400
+        assert await ask("INT32", np.zeros((1, 4), np.int32), (1, 4)) == 400
+        assert await ask("UINT8", np.zeros((1, 4, 4, 3), np.uint8), (1, 4, 4, 3)) == 400
+        assert await ask("BYTES", [b"\xff"], (1,)) == 400
+        assert kept.served.ready
+
+    run(work())
+
+
+def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
+    run: Run, keep: Callable[..., Kept], tmp_path: Path
+) -> None:
+    """A few kilobytes can be 40 million pixels, and the engine's own time says nothing of that."""
+    kept = keep(engines(tmp_path / "odd"), p99_s=0.2)
+    stream = io.BytesIO()
+    Image.new("1", (6_000, 6_000)).save(stream, "PNG")
+    picture = stream.getvalue()
+
+    async def ask(count: int) -> int:
+        try:
+            found = await kept.served.predict([picture] * count, top=1)
+        except Refused as error:
+            return error.status if error.retry_after_s else 0
+        assert [one["label"] for one in found] == ["class0"] * count
+        return 200
+
+    async def work() -> None:
+        await kept.served.start()
+        assert await ask(4) == 200
+        first = asyncio.ensure_future(ask(8))
+        await asyncio.sleep(0.01)
+        before = time.monotonic()
+        assert [await ask(8) for _ in range(20)] == [503] * 20
+        assert time.monotonic() - before < 2
+        assert await first == 200
+        assert await ask(1) == 200
 
     run(work())
 

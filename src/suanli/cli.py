@@ -236,6 +236,14 @@ def _bench(
     time_budget_s: Annotated[float | None, typer.Option(help="Seconds for all rungs together.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, in any currency.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-bench-<n>.")] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Measure a server instead: DATA is its address, or a run to start one for.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(help="With --serve: for all loads together.")] = 30,
+    clients: Annotated[int, typer.Option(min=1, help="With --serve: that find out what the server can take.")] = 32,
+    files: Annotated[
+        list[str] | None, typer.Option(help="With --serve: pictures or texts to send; repeatable. Default: made up.")
+    ] = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
     max_bad: MaxBad = 0.01,
@@ -243,8 +251,12 @@ def _bench(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    options = {k: v for k, v in locals().items() if k not in ("as_json", "settings")}
+    of_server = ("serve", "seconds", "clients", "files")
+    options = {k: v for k, v in locals().items() if k not in ("as_json", "settings", "of_server", *of_server)}
     with _result(as_json) as result:
+        if serve:
+            _bench_server(result, data, out, seconds, clients, files)
+            return
         from suanli.verbs.bench import Refused, bench, table
 
         try:
@@ -254,6 +266,16 @@ def _bench(
             found = error.found
             result.fail(error, found.to_json())
         result.shown = lambda: table(found)
+
+
+def _bench_server(
+    result: _Result, subject: str, out: Path | None, seconds: float, clients: int, files: list[str] | None
+) -> None:
+    from suanli.verbs._bench_serve import bench_serve, table
+
+    found = bench_serve(subject, seconds=seconds, clients=clients, files=files or (), out=out)
+    result.values = found.to_json()
+    result.shown = lambda: table(found)
 
 
 @app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")

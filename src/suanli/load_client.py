@@ -113,9 +113,9 @@ class _Sending:
         self.lags = array("d")
         self.errors: Counter[str] = Counter()
         self.said = ""
-        self.offered = self.in_time = self.waited = self.without_retry_after = 0
+        self.offered = self.waited = self.without_retry_after = 0
         self.number = self.flying = 0  # of the next request; requests that are on their way
-        self.end = self.connected_at = self.retry_at = 0.0
+        self.end = self.connected_at = self.retry_at = self.answered_at = 0.0
 
     def stretch(self, idle: list[socket.socket]) -> Stretch:
         """Uses connections of `idle` first, and takes them out."""
@@ -128,7 +128,7 @@ class _Sending:
             rate_per_s=self.load.rate_per_s,
             seconds=self.load.seconds,
             offered=self.offered,
-            answered_in_time=self.in_time,
+            answered_s=max(self.load.seconds, self.answered_at - start),
             accepted_us=self.accepted.tolist(),
             refused_us=self.refused.tolist(),
             refused_sent_us=self.refused_sent.tolist(),
@@ -334,7 +334,7 @@ class _Sending:
         status, took_us = connection.status, round(1e6 * (now - connection.due))
         if 200 <= status < 300:
             self.accepted.append(took_us)
-            self.in_time += now <= self.end
+            self.answered_at = now
         elif status == 503:
             self.refused.append(took_us)
             self.refused_sent.append(round(1e6 * (now - connection.sent)))

@@ -36,6 +36,7 @@ class Generator:
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": paths},
             text=True,
+            start_new_session=True,  # Ctrl-C is for who asks, and this one ends with it
         )
         requests = [base64.b64encode(request).decode() for request in target.requests]
         self._write({"url": target.url, "requests": requests})

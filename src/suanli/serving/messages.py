@@ -250,6 +250,7 @@ def _tensor(sent: Any, raw: bytes | None) -> Tensor:
         )
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise bad(f"The shape of input {name[:200]!r} is {list(shape)}: larger than any request.")
+    parameters = _values(sent.parameters)
     data: np.ndarray | list[bytes]
     if raw is None:
         data = _typed(name, datatype, shape, sent.contents)
@@ -257,7 +258,7 @@ def _tensor(sent: Any, raw: bytes | None) -> Tensor:
         raise bad(f"Input {name[:200]!r} has contents, and raw_input_contents too: only one of them.")
     else:
         data = from_bytes(name, datatype, shape, raw)
-    return Tensor(name=name, datatype=datatype, shape=shape, data=data, parameters=_values(sent.parameters))
+    return Tensor(name=name, datatype=datatype, shape=shape, data=data, parameters=parameters)
 
 
 def _typed(name: str, datatype: str, shape: tuple[int, ...], contents: Any) -> np.ndarray | list[bytes]:

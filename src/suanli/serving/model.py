@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from suanli import hardware
 from suanli.errors import BadInput
 from suanli.predictor import encode
 from suanli.saved import preprocess_of
@@ -28,7 +29,7 @@ from suanli.serving import describe
 from suanli.serving.batching import Batcher
 from suanli.serving.describe import MAX_INPUTS
 from suanli.serving.figures import Figures
-from suanli.serving.policy import Curve, Policy
+from suanli.serving.policy import NEWEST, Curve, Policy
 from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import About, Died, Worker
@@ -69,6 +70,7 @@ class ServedModel:
         self._settings, self._pool, self._log = settings, pool, log
         self._worker: Worker | None = None
         self._encoding = 0  # inputs that are being decoded
+        self._encode_s = 0.0  # that one of them took of a thread, lately
         self._users = 0
         self._crashes = 0
         self._crashed = -math.inf
@@ -353,7 +355,10 @@ class ServedModel:
         return np.dtype(self.about.row_dtype).kind == "f" or self.about.row_dtype == "uint8"
 
     async def _encoded(self, raws: Sequence[object]) -> list[np.ndarray | str]:
-        """Rows, or why there is none, in threads."""
+        """Rows, or why there is none, in threads. Raises Refused where those have too much to do already."""
+        behind_s = self._encoding * self._encode_s / hardware.cores()
+        if behind_s > self.policy.target_s:
+            raise Refused(503, f"Model {self.name} has too much to decode.", retry_after_s=behind_s)
         loop = asyncio.get_running_loop()
         started = time.perf_counter()
         self._encoding += len(raws)
@@ -364,6 +369,14 @@ class ServedModel:
             self.figures.encode.add(time.perf_counter() - started)
 
     def _encode(self, raw: object) -> np.ndarray | str:
+        before = time.perf_counter()
+        try:
+            return self._encode_one(raw)
+        finally:
+            took = time.perf_counter() - before
+            self._encode_s += NEWEST * (took - self._encode_s)
+
+    def _encode_one(self, raw: object) -> np.ndarray | str:
         if self.preprocess.kind == "image" and isinstance(raw, bytes):
             from suanli.preprocess._decode import peek
 

@@ -38,7 +38,12 @@ DATATYPES: dict[str, np.dtype] = {
     "FP64": np.dtype("<f8"),
 }
 NAMES = {dtype: name for name, dtype in DATATYPES.items()}
-ELEMENTS = {"b": {bool}, "u": {int}, "i": {int}, "f": {int, float}}  # Python's types by NumPy's kinds
+ELEMENTS: dict[str, set[type]] = {
+    "b": {bool},
+    "u": {int},
+    "i": {int},
+    "f": {int, float},
+}  # Python's types by NumPy's kinds
 MAX_RANK = 8
 MAX_TENSORS = 64  # of one request
 MAX_ELEMENTS = 1 << 40  # of one tensor, as if no side were 0: NumPy refuses larger shapes even where they are empty

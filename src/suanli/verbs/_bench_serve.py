@@ -122,7 +122,7 @@ def _measured(target: Target, seconds: float, clients: int) -> tuple[Figures, tu
         generator.offer(replace(closed, seconds=WARM_UP * turn_s))
         first = generator.offer(closed)
         _refuse_silent(first)
-        rate = first.answered_in_time / turn_s
+        rate = first.answered_per_s
         closed_rounds: list[Stretch] = [first]
         rounds: dict[float, list[Stretch]] = {share: [] for share in SHARES}
         done = (1 + WARM_UP) * turn_s
@@ -145,7 +145,7 @@ def _measured(target: Target, seconds: float, clients: int) -> tuple[Figures, tu
 
 def _refuse_silent(stretch: Stretch) -> None:
     """Raises DataError for a server that answers nothing."""
-    if stretch.answered_in_time:
+    if stretch.accepted_us:
         return
     why = ", ".join(f"{count:,} × {error}" for error, count in stretch.errors.items())
     refused = f"{len(stretch.refused_us):,} refused" if stretch.refused_us else ""
