@@ -103,6 +103,10 @@ def is_there(pid: int) -> bool:
         return False
 
 
+def descriptors(server: Served) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/fd"))
+
+
 class Raw:
     """A connection that sends whatever it is told to, and reads answers one by one."""
 
@@ -1083,6 +1087,7 @@ def test_models_are_swapped_under_load_without_a_lost_request(tmp_path: Path, en
     folder = tmp_path / "models" / "odd"
     engines(folder)
     with serving(tmp_path / "models", environment=environment) as server:
+        opened = descriptors(server)
         clients = Clients(server, 6, lambda _: (GOOD, 0))
         for version in range(1, 6):
             before = len(clients.found)
@@ -1101,6 +1106,7 @@ def test_models_are_swapped_under_load_without_a_lost_request(tmp_path: Path, en
             seen += answer
         assert set(seen) == set(range(6))
         until(lambda: len(children(server.process.pid)) == 1, within_s=10, what="one engine")
+        until(lambda: descriptors(server) <= opened + 1, within_s=10, what="as many descriptors as before")
         assert not server.events("engine lost")
         assert not server.events("request failed")
         first = [seen.index(version) for version in range(6)]
@@ -1256,11 +1262,7 @@ def test_an_hour_of_misfortune_in_half_a_minute(tmp_path: Path, environment: dic
     folder = tmp_path / "models" / "odd"
     engines(folder)
     with serving(tmp_path / "models", environment=environment) as server:
-
-        def descriptors() -> int:
-            return len(os.listdir(f"/proc/{server.process.pid}/fd"))
-
-        before = descriptors()
+        before = descriptors(server)
         clients = Clients(server, 4, lambda number: (GOOD, number))
         end = time.monotonic() + 30
         turn = 0
@@ -1284,7 +1286,7 @@ def test_an_hour_of_misfortune_in_half_a_minute(tmp_path: Path, environment: dic
         assert sum(isinstance(what[1], list) for _, what in clients.found) > 500  # type: ignore[index]
         until(server.ready, within_s=60, what="ready")
         until(lambda: len(children(server.process.pid)) == 1, within_s=20, what="one engine")
-        until(lambda: descriptors() <= before + 2, within_s=20, what="as many descriptors as before")
+        until(lambda: descriptors(server) <= before + 2, within_s=20, what="as many descriptors as before")
         assert not server.events("request failed")
 
 

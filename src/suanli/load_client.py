@@ -413,7 +413,7 @@ class _Sending:
                     made = self.tls.wrap_socket(made, server_hostname=self.host, do_handshake_on_connect=False)
             except OSError:
                 made.close()
-                self.retry_at = now + RETRY_S
+                self.retry_at = time.perf_counter() + RETRY_S
                 return
             connection = self.closed.popleft()
             self._use(connection, made)

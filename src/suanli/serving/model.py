@@ -227,6 +227,7 @@ class ServedModel:
             self.batcher.fail_waiting(Refused(503, f"Model {self.name} was unloaded."))
         if self._worker is not None:
             self._worker.close()
+            self._worker = None  # and its memory, which would else stay until the next search for cycles
 
     # --- answering ---
 

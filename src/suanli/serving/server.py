@@ -81,7 +81,7 @@ async def serve(
         grpc = None
         try:
             if listening.grpc_port is not None:
-                grpc = await _grpc(repository, listening)
+                grpc = await _grpc(repository, listening, log)
             loading = asyncio.create_task(repository.start())
             while not server.started and not running.done():
                 await asyncio.sleep(0.005)
@@ -133,7 +133,7 @@ async def _end(
     await repository.drain()
 
 
-async def _grpc(repository: Repository, listening: Listening) -> GrpcServer:
+async def _grpc(repository: Repository, listening: Listening, log: Log) -> GrpcServer:
     from suanli.serving.grpc import serve_grpc
 
     assert listening.grpc_port is not None
@@ -145,6 +145,7 @@ async def _grpc(repository: Repository, listening: Listening) -> GrpcServer:
         max_message_bytes=listening.max_body_bytes,
         tls_cert=listening.tls_cert,
         tls_key=listening.tls_key,
+        log=log,
     )
 
 
