@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,9 +220,18 @@ def _predict(
             result.exit_code = 3
 
 
-@app.command("bench", help="Measure what each change of the plan brings, from plain PyTorch up.")
+SERVE_OPTIONS = ("serve", "seconds", "clients", "rows", "files")  # of bench, with --serve
+
+
+@app.command("bench", help="Measure what each change of the plan brings; with --serve, how a server bears load.")
 def _bench(
-    data: Data,
+    context: typer.Context,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A data set; with --serve, a run, a model/ folder, or a server: http://host:port."
+        ),
+    ],
     model: Annotated[str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")] = None,
     recipe: Recipe = None,
     epochs: Annotated[float | None, typer.Option(help="Of the training that is planned.")] = None,
@@ -236,26 +245,30 @@ def _bench(
     time_budget_s: Annotated[float | None, typer.Option(help="Seconds for all rungs together.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, in any currency.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-bench-<n>.")] = None,
-    serve: Annotated[
-        bool, typer.Option("--serve", help="Measure a server instead: DATA is its address, or a run to start one for.")
-    ] = False,
-    seconds: Annotated[float, typer.Option(help="With --serve: for all loads together.")] = 30,
-    clients: Annotated[int, typer.Option(min=1, help="With --serve: that find out what the server can take.")] = 32,
-    files: Annotated[
-        list[str] | None, typer.Option(help="With --serve: pictures or texts to send; repeatable. Default: made up.")
-    ] = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
     max_bad: MaxBad = 0.01,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Offer a server more and more requests instead.")] = False,
+    seconds: Annotated[float, typer.Option(help="With --serve: for all of it.")] = 30.0,
+    clients: Annotated[int, typer.Option(help="With --serve: that find its capacity.")] = 32,
+    rows: Annotated[int, typer.Option(help="With --serve: inputs of a request.")] = 1,
+    files: Annotated[
+        list[Path] | None, typer.Option(help="With --serve: pictures, or folders of them, to send; repeatable.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    of_server = ("serve", "seconds", "clients", "files")
-    options = {k: v for k, v in locals().items() if k not in ("as_json", "settings", "of_server", *of_server)}
+    options = {k: v for k, v in locals().items() if k not in ("as_json", "context", "settings", *SERVE_OPTIONS)}
     with _result(as_json) as result:
+        _only(context, SERVE_OPTIONS if serve else options.keys() | {"settings"}, "with" if serve else "without")
         if serve:
-            _bench_server(result, data, out, seconds, clients, files)
+            from suanli.verbs._bench_serve import bench_serve
+            from suanli.verbs._bench_serve import table as load_table
+
+            loads = bench_serve(data, seconds=seconds, clients=clients, rows=rows, files=files or (), out=out)
+            result.values = loads.to_json()
+            result.shown = lambda: load_table(loads)
             return
         from suanli.verbs.bench import Refused, bench, table
 
@@ -266,16 +279,6 @@ def _bench(
             found = error.found
             result.fail(error, found.to_json())
         result.shown = lambda: table(found)
-
-
-def _bench_server(
-    result: _Result, subject: str, out: Path | None, seconds: float, clients: int, files: list[str] | None
-) -> None:
-    from suanli.verbs._bench_serve import bench_serve, table
-
-    found = bench_serve(subject, seconds=seconds, clients=clients, files=files or (), out=out)
-    result.values = found.to_json()
-    result.shown = lambda: table(found)
 
 
 @app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")
@@ -427,6 +430,14 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
     from suanli.settings import parse
 
     return dict(parse(s) for s in settings)
+
+
+def _only(context: typer.Context, allowed: Collection[str], how: str) -> None:
+    """Raises UsageError for an option of bench that makes no sense with --serve, or without."""
+    for name in context.params.keys() - {"data", "out", "as_json", *allowed}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')} can't be used {how} --serve.", fix="Leave it out.")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
