@@ -49,7 +49,7 @@ class Run:
     def create(cls, name: str, out: AnyPath | None, recipe: Recipe, data: Json, environment: Json) -> Self:
         """A new run in `out`, else in runs/<name>-<n> with the first free n."""
         if out is None:
-            path = _next(RUNS, name)
+            path = next_folder(RUNS, name)
         else:
             path = Path(out).expanduser()
             refuse_occupied(path)
@@ -232,7 +232,7 @@ def measurement(
     )
 
 
-def _next(parent: Path, name: str) -> Path:
+def next_folder(parent: Path, name: str) -> Path:
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,19 @@ PIPELINED = 64  # requests of a connection that wait for the one before them
 BODIES = 16  # times the largest body: what all connections together may have sent without an answer
 
 
+class Shared:
+    """What all connections of a server have together."""
+
+    __slots__ = ("held_bytes", "last", "max_body_bytes")
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self.max_body_bytes = max_body_bytes
+        self.last = False  # the server ends: no further request after the one that is there
+        self.held_bytes = 0  # of bodies that came and aren't answered
+
+
 class Connection(HttpToolsProtocol):
-    max_body_bytes = 1 << 26  # this and the next two are set in a subclass for each server: uvicorn makes the objects
-    last = False  # the server ends: no further request after the one that is there
-    held_bytes = 0  # of bodies that came and aren't answered, of all connections
+    shared = Shared(1 << 26)  # set in a subclass for each server, since uvicorn makes the objects
 
     # --- from uvicorn and the transport ---
 
@@ -108,26 +117,26 @@ class Connection(HttpToolsProtocol):
         self._body_bytes, self._body_since = 0, self.loop.time()
         self._within(BODY_S)
         super().on_headers_complete()
-        if self.last or self.parser.should_upgrade():
+        if self.shared.last or self.parser.should_upgrade():
             self.cycle.keep_alive = False
         if len(self.pipeline) > PIPELINED:
             self.transport.abort()
 
     def on_body(self, body: bytes) -> None:
-        cycle = self.cycle
+        cycle, shared = self.cycle, self.shared
         self._body_bytes += len(body)
         if cycle.response_complete:  # it was refused without being read
             return
         cycle.body += body
-        if len(cycle.body) > self.max_body_bytes:
+        if len(cycle.body) > shared.max_body_bytes:
             scope: Any = cycle.scope
             scope["suanli.too_large"] = True
             cycle.body = bytearray()
             cycle.more_body = False
             cycle.message_event.set()
         self._held_bytes += len(body)
-        type(self).held_bytes += len(body)
-        if self.held_bytes > BODIES * self.max_body_bytes and not self.transport.is_closing():
+        shared.held_bytes += len(body)
+        if shared.held_bytes > BODIES * shared.max_body_bytes and not self.transport.is_closing():
             self._refuse(503, "The server has as many bodies as it can hold.", b"retry-after: 1\r\n")
 
     def on_message_complete(self) -> None:
@@ -155,7 +164,7 @@ class Connection(HttpToolsProtocol):
         self.transport.close()
 
     def _release(self) -> None:
-        type(self).held_bytes -= self._held_bytes
+        self.shared.held_bytes -= self._held_bytes
         self._held_bytes = 0
 
     # --- who is too slow ---

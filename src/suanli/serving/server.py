@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from suanli.errors import MachineError, UsageError
-from suanli.serving.connection import Connection
+from suanli.serving.connection import Connection, Shared
 from suanli.serving.http import App
 from suanli.serving.log import Log, hearing
 from suanli.serving.model import Settings
@@ -122,7 +122,7 @@ async def _end(
     """
     repository.draining = True
     await asyncio.sleep(delay_s)
-    server.config.http_protocol_class.last = True  # type: ignore[attr-defined]  # a Connection
+    server.config.http_protocol_class.shared.last = True  # type: ignore[attr-defined]  # a Connection
     for listener in server.servers:
         listener.close()
     await asyncio.sleep(LAST_S)
@@ -156,7 +156,7 @@ def _stop(stop: asyncio.Event, now: asyncio.Event) -> None:
 
 
 def _config(app: App, listening: Listening) -> uvicorn.Config:
-    protocol = type("Bounded", (Connection,), {"max_body_bytes": listening.max_body_bytes})
+    protocol = type("Bounded", (Connection,), {"shared": Shared(listening.max_body_bytes)})
     tls = listening.tls_cert is not None
     try:
         config = uvicorn.Config(

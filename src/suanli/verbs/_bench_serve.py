@@ -28,12 +28,11 @@ from suanli.errors import DataError, UsageError
 from suanli.loads import Figures, Load, ServerGone, Stretch, Target, address, figures, held
 from suanli.offered_load import Generator
 from suanli.reporting import charts, load_views
-from suanli.rundir import RUNS, now, refuse_occupied
-from suanli.rundir import _next as next_folder
+from suanli.rundir import RUNS, next_folder, now, refuse_occupied
 from suanli.storage import atomic_file, write_json, writing
 from suanli.types import AnyPath, Json
 from suanli.verbs._payloads import Asked, key_headers, payload
-from suanli.verbs.report import _pages as pages
+from suanli.verbs.report import pages
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import secrets
 import ssl
 import time
@@ -14,6 +13,7 @@ from urllib.parse import quote, urlencode, urlsplit
 from suanli.errors import DataError, MachineError, UsageError
 from suanli.predictor import Prediction
 from suanli.types import Json
+from suanli.verbs._payloads import key_headers
 
 TRIES = 5  # where the server has too much to do
 WAIT_S = 120.0
@@ -47,8 +47,7 @@ class Server:
             if secure
             else http.client.HTTPConnection(host, port, timeout=WAIT_S)
         )
-        key = os.environ.get("SUANLI_API_KEY")
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers = key_headers()
 
     def close(self) -> None:
         self._connection.close()

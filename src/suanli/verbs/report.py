@@ -45,7 +45,7 @@ def report(run: AnyPath, *, out: AnyPath | None = None) -> Path:
     target = files.path if out is None else Path(out)
     if target.is_dir():
         target = target / FILE_NAME
-    page = _pages().get_template("report.html").render(_content(files))
+    page = pages().get_template("report.html").render(_content(files))
     with atomic_file(target) as stream:
         stream.write(page.encode())
     if out is None:
@@ -54,7 +54,7 @@ def report(run: AnyPath, *, out: AnyPath | None = None) -> Path:
     return target
 
 
-def _pages() -> Environment:
+def pages() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from suanli.reporting import words
