@@ -266,11 +266,9 @@ class House:
         self.runner.run(work())
 
 
-@pytest.fixture(scope="module", params=["asyncio", "uvloop"])
-def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    factory = None
-    if request.param == "uvloop":
-        factory = pytest.importorskip("uvloop").new_event_loop
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    factory = pytest.importorskip("uvloop").new_event_loop
     with room(), asyncio.Runner(loop_factory=factory) as runner:
         made = House(runner, engines(tmp_path_factory.mktemp("batching") / "odd"))
         yield made

@@ -37,6 +37,7 @@ from hostile import (
     pictures,
     room,
 )
+from suanli import hardware
 from suanli.preprocess.text import TextPreprocess
 from suanli.serving import batching, model, worker
 from suanli.serving.log import Log
@@ -197,10 +198,8 @@ def test_what_an_engine_prints_does_not_stop_it(run: Run, tmp_path: Path) -> Non
     ("options", "reason"),
     [
         ({"load": "raise ValueError('no luck')"}, "ValueError: no luck"),
-        ({"load": "os._exit(7)"}, "exit code 7"),
         ({"load": "print('out of tune'); sys.stdout.flush(); os._exit(1)"}, "out of tune"),
         ({"load": "os.kill(os.getpid(), signal.SIGKILL)"}, "SIGKILL"),
-        ({"always": "raise ValueError('never')"}, "ValueError: never"),
         ({"load": "settings['classes'] = 3"}, "answers of shape"),
         ({"always": "os._exit(3)"}, "exit code 3"),
     ],
@@ -649,10 +648,11 @@ def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tm
 def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
     run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
-    """A few kilobytes can be 40 million pixels, and the engine's own time says nothing of that."""
-    kept = keep(engines(tmp_path / "odd"), p99_s=0.2)
+    """A few kilobytes can be 25 million pixels, and the engine's own time says nothing of that."""
+    kept = keep(engines(tmp_path / "odd"), p99_s=0.05)
+    many = 4 * hardware.cores()
     stream = io.BytesIO()
-    Image.new("1", (6_000, 6_000)).save(stream, "PNG")
+    Image.new("1", (5_000, 5_000)).save(stream, "PNG")
     picture = stream.getvalue()
 
     async def ask(count: int) -> int:
@@ -665,11 +665,11 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
 
     async def work() -> None:
         await kept.served.start()
-        assert await ask(4) == 200
-        first = asyncio.ensure_future(ask(8))
+        assert await ask(2) == 200
+        first = asyncio.ensure_future(ask(many))
         await asyncio.sleep(0.01)
         before = time.monotonic()
-        assert [await ask(8) for _ in range(20)] == [503] * 20
+        assert [await ask(many) for _ in range(20)] == [503] * 20
         assert time.monotonic() - before < 2
         assert await first == 200
         assert await ask(1) == 200

@@ -51,6 +51,7 @@ def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
         "classes": list(predictor.classes),
         "row_shape": list(preprocess.row_shape),
         "row_dtype": str(preprocess.row_dtype),
+        "torch": "torch" in sys.modules,
         "measured": [list(point) for point in measured(subject, predictor)],
     }
     return predictor, about

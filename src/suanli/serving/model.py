@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import math
 import time
 from collections.abc import Coroutine, Iterator, Sequence
@@ -113,6 +114,8 @@ class ServedModel:
         )
         try:
             about = await worker.start()
+            if about.torch:  # then `suanli predict` resizes by torch, and so shall answers here
+                await asyncio.to_thread(importlib.import_module, "torch")
             row_bytes = math.prod(about.row_shape) * np.dtype(about.row_dtype).itemsize
             most = max(1, min(64, SLOT_BYTES // max(row_bytes, 1)))
             layout = Layout(
@@ -375,7 +378,7 @@ class ServedModel:
             return self._encode_one(raw)
         finally:
             took = time.perf_counter() - before
-            self._encode_s += NEWEST * (took - self._encode_s)
+            self._encode_s += (NEWEST if self._encode_s else 1.0) * (took - self._encode_s)
 
     def _encode_one(self, raw: object) -> np.ndarray | str:
         if self.preprocess.kind == "image" and isinstance(raw, bytes):

@@ -48,6 +48,9 @@ MAX_RANK = 8
 MAX_TENSORS = 64  # of one request
 MAX_ELEMENTS = 1 << 40  # of one tensor, as if no side were 0: NumPy refuses larger shapes even where they are empty
 MAX_STRINGS = 1 << 16  # elements of one BYTES tensor: each is an object, and is read by itself
+MAX_JSON_BYTES = (
+    8_000_000  # an object of Python's for each number: thirty times as much memory, and nobody else answers
+)
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -141,6 +144,8 @@ def _request(text: bytes, raw: memoryview | None) -> InferRequest:
 
 def parse_json(text: bytes) -> Any:
     """What a body says. NaN and Infinity are not JSON, though Python's reader takes them by default."""
+    if len(text) > MAX_JSON_BYTES:
+        raise Refused(413, f"JSON of {len(text)} bytes is more than {MAX_JSON_BYTES}: send tensors as bytes behind it.")
     try:
         return _DECODER.decode(text.decode())
     except RecursionError:

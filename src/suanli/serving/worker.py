@@ -53,6 +53,7 @@ class About:
     classes: tuple[str, ...]
     row_shape: tuple[int, ...]
     row_dtype: str
+    torch: bool  # it computes with torch, so that pictures are resized by torch too
     measured: tuple[tuple[int, float], ...]  # batch sizes and seconds that optimize measured; may be empty
 
 
