@@ -621,7 +621,10 @@ resource.setrlimit(resource.RLIMIT_AS, (mapped + room, mapped + room))
 
 
 @linux_only
-def test_a_batch_that_does_not_fit_into_memory(picture_folder: Folder, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_fit_into_memory(
+    picture_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # the limit counts what each thread only reserves, too
     root = picture_folder(each=100, size=(32, 32))
     Path("deep.py").write_text(  # little to compute, much to keep
         "from torch import nn\n"
@@ -635,7 +638,7 @@ def test_a_batch_that_does_not_fit_into_memory(picture_folder: Folder, tmp_path:
         "    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes)]\n"
         "    return nn.Sequential(nn.Conv2d(in_channels, 32, 1), blocks, *ends)\n"
     )
-    limit = LIMITED.format(room=1_000_000_000)
+    limit = LIMITED.format(room=1_170_000_000)
     options = ["train", root, "--model", "deep:net", "--epochs", "0.01"]
     plain = [*options, "--speedups", "none", "--out", "made"]
     before = files_below(tmp_path)
@@ -655,7 +658,10 @@ def test_a_batch_that_does_not_fit_into_memory(picture_folder: Folder, tmp_path:
 
 
 @linux_only
-def test_a_network_that_does_not_fit_into_memory(picture_folder: Folder, tmp_path: Path) -> None:
+def test_a_network_that_does_not_fit_into_memory(
+    picture_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     root = picture_folder()
     before = files_below(tmp_path)
     limit = LIMITED.format(room=150_000_000)

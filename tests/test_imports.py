@@ -45,6 +45,7 @@ def test_public_names() -> None:
         "prepare",
         "report",
         "run",
+        "serve",
         "speed_up",
         "train",
     ]
