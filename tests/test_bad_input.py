@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from suanli import checkpoint
+from suanli import checkpoint, hardware
 from suanli.cli import main
 from suanli.download import fetch
 from suanli.readers import _archives
@@ -638,7 +638,7 @@ def test_a_batch_that_does_not_fit_into_memory(
         "    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes)]\n"
         "    return nn.Sequential(nn.Conv2d(in_channels, 32, 1), blocks, *ends)\n"
     )
-    limit = LIMITED.format(room=1_170_000_000)
+    limit = LIMITED.format(room=1_000_000_000)
     options = ["train", root, "--model", "deep:net", "--epochs", "0.01"]
     plain = [*options, "--speedups", "none", "--out", "made"]
     before = files_below(tmp_path)
@@ -650,6 +650,10 @@ def test_a_batch_that_does_not_fit_into_memory(
     assert files_below(tmp_path) == before
     code, said = ended(process(*plain, "--batch-size", fits[1], before=limit))
     assert code == 0, said
+    if "bfloat16" not in hardware.detect("cpu").fast_dtypes:
+        pytest.skip(
+            "the last part: in float32 no way of computing needs little enough, and this processor has no other"
+        )
     # Left to choose, suanli computes the whole batch in a way that needs less.
     code, said = ended(process(*options, "--batch-size", "150", "--out", "smaller", before=limit))
     assert code == 0, said
