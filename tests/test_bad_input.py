@@ -651,9 +651,7 @@ def test_a_batch_that_does_not_fit_into_memory(
     code, said = ended(process(*plain, "--batch-size", fits[1], before=limit))
     assert code == 0, said
     if "bfloat16" not in hardware.detect("cpu").fast_dtypes:
-        pytest.skip(
-            "the last part: in float32 no way of computing needs little enough, and this processor has no other"
-        )
+        pytest.skip("the last part: in float32 no way needs little enough, and this processor has no other precision")
     # Left to choose, suanli computes the whole batch in a way that needs less.
     code, said = ended(process(*options, "--batch-size", "150", "--out", "smaller", before=limit))
     assert code == 0, said
