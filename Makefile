@@ -3,7 +3,7 @@
 #
 #   make demo    install, then train, test and report on handwritten digits
 #   make test    install what tests need, run them all
-#   make long    the few tests that take longest and aren't part of make test
+#   make long    the tests that take longest and have their like in make test
 #   make check   format, lint, types, import ladder
 #   make gpu     tests and benchmarks on an NVIDIA card, in ten minutes, with the packages that are there:
 #                installs nothing and needs no network; make gpu GPU_PYTHON=python3.12 DATA=folder AIRBENCH=file

@@ -170,6 +170,7 @@ def test_what_costs_accuracy_is_refused_and_not_used_again(
     assert "gate refused" in again.ladder.plan.dropped[name]
 
 
+@pytest.mark.long
 def test_the_command_tells_a_refusal_with_its_figures(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
     """As another program sees it: exit code 5, one JSON object."""
     code = f"""

@@ -167,6 +167,7 @@ def test_a_text_model_with_the_vocabulary_in_its_metadata(form: str, text_table:
 
 @every_form
 @pytest.mark.usefixtures("untouched")
+@pytest.mark.long
 def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
     form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,6 +134,7 @@ def test_a_plain_network_scores_as_the_model_that_it_is(trained: Path, tmp_path:
     assert again.path == found.path
 
 
+@pytest.mark.long
 def test_wrong_normalisation_shows_in_the_score(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     plain(trained, path)
@@ -275,6 +276,7 @@ def build(classes, in_channels, image_size):
 """
 
 
+@pytest.mark.long
 def test_a_function_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.datasets import load_digits
     from sklearn.linear_model import LogisticRegression

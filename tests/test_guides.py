@@ -32,7 +32,7 @@ def test_three_changed_lines_learn_the_same(tmp_path: Path) -> None:
     assert abs(before - after) < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_lines_that_load_an_engine(tmp_path: Path) -> None:
     (script,) = re.findall(r"```python\n(.*?)```", ENGINES.read_text(), re.DOTALL)
     Image.fromarray((load_digits().images[7] * 15.9).astype(np.uint8)).save(tmp_path / "seven.png")

@@ -116,6 +116,7 @@ def test_two_lines_of_the_ledger(tuned: tuple[Path, Optimized]) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_the_goal_decides(run: Path) -> None:
     small = suanli.optimize(run, goal="size", engines="onnxruntime")
     assert small.chosen.precision == "int8"
@@ -135,6 +136,7 @@ def test_energy_is_refused_where_nothing_counts_it(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_without_data_only_float32(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
     found = suanli.optimize(folder, engines=QUICK).found
@@ -150,6 +152,7 @@ def test_without_data_only_float32(run: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_data_can_be_given(run: Path, trained: Path) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
     found = suanli.optimize(folder, engines="onnxruntime", data="digits", cache_dir=trained.parent / "cache").found
@@ -158,6 +161,7 @@ def test_data_can_be_given(run: Path, trained: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_a_text_model(text_table: Path, tmp_path: Path) -> None:
     run = suanli.train(text_table, epochs=20, speedups="none", threads=1, out=tmp_path / "run")
     found = suanli.optimize(run, engines=QUICK).found
@@ -167,6 +171,7 @@ def test_a_text_model(text_table: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_a_latency_that_none_meets(run: Path) -> None:
     with pytest.raises(MachineError, match="No engine answers in 1e-06 ms"):
         suanli.optimize(run, engines="onnxruntime", max_latency_ms=1e-6, time_budget=20)
@@ -305,6 +310,7 @@ def test_every_planted_fault_is_refused(run: Path, engine_room: Callable[[str, s
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_one_that_dies_while_it_is_timed_is_lost_alone(run: Path, engine_room: Callable[[str, str], str]) -> None:
     engine_room(
         "dies",
@@ -379,6 +385,7 @@ def test_layers_that_int8_hurts_are_rescued(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_time_that_is_up_is_said(run: Path) -> None:
     found = suanli.optimize(run, engines="onnxruntime,openvino", time_budget=0.5).found
     assert {c.state for c in found.candidates[1:]} - {"impossible"} == {"no time"}
@@ -565,6 +572,7 @@ def test_a_folder_of_the_users_own_stays_as_it_was(trained: Path, tmp_path: Path
     assert (home / "photos" / "1.jpg").read_bytes() == b"mine"
 
 
+@pytest.mark.long
 def test_an_engine_that_was_damaged_is_made_again(mine: Path) -> None:
     index = json.loads((mine / "model" / "engines" / "engines.json").read_text())
     for name in index["engines"]:
@@ -690,6 +698,7 @@ def test_two_at_once(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_nothing_of_the_work_is_left(run: Path) -> None:
     folder = run / "model" / "engines"
     (folder / ".suanli-work-killed").mkdir(parents=True)
