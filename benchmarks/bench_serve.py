@@ -415,7 +415,7 @@ def overloaded(given: Namespace, record: Record, model: Path, p99_ms: float | No
             under = figures([generator.offer(Load(rate_per_s=rate, connections=256, seconds=given.overload_s, seed=1))])
         over = began + given.overload_s
         after: list[tuple[float, Figures]] = []
-        while time.monotonic() < over + 6:
+        while len(after) < 8 or time.monotonic() < over + 6:
             since = time.monotonic() - over
             after.append((since, figures([generator.offer(Load(rate_per_s=few_per_s, connections=256, seconds=0.5))])))
     assert unloaded.p99_ms is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-USUAL_S = 0.25  # that a request may take where the user doesn't say
+USUAL_S = 1.0  # that a request may take where the user doesn't say
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 AS_GOOD = 0.97  # of the best rate: a smaller batch that has it answers sooner
 NEWEST = 0.1  # weight of the newest observation in a running mean
