@@ -417,7 +417,8 @@ def overloaded(given: Namespace, record: Record, model: Path, p99_ms: float | No
         after: list[tuple[float, Figures]] = []
         while len(after) < 8 or time.monotonic() < over + 6:
             since = time.monotonic() - over
-            after.append((since, figures([generator.offer(Load(rate_per_s=few_per_s, connections=256, seconds=0.5))])))
+            few = Load(rate_per_s=max(few_per_s, 8.0), connections=256, seconds=0.5, seed=len(after))
+            after.append((since, figures([generator.offer(few)])))
     assert unloaded.p99_ms is not None
     assert under.p99_ms is not None
     well = [since for since, one in after if not one.refused_per_s and (one.p99_ms or 1e9) <= TAIL * unloaded.p99_ms]

@@ -57,6 +57,7 @@ class Policy:
         self.target_s = target
         self.reachable = 2 * curve.seconds(1) <= target
         self.pace = 1.0  # observed seconds of a batch, as a multiple of the curve's
+        self._off = 0.0  # by how much observations are off that
         self._gap_s: float | None = None  # between arrivals
         self._last = 0.0
 
@@ -69,6 +70,7 @@ class Policy:
     def took(self, size: int, seconds: float) -> None:
         """A batch of `size` came back after so long, the way there and back included."""
         ratio = seconds / max(self.curve.seconds(size), 1e-9)
+        self._off = (1 - NEWEST) * self._off + NEWEST * abs(ratio - self.pace)
         self.pace = (1 - NEWEST) * self.pace + NEWEST * ratio
 
     def predicted_s(self, rows: int) -> float:
@@ -80,9 +82,11 @@ class Policy:
     def full(self, rows: int, more: int) -> float | None:
         """Seconds until there is room again, where `more` would be answered too late behind `rows`; None: come in.
 
-        An empty house takes whatever comes.
+        An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
+        fit, but the mean and twice what observations are off it.
         """
-        if not rows or self.predicted_s(rows + more) <= self.target_s:
+        late = 1 + 2 * self._off / max(self.pace, 1e-9)
+        if not rows or late * self.predicted_s(rows + more) <= self.target_s:
             return None
         return self.predicted_s(rows)
 
