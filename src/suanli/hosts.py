@@ -234,10 +234,10 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(": ")
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process and its compilers once the one that asks is gone, however it went."""
+def end_with(parent: int, *, look_s: float = 1.0) -> None:
+    """Ends this process and what it started, its compilers say, once the one that asks is gone, however it went."""
     while os.getppid() == parent:
-        time.sleep(1)
+        time.sleep(look_s)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -245,7 +245,7 @@ def main() -> None:
     """Answers requests until its input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like; replies must stay readable
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     hosted = _Hosted()
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)

@@ -83,26 +83,38 @@ class Predictor:
     def named(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
         """Answers for rows (from `encode`), some of which are reasons instead."""
         good = [row for row in rows if isinstance(row, np.ndarray)]
-        answers = iter(self.probabilities(np.stack(good))) if good else iter(())
-        return [
-            self._answer(name, next(answers), top)
-            if isinstance(row, np.ndarray)
-            else Prediction(name=name, label=None, probability=None, probabilities={}, error=row)
-            for name, row in zip(names, rows, strict=True)
-        ]
+        answers = self.probabilities(np.stack(good)) if good else ()
+        return predictions(names, rows, answers, self.classes, top=top)
 
     def probabilities(self, rows: np.ndarray) -> np.ndarray:
         """Cached rows (B, *row_shape) to probabilities (B, K) float32."""
         with self._lock:  # most engines answer into memory of their own, one call at a time
             return self._loaded.answer(np.ascontiguousarray(rows))
 
-    def _answer(self, name: str, probabilities: np.ndarray, top: int) -> Prediction:
-        best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
-        shown = {self.classes[i]: float(probabilities[i]) for i in best}
-        first = best[0]
-        return Prediction(
-            name=name, label=self.classes[first], probability=float(probabilities[first]), probabilities=shown
-        )
+
+def predictions(
+    names: Sequence[str],
+    rows: Sequence[np.ndarray | str],
+    answers: Iterable[np.ndarray],
+    classes: Sequence[str],
+    *,
+    top: int,
+) -> list[Prediction]:
+    """One for each row (from `encode`): the probabilities of `answers` (K,), in their order, or the reason instead."""
+    following = iter(answers)
+    return [
+        _likeliest(name, next(following), classes, top)
+        if isinstance(row, np.ndarray)
+        else Prediction(name=name, label=None, probability=None, probabilities={}, error=row)
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
+def _likeliest(name: str, probabilities: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
+    best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
+    shown = {classes[i]: float(probabilities[i]) for i in best}
+    first = best[0]
+    return Prediction(name=name, label=classes[first], probability=float(probabilities[first]), probabilities=shown)
 
 
 def load(

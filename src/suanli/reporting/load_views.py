@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from suanli.loads import HELD, Figures, held
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, decades
+from suanli.reporting.engine_views import Cell
 from suanli.types import Json
 
 PERCENTILES: dict[str, tuple[str, Callable[[Figures], float | None]]] = {  # label: colour, and what is drawn
@@ -19,12 +20,6 @@ PERCENTILES: dict[str, tuple[str, Callable[[Figures], float | None]]] = {  # lab
     "p95": ("third", lambda one: one.p95_ms),
     "p99": ("second", lambda one: one.p99_ms),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    text: str
-    detail: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,8 +58,6 @@ class Batcher:
         self._answered = 0.0  # when the last batch came back
         self._soon: asyncio.Handle | None = None
         self._at_once = False  # that is when it is, and not after a pause
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def rows(self) -> int:
@@ -101,7 +99,6 @@ class Batcher:
         self.policy.arrived(now)
         self._queue.append(entry)
         self.waiting += len(rows)
-        self._idle.clear()
         self._dispatch_soon()
         try:
             return await entry.future
@@ -117,7 +114,6 @@ class Batcher:
             self.waiting -= len(entry.rows)
             with contextlib.suppress(ValueError):
                 self._queue.remove(entry)
-            self._see_idle()
 
     def _too_late(self, entry: _Entry) -> None:
         if not entry.future.done():
@@ -130,14 +126,6 @@ class Batcher:
             self._withdraw(entry)
             if not entry.future.done():
                 entry.future.set_exception(error)
-
-    async def drained(self) -> None:
-        """Returns when nothing waits and nothing is computed."""
-        await self._idle.wait()
-
-    def _see_idle(self) -> None:
-        if not self.rows:
-            self._idle.set()
 
     def _dispatch_soon(self, delay_s: float = 0.0) -> None:
         """After whatever else has arrived by now: requests that come together go together."""
@@ -244,7 +232,6 @@ class Batcher:
             self._died(worker, str(error))
         elif ours:
             self._free.append(slot)
-        self._see_idle()
         if self._queue:
             self._dispatch()
 

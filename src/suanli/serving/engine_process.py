@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli.errors import first_line
+from suanli.hosts import end_with
 from suanli.serving.shared_memory import ASK, REPLY, Layout
 from suanli.types import Json
 
@@ -106,13 +107,6 @@ def _end_soon_after_parent() -> None:
         library.signal(signal.SIGHUP, ctypes.cast(library.alarm, ctypes.c_void_p))
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process and what it started once the server is gone, however it went."""
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os.killpg(0, signal.SIGKILL)
-
-
 def _exactly(connection: socket.socket, size: int) -> bytes | None:
     found = b""
     while len(found) < size:
@@ -173,7 +167,7 @@ def main() -> None:
     """Loads an engine and answers until the server closes the socket."""
     from suanli.errors import SuanliError
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), kwargs={"look_s": 0.3}, daemon=True).start()
     _end_soon_after_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from suanli.serving.log import Log
-from suanli.serving.protocol import Refused, bad
+from suanli.serving.protocol import Refused, bad, inflated
 
 DETAILS = 400  # characters of a message: in a header, where one may take 12 bytes and 8 KiB are the most
 _STATUS = {  # HTTP's to gRPC's; others of 400 to 499 are INVALID_ARGUMENT, the rest INTERNAL
@@ -153,16 +153,10 @@ class Calls:
 def _inflated(body: bytes, most_bytes: int) -> bytes:
     """A body that was compressed with gzip or deflate. No message of ours begins like one, so a look at it is enough:
     where gRPC doesn't inflate, it doesn't tell how a body was sent either."""
-    inflating = zlib.decompressobj(zlib.MAX_WBITS | 32)
     try:
-        found = inflating.decompress(body, most_bytes + 1)
+        return inflated(body, most_bytes, wbits=zlib.MAX_WBITS | 32)
     except zlib.error:
         raise bad("The request is neither a message of protocol buffers nor compressed.") from None
-    if len(found) > most_bytes:
-        raise Refused(413, f"The request is more than {most_bytes} bytes when it is inflated.")
-    if not inflating.eof:
-        raise bad("The compressed request is cut short.")
-    return found
 
 
 def _refusing(refused: Refused) -> Any:

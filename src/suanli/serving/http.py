@@ -278,7 +278,7 @@ class App:
                 "engine": model.about.engine,
                 "precision": model.about.precision,
                 "seconds": time.perf_counter() - started,
-                "predictions": [{"name": name} | values for name, values in zip(names, found, strict=True)],
+                "predictions": [values | {"name": name} for name, values in zip(names, found, strict=True)],
             }
         )
 
@@ -401,16 +401,10 @@ def _unpacked(body: bytes, coding: bytes, limit: int) -> bytes:
     modes = {b"gzip": 31, b"deflate": 15}
     if coding not in modes:
         raise Refused(415, f"The content encoding {coding.decode('latin-1')[:40]} can't be read here.")
-    packed = zlib.decompressobj(modes[coding])
     try:
-        found = packed.decompress(body, limit + 1)
+        return protocol.inflated(body, limit, wbits=modes[coding])
     except zlib.error as error:
         raise bad(f"The body can't be decompressed: {error}.") from None
-    if len(found) > limit:
-        raise Refused(413, f"The body is larger than {limit} bytes.")
-    if not packed.eof:
-        raise bad("The compressed body is cut short.")
-    return found
 
 
 def _page(path: str, headers: Mapping[bytes, bytes]) -> Reply:

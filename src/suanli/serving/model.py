@@ -24,7 +24,7 @@ import numpy as np
 
 from suanli import hardware
 from suanli.errors import BadInput
-from suanli.predictor import encode
+from suanli.predictor import encode, predictions
 from suanli.saved import preprocess_of
 from suanli.serving import describe
 from suanli.serving.batching import Batcher
@@ -272,31 +272,16 @@ class ServedModel:
     async def predict(
         self, raws: Sequence[bytes | str], *, top: int, deadline: float | None = None
     ) -> list[dict[str, Json]]:
-        """For each input its label and the likeliest classes, or an error. Raises Refused."""
+        """For each input its label and the likeliest classes, or an error, as `suanli predict --json` has them; they
+        are named by their place. Raises Refused."""
         with self._counted() as count:
             count[0] = len(raws)
             self.admit(len(raws))
             found = await self._encoded(raws)
             rows = [row for row in found if isinstance(row, np.ndarray)]
-            answers = iter(await self._probabilities(np.stack(rows), deadline)) if rows else iter(())
-            return [
-                self._named(next(answers), top)
-                if isinstance(row, np.ndarray)
-                else {"label": None, "probability": None, "probabilities": {}, "error": row}
-                for row in found
-            ]
-
-    def _named(self, probabilities: np.ndarray, top: int) -> dict[str, Json]:
-        classes = self.about.classes
-        best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
-        shown: dict[str, Json] = {classes[i]: float(probabilities[i]) for i in best}
-        first = best[0]
-        return {
-            "label": classes[first],
-            "probability": float(probabilities[first]),
-            "probabilities": shown,
-            "error": None,
-        }
+            answers = await self._probabilities(np.stack(rows), deadline) if rows else ()
+            names = [f"#{i}" for i in range(len(raws))]
+            return [one.to_json() for one in predictions(names, found, answers, self.about.classes, top=top)]
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[list[int]]:

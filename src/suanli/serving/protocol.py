@@ -14,6 +14,7 @@ import json
 import math
 import reprlib
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -369,6 +370,18 @@ def _short(value: Any) -> str:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def inflated(body: bytes, most_bytes: int, *, wbits: int) -> bytes:
+    """A compressed body; `wbits` is zlib's, and says how it may be compressed. Raises Refused(413) for one that grows
+    beyond the limit, without making it, (400) for one that is cut short, and zlib.error for one in another form."""
+    inflating = zlib.decompressobj(wbits)
+    found = inflating.decompress(body, most_bytes + 1)
+    if len(found) > most_bytes:
+        raise Refused(413, f"The body is more than {most_bytes} bytes when it is inflated.")
+    if not inflating.eof:
+        raise bad("The compressed body is cut short.")
+    return found
 
 
 # --- to bytes ---

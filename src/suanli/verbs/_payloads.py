@@ -202,13 +202,7 @@ def _engine(parts: SplitResult, path: str, headers: Mapping[str, str]) -> tuple[
 
 def _json(parts: SplitResult, method: str, path: str, headers: Mapping[str, str]) -> Json:
     """What a path answers. Raises DataError where that is no JSON or no success."""
-    host, port = parts.hostname or "", parts.port
-    if parts.scheme == "https":
-        connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-            host, port, timeout=LIMIT_S, context=ssl.create_default_context()
-        )
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=LIMIT_S)
+    connection = connected(parts, LIMIT_S)
     try:
         connection.request(method, path, body=b"{}" if method == "POST" else None, headers=dict(headers))
         response = connection.getresponse()
@@ -228,6 +222,14 @@ def _json(parts: SplitResult, method: str, path: str, headers: Mapping[str, str]
         return json.loads(text)
     except ValueError as error:
         raise DataError(f"{method} {path} is not answered by JSON.", fix="Check the address.") from error
+
+
+def connected(parts: SplitResult, timeout_s: float) -> http.client.HTTPConnection:
+    """A connection to an address of `loads.address`, which opens with the first request."""
+    host, port = parts.hostname or "", parts.port
+    if parts.scheme == "https":
+        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=ssl.create_default_context())
+    return http.client.HTTPConnection(host, port, timeout=timeout_s)
 
 
 def key_headers() -> dict[str, str]:

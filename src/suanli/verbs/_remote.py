@@ -5,15 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
-import ssl
 import time
 from collections.abc import Sequence
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from suanli.errors import DataError, MachineError, UsageError
+from suanli.loads import address
 from suanli.predictor import Prediction
 from suanli.types import Json
-from suanli.verbs._payloads import key_headers
+from suanli.verbs._payloads import connected, key_headers
 
 TRIES = 5  # where the server has too much to do
 WAIT_S = 120.0
@@ -24,13 +24,7 @@ class Server:
     """`url` is http://HOST:PORT, or that and /v2/models/NAME[/versions/V] where the server has several models."""
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        try:
-            secure, host, port = {"http": False, "https": True}[parts.scheme], parts.hostname, parts.port
-        except (KeyError, ValueError):
-            host = None
-        if not host:
-            raise UsageError(f"{url!r} is no address of a server.", fix="Give one such as http://127.0.0.1:8000.")
+        parts = address(url)
         path = parts.path.strip("/").split("/")
         match path:
             case [""]:
@@ -42,11 +36,7 @@ class Server:
             case _:
                 raise UsageError(f"{url!r} names no model.", fix="End it with the port, or /v2/models/NAME.")
         self.url = f"{parts.scheme}://{parts.netloc}"
-        self._connection = (
-            http.client.HTTPSConnection(host, port, timeout=WAIT_S, context=ssl.create_default_context())
-            if secure
-            else http.client.HTTPConnection(host, port, timeout=WAIT_S)
-        )
+        self._connection = connected(parts, WAIT_S)
         self._headers = key_headers()
 
     def close(self) -> None:
