@@ -4,7 +4,7 @@
 #   make demo    install, then train, test and report on handwritten digits
 #   make test    install what tests need, run them all
 #   make long    the tests that take longest and have their like in make test
-#   make check   format, lint, types, import ladder
+#   make check   format, lint, types (with what serving inherits from), import ladder
 #   make gpu     tests and benchmarks on an NVIDIA card, in ten minutes, with the packages that are there:
 #                installs nothing and needs no network; make gpu GPU_PYTHON=python3.12 DATA=folder AIRBENCH=file
 #   make clean   remove what make made; data, caches and runs stay
@@ -66,5 +66,5 @@ clean:
 	@touch $@
 
 .venv/installed-check: .venv/installed
-	$(INSTALL) --editable '.[check]'
+	$(INSTALL) --editable '.[check,serve]'
 	@touch $@
