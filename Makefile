@@ -19,6 +19,9 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
 	--constraint constraints.txt
 
+# Processes that run tests beside each other, a file each: most tests compute with one thread, or wait.
+TESTERS ?= 2
+
 # For `make gpu`, which runs where torch was put by others: their Python, and a folder of data.
 GPU_PYTHON ?= python3
 DATA ?= ../shared/data
@@ -30,7 +33,7 @@ demo: .venv/installed
 	$(BIN)/suanli run digits
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
 
 long: .venv/installed-test
 	$(BIN)/python -m pytest -m long

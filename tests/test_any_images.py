@@ -43,7 +43,11 @@ def test_small_ones_are_learnt_by_the_whole_default_recipe(
     assert suanli.evaluate(run, augmented_views=False).scores["accuracy"] > 0.9
 
 
-@pytest.mark.parametrize(("shape", "each"), [((512, 512, 3), 20), ((96, 300, 3), 20), ((512, 512), 30)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "each"),
+    [((96, 300, 3), 20), pytest.param((512, 512, 3), 20, marks=pytest.mark.long), ((512, 512), 30)],
+    ids=str,
+)
 def test_large_ones_train_with_the_default_recipe(tmp_path: Path, shape: tuple[int, ...], each: int) -> None:
     data = arrays(tmp_path, *shape, each=each)
     run = suanli.train(data, epochs=1, speedups="none")  # for time's sake

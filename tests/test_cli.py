@@ -15,7 +15,7 @@ import typer.main
 from PIL import Image
 
 import suanli
-from suanli.cli import app, main
+from suanli.cli import CLUSTER_OPTIONS, app, main
 
 VERBS = ("bench", "device", "prepare", "train", "evaluate", "predict", "report", "run")
 
@@ -37,6 +37,8 @@ def test_a_command_has_the_arguments_of_its_function(verb: str) -> None:
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     only_here = {"as_json", "help", "csv"}  # how a result is shown
     only_here |= {"serve", "seconds", "clients", "rows", "files"} if verb == "bench" else set()  # another measurement
+    only_here |= set(CLUSTER_OPTIONS) if verb in ("train", "run") else set()  # nothing is trained
+    only_here |= {"scaling", "processes", "per_host", "between_us", "between_gbit"} if verb == "bench" else set()
     of_command = {p.name for p in command.params} - only_here
     if verb == "predict":  # with --url there is no model among them
         of_command |= {"model", "inputs"}

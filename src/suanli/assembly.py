@@ -20,9 +20,11 @@ from suanli import building, data, planning, probe
 from suanli.cache import Prepared
 from suanli.console import say
 from suanli.data import Feed, mix
+from suanli.distributed import ALONE, Group
 from suanli.loop import Loop
 from suanli.plugins import load
 from suanli.saved import weights_of
+from suanli.synchronised import norms, synchronise
 from suanli.types import Device, Plan, Recipe, Step
 
 INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
@@ -38,7 +40,10 @@ class Assembly:
     """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`: a
     checkpoint will replace every weight, so none is loaded or initialised from data."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, *, fresh: bool = True) -> None:
+    def __init__(
+        self, recipe: Recipe, prepared: Prepared, device: Device, *, fresh: bool = True, group: Group = ALONE
+    ) -> None:
+        self.group = group
         self.recipe, self.prepared, self.device = recipe, prepared, device
         torch.manual_seed(mix(recipe.seed, 0))
         module = building.build(recipe, prepared.preprocess, len(prepared.classes))
@@ -75,18 +80,22 @@ class Assembly:
             parts=self.recipe.accumulate,
             reads=True,
             can_reside=self.can_reside,
+            shared=not self.group.alone,
+            asks=not self.group.alone and bool(norms(self.module)),
         )
 
     def loop(self, plan: Plan) -> Loop:
-        """The loop that trains the network itself. Once: a speedup may change it for good."""
+        """A collective: the loop that trains the network itself. Once: a speedup may change it for good."""
+        if not self.group.alone:
+            synchronise(self.module, self.group)
         return self._loop(self.step, plan)
 
     def trial(self, plan: Plan) -> Loop:
         """A loop that trains a copy from the same start, for measuring: its pictures don't grow."""
         model, optimizer = copy.deepcopy((self.module, self.optimizer))
-        return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, one_size=True)
+        return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, measuring=True)
 
-    def _loop(self, step: Step, plan: Plan, *, one_size: bool = False) -> Loop:
+    def _loop(self, step: Step, plan: Plan, *, measuring: bool = False) -> Loop:
         step = planning.apply(plan, step, self.device)
         return Loop(
             recipe=self.recipe,
@@ -97,7 +106,9 @@ class Assembly:
             val=self._feed("val", step.resident and data.fits(self.prepared.splits["val"], self.device)),
             device=self.device,
             classes=len(self.prepared.classes),
-            one_size=one_size,
+            group=self.group,
+            one_size=measuring,
+            apart=measuring,
         )
 
     @property

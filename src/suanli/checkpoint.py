@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,16 +36,58 @@ class Checkpoint:
 
 
 def write(path: Path, tensors: Tensors, progress: Json) -> None:
-    # Tensors that share memory (tied weights) would be refused, and a later write must not show.
-    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    _write(path, _copies(tensors), progress)
+
+
+def _copies(tensors: Tensors) -> Tensors:
+    """In main memory. Tensors that share memory (tied weights) would be refused, and a later step must not show."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def _write(path: Path, own: Tensors, progress: Json) -> None:
     with atomic_file(path) as stream:
         stream.write(save(own, metadata={"progress": json.dumps(progress)}))
 
 
+class Writer:
+    """Writes one checkpoint at a time in a thread, while training goes on with a copy of its own."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+
+    def save(self, folder: Path, step: int, tensors: Tensors, progress: Json) -> None:
+        """Copies now and writes later. Raises what an earlier write raised."""
+        self.wait()
+        own, plain = _copies(tensors), json.loads(json.dumps(progress))
+
+        def work() -> None:
+            try:
+                _save_own(folder, step, own, plain)
+            except BaseException as error:  # noqa: BLE001  # raised again by who waits
+                self._failed = error
+
+        self._thread = threading.Thread(target=work, name="suanli-checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is on disk. Raises what its write raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+
 def save_step(folder: Path, step: int, tensors: Tensors, progress: Json) -> Path:
     """Writes step-<n>, and removes all but the newest KEPT up to it."""
+    return _save_own(folder, step, _copies(tensors), progress)
+
+
+def _save_own(folder: Path, step: int, own: Tensors, progress: Json) -> Path:
     path = folder / f"step-{step:08d}.safetensors"
-    write(path, tensors, progress)
+    _write(path, own, progress)
     earlier = [found for found in _steps(folder) if found[0] <= step][:KEPT]
     for _, old in [found for found in _steps(folder) if found not in earlier]:
         with writing(old):

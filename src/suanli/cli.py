@@ -6,6 +6,7 @@ object. Everything else goes to standard error. Nothing heavy is imported until 
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -20,7 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
-from suanli.errors import SuanliError, UsageError
+from suanli.errors import LostProcess, SuanliError, UsageError
+
+STARTED = "SUANLI_VERDICT"  # as in `launch`, which is too heavy to be imported for its name
 
 app = typer.Typer(
     name="suanli",
@@ -98,6 +101,9 @@ def _prepare(
         result.shown = lambda: summary(prepared)
 
 
+CLUSTER_OPTIONS = ("emit", "submit", "nodes", "image")  # of train, for a file instead of a training
+
+
 def _training(verb: str) -> Callable[..., None]:
     """The commands `train` and `run` take the same options."""
 
@@ -120,10 +126,25 @@ def _training(verb: str) -> Callable[..., None]:
         device: DeviceName = "auto",
         speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,
+        nproc: Annotated[str | None, typer.Option(help="Processes that share each batch: a number, or auto.")] = None,
+        max_restarts: Annotated[
+            int, typer.Option(min=0, help="How often several processes start anew after one died.")
+        ] = 3,
+        hang_timeout_s: Annotated[
+            float, typer.Option(min=1, help="Seconds without a step until several processes start anew.")
+        ] = 300.0,
         out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-<n>.")] = None,
         more_epochs: Annotated[float | None, typer.Option(help="Continue a finished run for so long.")] = None,
         checkpoint_every_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
         track: Annotated[list[str] | None, typer.Option(help="tensorboard, mlflow or wandb; repeatable.")] = None,
+        emit: Annotated[
+            str | None, typer.Option(help="Train nothing; print a file for a cluster: slurm or kubernetes.")
+        ] = None,
+        submit: Annotated[bool, typer.Option("--submit", help="With --emit: submit that file, too.")] = False,
+        nodes: Annotated[int, typer.Option(min=1, help="With --emit: machines, each with --nproc processes.")] = 1,
+        image: Annotated[
+            str | None, typer.Option(help="With --emit kubernetes: a container image with suanli.")
+        ] = None,
         input_column: InputColumn = None,
         label_column: LabelColumn = None,
         max_bad: MaxBad = 0.01,
@@ -132,8 +153,14 @@ def _training(verb: str) -> Callable[..., None]:
         trust_code: TrustCode = False,
         as_json: AsJson = False,
     ) -> None:
-        options = {k: v for k, v in locals().items() if k not in ("as_json", "verb", "settings", "track")}
+        apart = ("as_json", "verb", "command", "settings", "track", *CLUSTER_OPTIONS)
+        options = {k: v for k, v in locals().items() if k not in (*apart, "apart")}
         with _result(as_json) as result:
+            if emit or submit or nodes != 1 or image:
+                usual = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+                asked = {k: v for k, v in options.items() if v != usual[k]} | {"settings": settings, "track": track}
+                _emit(result, verb, asked, emit, submit, nodes, image)
+                return
             if verb == "run":
                 from suanli.verbs.run import run as work
             else:
@@ -149,6 +176,20 @@ def _training(verb: str) -> Callable[..., None]:
                 result.shown = lambda: f"Run: {made.path}\nNext: suanli evaluate {made.path}"
 
     return command
+
+
+def _emit(
+    result: _Result, verb: str, asked: dict[str, Any], kind: str | None, submitting: bool, nodes: int, image: str | None
+) -> None:
+    from suanli.console import say
+    from suanli.submission import emit
+
+    if verb != "train":
+        raise UsageError("--emit is for suanli train.", fix="Evaluate and report when the run is there.")
+    result.values = emit(asked, kind=kind, nodes=nodes, image=image, submitting=submitting)
+    result.shown = lambda: result.values["emitted"].rstrip("\n")
+    if result.values["submitted"] is not None:
+        say(result.values["submitted"])
 
 
 app.command("train", help="Train a model into a run directory.")(_training("train"))
@@ -221,9 +262,11 @@ def _predict(
 
 
 SERVE_OPTIONS = ("serve", "seconds", "clients", "rows", "files")  # of bench, with --serve
+SCALING_OPTIONS = ("scaling", "processes", "per_host", "between_us", "between_gbit")  # and with --scaling
+NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # what --scaling has no use for
 
 
-@app.command("bench", help="Measure what each change of the plan brings; with --serve, how a server bears load.")
+@app.command("bench", help="Measure what each change of the plan brings; --serve: a server; --scaling: processes.")
 def _bench(
     context: typer.Context,
     data: Annotated[
@@ -257,11 +300,28 @@ def _bench(
     files: Annotated[
         list[Path] | None, typer.Option(help="With --serve: pictures, or folders of them, to send; repeatable.")
     ] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Measure 1, 2, … processes on a batch instead.")] = False,
+    processes: Annotated[str | None, typer.Option(help="With --scaling: 1,2,4; default: powers of two.")] = None,
+    per_host: Annotated[int | None, typer.Option(help="With --scaling: expect hosts of so many processes.")] = None,
+    between_us: Annotated[float | None, typer.Option(help="With --scaling: latency between hosts, µs.")] = None,
+    between_gbit: Annotated[float | None, typer.Option(help="With --scaling: gigabits a second between hosts.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    options = {k: v for k, v in locals().items() if k not in ("as_json", "context", "settings", *SERVE_OPTIONS)}
+    given = {k: v for k, v in locals().items() if k not in ("as_json", "context", "settings")}
+    options = {k: v for k, v in given.items() if k not in (*SERVE_OPTIONS, *SCALING_OPTIONS)}
     with _result(as_json) as result:
-        _only(context, SERVE_OPTIONS if serve else options.keys() | {"settings"}, "with" if serve else "without")
+        scaled = {k: v for k, v in given.items() if k not in (*SERVE_OPTIONS, *NOT_SCALED, "scaling")}
+        if scaling:
+            _only(context, scaled.keys() | {"settings", "scaling"}, "with --scaling")
+            from suanli.verbs._bench_scaling import bench_scaling
+            from suanli.verbs._bench_scaling import table as scaling_table
+
+            measured = bench_scaling(**scaled, settings=_parsed(settings))
+            result.values = measured.to_json()
+            result.shown = lambda: scaling_table(measured)
+            return
+        allowed = SERVE_OPTIONS if serve else options.keys() | {"settings"}
+        _only(context, allowed, "with --serve" if serve else "without --serve")
         if serve:
             from suanli.verbs._bench_serve import bench_serve
             from suanli.verbs._bench_serve import table as load_table
@@ -409,6 +469,10 @@ def _result(as_json: bool) -> Iterator[_Result]:
     started = time.perf_counter()
     result = _Result()
     yield result
+    from suanli.console import muted
+
+    if muted():  # another process of the same work tells it
+        return
     if as_json:
         values = result.values | {"seconds": time.perf_counter() - started}
         print(json.dumps(values, ensure_ascii=False, default=str))
@@ -433,11 +497,12 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _only(context: typer.Context, allowed: Collection[str], how: str) -> None:
-    """Raises UsageError for an option of bench that makes no sense with --serve, or without."""
+    """Raises UsageError for an option of bench that makes no sense with --serve or --scaling, or without."""
     for name in context.params.keys() - {"data", "out", "as_json", *allowed}:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            raise UsageError(f"--{name.replace('_', '-')} can't be used {how} --serve.", fix="Leave it out.")
+            where = "without --scaling" if name in SCALING_OPTIONS else how
+            raise UsageError(f"--{name.replace('_', '-')} can't be used {where}.", fix="Leave it out.")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -484,7 +549,15 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal can't show
     # Accepted anywhere on the line: who needs it has just typed the rest.
     debug = "--debug" in arguments
-    sys.exit(_main([a for a in arguments if a != "--debug"], debug))
+    if STARTED in os.environ:
+        from suanli.launch import end_when_told
+
+        end_when_told()
+    code = _main([a for a in arguments if a != "--debug"], debug)
+    if any(name in os.environ for name in (STARTED, "WORLD_SIZE", "SLURM_STEP_ID")):
+        # Who started several processes may end this one while it is ending: no more than it does anyway.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(code)
 
 
 def _main(arguments: list[str], debug: bool) -> int:
@@ -499,6 +572,8 @@ def _main(arguments: list[str], debug: bool) -> int:
     except SuanliError as error:
         if debug:
             raise
+        if STARTED in os.environ and _told(error):
+            return 0
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # wrong words on the command line
         told = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -516,11 +591,20 @@ def _main(arguments: list[str], debug: bool) -> int:
     except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
         if debug:
             raise
+        if STARTED in os.environ and _told(error):
+            return 0
         message, fix, code = _unforeseen(error)
     if "--json" in arguments:
         print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
     print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)
     return code
+
+
+def _told(error: Exception) -> bool:
+    """In one of several processes that suanli started: whether who started them knows why it ends."""
+    from suanli.launch import tell, told
+
+    return tell(error) if isinstance(error, SuanliError) and not isinstance(error, LostProcess) else told()
 
 
 def _unforeseen(error: Exception) -> tuple[str, str, int]:

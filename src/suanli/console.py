@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _quiet = False
+_mute = False
 _console: Console | None = None
 
 
@@ -39,6 +40,16 @@ def quiet() -> Iterator[None]:
         _quiet = before
 
 
+def mute() -> None:
+    """From now on only errors are told: another process of the same work speaks."""
+    global _quiet, _mute
+    _quiet = _mute = True
+
+
+def muted() -> bool:
+    return _mute
+
+
 def say(text: str) -> None:
     """One remark about what is being done."""
     if not _quiet:
@@ -49,6 +60,8 @@ def warn(text: str) -> None:
     """Something that the user should know and may want to change."""
     from rich.text import Text
 
+    if _mute:
+        return
     console().print(Text.assemble(("warning: ", "yellow"), text))
 
 

@@ -233,9 +233,11 @@ class Feed:
                 tensor.record_stream(computing)  # or its memory could be given to the next copy too soon
             yield batch
 
-    def in_order(self, batch_size: int) -> Iterator[Fetched]:
-        """Every example once, in the order of the split; the last batch may be smaller."""
-        return self.batches(iter(torch.arange(len(self)).split(batch_size)))  # type: ignore[no-untyped-call]
+    def in_order(self, batch_size: int, of: range | None = None) -> Iterator[Fetched]:
+        """Every example once, or those at the positions `of`, in the order of the split; the last batch may be
+        smaller."""
+        among = range(len(self)) if of is None else of
+        return self.batches(iter(torch.arange(among.start, among.stop).split(batch_size)))  # type: ignore[no-untyped-call]
 
 
 def row_bytes(split: Split) -> int:

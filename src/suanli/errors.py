@@ -9,7 +9,8 @@
     ├── MachineError         exit 4   not possible on this machine
     │   ├── OutOfMemory               says which batch size would fit
     │   ├── StorageError              no space left, read-only, not a directory
-    │   └── RunBusy                   another process is writing this run
+    │   ├── RunBusy                   another process is writing this run
+    │   └── LostProcess               one of those that train together is gone; a new start mends it
     ├── GateError            exit 5   refused: it costs more accuracy than the task tolerates
     ├── Diverged             exit 1   the loss became NaN or infinite
     └── Interrupted          exit 130 stopped by the user, the checkpoint is saved
@@ -73,6 +74,10 @@ class StorageError(MachineError):
 
 
 class RunBusy(MachineError):
+    pass
+
+
+class LostProcess(MachineError):
     pass
 
 

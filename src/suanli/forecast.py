@@ -48,7 +48,7 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     would fit, before anything is exhausted: on most systems exhaustion ends the process without a
     word. Raises UsageError for a network that can't learn from such batches."""
     held = hardware.peak_memory_bytes(device) or 0
-    batch = -(-loop.order.batch_size // loop.recipe.accumulate)
+    batch = -(-loop.batch_size // loop.recipe.accumulate)
     with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
         per_example, once = _activation_bytes(loop, batch)
         if (first := loop.scale(0)) != 1:
@@ -122,8 +122,8 @@ def _step_seconds(loop: Loop, memory_bytes: int) -> float:
 
     try:
         with active(loop.compute), loop.untouched():
-            loop.try_step(loop.order.batch_size)
-            return measure.seconds(lambda: loop.try_step(loop.order.batch_size), settle)
+            loop.try_step(loop.batch_size)
+            return measure.seconds(lambda: loop.try_step(loop.batch_size), settle)
     except (RuntimeError, MemoryError) as error:
         if not hardware.out_of_memory(error):
             raise

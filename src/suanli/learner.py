@@ -7,8 +7,9 @@ measured is what runs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
@@ -16,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from suanli.distributed import ALONE, Group
 from suanli.graphs import Recorded
 from suanli.phases import StepClock
 from suanli.types import Step
@@ -37,7 +40,11 @@ class Learner:
     """Calling it with inputs and targets trains one step and gives the loss (a tensor of no dimensions,
     not waited for). Inputs are a tensor, a sequence of positional arguments or a mapping of named ones."""
 
-    def __init__(self, step: Step, loss: Loss, *, clip_norm: float | None = None) -> None:
+    def __init__(
+        self, step: Step, loss: Loss, *, clip_norm: float | None = None, group: Group = ALONE, batch_size: int = 0
+    ) -> None:
+        """In a `group` a step is one on the batches of all processes, `batch_size` examples together, and `loss` a
+        mean over those here."""
         self.step, self._loss_of, self._clip_norm = step, loss, clip_norm
         if step.optimizer is None:
             raise ValueError("a step without an optimizer can't learn")
@@ -47,6 +54,8 @@ class Learner:
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
         self.clock = StepClock.of(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
+        self._group, self._batch_size = group, batch_size
+        self._spread = None if group.alone else spread(step, self.device)
         self._recorded = Recorded(step.model, step.optimizer, self._learn) if step.graph else None
         self._kept: list[torch.Tensor] | None = None  # outputs, while `examine` wants them
 
@@ -59,29 +68,44 @@ class Learner:
 
     def forward(self, inputs: Any) -> Any:
         """Outputs of the network in training, in the precision and layout of the step."""
+        if self._spread is not None and self._group.talks:
+            return call(self.step, self._spread, inputs)
         return call(self.step, self.step.model if self.step.compute is None else self.step.compute, inputs)
 
     def backward(self, inputs: Any, targets: Any, *, whole: bool = False) -> torch.Tensor:
         """Forward and backward pass without a step: gradients are added. Gives the mean loss. `whole`: not in
         parts."""
         total = torch.zeros((), device=self.device)
-        for part, aims, share in _parts(inputs, targets, 1 if whole else self.step.parts):
-            outputs = self.forward(part)
-            loss = self._loss_of(outputs, aims) * share
-            self.clock.mark("forward")
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        parts = list(_parts(inputs, targets, 1 if whole else self.step.parts))
+        for number, (part, aims, share) in enumerate(parts, start=1):
+            with self._averaging(number == len(parts)):
+                outputs = self.forward(part)
+                loss = self._loss_of(outputs, aims) * (share * self._weight(inputs))
+                self.clock.mark("forward")
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.clock.mark("backward")
             total += loss.detach()
             if self._kept is not None:
                 self._kept += tensors(outputs)
         return total
 
+    def _weight(self, inputs: Any) -> float:
+        """Of the loss here in the mean over all processes: by examples, so that shares of unequal size are right."""
+        if not self._group.talks:
+            return 1.0
+        return self._group.size * len(next(iter(tensors(inputs)))) / self._batch_size
+
+    def _averaging(self, last: bool) -> AbstractContextManager[None]:
+        """The gradients are averaged over the processes in the backward pass of the last part."""
+        return nullcontext() if self._spread is None or last else self._spread.no_sync()
+
     def _learn(self, inputs: Any, targets: Any) -> torch.Tensor:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
         if self._kept is not None:
             self._kept.clear()  # of the steps before a recording
-        total = self.backward(inputs, targets)
+        with self._group.together():
+            total = self.backward(inputs, targets)
         if self._clip_norm is not None:
             self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
@@ -103,6 +127,32 @@ class Learner:
         # The optimizer's step has taken the scale of the loss out of the gradients.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         return Numbers(outputs=outputs, gradients=_plain(gradients))
+
+
+class _Computing(nn.Module):
+    """The network as its step computes it, as a module: what DistributedDataParallel wants."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.model = step.model
+        self._compute = (step.compute or step.model.__call__,)  # hidden: its parameters are those of `model`
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._compute[0](*args, **kwargs)
+
+
+def spread(step: Step, device: torch.device) -> DistributedDataParallel:
+    """A collective: the network with gradients that are averaged over all processes, in buckets, while the backward
+    pass goes on. Every process gets the first one's weights."""
+    # Not the buffers at each step: batch norms see the whole batch, so they agree. torch 2.13 has renamed the switch.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(
+        _Computing(step),
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **buffers,  # type: ignore[arg-type]
+    )
 
 
 def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:

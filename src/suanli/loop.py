@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from suanli import checkpoint
 from suanli.augmentation import compose
 from suanli.data import Feed, Order, mix
+from suanli.distributed import ALONE, Group
 from suanli.errors import DamagedFile, Diverged, UsageError
 from suanli.inference import infer
 from suanli.learner import Learner, Numbers
@@ -57,10 +59,13 @@ class Loop:
         val: Feed,
         device: Device,
         classes: int,
+        group: Group = ALONE,
         one_size: bool = False,
+        apart: bool = False,
     ) -> None:
-        """`one_size`: whatever the recipe says, every step sees the pictures whole, and so costs the same."""
-        self.one_size = one_size
+        """`one_size`: whatever the recipe says, every step sees the pictures whole, and so costs the same. `apart`:
+        it learns from this process's share of the batch and asks no other process, which is for measuring."""
+        self.one_size, self.group, self._partners = one_size, group, ALONE if apart else group
         self.recipe, self.compute, self.task = recipe, step, task
         self.preprocess, self.train_feed, self.val_feed = preprocess, train, val
         self.classes = classes
@@ -68,16 +73,22 @@ class Loop:
         self.order = Order(len(train), recipe.batch_size, recipe.seed)
         self.augment = compose(recipe.augment, preprocess.kind)
         self.class_weights = self._class_weights()
-        self.learner = Learner(step, self._loss, clip_norm=recipe.clip_norm)
+        self._places: torch.Tensor | None = None
+        self._shares: tuple[float, ...] | None = None  # of which `_places` are
+        self.learner = Learner(
+            step, self._loss, clip_norm=recipe.clip_norm, group=self._partners, batch_size=self.order.batch_size
+        )
         self.progress = Progress(segments=[recipe.epochs])
         self.ema = _copy(step.model) if recipe.ema_decay is not None else None
         self._own = step.model.state_dict()  # the tensors themselves: they stay the same while values change
         self._counted = [n for n, t in self._own.items() if not t.is_floating_point()]
         self._averaged = [t for t in self._own.values() if t.is_floating_point()]
         self._averages = [self.ema[n] for n, t in self._own.items() if t.is_floating_point()] if self.ema else []
+        self.phase = "start"  # of a step: "input", "learn", "settle"; or what is done between two
         self.rate = 0.0  # the recipe's learning rate as the schedule has it now
         self._losses: list[torch.Tensor] = []
         self._judges = True  # its losses
+        self._own_seed = (group.rank,) if group.rank else ()  # dropout draws for the examples here, not for all
         self._newest: deque[float] = deque(maxlen=CLIMBED[0])
         self._climbed = math.inf  # a loss from here on has climbed; known after the first one
         self._generator = torch.Generator(self.device)
@@ -113,6 +124,25 @@ class Loop:
         return self.work(self.progress.step, self.steps)
 
     @property
+    def places(self) -> torch.Tensor | None:
+        """(n,) int64: the places of a batch that this process computes; None: all. Of each part in which a batch is
+        computed it has its share, so that batch norms see the same parts however many processes there are.
+        Raises UsageError for more processes than examples."""
+        if self.group.alone:
+            return None
+        if self._places is None or self._shares != self.group.shares:
+            parts = min(self.compute.parts, self.order.batch_size)
+            ends = [self.order.batch_size * i // parts for i in range(parts + 1)]
+            self._places = torch.cat([torch.arange(a, b)[self.group.part(b - a)] for a, b in pairwise(ends)])
+            self._shares = self.group.shares
+        return self._places
+
+    @property
+    def batch_size(self) -> int:
+        """Examples of a step that this process computes."""
+        return self.order.batch_size if self.places is None else len(self.places)
+
+    @property
     def epoch(self) -> float:
         return self.progress.step / self.order.steps_per_epoch
 
@@ -124,23 +154,32 @@ class Loop:
         The loss is the newest known one: on a GPU it lags by up to LOSSES_HELD steps. Raises
         Diverged at the first loss that is not finite, and where it climbs in the first tenth of the run.
         """
-        positions = (self.order.positions(s) for s in range(self.progress.step, self.steps))
+        positions = (self._positions(s) for s in range(self.progress.step, self.steps))
         batches = self.train_feed.batches(positions, read_ahead=self.compute.read_ahead)
         self.model.train()
         clock = self.learner.clock
         loss = math.nan
         while self.progress.step < self.steps:
             started = time.perf_counter()
+            self.phase = "input"
             clock.begin()
             batch = self._inputs(*next(batches), 1.0 if self.one_size else self.scale(self.progress.step))
             clock.mark("input")
+            self.phase = "learn"
             self._losses.append(self._learn(batch))
             self.progress.step += 1
             clock.end()
+            self.phase = "settle"
             if self.device.type == "cpu" or len(self._losses) >= LOSSES_HELD:
                 loss = self.settle()
             self.progress.seconds += time.perf_counter() - started
             yield loss
+        self.phase = "end"
+
+    def _positions(self, step: int) -> torch.Tensor:
+        """In the split, of the examples that this process computes."""
+        every = self.order.positions(step)
+        return every if self.places is None else every[self.places]
 
     def scale(self, step: int) -> float:
         """Of each side of the pictures at this step, as the recipe wants it. A continuation sees them whole."""
@@ -154,6 +193,8 @@ class Loop:
             index=index,
             epoch=self.order.epoch(step),
             classes=self.classes,
+            places=None if self.places is None else self.places[: len(index)].to(index.device),
+            whole=self.order.batch_size,
         )
         batch = self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
         return batch if scale == 1 else replace(batch, inputs=shrink(batch.inputs, scale))
@@ -172,7 +213,7 @@ class Loop:
         """For dropout inside the model. `torch.manual_seed` asks every kind of device, which takes longer than the
         kernels of a small step."""
         for generator in self._default_generators:
-            generator.manual_seed(mix(self.recipe.seed, 2, step))
+            generator.manual_seed(mix(self.recipe.seed, 2, step, *self._own_seed))
 
     def advance(self) -> None:
         """The next step of `run`, waited for: what the planner times. A training that diverges takes as long as
@@ -187,7 +228,7 @@ class Loop:
     def first_batch(self, examples: int | None = None, scale: float = 1.0) -> Batch:
         """The batch of the first step, or some examples of it, as training augments it: for measuring. At full
         size, unless another is wanted."""
-        positions = self.order.positions(0)[:examples]
+        positions = self._positions(0)[:examples]
         return self._inputs(*next(self.train_feed.batches(iter([positions]))), scale)
 
     def try_step(self, examples: int, *, whole: bool = False, scale: float = 1.0) -> None:
@@ -248,10 +289,10 @@ class Loop:
             self.ema[name].copy_(self._own[name])
 
     def settle(self) -> float:
-        """Waits for the losses held back and returns the last. Raises Diverged."""
+        """A collective: waits for the losses held back and returns the last. Raises Diverged."""
         if not self._losses:
             return math.nan
-        losses = torch.stack(self._losses).cpu()
+        losses = self._partners.sum(torch.stack(self._losses)).cpu() / self._partners.size
         first = self.progress.step - len(losses)
         self._losses.clear()
         if self._judges:
@@ -280,15 +321,21 @@ class Loop:
     # --- validation ---
 
     def validate(self) -> dict[str, float]:
-        """Scores on the validation split with the weights that would be kept now."""
+        """A collective: scores on the validation split with the weights that would be kept now. Every process
+        answers for a stretch of it."""
+        before, self.phase = self.phase, "validate"
+        count, group = len(self.val_feed), self._partners
+        mine = range(count)[group.stretch(count)]
         with self.kept_weights():
-            batches = (rows for rows, _, _ in self.val_feed.in_order(validation_batch(self.recipe)))
+            batches = (rows for rows, _, _ in self.val_feed.in_order(validation_batch(self.recipe), mine))
             found = infer(self.compute, self.preprocess, self.task, batches)
+        found = group.whole(found, mine.start, count, self.classes)
         try:
             scores = self.task.scores(found.astype(np.float32), self.val_feed.split.targets)
         except Diverged as error:
             at = self.progress.step
             raise Diverged(f"The model's answers became NaN at step {at}.", fix=_DIVERGED_FIX) from error
+        self.phase = before
         headline, progress = scores[self.task.headline], self.progress
         progress.last = headline
         if progress.best is None or headline > progress.best:
@@ -329,7 +376,7 @@ class Loop:
         self.progress.stale = 0
 
     def state(self) -> tuple[checkpoint.Tensors, Json]:
-        """Everything that `restore` needs. Raises Diverged rather than give away broken weights."""
+        """A collective: everything that `restore` needs. Raises Diverged rather than give away broken weights."""
         self.settle()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]

@@ -58,10 +58,10 @@ def least_step_s(loop: Loop, device: Device, ceilings: Ceilings) -> float | None
     ceiling = ceiling_flops(ceilings).get(precision(loop.compute, device))
     if ceiling is None:
         return None
-    examples = min(COUNTED, loop.order.batch_size)
+    examples = min(COUNTED, loop.batch_size)
     with active(loop.compute), loop.untouched():
         counted = flops(lambda: loop.try_step(examples, whole=True))
-    return counted / examples * loop.order.batch_size / ceiling
+    return counted / examples * loop.batch_size / ceiling
 
 
 def roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:

@@ -34,8 +34,9 @@ LOCK = ".lock"
 class Run:
     """A run on disk. Creating the object touches nothing."""
 
-    def __init__(self, path: AnyPath) -> None:
-        self.path = Path(path)
+    def __init__(self, path: AnyPath, *, writes: bool = True) -> None:
+        """Not `writes`: another process of the same training does; what is written through this object isn't."""
+        self.path, self._writes = Path(path), writes
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"
@@ -78,12 +79,15 @@ class Run:
         return (self.path / "recipe.json").is_file()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Only this process writes while the block runs. Raises RunBusy at once if another does."""
+    def lock(self, wait_s: float = 0) -> Iterator[None]:
+        """Only this process writes while the block runs. Raises RunBusy if another does, and goes on for `wait_s`."""
         from filelock import FileLock, Timeout
 
+        if not self._writes:
+            yield
+            return
         with writing(self.path):
-            lock = FileLock(self.path / LOCK, timeout=0)
+            lock = FileLock(self.path / LOCK, timeout=wait_s)
             try:
                 lock.acquire()
             except Timeout as error:
@@ -145,7 +149,8 @@ class Run:
     # --- writing ---
 
     def write(self, name: str, value: Json) -> None:
-        write_json(self.path / name, value)
+        if self._writes:
+            write_json(self.path / name, value)
 
     def log(self, **metrics: Json) -> None:
         self._append("metrics.jsonl", metrics)
@@ -154,6 +159,8 @@ class Run:
         self._append("ledger.jsonl", asdict(measurement))
 
     def _append(self, name: str, value: Json) -> None:
+        if not self._writes:
+            return
         with writing(self.path / name), (self.path / name).open("a+b") as stream:
             if stream.tell():  # a crash may have cut the last line short: it must not take this one with it
                 stream.seek(-1, os.SEEK_END)

@@ -6,18 +6,20 @@ Nothing is written here but the plan in the cache directory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli import checkpoint, hardware, planner, planning, probe, reach
+from suanli import checkpoint, distributed, hardware, planner, planning, probe, reach
 from suanli.assembly import Assembly
 from suanli.cache import Prepared
+from suanli.distributed import ALONE, Group
 from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big
 from suanli.loop import Loop
 from suanli.plans import Store
 from suanli.plugins import names
-from suanli.types import Device, Plan, Recipe
+from suanli.types import Device, Json, Plan, Recipe, Trial
 
 CHECKPOINTING = "activation_checkpointing"
 UNPLANNED = ("named", planning.PLAIN)  # origins of plans that the user insists on
@@ -36,6 +38,7 @@ class Start:
     threads: int | None = None
     saved: checkpoint.Checkpoint | None = None
     more_epochs: float | None = None
+    group: Group = ALONE
 
     loop: Loop = None  # type: ignore[assignment]  # made by `ready`
     plan: Plan = None  # type: ignore[assignment]
@@ -46,10 +49,13 @@ class Start:
     least_step_s: float | None = None  # that a step would take at the device's measured ceiling
 
     def ready(self) -> None:
-        """Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit."""
+        """A collective. Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't
+        fit."""
         planning.check_threads(self.threads)
+        if self.threads is None and not self.group.alone and self.device.type == "cpu":
+            self.threads = distributed.threads(self.group)
         with enough_memory(self.device):
-            assembly = Assembly(self.recipe, self.prepared, self.device, fresh=self.saved is None)
+            assembly = self._assembly(fresh=self.saved is None)
         self.key = assembly.key
         with enough_memory(self.device):
             plain = assembly.trial(planning.plain(self.device, self.threads))
@@ -72,11 +78,21 @@ class Start:
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
         self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
 
+    def _assembly(self, *, fresh: bool) -> Assembly:
+        return Assembly(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group)
+
     def _planned(self, assembly: Assembly, steps: int) -> Plan:
+        """The first process plans for all: they must compute alike."""
         if isinstance(self.requested, Plan):
             return self.requested
-        with enough_memory(self.device):
-            return planner.plan(assembly, self.requested, steps=steps, threads=self.threads, cache=self.cache)
+        found: Plan | None = None
+        if self.group.first:
+            with enough_memory(self.device):
+                found = planner.plan(assembly, self.requested, steps=steps, threads=self.threads, cache=self.cache)
+        if self.group.alone:
+            assert found is not None
+            return found
+        return _plan_from(self.group.of_first(asdict(found) if found else None), self.device)
 
     def _smaller(self, assembly: Assembly, error: OutOfMemory) -> tuple[int, Plan]:
         """A plan that fits where plain PyTorch doesn't: with half-precision activations, then with recomputed
@@ -107,6 +123,8 @@ class Start:
         loop's. Gives what was changed, in words; None where no change can help, or the user wants no other plan."""
         if self.plan.origin in UNPLANNED or (isinstance(error, SuanliError) and not isinstance(error, Diverged)):
             return None
+        if not self.group.alone and not isinstance(error, Diverged):
+            return None  # what failed here did not fail in every process
         risk, what = _risk(error)
         found = planner.weaker(self.plan, risk)
         if found is not None:
@@ -120,17 +138,17 @@ class Start:
             change = f"with {CHECKPOINTING}"
         else:
             return None
+        self.group.wait()  # the first process may still be writing
         try:
             saved = checkpoint.newest(checkpoints)
         except DamagedFile:
             return None
         self.loop = None  # type: ignore[assignment]  # its memory is needed
         planner.free(self.device)
-        assembly = Assembly(self.recipe, self.prepared, self.device, fresh=saved is None)
         try:
-            self.loop = assembly.loop(plan)
+            self.loop = self._assembly(fresh=saved is None).loop(plan)
         except MachineError:  # checkpointing has nothing to act on
-            self.loop = Assembly(self.recipe, self.prepared, self.device, fresh=saved is None).loop(self.plan)
+            self.loop = self._assembly(fresh=saved is None).loop(self.plan)
             return None
         self._put_back(self.loop, saved)
         self.plan = plan
@@ -143,8 +161,14 @@ class Start:
         self.plan, self.saved = self.first_plan, None
         self.loop = None  # type: ignore[assignment]  # its memory is needed
         planner.free(self.device)
-        self.loop = Assembly(self.recipe, self.prepared, self.device).loop(self.plan)
+        self.loop = self._assembly(fresh=True).loop(self.plan)
         return f"beginning again at a learning rate of {self.recipe.lr:.2g}"
+
+
+def _plan_from(values: Mapping[str, Json], device: Device) -> Plan:
+    """The first process's plan, for this one's device."""
+    trials = tuple(Trial(**t) for t in values["trials"])
+    return Plan(**{**values, "device": device.torch_name, "speedups": tuple(values["speedups"]), "trials": trials})
 
 
 def _risk(error: Exception) -> tuple[str, str]:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, engine_store, exact, hardware, planning, reach
+from suanli import checkpoint, engine_store, exact, hardware, planning, preflight, reach
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
-from suanli.errors import Diverged, Interrupted
-from suanli.forecast import out_of_memory
+from suanli.distributed import lost
+from suanli.errors import Diverged, Interrupted, LostProcess, first_line
+from suanli.forecast import SAVING_COPIES, out_of_memory
 from suanli.learner import active
 from suanli.loop import EARLY, LOSSES_HELD, Loop
 from suanli.plans import Store
@@ -29,9 +30,11 @@ from suanli.saved import save_model
 from suanli.start import UNPLANNED, Start
 from suanli.stopping import Stop, stop_requests
 from suanli.types import Json, Plan, Recipe, Tracker
+from suanli.watchdog import Watchdog
 
 LOG_EVERY_S = 1.0
 FINISHED = ("finished", "stopped early")
+HANG_S = 300.0  # without a step, until processes that wait for each other are ended
 FEW_STEPS = 20  # to begin again after so few costs nothing
 
 
@@ -43,11 +46,14 @@ class Training:
 
     def __init__(self, start: Start) -> None:
         self.start = start
-        self.prepared, self.device = start.prepared, start.device
+        self.prepared, self.device, self.group = start.prepared, start.device, start.group
         self.seconds: dict[str, float] = {}
         self.earlier_s = 0.0  # of training before an interruption
         self.fallbacks: list[dict[str, Json]] = []
         self.wanted_score: float | None = None  # that the user named
+        self.writer = checkpoint.Writer()
+        self.hang_s = HANG_S
+        self.processes: dict[str, Json] | None = None  # that train together, as found before the first step
         self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
         start.ready()
@@ -70,19 +76,26 @@ class Training:
         return self.start.recipe
 
     def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
+        """A collective; the first process writes."""
         self.directory, self.checkpoint_every_s = run, checkpoint_every_s
+        if self.processes is not None:
+            preflight.refuse_full_disk(self.processes["each"][0], self.start.forecast.disk_bytes)
         run.write("check.json", self.prepared.findings)
+        if self.start.more_epochs is not None:
+            self._save()  # from here on the run is a longer one
         self._write_running()
         with ExitStack() as stack:
             self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
             for tracker in self.trackers:
                 stack.callback(tracker.close)
             stop = stack.enter_context(stop_requests())
+            watchdog = Watchdog(self.group, lambda: (self.loop.progress.step, self.loop.phase), self.hang_s)
+            watchdog.start()
+            stack.callback(watchdog.stop)
             self.started = time.perf_counter()
-            if self.start.more_epochs is not None:
-                self._save()  # from here on the run is a longer one
             status = self._through(stop)
             self._finish(status)
+        self.group.wait()  # what follows may read what the first has written
 
     def _write_running(self) -> None:
         """What a run that is cut short goes on with."""
@@ -100,13 +113,20 @@ class Training:
                 self._go_on_or_raise(error)
 
     def _go_on_or_raise(self, error: Exception) -> None:
+        self.writer.wait()
         failed_at = self.loop.progress.step
+        if not self.group.alone and lost(error):
+            raise LostProcess(
+                f"Process {self.group.rank} has lost another one at step {failed_at}: {first_line(error, 200)}",
+                fix=f"To go on from the last checkpoint: suanli train {self.directory.path}",
+            ) from error
         said = self.start.fall_back(error, self.directory.checkpoints)
         begins = False
         if said is None and isinstance(error, Diverged) and self._may_begin_again(failed_at):
             begins = True
             # Without its checkpoints first: a run that is cut short now must not go on from them.
-            checkpoint.forget(self.directory.checkpoints)
+            if self.group.first:
+                checkpoint.forget(self.directory.checkpoints)
             said = f"{error.message.rstrip('.')}; {self.start.begin_again()}"
             self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
         if said is not None:
@@ -166,17 +186,29 @@ class Training:
                     self._validate()
                 score = "" if loop.progress.last is None else f"  {loop.task.headline} {loop.progress.last:.1%}"
                 bar.update(step, note + score)
-                if stop.by is not None:
+                asked, due = self._agreed(stop.by, now - saved_at >= self.checkpoint_every_s, last)
+                if asked:
                     self._save()
-                    self._interrupt(stop.by)
+                    self._interrupt(asked)
                 if loop.should_stop:
                     self._save()
                     return "stopped early"
-                if now - saved_at >= self.checkpoint_every_s:
-                    self._save()
+                if due:
+                    self._save(beside=True)
                     saved_at = time.monotonic()
         self._save()
         return "finished"
+
+    def _agreed(self, asked: int | None, due: bool, last: bool) -> tuple[int, bool]:
+        """A collective: the signal that asked any process to stop, and whether the first one's clock says that it is
+        time to save. On a GPU only as often as losses are read, since to ask means to wait."""
+        group, step = self.group, self.loop.progress.step
+        if group.alone:
+            return asked or 0, due
+        if self.device.type != "cpu" and step % LOSSES_HELD and not last:
+            return 0, False
+        most = group.most(asked or 0, float(due and group.first))
+        return int(most[0]), bool(most[1])
 
     def _facts(self) -> Facts:
         step, plan = self.loop.compute, self.plan
@@ -186,8 +218,8 @@ class Training:
         sized = "size" in self.prepared.preprocess.settings() or self.prepared.preprocess.kind == "image"
         return Facts(
             device_type=self.device.type,
-            batch_size=self.loop.order.batch_size,
-            cores=hardware.cores(),
+            batch_size=self.loop.batch_size,
+            cores=max(1, hardware.cores() // self.group.local_size),
             threads=plan.threads or torch.get_num_threads(),
             speedups=plan.speedups,
             dropped={n: r for n, r in plan.dropped.items() if n in possible},
@@ -227,7 +259,7 @@ class Training:
         )
         for tracker in self.trackers:
             tracker.log({f"val/{name}": value for name, value in scores.items()}, loop.progress.step)
-        if self.recipe.early_stop is not None and loop.progress.stale == 0:
+        if self.recipe.early_stop is not None and loop.progress.stale == 0 and self.group.first:
             with loop.kept_weights():
                 tensors = dict(loop.model.state_dict())
                 checkpoint.write(self._best, tensors, {"step": loop.progress.step})
@@ -236,9 +268,19 @@ class Training:
     def _best(self) -> Path:
         return self.directory.checkpoints / "best.safetensors"
 
-    def _save(self) -> None:
+    def _save(self, *, beside: bool = False) -> None:
+        """A collective. `beside` the next steps, where there is memory for a copy of everything; else it is done
+        when this returns."""
+        before, self.loop.phase = self.loop.phase, "save"
         tensors, progress = self.loop.state()
-        checkpoint.save_step(self.directory.checkpoints, self.loop.progress.step, tensors, progress)
+        self.loop.phase = before
+        if not self.group.first:
+            return
+        self.writer.save(self.directory.checkpoints, self.loop.progress.step, tensors, progress)
+        size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+        room = hardware.available_memory_bytes(hardware.detect("cpu"))
+        if not beside or (room is not None and room < SAVING_COPIES * size_bytes):
+            self.writer.wait()
 
     def _interrupt(self, number: int) -> None:
         self._summarise("interrupted")
@@ -251,6 +293,8 @@ class Training:
     # --- after the last step ---
 
     def _finish(self, status: str) -> None:
+        if not self.group.first:
+            return
         loop, prepared = self.loop, self.prepared
         if self.recipe.early_stop is not None and self._best.exists():
             loop.model.load_state_dict(checkpoint.read(self._best).tensors)
@@ -316,6 +360,7 @@ class Training:
                 "fallbacks": self.fallbacks,
                 "wanted_score": self.wanted_score,
                 "gate": self.gate,
+                "processes": self.processes,
             },
         )
         if status in FINISHED and rate is not None:

@@ -227,6 +227,8 @@ class Batch:
     index: torch.Tensor  # (B,) int64, position in the training split, the same every epoch
     epoch: int
     classes: int
+    places: torch.Tensor | None = None  # (B,) int64, of these examples in the batch of all processes; None: it is this
+    whole: int | None = None  # how many examples that batch has
 
 
 class Augmentation(ABC):
@@ -432,6 +434,8 @@ class Step:
     resident: bool = False  # the training split lies on the device as a whole
     read_ahead: bool = False  # the next batches are read and copied while this one is computed
     graph: bool = False  # the whole step is recorded once and replayed
+    shared: bool = False  # with other processes: gradients are averaged in the backward pass
+    asks: bool = False  # layers of the network ask the other processes on the way
     settings: tuple[Setting, ...] = ()
 
 

@@ -23,8 +23,8 @@ DEVICES = (
     Device(name="a Mac's GPU", torch_name="mps", memory_bytes=None, fast_dtypes=("float32", "float16")),
 )
 ENGINES: dict[str, Engine] = plugins.load_all("engines")
-SLOW = ("aot_inductor", "inductor")  # they compile: one precision of each always, the others in `make long`
-ALWAYS = (("aot_inductor", "int8"), ("inductor", "float32"))
+SLOW = ("aot_inductor", "inductor")  # they compile: one always, the others in `make long`
+ALWAYS = (("inductor", "float32"),)
 
 
 def marks(engine: Engine, precision: str) -> list[pytest.MarkDecorator]:

@@ -3,7 +3,8 @@ places, and the check of settings.
 
 Model inputs are normalised, so 0 is the mean colour of the data set, not black, and 1 is one
 standard deviation. Random numbers are drawn on the device in float32, and nothing here waits for
-the device.
+the device. Each process draws those of the whole batch and takes its own, so that what happens to an
+example doesn't depend on how many processes there are.
 """
 
 from __future__ import annotations
@@ -15,11 +16,33 @@ import torch
 from torch.nn import functional as F
 
 from suanli.errors import UsageError
+from suanli.types import Batch
 
 
-def uniform(count: int, low: float, high: float, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(count,) float32 in [low, high) on the device of `like`."""
-    return torch.rand(count, generator=generator, device=like.device) * (high - low) + low
+def each_own(batch: Batch, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """The numbers of this batch's examples: `draw(count)` gives them for all that the step learns from."""
+    if batch.places is None or batch.whole is None:
+        return draw(len(batch.inputs))
+    return draw(batch.whole)[batch.places]
+
+
+def uniform(batch: Batch, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
+    """(B,) float32 in [low, high) on the device of the batch."""
+    device = batch.inputs.device
+    return each_own(batch, lambda count: torch.rand(count, generator=generator, device=device)) * (high - low) + low
+
+
+def integers(batch: Batch, end: int, generator: torch.Generator) -> torch.Tensor:
+    """(B,) int64 from 0 to before `end` on the device of the batch."""
+    device = batch.inputs.device
+    return each_own(batch, lambda count: torch.randint(end, (count,), generator=generator, device=device))
+
+
+def partners(batch: Batch) -> torch.Tensor:
+    """(B,) places in this batch: neighbours are each other's, and the last of an odd number is its own. A batch is
+    in random order already, and both of a pair are computed by the same process."""
+    at = torch.arange(len(batch.inputs), device=batch.inputs.device)
+    return (at ^ 1).clamp(max=len(batch.inputs) - 1)
 
 
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -68,12 +91,12 @@ def greyed(x: torch.Tensor) -> torch.Tensor:
     return (x[:, :1] + x[:, 1:2] + x[:, 2:3]) / 3
 
 
-def symmetric_beta(count: int, alpha: float, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """(count,) float32 from Beta(alpha, alpha), without rejection: L. Devroye, "Random variate
+def symmetric_beta(batch: Batch, alpha: float, generator: torch.Generator) -> torch.Tensor:
+    """(B,) float32 from Beta(alpha, alpha), without rejection: L. Devroye, "Random variate
     generation in one line of code", Winter Simulation Conference 1996."""
-    u = uniform(count, 0, 1, like, generator).double().clamp(min=1e-12)
-    cosine = torch.cos(2 * torch.pi * uniform(count, 0, 1, like, generator).double()).square()
-    sign = torch.where(uniform(count, -1, 1, like, generator) < 0, -1.0, 1.0)
+    u = uniform(batch, 0, 1, generator).double().clamp(min=1e-12)
+    cosine = torch.cos(2 * torch.pi * uniform(batch, 0, 1, generator).double()).square()
+    sign = torch.where(uniform(batch, -1, 1, generator) < 0, -1.0, 1.0)
     distance = 1 / (2 * torch.sqrt(1 + 1 / ((u ** (-1 / alpha) - 1) * cosine).clamp(min=1e-12)))
     return (0.5 + sign * distance).to(torch.float32)
 

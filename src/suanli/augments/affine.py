@@ -33,16 +33,16 @@ class Affine(Augmentation):
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
         count, _, height, width = x.shape
-        angle = uniform(count, -self.degrees, self.degrees, x, generator) * (math.pi / 180)
+        angle = uniform(batch, -self.degrees, self.degrees, generator) * (math.pi / 180)
         # Sampling places are scaled, so the picture is scaled by the inverse.
-        zoom = 1 / (1 + uniform(count, -self.scale, self.scale, x, generator))
+        zoom = 1 / (1 + uniform(batch, -self.scale, self.scale, generator))
         cosine, sine = angle.cos() * zoom, angle.sin() * zoom
         # Coordinates run from -1 to 1 on both sides: a turn must know the aspect to stay a turn.
         matrices = torch.empty(count, 2, 3, device=x.device)
         matrices[:, 0, 0], matrices[:, 0, 1] = cosine, -sine * height / width
         matrices[:, 1, 0], matrices[:, 1, 1] = sine * width / height, cosine
         for axis in (0, 1):
-            matrices[:, axis, 2] = 2 * uniform(count, -self.translate, self.translate, x, generator)
+            matrices[:, axis, 2] = 2 * uniform(batch, -self.translate, self.translate, generator)
         return replace(batch, inputs=warp(x, matrices))
 
 

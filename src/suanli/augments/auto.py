@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from suanli.augments._sampling import check_number, greyed, only_where, per_image, uniform, warp
+from suanli.augments._sampling import check_number, greyed, integers, only_where, per_image, uniform, warp
 from suanli.types import Augmentation, Batch
 
 Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -34,11 +34,10 @@ class Auto(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
-        count = len(x)
         pixelwise = PIXELWISE if x.shape[1] == 3 else PIXELWISE[1:]  # grey has no saturation
         kinds = 1 + len(GEOMETRIC) + len(pixelwise)  # one of them is: leave it as it is
-        kind = torch.randint(kinds, (count,), generator=generator, device=x.device)
-        amount = uniform(count, -self.strength, self.strength, x, generator)
+        kind = integers(batch, kinds, generator)
+        amount = uniform(batch, -self.strength, self.strength, generator)
         changed = only_where(kind < len(GEOMETRIC), x.clone(), _move, kind, amount)
         for number, change in enumerate(pixelwise, start=len(GEOMETRIC)):
             changed = only_where(kind == number, changed, change, amount)

@@ -31,7 +31,7 @@ class Color(Augmentation):
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
         spans = (self.brightness, self.contrast, self.saturation)
-        shift, contrast, saturation = (per_image(uniform(len(x), -span, span, x, generator), x) for span in spans)
+        shift, contrast, saturation = (per_image(uniform(batch, -span, span, generator), x) for span in spans)
         mean = x.mean((1, 2, 3), keepdim=True)
         rest = shift - contrast * mean
         # Both steps change no picture's mean, so they are one: x times a factor, plus what depends

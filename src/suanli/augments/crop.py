@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch.nn import functional as F
 
-from suanli.augments._sampling import check_number
+from suanli.augments._sampling import check_number, integers
 from suanli.types import Augmentation, Batch
 
 
@@ -36,8 +36,8 @@ class Crop(Augmentation):
         count, _, height, width = x.shape
         down, right = self._reach(height), self._reach(width)
         windows = _windows(_padded(x, down, right), height, width)
-        dy = torch.randint(2 * down + 1, (count,), generator=generator, device=x.device)
-        dx = torch.randint(2 * right + 1, (count,), generator=generator, device=x.device)
+        dy = integers(batch, 2 * down + 1, generator)
+        dx = integers(batch, 2 * right + 1, generator)
         moved = windows[torch.arange(count, device=x.device), dy, dx]
         return replace(batch, inputs=moved.permute(0, 3, 1, 2))
 

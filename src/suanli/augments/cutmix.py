@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import torch
 
-from suanli.augments._sampling import check_number, mixed, shares, symmetric_beta, uniform
+from suanli.augments._sampling import check_number, mixed, partners, shares, symmetric_beta, uniform
 from suanli.types import Augmentation, Batch
 
 
@@ -31,13 +31,13 @@ class Cutmix(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
-        count, _, height, width = x.shape
-        side = torch.sqrt(1 - symmetric_beta(count, self.alpha, x, generator))
-        changed = uniform(count, 0, 1, x, generator) < self.probability
+        height, width = x.shape[2:]
+        side = torch.sqrt(1 - symmetric_beta(batch, self.alpha, generator))
+        changed = uniform(batch, 0, 1, generator) < self.probability
         side = torch.where(changed, side, 0.0)
-        rows = _inside(side * height, height, x, generator)
-        columns = _inside(side * width, width, x, generator)
-        partner = torch.randperm(count, generator=generator, device=x.device)
+        rows = _inside(side * height, height, batch, generator)
+        columns = _inside(side * width, width, batch, generator)
+        partner = partners(batch)
         pasted = rows[:, None, :, None] & columns[:, None, None, :]
         kept = 1 - rows.sum(1) * columns.sum(1) / (height * width)
         own = shares(batch.targets, batch.classes)
@@ -48,9 +48,9 @@ class Cutmix(Augmentation):
         )
 
 
-def _inside(side: torch.Tensor, length: int, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _inside(side: torch.Tensor, length: int, batch: Batch, generator: torch.Generator) -> torch.Tensor:
     """(B,) sides in pixels to (B, length) bool: a stretch with a random centre, cut at the ends."""
-    centre = uniform(len(side), 0, length, like, generator)
+    centre = uniform(batch, 0, length, generator)
     at = torch.arange(length, device=side.device) + 0.5
     return (at - centre[:, None]).abs() < side[:, None] / 2
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from suanli.augments._sampling import check_number
+from suanli.augments._sampling import check_number, integers
 from suanli.types import Augmentation, Batch
 
 
@@ -28,17 +28,17 @@ class Cutout(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
-        count, _, height, width = x.shape
+        height, width = x.shape[2:]
         side = round(self.size * min(height, width))
-        rows, columns = (_covered(count, length, side, x.device, generator) for length in (height, width))
+        rows, columns = (_covered(batch, length, side, generator) for length in (height, width))
         covered = rows[:, None, :, None] & columns[:, None, None, :]
         return replace(batch, inputs=torch.where(covered, 0.0, x))
 
 
-def _covered(count: int, length: int, side: int, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """(count, length) bool: which pixels of a line lie in a stretch of `side` with a random centre."""
-    first = torch.randint(length, (count, 1), generator=generator, device=device) - side // 2
-    at = torch.arange(length, device=device)
+def _covered(batch: Batch, length: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, length) bool: which pixels of a line lie in a stretch of `side` with a random centre."""
+    first = integers(batch, length, generator)[:, None] - side // 2
+    at = torch.arange(length, device=first.device)
     return (at >= first) & (at < first + side)
 
 

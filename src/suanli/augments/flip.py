@@ -35,7 +35,7 @@ class Flip(Augmentation):
         if self.mode == "alternate":
             mirrored = (_hash_bit(batch.index) + batch.epoch) % 2 == 1
         else:
-            mirrored = uniform(len(x), 0, 1, x, generator) < 0.5
+            mirrored = uniform(batch, 0, 1, generator) < 0.5
         return replace(batch, inputs=torch.where(per_image(mirrored, x), x.flip(-1), x))
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:

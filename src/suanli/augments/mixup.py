@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from suanli.augments._sampling import check_number, mixed, per_image, shares, symmetric_beta, uniform
+from suanli.augments._sampling import check_number, mixed, partners, per_image, shares, symmetric_beta, uniform
 from suanli.types import Augmentation, Batch
 
 
@@ -30,9 +30,9 @@ class Mixup(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
-        part = symmetric_beta(len(x), self.alpha, x, generator)
-        part = torch.where(uniform(len(x), 0, 1, x, generator) < self.probability, part, 1.0)
-        partner = torch.randperm(len(x), generator=generator, device=x.device)
+        part = symmetric_beta(batch, self.alpha, generator)
+        part = torch.where(uniform(batch, 0, 1, generator) < self.probability, part, 1.0)
+        partner = partners(batch)
         own = shares(batch.targets, batch.classes)
         blended = torch.lerp(x[partner], x, per_image(part, x))
         return replace(batch, inputs=blended, targets=mixed(own, own[partner], part))

@@ -32,15 +32,15 @@ class ResizedCrop(Augmentation):
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
         count = len(x)
-        area = uniform(count, *self.scale, x, generator)
-        log_ratio = uniform(count, math.log(self.ratio[0]), math.log(self.ratio[1]), x, generator)
+        area = uniform(batch, *self.scale, generator)
+        log_ratio = uniform(batch, math.log(self.ratio[0]), math.log(self.ratio[1]), generator)
         # Sides as parts of the picture's own sides: a part has the picture's aspect times the ratio.
         width = torch.sqrt(area * log_ratio.exp()).clamp(max=1)
         height = torch.sqrt(area / log_ratio.exp()).clamp(max=1)
         matrices = torch.zeros(count, 2, 3, device=x.device)
         matrices[:, 0, 0], matrices[:, 1, 1] = width, height
-        matrices[:, 0, 2] = uniform(count, -1, 1, x, generator) * (1 - width)
-        matrices[:, 1, 2] = uniform(count, -1, 1, x, generator) * (1 - height)
+        matrices[:, 0, 2] = uniform(batch, -1, 1, generator) * (1 - width)
+        matrices[:, 1, 2] = uniform(batch, -1, 1, generator) * (1 - height)
         return replace(batch, inputs=warp(x, matrices))
 
 

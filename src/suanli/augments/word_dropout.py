@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 
+from suanli.augments._sampling import each_own
 from suanli.errors import UsageError
 from suanli.types import Augmentation, Batch
 
@@ -32,7 +33,8 @@ class WordDropout(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         ids = batch.inputs
-        chosen = torch.rand(ids.shape, generator=generator, device=ids.device) < self.p
+        drawn = each_own(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
+        chosen = drawn < self.p
         return replace(batch, inputs=ids.masked_fill(chosen & (ids != PADDING), UNKNOWN))
 
 

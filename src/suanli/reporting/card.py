@@ -38,7 +38,8 @@ def card(run: RunFiles) -> str:
 def _bench_card(run: RunFiles) -> str:
     """Of a directory that measures speed and holds no model."""
     lines = [f"# {_plain(run.path.resolve().name)}", "", *map(_plain, prose.abstract(run, None)), ""]
-    lines.append("The figures are in `bench.json`, and in `report.html` for people.")
+    file = "bench.json" if run.bench else "scaling.json"
+    lines.append(f"The figures are in `{file}`, and in `report.html` for people.")
     return "\n".join([*lines, *_made_with(run)]) + "\n"
 
 

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from suanli.errors import DamagedFile
 from suanli.reporting.engine_records import Engines
 from suanli.reporting.records import Check, Data, Environment, Evaluation, Measured, Metric, Summary
+from suanli.reporting.scaling_records import Scaling
 from suanli.reporting.speed_records import Bench, Record, Roofline
 from suanli.rundir import Run, read_lines
 from suanli.storage import read_json
@@ -39,13 +40,15 @@ class RunFiles:
     evaluations: dict[str, Evaluation]  # by split
     roofline: Roofline | None
     bench: Bench | None
+    scaling: Scaling | None
     engines: Engines | None
     trained: bool
 
     @property
     def only_bench(self) -> bool:
         """Whether this directory measures speed and trains nothing."""
-        return self.bench is not None and not self.trained and not self.metrics
+        measured = self.bench is not None or self.scaling is not None
+        return measured and not self.trained and not self.metrics
 
 
 RecordType = TypeVar("RecordType", bound=Record)
@@ -67,6 +70,7 @@ def read_run(path: AnyPath) -> RunFiles:
         evaluations={split: exam for split, exam in exams.items() if exam is not None},
         roofline=_read(path / "roofline.json", Roofline),
         bench=_read(path / "bench.json", Bench),
+        scaling=_read(path / "scaling.json", Scaling),
         engines=_read(path / "model" / "engines" / "engines.json", Engines),
         trained=(path / "model" / "model.json").is_file(),
     )

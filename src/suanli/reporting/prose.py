@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from suanli.reporting import bench_views, views, words
+from suanli.reporting import bench_views, scaling_views, views, words
 from suanli.reporting.files import RunFiles
 
 
@@ -25,8 +25,8 @@ def title(run: RunFiles) -> tuple[str, str, str]:
 
 def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
     if run.only_bench:
-        rungs = run.bench.rungs if run.bench else ()
-        return [] if rungs else [Missing(said="This bench has not finished.")]
+        found = (run.bench and run.bench.rungs) or (run.scaling and run.scaling.sizes)
+        return [] if found else [Missing(said="This bench has not finished.")]
     status = run.summary.status if run.summary else None
     reached = f" after step {words.number(run.metrics[-1].step)}" if run.metrics else ""
     said = []
@@ -53,6 +53,8 @@ def abstract(run: RunFiles, head: views.Headline | None) -> list[str]:
     if run.only_bench and run.bench:
         model, _, data = title(run)
         return bench_views.sentences(run.bench, model, data)
+    if run.only_bench and run.scaling:
+        return scaling_views.abstract(run.scaling)
     sentences = [_what_was_trained(run)]
     if head is not None:
         inputs = words.count(head.count, "input") if head.count is not None else "inputs"

@@ -13,6 +13,8 @@ from torch import nn
 
 from suanli.types import Device
 
+ASKS = "its batch norms ask the other processes, which cuts the network into pieces too small to gain"
+
 
 def why_not(device: Device) -> str | None:
     if device.type == "cuda":

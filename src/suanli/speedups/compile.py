@@ -19,11 +19,16 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     return replace(step, compute=compiled)
 
 
+def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    return _inductor.ASKS if step.asks else None
+
+
 SPEEDUP = Speedup(
     name="compile",
     stage=70,
     apply=apply,
     why_not=_inductor.why_not,
+    needless=needless,
     risks=("backend", "memory"),
     group="compile",
     slow_start=True,

@@ -17,6 +17,8 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    if step.asks:
+        return _inductor.ASKS
     return None if blocks(step.model) else "the network has no repeated blocks"
 
 

@@ -72,7 +72,18 @@ def pages() -> Environment:
 
 def _content(run: RunFiles) -> dict[str, Any]:
     """What the template is given."""
-    from suanli.reporting import bars, bench_views, charts, engine_views, findings, prose, speed_views, views, words
+    from suanli.reporting import (
+        bars,
+        bench_views,
+        charts,
+        engine_views,
+        findings,
+        prose,
+        scaling_views,
+        speed_views,
+        views,
+        words,
+    )
 
     head = views.headline(run.evaluations)
     exam_split = next((split for split in ("test", "val", "train") if split in run.evaluations), None)
@@ -106,6 +117,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "total_seconds": sum(phase.seconds for phase in phases) if phases else None,
         "forecasts": views.forecasts(run.summary) if run.summary else [],
         "ladder": bench_views.ladder(run.bench) if run.bench else None,
+        "scaling": scaling_views.section(run.scaling) if run.scaling else None,
         "diagnosis": diagnosis,
         "shares": speed_views.shares(diagnosis) if diagnosis else ([], []),
         "plan": plan,

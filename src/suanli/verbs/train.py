@@ -6,22 +6,29 @@ where; how it goes is in `training.py`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from suanli import checkpoint, effort, hardware, planning
+from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight
+from suanli.cache import Prepared
+from suanli.distributed import Group
 from suanli.errors import DataError, UsageError
+from suanli.gpus import gpus
+from suanli.launch import RESTARTS
 from suanli.places import cache_dir as cache_dir_of
 from suanli.plugins import load
-from suanli.rundir import Run, is_run, refuse_inside, refuse_occupied
+from suanli.rundir import RUNS, Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of
 from suanli.settings import seconds
 from suanli.start import Start
-from suanli.training import FINISHED, Training
+from suanli.training import FINISHED, HANG_S, Training
 from suanli.types import AnyPath, Device, Json, Plan, Recipe, Tracker
 from suanli.verbs.prepare import DataOptions, resolve
+
+ENDING_S = 30.0  # that the process before may take to end
 
 
 def train(
@@ -40,6 +47,9 @@ def train(
     device: str = "auto",
     speedups: str = "auto",
     threads: int | None = None,
+    nproc: str | int | None = None,
+    max_restarts: int = RESTARTS,
+    hang_timeout_s: float = HANG_S,
     out: AnyPath | None = None,
     more_epochs: float | None = None,
     checkpoint_every_s: float = 60.0,
@@ -59,7 +69,9 @@ def train(
     epochs: `target_accuracy` (a fraction) the cheapest that is known to reach it on this data, and `time_budget`
     (seconds, or "5m") the best that is done by then. Raises
     Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved; Diverged when the loss is no
-    longer finite; OutOfMemory with a batch size that would fit. `trust_code` lets a saved run name
+    longer finite; OutOfMemory with a batch size that would fit. `nproc` processes on this machine ("auto": one for
+    each GPU) share every batch, and what is learned doesn't depend on how many they are; started by torchrun or srun,
+    this process is one of those. `trust_code` lets a saved run name
     code that is not suanli's own; a `model` that is named here is run anyway.
     """
     started = time.perf_counter()
@@ -71,8 +83,13 @@ def train(
         "seed": seed,
     }
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
-    target = hardware.detect(device)
-    wanted = _trackers(track)
+    target = hardware.detect(_own_device(device))
+    group = distributed.join(target.type)
+    if nproc is not None and not group.alone:
+        raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
+    count = launch.processes(nproc, target)
+    computing = {"device": device, "speedups": speedups, "threads": threads, "hang_timeout_s": hang_timeout_s}
+    wanted = _trackers(track if group.first else ())
     if is_run(data):
         given = [
             *changes,
@@ -83,17 +100,25 @@ def train(
             *(["time_budget"] if time_budget is not None else []),
         ]
         given += [n for n, v in (("input_column", input_column), ("label_column", label_column)) if v]
-        run = Run.open(data)
-        with run.lock():
+        run = Run(Run.open(data).path, writes=group.first)
+        if group.restarts and run.summary.get("status") not in FINISHED:
+            more_epochs = None  # it has begun
+        with run.lock(ENDING_S if group.restarts else 0):
             _refuse_reopening(run, sorted(given), more_epochs, trust_code)
-            options = DataOptions.of_run(run, data_dir=data_dir, cache_dir=cache_dir)
-            training = _reopen(run, options, target, speedups, threads, more_epochs)
-            training.seconds["prepare"] = time.perf_counter() - started
-            training.run(run, wanted, checkpoint_every_s)
+            if count == 1:
+                options = DataOptions.of_run(run, data_dir=data_dir, cache_dir=cache_dir)
+                training = _reopen(run, options, target, group, speedups, threads, more_epochs)
+                training.seconds["prepare"], training.hang_s = time.perf_counter() - started, hang_timeout_s
+                training.run(run, wanted, checkpoint_every_s)
+        if count > 1:
+            more = {"more_epochs": more_epochs, "data_dir": data_dir, "cache_dir": cache_dir, "trust_code": trust_code}
+            launch.train_together(run, count, _line(computing | more, checkpoint_every_s, track), restarts=max_restarts)
         return run
     if more_epochs is not None:
         raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
-    if out is not None:
+    again = not group.alone or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    begun = again and bool(group.of_first(out is not None and is_run(out)))
+    if out is not None and not begun:
         refuse_occupied(Path(out).expanduser())
     refuse_inside(data, out)
     network, preprocess = _start_from(weights, changes, trust_code)
@@ -112,20 +137,83 @@ def train(
         _refuse_deciding_twice(full, changes, target_accuracy, budget_s)
     if target_accuracy is not None:
         full = effort.for_score(full, prepared, target_accuracy)
-    if budget_s is not None:
-        full = effort.for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
-    cache = cache_dir_of(options.cache_dir)
+    if budget_s is not None and begun:
+        full = Run.open(str(out)).recipe  # it was chosen when the run began
+    elif budget_s is not None:
+        if group.first:
+            full = effort.for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
+        full = Recipe.model_validate(group.of_first(full.model_dump(mode="json")))
+    about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
+    environment = hardware.environment(target)
+    if count > 1:
+        if count > full.batch_size:
+            raise distributed.too_many(count, full.batch_size)
+        run = Run.create(prepared.name, out, full, about, environment)
+        run.write("summary.json", {"status": "running", "wanted_score": target_accuracy})
+        more = {"data_dir": data_dir, "cache_dir": cache_dir, "trust_code": True}  # its code was named here
+        launch.train_together(run, count, _line(computing | more, checkpoint_every_s, track), restarts=max_restarts)
+        return run
+    if begun:
+        # Started again by whoever starts the processes, with the same words: a job that was put back into its queue.
+        run = Run(Run.open(str(out)).path, writes=group.first)
+        _refuse_another(run, full)
+        with run.lock(ENDING_S):
+            training = _reopen(run, options, target, group, speedups, threads, None)
+            training.hang_s = hang_timeout_s
+            training.run(run, wanted, checkpoint_every_s)
+        return run
+    processes = _meet(group, target, full, prepared, Path(out or RUNS))
     training = Training(
-        Start(recipe=full, prepared=prepared, device=target, cache=cache, requested=speedups, threads=threads)
+        Start(
+            recipe=full,
+            prepared=prepared,
+            device=target,
+            cache=cache_dir_of(options.cache_dir),
+            requested=speedups,
+            threads=threads,
+            group=group,
+        )
     )
+    training.processes, training.hang_s = processes, hang_timeout_s
     training.seconds["prepare"] = time.perf_counter() - started
     training.wanted_score = target_accuracy
     # Only now: what can't be trained leaves no directory behind.
-    about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
-    run = Run.create(prepared.name, out, full, about, hardware.environment(target))
+    made = Run.create(prepared.name, out, full, about, environment).path if group.first else None
+    run = Run(group.of_first(None if made is None else str(made)), writes=group.first)
     with run.lock():
         training.run(run, wanted, checkpoint_every_s)
     return run
+
+
+def _meet(group: Group, device: Device, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Json] | None:
+    """A collective: the processes that train together look at each other. None: there is one."""
+    if group.alone:
+        return None
+    return preflight.check(group, device, recipe=recipe.digest, data=prepared.digest, folder=folder)
+
+
+def _refuse_another(run: Run, recipe: Recipe) -> None:
+    if run.recipe.digest != recipe.digest:
+        raise UsageError(f"{run.path} is a run with another recipe.", fix="Choose a new --out, or the same options.")
+    if run.summary.get("status") in FINISHED:
+        raise UsageError(f"{run.path} is finished.", fix="Choose a new --out.")
+
+
+def _own_device(device: str) -> str:
+    """Of several processes on one machine each has a GPU of its own."""
+    here = distributed.place()
+    if here is None or device not in ("auto", "cuda") or not any(gpu.torch_name == "cuda:0" for gpu in gpus()):
+        return device
+    return f"cuda:{here.local_rank}"
+
+
+def _line(options: Mapping[str, Json], checkpoint_every_s: float, track: Sequence[str]) -> list[str]:
+    """The options of one of several processes."""
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    line = [f"--checkpoint-every-s={checkpoint_every_s}", *(f"--track={name}" for name in track)]
+    return line + [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()
+    ]
 
 
 def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code: bool) -> tuple[dict[str, Json], Json]:
@@ -186,7 +274,13 @@ def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None,
 
 
 def _reopen(
-    run: Run, options: DataOptions, device: Device, speedups: str, threads: int | None, more_epochs: float | None
+    run: Run,
+    options: DataOptions,
+    device: Device,
+    group: Group,
+    speedups: str,
+    threads: int | None,
+    more_epochs: float | None,
 ) -> Training:
     """The training of a run, put back to the last checkpoint."""
     full, prepared = resolve(options, recipe=run.recipe, settings={})
@@ -195,6 +289,7 @@ def _reopen(
             f"The data of {run.path} has changed since it was trained.",
             fix="Put the data back as it was, or train anew.",
         )
+    processes = _meet(group, device, full, prepared, run.path)
     # Other ways of computing round differently: exactly the same goes on, unless the user insists.
     before = run.summary.get("plan")
     requested: str | Plan = speedups
@@ -210,8 +305,10 @@ def _reopen(
             threads=threads,
             saved=checkpoint.newest(run.checkpoints),
             more_epochs=more_epochs,
+            group=group,
         )
     )
+    training.processes = processes
     training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
     training.wanted_score = run.summary.get("wanted_score")
     training.fallbacks = list(run.summary.get("fallbacks", []))

@@ -1,0 +1,99 @@
+"""Several processes learn what one does: the same losses, the same evaluation, from the same examples."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groups import MEMBER, together
+from suanli import distributed
+from suanli.distributed import Group
+from suanli.errors import UsageError
+
+NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, "batch_size": 90}
+CASES = {
+    "batch norms, ragged shares, blended pictures": NORMS
+    | {"augment": ["crop(padding=1)", "affine(degrees=10)", "cutout", "mixup", "cutmix"]},
+    "parts, averages, clipping, balanced classes": NORMS
+    | {"accumulate": 2, "batch_size": 96, "ema_decay": 0.9, "clip_norm": 1.0, "class_weights": "balanced"},
+}
+
+
+def members(count: int, settings: dict, **more: object) -> list[dict]:
+    wanted = {"data": "digits", "settings": settings, "steps": 50, **more}
+    found = together(count, [str(MEMBER), json.dumps(wanted)])
+    assert [p.returncode for p in found] == [0] * count, found[0].stderr + found[-1].stderr
+    return [json.loads(p.stdout) for p in found]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_and_four_processes_learn_what_one_does(case):
+    (one,) = members(1, CASES[case])
+    for count in (2, 4):
+        every = members(count, CASES[case])
+        assert len({m["weights"] for m in every}) == 1, "the processes have learned different weights"
+        assert sum(m["mine"] for m in every) == one["whole"]
+        # Learning amplifies what rounding does: a mistake would show at once, rounding only later.
+        np.testing.assert_allclose(every[0]["losses"][:15], one["losses"][:15], rtol=1e-5)
+        np.testing.assert_allclose(every[0]["losses"], one["losses"], rtol=1e-2)
+        assert every[0]["scores"] == pytest.approx(one["scores"], abs=0.02)
+
+
+@given(st.integers(1, 64), st.integers(1, 4096), st.data())
+def test_every_example_of_a_batch_is_computed_once(size, count, data):
+    shares = data.draw(st.none() | st.lists(st.floats(0.01, 1.0), min_size=size, max_size=size))
+    groups = [Group(rank=r, size=size, shares=tuple(shares or ())) for r in range(size)]
+    if count < size:
+        with pytest.raises(UsageError, match="can't be shared"):
+            groups[0].part(count)
+        return
+    parts = [g.part(count) for g in groups]
+    assert parts[0].start == 0
+    assert parts[-1].stop == count
+    assert all(a.stop == b.start for a, b in pairwise(parts))
+    assert all(p.stop > p.start for p in parts)
+    if count >= 2 * size:
+        assert all(p.start % 2 == 0 for p in parts)
+    if shares is None:
+        lengths = [p.stop - p.start for p in parts]
+        assert max(lengths) - min(lengths) <= 3
+
+
+@given(st.integers(1, 64), st.integers(0, 1000))
+def test_every_example_of_a_split_is_examined_once(size, count):
+    seen = [i for r in range(size) for i in range(count)[Group(rank=r, size=size).stretch(count)]]
+    assert seen == list(range(count))
+
+
+SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+def test_who_a_process_is():
+    assert distributed.place({}) is None
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    found = distributed.place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert found == distributed.Place(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
+    nodes = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1", "SLURM_RESTART_COUNT": "1"}
+    found = distributed.place(SLURM | nodes)
+    assert found == distributed.Place(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
+    # The shell of a batch script has the variables of its job, but is no step of it.
+    assert distributed.place({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "x", "RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "2"},
+        SLURM | {"SLURM_PROCID": ""},
+    ],
+)
+def test_variables_that_say_nothing_are_refused(wrong):
+    with pytest.raises(UsageError, match="incomplete"):
+        distributed.place(wrong)
