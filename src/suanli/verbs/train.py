@@ -249,7 +249,7 @@ def _refuse_deciding_twice(
 
 
 def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
-    if (run.path / "bench.json").exists():
+    if any((run.path / name).exists() for name in ("bench.json", "scaling.json")):
         raise UsageError(
             f"{run.path} holds the figures of a bench, and no training to go on with.",
             fix="Name a run of suanli train, or train anew on the data set.",
