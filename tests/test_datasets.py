@@ -21,7 +21,7 @@ from suanli.types import Source
 
 def idx(array: np.ndarray) -> bytes:
     header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-    return gzip.compress(header + array.astype(np.uint8).tobytes())
+    return gzip.compress(header + array.astype(np.uint8).tobytes(), mtime=0)
 
 
 def tar_gz(path: Path, members: dict[str, bytes]) -> None:
@@ -73,12 +73,12 @@ def test_idx_files_become_rows(name: str, tmp_path: Path) -> None:
     "content",
     [
         idx(np.zeros((7, 28, 28)))[:-40],  # cut short
-        gzip.compress(gzip.decompress(idx(np.zeros((7, 28, 28))))[:-1]),  # one value is missing
-        gzip.compress(gzip.decompress(idx(np.zeros((7, 28, 28)))) + b"x"),  # one too many
+        gzip.compress(gzip.decompress(idx(np.zeros((7, 28, 28))))[:-1], mtime=0),  # one value is missing
+        gzip.compress(gzip.decompress(idx(np.zeros((7, 28, 28)))) + b"x", mtime=0),  # one too many
         idx(np.zeros((6, 28, 28))),  # fewer images than labels
         idx(np.zeros(7)),  # labels where images should be
-        gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12),  # says that it is enormous
-        gzip.compress(b""),
+        gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12, mtime=0),  # says that it is enormous
+        gzip.compress(b"", mtime=0),
     ],
 )
 def test_damaged_idx_is_named(content: bytes, tmp_path: Path) -> None:

@@ -80,13 +80,15 @@ def shared_cache(tmp_path_factory, monkeypatch):
 
 @pytest.mark.usefixtures("shared_cache")
 def test_two_processes_leave_one_run():
-    done = train("digits", "--nproc=2", "--out=two", "--json", *SETTINGS)
+    done = train("digits", "--nproc=2", "--balance", "--out=two", "--json", *SETTINGS)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["scores"]["val_accuracy"] > 0.9
     assert "2 processes on this host agree" in done.stderr
     assert "FutureWarning" not in done.stderr
     run = Run.open("two")
     assert len(run.summary["processes"]["each"]) == 2
+    assert sum(run.summary["processes"]["shares"]) == pytest.approx(1)
+    assert "shares of a batch: " in done.stderr
     assert run.summary["status"] == "finished"
     steps = [m["step"] for m in run.metrics if "loss" in m]
     assert steps == sorted(set(steps)), "more than one process has written"

@@ -127,6 +127,9 @@ def _training(verb: str) -> Callable[..., None]:
         speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,
         nproc: Annotated[str | None, typer.Option(help="Processes that share each batch: a number, or auto.")] = None,
+        balance: Annotated[
+            bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")
+        ] = False,
         max_restarts: Annotated[
             int, typer.Option(min=0, help="How often several processes start anew after one died.")
         ] = 3,

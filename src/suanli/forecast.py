@@ -99,7 +99,7 @@ def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
     """`memory_bytes` is what `refuse_too_big` found, `step_s` what a step took when the plan was made; None: it
     wasn't timed, and is now."""
     if step_s is None:
-        step_s = _step_seconds(loop, memory_bytes)
+        step_s = step_seconds(loop, memory_bytes)
     return Forecast(
         train_seconds=(loop.work_left + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,
@@ -113,8 +113,8 @@ def validation_steps(loop: Loop) -> float:
     return validations * len(loop.val_feed) / loop.order.batch_size / 3
 
 
-def _step_seconds(loop: Loop, memory_bytes: int) -> float:
-    """Of one forward and backward pass at the real batch size."""
+def step_seconds(loop: Loop, memory_bytes: int) -> float:
+    """Of one forward and backward pass on what this process computes of a batch. Raises OutOfMemory."""
 
     def settle() -> None:
         if loop.device.type == "cuda":

@@ -15,7 +15,7 @@ from suanli.assembly import Assembly
 from suanli.cache import Prepared
 from suanli.distributed import ALONE, Group
 from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
-from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big
+from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big, step_seconds
 from suanli.loop import Loop
 from suanli.plans import Store
 from suanli.plugins import names
@@ -39,6 +39,7 @@ class Start:
     saved: checkpoint.Checkpoint | None = None
     more_epochs: float | None = None
     group: Group = ALONE
+    balance: bool = False  # the shares of a batch follow the measured speed of each process
 
     loop: Loop = None  # type: ignore[assignment]  # made by `ready`
     plan: Plan = None  # type: ignore[assignment]
@@ -72,6 +73,8 @@ class Start:
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)
+        if self.balance and not self.group.alone:
+            self._share_by_speed(memory)
         self.ceilings = probe.known(self.device, self.cache)
         if self.ceilings is not None:
             self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
@@ -109,6 +112,12 @@ class Start:
             except (OutOfMemory, MachineError):
                 continue
         raise error
+
+    def _share_by_speed(self, memory_bytes: int) -> None:
+        """A collective: all compute at once, as they will in training, without waiting for each other."""
+        self.group.wait()
+        rates = self.group.each(self.loop.batch_size / step_seconds(self.loop, memory_bytes))
+        self.group.shares = tuple(rate / sum(rates) for rate in rates)
 
     def _put_back(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
         if saved is not None:

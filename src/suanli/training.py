@@ -62,6 +62,8 @@ class Training:
         if (told := _planning(start.plan)) is not None:
             say(told)
         say(f"{self._title()}: {start.forecast}")
+        if self.group.shares:
+            say("shares of a batch: " + ", ".join(f"{share:.0%}" for share in self.group.shares))
 
     @property
     def loop(self) -> Loop:
@@ -79,6 +81,7 @@ class Training:
         """A collective; the first process writes."""
         self.directory, self.checkpoint_every_s = run, checkpoint_every_s
         if self.processes is not None:
+            self.processes["shares"] = list(self.group.shares) or None
             preflight.refuse_full_disk(self.processes["each"][0], self.start.forecast.disk_bytes)
         run.write("check.json", self.prepared.findings)
         if self.start.more_epochs is not None:
@@ -89,7 +92,7 @@ class Training:
             for tracker in self.trackers:
                 stack.callback(tracker.close)
             stop = stack.enter_context(stop_requests())
-            watchdog = Watchdog(self.group, lambda: (self.loop.progress.step, self.loop.phase), self.hang_s)
+            watchdog = Watchdog(self.group, self._position, self.hang_s)
             watchdog.start()
             stack.callback(watchdog.stop)
             self.started = time.perf_counter()
@@ -97,9 +100,15 @@ class Training:
             self._finish(status)
         self.group.wait()  # what follows may read what the first has written
 
+    def _position(self) -> tuple[int, str]:
+        """The step and the phase in it; asked from another thread."""
+        loop: Loop | None = self.loop
+        return (0, "start") if loop is None else (loop.progress.step, loop.phase)
+
     def _write_running(self) -> None:
         """What a run that is cut short goes on with."""
         values = {"plan": asdict(self.plan), "fallbacks": self.fallbacks, "wanted_score": self.wanted_score}
+        values["processes"] = self.processes
         forecast = self.start.forecast.to_json()
         self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
 

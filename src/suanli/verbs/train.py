@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight
@@ -31,6 +31,16 @@ from suanli.verbs.prepare import DataOptions, resolve
 ENDING_S = 30.0  # that the process before may take to end
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Where:
+    """What doesn't decide what is learned."""
+
+    device: Device
+    group: Group
+    threads: int | None
+    balance: bool
+
+
 def train(
     data: AnyPath,
     *,
@@ -48,6 +58,7 @@ def train(
     speedups: str = "auto",
     threads: int | None = None,
     nproc: str | int | None = None,
+    balance: bool = False,
     max_restarts: int = RESTARTS,
     hang_timeout_s: float = HANG_S,
     out: AnyPath | None = None,
@@ -71,8 +82,8 @@ def train(
     Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved; Diverged when the loss is no
     longer finite; OutOfMemory with a batch size that would fit. `nproc` processes on this machine ("auto": one for
     each GPU) share every batch, and what is learned doesn't depend on how many they are; started by torchrun or srun,
-    this process is one of those. `trust_code` lets a saved run name
-    code that is not suanli's own; a `model` that is named here is run anyway.
+    this process is one of those; `balance` gives each a share that follows its measured speed. `trust_code` lets
+    a saved run name code that is not suanli's own; a `model` that is named here is run anyway.
     """
     started = time.perf_counter()
     chosen = {
@@ -88,7 +99,9 @@ def train(
     if nproc is not None and not group.alone:
         raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
     count = launch.processes(nproc, target)
-    computing = {"device": device, "speedups": speedups, "threads": threads, "hang_timeout_s": hang_timeout_s}
+    where = _Where(device=target, group=group, threads=threads, balance=balance)
+    computing: dict[str, Json] = {"device": device, "speedups": speedups, "threads": threads}
+    computing |= {"balance": balance, "hang_timeout_s": hang_timeout_s}
     wanted = _trackers(track if group.first else ())
     if is_run(data):
         given = [
@@ -107,7 +120,7 @@ def train(
             _refuse_reopening(run, sorted(given), more_epochs, trust_code)
             if count == 1:
                 options = DataOptions.of_run(run, data_dir=data_dir, cache_dir=cache_dir)
-                training = _reopen(run, options, target, group, speedups, threads, more_epochs)
+                training = _reopen(run, options, where, speedups, more_epochs)
                 training.seconds["prepare"], training.hang_s = time.perf_counter() - started, hang_timeout_s
                 training.run(run, wanted, checkpoint_every_s)
         if count > 1:
@@ -158,7 +171,7 @@ def train(
         run = Run(Run.open(str(out)).path, writes=group.first)
         _refuse_another(run, full)
         with run.lock(ENDING_S):
-            training = _reopen(run, options, target, group, speedups, threads, None)
+            training = _reopen(run, options, where, speedups, None)
             training.hang_s = hang_timeout_s
             training.run(run, wanted, checkpoint_every_s)
         return run
@@ -172,6 +185,7 @@ def train(
             requested=speedups,
             threads=threads,
             group=group,
+            balance=balance,
         )
     )
     training.processes, training.hang_s = processes, hang_timeout_s
@@ -273,15 +287,7 @@ def _refuse_reopening(run: Run, given: Sequence[str], more_epochs: float | None,
         refuse_foreign_code(run.recipe.model, run.path)
 
 
-def _reopen(
-    run: Run,
-    options: DataOptions,
-    device: Device,
-    group: Group,
-    speedups: str,
-    threads: int | None,
-    more_epochs: float | None,
-) -> Training:
+def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_epochs: float | None) -> Training:
     """The training of a run, put back to the last checkpoint."""
     full, prepared = resolve(options, recipe=run.recipe, settings={})
     if prepared.digest != run.data["digest"]:
@@ -289,23 +295,24 @@ def _reopen(
             f"The data of {run.path} has changed since it was trained.",
             fix="Put the data back as it was, or train anew.",
         )
-    processes = _meet(group, device, full, prepared, run.path)
+    processes = _meet(where.group, where.device, full, prepared, run.path)
     # Other ways of computing round differently: exactly the same goes on, unless the user insists.
     before = run.summary.get("plan")
     requested: str | Plan = speedups
     if speedups == "auto" and before is not None:
-        requested = _plan_of(before, device, threads)
+        requested = _plan_of(before, where.device, _threads(where, run.summary, before))
     training = Training(
         Start(
             recipe=full,
             prepared=prepared,
-            device=device,
+            device=where.device,
             cache=cache_dir_of(options.cache_dir),
             requested=requested,
-            threads=threads,
+            threads=where.threads,
             saved=checkpoint.newest(run.checkpoints),
             more_epochs=more_epochs,
-            group=group,
+            group=where.group,
+            balance=where.balance,
         )
     )
     training.processes = processes
@@ -315,9 +322,18 @@ def _reopen(
     return training
 
 
+def _threads(where: _Where, summary: Mapping[str, Json], before: Mapping[str, Json]) -> int | None:
+    """Those of the run, unless there are other processes now than there were."""
+    were = len((summary.get("processes") or {}).get("each", [None]))
+    if where.threads is not None or were != where.group.size:
+        return where.threads
+    threads: int | None = before.get("threads")
+    return threads
+
+
 def _plan_of(before: Mapping[str, Json], device: Device, threads: int | None) -> Plan:
     """The plan that a run began with. Raises MachineError for a speedup that is unusable on this machine."""
-    found = planning.named(",".join(before["speedups"]) or "none", device, threads or before.get("threads"))
+    found = planning.named(",".join(before["speedups"]) or "none", device, threads)
     origin = before.get("origin", found.origin)
     return replace(found, origin=origin, dropped=before.get("dropped", {}))
 
