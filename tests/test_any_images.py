@@ -45,7 +45,11 @@ def test_small_ones_are_learnt_by_the_whole_default_recipe(
 
 @pytest.mark.parametrize(
     ("shape", "each"),
-    [((96, 300, 3), 20), pytest.param((512, 512, 3), 20, marks=pytest.mark.long), ((512, 512), 30)],
+    [
+        ((96, 300, 3), 20),
+        pytest.param((512, 512, 3), 20, marks=pytest.mark.long),
+        pytest.param((512, 512), 30, marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_large_ones_train_with_the_default_recipe(tmp_path: Path, shape: tuple[int, ...], each: int) -> None:

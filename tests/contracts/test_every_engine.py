@@ -23,18 +23,15 @@ DEVICES = (
     Device(name="a Mac's GPU", torch_name="mps", memory_bytes=None, fast_dtypes=("float32", "float16")),
 )
 ENGINES: dict[str, Engine] = plugins.load_all("engines")
-SLOW = ("aot_inductor", "inductor")  # they compile: one always, the others in `make long`
-ALWAYS = (("inductor", "float32"),)
+SLOW = ("aot_inductor", "inductor")  # they compile, as they do in test_optimize.py: here in `make long`
 
 
-def marks(engine: Engine, precision: str) -> list[pytest.MarkDecorator]:
-    if engine.name not in SLOW:
-        return []
-    return [pytest.mark.slow if (engine.name, precision) in ALWAYS else pytest.mark.long]
+def marks(engine: Engine) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.long] if engine.name in SLOW else []
 
 
 PAIRS = [
-    pytest.param(engine, precision, id=f"{engine.name}-{precision}", marks=marks(engine, precision))
+    pytest.param(engine, precision, id=f"{engine.name}-{precision}", marks=marks(engine))
     for engine in ENGINES.values()
     for precision in engine.precisions
 ]
