@@ -51,9 +51,9 @@ def test_every_example_of_a_batch_is_computed_once(size, count, data):
     groups = [Group(rank=r, size=size, shares=tuple(shares or ())) for r in range(size)]
     if count < size:
         with pytest.raises(UsageError, match="can't be shared"):
-            groups[0].part(count)
+            groups[0].share(count)
         return
-    parts = [g.part(count) for g in groups]
+    parts = [g.share(count) for g in groups]
     assert parts[0].start == 0
     assert parts[-1].stop == count
     assert all(a.stop == b.start for a, b in pairwise(parts))

@@ -52,7 +52,8 @@ class Assembly:
             file, card = weights_of(Path(recipe.weights).expanduser())
             other_classes = card is not None and tuple(card["classes"]) != prepared.classes
             say(str(building.load_weights(module, file, head, new_head=other_classes)))
-        self.can_reside = device.type != "cpu" and data.fits(prepared.splits["train"], device)
+        fits = device.type != "cpu" and data.fits(prepared.splits["train"], device)
+        self.can_reside = all(group.each(fits))  # or one plan would not do for all
         self._feed = cache(lambda split, resident: Feed(prepared.splits[split], device, resident=resident))
         module.to(device.torch_name)
         initialize = getattr(module, "initialize", None)

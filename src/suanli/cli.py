@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from suanli.console import muted
 from suanli.errors import LostProcess, SuanliError, UsageError
 
 STARTED = "SUANLI_VERDICT"  # as in `launch`, which is too heavy to be imported for its name
@@ -169,6 +170,8 @@ def _training(verb: str) -> Callable[..., None]:
             else:
                 from suanli.verbs.train import train as work
             made = work(**options, settings=_parsed(settings), track=track or ())
+            if muted():  # another process of the same training tells it
+                return
             summary = made.summary
             result.values = {"run": str(made.path), "status": summary["status"], "epochs": summary["epochs"]}
             if verb == "run":
@@ -472,8 +475,6 @@ def _result(as_json: bool) -> Iterator[_Result]:
     started = time.perf_counter()
     result = _Result()
     yield result
-    from suanli.console import muted
-
     if muted():  # another process of the same work tells it
         return
     if as_json:

@@ -136,7 +136,7 @@ class Group:
 
     # --- the shares of a batch ---
 
-    def part(self, count: int) -> slice:
+    def share(self, count: int) -> slice:
         """The places of a batch of `count` that this process computes. Raises UsageError where some process would
         have none."""
         ends = self.ends(count)
@@ -188,6 +188,15 @@ class Group:
         """A collective: until all are here."""
         self.each(None)
 
+    def finish(self) -> None:
+        """A collective, and the last one: nobody goes before all have what they wait for. The first process may hold
+        the store."""
+        self.wait()
+        if self.store is not None:
+            self.store.set(f"left/{self.rank}", "")
+            if self.first:
+                self.store.wait([f"left/{rank}" for rank in range(self.size)])
+
     def each(self, value: Json) -> list[Json]:
         """A collective: what every process said, by rank."""
         if self.store is None:
@@ -234,13 +243,16 @@ def current() -> Group:
     return _current
 
 
-def join(device_type: str) -> Group:
+def join(device: str) -> Group:
     """Meets the others that were started together with this process, and gives the group; ALONE where there are
-    none. Later calls give the same group. Raises MachineError where they can't be met."""
+    none. `device` is torch's name of the one that this process computes on. Later calls give the same group. Raises
+    MachineError where they can't be met."""
     global _current
     here = place()
-    if here is None or not _current.alone:
+    if here is None or _current is not ALONE:
         return _current
+    if device == "mps" and here.size > 1:
+        raise MachineError("Several processes can't share an Apple GPU.", fix="Use --device cpu.")
     environment = dict(os.environ)
     if "MASTER_ADDR" not in environment and "SLURM_STEP_ID" in environment:
         environment |= _slurm_master(environment)
@@ -252,7 +264,9 @@ def join(device_type: str) -> Group:
         store, rank, size = next(iter(rendezvous("env://", timeout=STORE_TIMEOUT)))
         # torchrun keeps one store for all attempts, and the addresses in it may be those of processes that are gone.
         store = PrefixStore(f"attempt-{here.restarts}", store)
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise MachineError(
@@ -290,7 +304,7 @@ def lost(error: BaseException) -> bool:
 def leave() -> None:
     """The process group ends: after the last collective of every process."""
     global _current
-    if not _current.alone:
+    if _current is not ALONE:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
     _current = ALONE

@@ -57,6 +57,8 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     saving = SAVING_COPIES * fixed if device.type == "cpu" else 0  # when the batch is gone
     needed = fixed + max(int(BACKWARD * per_example * batch) + WORKSPACE_BYTES, saving)
     available = hardware.available_memory_bytes(device)
+    if available is not None and device.type == "cpu":
+        available //= loop.group.local_size  # the others take theirs at the same time
     if available is not None and needed > available:
         # What is advised must do: with everything that comes and goes between two measurements.
         room = available - fixed - WORKSPACE_BYTES

@@ -29,6 +29,7 @@ from suanli.types import Device
 VERDICT = "SUANLI_VERDICT"  # variable with the path of a file: why there is no use in starting again
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # each start has a store of its own: in an old one are old addresses
 RESTARTS = 3
+HANDLED = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, n)]
 LOOK_S, GRACE_S = 0.5, 5.0  # for the word of another process; until this one ends because of it
 SHUTDOWN_S = 20  # for a process that was asked to end, before it is ended
 
@@ -38,6 +39,8 @@ def processes(wanted: str | int | None, device: Device) -> int:
     cores of a CPU. Raises UsageError."""
     if wanted is None:
         return 1
+    if device.type == "mps" and wanted not in ("auto", "1", 1):
+        raise UsageError("Several processes can't share an Apple GPU.", fix="Use --device cpu.")
     usable = sum(gpu.why_not is None for gpu in gpus()) if device.type == "cuda" else None
     if wanted == "auto":
         return usable or 1
@@ -62,6 +65,7 @@ def train_together(run: Run, count: int, arguments: Sequence[str], *, restarts: 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
+    handlers = {s: signal.getsignal(s) for s in HANDLED} if _in_main_thread() else {}
     threads = str(max(1, hardware.cores() // count))
     before = {name: os.environ.get(name) for name in (VERDICT, "OMP_NUM_THREADS", NEW_STORE)}
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it is told below, in fewer words
@@ -96,6 +100,8 @@ def train_together(run: Run, count: int, arguments: Sequence[str], *, restarts: 
                 fix=f"What it said stands above. To go on from the last checkpoint: suanli train {run.path}",
             ) from error
         finally:
+            for number, handler in handlers.items():  # torch's agent leaves its own behind
+                signal.signal(number, handler)
             for name, value in before.items():
                 os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         _raise_told(verdict)
@@ -142,6 +148,10 @@ def _raise_told(verdict: Path) -> None:
 
 def _interrupted(run: Run, number: int) -> Interrupted:
     return Interrupted(f"Stopped by {signal.Signals(number).name}.", fix=f"Go on with: suanli train {run.path}")
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _how(code: int) -> str:

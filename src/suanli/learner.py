@@ -55,6 +55,7 @@ class Learner:
         self.clock = StepClock.of(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
         self._group, self._batch_size = group, batch_size
+        self.ends: list[int] | None = None  # of the parts of a batch here, where they aren't of equal size
         self._spread = None if group.alone else spread(step, self.device)
         self._recorded = Recorded(step.model, step.optimizer, self._learn) if step.graph else None
         self._kept: list[torch.Tensor] | None = None  # outputs, while `examine` wants them
@@ -76,7 +77,7 @@ class Learner:
         """Forward and backward pass without a step: gradients are added. Gives the mean loss. `whole`: not in
         parts."""
         total = torch.zeros((), device=self.device)
-        parts = list(_parts(inputs, targets, 1 if whole else self.step.parts))
+        parts = list(_parts(inputs, targets, 1 if whole else self.step.parts, self.ends))
         for number, (part, aims, share) in enumerate(parts, start=1):
             with self._averaging(number == len(parts)):
                 outputs = self.forward(part)
@@ -208,14 +209,15 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.p = p
 
 
-def _parts(inputs: Any, targets: Any, parts: int) -> Iterator[tuple[Any, Any, float]]:
+def _parts(inputs: Any, targets: Any, parts: int, ends: list[int] | None = None) -> Iterator[tuple[Any, Any, float]]:
     """The batch in `parts`, each with its share of the examples."""
     examples = len(next(iter(tensors(inputs))))
     if parts == 1:
         yield inputs, targets, 1.0
         return
     count = min(parts, examples)
-    ends = [examples * i // count for i in range(count + 1)]
+    if ends is None or ends[-1] != examples:
+        ends = [examples * i // count for i in range(count + 1)]
     for first, last in pairwise(ends):
         take = itemgetter(slice(first, last))
         yield each(inputs, take), each(targets, take), (last - first) / examples

@@ -133,7 +133,9 @@ class Loop:
         if self._places is None or self._shares != self.group.shares:
             parts = min(self.compute.parts, self.order.batch_size)
             ends = [self.order.batch_size * i // parts for i in range(parts + 1)]
-            self._places = torch.cat([torch.arange(a, b)[self.group.part(b - a)] for a, b in pairwise(ends)])
+            own = [torch.arange(a, b)[self.group.share(b - a)] for a, b in pairwise(ends)]
+            self._places = torch.cat(own)
+            self.learner.ends = [sum(map(len, own[:i])) for i in range(parts + 1)]
             self._shares = self.group.shares
         return self._places
 

@@ -61,10 +61,16 @@ class Start:
         with enough_memory(self.device):
             plain = assembly.trial(planning.plain(self.device, self.threads))
         self._put_back(plain, self.saved)
+        failed: OutOfMemory | None = None
         try:
             memory = refuse_too_big(plain, self.device)
         except OutOfMemory as error:
-            memory, self.plan = self._smaller(assembly, error)
+            failed = error
+        if any(self.group.each(failed is not None)):
+            other = OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
+            memory, self.plan = self._smaller(assembly, failed or other)
+            if not self.group.alone:
+                self.plan = _plan_from(self.group.of_first(asdict(self.plan)), self.device)
         else:
             steps = round(plain.work_left)
             del plain  # the planner wants the room

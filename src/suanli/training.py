@@ -20,7 +20,7 @@ from suanli import checkpoint, engine_store, exact, hardware, planning, prefligh
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.distributed import lost
-from suanli.errors import Diverged, Interrupted, LostProcess, first_line
+from suanli.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
 from suanli.forecast import SAVING_COPIES, out_of_memory
 from suanli.learner import active
 from suanli.loop import EARLY, LOSSES_HELD, Loop
@@ -98,7 +98,7 @@ class Training:
             self.started = time.perf_counter()
             status = self._through(stop)
             self._finish(status)
-        self.group.wait()  # what follows may read what the first has written
+        self.group.finish()  # what follows may read what the first has written
 
     def _position(self) -> tuple[int, str]:
         """The step and the phase in it; asked from another thread."""
@@ -124,6 +124,11 @@ class Training:
     def _go_on_or_raise(self, error: Exception) -> None:
         self.writer.wait()
         failed_at = self.loop.progress.step
+        if not self.group.alone and "finished reduction" in str(error):  # so DistributedDataParallel says it
+            raise UsageError(
+                f"Some weights of {self.recipe.model!r} get no gradient, so several processes can't share it.",
+                fix="Freeze them with requires_grad_(False), or train with one process.",
+            ) from error
         if not self.group.alone and lost(error):
             raise LostProcess(
                 f"Process {self.group.rank} has lost another one at step {failed_at}: {first_line(error, 200)}",
@@ -149,6 +154,7 @@ class Training:
             raise out_of_memory(self.loop, self.start.forecast.memory_bytes, None, half) from error
         if isinstance(error, Diverged):
             self._summarise("diverged")
+            self.group.wait()
             saved = checkpoint.last_step(self.directory.checkpoints)
             kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
             raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
@@ -282,17 +288,20 @@ class Training:
         when this returns."""
         before, self.loop.phase = self.loop.phase, "save"
         tensors, progress = self.loop.state()
-        self.loop.phase = before
         if not self.group.first:
+            self.loop.phase = before
             return
         self.writer.save(self.directory.checkpoints, self.loop.progress.step, tensors, progress)
         size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
         room = hardware.available_memory_bytes(hardware.detect("cpu"))
         if not beside or (room is not None and room < SAVING_COPIES * size_bytes):
             self.writer.wait()
+        self.loop.phase = before
 
     def _interrupt(self, number: int) -> None:
         self._summarise("interrupted")
+        self.loop.phase = "end"
+        self.group.wait()  # nobody ends, and ends the others, before the checkpoint is on disk
         raise Interrupted(
             f"Stopped by {signal.Signals(number).name} at step {self.loop.progress.step} of {self.loop.steps}; "
             "the checkpoint is saved.",
@@ -302,6 +311,7 @@ class Training:
     # --- after the last step ---
 
     def _finish(self, status: str) -> None:
+        self.loop.phase = "end"
         if not self.group.first:
             return
         loop, prepared = self.loop, self.prepared

@@ -63,7 +63,10 @@ class Watchdog:
             if not before:  # whose beat doesn't go on shows at the next look
                 before = seen
                 continue
-            self._end(behind(before, seen, self._group.size), seen, still_s)
+            hanging = behind(before, seen, self._group.size)
+            if hanging:
+                self._end(hanging, seen, still_s)
+            before = {}
 
     def _tell(self, beats: int, position: Position) -> None:
         beat = {"beats": beats, "position": position, "host": socket.gethostname(), "pid": os.getpid()}
@@ -101,10 +104,13 @@ class Watchdog:
 
 def behind(before: Mapping[int, Mapping[str, object]], now: Mapping[int, Mapping[str, object]], size: int) -> list[int]:
     """Ranks of the processes that the others wait for: those whose beat has stopped or never came, else those that are
-    furthest behind."""
+    furthest behind. None, where one is busy with something that isn't a step."""
     silent = [r for r in range(size) if r not in now or (r in before and now[r]["beats"] == before[r]["beats"])]
     if silent:
         return silent
+
+    if any(beat["position"][1] not in PHASES for beat in now.values()):  # type: ignore[index]
+        return []  # it does something that takes its time, and the others wait for it
 
     def place(beat: Mapping[str, object]) -> tuple[int, int]:
         position: tuple[int, str] = beat["position"]  # type: ignore[assignment]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
+from suanli import distributed
 from suanli.rundir import Run, is_run
 from suanli.training import FINISHED
 from suanli.verbs.evaluate import evaluate
@@ -42,6 +43,8 @@ def run(data: Any, **options: Any) -> Run:
         made, trust = Run.open(data), options.get("trust_code", False)
     else:
         made, trust = train(data, **options), True  # its code has just run here
+        if not distributed.current().first:
+            return made
     exam = evaluate(made, device=options.get("device", "auto"), cache_dir=options.get("cache_dir"), trust_code=trust)
     summary = made.summary
     made.write("summary.json", summary | {"seconds": summary["seconds"] | {"evaluate": exam.seconds}})

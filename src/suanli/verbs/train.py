@@ -15,7 +15,7 @@ from pathlib import Path
 from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight
 from suanli.cache import Prepared
 from suanli.distributed import Group
-from suanli.errors import DataError, UsageError
+from suanli.errors import DataError, MachineError, UsageError
 from suanli.gpus import gpus
 from suanli.launch import RESTARTS
 from suanli.places import cache_dir as cache_dir_of
@@ -95,10 +95,12 @@ def train(
     }
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
     target = hardware.detect(_own_device(device))
-    group = distributed.join(target.type)
+    group = distributed.join(target.torch_name)
     if nproc is not None and not group.alone:
         raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
     count = launch.processes(nproc, target)
+    if count > 1 and ":" in device:
+        raise UsageError(f"{count} processes can't share {device}.", fix="Use --device cuda: each takes a GPU.")
     where = _Where(device=target, group=group, threads=threads, balance=balance)
     computing: dict[str, Json] = {"device": device, "speedups": speedups, "threads": threads}
     computing |= {"balance": balance, "hang_timeout_s": hang_timeout_s}
@@ -116,6 +118,8 @@ def train(
         run = Run(Run.open(data).path, writes=group.first)
         if group.restarts and run.summary.get("status") not in FINISHED:
             more_epochs = None  # it has begun
+        if group.restarts and more_epochs is None and run.summary.get("status") in FINISHED:
+            return run  # one of the processes died when all was done
         with run.lock(ENDING_S if group.restarts else 0):
             _refuse_reopening(run, sorted(given), more_epochs, trust_code)
             if count == 1:
@@ -129,7 +133,7 @@ def train(
         return run
     if more_epochs is not None:
         raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
-    again = not group.alone or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    again = distributed.place() is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     begun = again and bool(group.of_first(out is not None and is_run(out)))
     if out is not None and not begun:
         refuse_occupied(Path(out).expanduser())
@@ -207,7 +211,10 @@ def _meet(group: Group, device: Device, recipe: Recipe, prepared: Prepared, fold
 
 
 def _refuse_another(run: Run, recipe: Recipe) -> None:
-    if run.recipe.digest != recipe.digest:
+    own = run.recipe
+    if any(before.get("began_again") for before in run.summary.get("fallbacks", [])):
+        own = own.model_copy(update={"lr": recipe.lr})  # it went on with a lower one by itself
+    if own.digest != recipe.digest:
         raise UsageError(f"{run.path} is a run with another recipe.", fix="Choose a new --out, or the same options.")
     if run.summary.get("status") in FINISHED:
         raise UsageError(f"{run.path} is finished.", fix="Choose a new --out.")
@@ -216,9 +223,12 @@ def _refuse_another(run: Run, recipe: Recipe) -> None:
 def _own_device(device: str) -> str:
     """Of several processes on one machine each has a GPU of its own."""
     here = distributed.place()
-    if here is None or device not in ("auto", "cuda") or not any(gpu.torch_name == "cuda:0" for gpu in gpus()):
+    if here is None or device not in ("auto", "cuda"):
         return device
-    return f"cuda:{here.local_rank}"
+    seen = [gpu.torch_name for gpu in gpus() if gpu.torch_name and gpu.torch_name.startswith("cuda")]
+    if not seen:
+        return device
+    return "cuda:0" if len(seen) == 1 else f"cuda:{here.local_rank}"  # one: it was given to this process alone
 
 
 def _line(options: Mapping[str, Json], checkpoint_every_s: float, track: Sequence[str]) -> list[str]:
@@ -301,6 +311,13 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
     requested: str | Plan = speedups
     if speedups == "auto" and before is not None:
         requested = _plan_of(before, where.device, _threads(where, run.summary, before))
+    saved = checkpoint.newest(run.checkpoints)
+    steps = where.group.each(None if saved is None else saved.step)
+    if len(set(steps)) > 1:
+        raise MachineError(
+            f"The processes see different checkpoints of {run.path}: of steps {', '.join(map(str, steps))}.",
+            fix="Keep the run on storage that all hosts share.",
+        )
     training = Training(
         Start(
             recipe=full,
@@ -309,7 +326,7 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             cache=cache_dir_of(options.cache_dir),
             requested=requested,
             threads=where.threads,
-            saved=checkpoint.newest(run.checkpoints),
+            saved=saved,
             more_epochs=more_epochs,
             group=where.group,
             balance=where.balance,
