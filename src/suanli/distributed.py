@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from suanli import console, hardware
-from suanli.errors import MachineError, UsageError
+from suanli.errors import MachineError, UsageError, first_line
 from suanli.types import Json
 
 STORE_TIMEOUT = timedelta(hours=2)  # one process may plan, decode or download while the others wait for it
@@ -270,7 +270,7 @@ def join(device: str) -> Group:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise MachineError(
-            f"Process {here.rank} of {here.size} can't meet the others at {address}: {_first_line(error)}",
+            f"Process {here.rank} of {here.size} can't meet the others at {address}: {first_line(error, 200)}",
             fix="Check that every host reaches that address and port, and that nothing else uses the port.",
         ) from error
     _current = Group(
@@ -308,7 +308,3 @@ def leave() -> None:
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
     _current = ALONE
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -108,13 +108,9 @@ def behind(before: Mapping[int, Mapping[str, object]], now: Mapping[int, Mapping
     silent = [r for r in range(size) if r not in now or (r in before and now[r]["beats"] == before[r]["beats"])]
     if silent:
         return silent
-
-    if any(beat["position"][1] not in PHASES for beat in now.values()):  # type: ignore[index]
+    positions: dict[int, Position] = {rank: tuple(beat["position"]) for rank, beat in now.items()}  # type: ignore[arg-type,misc]
+    if any(phase not in PHASES for _, phase in positions.values()):
         return []  # it does something that takes its time, and the others wait for it
-
-    def place(beat: Mapping[str, object]) -> tuple[int, int]:
-        position: tuple[int, str] = beat["position"]  # type: ignore[assignment]
-        return position[0], PHASES.index(position[1]) if position[1] in PHASES else -1
-
-    least = min(place(beat) for beat in now.values())
-    return [rank for rank, beat in now.items() if place(beat) == least]
+    places = {rank: (step, PHASES.index(phase)) for rank, (step, phase) in positions.items()}
+    least = min(places.values())
+    return [rank for rank, place in places.items() if place == least]
