@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from suanli import data, planner, planning, probe
+from suanli import places, planner, planning, probe
 from suanli.assembly import Assembly
 from suanli.learner import active
 from suanli.loop import Loop
@@ -81,13 +81,13 @@ def plan_of(wanted: Collection[str], assembly: Assembly) -> Plan:
 def auto_plan(assembly: Assembly, cache: AnyPath | None) -> Plan:
     """What `--speedups auto` chooses for this training, measured now or cached."""
     steps = round(assembly.trial(planning.plain(assembly.device)).work_left)
-    return planner.plan(assembly, "auto", steps=steps, cache=data.cache_dir(cache))
+    return planner.plan(assembly, "auto", steps=steps, cache=places.cache_dir(cache))
 
 
 def half_precision_flops(device: Device, cache: AnyPath | None) -> tuple[float, str]:
     """What the device was measured to reach in matrix products of bfloat16 or float16, the better one; FLOP/s.
     Of float32 where it has neither."""
-    found = probe.probe(device, data.cache_dir(cache)).matmul_flops
+    found = probe.probe(device, places.cache_dir(cache)).matmul_flops
     halves = {name: rate for name, rate in found.items() if name in ("bfloat16", "float16")} or found
     best = max(halves, key=lambda name: halves[name])
     return halves[best], best

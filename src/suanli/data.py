@@ -197,8 +197,12 @@ class Feed:
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:
         """Rows at these positions (on the CPU), on the device."""
+        return self._picked(positions, self._moved(positions))
+
+    def _picked(self, positions: torch.Tensor, on_device: torch.Tensor) -> torch.Tensor:
+        """Rows at these positions, which are given twice: on the CPU and on the device."""
         if self._rows is not None:
-            return self._rows.index_select(0, positions.to(self.device))
+            return self._rows.index_select(0, on_device)
         return torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).to(self.device)
 
     def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[Fetched]:
@@ -211,8 +215,14 @@ class Feed:
             yield from _read_ahead(self._batch, steps)
 
     def _batch(self, positions: torch.Tensor) -> Fetched:
-        on_device = positions.to(self.device)
-        return self.rows(positions), self.targets.index_select(0, on_device), on_device
+        on_device = self._moved(positions)
+        return self._picked(positions, on_device), self.targets.index_select(0, on_device), on_device
+
+    def _moved(self, positions: torch.Tensor) -> torch.Tensor:
+        """On the device. From pinned memory: any other copy waits until the device has computed all steps before."""
+        if self.device.type != "cuda":
+            return positions.to(self.device)
+        return positions.pin_memory().to(self.device, non_blocking=True)
 
     def _copied_aside(self, steps: Iterator[torch.Tensor]) -> Iterator[Fetched]:
         """Copies from pinned memory run on a stream of their own, beside the computing of earlier batches."""

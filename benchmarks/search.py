@@ -1,0 +1,91 @@
+"""Many short trainings for their scores on validation: what to look for before a recipe's efforts are measured.
+
+    python benchmarks/search.py DATA --ways FILE --out records/…  [--seeds 3] [--worker 0/4] [--until-s 100]
+
+FILE has a JSON object a line: changes of the recipe's fields. Each way is trained with every seed in one process;
+of several workers each takes its part of the lines. Prints a JSON object a line: the changes, scores (one view, and
+the views of the augmentations), seconds, operations of a whole training. It looks at validation only.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from processes import standard_error
+from record import arguments, start
+from suanli import planning
+from suanli.assembly import Assembly
+from suanli.console import quiet
+from suanli.errors import SuanliError
+from suanli.flops import flops
+from suanli.settings import change
+from suanli.verbs.prepare import DataOptions, resolve
+from warm import Warm
+
+SPEEDUPS = ["channels_last", "bf16", "cudnn_benchmark", "resident", "graphs"]
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--file", default="cifar10.zip", help="of the data")
+    parser.add_argument("--recipe", default="small_images")
+    parser.add_argument("--ways", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--worker", default="0/1", help="which part of the lines, of how many")
+    parser.add_argument("--until-s", type=float, default=1e9, help="no way is begun later")
+    parser.add_argument("--speedups", default=",".join(SPEEDUPS))
+    given = parser.parse_args()
+    began = time.perf_counter()
+    device = start(given)
+    worker, workers = map(int, given.worker.split("/"))
+    options = DataOptions.of(given.data / given.file, data_dir=None, cache_dir=given.cache)
+    with quiet():
+        recipe, prepared = resolve(options, recipe=given.recipe, settings={}, tell=False)
+    lines = [line for line in given.ways.read_text().splitlines() if line.strip()][worker::workers]
+    for line in lines:
+        if time.perf_counter() - began > given.until_s:
+            break
+        changes = json.loads(line)
+        found: dict[str, object] = {"changes": changes}
+        try:
+            subject = change(recipe, changes)
+            warm = Warm(subject, prepared, device, given.speedups.split(","))
+            runs = [warm.train(seed, "val") for seed in range(given.seeds)]
+            single = [run.single for run in runs]
+            found |= {
+                "single": statistics.mean(single),
+                "standard_error": standard_error(single),
+                "views": statistics.mean(run.views or 0 for run in runs),
+                "train_s": min(run.train_s for run in runs),
+                "steps": warm.loop.steps,
+                "flops": operations(Assembly(subject, prepared, device)),
+                "runs": [asdict(run) for run in runs],
+            }
+        except (SuanliError, RuntimeError) as error:
+            found["failed"] = str(error)[:300]
+        text = json.dumps(found)
+        print(text, flush=True)
+        if given.out is not None:
+            given.out.mkdir(parents=True, exist_ok=True)
+            with (given.out / f"search{worker}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+
+def operations(assembly: Assembly) -> float:
+    """Of a whole training, forward and backward; the optimizer's are not among them."""
+    loop = assembly.trial(planning.plain(assembly.device))
+    batch = loop.first_batch(4)
+    counted = flops(lambda: F.cross_entropy(loop.learner.forward(batch.inputs), batch.targets).backward())
+    torch.cuda.empty_cache()
+    return counted / 4 * loop.order.batch_size * loop.work_left
+
+
+if __name__ == "__main__":
+    main()

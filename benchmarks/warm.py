@@ -1,0 +1,91 @@
+"""One recipe trained again and again in one process, each time from another seed: what is recorded and compiled in the
+first training serves the others, so their seconds are those of a warm start."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sides import plan_of, settler
+from suanli.assembly import Assembly
+from suanli.cache import Prepared
+from suanli.data import Order
+from suanli.inference import infer
+from suanli.learner import active
+from suanli.loop import Progress
+from suanli.settings import change
+from suanli.types import Device, Recipe
+
+EXAMINED = 2000  # examples at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    start_s: float  # what is fitted to the data before the first step
+    train_s: float
+    single: float  # accuracy with one view
+    views: float | None  # with the views of the recipe's augmentations
+    examine_s: float  # the one with all views
+
+
+class Warm:
+    def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, speedups: list[str]) -> None:
+        self.recipe, self.prepared, self.device = recipe, prepared, device
+        assembly = Assembly(recipe, prepared, device)
+        self.plan = plan_of(speedups, assembly)
+        self.loop = assembly.loop(self.plan)
+        self._settle: Callable[[], None] = settler(device) or (lambda: None)
+
+    def train(self, seed: int, split: str, *, views: bool = True) -> Trained:
+        """Trains from a new start and examines it on a split. The weights change in place: a recording refers to
+        them."""
+        recipe, loop = change(self.recipe, {"seed": seed}), self.loop
+        fresh = Assembly(recipe, self.prepared, self.device).module
+        with torch.no_grad():
+            for own, new in zip(loop.model.state_dict().values(), fresh.state_dict().values(), strict=True):
+                own.copy_(new)
+            for entries in loop.optimizer.state.values():
+                for value in entries.values():
+                    value.zero_()
+        if loop.ema is not None:
+            for name, value in loop.model.state_dict().items():
+                loop.ema[name].copy_(value)
+        loop.recipe, loop.progress = recipe, Progress(segments=[recipe.epochs])
+        loop.order = Order(len(loop.train_feed), recipe.batch_size, seed)
+        start_s = self._fit(fresh)
+        began = self._now()
+        with active(loop.compute):
+            for _ in loop.run():
+                pass
+            loop.settle()
+        train_s = self._now() - began
+        single, _ = self._examine(split, views=False)
+        several, examine_s = self._examine(split, views=True) if views else (None, 0.0)
+        return Trained(start_s=start_s, train_s=train_s, single=single, views=several, examine_s=examine_s)
+
+    def _fit(self, fresh: torch.nn.Module) -> float:
+        """Seconds of the network's own start, done once more on a network that is not used."""
+        rows = self.loop.train_feed.rows(torch.arange(min(2000, len(self.loop.train_feed))))
+        began = self._now()
+        if callable(initialize := getattr(fresh, "initialize", None)):
+            initialize(self.prepared.preprocess.to_model(rows))
+        return self._now() - began
+
+    def _examine(self, split: str, *, views: bool) -> tuple[float, float]:
+        """Accuracy, and seconds for it."""
+        loop = self.loop
+        feed = loop.val_feed if split == "val" else Assembly(self.recipe, self.prepared, self.device)._feed(split, True)
+        began = self._now()
+        with loop.kept_weights(), active(loop.compute):
+            batches = (rows for rows, _, _ in feed.in_order(EXAMINED))
+            shown = loop.augment.views if views else None
+            found = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown)
+        took = self._now() - began
+        return float((found.argmax(1) == feed.split.targets).mean()), took
+
+    def _now(self) -> float:
+        self._settle()
+        return time.perf_counter()
