@@ -79,6 +79,7 @@ class Recorded:
 def rates_in_tensors(optimizer: torch.optim.Optimizer) -> None:
     """Learning rates as tensors on the parameters' device, and step counts too: a graph reads them from
     there."""
+    optimizer._warned_capturable_if_run_uncaptured = True  # or torch warns of the steps before a recording
     for group in optimizer.param_groups:
         device = group["params"][0].device
         if not isinstance(group["lr"], torch.Tensor):

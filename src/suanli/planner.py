@@ -149,7 +149,7 @@ def _checked(subject: Subject, named: Plan) -> Plan:
         return named
     reference = _numbers(subject, planning.plain(subject.device, named.threads))
     error = difference(reference, _numbers(subject, named))
-    allowed = planning.tolerance(named.speedups)
+    allowed = planning.tolerance(named.speedups, subject.device)
     if error > allowed:
         raise GateError(
             f"With --speedups {','.join(named.speedups)}, outputs or gradients differ from plain PyTorch's by "
@@ -268,7 +268,7 @@ class _Search:
         except MachineError as failed:
             trial = Trial(change=_sum(names), kept=False, reason=failed.message)
             return self._plan(self.best, (trial,), "short list")
-        kept = error <= (allowed := planning.tolerance(names))
+        kept = error <= (allowed := planning.tolerance(names, self.device))
         reason = "computes the same; the run is too short to time it" if kept else _too_far(error, allowed)
         trial = Trial(change=_sum(names), kept=kept, reason=reason, error=error)
         return self._plan(plan if kept else self.best, (trial,), "short list")
@@ -356,7 +356,7 @@ class _Search:
                     numbers = candidate.examine()
                 first_s = time.perf_counter() - started
             error = difference(self.reference, numbers)
-            if error > (allowed := planning.tolerance(change.plan.speedups)):
+            if error > (allowed := planning.tolerance(change.plan.speedups, self.device)):
                 return Trial(change=change.name, kept=False, reason=_too_far(error, allowed), error=error)
             before, after = self._by_turns(candidate, change.sets_in_slowly)
         except MachineError as refused:  # needless beside the others

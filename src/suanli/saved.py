@@ -10,12 +10,12 @@ model.json needs no torch.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from suanli import hardware
 from suanli.errors import DamagedFile, DataError, UsageError
 from suanli.plugins import load as load_plugin
 from suanli.storage import atomic_file, read_json, write_json
@@ -67,7 +67,7 @@ def save_model(
             "weights": {"file": WEIGHTS, "blake2b": _digest(content), "size_bytes": len(content)},
             "data": data,
             "scores": {},
-            "versions": {p: importlib.metadata.version(p) for p in ("suanli", "torch", "numpy", "pillow")},
+            "versions": hardware.versions(("suanli", "torch", "numpy", "pillow")),
         },
     )
 

@@ -19,8 +19,10 @@ from suanli import checkpoint, planner, planning
 from suanli.assembly import Assembly
 from suanli.cache import Prepared
 from suanli.data import Feed
+from suanli.engines import eager
 from suanli.learner import Numbers, active
 from suanli.loop import Loop
+from suanli.optimizers import muon
 from suanli.plugins import load, names
 from suanli.types import Device, Plan, Recipe
 
@@ -91,19 +93,22 @@ def test_a_speedup_computes_the_same(name: str, prepared: Prepared, device: Devi
     assembly = Assembly(RECIPE, prepared, device)
     plan = plan_for(name, assembly)
     error = planner.difference(numbers(assembly, planning.plain(device)), numbers(assembly, plan))
-    assert error <= load("speedups", name).tolerance
+    assert error <= planning.tolerance((name,), device)
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("others", ["", "channels_last,"])
 def test_a_recorded_step_learns_what_an_issued_one_does(
-    recipe: Recipe, others: str, prepared: Prepared, device: Device
+    recipe: Recipe, others: str, prepared: Prepared, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over two epochs, in which the learning rate falls: a graph that kept its first rate would drift away."""
+    """Over two epochs, in which the learning rate falls: a graph that kept its first rate would drift away. In full
+    float32, since Muon makes a step of what is only rounding."""
+    monkeypatch.setattr(muon, "fast_dtype", lambda _device: torch.float32)
     assembly = Assembly(recipe, prepared, device)
     recorded = plan_for(f"{others}graphs", assembly)
     plain = planning.named(others.rstrip(",") or "none", device)
-    assert_same(trained(assembly.trial(plain)), trained(assembly.trial(recorded)), tolerance=2e-3)
+    with eager.float32_as("float32", device.type):
+        assert_same(trained(assembly.trial(plain)), trained(assembly.trial(recorded)), tolerance=2e-3)
 
 
 def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Device) -> None:

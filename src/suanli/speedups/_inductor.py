@@ -6,6 +6,9 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,14 @@ def why_not(device: Device) -> str | None:
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "compiling for a CPU needs the header files of Python (a package named like python3-dev)"
     return None
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without TorchInductor's advice to compute in TF32, which is a speedup of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores", category=UserWarning)
+        yield
 
 
 def options(model: nn.Module) -> dict[str, Any]:

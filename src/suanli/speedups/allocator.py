@@ -43,11 +43,11 @@ def kept_heap() -> Iterator[None]:
 
 @contextmanager
 def growing_segments() -> Iterator[None]:
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     try:
         yield
     finally:
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
 def apply(step: Step, device: Device) -> Step:

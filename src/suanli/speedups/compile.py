@@ -16,7 +16,7 @@ from suanli.types import Device, Speedup, Step
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     compiled = torch.compile(step.model, dynamic=False, options=_inductor.options(step.model))
-    return replace(step, compute=compiled)
+    return replace(step, compute=compiled, settings=(*step.settings, _inductor.quietly))
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001

@@ -13,7 +13,7 @@ from suanli.types import Device, Speedup, Step
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     for block in blocks(step.model):
         block.compile(dynamic=False, options=_inductor.options(step.model))
-    return replace(step, compute=step.model.__call__)
+    return replace(step, compute=step.model.__call__, settings=(*step.settings, _inductor.quietly))
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001

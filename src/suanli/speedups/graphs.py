@@ -25,4 +25,6 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
-SPEEDUP = Speedup(name="graphs", stage=80, apply=apply, why_not=why_not, needless=needless, risks=("memory", "backend"))
+SPEEDUP = Speedup(
+    name="graphs", stage=80, apply=apply, why_not=why_not, needless=needless, usual=True, risks=("memory", "backend")
+)
