@@ -49,7 +49,6 @@ USUAL_ON_GPU = (*MEANS, "cudnn_benchmark")
 WAYS = {
     "usual": USUAL_ON_GPU,
     "graphs, resident": (*USUAL_ON_GPU, "graphs", "resident"),
-    "compiled": (*USUAL_ON_GPU, "graphs", "resident", "compile"),
 }
 SMALL, PHOTOS = ("cifar10.zip", "made-up-small.npz"), ("imagenette5k.zip", "made-up-photos.zip")
 NETWORKS: dict[str, dict[str, Json]] = {
@@ -150,10 +149,8 @@ def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
         plain = assembly.trial(planning.plain(device))
         work, batch = training_flops(plain), plain.order.batch_size
         record.say(f"\n{name}: {work / 1e9:,.1f} GFLOP a step of {batch}")
-        # Compiling takes half a minute: of one network it is enough.
-        ways = {way: w for way, w in WAYS.items() if way != "compiled" or (settings and not given.tiny)}
-        sides = {"plain": Side.of(plain), **running(record, assembly, ways)}
-        failed += [f"{name}, {way}" for way in ways if way not in sides]
+        sides = {"plain": Side.of(plain), **running(record, assembly, WAYS)}
+        failed += [f"{name}, {way}" for way in WAYS if way not in sides]
         seconds = by_turns(sides, count, rounds=given.rounds, device=device)
         found[name] = {"batch": batch, "flops_of_a_step": work, "block_s": seconds}
         for side, values in seconds.items():

@@ -115,7 +115,9 @@ class Autotuner:
         """Raises Lost where not even the reference can be run."""
         with self._stack:
             self._write_rows()
-            self.graph = self._graph()
+            self.graph = self.subject.graph
+            if self.graph is None and self._graph_is_wanted():
+                self.graph = self._graph()
             self._done.append(self._reference())
             for engine, precision in self._pairs():
                 self._done += self._tried(engine, precision)
@@ -155,9 +157,17 @@ class Autotuner:
         if self.subject.calibration is not None:
             np.save(self.work / "calibration.npy", self.subject.calibration, allow_pickle=False)
 
+    def _graph_is_wanted(self) -> bool:
+        """Whether any engine that reads an ONNX graph can run here: to export it takes longer than to build some
+        engines. A foreign subject without a network has one already."""
+        readers = [engine for engine in self.engines if engine.needs == "onnx"]
+        return any(
+            engine.why_not(self.device, precision) is None and _missing(engine.packages) is None
+            for engine in readers
+            for precision in engine.precisions
+        )
+
     def _graph(self) -> Path | None:
-        if self.subject.graph is not None:
-            return self.subject.graph
         missing = _missing(("onnx", "onnxscript"))
         if missing:
             self._no_graph = missing

@@ -561,6 +561,8 @@ def main(arguments: list[str] | None = None) -> None:
     if any(name in os.environ for name in (STARTED, "WORLD_SIZE", "SLURM_STEP_ID")):
         # Who started several processes may end this one while it is ending: no more than it does anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if code == 0 and (distributed := sys.modules.get("suanli.distributed")) is not None:
+            distributed.leave()  # or NCCL warns of what is left; after an error it could wait for who is gone
     sys.exit(code)
 
 

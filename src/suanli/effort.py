@@ -19,9 +19,9 @@ from suanli import measure, planner
 from suanli.assembly import Assembly
 from suanli.cache import Prepared
 from suanli.console import duration, plural, say
-from suanli.errors import UsageError
+from suanli.errors import OutOfMemory, UsageError
 from suanli.flops import flops
-from suanli.forecast import enough_memory, validation_steps
+from suanli.forecast import enough_memory, refuse_too_big, validation_steps
 from suanli.learner import active
 from suanli.plugins import load_all
 from suanli.settings import change
@@ -68,7 +68,8 @@ def for_time(recipe: Recipe, prepared: Prepared, device: Device, threads: int | 
     for changes in efforts[:0:-1]:
         dearer = _Subject(recipe, changes, prepared, device, threads)
         # Its operations are counted before a step is taken, which may take longer than there is.
-        if dearer.flops <= WIDER * cheapest.flops_per_s * _room(until) and dearer.seconds <= _room(until):
+        quick = dearer.flops <= WIDER * cheapest.flops_per_s * _room(until)
+        if quick and dearer.fits and dearer.seconds <= _room(until):
             chosen = dearer
             break
     whole_s = chosen.seconds
@@ -104,6 +105,15 @@ class _Subject:
         with active(loop.compute), loop.untouched():
             counted = flops(lambda: loop.try_step(examples, whole=True))
         return counted / examples * loop.order.batch_size * self._work
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory has room for it."""
+        try:
+            refuse_too_big(self._loop, self._device)
+        except OutOfMemory:
+            return False
+        return True
 
     @cached_property
     def seconds(self) -> float:

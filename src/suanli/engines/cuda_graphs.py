@@ -8,7 +8,7 @@ row has any say in another's answer.
 Weights are cast to the lower precision once, where autocast would cast them in every replay. A network that can't
 compute in one dtype throughout gets autocast after all. Preprocessing stays in float32, and so does the softmax.
 
-Not run on a GPU yet: recording, replaying and the switch for TF32 are written after PyTorch's documentation; what
+Not measured on a GPU yet: recording, replaying and the switch for TF32 are written after PyTorch's documentation; what
 surrounds them is tested on a CPU, where the same tensors are used and nothing is recorded.
 Source: "CUDA Graphs" and "Whole-network capture" in https://pytorch.org/docs/stable/notes/cuda.html.
 """
