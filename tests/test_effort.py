@@ -113,6 +113,7 @@ class _Faked:
         self.seconds = self.recipe.epochs * self.recipe.model_args["widths"][0]
         self.flops = self.seconds * 1e9
         self.flops_per_s = 1e9
+        self.fits = self.recipe.model_args["widths"][0] < 1000
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,14 @@ def test_the_largest_network_that_has_time_for_its_own_epochs(
     found = effort.for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
     assert found.model_args["widths"] == widths
     assert found.epochs == pytest.approx(epochs, abs=0.1)
+
+
+def test_an_effort_that_memory_has_no_room_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    efforts = tuple(SimpleNamespace(changes={"epochs": 2.0, "model_args": {"widths": [w]}}) for w in (10, 100, 1000))
+    monkeypatch.setattr(effort, "_efforts", lambda _: efforts)
+    monkeypatch.setattr(effort, "_Subject", _Faked)
+    found = effort.for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
+    assert found.model_args["widths"] == [100]
 
 
 def test_every_shipped_effort_is_a_recipe_and_dearer_ones_reach_more() -> None:

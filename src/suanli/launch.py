@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from suanli import errors, hardware
-from suanli.console import say
+from suanli.console import plural, say
 from suanli.errors import Interrupted, MachineError, StorageError, SuanliError, UsageError
 from suanli.gpus import gpus
 from suanli.rundir import Run
@@ -50,8 +50,8 @@ def processes(wanted: str | int | None, device: Device) -> int:
     except ValueError:
         raise UsageError(f"--nproc can't be {wanted!r}.", fix="Give a number, or auto.") from None
     if not 1 <= count <= most:
-        what = "GPUs that can be used" if usable else "cores"
-        raise UsageError(f"--nproc can't be {count}.", fix=f"This machine has {most} {what}.")
+        has = plural(most, "usable GPU" if usable else "core")
+        raise UsageError(f"--nproc can't be {count}.", fix=f"This machine has {has}.")
     return count
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 USUAL_S = 1.0  # that a request may take where the user doesn't say
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 AS_GOOD = 0.97  # of the best rate: a smaller batch that has it answers sooner
+TAIL = 2.9  # mean absolute deviations from the mean to the 99th percentile of a normal distribution
 NEWEST = 0.1  # weight of the newest observation in a running mean
 
 
@@ -83,9 +84,9 @@ class Policy:
         """Seconds until there is room again, where `more` would be answered too late behind `rows`; None: come in.
 
         An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
-        fit, but the mean and twice what observations are off it.
+        fit, but the mean and `TAIL` times what observations are off it.
         """
-        late = 1 + 2 * self._off / max(self.pace, 1e-9)
+        late = 1 + TAIL * self._off / max(self.pace, 1e-9)
         if not rows or late * self.predicted_s(rows + more) <= self.target_s:
             return None
         return self.predicted_s(rows)

@@ -191,8 +191,8 @@ def _counts(processes: str | Sequence[int] | None, target: Device) -> list[int]:
         raise UsageError(f"--processes can't be {processes!r}.", fix="Give numbers, such as 1,2,4.") from None
     for count in given:
         if not 1 <= count <= most:
-            what = "GPUs that can be used" if usable else "cores"
-            raise UsageError(f"--processes can't be {count}.", fix=f"This machine has {most} {what}; give 1 to {most}.")
+            has = plural(most, "usable GPU" if usable else "core")
+            raise UsageError(f"--processes can't be {count}.", fix=f"This machine has {has}; give 1 to {most}.")
     return sorted({1, *given})
 
 
