@@ -447,3 +447,13 @@ def test_the_number_of_threads_holds_while_the_step_computes() -> None:
     with active(step):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+def test_a_graph_is_for_optimizers_whose_first_steps_can_be_taken_back() -> None:
+    """What was not there before the steps that precede a recording becomes zero: Rprop's step sizes don't begin so."""
+    model = nn.Linear(2, 2)
+    for optimizer, taken in ((torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.Rprop, False)):
+        step = Step(model=model, optimizer=optimizer(model.parameters(), lr=0.1))
+        reason = plugins.load("speedups", "graphs").needless(step, device("cuda:0", "float32"))
+        assert (reason is None) == taken
+        assert taken or "Rprop" in reason

@@ -562,7 +562,10 @@ def main(arguments: list[str] | None = None) -> None:
         # Who started several processes may end this one while it is ending: no more than it does anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if code == 0 and (distributed := sys.modules.get("suanli.distributed")) is not None:
-            distributed.leave()  # or NCCL warns of what is left; after an error it could wait for who is gone
+            from suanli.launch import told
+
+            if not told():  # else it could wait for who is gone
+                distributed.leave()  # or NCCL warns of what is left
     sys.exit(code)
 
 

@@ -66,7 +66,7 @@ class Recorded:
             torch.cuda.current_stream(device).wait_stream(aside)
             self._optimizer.zero_grad(set_to_none=True)  # so that gradients are allocated by the recording
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread may pin memory meanwhile
                 loss = self._learn(*fixed)
 
         def replay() -> torch.Tensor:

@@ -372,7 +372,7 @@ class Reached:
     data: str  # the name of a data set
     classes: int
     examples: int  # of its training split
-    score: float  # the headline, on validation data: the mean of at least five seeds, less its standard error
+    score: float  # the headline, on validation data: the mean of three to five seeds, less its standard error
 
 
 @dataclass(frozen=True, kw_only=True)

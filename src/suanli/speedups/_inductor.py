@@ -7,8 +7,6 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,9 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without TorchInductor's advice to compute in TF32, which is a speedup of its own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores", category=UserWarning)
-        yield
+def quiet() -> None:
+    """TorchInductor's advice to compute in TF32 is not shown: that is a speedup of its own."""
+    warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores", category=UserWarning)
 
 
 def options(model: nn.Module) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from suanli.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
+    _inductor.quiet()
     compiled = torch.compile(step.model, dynamic=False, options=_inductor.options(step.model))
-    return replace(step, compute=compiled, settings=(*step.settings, _inductor.quietly))
+    return replace(step, compute=compiled)
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001

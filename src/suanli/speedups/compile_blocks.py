@@ -11,9 +11,10 @@ from suanli.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
+    _inductor.quiet()
     for block in blocks(step.model):
         block.compile(dynamic=False, options=_inductor.options(step.model))
-    return replace(step, compute=step.model.__call__, settings=(*step.settings, _inductor.quietly))
+    return replace(step, compute=step.model.__call__)
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001

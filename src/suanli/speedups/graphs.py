@@ -6,6 +6,8 @@ from dataclasses import replace
 
 from suanli.types import Device, Speedup, Step
 
+AT_ZERO = ("Muon", "SGD", "Adam", "AdamW")  # optimizers that are known to have a state that begins at zero
+
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     return replace(step, graph=True)
@@ -22,9 +24,9 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
         return "a scaled loss makes each step look at its gradients, which a graph can't"
     if step.recomputes:
         return "recomputed blocks can't be recorded"
+    if step.optimizer is not None and type(step.optimizer).__name__ not in AT_ZERO:
+        return f"the steps before a recording can't be taken back for {type(step.optimizer).__name__}"
     return None
 
 
-SPEEDUP = Speedup(
-    name="graphs", stage=80, apply=apply, why_not=why_not, needless=needless, usual=True, risks=("memory", "backend")
-)
+SPEEDUP = Speedup(name="graphs", stage=80, apply=apply, why_not=why_not, needless=needless, risks=("memory", "backend"))
