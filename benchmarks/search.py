@@ -15,16 +15,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch.nn import functional as F
-
+from gpu_figures import training_flops
 from processes import standard_error
 from record import arguments, start
 from suanli import planning
 from suanli.assembly import Assembly
 from suanli.console import quiet
 from suanli.errors import SuanliError
-from suanli.flops import flops
 from suanli.settings import change
 from suanli.verbs.prepare import DataOptions, resolve
 from warm import Warm
@@ -57,15 +54,16 @@ def main() -> None:
         try:
             subject = change(recipe, changes)
             warm = Warm(subject, prepared, device, given.speedups.split(","))
-            runs = [warm.train(seed, "val") for seed in range(given.seeds)]
+            runs = [warm.train(seed) for seed in range(given.seeds)]
             single = [run.single for run in runs]
+            plain = Assembly(subject, prepared, device).trial(planning.plain(device))
             found |= {
                 "single": statistics.mean(single),
                 "standard_error": standard_error(single),
-                "views": statistics.mean(run.views or 0 for run in runs),
+                "views": statistics.mean(run.views for run in runs),
                 "train_s": min(run.train_s for run in runs),
                 "steps": warm.loop.steps,
-                "flops": operations(Assembly(subject, prepared, device)),
+                "flops": training_flops(plain) * plain.work_left,
                 "runs": [asdict(run) for run in runs],
             }
         except (SuanliError, RuntimeError) as error:
@@ -76,15 +74,6 @@ def main() -> None:
             given.out.mkdir(parents=True, exist_ok=True)
             with (given.out / f"search{worker}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
-
-
-def operations(assembly: Assembly) -> float:
-    """Of a whole training, forward and backward; the optimizer's are not among them."""
-    loop = assembly.trial(planning.plain(assembly.device))
-    batch = loop.first_batch(4)
-    counted = flops(lambda: F.cross_entropy(loop.learner.forward(batch.inputs), batch.targets).backward())
-    torch.cuda.empty_cache()
-    return counted / 4 * loop.order.batch_size * loop.work_left
 
 
 if __name__ == "__main__":

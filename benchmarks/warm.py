@@ -27,7 +27,7 @@ class Trained:
     start_s: float  # what is fitted to the data before the first step
     train_s: float
     single: float  # accuracy with one view
-    views: float | None  # with the views of the recipe's augmentations
+    views: float  # with the views of the recipe's augmentations
     examine_s: float  # the one with all views
 
 
@@ -39,8 +39,8 @@ class Warm:
         self.loop = assembly.loop(self.plan)
         self._settle: Callable[[], None] = settler(device) or (lambda: None)
 
-    def train(self, seed: int, split: str, *, views: bool = True) -> Trained:
-        """Trains from a new start and examines it on a split. The weights change in place: a recording refers to
+    def train(self, seed: int) -> Trained:
+        """Trains from a new start and examines it on validation. The weights change in place: a recording refers to
         them."""
         recipe, loop = change(self.recipe, {"seed": seed}), self.loop
         fresh = Assembly(recipe, self.prepared, self.device).module
@@ -62,8 +62,8 @@ class Warm:
                 pass
             loop.settle()
         train_s = self._now() - began
-        single, _ = self._examine(split, views=False)
-        several, examine_s = self._examine(split, views=True) if views else (None, 0.0)
+        single, _ = self._examine(views=False)
+        several, examine_s = self._examine(views=True)
         return Trained(start_s=start_s, train_s=train_s, single=single, views=several, examine_s=examine_s)
 
     def _fit(self, fresh: torch.nn.Module) -> float:
@@ -74,10 +74,10 @@ class Warm:
             initialize(self.prepared.preprocess.to_model(rows))
         return self._now() - began
 
-    def _examine(self, split: str, *, views: bool) -> tuple[float, float]:
+    def _examine(self, *, views: bool) -> tuple[float, float]:
         """Accuracy, and seconds for it."""
         loop = self.loop
-        feed = loop.val_feed if split == "val" else Assembly(self.recipe, self.prepared, self.device)._feed(split, True)
+        feed = loop.val_feed
         began = self._now()
         with loop.kept_weights(), active(loop.compute):
             batches = (rows for rows, _, _ in feed.in_order(EXAMINED))

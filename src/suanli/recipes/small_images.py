@@ -14,7 +14,8 @@ def suits(traits: Traits) -> int | None:
 def _effort(epochs: float, lr: float, widths: tuple[int, ...], reached: float, **more: Json) -> Effort:
     """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy, the two dearest in bfloat16 on a GPU:
     records/2026-11-27_h100_gpu."""
-    changes = {"epochs": epochs, "lr": lr, "model_args": {"widths": widths}, "validate_every": epochs}
+    changes: dict[str, Json] = {"epochs": epochs, "lr": lr, "validate_every": epochs}
+    changes["model_args"] = {"widths": widths} | more.pop("model_args", {})
     return Effort(
         changes=changes | more,
         reached=(Reached(data="cifar10", classes=10, examples=44_893, score=reached),),
@@ -40,8 +41,11 @@ RECIPE = RecipeChoice(
         _effort(4.0, 0.15, (64, 128, 256), 0.847),
         _effort(7.0, 0.15, (64, 256, 256), 0.876),
         _effort(
-            *(8.0, 0.24, (64, 256, 256), 0.895),
-            model_args={"widths": (64, 256, 256), "depths": (2, 2, 2), "whitening_bias": True},
+            8.0,
+            0.24,
+            (64, 256, 256),
+            0.895,
+            model_args={"depths": (2, 2, 2), "whitening_bias": True},
             batch_size=2000,
             label_smoothing=0.2,
             optimizer_args={"head_lr_scale": 0.0833, "bias_lr_scale": 50.0, "normalize_filters": True},
