@@ -665,9 +665,14 @@ def test_a_network_that_does_not_fit_into_memory(
 ) -> None:
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     root = picture_folder()
+    Path("wide.py").write_text(  # one large piece: where many small ones take the last byte, libraries end the process
+        "from torch import nn\n"
+        "def net(classes, in_channels, image_size):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(432, 4_000_000), nn.Linear(4_000_000, classes))\n"
+    )
     before = files_below(tmp_path)
-    limit = LIMITED.format(room=150_000_000)
-    code, said = ended(process("train", root, "--model", "resnet50", "--out", "made", before=limit))
+    limit = LIMITED.format(room=500_000_000)
+    code, said = ended(process("train", root, "--model", "wide:net", "--out", "made", before=limit))
     assert code == 4, said
     assert_one_paragraph(said)
     assert "smaller model" in said

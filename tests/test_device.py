@@ -371,6 +371,18 @@ def test_other_errors_are_not_out_of_memory(work: Callable[[], object]) -> None:
     assert not hardware.out_of_memory(raised(work))
 
 
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ("error return without exception set", True),
+        ("<built-in method conv2d of type object> returned NULL without setting an exception", True),
+        ("bad argument to internal function", False),
+    ],
+)
+def test_c_code_that_had_no_memory_for_an_exception(said: str, memory: bool) -> None:
+    assert hardware.out_of_memory(SystemError(said)) is memory
+
+
 def test_no_space_left_is_not_out_of_memory() -> None:
     assert not hardware.out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
 

@@ -7,6 +7,7 @@ and backward pass at the real batch size. The weights are as they were afterward
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -86,9 +87,10 @@ def enough_memory(device: Device) -> Iterator[None]:
     """Turns memory that ran out before the first batch into OutOfMemory with the way out."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, SystemError) as error:
         if not hardware.out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold what was built so far, and saying so takes memory
         available = hardware.available_memory_bytes(device)
         have = "" if available is None else f", {size(available)} are free"
         raise OutOfMemory(
@@ -126,7 +128,7 @@ def step_seconds(loop: Loop, memory_bytes: int) -> float:
         with active(loop.compute), loop.untouched():
             loop.try_step(loop.batch_size)
             return measure.seconds(lambda: loop.try_step(loop.batch_size), settle)
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, SystemError) as error:
         if not hardware.out_of_memory(error):
             raise
         raise out_of_memory(loop, memory_bytes, None, loop.order.batch_size // 2) from error

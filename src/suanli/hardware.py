@@ -311,6 +311,8 @@ def out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
+    if isinstance(error, SystemError):  # C code without memory for so much as an exception
+        return re.search("without (?:exception set|setting an exception)", str(error)) is not None
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
