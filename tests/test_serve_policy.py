@@ -130,6 +130,44 @@ def test_no_observation_makes_nonsense(policy: Policy, observed: list[tuple[int,
     assert policy.full(0, 1) is None
 
 
+@given(policies, st.lists(st.tuples(st.floats(0, 100.0), st.floats(0, 100.0)), max_size=20), st.integers(1, 500))
+def test_what_requests_took_turns_away_more_and_never_lets_in_what_the_curve_refuses(
+    policy: Policy, answered: list[tuple[float, float]], rows: int
+) -> None:
+    refused = policy.full(rows, 1) is not None
+    for predicted_s, took_s in answered:
+        policy.answered(predicted_s, took_s)
+    assert policy.full(0, 1) is None
+    assert policy.full(rows, 1) is not None or not refused
+
+
+def test_delays_that_the_curve_does_not_know_are_left_room_for() -> None:
+    """20 ms of decoding, or of waiting for the process, in a target of 100 ms."""
+    policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
+    assert policy.full(8, 1) is None
+    for _ in range(100):
+        policy.answered(0.05, 0.07)
+    assert policy.full(8, 1) is not None
+    assert policy.full(6, 1) is None
+
+
+def test_what_varies_is_left_more_room_than_what_does_not() -> None:
+    policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
+    for number in range(100):
+        policy.answered(0.05, 0.05 + (0.01 if number % 2 else -0.01))
+    assert policy.full(8, 1) is not None
+    assert policy.full(5, 1) is None
+
+
+def test_one_hang_is_forgotten() -> None:
+    policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
+    policy.answered(0.01, 10.0)
+    assert policy.full(1, 1) is not None
+    for _ in range(80):
+        policy.answered(0.01, 0.01)
+    assert policy.full(8, 1) is None
+
+
 # --- waiting for one more ---
 
 

@@ -56,6 +56,7 @@ class Batcher:
         self._batches = 0  # in flight
         self._alone = False  # what is in flight is a suspect, tried alone
         self._answered = 0.0  # when the last batch came back
+        self.way_s = 0.0  # that it took beyond computing: there and back, and until this loop looked
         self._soon: asyncio.Handle | None = None
         self._at_once = False  # that is when it is, and not after a pause
 
@@ -215,9 +216,11 @@ class Batcher:
         error = answer.exception()
         if error is None:
             now = time.monotonic()
-            self.policy.took(count, now - max(sent, self._answered))
+            took, computing_s = now - max(sent, self._answered), answer.result()
+            self.policy.took(count, took)
+            self.way_s = max(0.0, took - computing_s)
             self._answered = now
-            self.figures.computed(count, answer.result())
+            self.figures.computed(count, computing_s)
             _, found = worker.slots[slot]
             at = 0
             for entry in entries:

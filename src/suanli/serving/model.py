@@ -238,13 +238,25 @@ class ServedModel:
     def ready(self) -> bool:
         return self.state == "ready"
 
-    def admit(self, inputs: int = 1) -> None:
-        """Raises Refused(503) where a request can't be answered in time. Cheap: before its body is read."""
+    def admit(self, inputs: int = 1) -> float:
+        """Seconds until a request will be answered. Raises Refused(503) where that is too late. Cheap: before its body
+        is read."""
         if self.state not in ("ready", "draining"):
             raise self._unready()
-        again_s = self.policy.full(self.batcher.rows + self._encoding, inputs)
+        rows = self.batcher.rows + self._encoding
+        again_s = self.policy.full(rows, inputs)
         if again_s is not None:
             raise Refused(503, f"Model {self.name} has as much to do as it can answer in time.", retry_after_s=again_s)
+        return self.policy.predicted_s(rows + inputs)
+
+    @contextlib.contextmanager
+    def _admitted(self, inputs: int) -> Iterator[None]:
+        """What is in here is answered within the target. Raises Refused(503) where it can't be."""
+        predicted_s, started = self.admit(inputs), time.monotonic()
+        yield
+        # A request waits for this process before it is read, too. Nobody sees that, but what comes back from the
+        # engine waits for the same.
+        self.policy.answered(predicted_s, time.monotonic() - started + self.batcher.way_s)
 
     def _unready(self) -> Refused:
         told = {"loading": "is being loaded", "closed": "was unloaded"}.get(self.state, f"is not ready: {self.reason}")
@@ -262,10 +274,10 @@ class ServedModel:
             if timeout:
                 until = asyncio.get_running_loop().time() + timeout / 1e6
                 deadline = until if deadline is None else min(until, deadline)
-            self.admit(inputs)
-            probabilities = await self._probabilities(await self._rows(tensor, inputs), deadline)
-            before = time.perf_counter()
-            response = self._response(request, probabilities)
+            with self._admitted(inputs):
+                probabilities = await self._probabilities(await self._rows(tensor, inputs), deadline)
+                before = time.perf_counter()
+                response = self._response(request, probabilities)
             self.figures.output.add(time.perf_counter() - before)
             return response
 
@@ -276,10 +288,10 @@ class ServedModel:
         are named by their place. Raises Refused."""
         with self._counted() as count:
             count[0] = len(raws)
-            self.admit(len(raws))
-            found = await self._encoded(raws)
-            rows = [row for row in found if isinstance(row, np.ndarray)]
-            answers = await self._probabilities(np.stack(rows), deadline) if rows else ()
+            with self._admitted(len(raws)):
+                found = await self._encoded(raws)
+                rows = [row for row in found if isinstance(row, np.ndarray)]
+                answers = await self._probabilities(np.stack(rows), deadline) if rows else ()
             names = [f"#{i}" for i in range(len(raws))]
             return [one.to_json() for one in predictions(names, found, answers, self.about.classes, top=top)]
 

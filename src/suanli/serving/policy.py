@@ -58,7 +58,8 @@ class Policy:
         self.target_s = target
         self.reachable = 2 * curve.seconds(1) <= target
         self.pace = 1.0  # observed seconds of a batch, as a multiple of the curve's
-        self._off = 0.0  # by how much observations are off that
+        self._more_s = 0.0  # that a request took beyond what was predicted, on average
+        self._off_s = 0.0  # by how much single ones were off that
         self._gap_s: float | None = None  # between arrivals
         self._last = 0.0
 
@@ -71,8 +72,14 @@ class Policy:
     def took(self, size: int, seconds: float) -> None:
         """A batch of `size` came back after so long, the way there and back included."""
         ratio = seconds / max(self.curve.seconds(size), 1e-9)
-        self._off = (1 - NEWEST) * self._off + NEWEST * abs(ratio - self.pace)
         self.pace = (1 - NEWEST) * self.pace + NEWEST * ratio
+
+    def answered(self, predicted_s: float, seconds: float) -> None:
+        """A request that was let in with `predicted_s` took so long, decoding and the wait for this process included.
+        Sources of delay that the curve can't know need no model of their own: they are in this."""
+        more_s = seconds - predicted_s
+        self._off_s = (1 - NEWEST) * self._off_s + NEWEST * abs(more_s - self._more_s)
+        self._more_s = (1 - NEWEST) * self._more_s + NEWEST * more_s
 
     def predicted_s(self, rows: int) -> float:
         """Until the last of `rows` that are in the house is answered."""
@@ -84,10 +91,10 @@ class Policy:
         """Seconds until there is room again, where `more` would be answered too late behind `rows`; None: come in.
 
         An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
-        fit, but the mean and `TAIL` times what observations are off it.
+        fit, but the mean and `TAIL` times what single requests are off it.
         """
-        late = 1 + TAIL * self._off / max(self.pace, 1e-9)
-        if not rows or late * self.predicted_s(rows + more) <= self.target_s:
+        late_s = self._more_s + TAIL * self._off_s
+        if not rows or self.predicted_s(rows + more) + max(late_s, 0.0) <= self.target_s:
             return None
         return self.predicted_s(rows)
 
