@@ -20,7 +20,7 @@ from hostile import DIES, GOOD, NAN, SHAPE, SLEEPS, THROWS, engines, pictures, r
 from suanli.serving import batching
 from suanli.serving.batching import Batcher
 from suanli.serving.figures import BUCKETS_S, LAST, Figures, Times
-from suanli.serving.policy import AS_GOOD, Curve, Policy
+from suanli.serving.policy import AS_GOOD, Curve, Expected, Policy
 from suanli.serving.protocol import Refused
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import Worker
@@ -136,7 +136,7 @@ def test_what_requests_took_turns_away_more_and_never_lets_in_what_the_curve_ref
 ) -> None:
     refused = policy.full(rows, 1) is not None
     for predicted_s, took_s in answered:
-        policy.answered(predicted_s, took_s)
+        policy.answered(Expected(predicted_s, 0.0), took_s)
     assert policy.full(0, 1) is None
     assert policy.full(rows, 1) is not None or not refused
 
@@ -146,7 +146,7 @@ def test_delays_that_the_curve_does_not_know_are_left_room_for() -> None:
     policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
     assert policy.full(8, 1) is None
     for _ in range(100):
-        policy.answered(0.05, 0.07)
+        policy.answered(policy.expected(5), 0.07)
     assert policy.full(8, 1) is not None
     assert policy.full(6, 1) is None
 
@@ -154,17 +154,28 @@ def test_delays_that_the_curve_does_not_know_are_left_room_for() -> None:
 def test_what_varies_is_left_more_room_than_what_does_not() -> None:
     policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
     for number in range(100):
-        policy.answered(0.05, 0.05 + (0.01 if number % 2 else -0.01))
+        policy.answered(policy.expected(5), 0.05 + (0.01 if number % 2 else -0.01))
     assert policy.full(8, 1) is not None
     assert policy.full(5, 1) is None
 
 
+def test_what_changes_while_a_request_waits_counts_as_off() -> None:
+    """A delay that comes and goes in waves is known on average, yet not when a request comes."""
+    policy, waiting = Policy(Curve({1: 0.01}), p99_s=0.1, most=1), []
+    for number in range(400):
+        waiting.append(policy.expected(5))
+        if len(waiting) > 50:  # half a wave later
+            policy.answered(waiting.pop(0), 0.05 + (0.02 if number // 50 % 2 else 0.0))
+    assert policy.full(3, 1) is not None
+    assert policy.full(1, 1) is None
+
+
 def test_one_hang_is_forgotten() -> None:
     policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
-    policy.answered(0.01, 10.0)
+    policy.answered(policy.expected(1), 10.0)
     assert policy.full(1, 1) is not None
     for _ in range(80):
-        policy.answered(0.01, 0.01)
+        policy.answered(policy.expected(1), 0.01)
     assert policy.full(8, 1) is None
 
 
@@ -482,6 +493,20 @@ def test_the_last_of_a_burst_does_not_wait_for_more_that_never_come(house: House
 
     took_s = min(house.run(work, measured={1: 0.02, 2: 0.021, 64: 0.1}, p99_s=5.0, most=64) for _ in range(3))
     assert took_s < 1.0  # the target would allow 4.8 s of waiting
+
+
+def test_a_large_request_lets_others_pass(house: House) -> None:
+    async def work(batcher: Batcher) -> None:
+        large = asyncio.ensure_future(answered(batcher, [(SLEEPS, i % 10, 1) for i in range(60)]))
+        await asyncio.sleep(0)
+        while not batcher.in_flight:
+            await asyncio.sleep(0.001)
+        assert batcher.rows <= 3 * batcher.policy.batch  # all that decides who else is let in
+        assert await answered(batcher, [(GOOD, 7)]) == [7]
+        assert not large.done()
+        assert await large == [i % 10 for i in range(60)]
+
+    house.run(work, most=2)
 
 
 def test_when_a_part_of_a_large_request_fails_the_rest_is_withdrawn(house: House) -> None:

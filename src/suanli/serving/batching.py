@@ -80,12 +80,21 @@ class Batcher:
             self._died(worker, reason)
 
     async def submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
-        """Probabilities (B, K) of rows (B, *row_shape). Raises Refused. Cancelling withdraws the rows."""
+        """Probabilities (B, K) of rows (B, *row_shape). Raises Refused. Cancelling withdraws the rows.
+
+        Of a request that is larger than a batch the queue has as much as keeps the engine busy, so that others don't
+        wait for all of it.
+        """
         size = self.policy.batch
         if len(rows) <= size:
             return await self._submit(rows, deadline)
-        starts = range(0, len(rows), size)
-        parts = [asyncio.ensure_future(self._submit(rows[i : i + size], deadline)) for i in starts]
+        room = asyncio.Semaphore(IN_FLIGHT + 1)
+
+        async def part(rows: np.ndarray) -> np.ndarray:
+            async with room:
+                return await self._submit(rows, deadline)
+
+        parts = [asyncio.ensure_future(part(rows[i : i + size])) for i in range(0, len(rows), size)]
         try:
             return np.concatenate(await asyncio.gather(*parts))
         finally:

@@ -30,7 +30,7 @@ from suanli.serving import describe
 from suanli.serving.batching import Batcher
 from suanli.serving.describe import MAX_INPUTS
 from suanli.serving.figures import Figures
-from suanli.serving.policy import NEWEST, Curve, Policy
+from suanli.serving.policy import NEWEST, Curve, Expected, Policy
 from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import About, Died, Worker
@@ -238,25 +238,26 @@ class ServedModel:
     def ready(self) -> bool:
         return self.state == "ready"
 
-    def admit(self, inputs: int = 1) -> float:
-        """Seconds until a request will be answered. Raises Refused(503) where that is too late. Cheap: before its body
-        is read."""
+    def admit(self, inputs: int = 1) -> Expected:
+        """When a request will be answered. Raises Refused(503) where that is too late. Cheap: before its body is
+        read."""
         if self.state not in ("ready", "draining"):
             raise self._unready()
         rows = self.batcher.rows + self._encoding
         again_s = self.policy.full(rows, inputs)
         if again_s is not None:
             raise Refused(503, f"Model {self.name} has as much to do as it can answer in time.", retry_after_s=again_s)
-        return self.policy.predicted_s(rows + inputs)
+        return self.policy.expected(rows + inputs)
 
     @contextlib.contextmanager
     def _admitted(self, inputs: int) -> Iterator[None]:
         """What is in here is answered within the target. Raises Refused(503) where it can't be."""
-        predicted_s, started = self.admit(inputs), time.monotonic()
+        expected, started = self.admit(inputs), time.monotonic()
         yield
         # A request waits for this process before it is read, too. Nobody sees that, but what comes back from the
-        # engine waits for the same.
-        self.policy.answered(predicted_s, time.monotonic() - started + self.batcher.way_s)
+        # engine waits for the same. One that is larger than a batch lets others pass, so it tells nothing.
+        if inputs <= self.policy.batch:
+            self.policy.answered(expected, time.monotonic() - started + self.batcher.way_s)
 
     def _unready(self) -> Refused:
         told = {"loading": "is being loaded", "closed": "was unloaded"}.get(self.state, f"is not ready: {self.reason}")

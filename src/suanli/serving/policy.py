@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
+from typing import NamedTuple
 
 USUAL_S = 1.0  # that a request may take where the user doesn't say
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -43,6 +44,13 @@ class Curve:
         return size / max(self.seconds(size), 1e-9)
 
 
+class Expected(NamedTuple):
+    """When a request will be answered, by what was known when it came."""
+
+    by_curve_s: float
+    more_s: float  # that others took beyond that
+
+
 class Policy:
     """The rules for one model."""
 
@@ -59,7 +67,7 @@ class Policy:
         self.reachable = 2 * curve.seconds(1) <= target
         self.pace = 1.0  # observed seconds of a batch, as a multiple of the curve's
         self._more_s = 0.0  # that a request took beyond what was predicted, on average
-        self._off_s = 0.0  # by how much single ones were off that
+        self._off_s = 0.0  # by how much single ones were off what was expected when they came
         self._gap_s: float | None = None  # between arrivals
         self._last = 0.0
 
@@ -74,11 +82,15 @@ class Policy:
         ratio = seconds / max(self.curve.seconds(size), 1e-9)
         self.pace = (1 - NEWEST) * self.pace + NEWEST * ratio
 
-    def answered(self, predicted_s: float, seconds: float) -> None:
-        """A request that was let in with `predicted_s` took so long, decoding and the wait for this process included.
-        Sources of delay that the curve can't know need no model of their own: they are in this."""
-        more_s = seconds - predicted_s
-        self._off_s = (1 - NEWEST) * self._off_s + NEWEST * abs(more_s - self._more_s)
+    def expected(self, rows: int) -> Expected:
+        """Of a request that is let in now, with which there are so many `rows` in the house."""
+        return Expected(self.predicted_s(rows), self._more_s)
+
+    def answered(self, expected: Expected, seconds: float) -> None:
+        """A request that was let in with that took so long, decoding and the wait for this process included. Sources
+        of delay that the curve can't know need no model of their own: they are in this."""
+        more_s = seconds - expected.by_curve_s
+        self._off_s = (1 - NEWEST) * self._off_s + NEWEST * abs(more_s - expected.more_s)
         self._more_s = (1 - NEWEST) * self._more_s + NEWEST * more_s
 
     def predicted_s(self, rows: int) -> float:
