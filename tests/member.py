@@ -1,6 +1,7 @@
-"""One process of a group in tests: trains some steps and prints what it found as JSON.
+"""One process of a group in tests: trains some steps, once for each training that is wanted, and prints what it found
+as JSON.
 
-python member.py '{"data": "digits", "settings": {...}, "steps": 50, "speedups": "none"}'
+python member.py '[{"data": "digits", "settings": {...}, "steps": 50, "speedups": "none"}, …]'
 """
 
 from __future__ import annotations
@@ -12,24 +13,31 @@ from pathlib import Path
 
 import torch
 
-from suanli import distributed, hardware
-from suanli.learner import active
+from suanli import distributed, hardware, planner
+from suanli.distributed import Group
+from suanli.learner import Numbers, active
 from suanli.start import Start
 from suanli.verbs.prepare import DataOptions, resolve
 
 
-def main(wanted: dict) -> dict:
+def main(every: list[dict]) -> list[dict]:
     torch.set_num_threads(1)
-    device = hardware.detect("cpu")
     group = distributed.join("cpu")
-    if "shares" in wanted and not group.alone:
-        group.shares = tuple(wanted["shares"])
+    numbers: list[Numbers] = []  # of each training that is to be examined
+    found = [learn(wanted, group, numbers) for wanted in every]
+    group.wait()
+    distributed.leave()
+    return found
+
+
+def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
+    group.shares = () if group.alone else tuple(wanted.get("shares", ()))
     options = DataOptions.of(wanted["data"], data_dir=None, cache_dir=None)
     recipe, prepared = resolve(options, recipe=wanted.get("recipe"), settings=wanted["settings"], tell=False)
     start = Start(
         recipe=recipe,
         prepared=prepared,
-        device=device,
+        device=hardware.detect("cpu"),
         cache=Path("unused"),
         requested=wanted.get("speedups", "none"),
         threads=1,
@@ -37,24 +45,35 @@ def main(wanted: dict) -> dict:
     )
     start.ready()
     loop, losses = start.loop, []
+    found = {}
     with active(loop.compute):
+        if wanted.get("examine"):
+            numbers.append(loop.examine())
+            found["difference"] = planner.difference(numbers[-2:][0], numbers[-1])  # to the training before
+        before = received_bytes(group)
         for loss in loop.run():
             losses.append(loss)
             if len(losses) == wanted["steps"]:
                 break
+        found["received_bytes"] = received_bytes(group) - before
     scores = loop.validate()
     weights = b"".join(t.contiguous().numpy().tobytes() for t in loop.model.state_dict().values())
-    found = {
+    return found | {
         "losses": losses,
         "scores": scores,
+        "parameters": sum(p.numel() for p in loop.model.parameters()),
         "validated": len(loop.val_feed),
         "mine": loop.batch_size,
         "whole": loop.order.batch_size,
         "weights": hashlib.sha256(weights).hexdigest(),
     }
+
+
+def received_bytes(group: Group) -> int:
+    """By all processes of this machine's loopback so far."""
     group.wait()
-    distributed.leave()
-    return found
+    lines = Path("/proc/net/dev").read_text().splitlines() if sys.platform == "linux" else []
+    return sum(int(line.split()[1]) for line in lines if line.lstrip().startswith("lo:"))
 
 
 if __name__ == "__main__":

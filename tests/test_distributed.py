@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groups import MEMBER, together
+from groups import MEMBER, answers, together
 from suanli import distributed
 from suanli.distributed import Group
 from suanli.errors import UsageError
@@ -26,9 +26,7 @@ CASES = {
 
 def members(count: int, settings: dict, **more: object) -> list[dict]:
     wanted = {"data": "digits", "settings": settings, "steps": 50, **more}
-    found = together(count, [str(MEMBER), json.dumps(wanted)])
-    assert [p.returncode for p in found] == [0] * count, found[0].stderr + found[-1].stderr
-    return [json.loads(p.stdout) for p in found]
+    return [member[0] for member in answers(together(count, [str(MEMBER), json.dumps([wanted])]))]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -243,6 +243,14 @@ def test_what_only_saves_memory_isnt_tried(speedup_room: Put) -> None:
     assert "memory" in found.dropped["frugal"]
 
 
+def test_what_shows_only_between_processes_is_used_by_name_alone(speedup_room: Put) -> None:
+    speedup_room("quiet", QUICK, between_processes=True)
+    found = plan()
+    assert found.speedups == found.trials == ()
+    assert "only by name" in found.dropped["quiet"]
+    assert plan(speedups="quiet").speedups == ("quiet",)
+
+
 def test_compiling_comes_last_and_must_win_its_start_back(
     speedup_room: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -148,12 +149,25 @@ def spread(step: Step, device: torch.device) -> DistributedDataParallel:
     # Not the buffers at each step: batch norms see the whole batch, so they agree. torch 2.13 has renamed the switch.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(
+    made = DistributedDataParallel(
         _Computing(step),
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **buffers,  # type: ignore[arg-type]
     )
+    if step.reduce_dtype is not None:
+        # Not the function itself: torch compares its annotations with types, and here they are words.
+        made.register_comm_hook(step.reduce_dtype, lambda dtype, bucket: _average(dtype, bucket))
+    return made
+
+
+def _average(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Of a bucket over all processes, sent as `dtype`. torch's own hook of this kind refuses gloo, and rounds twice."""
+    mine = bucket.buffer()
+    sent = torch.div(mine, dist.get_world_size(), out=torch.empty_like(mine, dtype=dtype))
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: mine.copy_(done.value()[0]))
 
 
 def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:

@@ -217,6 +217,8 @@ class _Search:
             reason = speedup.needless(subject.step, self.device) or refused.get(name)
             if speedup.saves_memory:
                 reason = reason or "only where memory is what limits: it costs time"
+            if speedup.between_processes:
+                reason = reason or "only by name: planning computes alone, so it can't tell what this brings"
             if reason is not None:
                 del self.usable[name]
                 self.dropped[name] = reason

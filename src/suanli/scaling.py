@@ -33,6 +33,7 @@ from suanli.errors import SuanliError
 from suanli.learner import active
 from suanli.measure import seconds
 from suanli.phases import Shares
+from suanli.plugins import load, names
 from suanli.scaling_model import buckets
 from suanli.start import Start
 from suanli.synchronised import norms
@@ -82,7 +83,7 @@ class Member:
             prepared=prepared,
             device=device,
             cache=Path(wanted.cache),
-            requested=wanted.speedups,
+            requested=_of_one(wanted.speedups) if group.alone else wanted.speedups,
             threads=wanted.threads,
             group=group,
         )
@@ -94,7 +95,9 @@ class Member:
             loop.progress.segments = [ENDLESS]
         self.together_way, self.apart_way = Way(self.loop, device), Way(self.apart, device)
         self.parameters = [p for p in self.loop.model.parameters() if p.requires_grad]
-        self.buckets = buckets(p.numel() * p.element_size() for p in self.parameters)
+        self.sent_dtype = self.loop.compute.reduce_dtype or torch.float32
+        filled = buckets(p.numel() * p.element_size() for p in self.parameters)
+        self.buckets = tuple(size * self.sent_dtype.itemsize // 4 for size in filled)  # as they are sent
         self.norms = 0 if group.alone else len(norms(self.loop.model))
         share = self.loop.batch_size
         self.small_batch = min(share, max(2, share // LESS))
@@ -170,7 +173,10 @@ class Member:
         """A collective: of the all-reduces of one step, issued as DistributedDataParallel issues them."""
         if self.group.alone:
             return 0.0
-        filled = [torch.zeros(size // 4, device=self.device.torch_name) for size in self.buckets]
+        width = self.sent_dtype.itemsize
+        filled = [
+            torch.zeros(size // width, dtype=self.sent_dtype, device=self.device.torch_name) for size in self.buckets
+        ]
         return median(self._all_reduces_s(filled) for _ in range(SUMS))
 
     def _link(self) -> list[tuple[int, float]]:
@@ -191,6 +197,13 @@ class Member:
     def _settle(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device.torch_name)
+
+
+def _of_one(speedups: str) -> str:
+    """Of the names in a list those that one process has a use for."""
+    known = names("speedups")
+    chosen = [name.strip() for name in speedups.split(",")]
+    return ",".join(n for n in chosen if n not in known or not load("speedups", n).between_processes) or "none"
 
 
 def _input_s(window: Shares | None) -> float | None:

@@ -436,6 +436,7 @@ class Step:
     graph: bool = False  # the whole step is recorded once and replayed
     shared: bool = False  # with other processes: gradients are averaged in the backward pass
     asks: bool = False  # layers of the network ask the other processes on the way
+    reduce_dtype: torch.dtype | None = None  # in which gradients are sent and added up; None: in their own
     settings: tuple[Setting, ...] = ()
 
 
@@ -459,6 +460,7 @@ class Speedup:
     slow_start: bool = False  # compiles first: tried only where the run is long enough to win that back
     sets_in_slowly: bool = False  # shows from the second step on
     saves_memory: bool = False  # costs time: used only where memory is what limits
+    between_processes: bool = False  # shows only where they talk, and planning computes alone: used only by name
 
 
 @dataclass(frozen=True, kw_only=True)
