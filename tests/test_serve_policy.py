@@ -20,7 +20,7 @@ from hostile import DIES, GOOD, NAN, SHAPE, SLEEPS, THROWS, engines, pictures, r
 from suanli.serving import batching
 from suanli.serving.batching import Batcher
 from suanli.serving.figures import BUCKETS_S, LAST, Figures, Times
-from suanli.serving.policy import AS_GOOD, Curve, Expected, Policy
+from suanli.serving.policy import AS_GOOD, Curve, Policy
 from suanli.serving.protocol import Refused
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import Worker
@@ -130,52 +130,33 @@ def test_no_observation_makes_nonsense(policy: Policy, observed: list[tuple[int,
     assert policy.full(0, 1) is None
 
 
-@given(policies, st.lists(st.tuples(st.floats(0, 100.0), st.floats(0, 100.0)), max_size=20), st.integers(1, 500))
-def test_what_requests_took_turns_away_more_and_never_lets_in_what_the_curve_refuses(
-    policy: Policy, answered: list[tuple[float, float]], rows: int
+@given(policies, st.lists(st.floats(0, 100.0), max_size=20), st.integers(1, 500))
+def test_time_outside_turns_away_more_and_never_lets_in_what_the_curve_refuses(
+    policy: Policy, outside: list[float], rows: int
 ) -> None:
     refused = policy.full(rows, 1) is not None
-    for predicted_s, took_s in answered:
-        policy.answered(Expected(predicted_s, 0.0), took_s)
+    for seconds in outside:
+        policy.outside(seconds)
     assert policy.full(0, 1) is None
     assert policy.full(rows, 1) is not None or not refused
 
 
-def test_delays_that_the_curve_does_not_know_are_left_room_for() -> None:
-    """20 ms of decoding, or of waiting for the process, in a target of 100 ms."""
-    policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
-    assert policy.full(8, 1) is None
-    for _ in range(100):
-        policy.answered(policy.expected(5), 0.07)
-    assert policy.full(8, 1) is not None
-    assert policy.full(6, 1) is None
-
-
-def test_what_varies_is_left_more_room_than_what_does_not() -> None:
-    policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
+def test_time_outside_is_left_room_for_and_more_of_it_where_it_varies() -> None:
+    """In a target of 100 ms, with a batch of 10 ms for each: 20 ms of decoding, or now 10 and now 30."""
+    steady, varying = (Policy(Curve({1: 0.01}), p99_s=0.1, most=1) for _ in range(2))
     for number in range(100):
-        policy.answered(policy.expected(5), 0.05 + (0.01 if number % 2 else -0.01))
-    assert policy.full(8, 1) is not None
-    assert policy.full(5, 1) is None
-
-
-def test_what_changes_while_a_request_waits_counts_as_off() -> None:
-    """A delay that comes and goes in waves is known on average, yet not when a request comes."""
-    policy, waiting = Policy(Curve({1: 0.01}), p99_s=0.1, most=1), []
-    for number in range(400):
-        waiting.append(policy.expected(5))
-        if len(waiting) > 50:  # half a wave later
-            policy.answered(waiting.pop(0), 0.05 + (0.02 if number // 50 % 2 else 0.0))
-    assert policy.full(3, 1) is not None
-    assert policy.full(1, 1) is None
+        steady.outside(0.02)
+        varying.outside(0.03 if number % 2 else 0.01)
+    assert [steady.full(rows, 1) is None for rows in (6, 8)] == [True, False]
+    assert [varying.full(rows, 1) is None for rows in (3, 6)] == [True, False]
 
 
 def test_one_hang_is_forgotten() -> None:
     policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
-    policy.answered(policy.expected(1), 10.0)
+    policy.outside(10.0)
     assert policy.full(1, 1) is not None
-    for _ in range(80):
-        policy.answered(policy.expected(1), 0.01)
+    for _ in range(100):
+        policy.outside(0.0)
     assert policy.full(8, 1) is None
 
 

@@ -37,8 +37,8 @@ GOOD = 0.95  # efficiency from which on nothing is said to limit
 LIMITS: dict[str, tuple[str, str]] = {
     "communication": (
         "communication that isn't hidden",
-        "a larger batch gives the backward pass more to hide it behind; a faster link shortens it, and bf16_gradients in "
-        "the list of --speedups halves its bytes",
+        "a larger batch gives the backward pass more to hide it behind; a faster link shortens it, and bf16_gradients "
+        "in the list of --speedups halves its bytes",
     ),
     "waiting": (
         "waiting for the slowest process",

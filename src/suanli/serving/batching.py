@@ -55,7 +55,7 @@ class Batcher:
         self._free: list[int] = []
         self._batches = 0  # in flight
         self._alone = False  # what is in flight is a suspect, tried alone
-        self._answered = 0.0  # when the last batch came back
+        self.answered = 0.0  # when the last batch came back
         self.way_s = 0.0  # that it took beyond computing: there and back, and until this loop looked
         self._soon: asyncio.Handle | None = None
         self._at_once = False  # that is when it is, and not after a pause
@@ -90,11 +90,11 @@ class Batcher:
             return await self._submit(rows, deadline)
         room = asyncio.Semaphore(IN_FLIGHT + 1)
 
-        async def part(rows: np.ndarray) -> np.ndarray:
+        async def in_turn(rows: np.ndarray) -> np.ndarray:
             async with room:
                 return await self._submit(rows, deadline)
 
-        parts = [asyncio.ensure_future(part(rows[i : i + size])) for i in range(0, len(rows), size)]
+        parts = [asyncio.ensure_future(in_turn(rows[i : i + size])) for i in range(0, len(rows), size)]
         try:
             return np.concatenate(await asyncio.gather(*parts))
         finally:
@@ -225,10 +225,10 @@ class Batcher:
         error = answer.exception()
         if error is None:
             now = time.monotonic()
-            took, computing_s = now - max(sent, self._answered), answer.result()
+            took, computing_s = now - max(sent, self.answered), answer.result()
             self.policy.took(count, took)
             self.way_s = max(0.0, took - computing_s)
-            self._answered = now
+            self.answered = now
             self.figures.computed(count, computing_s)
             _, found = worker.slots[slot]
             at = 0

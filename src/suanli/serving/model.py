@@ -30,7 +30,7 @@ from suanli.serving import describe
 from suanli.serving.batching import Batcher
 from suanli.serving.describe import MAX_INPUTS
 from suanli.serving.figures import Figures
-from suanli.serving.policy import NEWEST, Curve, Expected, Policy
+from suanli.serving.policy import NEWEST, Curve, Policy
 from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import About, Died, Worker
@@ -238,26 +238,13 @@ class ServedModel:
     def ready(self) -> bool:
         return self.state == "ready"
 
-    def admit(self, inputs: int = 1) -> Expected:
-        """When a request will be answered. Raises Refused(503) where that is too late. Cheap: before its body is
-        read."""
+    def admit(self, inputs: int = 1) -> None:
+        """Raises Refused(503) where a request can't be answered in time. Cheap: before its body is read."""
         if self.state not in ("ready", "draining"):
             raise self._unready()
-        rows = self.batcher.rows + self._encoding
-        again_s = self.policy.full(rows, inputs)
+        again_s = self.policy.full(self.batcher.rows + self._encoding, inputs)
         if again_s is not None:
             raise Refused(503, f"Model {self.name} has as much to do as it can answer in time.", retry_after_s=again_s)
-        return self.policy.expected(rows + inputs)
-
-    @contextlib.contextmanager
-    def _admitted(self, inputs: int) -> Iterator[None]:
-        """What is in here is answered within the target. Raises Refused(503) where it can't be."""
-        expected, started = self.admit(inputs), time.monotonic()
-        yield
-        # A request waits for this process before it is read, too. Nobody sees that, but what comes back from the
-        # engine waits for the same. One that is larger than a batch lets others pass, so it tells nothing.
-        if inputs <= self.policy.batch:
-            self.policy.answered(expected, time.monotonic() - started + self.batcher.way_s)
 
     def _unready(self) -> Refused:
         told = {"loading": "is being loaded", "closed": "was unloaded"}.get(self.state, f"is not ready: {self.reason}")
@@ -275,10 +262,11 @@ class ServedModel:
             if timeout:
                 until = asyncio.get_running_loop().time() + timeout / 1e6
                 deadline = until if deadline is None else min(until, deadline)
-            with self._admitted(inputs):
-                probabilities = await self._probabilities(await self._rows(tensor, inputs), deadline)
-                before = time.perf_counter()
-                response = self._response(request, probabilities)
+            self.admit(inputs)
+            came = time.monotonic()
+            probabilities = await self._probabilities(await self._rows(tensor, inputs), came, deadline)
+            before = time.perf_counter()
+            response = self._response(request, probabilities)
             self.figures.output.add(time.perf_counter() - before)
             return response
 
@@ -289,10 +277,11 @@ class ServedModel:
         are named by their place. Raises Refused."""
         with self._counted() as count:
             count[0] = len(raws)
-            with self._admitted(len(raws)):
-                found = await self._encoded(raws)
-                rows = [row for row in found if isinstance(row, np.ndarray)]
-                answers = await self._probabilities(np.stack(rows), deadline) if rows else ()
+            self.admit(len(raws))
+            came = time.monotonic()
+            found = await self._encoded(raws)
+            rows = [row for row in found if isinstance(row, np.ndarray)]
+            answers = await self._probabilities(np.stack(rows), came, deadline) if rows else ()
             names = [f"#{i}" for i in range(len(raws))]
             return [one.to_json() for one in predictions(names, found, answers, self.about.classes, top=top)]
 
@@ -393,10 +382,16 @@ class ServedModel:
                 )
         return encode(self.preprocess, raw)
 
-    async def _probabilities(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
+    async def _probabilities(self, rows: np.ndarray, came: float, deadline: float | None) -> np.ndarray:
+        """`came`: when the request did."""
         if self.state not in ("ready", "draining", "failed"):
             raise self._unready()
-        return await self.batcher.submit(rows, deadline)
+        before_s = time.monotonic() - came
+        found = await self.batcher.submit(rows, deadline)
+        # A request waits for this process before it is read, too. Nobody sees that, but what comes back from the
+        # engine waits for the same.
+        self.policy.outside(before_s + time.monotonic() - self.batcher.answered + self.batcher.way_s)
+        return found
 
     def _check_outputs(self, request: InferRequest) -> None:
         for wanted in request.outputs:

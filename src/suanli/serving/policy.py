@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import NamedTuple
 
 USUAL_S = 1.0  # that a request may take where the user doesn't say
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -44,13 +43,6 @@ class Curve:
         return size / max(self.seconds(size), 1e-9)
 
 
-class Expected(NamedTuple):
-    """When a request will be answered, by what was known when it came."""
-
-    by_curve_s: float
-    more_s: float  # that others took beyond that
-
-
 class Policy:
     """The rules for one model."""
 
@@ -66,8 +58,9 @@ class Policy:
         self.target_s = target
         self.reachable = 2 * curve.seconds(1) <= target
         self.pace = 1.0  # observed seconds of a batch, as a multiple of the curve's
-        self._more_s = 0.0  # that a request took beyond what was predicted, on average
-        self._off_s = 0.0  # by how much single ones were off what was expected when they came
+        self._off = 0.0  # by how much observations are off that
+        self._outside_s = 0.0  # that requests spend before and after the queue and the engine
+        self._outside_off_s = 0.0  # by how much single ones are off that
         self._gap_s: float | None = None  # between arrivals
         self._last = 0.0
 
@@ -80,18 +73,13 @@ class Policy:
     def took(self, size: int, seconds: float) -> None:
         """A batch of `size` came back after so long, the way there and back included."""
         ratio = seconds / max(self.curve.seconds(size), 1e-9)
+        self._off = (1 - NEWEST) * self._off + NEWEST * abs(ratio - self.pace)
         self.pace = (1 - NEWEST) * self.pace + NEWEST * ratio
 
-    def expected(self, rows: int) -> Expected:
-        """Of a request that is let in now, with which there are so many `rows` in the house."""
-        return Expected(self.predicted_s(rows), self._more_s)
-
-    def answered(self, expected: Expected, seconds: float) -> None:
-        """A request that was let in with that took so long, decoding and the wait for this process included. Sources
-        of delay that the curve can't know need no model of their own: they are in this."""
-        more_s = seconds - expected.by_curve_s
-        self._off_s = (1 - NEWEST) * self._off_s + NEWEST * abs(more_s - expected.more_s)
-        self._more_s = (1 - NEWEST) * self._more_s + NEWEST * more_s
+    def outside(self, seconds: float) -> None:
+        """A request took so long beside the queue and its batch: to be read, decoded and answered."""
+        self._outside_off_s = (1 - NEWEST) * self._outside_off_s + NEWEST * abs(seconds - self._outside_s)
+        self._outside_s = (1 - NEWEST) * self._outside_s + NEWEST * seconds
 
     def predicted_s(self, rows: int) -> float:
         """Until the last of `rows` that are in the house is answered."""
@@ -103,10 +91,11 @@ class Policy:
         """Seconds until there is room again, where `more` would be answered too late behind `rows`; None: come in.
 
         An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
-        fit, but the mean and `TAIL` times what single requests are off it.
+        fit, but the mean and `TAIL` times what observations are off it.
         """
-        late_s = self._more_s + TAIL * self._off_s
-        if not rows or self.predicted_s(rows + more) + max(late_s, 0.0) <= self.target_s:
+        late = 1 + TAIL * self._off / max(self.pace, 1e-9)
+        outside_s = self._outside_s + TAIL * self._outside_off_s
+        if not rows or late * self.predicted_s(rows + more) + outside_s <= self.target_s:
             return None
         return self.predicted_s(rows)
 
