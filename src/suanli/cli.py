@@ -21,10 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
+from suanli import verdict
 from suanli.console import muted
-from suanli.errors import LostProcess, SuanliError, UsageError
-
-STARTED = "SUANLI_VERDICT"  # as in `launch`, which is too heavy to be imported for its name
+from suanli.errors import Interrupted, LostProcess, SuanliError, UsageError
 
 app = typer.Typer(
     name="suanli",
@@ -128,6 +127,14 @@ def _training(verb: str) -> Callable[..., None]:
         speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,
         nproc: Annotated[str | None, typer.Option(help="Processes that share each batch: a number, or auto.")] = None,
+        hosts: Annotated[
+            str | None, typer.Option(help="Train on these hosts, --nproc processes on each: a,b (by ssh).")
+        ] = None,
+        rendezvous: Annotated[
+            str | None, typer.Option(metavar="HOST:PORT", help="Meet nodes where the same command is started.")
+        ] = None,
+        min_nodes: Annotated[int | None, typer.Option(help="Go on with as few hosts; default: all.")] = None,
+        max_nodes: Annotated[int | None, typer.Option(help="With --rendezvous: nodes that take part.")] = None,
         balance: Annotated[
             bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")
         ] = False,
@@ -553,19 +560,15 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal can't show
     # Accepted anywhere on the line: who needs it has just typed the rest.
     debug = "--debug" in arguments
-    if STARTED in os.environ:
-        from suanli.launch import end_when_told
-
-        end_when_told()
+    if verdict.expected():
+        verdict.end_when_told()
     code = _main([a for a in arguments if a != "--debug"], debug)
-    if any(name in os.environ for name in (STARTED, "WORLD_SIZE", "SLURM_STEP_ID")):
+    if any(name in os.environ for name in (verdict.VERDICT, "WORLD_SIZE", "SLURM_STEP_ID")):
         # Who started several processes may end this one while it is ending: no more than it does anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if code == 0 and (distributed := sys.modules.get("suanli.distributed")) is not None:
-            from suanli.launch import told
-
-            if not told():  # else it could wait for who is gone
-                distributed.leave()  # or NCCL warns of what is left
+        distributed = sys.modules.get("suanli.distributed")
+        if code == 0 and distributed is not None and not verdict.told():  # else it could wait for who is gone
+            distributed.leave()  # or NCCL warns of what is left
     sys.exit(code)
 
 
@@ -581,8 +584,8 @@ def _main(arguments: list[str], debug: bool) -> int:
     except SuanliError as error:
         if debug:
             raise
-        if STARTED in os.environ and _told(error):
-            return 0
+        if verdict.expected() and (_told(error) or isinstance(error, Interrupted)):
+            return 130 if isinstance(error, Interrupted) else 0
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # wrong words on the command line
         told = error.format_message() if hasattr(error, "format_message") else str(error)
@@ -600,7 +603,7 @@ def _main(arguments: list[str], debug: bool) -> int:
     except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
         if debug:
             raise
-        if STARTED in os.environ and _told(error):
+        if verdict.expected() and _told(error):
             return 0
         message, fix, code = _unforeseen(error)
     if "--json" in arguments:
@@ -610,10 +613,10 @@ def _main(arguments: list[str], debug: bool) -> int:
 
 
 def _told(error: Exception) -> bool:
-    """In one of several processes that suanli started: whether who started them knows why it ends."""
-    from suanli.launch import tell, told
-
-    return tell(error) if isinstance(error, SuanliError) and not isinstance(error, LostProcess) else told()
+    """In one of several processes: whether who started them knows why it ends."""
+    if isinstance(error, SuanliError) and not isinstance(error, LostProcess):
+        return verdict.tell(error)
+    return verdict.told()
 
 
 def _unforeseen(error: Exception) -> tuple[str, str, int]:

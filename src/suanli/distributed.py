@@ -262,8 +262,9 @@ def join(device: str) -> Group:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=STORE_TIMEOUT)))
-        # torchrun keeps one store for all attempts, and the addresses in it may be those of processes that are gone.
-        store = PrefixStore(f"attempt-{here.restarts}", store)
+        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store for all attempts, and addresses in it may be those of processes that are gone.
+            store = PrefixStore(f"attempt-{here.restarts}", store)
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"

@@ -61,10 +61,7 @@ def check(group: Group, device: Device, *, recipe: str, data: str, folder: Path)
 def facts_here(device: Device, *, recipe: str, data: str, folder: Path) -> dict[str, Json]:
     return {
         "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "suanli": version("suanli"),
-        "code": code_digest(),
+        **versions(),
         "device": device.name,
         "device_type": device.type,
         "recipe": recipe,
@@ -72,6 +69,16 @@ def facts_here(device: Device, *, recipe: str, data: str, folder: Path) -> dict[
         "clock": time.time(),
         "memory_bytes": hardware.available_memory_bytes(device),
         "disk_bytes": _free(folder),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every host, known without the others."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "suanli": version("suanli"),
+        "code": code_digest(),
     }
 
 

@@ -29,6 +29,7 @@ from suanli.types import AnyPath, Json, Measurement, Recipe
 
 RUNS = Path("runs")
 LOCK = ".lock"
+FINISHED = ("finished", "stopped early")  # what summary.json says of a run that is done
 
 
 class Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,12 @@ class Stop:
     """`by` is the signal that asked to stop, once one did."""
 
     by: int | None = None
+
+    def wait(self, seconds: float) -> None:
+        """Until it is asked for, at most so long."""
+        end = time.monotonic() + seconds
+        while self.by is None and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 @contextmanager

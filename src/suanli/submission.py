@@ -25,8 +25,8 @@ from suanli.console import plural
 from suanli.errors import MachineError, UsageError, unknown
 from suanli.rundir import is_run
 from suanli.types import Json
+from suanli.verdict import VERDICT
 
-VERDICT = "SUANLI_VERDICT"  # as in `launch`: the file where a process says why there is no use in starting again
 # A Slurm job's count, for whatever reason: a time limit is one. Within a pod only processes that end count.
 RESTARTS = {"slurm": 20, "kubernetes": 3}
 GRACE_S = 60  # before the time limit, for a checkpoint
@@ -81,7 +81,7 @@ def job(asked: Mapping[str, Json], *, kind: str, nodes: int, image: str | None) 
     threads = asked.get("threads")
     return Job(
         name=Path(data if out is None else out).name or data,
-        arguments=_arguments(asked),
+        arguments=arguments(asked),
         nodes=nodes,
         processes_per_node=count,
         gpus_per_node=count if _on_gpus(str(asked.get("device", "auto"))) else 0,
@@ -127,8 +127,8 @@ def _on_gpus(device: str) -> bool:
     return device == "cuda" or (device == "auto" and hardware.detect(device).type == "cuda")
 
 
-def _arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
-    """For `suanli train`, as a shell would hand them over."""
+def arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
+    """Options by name as words for `suanli train`, the subject first if there is one."""
     line = []
     for name, value in asked.items():
         if name in ("data", "nproc", "max_restarts") or value is None or value is False:
@@ -138,6 +138,8 @@ def _arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
             line.append(option)
         else:
             line += [f"{option}={each}" for each in (value if isinstance(value, list | tuple) else [value])]
+    if "data" not in asked:
+        return tuple(line)
     data = str(asked["data"])
     return (*line, "--", data) if data.startswith("-") else (data, *line)
 

@@ -25,7 +25,7 @@ from suanli.forecast import SAVING_COPIES, out_of_memory
 from suanli.learner import active
 from suanli.loop import EARLY, LOSSES_HELD, Loop
 from suanli.plans import Store
-from suanli.rundir import Run, measurement
+from suanli.rundir import FINISHED, Run, measurement
 from suanli.saved import save_model
 from suanli.start import UNPLANNED, Start
 from suanli.stopping import Stop, stop_requests
@@ -33,8 +33,8 @@ from suanli.types import Json, Plan, Recipe, Tracker
 from suanli.watchdog import Watchdog
 
 LOG_EVERY_S = 1.0
-FINISHED = ("finished", "stopped early")
 HANG_S = 300.0  # without a step, until processes that wait for each other are ended
+ASKED_S = 5.0  # until a stop that another process was asked for comes to this one, too
 FEW_STEPS = 20  # to begin again after so few costs nothing
 
 
@@ -44,7 +44,7 @@ class Training:
     Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, hang_s: float = HANG_S) -> None:
         self.start = start
         self.prepared, self.device, self.group = start.prepared, start.device, start.group
         self.seconds: dict[str, float] = {}
@@ -52,7 +52,7 @@ class Training:
         self.fallbacks: list[dict[str, Json]] = []
         self.wanted_score: float | None = None  # that the user named
         self.writer = checkpoint.Writer()
-        self.hang_s = HANG_S
+        self.hang_s = hang_s
         self.processes: dict[str, Json] | None = None  # that train together, as found before the first step
         self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
@@ -204,7 +204,7 @@ class Training:
                 asked, due = self._agreed(stop.by, now - saved_at >= self.checkpoint_every_s, last)
                 if asked:
                     self._save()
-                    self._interrupt(asked)
+                    self._interrupt(asked, stop)
                 if loop.should_stop:
                     self._save()
                     return "stopped early"
@@ -298,10 +298,12 @@ class Training:
             self.writer.wait()
         self.loop.phase = before
 
-    def _interrupt(self, number: int) -> None:
+    def _interrupt(self, number: int, stop: Stop) -> None:
         self._summarise("interrupted")
         self.loop.phase = "end"
         self.group.wait()  # nobody ends, and ends the others, before the checkpoint is on disk
+        if not self.group.alone:
+            stop.wait(ASKED_S)  # one that ends before it is asked to would count as having failed
         raise Interrupted(
             f"Stopped by {signal.Signals(number).name} at step {self.loop.progress.step} of {self.loop.steps}; "
             "the checkpoint is saved.",

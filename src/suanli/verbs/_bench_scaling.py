@@ -14,10 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suanli import distributed, hardware
+from suanli import distributed, hardware, launch
 from suanli.console import plural, warn
 from suanli.errors import MachineError, UsageError
-from suanli.gpus import gpus
 from suanli.measure import STEADY
 from suanli.places import cache_dir as cache_dir_of
 from suanli.reporting import scaling_views
@@ -181,19 +180,14 @@ def _about(target: Device, recipe: Recipe, data: str, batch: int, shared: bool, 
 
 def _counts(processes: str | Sequence[int] | None, target: Device) -> list[int]:
     """The numbers of processes, 1 among them, ascending. Raises UsageError."""
-    usable = sum(gpu.why_not is None for gpu in gpus()) if target.type == "cuda" else 0
-    most = usable or hardware.cores()
     if processes is None:
-        return doublings(usable or min(most, MOST_UNASKED))
+        most, what = launch.most_processes(target)
+        return doublings(most if what == launch.GPU else min(most, MOST_UNASKED))
     try:
         given = [int(part) for part in (processes.split(",") if isinstance(processes, str) else processes)]
     except ValueError:
         raise UsageError(f"--processes can't be {processes!r}.", fix="Give numbers, such as 1,2,4.") from None
-    for count in given:
-        if not 1 <= count <= most:
-            has = plural(most, "usable GPU" if usable else "core")
-            raise UsageError(f"--processes can't be {count}.", fix=f"This machine has {has}; give 1 to {most}.")
-    return sorted({1, *given})
+    return sorted({1, *(launch.checked_count("--processes", count, target) for count in given)})
 
 
 def _check(

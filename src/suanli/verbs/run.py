@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
 from suanli import distributed
-from suanli.rundir import Run, is_run
-from suanli.training import FINISHED
+from suanli.rundir import FINISHED, Run, is_run
 from suanli.verbs.evaluate import evaluate
 from suanli.verbs.report import report
 from suanli.verbs.train import train

@@ -6,13 +6,15 @@ where; how it goes is in `training.py`.
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight
+from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight, remote, submission
 from suanli.cache import Prepared
 from suanli.distributed import Group
 from suanli.errors import DataError, MachineError, UsageError
@@ -20,11 +22,12 @@ from suanli.gpus import gpus
 from suanli.launch import RESTARTS
 from suanli.places import cache_dir as cache_dir_of
 from suanli.plugins import load
-from suanli.rundir import RUNS, Run, is_run, refuse_inside, refuse_occupied
+from suanli.rendezvous import Rendezvous, checked
+from suanli.rundir import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of
 from suanli.settings import seconds
 from suanli.start import Start
-from suanli.training import FINISHED, HANG_S, Training
+from suanli.training import HANG_S, Training
 from suanli.types import AnyPath, Device, Json, Plan, Recipe, Tracker
 from suanli.verbs.prepare import DataOptions, resolve
 
@@ -39,6 +42,7 @@ class _Where:
     group: Group
     threads: int | None
     balance: bool
+    hang_s: float
 
 
 def train(
@@ -58,6 +62,10 @@ def train(
     speedups: str = "auto",
     threads: int | None = None,
     nproc: str | int | None = None,
+    hosts: str | Sequence[str] | None = None,
+    rendezvous: str | None = None,
+    min_nodes: int | None = None,
+    max_nodes: int | None = None,
     balance: bool = False,
     max_restarts: int = RESTARTS,
     hang_timeout_s: float = HANG_S,
@@ -82,9 +90,12 @@ def train(
     Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved; Diverged when the loss is no
     longer finite; OutOfMemory with a batch size that would fit. `nproc` processes on this machine ("auto": one for
     each GPU) share every batch, and what is learned doesn't depend on how many they are; started by torchrun or srun,
-    this process is one of those; `balance` gives each a share that follows its measured speed. `trust_code` lets
+    this process is one of those. `hosts` starts `nproc` on each of them by ssh; `rendezvous` (HOST:PORT) meets those
+    that are started by the same command on other nodes. Between `min_nodes` and `max_nodes` may take part: training
+    goes on with those that are left. `balance` gives each a share that follows its measured speed. `trust_code` lets
     a saved run name code that is not suanli's own; a `model` that is named here is run anyway.
     """
+    asked = dict(locals())
     started = time.perf_counter()
     chosen = {
         "model": model,
@@ -96,14 +107,43 @@ def train(
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
     target = hardware.detect(_own_device(device))
     group = distributed.join(target.torch_name)
-    if nproc is not None and not group.alone:
-        raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
-    count = launch.processes(nproc, target)
-    if count > 1 and ":" in device:
+    several = {"nproc": nproc, "hosts": hosts, "rendezvous": rendezvous}
+    if not group.alone and (starts := next((name for name, value in several.items() if value is not None), None)):
+        raise UsageError(f"--{starts} starts processes, and this is one of several.", fix="Leave it out.")
+    names = None if hosts is None else remote.named(hosts)
+    if (min_nodes or max_nodes) and not (names or rendezvous):
+        raise UsageError("--min-nodes and --max-nodes are about several hosts.", fix="Add --hosts or --rendezvous.")
+    if names and max_nodes not in (None, len(names)):
+        raise UsageError(f"--max-nodes can't be {max_nodes}.", fix=f"Leave it out: --hosts names {len(names)}.")
+    least = checked(min_nodes, len(names)) if names else None
+    count = launch.processes(nproc, target) if names is None else len(names)
+    joint = count > 1 or names is not None
+    if (joint or rendezvous) and ":" in device:
         raise UsageError(f"{count} processes can't share {device}.", fix="Use --device cuda: each takes a GPU.")
-    where = _Where(device=target, group=group, threads=threads, balance=balance)
-    computing: dict[str, Json] = {"device": device, "speedups": speedups, "threads": threads}
-    computing |= {"balance": balance, "hang_timeout_s": hang_timeout_s}
+    if rendezvous and names is None:
+        meeting = Rendezvous.at(rendezvous, min_nodes, max_nodes)
+        return _as_node(asked, count, meeting, restarts=max_restarts)
+    where = _Where(device=target, group=group, threads=threads, balance=balance, hang_s=hang_timeout_s)
+    computing: dict[str, Json] = {"device": device, "speedups": speedups, "threads": threads, "balance": balance}
+    computing |= {"hang_timeout_s": hang_timeout_s, "checkpoint_every_s": checkpoint_every_s, "track": track}
+
+    def train_together(run: Run, **more: Json) -> None:
+        places = {"data_dir": data_dir, "cache_dir": cache_dir}
+        line = submission.arguments(computing | places | more)
+        if names is None:
+            launch.train_together(run, count, line, restarts=max_restarts)
+        else:
+            remote.train_on_hosts(
+                run,
+                names,
+                line,
+                nproc=nproc,
+                device=device,
+                least=least or len(names),
+                rendezvous=rendezvous,
+                restarts=max_restarts,
+            )
+
     wanted = _trackers(track if group.first else ())
     if is_run(data):
         given = [
@@ -116,20 +156,20 @@ def train(
         ]
         given += [n for n, v in (("input_column", input_column), ("label_column", label_column)) if v]
         run = Run(Run.open(data).path, writes=group.first)
-        if group.restarts and run.summary.get("status") not in FINISHED:
+        again = bool(group.restarts) or launch.is_member()  # a host that joins starts all anew, which counts nowhere
+        if again and run.summary.get("status") not in FINISHED:
             more_epochs = None  # it has begun
-        if group.restarts and more_epochs is None and run.summary.get("status") in FINISHED:
+        if again and more_epochs is None and run.summary.get("status") in FINISHED:
             return run  # one of the processes died when all was done
-        with run.lock(ENDING_S if group.restarts else 0):
+        with run.lock(ENDING_S if again else 0):
             _refuse_reopening(run, sorted(given), more_epochs, trust_code)
-            if count == 1:
+            if not joint:
                 options = DataOptions.of_run(run, data_dir=data_dir, cache_dir=cache_dir)
                 training = _reopen(run, options, where, speedups, more_epochs)
-                training.seconds["prepare"], training.hang_s = time.perf_counter() - started, hang_timeout_s
+                training.seconds["prepare"] = time.perf_counter() - started
                 training.run(run, wanted, checkpoint_every_s)
-        if count > 1:
-            more = {"more_epochs": more_epochs, "data_dir": data_dir, "cache_dir": cache_dir, "trust_code": trust_code}
-            launch.train_together(run, count, _line(computing | more, checkpoint_every_s, track), restarts=max_restarts)
+        if joint:
+            train_together(run, more_epochs=more_epochs, trust_code=trust_code)
         return run
     if more_epochs is not None:
         raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
@@ -162,21 +202,21 @@ def train(
         full = Recipe.model_validate(group.of_first(full.model_dump(mode="json")))
     about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
     environment = hardware.environment(target)
-    if count > 1:
+    if joint:
         if count > full.batch_size:
             raise distributed.too_many(count, full.batch_size)
         run = Run.create(prepared.name, out, full, about, environment)
         run.write("summary.json", {"status": "running", "wanted_score": target_accuracy})
-        more = {"data_dir": data_dir, "cache_dir": cache_dir, "trust_code": True}  # its code was named here
-        launch.train_together(run, count, _line(computing | more, checkpoint_every_s, track), restarts=max_restarts)
+        train_together(run, trust_code=True)  # its code was named here
         return run
     if begun:
         # Started again by whoever starts the processes, with the same words: a job that was put back into its queue.
         run = Run(Run.open(str(out)).path, writes=group.first)
+        if launch.is_member() and run.summary.get("status") in FINISHED:
+            return run  # this node came when all was done
         _refuse_another(run, full)
         with run.lock(ENDING_S):
             training = _reopen(run, options, where, speedups, None)
-            training.hang_s = hang_timeout_s
             training.run(run, wanted, checkpoint_every_s)
         return run
     processes = _meet(group, target, full, prepared, Path(out or RUNS))
@@ -190,9 +230,10 @@ def train(
             threads=threads,
             group=group,
             balance=balance,
-        )
+        ),
+        where.hang_s,
     )
-    training.processes, training.hang_s = processes, hang_timeout_s
+    training.processes = processes
     training.seconds["prepare"] = time.perf_counter() - started
     training.wanted_score = target_accuracy
     # Only now: what can't be trained leaves no directory behind.
@@ -231,13 +272,24 @@ def _own_device(device: str) -> str:
     return "cuda:0" if len(seen) == 1 else f"cuda:{here.local_rank}"  # one: it was given to this process alone
 
 
-def _line(options: Mapping[str, Json], checkpoint_every_s: float, track: Sequence[str]) -> list[str]:
-    """The options of one of several processes."""
-    given = {name: value for name, value in options.items() if value not in (None, False)}
-    line = [f"--checkpoint-every-s={checkpoint_every_s}", *(f"--track={name}" for name in track)]
-    return line + [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()
-    ]
+def _as_node(asked: Mapping[str, Json], count: int, meeting: Rendezvous, *, restarts: int) -> Run:
+    """This host's part of a training that others start by the same command."""
+    data, out = str(asked["data"]), asked["out"]
+    if out is None and not is_run(data):
+        raise UsageError(
+            "--rendezvous needs --out: nodes that start again go on with the run that they find there.",
+            fix="Add it, on storage that all nodes share.",
+        )
+    if isinstance(asked["recipe"], Recipe):
+        raise UsageError("A recipe that isn't shipped can't be handed on.", fix="Name one, and change it by settings.")
+    usual = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    own = ("nproc", "rendezvous", "min_nodes", "max_nodes")
+    given = {name: value for name, value in asked.items() if name not in own and value != usual[name]}
+    settings = [f"{name}={json.dumps(value)}" for name, value in (given.pop("settings", None) or {}).items()]
+    subject, *line = submission.arguments(given | {"settings": settings})
+    run = Run(Path(data if out is None else str(out)).expanduser())
+    launch.train_together(run, count, line, restarts=restarts, meeting=meeting, subject=subject)
+    return run
 
 
 def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code: bool) -> tuple[dict[str, Json], Json]:
@@ -312,6 +364,8 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
     if speedups == "auto" and before is not None:
         requested = _plan_of(before, where.device, _threads(where, run.summary, before))
     saved = checkpoint.newest(run.checkpoints)
+    if saved is None and not where.group.alone:  # the command may have been given on a machine that doesn't train
+        run.write("environment.json", hardware.environment(where.device))
     steps = where.group.each(None if saved is None else saved.step)
     if len(set(steps)) > 1:
         raise MachineError(
@@ -330,7 +384,8 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             more_epochs=more_epochs,
             group=where.group,
             balance=where.balance,
-        )
+        ),
+        where.hang_s,
     )
     training.processes = processes
     training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
