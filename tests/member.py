@@ -2,6 +2,8 @@
 as JSON.
 
 python member.py '[{"data": "digits", "settings": {...}, "steps": 50, "speedups": "none"}, …]'
+
+`save` and `resume` are folders of checkpoints: the one gets a checkpoint after each number of steps in `save_at`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from suanli import distributed, hardware, planner
+from suanli import checkpoint, distributed, hardware, pieces, planner
 from suanli.distributed import Group
 from suanli.learner import Numbers, active
 from suanli.start import Start
@@ -41,10 +43,13 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
         cache=Path("unused"),
         requested=wanted.get("speedups", "none"),
         threads=1,
+        saved=checkpoint.newest(Path(wanted["resume"])) if "resume" in wanted else None,
         group=group,
+        shard=wanted.get("shard", False) and not group.alone,
     )
     start.ready()
     loop, losses = start.loop, []
+    writer = checkpoint.PartWriter(group) if start.shard else checkpoint.Writer()
     found = {}
     with active(loop.compute):
         if wanted.get("examine"):
@@ -53,15 +58,25 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
         before = received_bytes(group)
         for loss in loop.run():
             losses.append(loss)
+            if len(losses) in wanted.get("save_at", ()):
+                state = loop.state()
+                if start.shard or group.first:
+                    writer.save(Path(wanted["save"]), loop.progress.step, *state)
+                    writer.complete()
+                group.wait()
             if len(losses) == wanted["steps"]:
                 break
         found["received_bytes"] = received_bytes(group) - before
     scores = loop.validate()
-    weights = b"".join(t.contiguous().numpy().tobytes() for t in loop.model.state_dict().values())
+    every = (pieces.whole(t) for t in loop.model.state_dict().values())
+    weights = b"".join(t.contiguous().numpy().tobytes() for t in every)
+    parameters = list(loop.model.parameters())
     return found | {
         "losses": losses,
         "scores": scores,
-        "parameters": sum(p.numel() for p in loop.model.parameters()),
+        "parameters": sum(p.numel() for p in parameters),
+        "held": sum(pieces.local(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
+        "speedups": start.plan.speedups,
         "validated": len(loop.val_feed),
         "mine": loop.batch_size,
         "whole": loop.order.batch_size,

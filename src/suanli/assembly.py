@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from suanli import building, data, planning, probe
+from suanli import building, data, planning, probe, sharding
 from suanli.cache import Prepared
 from suanli.console import say
 from suanli.data import Feed, mix
@@ -38,12 +38,20 @@ _COMPUTED = (
 
 class Assembly:
     """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`: a
-    checkpoint will replace every weight, so none is loaded or initialised from data."""
+    checkpoint will replace every weight, so none is loaded or initialised from data. `shard`: a collective, and
+    the network is shared out over the processes; then there are no trials."""
 
     def __init__(
-        self, recipe: Recipe, prepared: Prepared, device: Device, *, fresh: bool = True, group: Group = ALONE
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        device: Device,
+        *,
+        fresh: bool = True,
+        group: Group = ALONE,
+        shard: bool = False,
     ) -> None:
-        self.group = group
+        self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
         torch.manual_seed(mix(recipe.seed, 0))
         module = building.build(recipe, prepared.preprocess, len(prepared.classes))
@@ -55,12 +63,15 @@ class Assembly:
         fits = device.type != "cpu" and data.fits(prepared.splits["train"], device)
         self.can_reside = all(group.each(fits))  # or one plan would not do for all
         self._feed = cache(lambda split, resident: Feed(prepared.splits[split], device, resident=resident))
-        module.to(device.torch_name)
+        if not shard:
+            module.to(device.torch_name)
         initialize = getattr(module, "initialize", None)
         if fresh and recipe.weights is None and callable(initialize):
             train: Feed = self._feed("train", False)
             spread = np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES]
             initialize(prepared.preprocess.to_model(train.rows(torch.from_numpy(spread))))
+        if shard:  # only now, and from main memory: no device has to hold all of it
+            sharding.shard(module, group, torch.device(device.torch_name))
         self.module = module
         self.optimizer: torch.optim.Optimizer = load("optimizers", recipe.optimizer).build(
             list(module.named_parameters()),
@@ -83,6 +94,7 @@ class Assembly:
             can_reside=self.can_reside,
             shared=not self.group.alone,
             asks=not self.group.alone and bool(norms(self.module)),
+            sharded=self.sharded,
         )
 
     def loop(self, plan: Plan) -> Loop:

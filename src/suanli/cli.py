@@ -138,6 +138,12 @@ def _training(verb: str) -> Callable[..., None]:
         balance: Annotated[
             bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")
         ] = False,
+        shard: Annotated[
+            bool | None,
+            typer.Option(
+                "--shard/--no-shard", help="Each process holds a part of the network; default: as the run did."
+            ),
+        ] = None,
         max_restarts: Annotated[
             int, typer.Option(min=0, help="How often several processes start anew after one died.")
         ] = 3,

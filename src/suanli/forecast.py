@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from suanli import checkpoint, hardware, measure
+from suanli import checkpoint, hardware, measure, pieces, sharding
 from suanli.console import duration, size
 from suanli.errors import OutOfMemory, UsageError
 from suanli.learner import active
@@ -23,7 +23,6 @@ from suanli.types import Device, Json
 
 PROBE_BATCHES = (2, 6)
 STATE_COPIES = 4  # weights, gradients and two moments
-SAVING_COPIES = 2  # of all state, while a checkpoint is written from main memory
 BACKWARD = 1.5  # at most, of what the forward pass kept: the gradients between two layers come on top
 WORKSPACE_BYTES = 64 << 20  # kernels' scratch memory and what allocation rounds up
 
@@ -50,21 +49,22 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     word. Raises UsageError for a network that can't learn from such batches."""
     held = hardware.peak_memory_bytes(device) or 0
     batch = -(-loop.batch_size // loop.recipe.accumulate)
+    states = sharding.held_bytes(loop.model) * (STATE_COPIES + (loop.ema is not None))
+    states += sharding.gathered_bytes(loop.model)
+    available = hardware.available_memory_bytes(device, loop.group.local_size)
+    if loop.compute.sharded and available is not None and states > available:
+        raise out_of_memory(loop, states, available, 0)  # before any other process waits for this one
     with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
         per_example, once = _activation_bytes(loop, batch)
         if (first := loop.scale(0)) != 1:
             loop.try_step(min(PROBE_BATCHES[0], batch), scale=first)  # some networks take one size only
-    fixed = once + _weights_bytes(loop) * (STATE_COPIES + (loop.ema is not None))
-    saving = SAVING_COPIES * fixed if device.type == "cpu" else 0  # when the batch is gone
-    needed = fixed + max(int(BACKWARD * per_example * batch) + WORKSPACE_BYTES, saving)
-    available = hardware.available_memory_bytes(device)
-    if available is not None and device.type == "cpu":
-        available //= loop.group.local_size  # the others take theirs at the same time
+    fixed = once + states
+    needed = fixed + int(BACKWARD * per_example * batch) + WORKSPACE_BYTES
+    available = hardware.available_memory_bytes(device, loop.group.local_size)
     if available is not None and needed > available:
         # What is advised must do: with everything that comes and goes between two measurements.
         room = available - fixed - WORKSPACE_BYTES
-        fits = 0 if saving > room else int(room / (BACKWARD * max(per_example, 1)))
-        raise out_of_memory(loop, needed, available, max(0, fits))
+        raise out_of_memory(loop, needed, available, max(0, int(room / (BACKWARD * max(per_example, 1)))))
     return held + needed
 
 
@@ -107,7 +107,8 @@ def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
     return Forecast(
         train_seconds=(loop.work_left + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,
-        disk_bytes=_weights_bytes(loop) * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
+        disk_bytes=sum(t.numel() * t.element_size() for t in loop.model.state_dict().values())
+        * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
     )
 
 
@@ -140,17 +141,15 @@ def out_of_memory(loop: Loop, needed: int, available: int | None, fits: int) -> 
     have = f", {size(available)} are free" if available is not None else ""
     message = f"A batch of {batch} needs about {size(needed)}{have}."
     if fits < 1:
-        return OutOfMemory(message, fix="Not even one example fits: choose a smaller model or smaller inputs.")
+        more = "more processes" if loop.compute.sharded else "share the network out over several processes (--shard)"
+        fix = f"Not even one example fits: choose a smaller model or smaller inputs, or {more}."
+        return OutOfMemory(message, fix=fix)
     fits = 1 << (min(fits, batch - 1).bit_length() - 1) if fits > 1 and batch > 1 else 1
     parts = -(-batch // fits)
     return OutOfMemory(
         message,
         fix=f"--batch-size {fits} would fit; --set accumulate={parts} computes the same batch in {parts} parts.",
     )
-
-
-def _weights_bytes(loop: Loop) -> int:
-    return sum(t.numel() * t.element_size() for t in loop.model.state_dict().values())
 
 
 def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
@@ -165,15 +164,15 @@ def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
 
 
 def _kept_bytes(loop: Loop, batch: int) -> int:
-    own = {p.untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
-    kept: dict[int, int] = {}
+    own = {pieces.local(p).untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loop.try_step(batch, whole=True)
-    return sum(kept.values())
+    return sum(storage.nbytes() for storage in kept.values())  # gathered weights have been let go: they have none

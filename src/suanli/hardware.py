@@ -211,10 +211,11 @@ def memory_bytes(root: Path = Path("/")) -> int | None:
     return min(limits, default=None)
 
 
-def available_memory_bytes(device: Device) -> int | None:
-    """Memory that could still be allocated on the device now. None: unknown."""
+def available_memory_bytes(device: Device, sharers: int = 1) -> int | None:
+    """Memory that could still be allocated on the device now; of main memory that so many processes want at the same
+    time, this one's share. None: unknown."""
     if device.type == "cpu":
-        return _available_main_memory(Path("/"))
+        return _available_main_memory(Path("/"), sharers)
     import torch
 
     if device.type == "mps":
@@ -241,11 +242,12 @@ def peak_memory_bytes(device: Device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _available_main_memory(root: Path) -> int | None:
+def _available_main_memory(root: Path, sharers: int = 1) -> int | None:
     free = [max(0, limit - used) for limit, used in _cgroup_memory(root)]
     if (found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)) is not None:
         free.append(int(found[1]) * 1024)
-    if (limit := _address_space_limit()) is not None:
+    free = [bytes_ // sharers for bytes_ in free]
+    if (limit := _address_space_limit()) is not None:  # each process has its own
         pages = (_read(root / "proc/self/statm") or "0").split()[0]
         free.append(max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE")))
     return min(free, default=None)

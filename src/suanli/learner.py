@@ -57,7 +57,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
         self._group, self._batch_size = group, batch_size
         self.ends: list[int] | None = None  # of the parts of a batch here, where they aren't of equal size
-        self._spread = None if group.alone else spread(step, self.device)
+        self._spread = None if group.alone or step.sharded else spread(step, self.device)
         self._recorded = Recorded(step.model, step.optimizer, self._learn) if step.graph else None
         self._kept: list[torch.Tensor] | None = None  # outputs, while `examine` wants them
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from suanli import checkpoint
+from suanli import checkpoint, pieces
 from suanli.augmentation import compose
 from suanli.data import Feed, Order, mix
 from suanli.distributed import ALONE, Group
@@ -28,6 +28,7 @@ from suanli.inference import infer
 from suanli.learner import Learner, Numbers
 from suanli.resizing import scale, shrink, work
 from suanli.schedule import factor
+from suanli.tensor_file import Stored
 from suanli.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
 
 LOSSES_HELD = 20  # on a GPU, reading the loss waits for the device: do it once in so many steps
@@ -82,8 +83,9 @@ class Loop:
         self.ema = _copy(step.model) if recipe.ema_decay is not None else None
         self._own = step.model.state_dict()  # the tensors themselves: they stay the same while values change
         self._counted = [n for n, t in self._own.items() if not t.is_floating_point()]
-        self._averaged = [t for t in self._own.values() if t.is_floating_point()]
-        self._averages = [self.ema[n] for n, t in self._own.items() if t.is_floating_point()] if self.ema else []
+        floats = [n for n, t in self._own.items() if t.is_floating_point()]
+        self._averaged = [pieces.local(self._own[n]) for n in floats]
+        self._averages = [pieces.local(self.ema[n]) for n in floats] if self.ema else []
         self.phase = "start"  # of a step: "input", "learn", "settle"; or what is done between two
         self.rate = 0.0  # the recipe's learning rate as the schedule has it now
         self._losses: list[torch.Tensor] = []
@@ -329,8 +331,7 @@ class Loop:
         count, group = len(self.val_feed), self._partners
         mine = range(count)[group.stretch(count)]
         with self.kept_weights():
-            batches = (rows for rows, _, _ in self.val_feed.in_order(validation_batch(self.recipe), mine))
-            found = infer(self.compute, self.preprocess, self.task, batches)
+            found = infer(self.compute, self.preprocess, self.task, self._validation_rows(mine))[: len(mine)]
         found = group.whole(found, mine.start, count, self.classes)
         try:
             scores = self.task.scores(found.astype(np.float32), self.val_feed.split.targets)
@@ -345,6 +346,17 @@ class Loop:
         else:
             progress.stale += 1
         return scores
+
+    def _validation_rows(self, mine: range) -> Iterator[torch.Tensor]:
+        """Batches of the examples that this process answers for. Where the weights are shared out each process must
+        compute as many: one with less to do computes one more row, whose answer nobody wants."""
+        size = validation_batch(self.recipe)
+        for rows, _, _ in self.val_feed.in_order(size, mine):
+            yield rows
+        if self.compute.sharded:
+            longest = -(-len(self.val_feed) // self.group.size)
+            for _ in range(-(-longest // size) - -(-len(mine) // size)):
+                yield self.val_feed.rows(torch.zeros(1, dtype=torch.int64))
 
     @property
     def should_stop(self) -> bool:
@@ -381,7 +393,9 @@ class Loop:
         """A collective: everything that `restore` needs. Raises Diverged rather than give away broken weights."""
         self.settle()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        broken = [n for n, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+        broken = [n for n, t in tensors.items() if t.is_floating_point() and not pieces.local(t).isfinite().all()]
+        if self.compute.sharded:  # no other process may see it, and all must know
+            broken = [name for said in self.group.each(broken[:1]) for name in said]
         if broken:
             raise Diverged(
                 f"The weights {broken[0].removeprefix('model.')} became NaN at step {self.progress.step}.",
@@ -397,10 +411,9 @@ class Loop:
         """Raises DamagedFile for a checkpoint of another network or optimizer."""
         tensors, plain = saved.tensors, saved.progress
         try:
-            self.model.load_state_dict(_below("model.", tensors))
+            self.take(tensors, "model.")
             if self.ema is not None:
-                for name, value in _below("ema.", tensors).items():
-                    self.ema[name].copy_(value)
+                self.take(tensors, "ema.", self.ema)
             checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
             if self.learner.scaler.is_enabled() and plain.get("scaler"):
                 self.learner.scaler.load_state_dict(plain["scaler"])
@@ -410,6 +423,19 @@ class Loop:
                 f"The checkpoint {saved.path} is not one of this network and optimizer ({error}).",
                 fix="Put their code back as it was, or train anew.",
             ) from error
+
+    def take(self, stored: Stored, prefix: str = "", into: Mapping[str, torch.Tensor] | None = None) -> None:
+        """The values of the network's tensors, or of others by these names, from a file; of those that are shared out
+        this process's rows. Raises ValueError for another network's."""
+        into = self.model.state_dict() if into is None else into
+        names = {name.removeprefix(prefix) for name in stored if name.startswith(prefix)}
+        if names != into.keys():
+            raise ValueError(f"it has {_some(names - into.keys())}, and lacks {_some(into.keys() - names)}")
+        with torch.no_grad():
+            for name, tensor in into.items():
+                if stored.shape(prefix + name) != tensor.shape:
+                    raise ValueError(f"{name} has shape {stored.shape(prefix + name)}, not {tuple(tensor.shape)}")
+                pieces.local(tensor).copy_(stored.rows(prefix + name, pieces.rows(tensor)))
 
     def _class_weights(self) -> torch.Tensor | None:
         if self.recipe.class_weights == "none":
@@ -432,5 +458,5 @@ def _copy(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def _below(prefix: str, tensors: checkpoint.Tensors) -> checkpoint.Tensors:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def _some(names: Collection[str]) -> str:
+    return min(names, default="nothing") + (f" and {len(names) - 1} more" if len(names) > 1 else "")

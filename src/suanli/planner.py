@@ -35,6 +35,8 @@ from suanli.plans import Kept, Store
 from suanli.plugins import load
 from suanli.types import Device, Plan, Step, Trial
 
+SHARDED = "sharded"  # origin of a plan that couldn't be measured, since no copy of the network would fit
+UNMEASURED = "used without measuring: a network that is shared out has no copies to try them on"
 SHARE = 0.05  # of the forecast training time that planning may take
 CHECKED_STEPS = 60  # a shorter run can't even afford to check the numbers of the short list
 ROUNDS = (3, 6)  # of a comparison, at least and at most
@@ -105,6 +107,28 @@ def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = 
 def short_list(subject: Subject, threads: int | None) -> Plan:
     """All usual speedups, unmeasured."""
     return _Search(subject, 0, threads, None).short_list()
+
+
+def unmeasured(subject: Subject, requested: str | Plan, *, threads: int | None, extra: Sequence[str] = ()) -> Plan:
+    """A plan for a network of which no copies can be tried: what is requested ("auto": all usual speedups, and
+    `extra`), as far as `subject` has a use for it. Raises UsageError and MachineError for a name that can't be used."""
+    if requested == "auto":
+        usual = short_list(subject, threads)
+        names = [n for n in (*usual.speedups, *extra) if _useful(n, subject) is None]
+        trials = (Trial(change=_sum(names), kept=True, reason=UNMEASURED),) if names else ()
+        found = replace(usual, speedups=planning.in_order(names), trials=trials, origin=SHARDED)
+        return replace(found, dropped={n: r for n, r in found.dropped.items() if n not in names})
+    if isinstance(requested, str):
+        return planning.named(requested, subject.device, threads)
+    # The plan of a run that goes on, perhaps with a network that was whole before.
+    reasons = {n: r for n in requested.speedups if (r := _useful(n, subject)) is not None}
+    left = tuple(n for n in requested.speedups if n not in reasons)
+    return replace(requested, speedups=left, dropped={**requested.dropped, **reasons})
+
+
+def _useful(name: str, subject: Subject) -> str | None:
+    reason: str | None = load("speedups", name).needless(subject.step, subject.device)
+    return reason
 
 
 def weaker(plan: Plan, risk: str) -> tuple[Plan, str] | None:

@@ -36,18 +36,21 @@ ALIKE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
     ("code", "suanli's code", MachineError, "Install the same version everywhere, unchanged."),
     ("device_type", "the kind of device", MachineError, "Use --device with what all of them have."),
     ("recipe", "the recipe", UsageError, "Give every process the same options."),
+    ("shard", "--shard", UsageError, "Give every process the same options."),
     ("data", "the data", DataError, "Copy the same files to every host, or use storage that they share."),
 )
 
 
-def check(group: Group, device: Device, *, recipe: str, data: str, folder: Path) -> dict[str, Json]:
+def check(
+    group: Group, device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False
+) -> dict[str, Json]:
     """A collective. Gives what is worth keeping of the processes. `recipe` and `data` are digests; the run is written
     to `folder` or below it.
 
     Raises MachineError, UsageError or DataError that names the process that doesn't fit.
     """
     group.wait()
-    facts = group.each(facts_here(device, recipe=recipe, data=data, folder=folder))
+    facts = group.each(facts_here(device, recipe=recipe, data=data, folder=folder, shard=shard))
     compare(facts)
     rate = _sum_of_all(group, device)
     hosts = sorted({f["host"] for f in facts})
@@ -58,7 +61,7 @@ def check(group: Group, device: Device, *, recipe: str, data: str, folder: Path)
     return found
 
 
-def facts_here(device: Device, *, recipe: str, data: str, folder: Path) -> dict[str, Json]:
+def facts_here(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
     return {
         "host": socket.gethostname(),
         **versions(),
@@ -66,6 +69,7 @@ def facts_here(device: Device, *, recipe: str, data: str, folder: Path) -> dict[
         "device_type": device.type,
         "recipe": recipe,
         "data": data,
+        "shard": shard,
         "clock": time.time(),
         "memory_bytes": hardware.available_memory_bytes(device),
         "disk_bytes": _free(folder),

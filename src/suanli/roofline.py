@@ -116,7 +116,7 @@ def measure_layers(
     return [
         Layer(
             name=name,
-            kind=type(modules[name]).__name__,
+            kind=type(modules[name]).__name__.removeprefix("FSDP"),  # torch names a shared-out class so
             flops=count,
             bytes=None if name in containers and not count and not weights[name] else moved[name],
             seconds=statistics.median(one.get(name, 0.0) for one in timed),

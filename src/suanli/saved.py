@@ -48,13 +48,19 @@ def save_model(
     preprocess: Preprocess,
     classes: tuple[str, ...],
     data: Json,
+    writes: bool = True,
 ) -> None:
-    from safetensors.torch import save
+    """A collective where processes share the weights: these are gathered one after the other, for the process that
+    `writes`."""
+    from suanli import pieces, tensor_file
 
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    content = save(state)
+    state = module.state_dict()
+    if not writes:
+        tensor_file.follow(state, pieces.whole)
+        return
     with atomic_file(folder / WEIGHTS) as stream:
-        stream.write(content)
+        tensor_file.write(stream, state, of=pieces.whole)
+    content = (folder / WEIGHTS).read_bytes()
     write_json(
         folder / "model.json",
         {

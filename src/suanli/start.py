@@ -40,6 +40,7 @@ class Start:
     more_epochs: float | None = None
     group: Group = ALONE
     balance: bool = False  # the shares of a batch follow the measured speed of each process
+    shard: bool = False  # each process holds a part of the network
 
     loop: Loop = None  # type: ignore[assignment]  # made by `ready`
     plan: Plan = None  # type: ignore[assignment]
@@ -55,6 +56,16 @@ class Start:
         planning.check_threads(self.threads)
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
+        memory = self._ready_sharded() if self.shard else self._ready_whole()
+        self.ceilings = probe.known(self.device, self.cache)
+        if self.ceilings is not None and not self.shard:
+            self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
+        timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
+        self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
+
+    def _ready_whole(self) -> int:
+        """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
+        that this takes, in bytes."""
         with enough_memory(self.device):
             assembly = self._assembly(fresh=self.saved is None)
         self.key = assembly.key
@@ -81,14 +92,35 @@ class Start:
         self._put_back(self.loop, self.saved)
         if self.balance and not self.group.alone:
             self._share_by_speed(memory)
-        self.ceilings = probe.known(self.device, self.cache)
-        if self.ceilings is not None:
-            self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
-        timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
-        self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
+        return memory
+
+    def _ready_sharded(self) -> int:
+        """A collective: a loop on a network that is shared out. It may fit nowhere else, so nothing is tried on copies:
+        the plan is the usual one, with recomputed activations where it needs too much memory otherwise. Gives what it
+        takes, in bytes."""
+        tries = ((), (CHECKPOINTING,)) if self.requested == "auto" else ((),)
+        for extra in tries:
+            with enough_memory(self.device):
+                assembly = self._assembly(fresh=self.saved is None)
+                found = planner.unmeasured(assembly, self.requested, threads=self.threads, extra=extra)
+                self.plan = self.first_plan = _plan_from(self.group.of_first(asdict(found)), self.device)
+                self.loop = assembly.loop(self.plan)
+            self.key = assembly.key
+            del assembly  # its memory is needed
+            self._put_back(self.loop, self.saved)
+            failed: OutOfMemory | None = None
+            try:
+                memory = refuse_too_big(self.loop, self.device)
+            except OutOfMemory as error:
+                failed = error
+            if not any(self.group.each(failed is not None)):
+                return memory
+            self.loop = None  # type: ignore[assignment]
+            planner.free(self.device)
+        raise failed or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
 
     def _assembly(self, *, fresh: bool) -> Assembly:
-        return Assembly(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group)
+        return Assembly(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group, shard=self.shard)
 
     def _planned(self, assembly: Assembly, steps: int) -> Plan:
         """The first process plans for all: they must compute alike."""

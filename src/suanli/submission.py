@@ -131,6 +131,9 @@ def arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
     """Options by name as words for `suanli train`, the subject first if there is one."""
     line = []
     for name, value in asked.items():
+        if name == "shard" and value is False:  # else a run would go on as it did
+            line.append("--no-shard")
+            continue
         if name in ("data", "nproc", "max_restarts") or value is None or value is False:
             continue  # who starts the processes is the cluster
         option = f"--{'set' if name == 'settings' else name.replace('_', '-')}"

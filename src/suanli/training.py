@@ -16,14 +16,15 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, engine_store, exact, hardware, planning, preflight, reach
+from suanli import checkpoint, engine_store, exact, hardware, pieces, planning, preflight, reach
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.distributed import lost
 from suanli.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
-from suanli.forecast import SAVING_COPIES, out_of_memory
+from suanli.forecast import out_of_memory
 from suanli.learner import active
 from suanli.loop import EARLY, LOSSES_HELD, Loop
+from suanli.planner import SHARDED
 from suanli.plans import Store
 from suanli.rundir import FINISHED, Run, measurement
 from suanli.saved import save_model
@@ -51,8 +52,9 @@ class Training:
         self.earlier_s = 0.0  # of training before an interruption
         self.fallbacks: list[dict[str, Json]] = []
         self.wanted_score: float | None = None  # that the user named
-        self.writer = checkpoint.Writer()
+        self.writer = checkpoint.PartWriter(self.group) if start.shard else checkpoint.Writer()
         self.hang_s = hang_s
+        self.shard = start.shard  # wanted, also where there is one process now
         self.processes: dict[str, Json] | None = None  # that train together, as found before the first step
         self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
@@ -107,8 +109,12 @@ class Training:
 
     def _write_running(self) -> None:
         """What a run that is cut short goes on with."""
-        values = {"plan": asdict(self.plan), "fallbacks": self.fallbacks, "wanted_score": self.wanted_score}
-        values["processes"] = self.processes
+        values: dict[str, Json] = {
+            "plan": asdict(self.plan),
+            "fallbacks": self.fallbacks,
+            "wanted_score": self.wanted_score,
+        }
+        values |= {"processes": self.processes, "shard": self.shard}
         forecast = self.start.forecast.to_json()
         self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
 
@@ -122,7 +128,7 @@ class Training:
                 self._go_on_or_raise(error)
 
     def _go_on_or_raise(self, error: Exception) -> None:
-        self.writer.wait()
+        self.writer.abandon()
         failed_at = self.loop.progress.step
         if not self.group.alone and "finished reduction" in str(error):  # so DistributedDataParallel says it
             raise UsageError(
@@ -222,7 +228,9 @@ class Training:
             return asked or 0, due
         if self.device.type != "cpu" and step % LOSSES_HELD and not last:
             return 0, False
-        most = group.most(asked or 0, float(due and group.first))
+        most = group.most(asked or 0, float(due and group.first), float(self.writer.busy))
+        if self.writer.unfinished and not most[2]:
+            self.writer.complete()
         return int(most[0]), bool(most[1])
 
     def _facts(self) -> Facts:
@@ -274,10 +282,11 @@ class Training:
         )
         for tracker in self.trackers:
             tracker.log({f"val/{name}": value for name, value in scores.items()}, loop.progress.step)
-        if self.recipe.early_stop is not None and loop.progress.stale == 0 and self.group.first:
+        here = self.group.first or loop.compute.sharded
+        if self.recipe.early_stop is not None and loop.progress.stale == 0 and here:
             with loop.kept_weights():
                 tensors = dict(loop.model.state_dict())
-                checkpoint.write(self._best, tensors, {"step": loop.progress.step})
+                checkpoint.write(self._best, tensors, {"step": loop.progress.step}, writes=self.group.first)
 
     @property
     def _best(self) -> Path:
@@ -288,14 +297,14 @@ class Training:
         when this returns."""
         before, self.loop.phase = self.loop.phase, "save"
         tensors, progress = self.loop.state()
-        if not self.group.first:
-            self.loop.phase = before
-            return
-        self.writer.save(self.directory.checkpoints, self.loop.progress.step, tensors, progress)
-        size_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-        room = hardware.available_memory_bytes(hardware.detect("cpu"))
-        if not beside or (room is not None and room < SAVING_COPIES * size_bytes):
-            self.writer.wait()
+        if self.group.first or self.loop.compute.sharded:
+            size_bytes = sum(t.numel() * t.element_size() for t in map(pieces.local, tensors.values()))
+            writers = self.group.local_size if self.loop.compute.sharded else 1
+            room = hardware.available_memory_bytes(hardware.detect("cpu"), writers)
+            copied = beside and (room is None or room >= size_bytes)
+            self.writer.save(self.directory.checkpoints, self.loop.progress.step, tensors, progress, beside=copied)
+            if not beside:
+                self.writer.complete()
         self.loop.phase = before
 
     def _interrupt(self, number: int, stop: Stop) -> None:
@@ -314,16 +323,16 @@ class Training:
 
     def _finish(self, status: str) -> None:
         self.loop.phase = "end"
-        if not self.group.first:
+        if not self.group.first and not self.loop.compute.sharded:
             return
         loop, prepared = self.loop, self.prepared
-        if self.recipe.early_stop is not None and self._best.exists():
-            loop.model.load_state_dict(checkpoint.read(self._best).tensors)
-        # They speak of the model that is replaced now.
-        path = self.directory.path
-        for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
-            outdated.unlink(missing_ok=True)
-        shutil.rmtree(self.directory.model_path / engine_store.FOLDER, ignore_errors=True)
+        if self.recipe.early_stop is not None and any(self._of_all(self._best.exists())):
+            loop.take(checkpoint.read(self._best).tensors)
+        if self.group.first:  # they speak of the model that is replaced now
+            path = self.directory.path
+            for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
+                outdated.unlink(missing_ok=True)
+            shutil.rmtree(self.directory.model_path / engine_store.FOLDER, ignore_errors=True)
         with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
             self._hold_against_plain()
             save_model(
@@ -333,8 +342,11 @@ class Training:
                 preprocess=prepared.preprocess,
                 classes=prepared.classes,
                 data=prepared.to_json() | {"cache": None},
+                writes=self.group.first,
             )
         self.directory.write("roofline.json", reach.roofline(loop, self.device, self.start.ceilings).to_json())
+        if not self.group.first:
+            return
         self._summarise(status)
         rate = self.directory.summary["examples_per_s"]
         score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
@@ -342,6 +354,10 @@ class Training:
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
         if self.wanted_score is not None and loop.kept_score is not None and loop.kept_score < self.wanted_score:
             warn(f"The {loop.task.headline} on validation is below the {self.wanted_score:.2%} that was wanted.")
+
+    def _of_all(self, value: bool) -> list[bool]:
+        """A collective where the weights are shared out, since then all finish together."""
+        return self.group.each(value) if self.loop.compute.sharded else [value]
 
     def _hold_against_plain(self) -> None:
         """The final score as the plan computes it against float32, with the same weights on the same validation
@@ -353,7 +369,7 @@ class Training:
         task = self.loop.task
         refused = difference.exceeds(task.tolerance)
         self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
-        if refused and self.plan.origin not in UNPLANNED:
+        if refused and self.plan.origin not in UNPLANNED and self.group.first:
             reason = f"it cost {-difference.median:.1%} of validation {task.headline} against float32"
             Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
@@ -382,6 +398,7 @@ class Training:
                 "wanted_score": self.wanted_score,
                 "gate": self.gate,
                 "processes": self.processes,
+                "shard": self.shard,
             },
         )
         if status in FINISHED and rate is not None:
@@ -401,6 +418,8 @@ class Training:
 
 def _planning(plan: Plan) -> str | None:
     """What planning has found, in a sentence; None where nothing was measured."""
+    if plan.origin == SHARDED and plan.speedups:
+        return "plan: the usual speedups; a network that is shared out has no copies to measure more on"
     if plan.origin == "short list":
         return "plan: the usual speedups; the run is too short to measure more"
     if plan.origin != "measured":

@@ -437,6 +437,7 @@ class Step:
     shared: bool = False  # with other processes: gradients are averaged in the backward pass
     asks: bool = False  # layers of the network ask the other processes on the way
     reduce_dtype: torch.dtype | None = None  # in which gradients are sent and added up; None: in their own
+    sharded: bool = False  # each process holds a part of every weight
     settings: tuple[Setting, ...] = ()
 
 

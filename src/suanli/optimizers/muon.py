@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from suanli import pieces
 from suanli.optimizers import _groups
 from suanli.types import Optimizer
 
@@ -69,14 +70,15 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
+            given: list[torch.Tensor] = [p for p in group["params"] if p.grad is not None]
+            if not given:
                 continue
             momentum = group["momentum"] if group["muon"] else group["other_momentum"]
-            updates = self._nesterov(parameters, momentum)
+            updates = self._nesterov(given, momentum)
+            parameters = [pieces.local(p) for p in given]
             if group["muon"]:
-                self._prepare(parameters, group)
-                updates = _orthogonalized(updates, group["steps"])
+                self._prepare(given, group)
+                updates = _orthogonalized_pieces(updates, given, group["steps"])
             elif group["weight_decay"]:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             if isinstance(group["lr"], torch.Tensor):  # a recorded step reads it anew each time
@@ -88,13 +90,13 @@ class Muon(torch.optim.Optimizer):
 
     def _nesterov(self, parameters: list[torch.Tensor], momentum: float) -> list[torch.Tensor]:
         """The gradients plus the momentum that they leave, as new tensors."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [pieces.local(p.grad) for p in parameters if p.grad is not None]
         buffers = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            buffers.append(state["momentum"])
+            buffers.append(pieces.local(state["momentum"]))
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         return list(torch._foreach_add(gradients, buffers, alpha=momentum))
@@ -104,9 +106,22 @@ class Muon(torch.optim.Optimizer):
         if group["normalize_filters"]:
             for parameter in parameters:
                 if parameter.ndim > 2:
-                    parameter.mul_(len(parameter) ** 0.5 / (parameter.norm() + 1e-7))
+                    norm = pieces.whole(parameter.norm())
+                    pieces.local(parameter).mul_(len(parameter) ** 0.5 / (norm + 1e-7))
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            held = [pieces.local(p) for p in parameters]
+            torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
+
+
+def _orthogonalized_pieces(updates: list[torch.Tensor], like: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
+    """Of matrices that processes share each computes all, one after the other, and keeps its rows."""
+    if not any(pieces.shared(p) for p in like):
+        return _orthogonalized(updates, steps)
+    found = []
+    for update, parameter in zip(updates, like, strict=True):
+        (step,) = _orthogonalized([pieces.whole(pieces.piece(update, parameter))], steps)
+        found.append(step[pieces.rows(parameter) or slice(None)])
+    return found
 
 
 def _orthogonalized(updates: list[torch.Tensor], steps: int) -> list[torch.Tensor]:

@@ -44,6 +44,7 @@ ORIGINS = {
     "named": "These were named by the user.",
     "measured": "Chosen by trials on this machine",
     "cached": "Chosen by trials on this machine, for an earlier run of the same kind",
+    "sharded": "The network is shared out over the processes and can't be copied for trials: these usually help.",
     "short list": "The run is too short for trials, so these are the ones that usually help.",
 }
 

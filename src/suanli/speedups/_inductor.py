@@ -14,6 +14,7 @@ from torch import nn
 
 from suanli.types import Device
 
+SHARDED = "the parts of a network that is shared out are gathered between its blocks: compile_blocks compiles those"
 ASKS = "its batch norms ask the other processes, which cuts the network into pieces too small to gain"
 
 

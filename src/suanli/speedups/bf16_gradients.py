@@ -26,6 +26,8 @@ def why_not(device: Device) -> str | None:
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    if step.sharded:
+        return "gradients of a network that is shared out are sent as they are"
     return None if step.shared else "there is no other process to send gradients to"
 
 

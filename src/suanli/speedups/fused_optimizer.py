@@ -11,7 +11,8 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     assert step.optimizer is not None
     for group in step.optimizer.param_groups:
         group |= {"fused": True, "foreach": False}
-    step.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]  # a scaled step divides inside
+    # A scaled step divides inside. Not where weights are shared out: every process must hear of an overflow in one.
+    step.optimizer._step_supports_amp_scaling = not step.sharded  # type: ignore[attr-defined]
     return replace(step)
 
 

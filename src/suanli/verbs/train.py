@@ -16,6 +16,7 @@ from pathlib import Path
 
 from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight, remote, submission
 from suanli.cache import Prepared
+from suanli.console import say
 from suanli.distributed import Group
 from suanli.errors import DataError, MachineError, UsageError
 from suanli.gpus import gpus
@@ -43,6 +44,8 @@ class _Where:
     threads: int | None
     balance: bool
     hang_s: float
+    shard: bool
+    wished: bool  # to shard, should there be several processes
 
 
 def train(
@@ -67,6 +70,7 @@ def train(
     min_nodes: int | None = None,
     max_nodes: int | None = None,
     balance: bool = False,
+    shard: bool | None = None,
     max_restarts: int = RESTARTS,
     hang_timeout_s: float = HANG_S,
     out: AnyPath | None = None,
@@ -92,8 +96,9 @@ def train(
     each GPU) share every batch, and what is learned doesn't depend on how many they are; started by torchrun or srun,
     this process is one of those. `hosts` starts `nproc` on each of them by ssh; `rendezvous` (HOST:PORT) meets those
     that are started by the same command on other nodes. Between `min_nodes` and `max_nodes` may take part: training
-    goes on with those that are left. `balance` gives each a share that follows its measured speed. `trust_code` lets
-    a saved run name code that is not suanli's own; a `model` that is named here is run anyway.
+    goes on with those that are left. `balance` gives each a share that follows its measured speed, and `shard` a part
+    of the network, for one that doesn't fit a device (None: as the run did that goes on). `trust_code` lets a saved
+    run name code that is not suanli's own; a `model` that is named here is run anyway.
     """
     asked = dict(locals())
     started = time.perf_counter()
@@ -123,9 +128,26 @@ def train(
     if rendezvous and names is None:
         meeting = Rendezvous.at(rendezvous, min_nodes, max_nodes)
         return _as_node(asked, count, meeting, restarts=max_restarts)
-    where = _Where(device=target, group=group, threads=threads, balance=balance, hang_s=hang_timeout_s)
+    wished = _remembered(data) if shard is None else shard
+    shard = wished and (joint or not group.alone)
+    if wished and not shard:
+        _refuse_one(asked_for=nproc, remembered=is_run(data))
+    if shard and balance:
+        raise UsageError(
+            "--balance measures each process alone, and with --shard none can compute alone.", fix="Leave one out."
+        )
+    where = _Where(
+        device=target,
+        group=group,
+        threads=threads,
+        balance=balance,
+        hang_s=hang_timeout_s,
+        shard=shard,
+        wished=wished,
+    )
     computing: dict[str, Json] = {"device": device, "speedups": speedups, "threads": threads, "balance": balance}
     computing |= {"hang_timeout_s": hang_timeout_s, "checkpoint_every_s": checkpoint_every_s, "track": track}
+    computing |= {"shard": shard if wished or is_run(data) else None}
 
     def train_together(run: Run, **more: Json) -> None:
         places = {"data_dir": data_dir, "cache_dir": cache_dir}
@@ -219,7 +241,7 @@ def train(
             training = _reopen(run, options, where, speedups, None)
             training.run(run, wanted, checkpoint_every_s)
         return run
-    processes = _meet(group, target, full, prepared, Path(out or RUNS))
+    processes = _meet(where, full, prepared, Path(out or RUNS))
     training = Training(
         Start(
             recipe=full,
@@ -230,10 +252,11 @@ def train(
             threads=threads,
             group=group,
             balance=balance,
+            shard=shard,
         ),
         where.hang_s,
     )
-    training.processes = processes
+    training.processes, training.shard = processes, wished
     training.seconds["prepare"] = time.perf_counter() - started
     training.wanted_score = target_accuracy
     # Only now: what can't be trained leaves no directory behind.
@@ -244,11 +267,24 @@ def train(
     return run
 
 
-def _meet(group: Group, device: Device, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Json] | None:
+def _meet(where: _Where, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Json] | None:
     """A collective: the processes that train together look at each other. None: there is one."""
-    if group.alone:
+    if where.group.alone:
         return None
-    return preflight.check(group, device, recipe=recipe.digest, data=prepared.digest, folder=folder)
+    about = {"recipe": recipe.digest, "data": prepared.digest, "shard": where.shard}
+    return preflight.check(where.group, where.device, folder=folder, **about)
+
+
+def _remembered(data: AnyPath) -> bool:
+    """Whether the run that goes on shares its network out."""
+    return is_run(data) and bool(Run.open(data).summary.get("shard"))
+
+
+def _refuse_one(asked_for: str | int | None, *, remembered: bool) -> None:
+    """One process has nobody to share a network with: an error where the user asked for no more than one."""
+    if asked_for in (None, "1", 1) and distributed.place() is None and not remembered:
+        raise UsageError("--shard shares a network out over processes, and this is one.", fix="Add --nproc 2, or more.")
+    say("there is one process, so the network is not shared out")
 
 
 def _refuse_another(run: Run, recipe: Recipe) -> None:
@@ -357,7 +393,7 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             f"The data of {run.path} has changed since it was trained.",
             fix="Put the data back as it was, or train anew.",
         )
-    processes = _meet(where.group, where.device, full, prepared, run.path)
+    processes = _meet(where, full, prepared, run.path)
     # Other ways of computing round differently: exactly the same goes on, unless the user insists.
     before = run.summary.get("plan")
     requested: str | Plan = speedups
@@ -384,10 +420,11 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             more_epochs=more_epochs,
             group=where.group,
             balance=where.balance,
+            shard=where.shard,
         ),
         where.hang_s,
     )
-    training.processes = processes
+    training.processes, training.shard = processes, where.wished
     training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
     training.wanted_score = run.summary.get("wanted_score")
     training.fallbacks = list(run.summary.get("fallbacks", []))

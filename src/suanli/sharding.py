@@ -1,0 +1,87 @@
+"""A network whose weights, gradients and optimizer state are shared out over the processes that train it.
+
+Each holds an equal part of every parameter. A block of the network is gathered when it is computed, forward and
+backward, and let go afterwards; its gradients are summed straight into the parts. So a process needs memory for its
+part of the network and for two blocks of it, in exchange for sending the weights around twice a step.
+
+The engine is torch's `fully_shard`. Source: S. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training
+Trillion Parameter Models", SC 2020; Y. Zhao et al., "PyTorch FSDP", VLDB 2023.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from suanli import hardware, pieces
+from suanli.distributed import Group
+from suanli.errors import UsageError, first_line
+from suanli.speedups._blocks import blocks
+
+GATHERED_BLOCKS = 4  # at once at most: a block, the one before it, its gradients, and these on their way to the parts
+GATHERED_REST = 3  # of what is in no block: it is needed from the first layer to the last
+
+
+def shard(module: nn.Module, group: Group, device: torch.device) -> None:
+    """A collective: from here on each process holds its part of `module`, on `device`, with the values of the first
+    process. Another module than the one that was built only in its class, which torch derives from its own.
+
+    Raises UsageError for a network that can't be shared out.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
+    for tensor in (*module.parameters(), *module.buffers()):
+        dist.broadcast(tensor.detach(), 0)
+    torch.zeros((), device=device)  # a mesh takes a device of its own choice unless one is in use
+    mesh = init_device_mesh(device.type, (group.size,))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            for unit in (*separable(module), module):
+                # The rest, too, is let go after the forward pass: it may be most of a network.
+                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
+        if hardware.out_of_memory(error):
+            raise
+        raise UsageError(
+            f"This network can't be shared out: {first_line(error, 200)}", fix="Train without --shard."
+        ) from error
+
+
+def separable(module: nn.Module) -> list[nn.Module]:
+    """The blocks that can be gathered by themselves: none of their weights is used outside."""
+    found = []
+    for block in blocks(module):
+        own = {id(p) for p in block.parameters()}
+        inside = {id(m) for m in block.modules()}
+        others = (p for m in module.modules() if id(m) not in inside for p in m.parameters(recurse=False))
+        if own and not any(id(p) in own for p in others):
+            found.append(block)
+    return found
+
+
+def held_bytes(module: nn.Module) -> int:
+    """Of weights and buffers that lie in this process all the time."""
+    return sum(_bytes(pieces.local(t)) for t in module.state_dict().values())
+
+
+def gathered_bytes(module: nn.Module) -> int:
+    """The most that the weights and gradients of whole parts of the network take, beside what is held; 0 for a
+    network that isn't shared out."""
+    if not any(pieces.shared(p) for p in module.parameters()):
+        return 0
+    units = separable(module)
+    sizes = [sum(map(_bytes, unit.parameters())) for unit in units]
+    inside = {id(p) for unit in units for p in unit.parameters()}
+    rest = sum(_bytes(p) for p in module.parameters() if id(p) not in inside)
+    return GATHERED_BLOCKS * max(sizes, default=0) + GATHERED_REST * rest
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

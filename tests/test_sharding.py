@@ -1,0 +1,263 @@
+"""`suanli train --shard`: a network that is shared out learns what a whole one does, in less memory, and goes on with
+any number of processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from groups import MEMBER, together
+from suanli import checkpoint
+from suanli.errors import DamagedFile
+from suanli.rundir import Run
+from suanli.saved import load_model
+from test_launch import SETTINGS, finished, members, started, train, until
+
+NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, "batch_size": 90}
+# Muon needs whole matrices; no width is a multiple of three.
+MUON = NORMS | {
+    "accumulate": 2,
+    "ema_decay": 0.9,
+    "clip_norm": 1.0,
+    "class_weights": "balanced",
+    "optimizer": "muon",
+}
+BLOCKS = {"model": "vit_tiny", "optimizer": "adamw", "lr": 1e-3, "epochs": 1, "batch_size": 30, "clip_norm": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("SUANLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def group(count: int, settings: dict, **more: object) -> list:
+    """What each of `count` processes found."""
+    wanted = {"data": "digits", "settings": settings, **more}
+    found = together(count, [str(MEMBER), json.dumps(wanted)])
+    assert [p.returncode for p in found] == [0] * count, found[0].stderr + found[-1].stderr
+    return [json.loads(p.stdout) for p in found]
+
+
+def assert_alike(got: list[float], expected: list[float]) -> None:
+    # Learning amplifies what rounding does: a mistake would show at once, rounding only later.
+    np.testing.assert_allclose(got[:8], expected[:8], rtol=2e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_what_is_learned_is_the_same():
+    (one,) = group(1, MUON, steps=30)
+    for count, shares in ((2, [0.7, 0.3]), (3, [])):
+        every = group(count, MUON, steps=30, shard=True, shares=shares)
+        assert len({m["weights"] for m in every}) == 1
+        assert sum(m["mine"] for m in every) == one["whole"]
+        assert sum(m["held"] for m in every) == pytest.approx(1)
+        assert max(m["held"] for m in every) < 1 / count + 0.05
+        assert_alike(every[0]["losses"], one["losses"])
+        assert every[0]["scores"] == pytest.approx(one["scores"], abs=0.02)
+        assert every[0]["validated"] == one["validated"]
+
+
+@pytest.mark.slow
+def test_speedups_work_on_what_is_shared_out():
+    (one,) = group(1, BLOCKS, steps=8)
+    names = "activation_checkpointing,allocator,channels_last,fused_optimizer,read_ahead"
+    every = group(2, BLOCKS, steps=8, shard=True, speedups=names)
+    assert set(every[0]["speedups"]) == set(names.split(","))
+    assert max(m["held"] for m in every) < 0.51
+    assert_alike(every[0]["losses"], one["losses"])
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+# Room beyond what the process has mapped once everything is imported.
+LIMITED = """
+import resource, sys
+import suanli.verbs.run, suanli.datasets, suanli.training, torch.distributed.fsdp, torch.distributed.tensor
+from suanli.recipes import small_images
+mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + {room},) * 2)
+from suanli.cli import main
+main(sys.argv[1:])
+"""
+LARGE = """
+from torch import nn
+class Block(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+def block():
+    return Block(nn.LayerNorm(1024), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
+def net(classes, in_channels, image_size):
+    ends = nn.Linear(64 * in_channels, 1024), nn.Linear(1024, classes)
+    return nn.Sequential(nn.Flatten(), ends[0], nn.Sequential(*(block() for _ in range(16))), ends[1])
+"""
+WEIGHTS_BYTES = 16 * 2 * 1024 * 1025 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
+def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # the limit counts what each thread only reserves, too
+    Path("large.py").write_text(LARGE)
+    limit = LIMITED.format(room=int(3.5 * WEIGHTS_BYTES))  # weights, gradients and two moments are four times as much
+    options = ["train", "digits", "--model=large:net", "--set=optimizer=adamw", "--lr=1e-4", "--epochs=0.1"]
+    options += ["--batch-size=32", "--device=cpu", "--speedups=none"]
+    whole = together(2, ["-c", limit, *options, "--out=whole"])
+    assert [p.returncode for p in whole] == [4, 4], whole[0].stderr
+    assert not Path("whole").exists()
+    shared = together(2, ["-c", limit, *options, "--out=shared", "--shard"])
+    assert [p.returncode for p in shared] == [0, 0], shared[0].stderr + shared[1].stderr
+    module = load_model(Path("shared/model"), trust_code=True).module
+    assert sum(p.numel() for p in module.parameters()) > WEIGHTS_BYTES / 4
+    assert checkpoint.newest(Path("shared/checkpoints")).step == Run.open("shared").summary["steps"] > 0
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+SMALL = NORMS | {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.9}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A folder with checkpoints of steps 4 and 8 by two processes, and what happened then."""
+    folder = tmp_path_factory.mktemp("begun")
+    straight = {"steps": 16, "shard": True, "save": str(folder / "sharded"), "save_at": [2, 4, 8]}
+    on = {"steps": 8, "resume": str(folder / "sharded")}
+    trainings = [
+        straight,
+        on | {"shard": True},
+        on | {"save": str(folder / "plain"), "save_at": [4]},
+        {"steps": 4, "shard": True, "resume": str(folder / "plain")},
+    ]
+    return folder, group(2, SMALL, trainings=trainings)[0]
+
+
+def test_the_same_number_goes_on_to_the_same_bits(begun):
+    straight, again = begun[1][:2]
+    assert again["losses"] == straight["losses"][8:]
+    assert again["weights"] == straight["weights"]
+
+
+@pytest.mark.slow
+def test_any_number_goes_on(begun, tmp_path):
+    folder, (straight, _, plain, sharded) = begun
+    assert_alike(plain["losses"], straight["losses"][8:])
+    assert_alike(sharded["losses"], straight["losses"][12:])
+    on = {"steps": 8, "shard": True, "resume": str(folder / "sharded"), "save": str(tmp_path), "save_at": [4]}
+    three = group(3, SMALL, trainings=[on])[0][0]
+    assert_alike(three["losses"], straight["losses"][8:])
+    one = group(1, SMALL, trainings=[{"steps": 4, "resume": str(tmp_path)}])[0][0]
+    assert_alike(one["losses"], straight["losses"][12:])
+    assert one["scores"] == pytest.approx(straight["scores"], abs=0.02)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.name.replace(p.name.split(".")[1], "ID") if "-of-" in p.name else p.name for p in folder.iterdir())
+
+
+def of_step(step: int) -> list[str]:
+    return [f"step-{step:08d}.ID.{i}-of-2.safetensors" for i in range(2)] + [f"step-{step:08d}.json"]
+
+
+def part(folder: Path, step: int, rank: int) -> Path:
+    (found,) = folder.glob(f"step-{step:08d}.*.{rank}-of-2.safetensors")
+    return found
+
+
+def test_each_process_writes_what_it_holds(begun):
+    folder = begun[0] / "sharded"
+    assert files(folder) == of_step(4) + of_step(8)
+    assert not checkpoint.newest(begun[0] / "plain").path.name.endswith(".json")
+    sizes = [part(folder, 8, rank).stat().st_size for rank in range(2)]
+    assert min(sizes) > 0.4 * sum(sizes)
+    tensors = checkpoint.newest(folder).tensors
+    name = next(n for n in tensors if tensors.shape(n)[:1] == (8,) and n.startswith("model."))
+    assert torch.equal(torch.cat([tensors.rows(name, slice(0, 3)), tensors.rows(name, slice(3, 8))]), tensors[name])
+
+
+@pytest.mark.parametrize("what", ["a part is cut", "a part is missing", "no index", "the index is cut"])
+def test_what_is_damaged_is_passed_over(begun, tmp_path, what):
+    folder = shutil.copytree(begun[0] / "sharded", tmp_path / "copy")
+    assert checkpoint.newest(folder).step == 8
+    victim = part(folder, 8, 1) if "part" in what else folder / "step-00000008.json"
+    if "cut" in what:
+        os.truncate(victim, victim.stat().st_size // 2)
+    else:
+        victim.unlink()
+    found = checkpoint.newest(folder)
+    assert found.step == 4
+    assert all(found.tensors[name].shape == found.tensors.shape(name) for name in found.tensors)
+    part(folder, 4, 0).unlink()
+    with pytest.raises(DamagedFile):
+        checkpoint.newest(folder)
+
+
+def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
+    folder = shutil.copytree(begun[0] / "sharded", tmp_path / "copy")
+    (folder / "step-00000008.json").unlink()
+    (folder / ".step-00000009.1234.0-of-2.safetensors.x.tmp").write_bytes(b"cut short")
+    checkpoint.save_step(folder, 6, {"model.weight": torch.zeros(3)}, {})
+    assert files(folder) == [*of_step(4), "step-00000006.safetensors"]
+    checkpoint.forget(folder)
+    assert files(folder) == []
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def test_a_run_by_two_processes(tmp_path):
+    done = train("digits", "--nproc=2", "--shard", "--out=run", *SETTINGS, "--epochs=1", "--speedups=auto")
+    assert done.returncode == 0, done.stderr
+    run = Run.open("run")
+    assert run.summary["shard"] is True
+    assert run.summary["plan"]["origin"] == "sharded"
+    assert "compile_blocks" in run.summary["plan"]["dropped"]["compile"]
+    assert list((tmp_path / "run" / "checkpoints").glob("*.json"))
+    load_model(run.model_path)
+    # One process goes on, and still knows that others would share the network out.
+    done = train("run", "--more-epochs=0.5", "--device=cpu", "--speedups=none")
+    assert done.returncode == 0, done.stderr
+    assert "not shared out" in done.stderr
+    assert run.summary["shard"] is True
+    assert not list((tmp_path / "run" / "checkpoints").glob("*-of-*"))
+
+
+@pytest.mark.slow
+def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
+    options = ["digits", "--nproc=2", "--shard", *SETTINGS, "--epochs=4"]
+    whole = train(*options, "--out=whole")
+    assert whole.returncode == 0, whole.stderr
+    process = started(*options, "--out=killed", "--checkpoint-every-s=0")
+    folder = tmp_path / "killed" / "checkpoints"
+    until(lambda: list(folder.glob("*.json")))
+    os.kill(members(process.pid)[-1], signal.SIGKILL)
+    done = finished(process)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    weights = [(tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    named = {part["file"] for index in folder.glob("*.json") for part in json.loads(index.read_text())["parts"]}
+    assert {p.name for p in folder.iterdir() if "-of-" in p.name} == named
+    assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--shard"], "--nproc 2"),
+        (["--shard", "--nproc=2", "--balance"], "--balance"),
+    ],
+)
+def test_what_can_not_be_shared_out(options, says):
+    done = train("digits", *SETTINGS, *options, "--out=refused")
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert not Path("refused").exists()
