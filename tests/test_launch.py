@@ -191,6 +191,7 @@ FACTS = {
     "device_type": "cpu",
     "recipe": "r",
     "data": "d",
+    "shard": False,
     "clock": 1000.0,
     "memory_bytes": 1,
     "disk_bytes": 10,

@@ -220,7 +220,7 @@ def test_a_batch_that_does_not_fit_says_which_would(
     from suanli import hardware
 
     root = picture_folder(each=200, size=(32, 32))
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda _: 90_000_000)
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda *_: 90_000_000)
     with pytest.raises(suanli.MachineError, match=r"--batch-size \d+ would fit"):
         suanli.train(root, model="speednet", batch_size=320)
 

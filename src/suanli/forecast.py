@@ -49,8 +49,9 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     word. Raises UsageError for a network that can't learn from such batches."""
     held = hardware.peak_memory_bytes(device) or 0
     batch = -(-loop.batch_size // loop.recipe.accumulate)
-    states = sharding.held_bytes(loop.model) * (STATE_COPIES + (loop.ema is not None))
-    states += sharding.gathered_bytes(loop.model)
+    # What is shared out is there already, and its averages; of a whole network a copy is measured.
+    copies = STATE_COPIES - 1 if loop.compute.sharded else STATE_COPIES + (loop.ema is not None)
+    states = sharding.held_bytes(loop.model) * copies + sharding.gathered_bytes(loop.model)
     available = hardware.available_memory_bytes(device, loop.group.local_size)
     if loop.compute.sharded and available is not None and states > available:
         raise out_of_memory(loop, states, available, 0)  # before any other process waits for this one

@@ -66,7 +66,7 @@ def write(
     for name in names:
         values = of(tensors[name]).detach().to("cpu").contiguous()
         if values.numel():
-            stream.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def follow(tensors: Mapping[str, torch.Tensor], of: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -128,7 +128,7 @@ class Stored(Mapping[str, torch.Tensor]):
         stretches = self._stretches[name]
         if wanted is None and len(stretches) == 1:
             with _opened(stretches[0].file) as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name)  # type: ignore[no-any-return]
         begin, end = (0, self._shapes[name][0]) if wanted is None else (wanted.start, wanted.stop)
         found = []
         for stretch in stretches:
