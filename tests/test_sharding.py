@@ -39,12 +39,12 @@ def shared_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SUANLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def group(count: int, settings: dict, **more: object) -> list:
-    """What each of `count` processes found."""
-    wanted = {"data": "digits", "settings": settings, **more}
+def group(count: int, settings: dict, *trainings: dict) -> list[list[dict]]:
+    """What each of `count` processes found in each of the trainings, one after the other."""
+    wanted = [{"data": "digits", "settings": settings} | training for training in trainings]
     found = together(count, [str(MEMBER), json.dumps(wanted)])
     assert [p.returncode for p in found] == [0] * count, found[0].stderr + found[-1].stderr
-    return [json.loads(p.stdout) for p in found]
+    return [list(every) for every in zip(*(json.loads(p.stdout) for p in found), strict=True)]
 
 
 def assert_alike(got: list[float], expected: list[float]) -> None:
@@ -55,9 +55,9 @@ def assert_alike(got: list[float], expected: list[float]) -> None:
 
 @pytest.mark.slow
 def test_what_is_learned_is_the_same():
-    (one,) = group(1, MUON, steps=30)
+    ((one,),) = group(1, MUON, {"steps": 30})
     for count, shares in ((2, [0.7, 0.3]), (3, [])):
-        every = group(count, MUON, steps=30, shard=True, shares=shares)
+        (every,) = group(count, MUON, {"steps": 30, "shard": True, "shares": shares})
         assert len({m["weights"] for m in every}) == 1
         assert sum(m["mine"] for m in every) == one["whole"]
         assert sum(m["held"] for m in every) == pytest.approx(1)
@@ -69,9 +69,9 @@ def test_what_is_learned_is_the_same():
 
 @pytest.mark.slow
 def test_speedups_work_on_what_is_shared_out():
-    (one,) = group(1, BLOCKS, steps=8)
+    ((one,),) = group(1, BLOCKS, {"steps": 8})
     names = "activation_checkpointing,allocator,channels_last,fused_optimizer,read_ahead"
-    every = group(2, BLOCKS, steps=8, shard=True, speedups=names)
+    (every,) = group(2, BLOCKS, {"steps": 8, "shard": True, "speedups": names})
     assert set(every[0]["speedups"]) == set(names.split(","))
     assert max(m["held"] for m in every) < 0.51
     assert_alike(every[0]["losses"], one["losses"])
@@ -80,9 +80,12 @@ def test_speedups_work_on_what_is_shared_out():
 def test_what_does_not_work_says_why():
     step = Step(model=torch.nn.Linear(2, 2), shared=True, sharded=True)
     cpu = hardware.detect("cpu")
-    reasons = {name: plugins.load("speedups", name).needless(step, cpu) for name in ("compile", "graphs")}
+    reasons = {
+        name: plugins.load("speedups", name).needless(step, cpu) for name in ("compile", "graphs", "bf16_gradients")
+    }
     assert "compile_blocks" in reasons["compile"]
     assert "other processes" in reasons["graphs"]
+    assert "as they are" in reasons["bf16_gradients"]
 
 
 # --- memory ---------------------------------------------------------------------------------
@@ -148,7 +151,7 @@ def begun(tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUANLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return folder, group(2, SMALL, trainings=trainings)[0]
+        return folder, [every[0] for every in group(2, SMALL, *trainings)]
 
 
 def test_the_same_number_goes_on_to_the_same_bits(begun):
@@ -163,9 +166,9 @@ def test_any_number_goes_on(begun, tmp_path):
     assert_alike(plain["losses"], straight["losses"][8:])
     assert_alike(sharded["losses"], straight["losses"][12:])
     on = {"steps": 8, "shard": True, "resume": str(folder / "sharded"), "save": str(tmp_path), "save_at": [4]}
-    three = group(3, SMALL, trainings=[on])[0][0]
+    ((three, *_),) = group(3, SMALL, on)
     assert_alike(three["losses"], straight["losses"][8:])
-    one = group(1, SMALL, trainings=[{"steps": 4, "resume": str(tmp_path)}])[0][0]
+    ((one,),) = group(1, SMALL, {"steps": 4, "resume": str(tmp_path)})
     assert_alike(one["losses"], straight["losses"][12:])
     assert one["scores"] == pytest.approx(straight["scores"], abs=0.02)
 
