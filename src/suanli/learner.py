@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from suanli.distributed import ALONE, Group
@@ -161,13 +162,14 @@ def spread(step: Step, device: torch.device) -> DistributedDataParallel:
     return made
 
 
-def _average(dtype: torch.dtype, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _average(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Of a bucket over all processes, sent as `dtype`. torch's own hook of this kind refuses gloo, and rounds twice."""
     mine = bucket.buffer()
     sent = torch.div(mine, dist.get_world_size(), out=torch.empty_like(mine, dtype=dtype))
     work = dist.all_reduce(sent, async_op=True)
     assert work is not None
-    return work.get_future().then(lambda done: mine.copy_(done.value()[0]))
+    averaged: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: mine.copy_(done.value()[0]))
+    return averaged
 
 
 def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
