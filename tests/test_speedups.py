@@ -19,6 +19,7 @@ from suanli import graphs, hardware, planner, planning, plugins
 from suanli.assembly import Assembly
 from suanli.cache import Prepared, prepare_source
 from suanli.data import Feed
+from suanli.distributed import Group
 from suanli.graphs import Recorded
 from suanli.learner import Learner, active
 from suanli.speedups import allocator, bind_threads
@@ -362,6 +363,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     rows = [Row(name=str(i), label="ab"[i % 2], split=None, read=lambda p=p: p) for i, p in enumerate(pictures)]  # type: ignore[misc]
     source = Source(name="noise", kind="image", rows=rows, classes=("a", "b"), fingerprint="noise", size_bytes=1)
     return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)
+
+
+def test_the_plan_of_one_process_is_not_kept_for_several(prepared: Prepared) -> None:
+    """It may have what they have no use for, such as a recorded step."""
+    alone = Assembly(Recipe(), prepared, CPU).key
+    keys = {size: Assembly(Recipe(), prepared, CPU, group=Group(rank=0, size=size)).key for size in (1, 2, 4)}
+    assert keys[1] == alone
+    assert len(set(keys.values())) == 3
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])

@@ -133,5 +133,7 @@ class Assembly:
             len(self.prepared.classes),
             probe.fingerprint(self.device),
         ]
+        if not self.group.alone:  # a share of the batch, and no speedup that the processes have no use for
+            facts.append(self.group.size)
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
