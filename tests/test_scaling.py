@@ -268,7 +268,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bench of one and two real processes, through the function."""
     out = tmp_path_factory.mktemp("scaling") / "run"
     cache = tmp_path_factory.mktemp("cache")
-    bench_scaling("digits", **TINY, processes="1,2", speedups="none", steps=3, rounds=2, out=out, cache_dir=cache)
+    speedups = "bf16_gradients"  # that one process has no use for
+    bench_scaling("digits", **TINY, processes="1,2", speedups=speedups, steps=3, rounds=2, out=out, cache_dir=cache)
     return out
 
 
@@ -285,6 +286,8 @@ def test_two_real_processes_are_measured(measured: Path) -> None:
     assert two["compute_s"] + two["wait_s"] + two["exposed_s"] >= two["step_s"] * 0.9
     assert two["communication_s"] > 0
     assert two["norms"] > 0
+    assert (one["speedups"], two["speedups"]) == ([], ["bf16_gradients"])
+    assert sum(two["buckets"]) == sum(one["buckets"]) / 2
     assert two["link"]["latency_s"] >= 0
     assert 0 < two["backward_share"] < 1
     assert found["verdict"]["said"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,6 @@ from statistics import median
 from typing import IO
 
 import torch
-from torch import distributed as dist
 
 from suanli import distributed, hardware
 from suanli.assembly import Assembly
@@ -34,7 +33,7 @@ from suanli.learner import active
 from suanli.measure import seconds
 from suanli.phases import Shares
 from suanli.plugins import load, names
-from suanli.scaling_model import buckets
+from suanli.scaling_trained import all_reduces_s, sent_buckets
 from suanli.start import Start
 from suanli.synchronised import norms
 from suanli.types import Device, Json, Recipe
@@ -95,9 +94,7 @@ class Member:
             loop.progress.segments = [ENDLESS]
         self.together_way, self.apart_way = Way(self.loop, device), Way(self.apart, device)
         self.parameters = [p for p in self.loop.model.parameters() if p.requires_grad]
-        self.sent_dtype = self.loop.compute.reduce_dtype or torch.float32
-        filled = buckets(p.numel() * p.element_size() for p in self.parameters)
-        self.buckets = tuple(size * self.sent_dtype.itemsize // 4 for size in filled)  # as they are sent
+        self.buckets, self.sent_dtype = sent_buckets(self.loop.compute)
         self.norms = 0 if group.alone else len(norms(self.loop.model))
         share = self.loop.batch_size
         self.small_batch = min(share, max(2, share // LESS))
@@ -177,7 +174,7 @@ class Member:
         filled = [
             torch.zeros(size // width, dtype=self.sent_dtype, device=self.device.torch_name) for size in self.buckets
         ]
-        return median(self._all_reduces_s(filled) for _ in range(SUMS))
+        return median(all_reduces_s(self.group, filled, self._settle) for _ in range(SUMS))
 
     def _link(self) -> list[tuple[int, float]]:
         """A collective: bytes and seconds of all-reduces, the same in every process."""
@@ -186,13 +183,9 @@ class Member:
         found = []
         for size, repeats in zip(SIZES, REPEATS, strict=True):
             values = torch.zeros(size // 4, device=self.device.torch_name)
-            own = [self._all_reduces_s([values]) for _ in range(repeats)]
+            own = [all_reduces_s(self.group, [values], self._settle) for _ in range(repeats)]
             found.append((size, self.group.most(median(own))[0]))
         return found
-
-    def _all_reduces_s(self, tensors: Sequence[torch.Tensor]) -> float:
-        self.group.sum(torch.zeros(1, device=self.device.torch_name))  # all begin now
-        return seconds(partial(_all_reduce, tensors), self._settle)
 
     def _settle(self) -> None:
         if self.device.type == "cuda":
@@ -218,12 +211,6 @@ def _backward_share(window: Shares | None) -> float:
     if window is None or not share:
         return BACKWARD_SHARE
     return share / (1 - (window.shares.get("idle") or 0.0))
-
-
-def _all_reduce(tensors: Sequence[torch.Tensor]) -> None:
-    for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
-        assert work is not None
-        work.wait()
 
 
 # --- the process ----------------------------------------------------------------------------

@@ -37,8 +37,8 @@ GOOD = 0.95  # efficiency from which on nothing is said to limit
 LIMITS: dict[str, tuple[str, str]] = {
     "communication": (
         "communication that isn't hidden",
-        "a larger batch gives the backward pass more to hide it behind; a faster link shortens it, and bf16_gradients "
-        "in the list of --speedups halves its bytes",
+        "a larger batch gives the backward pass more to hide it behind, a faster link shortens it, and bf16_gradients "
+        "among the --speedups halves its bytes",
     ),
     "waiting": (
         "waiting for the slowest process",
@@ -50,20 +50,23 @@ LIMITS: dict[str, tuple[str, str]] = {
         "they compete for caches and memory, and each does the optimizer's whole step; one process with all threads is "
         "the alternative",
     ),
+    "computing together": (
+        "computing beside the others, which takes longer than alone",
+        "processes of one machine compete for its memory, caches and power, and with whatever else runs there",
+    ),
     "fixed cost": ("the fixed cost of a step, which a smaller share doesn't shrink", "a larger batch would help"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Size:
-    """What one number of processes reached; seconds are those of a step."""
+class Timed:
+    """What one number of processes reached, and what its step is made of, in seconds."""
 
     processes: int
     threads: int  # CPU threads of each
     local_batch: tuple[int, ...]  # by rank
-    speedups: tuple[str, ...]
     images_per_s: Spread
-    speedup: Spread  # against one process with all threads, round by round
+    speedup: Spread  # against one process
     efficiency: float
     step_s: float
     compute_s: float
@@ -72,11 +75,18 @@ class Size:
     exposed_s: float
     hidden_s: float
     input_s: float | None  # None: not told apart
+    norms: int  # layers that ask the other processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(Timed):
+    """What a bench measured of it, round by round; the speed-up is against one process with all threads."""
+
+    speedups: tuple[str, ...]
     backward_share: float  # of compute
     relative_spread: float  # of a process's steps without communication: a standard deviation over the median
     small: tuple[float, float]  # a smaller number of examples, and the seconds of a step without communication on it
     buckets: tuple[int, ...]
-    norms: int
     link: Link | None
 
     @property
@@ -99,7 +109,7 @@ def _size(count: int, told: Sequence[Mapping[str, Json]], first_s: list[float], 
     steps_s = [max(r["step_s"]) for r in told]  # by round; all ranks are done when the slowest is
     # One process asks nobody, so both kinds of step are the same.
     computes_s = [fmean(r["compute_s"]) for r in told] if count > 1 else steps_s
-    waits_s = [_waiting(r["steps_s"]) for r in told]
+    waits_s = [waiting(r["steps_s"]) for r in told]
     # In pairs: what slows a round slows both of its sides.
     exposed = median(s - c - w for s, c, w in zip(steps_s, computes_s, waits_s, strict=True))
     total_s = median(max(r["communication_s"]) for r in told)
@@ -130,7 +140,7 @@ def _size(count: int, told: Sequence[Mapping[str, Json]], first_s: list[float], 
     )
 
 
-def _waiting(steps_s: Sequence[Sequence[float]]) -> float:
+def waiting(steps_s: Sequence[Sequence[float]]) -> float:
     """Of steps by rank and number: the mean of the slowest less the mean of all."""
     by_step = list(zip(*steps_s, strict=True))
     return fmean(max(step) for step in by_step) - fmean(fmean(step) for step in by_step)
@@ -151,26 +161,28 @@ def _link(count: int, told: Sequence[Mapping[str, Json]]) -> Link | None:
 # --- what limits ----------------------------------------------------------------------------
 
 
-def losses(one: Size, size: Size, *, shared: bool) -> dict[str, float]:
+def losses(one: Timed, size: Timed, *, shared: bool, fixed_share: bool = False) -> dict[str, float]:
     """Seconds of a step of `size` beyond those that it would take without loss, by what they are lost to."""
-    times = 1 if shared else size.processes
+    times = 1 if shared or fixed_share else size.processes
     waits_input = max(0.0, (size.input_s or 0.0) - (one.input_s or 0.0) / times)
     slower = max(0.0, size.compute_s - one.compute_s / times - waits_input)
     return {
         "communication": size.exposed_s,
         "waiting": size.wait_s,
         "input": waits_input,
-        "cores shared" if shared else "fixed cost": slower,
+        "computing together" if fixed_share else "cores shared" if shared else "fixed cost": slower,
     }
 
 
-def verdict(found: Sequence[Size], *, shared: bool) -> dict[str, Json]:
-    """What limits scaling at the largest number of processes, as a word (None: nothing) and as sentences."""
+def verdict(found: Sequence[Timed], *, shared: bool, fixed_share: bool = False) -> dict[str, Json]:
+    """What limits scaling at the largest number of processes, as a word (None: nothing) and as sentences.
+    `fixed_share`: the one process computed what each of them does, and not the whole batch."""
     one, last = found[0], found[-1]
     if last.processes == 1:
         return {"limited_by": None, "said": "One process has nobody to wait for: there is nothing to compare."}
-    lost = losses(one, last, shared=shared)
+    lost = losses(one, last, shared=shared, fixed_share=fixed_share)
     reached = f"{last.processes} processes are {last.speedup.median:.2f} times as fast as one"
+    reached += " of them alone" if fixed_share else ""
     reached += " with all cores" if shared else f", {last.efficiency:.0%} of what they could be without loss"
     if last.efficiency >= GOOD:
         return {"limited_by": None, "said": f"Nothing limits scaling yet: {reached}.", "lost_s": lost}
@@ -178,6 +190,8 @@ def verdict(found: Sequence[Size], *, shared: bool) -> dict[str, Json]:
     if not lost[name]:
         return {"limited_by": None, "said": f"{reached}; what is lost shows in no part.", "lost_s": lost}
     what, helps = LIMITS[name]
+    if name == "communication" and last.norms and last.exposed_s > 2 * last.communication_s:
+        helps = f"most of it isn't the gradients: {last.norms} batch norms ask the others; a larger batch asks as often"
     share = lost[name] / last.step_s
     said = f"{reached}. What limits is {what}: {share:.0%} of a step. {_first_upper(helps)}."
     return {"limited_by": name, "said": said, "lost_s": lost}

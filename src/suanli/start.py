@@ -18,7 +18,8 @@ from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, Suan
 from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big, step_seconds
 from suanli.loop import Loop
 from suanli.plans import Store
-from suanli.plugins import names
+from suanli.plugins import load, names
+from suanli.scaling_trained import Aside, measured
 from suanli.types import Device, Json, Plan, Recipe, Trial
 
 CHECKPOINTING = "activation_checkpointing"
@@ -49,10 +50,11 @@ class Start:
     key: str = ""
     ceilings: probe.Ceilings | None = None  # as measured before; None: they weren't
     least_step_s: float | None = None  # that a step would take at the device's measured ceiling
+    aside: Aside | None = None  # what one of several processes does alone; None: it wasn't measured
 
-    def ready(self) -> None:
-        """A collective. Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't
-        fit."""
+    def ready(self, *, compare: bool = False) -> None:
+        """A collective. `compare`: several processes also measure what one of them does alone. Raises UsageError for a
+        recipe that can't be trained and OutOfMemory for one that doesn't fit."""
         planning.check_threads(self.threads)
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
@@ -72,6 +74,7 @@ class Start:
         with enough_memory(self.device):
             plain = assembly.trial(planning.plain(self.device, self.threads))
         self._put_back(plain, self.saved)
+        steps = round(plain.work_left)
         failed: OutOfMemory | None = None
         try:
             memory = refuse_too_big(plain, self.device)
@@ -83,10 +86,12 @@ class Start:
             if not self.group.alone:
                 self.plan = _plan_from(self.group.of_first(asdict(self.plan)), self.device)
         else:
-            steps = round(plain.work_left)
             del plain  # the planner wants the room
             self.plan = self._planned(assembly, steps)
         self.first_plan = self.plan
+        if compare and self._comparable:
+            self.aside = measured(lambda: assembly.trial(self.plan), self.group, steps)
+            planner.free(self.device)
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)
@@ -150,6 +155,13 @@ class Start:
             except (OutOfMemory, MachineError):
                 continue
         raise error
+
+    @property
+    def _comparable(self) -> bool:
+        """Not where machines are known to differ, so that one can't speak for all, nor where a copy would be compiled
+        for its own sake."""
+        compiles = any(load("speedups", name).slow_start for name in self.plan.speedups)
+        return not self.group.alone and not self.balance and not compiles
 
     def _share_by_speed(self, memory_bytes: int) -> None:
         """A collective: all compute at once, as they will in training, without waiting for each other."""

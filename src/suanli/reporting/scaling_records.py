@@ -1,4 +1,5 @@
-"""What scaling.json holds, as the report reads it. Like `records.py`: every field may be absent."""
+"""What scaling.json holds, and `scaling` in summary.json, as the report reads it. Like `records.py`: every field may
+be absent."""
 
 from __future__ import annotations
 
@@ -73,6 +74,7 @@ class Scaling(Record):
     batch_size: int | None = None
     rounds: int | None = None
     shared: bool = False  # all processes share the cores of one CPU
+    as_trained: bool = False  # one process alone, and the training that this is about
     sizes: tuple[Size, ...] = ()
     verdict: Verdict = Verdict()
     expected: Expectations | None = None

@@ -5,17 +5,15 @@ Like `views.py`: functions take records and give plain values; `templates/scalin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from suanli.measure import STEADY
 from suanli.reporting import words
-from suanli.reporting.charts import Chart, Point, Series, chart
-from suanli.reporting.scaling_records import Expectations, Expected, Scaling, Size
+from suanli.reporting.charts import Chart
+from suanli.reporting.scaling_charts import drawn
+from suanli.reporting.scaling_records import Checked, Expectations, Expected, Scaling, Size
 from suanli.types import Json
-
-KINDS = ("fixed batch", "fixed share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +40,12 @@ def read(value: Mapping[str, Json]) -> Scaling:
 def section(scaling: Scaling) -> Section:
     expected = scaling.expected
     tables = [_measured(scaling), _steps(scaling.sizes)]
-    charts = [_here(scaling)]
     if expected is not None:
         tables.append(_expected(expected))
-        charts += [_rates(scaling, expected), _efficiencies(scaling, expected)]
     return Section(
         title=_title(scaling),
         sentences=sentences(scaling),
-        charts=[one for one in charts if one is not None],
+        charts=drawn(scaling),
         tables=[one for one in tables if one.rows],
         notes=_notes(scaling),
     )
@@ -113,16 +109,21 @@ def _last(curve: Sequence[Expected]) -> Expected | None:
     return curve[-1] if curve else None
 
 
+STEP = (
+    "Of a step, computing is the mean process without communication, waiting is for the slowest one, and exposed is "
+    "the communication that the backward pass doesn't hide. Hidden is the time of the gradients' all-reduce by itself "
+    "less what is exposed."
+)
+TRAINED = (
+    "One process was measured before the training: the first, with the share of a batch and the threads that it has in "
+    "the group, while the others did nothing. The row of all is the training itself, in the mean of its steps; its "
+    "computing and waiting were measured with all at once, each by itself. Efficiency is the speed-up over the number "
+    "of processes. suanli bench DATA --scaling measures by turns and with a spread, and says what more would reach."
+)
+
+
 def _notes(scaling: Scaling) -> list[str]:
-    said = [
-        "Groups of processes took turns"
-        + (f" in {words.count(scaling.rounds, 'round')}" if scaling.rounds else "")
-        + ", and the baseline of each figure is one process with all threads in the same round; ± is half the "
-        "interquartile range.",
-        "Of a step, computing is the mean process without communication, waiting is for the slowest one, and exposed "
-        "is the communication that the backward pass doesn't hide. Hidden is the time of the gradients' all-reduce by "
-        "itself less what is exposed.",
-    ]
+    said = [_how(scaling), STEP]
     if scaling.shared:
         said.append(
             "All processes share the cores of one CPU, so an efficiency of 100 % is the rate of one process with all "
@@ -135,6 +136,17 @@ def _notes(scaling: Scaling) -> list[str]:
             "each step; that is part of what is exposed, and not of the gradients' all-reduce."
         )
     return said + (_assumed(scaling, scaling.expected) if scaling.expected else [])
+
+
+def _how(scaling: Scaling) -> str:
+    if scaling.as_trained:
+        return TRAINED
+    return (
+        "Groups of processes took turns"
+        + (f" in {words.count(scaling.rounds, 'round')}" if scaling.rounds else "")
+        + ", and the baseline of each figure is one process with all threads in the same round; ± is half the "
+        "interquartile range."
+    )
 
 
 def _assumed(scaling: Scaling, expected: Expectations) -> list[str]:
@@ -171,23 +183,30 @@ def _link(latency_s: float | None, link: object) -> str:
 
 
 def _measured(scaling: Scaling) -> Table:
-    checked = {one.processes: one for one in (scaling.expected.checked if scaling.expected else ())}
-    rows = []
-    for size in scaling.sizes:
-        check = checked.get(size.processes)
-        rows.append(
-            [
-                words.number(size.processes),
-                words.number(size.threads),
-                words.spread(_three(size.images_per_s.median), _two(size.images_per_s.half_iqr)),
-                words.ratio(size.speedup.median),
-                words.percent(size.efficiency),
-                words.number(_three(check.images_per_s)) if check else words.UNKNOWN,
-                _signed(check.difference) if check else words.UNKNOWN,
-            ]
-        )
-    columns = ["processes", "threads", "images/s", "speed-up", "efficiency", "expected", "difference"]
-    return Table(title="Measured, and what the model expects there", columns=columns, rows=rows)
+    columns: dict[str, Callable[[Size], str]] = {
+        "processes": lambda one: words.number(one.processes),
+        "threads": lambda one: words.number(one.threads),
+        "images/s": lambda one: words.spread(
+            # A training has one value, and a single value no spread.
+            _three(one.images_per_s.median),
+            None if scaling.as_trained else _two(one.images_per_s.half_iqr),
+        ),
+        "speed-up": lambda one: words.ratio(one.speedup.median),
+        "efficiency": lambda one: words.percent(one.efficiency),
+    }
+    title = "Measured: one process alone, and this training" if scaling.as_trained else "Measured"
+    if scaling.expected is not None:
+        title += ", and what the model expects there"
+        checked = {one.processes: one for one in scaling.expected.checked}
+        columns |= {
+            "expected": lambda one: words.number(_three(checked.get(one.processes, Checked()).images_per_s)),
+            "difference": lambda one: _signed(checked.get(one.processes, Checked()).difference),
+        }
+    return _table(title, columns, scaling.sizes)
+
+
+def _table(title: str, columns: Mapping[str, Callable[[Size], str]], found: Sequence[Size]) -> Table:
+    return Table(title=title, columns=list(columns), rows=[[show(one) for show in columns.values()] for one in found])
 
 
 def _steps(found: Sequence[Size]) -> Table:
@@ -200,12 +219,7 @@ def _steps(found: Sequence[Size]) -> Table:
         "hidden": lambda one: _ms(one.hidden_s),
         "all-reduce": lambda one: _ms(one.communication_s),
     }
-    rows = [[show(one) for show in columns.values()] for one in found]
-    return Table(
-        title="Measured: a step in ms, and how much of its communication is exposed and hidden",
-        columns=list(columns),
-        rows=rows,
-    )
+    return _table("Measured: a step in ms, and how much of its communication is exposed and hidden", columns, found)
 
 
 def _expected(expected: Expectations) -> Table:
@@ -251,82 +265,3 @@ def _signed(value: float | None) -> str:
     if not words.known(value):
         return words.UNKNOWN
     return f"{round(100 * value, 1) + 0.0:+.1f}{words.SPACE}%".replace("-", "−")
-
-
-# --- charts ---
-
-
-def _here(scaling: Scaling) -> Chart | None:
-    measured = [(_x(size.processes), _y(size.images_per_s.median)) for size in scaling.sizes]
-    expected = (
-        [(_x(one.processes), _y(one.images_per_s)) for one in scaling.expected.checked] if scaling.expected else []
-    )
-    return chart(
-        "Measured here, and expected there",
-        [
-            Series(label="expected", colour="second", points=expected, radii=[4.5] * len(expected), line=False),
-            Series(label="measured", colour="first", points=measured, dots=True),
-        ],
-        x_label="processes",
-        y_range=(0.0, None),
-        y_label="images per second",
-        log="x",
-    )
-
-
-def _rates(scaling: Scaling, expected: Expectations) -> Chart | None:
-    first = expected.strong[0] if expected.strong else Expected()
-    curves = [*expected.strong, *expected.weak]
-    ends = [_x(one.processes) for one in curves]
-    rate = _y(first.images_per_s)
-    ideal = [(n, rate * n) for n in (1.0, max(ends, default=1.0))]
-    return chart(
-        "Images per second",
-        [
-            Series(label="without loss", colour="rule-line", points=ideal),
-            *_curves(expected, lambda one: one.images_per_s),
-            _dots(_alike(scaling, expected), lambda one: one.images_per_s.median),
-        ],
-        x_label="processes",
-        show=words.si,
-        log="xy",
-    )
-
-
-def _efficiencies(scaling: Scaling, expected: Expectations) -> Chart | None:
-    # On one CPU the measured efficiency is against all of its cores, and the expected one against cores of its own.
-    measured = [] if scaling.shared else _alike(scaling, expected)
-    return chart(
-        "Efficiency",
-        [*_curves(expected, lambda one: one.efficiency), _dots(measured, lambda one: one.efficiency)],
-        x_label="processes",
-        y_range=(0.0, 1.0),
-        show=lambda value: words.percent(value, 0),
-        log="x",
-    )
-
-
-def _curves(expected: Expectations, value: Callable[[Expected], float | None]) -> list[Series]:
-    def line(label: str, colour: str, curve: Sequence[Expected]) -> Series:
-        points: list[Point] = [(_x(one.processes), _y(value(one))) for one in curve]
-        return Series(label=label, colour=colour, points=points)
-
-    return [line(KINDS[0], "first", expected.strong), line(KINDS[1], "second", expected.weak)]
-
-
-def _dots(found: Sequence[Size], value: Callable[[Size], float | None]) -> Series:
-    points = [(_x(one.processes), _y(value(one))) for one in found]
-    return Series(label="measured", colour="third", points=points, radii=[3.5] * len(points), line=False)
-
-
-def _alike(scaling: Scaling, expected: Expectations) -> list[Size]:
-    """Those measured whose processes have what those expected have."""
-    return [size for size in scaling.sizes if not scaling.shared or size.threads == expected.threads]
-
-
-def _x(value: int | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _y(value: float | None) -> float:
-    return math.nan if value is None else value
