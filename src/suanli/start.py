@@ -58,14 +58,14 @@ class Start:
         planning.check_threads(self.threads)
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
-        memory = self._ready_sharded() if self.shard else self._ready_whole()
+        memory = self._ready_sharded() if self.shard else self._ready_whole(compare)
         self.ceilings = probe.known(self.device, self.cache)
         if self.ceilings is not None and not self.shard:
             self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
         self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
 
-    def _ready_whole(self) -> int:
+    def _ready_whole(self, compare: bool) -> int:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
         that this takes, in bytes."""
         with enough_memory(self.device):
