@@ -47,14 +47,24 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     """The memory that the process will hold, in bytes. Raises OutOfMemory, with the batch size that
     would fit, before anything is exhausted: on most systems exhaustion ends the process without a
     word. Raises UsageError for a network that can't learn from such batches."""
+    needed, refusal = memory_needed(loop, device)
+    if refusal is not None:
+        raise refusal
+    return needed
+
+
+def memory_needed(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
+    """As `refuse_too_big`, with the error where that raises it. A collective for a network that is shared out."""
     held = hardware.peak_memory_bytes(device) or 0
     batch = -(-loop.batch_size // loop.recipe.accumulate)
     # What is shared out is there already, and its averages; of a whole network a copy is measured.
     copies = STATE_COPIES - 1 if loop.compute.sharded else STATE_COPIES + (loop.ema is not None)
     states = sharding.held_bytes(loop.model) * copies + sharding.gathered_bytes(loop.model)
     available = hardware.available_memory_bytes(device, loop.group.local_size)
-    if loop.compute.sharded and available is not None and states > available:
-        raise out_of_memory(loop, states, available, 0)  # before any other process waits for this one
+    if loop.compute.sharded:  # measuring is a collective, so nobody may fail in it
+        short = available is not None and states > available
+        if any(loop.group.each(short)):
+            return held + states, out_of_memory(loop, states, available if short else None, 0)
     with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
         per_example, once = _activation_bytes(loop, batch)
         if (first := loop.scale(0)) != 1:
@@ -62,11 +72,12 @@ def refuse_too_big(loop: Loop, device: Device) -> int:
     fixed = once + states
     needed = fixed + int(BACKWARD * per_example * batch) + WORKSPACE_BYTES
     available = hardware.available_memory_bytes(device, loop.group.local_size)
-    if available is not None and needed > available:
-        # What is advised must do: with everything that comes and goes between two measurements.
-        room = available - fixed - WORKSPACE_BYTES
-        raise out_of_memory(loop, needed, available, max(0, int(room / (BACKWARD * max(per_example, 1)))))
-    return held + needed
+    if available is None or needed <= available:
+        return held + needed, None
+    # What is advised must do: with everything that comes and goes between two measurements.
+    room = available - fixed - WORKSPACE_BYTES
+    fits = max(0, int(room / (BACKWARD * max(per_example, 1))))
+    return held + needed, out_of_memory(loop, needed, available, fits)
 
 
 @contextmanager

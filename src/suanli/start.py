@@ -15,7 +15,7 @@ from suanli.assembly import Assembly
 from suanli.cache import Prepared
 from suanli.distributed import ALONE, Group
 from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
-from suanli.forecast import Forecast, enough_memory, forecast, refuse_too_big, step_seconds
+from suanli.forecast import Forecast, enough_memory, forecast, memory_needed, refuse_too_big, step_seconds
 from suanli.loop import Loop
 from suanli.plans import Store
 from suanli.plugins import load, names
@@ -58,12 +58,12 @@ class Start:
         planning.check_threads(self.threads)
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
-        memory = self._ready_sharded() if self.shard else self._ready_whole(compare)
+        needed = self._ready_sharded() if self.shard else self._ready_whole(compare)
         self.ceilings = probe.known(self.device, self.cache)
         if self.ceilings is not None and not self.shard:
             self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
-        self.forecast = forecast(self.loop, memory, timed[-1] if timed else None)
+        self.forecast = forecast(self.loop, needed, timed[-1] if timed else None)
 
     def _ready_whole(self, compare: bool) -> int:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
@@ -113,16 +113,12 @@ class Start:
             self.key = assembly.key
             del assembly  # its memory is needed
             self._put_back(self.loop, self.saved)
-            failed: OutOfMemory | None = None
-            try:
-                memory = refuse_too_big(self.loop, self.device)
-            except OutOfMemory as error:
-                failed = error
-            if not any(self.group.each(failed is not None)):
-                return memory
+            needed, refusal = memory_needed(self.loop, self.device)
+            if not any(self.group.each(refusal is not None)):
+                return needed
             self.loop = None  # type: ignore[assignment]
             planner.free(self.device)
-        raise failed or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
+        raise refusal or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
 
     def _assembly(self, *, fresh: bool) -> Assembly:
         return Assembly(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group, shard=self.shard)
