@@ -364,6 +364,14 @@ def test_a_speedup_that_is_left_is_offered_with_those_in_use() -> None:
     assert "--model" in diagnose(shares, replace(dropped, share_of_ceiling=0.8)).remedy
 
 
+def test_of_several_processes_other_programs_are_not_blamed() -> None:
+    found = diagnose(made(forward=0.3, idle=0.7), replace(CPU, processes=2))
+    assert found.limited_by == "idle"
+    assert "for other processes" in found.verdict
+    assert "--batch-size 128" in found.remedy
+    assert "ther programs" not in found.remedy
+
+
 def test_waiting_for_cores_tells_one_program_from_the_others() -> None:
     shares = replace(made(idle=0.5, forward=0.2, backward=0.3), cores_used=1.0)
     two = diagnose(shares, replace(CPU, threads=2))

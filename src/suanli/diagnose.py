@@ -57,6 +57,7 @@ class Facts:
     device_type: str  # "cpu", "cuda"
     batch_size: int  # of one optimizer step
     cores: int  # that this process may use
+    processes: int = 1  # that train together
     threads: int | None = None  # of an operation on the CPU
     speedups: tuple[str, ...] = ()  # in use
     dropped: Mapping[str, str] = field(default_factory=dict)  # name to reason
@@ -140,6 +141,8 @@ def _verdict(limit: str, share: float, shares: Shares, facts: Facts) -> str:
             return f"limited by waiting: {_percent(share)} of the step the device waits for a host that waits itself"
         case "idle":
             got = _got(shares, facts)
+            if facts.processes > 1:
+                return f"limited by waiting: {_percent(share)} of the step is for other processes, or for a core{got}"
             return f"limited by waiting: {_percent(share)} of the step the computation waits for a core{got}"
     what = "the recorded forward and backward pass" if shares.shares.get("graph") else "the forward and backward pass"
     near = "" if facts.share_of_ceiling is None else f", at {_percent(facts.share_of_ceiling)} of the measured ceiling"
@@ -184,6 +187,10 @@ def _own_remedy(limit: str, shares: Shares, facts: Facts) -> str:
             return f"{larger} needs fewer updates for the same examples."
         case "communication":
             return f"{larger} talks less often for the same examples."
+        case "idle" if facts.processes > 1:
+            return (
+                f"{larger} makes the processes wait for each other less often, and each needs a core for each thread."
+            )
         case "host":
             return f"{larger} gives the host fewer operations to issue for the same examples."
         case "idle":

@@ -245,6 +245,7 @@ class Training:
             device_type=self.device.type,
             batch_size=self.loop.batch_size,
             cores=max(1, hardware.cores() // self.group.local_size),
+            processes=self.group.size,
             threads=plan.threads or torch.get_num_threads(),
             speedups=plan.speedups,
             dropped={n: r for n, r in plan.dropped.items() if n in possible},
