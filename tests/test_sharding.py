@@ -109,9 +109,9 @@ def block():
     return Block(nn.LayerNorm(1024), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024))
 def net(classes, in_channels, image_size):
     ends = nn.Linear(64 * in_channels, 1024), nn.Linear(1024, classes)
-    return nn.Sequential(nn.Flatten(), ends[0], nn.Sequential(*(block() for _ in range(24))), ends[1])
+    return nn.Sequential(nn.Flatten(), ends[0], nn.Sequential(*(block() for _ in range(16))), ends[1])
 """
-WEIGHTS_BYTES = 24 * 2 * 1024 * 1025 * 4
+WEIGHTS_BYTES = 16 * 2 * 1024 * 1025 * 4
 
 
 @pytest.mark.slow
@@ -121,13 +121,13 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     Path("large.py").write_text(LARGE)
-    limit = LIMITED.format(room=int(3.8 * WEIGHTS_BYTES))  # weights, gradients and two moments are four times as much
-    options = ["train", "digits", "--model=large:net", "--set=optimizer=adamw", "--lr=1e-4", "--epochs=0.1"]
+    limit = LIMITED.format(room=int(3.9 * WEIGHTS_BYTES))  # weights, gradients and two moments are four times as much
+    options = ["train", "digits", "--model=large:net", "--set=optimizer=adamw", "--lr=1e-4", "--epochs=0.05"]
     options += ["--batch-size=32", "--device=cpu", "--speedups=none"]
-    whole = together(2, ["-c", limit, *options, "--out=whole"], timeout_s=90)
+    whole = together(2, ["-c", limit, *options, "--out=whole"], timeout_s=150)
     assert [p.returncode for p in whole] == [4, 4], whole[0].stderr
     assert not Path("whole").exists()
-    shared = together(2, ["-c", limit, *options, "--out=shared", "--shard"], timeout_s=90)
+    shared = together(2, ["-c", limit, *options, "--out=shared", "--shard"], timeout_s=150)
     assert [p.returncode for p in shared] == [0, 0], shared[0].stderr + shared[1].stderr
     module = load_model(Path("shared/model"), trust_code=True).module
     assert sum(p.numel() for p in module.parameters()) > WEIGHTS_BYTES / 4
