@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from suanli import hardware, verdict
 from suanli.console import duration, plural, say
-from suanli.errors import Interrupted, MachineError, SuanliError, UsageError, first_line
+from suanli.errors import Interrupted, LostProcess, MachineError, SuanliError, UsageError, first_line
 from suanli.gpus import gpus
 from suanli.rendezvous import LOST_S, Members, Rendezvous, address_toward, addresses, connect, interface_of, serve
 from suanli.rundir import FINISHED, Run
@@ -84,17 +84,19 @@ def train_together(
     Raises what a process raised that no new start can mend; MachineError where they were started anew `restarts`
     times, or too few nodes came; Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved.
     """
+    from torch.distributed import DistError
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
-    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousConnectionError
     from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
     from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
     handlers = {s: signal.getsignal(s) for s in HANDLED} if _in_main_thread() else {}
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, hardware.cores() // count)))
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it is told below, in fewer words
+    for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
+        logging.getLogger(logger).setLevel(logging.CRITICAL)  # it is told below, in fewer words
     nodes = meeting or Rendezvous(host="127.0.0.1", port=0, least=1, most=1, here=True)
     store = serve(_served(nodes.host), nodes.port) if nodes.here else connect(nodes.host, nodes.port)
     address = address_toward(nodes.host) or ("localhost" if _within(nodes.host) else socket.getfqdn())
@@ -146,6 +148,11 @@ def train_together(
             problem = _interrupted(run, int(error.sigval))
         except RendezvousClosedError:  # the others have ended: all is done, or they say why
             problem = None if run.summary.get("status") in FINISHED else _unmet(nodes, "the others have ended")
+        except (RendezvousConnectionError, DistError) as error:
+            problem = LostProcess(
+                f"The rendezvous at {nodes.host}:{nodes.port} is lost: {first_line(error, 200)}.",
+                fix="Start this node again: it joins the others.",
+            )
         except RendezvousError as error:
             problem = _unmet(nodes, first_line(error, 200) or type(error).__name__)
         finally:

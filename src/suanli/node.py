@@ -19,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from suanli import hardware, launch, preflight
-from suanli.errors import MachineError, SuanliError
-from suanli.rendezvous import EXIT_CODE, LOST_S, Rendezvous
+from suanli.errors import LostProcess, MachineError, SuanliError
+from suanli.rendezvous import LOST_S, Rendezvous
 from suanli.rundir import Run
 from suanli.types import Json
 
@@ -46,6 +46,9 @@ def main() -> int:
         answer({"ready": True})
         threading.Thread(target=_follow, args=(told_by,), name="suanli-line", daemon=True).start()
         _train(wanted)
+    except LostProcess as error:  # a new start mends it
+        print(f"suanli: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except SuanliError as error:
         answer({"error": {"kind": type(error).__name__, "message": error.message, "fix": error.fix}})
         return error.exit_code
@@ -106,10 +109,10 @@ def _follow(source: int) -> None:
                 number = int(came.partition(b"stop ")[2].partition(b"\n")[0] or signal.SIGTERM)
                 os.kill(os.getpid(), number)
                 time.sleep(ENDING_S)
-                os._exit(EXIT_CODE)  # its processes see that it is gone
+                os._exit(LostProcess.exit_code)  # its processes see that it is gone
         elif time.monotonic() - last > LOST_S:
             print("suanli: this host is cut off from the one that started it: it ends.", file=sys.stderr, flush=True)
-            os._exit(EXIT_CODE)
+            os._exit(LostProcess.exit_code)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ class _Overseer:
                 self._tell()
                 for part in self.parts:
                     self._look(part, now)
-                if any(part.process is not None for part in self.parts):
+                if any(part.process is not None and (part.ready or not part.took_part) for part in self.parts):
                     alone_since = now
                 elif now - alone_since > JOIN_S:
                     raise MachineError("No host can be reached any more.", fix=self._go_on())
@@ -303,12 +303,14 @@ class _Overseer:
             return
         known = [line for line in part.said if line.strip()]
         why = known[-1] if known else f"exit code {code}"
-        if part.error is not None:
+        others = sum(p is not part and p.process is not None for p in self.parts)
+        if part.error is not None and part.took_part and not part.ready and others >= self.least:
+            self._lost(part, str(part.error["message"]))  # it came back as another one than it was
+        elif part.error is not None:
             self.problem = verdict.error(part.error)
         elif part.took_part:
-            self._lost(part, why if code == UNREACHED else f"its processes ended with exit code {code}")
+            self._lost(part, "the connection broke" if code == UNREACHED else f"it ended with exit code {code}")
         elif code == UNREACHED:
-            others = sum(p is not part and p.process is not None for p in self.parts)
             if others >= self.least:
                 self._lost(part, why)
             else:

@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from suanli import verdict
 from suanli.console import duration, warn
-from suanli.errors import MachineError, StorageError, UsageError, first_line
+from suanli.errors import LostProcess, MachineError, StorageError, UsageError, first_line
 from suanli.storage import atomic_file
 from suanli.types import Json
 
@@ -39,9 +39,8 @@ PORT = 29400  # as torchrun's
 BEAT_S = 1.0
 LOST_S = 25.0  # without a beat: longer than TCP needs to get over an interruption of ten seconds
 CONNECT_S = 60.0  # for the store to be there
-ANSWER_S = 20.0  # for the store to answer
+ANSWER_S = 60.0  # for the store to answer
 LEAVE_S = 10.0  # for the others, before the store goes
-EXIT_CODE = 75  # "try again later" in sysexits.h, as in `watchdog`
 LOST = (ValueError, RuntimeError, TimeoutError, dist.DistError)  # what a store raises that is gone
 INTERFACE_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 
@@ -324,4 +323,4 @@ def end_now(workers: Sequence[int], folder: Path) -> None:
 
     kill(workers)
     shutil.rmtree(folder, ignore_errors=True)
-    os._exit(EXIT_CODE)
+    os._exit(LostProcess.exit_code)
