@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 
 from groups import free_port
 from served import until
-from suanli import errors, launch, submission
+from suanli import errors, submission, verdict
 from suanli.cli import app, main
-from suanli.errors import MachineError, UsageError, pip_install
+from suanli.errors import Interrupted, MachineError, UsageError, pip_install
 from suanli.submission import Job, label
+from suanli.verdict import VERDICT
 
 CONTAINERFILE = Path(__file__).parents[1] / "containers" / "Containerfile"
 TORCHRUN_ARGUMENTS = 4  # before those for suanli train
@@ -229,8 +230,8 @@ def test_when_a_job_is_put_back(case: str, cluster: Path, tmp_path: Path, monkey
     word: Path | str = ""
     if error is not None:  # in the very form in which processes leave it
         word = tmp_path / "word"
-        monkeypatch.setenv(submission.VERDICT, str(word))
-        assert launch.tell(error)
+        monkeypatch.setenv(VERDICT, str(word))
+        assert verdict.tell(error) == (not isinstance(error, Interrupted))  # which a new start may follow
     script = submission.slurm(Job(name="x", arguments=(), folder=str(tmp_path)))
     done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word)
     assert requeued == ("requeue 7\n" if again else "")
@@ -243,10 +244,6 @@ def test_when_a_job_is_put_back(case: str, cluster: Path, tmp_path: Path, monkey
         done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word, restarts=3)
         assert (done.returncode, requeued) == (code, "")
     assert not list(tmp_path.glob(".suanli*"))
-
-
-def test_the_variable_is_the_one_that_processes_look_for() -> None:
-    assert submission.VERDICT == launch.VERDICT
 
 
 # --- the command line ---
@@ -297,6 +294,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown kind": (("--emit", "slum"), "'slurm'?"),
     "nowhere to go on": (("--emit", "slurm"), "--out"),
     "as many as there are": (("--emit", "slurm", "--out", "x", "--nproc", "auto"), "--nproc"),
+    "hosts of the user's": (("--emit", "slurm", "--out", "x", "--hosts", "a,b"), "--hosts"),
     "no process": (("--emit", "slurm", "--out", "x", "--nproc", "0"), "--nproc"),
     "one GPU for all": (("--emit", "slurm", "--out", "x", "--device", "cuda:1"), "--device cuda"),
     "a run inside a container": (("--emit", "kubernetes", "--image", "i", "--out", "x"), "volume"),

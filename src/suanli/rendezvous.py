@@ -59,7 +59,7 @@ class Rendezvous:
     def at(cls, endpoint: str, least: int | None, most: int | None) -> Rendezvous:
         """From HOST:PORT and the numbers of nodes that are given. Raises UsageError."""
         host, port = parsed(endpoint)
-        if most is None:
+        if most is None or most < 1:
             raise UsageError("--rendezvous needs --max-nodes.", fix="Give the number of nodes that train together.")
         return cls(host=host, port=port, least=checked(least, most), most=most, here=is_here(host))
 

@@ -76,6 +76,8 @@ def emit(
 def job(asked: Mapping[str, Json], *, kind: str, nodes: int, image: str | None) -> Job:
     """The job for a cluster of this kind. Raises UsageError."""
     data, out = str(asked["data"]), asked.get("out")
+    if started := [name for name in ("hosts", "rendezvous") if asked.get(name)]:
+        raise UsageError(f"--{started[0]} starts processes, and with --emit the cluster does.", fix="Give --nodes.")
     _refuse_lost(data, out, kind)
     count = _processes(asked.get("nproc"))
     threads = asked.get("threads")
