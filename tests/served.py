@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 import suanli
 
@@ -33,11 +34,15 @@ REPLY_S = 60.0
 
 
 def digits_run(factory: pytest.TempPathFactory, *, epochs: int = 3) -> Path:
-    """A run on handwritten digits (8x8, grey), trained once in a session whichever module asks first."""
-    place = factory.getbasetemp() / f"served-digits-{epochs}"
+    """A run on handwritten digits (8x8, grey), trained once in a session, whichever module and whichever of the
+    processes that run tests asks first; its data stays in `cache` beside it. Copy it to write into it."""
+    base = factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"digits-{epochs}"
     run = place / "digits"
-    if not (run / "model" / "model.json").exists():
-        suanli.train("digits", epochs=epochs, speedups="none", threads=1, out=run, cache_dir=place / "cache")
+    place.mkdir(exist_ok=True)
+    with FileLock(place / "lock"):
+        if not (run / "model" / "model.json").exists():
+            suanli.train("digits", epochs=epochs, speedups="none", threads=1, out=run, cache_dir=place / "cache")
     return run
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groups import MEMBER, answers, together
-from suanli import distributed
+from member import main
+from suanli import distributed, planning
 from suanli.distributed import Group
 from suanli.errors import UsageError
 
@@ -24,17 +25,31 @@ CASES = {
 }
 
 
-def members(count: int, settings: dict, **more: object) -> list[dict]:
-    wanted = {"data": "digits", "settings": settings, "steps": 50, **more}
-    return [member[0] for member in answers(together(count, [str(MEMBER), json.dumps([wanted])]))]
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> dict[tuple[str, int], list[dict]]:
+    """By case and number of processes, what each of them found. Starting processes takes most of the time, so each
+    group learns all of its cases."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patched, planning.threads(1):
+        folder = tmp_path_factory.mktemp("learned")
+        patched.chdir(folder)
+        patched.setenv("SUANLI_CACHE", str(folder / "cache"))
+        for count in (1, 2, 4):
+            cases = [case for case in CASES if count < 4 or "mixup" in CASES[case].get("augment", ())]
+            # As a faster and a slower machine would have them.
+            shares = {"shares": [0.7, 0.3]} if count == 2 else {}
+            wanted = [{"data": "digits", "settings": CASES[case], "steps": 50, **shares} for case in cases]
+            told = [main(wanted)] if count == 1 else answers(together(count, [str(MEMBER), json.dumps(wanted)]))
+            found |= {(case, count): [one[i] for one in told] for i, case in enumerate(cases)}
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_and_four_processes_learn_what_one_does(case):
-    (one,) = members(1, CASES[case])
-    for count in (2, 4) if "mixup" in str(CASES[case]) else (2,):  # starting processes takes most of the time
-        shares = {"shares": [0.7, 0.3]} if count == 2 else {}  # as a faster and a slower machine would have them
-        every = members(count, CASES[case], **shares)
+def test_two_and_four_processes_learn_what_one_does(learned, case):
+    (one,) = learned[case, 1]
+    for count in (2, 4):
+        if (every := learned.get((case, count))) is None:
+            continue
         assert len({m["weights"] for m in every}) == 1, "the processes have learned different weights"
         assert sum(m["mine"] for m in every) == one["whole"]
         # Learning amplifies what rounding does: a mistake would show at once, rounding only later.

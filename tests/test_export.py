@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import suanli
+from served import digits_run
 from suanli.cli import main
 from suanli.errors import MachineError, StorageError, pip_install
 from suanli.preprocess.image import ImagePreprocess
@@ -77,10 +79,7 @@ def read_apart(form: str, path: Path, rows: np.ndarray) -> tuple[np.ndarray, dic
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> suanli.Run:
-    place = tmp_path_factory.mktemp("trained")
-    return suanli.train(
-        "digits", epochs=2, speedups="none", threads=1, out=place / "digits-1", cache_dir=place / "cache"
-    )
+    return suanli.Run(shutil.copytree(digits_run(tmp_path_factory), tmp_path_factory.mktemp("trained") / "digits-1"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import suanli
+from served import digits_run
 from suanli import autotune, cli, engine_store, hardware
 from suanli.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
 from suanli.saved import load_model, save_model
@@ -25,10 +26,8 @@ QUICK = "onnxruntime,openvino,eager"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on handwritten digits, whose data stays cached."""
-    place = tmp_path_factory.mktemp("optimize")
-    run = suanli.train("digits", epochs=3, speedups="none", threads=1, out=place / "run", cache_dir=place / "cache")
-    return run.path
+    """A run on handwritten digits, whose data stays cached. Nothing is written into it."""
+    return digits_run(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +37,7 @@ def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     shutil.copytree(trained, run)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(autotune, "TURN_S", 0.05)
+        patched.setattr(autotune, "ROUNDS", 2)
         return run, suanli.optimize(run, engines=QUICK, time_budget="2m")
 
 

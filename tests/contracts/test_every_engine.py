@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import suanli
+from served import digits_run
 from suanli import hardware, plugins
 from suanli.autotune import DRIFT, STEADY
 from suanli.hosts import Host, describe
@@ -40,20 +42,13 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained model, its graph, training rows and rows to answer."""
-    place = tmp_path_factory.mktemp("engines")
-    run = suanli.train(
-        "digits",
-        epochs=2,
-        speedups="none",
-        threads=1,
-        out=place / "run",
-        cache_dir=place / "cache",
-    )
-    prepared = suanli.prepare("digits", settings={}, cache_dir=place / "cache")
+    place, trained = tmp_path_factory.mktemp("engines"), digits_run(tmp_path_factory)
+    run = shutil.copytree(trained, place / "run")
+    prepared = suanli.prepare("digits", settings={}, cache_dir=trained.parent / "cache")
     training, validation = prepared.splits["train"], prepared.splits["val"]
     np.save(place / "calibration.npy", training.inputs[training.index[:100]])
     np.save(place / "rows.npy", validation.inputs[validation.index[:40]])
-    write_onnx(load_model(run.model_path), place / "model.onnx")
+    write_onnx(load_model(run / "model"), place / "model.onnx")
     return place
 
 
