@@ -271,8 +271,9 @@ def _meet(where: _Where, recipe: Recipe, prepared: Prepared, folder: Path) -> di
     """A collective: the processes that train together look at each other. None: there is one."""
     if where.group.alone:
         return None
-    about = {"recipe": recipe.digest, "data": prepared.digest, "shard": where.shard}
-    return preflight.check(where.group, where.device, folder=folder, **about)
+    return preflight.check(
+        where.group, where.device, folder=folder, recipe=recipe.digest, data=prepared.digest, shard=where.shard
+    )
 
 
 def _remembered(data: AnyPath) -> bool:
