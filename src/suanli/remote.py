@@ -281,7 +281,7 @@ class _Overseer:
         for part in self.parts:
             part.write(".")
         with suppress(*LOST):
-            self.first = first_host(self.store) or self.first
+            self.first = first_host(self.store, [p.host for p in self.parts if p.process and p.ready]) or self.first
 
     def _tell(self) -> None:
         """What hosts said. The one with the first process speaks for all, others by name."""

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,12 +194,13 @@ def word(store: TCPStore) -> dict[str, Json] | None:
     return json.loads(store.get("verdict")) if store.check(["verdict"]) else None
 
 
-def first_host(store: TCPStore) -> str | None:
-    """The name of the node with the first process."""
+def first_host(store: TCPStore, present: Collection[str]) -> str | None:
+    """The name of the node, of those that are present, with the first process."""
     if not store.check(["members"]):
         return None
     beats = [_beat(store, name) for name in _members(store)]
-    return next((beat["name"] for beat in beats if beat and beat["rank"] == 0 and not beat["left"]), None)
+    first = [beat["name"] for beat in beats if beat and beat["rank"] == 0 and not beat["left"]]
+    return next((name for name in first if name in present), None)
 
 
 def _members(store: TCPStore) -> list[str]:
