@@ -14,13 +14,17 @@ from pathlib import Path
 
 import pytest
 
+import suanli
 from groups import together
 from suanli import preflight
-from suanli.errors import MachineError
+from suanli.cli import main
+from suanli.errors import MachineError, UsageError
 from suanli.rundir import Run
 
 SMALL = '--set=model_args={"widths": [8, 8, 8]}'
 SETTINGS = ["--epochs=6", "--batch-size=64", "--speedups=none", "--device=cpu", "--seed=3", SMALL]
+IN_PROCESS = {"epochs": 6, "batch_size": 64, "speedups": "none", "device": "cpu", "seed": 3, "threads": 1}
+IN_PROCESS |= {"settings": {"model_args": {"widths": [8, 8, 8]}}}  # the same, as arguments
 
 
 def started(*arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -93,13 +97,11 @@ def test_two_processes_leave_one_run():
     assert run.summary["status"] == "finished"
     steps = [m["step"] for m in run.metrics if "loss" in m]
     assert steps == sorted(set(steps)), "more than one process has written"
-    alone = train("digits", "--out=one", *SETTINGS)
-    assert alone.returncode == 0, alone.stderr
+    suanli.train("digits", out="one", **IN_PROCESS)
     one, two = ([m["loss"] for m in Run.open(name).metrics if "loss" in m] for name in ("one", "two"))
     assert two[0] == pytest.approx(one[0], rel=1e-4)  # learning amplifies rounding: later losses are no equals
-    again = train("two", "--nproc=2", "--device=cpu")
-    assert again.returncode == 2
-    assert "is finished" in again.stderr
+    with pytest.raises(UsageError, match="is finished"):
+        suanli.train("two", nproc=2, device="cpu")
 
 
 @pytest.mark.slow
@@ -119,8 +121,8 @@ def test_what_is_killed_goes_on_to_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
-def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path):
-    process = started("digits", "--nproc=2", "--out=run", *SETTINGS, "--epochs=200", "--checkpoint-every-s=0.2")
+def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path, capsys):
+    process = started("digits", "--nproc=2", "--out=run", *SETTINGS, "--epochs=30", "--checkpoint-every-s=0.2")
     until(lambda: steps_saved(tmp_path / "run"))
     process.terminate()
     done = finished(process)
@@ -129,11 +131,9 @@ def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path):
     assert until(lambda: not members(process.pid))
     assert Run.open("run").summary["status"] == "interrupted"
     saved = steps_saved(tmp_path / "run")[-1]
-    process = started("run", "--device=cpu")
-    until(lambda: steps_saved(tmp_path / "run")[-1] > saved or process.poll() is not None)
-    process.send_signal(signal.SIGINT)
-    done = finished(process)
-    assert f"going on from step {saved}" in done.stderr
+    gone_on = suanli.train("run", device="cpu", threads=1)
+    assert gone_on.summary["status"] == "finished"
+    assert f"going on from step {saved}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -162,10 +162,11 @@ def test_a_process_that_hangs_is_named_and_replaced(tmp_path):
         (["--nproc=2", "--batch-size=1"], "can't be shared by 2"),
     ],
 )
-def test_numbers_that_make_no_sense(arguments, said):
-    done = train("digits", *arguments, "--device=cpu")
-    assert done.returncode == 2
-    assert said in done.stderr
+def test_numbers_that_make_no_sense(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "digits", *arguments, "--device=cpu"])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
