@@ -279,12 +279,18 @@ def test_a_host_with_other_code(hosts: Hosts, tmp_path: Path) -> None:
     assert re.search(r"[ab] differs in suanli's code: \w+, where this machine has \w+", training.said), training.said
 
 
+def instead_of_ssh(path: Path, hosts: Hosts, command: str) -> None:
+    """A script that runs `command` on the host in place of what it is given, and else is the ssh of these hosts."""
+    ask = f'[ "$1" = -G ] && exec {hosts.ssh} "$@"'
+    path.write_text(f'#!/bin/bash\n{ask}\nexec {hosts.ssh} "${{@:1:$#-1}}" {command}\n')
+    path.chmod(0o755)
+
+
 @namespaces.needed
 @pytest.mark.long
 def test_a_host_without_suanli(hosts: Hosts, tmp_path: Path) -> None:
     ssh = tmp_path / "ssh"
-    ssh.write_text(f'#!/bin/bash\nexec {hosts.ssh} "${{@:1:$#-1}}" "exec /nowhere/python"\n')
-    ssh.chmod(0o755)
+    instead_of_ssh(ssh, hosts, '"exec /nowhere/python"')
     training = done(hosts, *HOSTS, SUANLI_SSH=str(ssh))
     assert training.process.returncode == 4, training.said
     assert re.search(r"suanli can't be started on [ab] \(exit code 12[67]\): .*/nowhere/python", training.said)
@@ -314,8 +320,7 @@ def test_a_run_that_is_not_shared(hosts: Hosts, tmp_path: Path) -> None:
     """The hosts work where the command does, but see an empty folder there."""
     ssh, empty = tmp_path / "ssh", tmp_path / "run"
     hide = f"exec unshare --mount sh -c 'mount -t tmpfs none {empty} && "
-    ssh.write_text(f'#!/bin/bash\nlast="${{@: -1}}"\nexec {hosts.ssh} "${{@:1:$#-1}}" "{hide}$last\'"\n')
-    ssh.chmod(0o755)
+    instead_of_ssh(ssh, hosts, f'"{hide}${{@: -1}}\'"')
     training = done(hosts, *HOSTS, SUANLI_SSH=str(ssh))
     assert training.process.returncode == 4, training.said
     assert re.search(r"[ab] doesn't see the run directory run of this machine", training.said), training.said
