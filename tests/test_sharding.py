@@ -246,7 +246,7 @@ def test_a_run_by_two_processes(tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("*-of-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
     options = ["digits", "--nproc=2", "--shard", *SETTINGS]
     whole = train(*options, "--out=whole")
