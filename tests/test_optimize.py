@@ -646,10 +646,10 @@ def load(folder, precision, placement):
 ENGINE = replace(real.ENGINE, name="hangs", precisions=("float32",), load=load)
 """,
     )
-    found = suanli.optimize(run, engines="hangs", time_budget=30).found
+    found = suanli.optimize(run, engines="hangs", time_budget=45).found
     assert found.candidates[1].state == "lost"
     assert "not done after" in found.candidates[1].reason
-    assert found.seconds < 90
+    assert found.seconds < 300  # of the 600 that it hangs
 
 
 # --- wrong use ---

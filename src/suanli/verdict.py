@@ -12,11 +12,14 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from suanli import errors
 from suanli.errors import Interrupted, StorageError, SuanliError
 from suanli.storage import atomic_file, json_bytes
-from suanli.types import Json
+
+if TYPE_CHECKING:  # the command line asks for words, and loads nothing heavy
+    from suanli.types import Json
 
 VERDICT = "SUANLI_VERDICT"
 LOOK_S, GRACE_S = 0.5, 5.0  # for the word of another process; until this one ends because of it
