@@ -67,7 +67,7 @@ def test_what_is_learned_is_the_same():
         assert every[0]["validated"] == one["validated"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_speedups_work_on_what_is_shared_out():
     ((one,),) = group(1, BLOCKS, {"steps": 8})
     names = "activation_checkpointing,allocator,channels_last,fused_optimizer,read_ahead"
