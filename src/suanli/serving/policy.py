@@ -43,6 +43,19 @@ class Curve:
         return size / max(self.seconds(size), 1e-9)
 
 
+class _Mean:
+    """A running mean of observations, and of how far they are off it."""
+
+    __slots__ = ("off", "value")
+
+    def __init__(self, value: float) -> None:
+        self.value, self.off = value, 0.0
+
+    def add(self, observed: float) -> None:
+        self.off = (1 - NEWEST) * self.off + NEWEST * abs(observed - self.value)
+        self.value = (1 - NEWEST) * self.value + NEWEST * observed
+
+
 class Policy:
     """The rules for one model."""
 
@@ -57,12 +70,15 @@ class Policy:
         self.batch = next(size for size in quick if curve.rate(size) >= AS_GOOD * best)
         self.target_s = target
         self.reachable = 2 * curve.seconds(1) <= target
-        self.pace = 1.0  # observed seconds of a batch, as a multiple of the curve's
-        self._off = 0.0  # by how much observations are off that
-        self._outside_s = 0.0  # that requests spend before and after the queue and the engine
-        self._outside_off_s = 0.0  # by how much single ones are off that
+        self._pace = _Mean(1.0)  # observed seconds of a batch, as a multiple of the curve's
+        self._outside_s = _Mean(0.0)  # that requests spend before and after the queue and the engine
         self._gap_s: float | None = None  # between arrivals
         self._last = 0.0
+
+    @property
+    def pace(self) -> float:
+        """Observed seconds of a batch, as a multiple of the curve's."""
+        return self._pace.value
 
     def arrived(self, now: float) -> None:
         if self._last:
@@ -72,14 +88,11 @@ class Policy:
 
     def took(self, size: int, seconds: float) -> None:
         """A batch of `size` came back after so long, the way there and back included."""
-        ratio = seconds / max(self.curve.seconds(size), 1e-9)
-        self._off = (1 - NEWEST) * self._off + NEWEST * abs(ratio - self.pace)
-        self.pace = (1 - NEWEST) * self.pace + NEWEST * ratio
+        self._pace.add(seconds / max(self.curve.seconds(size), 1e-9))
 
     def outside(self, seconds: float) -> None:
         """A request took so long beside the queue and its batch: to be read, decoded and answered."""
-        self._outside_off_s = (1 - NEWEST) * self._outside_off_s + NEWEST * abs(seconds - self._outside_s)
-        self._outside_s = (1 - NEWEST) * self._outside_s + NEWEST * seconds
+        self._outside_s.add(seconds)
 
     def predicted_s(self, rows: int) -> float:
         """Until the last of `rows` that are in the house is answered."""
@@ -93,8 +106,8 @@ class Policy:
         An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
         fit, but the mean and `TAIL` times what observations are off it.
         """
-        late = 1 + TAIL * self._off / max(self.pace, 1e-9)
-        outside_s = self._outside_s + TAIL * self._outside_off_s
+        late = 1 + TAIL * self._pace.off / max(self.pace, 1e-9)
+        outside_s = self._outside_s.value + TAIL * self._outside_s.off
         if not rows or late * self.predicted_s(rows + more) + outside_s <= self.target_s:
             return None
         return self.predicted_s(rows)
