@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from suanli import hardware
 from suanli.rundir import Run
@@ -61,6 +64,27 @@ def test_its_report_has_the_table(run):
     assert {"exposed", "hidden", "waiting", "computing"} <= set(rows[3])
     assert "expected" not in rows[0]
     assert "<svg" not in section
+
+
+def test_what_goes_on_does_not_measure_it_again(run, tmp_path):
+    """After a kill, that would be time in which nothing is learned."""
+    shutil.copytree(run.path, tmp_path / "run")
+    line = [sys.executable, "-m", "suanli", "train", "run", "--nproc=2", "--more-epochs=8", "--device=cpu"]
+    line.append(f"--cache-dir={run.path.parent / 'cache'}")
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Run(tmp_path / "run").summary["aside"] == run.summary["aside"]
+
+
+def test_what_computes_otherwise_measures_it_anew(run):
+    found = Aside.of(run.summary["aside"])
+    two, three = (SimpleNamespace(size=size) for size in (2, 3))
+    torch.set_num_threads(found.threads)
+    assert found.holds(two, ())
+    assert not found.holds(three, ())
+    assert not found.holds(two, ("channels_last",))
+    torch.set_num_threads(found.threads + 1)
+    assert not found.holds(two, ())
 
 
 def test_one_process_tells_nothing_of_it():

@@ -20,6 +20,7 @@ import torch
 from torch import distributed as dist
 
 from suanli import hardware
+from suanli.console import duration, say
 from suanli.distributed import Group
 from suanli.learner import active
 from suanli.loop import Loop
@@ -33,6 +34,7 @@ SHARE = 0.05  # of the steps to come that measuring may take
 WARM_UP = 2  # steps before any is timed
 FEWEST, MOST = 4, 50  # timed steps of a kind
 BLOCK_S = 1.0  # about so long they take
+LONG_S = 5.0  # what takes longer is announced
 SUMS = 3  # of the gradients, after one that isn't timed
 
 
@@ -46,11 +48,23 @@ class Aside:
     local_batch: tuple[int, ...]  # by rank
     threads: int  # CPU threads of each
     norms: int
+    speedups: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: Mapping[str, Json]) -> Aside:
+        """From its JSON."""
+        tuples = {name: tuple(found[name]) for name in ("local_batch", "speedups")}
+        return cls(**{**found, **tuples, "steps_s": tuple(map(tuple, found["steps_s"]))})
+
+    def holds(self, group: Group, speedups: tuple[str, ...]) -> bool:
+        """Whether a training that goes on does so as this was measured."""
+        now = (group.size, torch.get_num_threads(), speedups)
+        return (len(self.steps_s), self.threads, self.speedups) == now
 
 
-def measured(make: Callable[[], Loop], group: Group, steps: float) -> Aside | None:
-    """A collective: `make` gives a copy of what is trained, which asks no other process, and `steps` are to come. None:
-    they are too few to spend some on this, or there is no memory for a copy."""
+def measured(make: Callable[[], Loop], group: Group, steps: float, speedups: tuple[str, ...]) -> Aside | None:
+    """A collective: `make` gives a copy of what is trained with these speedups, which asks no other process, and
+    `steps` are to come. None: they are too few to spend some on this, or there is no memory for a copy."""
     if steps * SHARE < 2 * (WARM_UP + FEWEST):
         return None
     loop = _warm(make)
@@ -60,6 +74,8 @@ def measured(make: Callable[[], Loop], group: Group, steps: float) -> Aside | No
         pace_s = group.of_first(seconds(loop.advance) if group.first else None)  # the others wait in the store
         most = min(MOST, int(steps * SHARE / 2) - WARM_UP)
         count = min(most, max(FEWEST, round(BLOCK_S / pace_s)))
+        if group.first and (takes_s := 2 * count * pace_s) > LONG_S:
+            say(f"computing a few steps alone and together, for the table of scaling: about {duration(takes_s)}")
         alone_s = group.of_first(_steps_s(loop, count) if group.first else None)
         group.wait()
         every = group.each(_steps_s(loop, count))
@@ -71,6 +87,7 @@ def measured(make: Callable[[], Loop], group: Group, steps: float) -> Aside | No
         local_batch=tuple(group.each(loop.batch_size)),
         threads=threads,
         norms=len(norms(loop.model)),
+        speedups=speedups,
     )
 
 

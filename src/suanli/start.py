@@ -50,7 +50,7 @@ class Start:
     key: str = ""
     ceilings: probe.Ceilings | None = None  # as measured before; None: they weren't
     least_step_s: float | None = None  # that a step would take at the device's measured ceiling
-    aside: Aside | None = None  # what one of several processes does alone; None: it wasn't measured
+    aside: Aside | None = None  # what one of several processes does alone, maybe from before; None: it wasn't measured
 
     def ready(self, *, compare: bool = False) -> None:
         """A collective. `compare`: several processes also measure what one of them does alone. Raises UsageError for a
@@ -89,9 +89,11 @@ class Start:
             del plain  # the planner wants the room
             self.plan = self._planned(assembly, steps)
         self.first_plan = self.plan
-        if compare and self._comparable:
-            self.aside = measured(lambda: assembly.trial(self.plan), self.group, steps)
-            planner.free(self.device)
+        if not all(self.group.each(self.aside is not None and self.aside.holds(self.group, self.plan.speedups))):
+            self.aside = None
+            if compare and self._comparable:
+                self.aside = measured(lambda: assembly.trial(self.plan), self.group, steps, self.plan.speedups)
+                planner.free(self.device)
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)

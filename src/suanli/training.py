@@ -115,7 +115,7 @@ class Training:
             "fallbacks": self.fallbacks,
             "wanted_score": self.wanted_score,
         }
-        values |= {"processes": self.processes, "shard": self.shard}
+        values |= {"processes": self.processes, "shard": self.shard, "aside": self._aside}
         forecast = self.start.forecast.to_json()
         self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
 
@@ -379,6 +379,11 @@ class Training:
             Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
 
+    @property
+    def _aside(self) -> dict[str, Json] | None:
+        """Kept in the run, so that one that goes on after a process died need not measure it again."""
+        return None if self.start.aside is None else asdict(self.start.aside)
+
     def _scaling(self) -> dict[str, Json] | None:
         """What the processes brought together since this one went on; None: that isn't known."""
         loop, (first, seconds) = self.loop, self.began
@@ -420,6 +425,7 @@ class Training:
                 "processes": self.processes,
                 "shard": self.shard,
                 "scaling": self._scaling(),
+                "aside": self._aside,
             },
         )
         if status in FINISHED and rate is not None:
