@@ -124,12 +124,14 @@ def await_checkpoint(run: Path, process: subprocess.Popen[str], after: int = 0) 
 
 @pytest.mark.slow
 def test_killed_and_terminated_runs_go_on_exactly(picture_folder: Callable[..., Path]) -> None:
-    root = picture_folder(each=200)
-    # Named: a second run of "auto" may have time to measure more, and then computes otherwise.
-    speedups = "channels_last"
-    options = ["--epochs", "12", "--batch-size", "16", "--checkpoint-every-s", "0", "--threads", "2"]
-    options += ["--speedups", speedups]
-    whole = suanli.train(root, epochs=12, batch_size=16, threads=2, speedups=speedups)
+    root = picture_folder(each=80)
+    # Named: a second run of "auto" may have time to measure more, and then computes otherwise. A small network: each
+    # step is followed by a checkpoint. One thread: two wait for each other wherever something else uses a core.
+    speedups, widths = "channels_last", [8, 8, 8]
+    options = ["--epochs", "30", "--batch-size", "16", "--checkpoint-every-s", "0", "--threads", "1"]
+    options += ["--model", "speednet", "--set", f"model_args.widths={widths}", "--speedups", speedups]
+    small = {"model": "speednet", "settings": {"model_args.widths": widths}}
+    whole = suanli.train(root, epochs=30, batch_size=16, threads=1, speedups=speedups, **small)
     run = Path("killed")
     process = start("train", root, "--out", run, *options)
     await_checkpoint(run, process, after=5)
