@@ -44,16 +44,17 @@ def main() -> None:
     parser.add_argument("--parts", default="recovery,kills")
     parser.add_argument("--rounds", type=int, default=7, help="kills of which each is recovered from")
     parser.add_argument("--kills", type=int, default=50, help="kills at random times")
-    parser.add_argument("--epochs", type=int, default=2000, help="on digits, between which the kills fall")
+    parser.add_argument("--epochs", type=int, default=250, help="on digits, between which the kills fall")
     given = parser.parse_args()
-    record = Record("recovery", given.out, start(given))
+    parts = given.parts.split(",")
+    record = Record("_".join(parts), given.out, start(given))
     values: dict[str, Json] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "recovery" in given.parts.split(","):
+        if "recovery" in parts:
             data = given.data if given.data.is_file() else given.data / SUBJECTS["speednet"].file
             values["recovery"] = recovery(record, data, Path(folder), given.rounds, given.cache)
             record.write(values)
-        if "kills" in given.parts.split(","):
+        if "kills" in parts:
             values["kills"] = kills(record, Path(folder), given.kills, given.epochs)
     record.close(values)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import struct
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from suanli import plugins
 from suanli.datasets.imagenette import CLASSES as IMAGENETTE
@@ -56,6 +59,14 @@ def test_digits_are_whole_and_fill_the_grey_scale(tmp_path: Path) -> None:
     assert images.shape == (1797, 8, 8)
     assert images.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 255)
+    published = load_digits()
+    assert np.array_equal(images, np.rint(published.images * 255 / 16))
+    assert [row.label for row in source.rows] == [str(target) for target in published.target]
+
+
+def test_digits_are_read_without_importing_what_carries_them() -> None:
+    code = "import sys; from suanli.datasets.digits import DATASET; DATASET.read(None); print('sklearn' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
