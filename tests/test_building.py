@@ -19,6 +19,7 @@ import suanli.building as building
 from suanli import plugins
 from suanli.errors import DamagedFile, DataError, UsageError
 from suanli.preprocess.image import ImagePreprocess
+from suanli.preprocess.text import TextPreprocess
 from suanli.types import Json, Recipe
 
 SMALL = ImagePreprocess(height=12, width=16, channels=3)
@@ -70,6 +71,37 @@ def test_builds_what_is_built_in(name: str) -> None:
     assert module.training
     assert module(torch.zeros(2, 3, 12, 16)).shape == (2, 7)
     assert building.head_of(module, building.resolve(name)) == building.resolve(name).head
+
+
+@pytest.mark.parametrize("name", sorted(plugins.names("models")))
+def test_an_outline_of_what_is_built_in_has_all_but_values(name: str) -> None:
+    model = building.resolve(name)
+    preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
+    args = building.arguments(recipe(name), preprocess, 7)
+    outline, whole = building.outline(model, args), building.construct(model, args)
+    assert outline is not None
+    assert all(tensor.is_meta for tensor in outline.state_dict().values())
+    assert shapes(outline) == shapes(whole)
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("line", "outlined"),
+    [
+        ("net.conv.bias.data.fill_(3)", True),
+        ("net.register_buffer('table', torch.arange(3.0), persistent=False)", True),
+        ("net.size = float(torch.ones(2).sum())", False),
+        ("net.table = torch.arange(3.0)", False),
+        ("net.tables = {'all': [torch.arange(3.0)]}", False),
+    ],
+)
+def test_what_needs_values_has_no_outline(user_module: Callable[[str, str], str], line: str, outlined: bool) -> None:
+    user_module("mine_o", f"def build(classes):\n    net = Net(classes)\n    {line}\n    return net\n")
+    module = building.build(recipe("mine_o:build"), SMALL, classes=4, outlined=True)
+    assert all(p.is_meta == outlined for p in module.parameters())
 
 
 def test_model_arguments_reach_the_builder() -> None:

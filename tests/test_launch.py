@@ -170,13 +170,16 @@ def test_numbers_that_make_no_sense(arguments, said, capsys):
     assert not Path("runs").exists()
 
 
-def test_what_no_new_start_can_mend_is_told_once(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--shard"]])  # all processes notice it, or the first one
+def test_what_no_new_start_can_mend_is_told_once(tmp_path, options):
     (tmp_path / "wrong.py").write_text(
         "from torch import nn\ndef build(**_):\n    return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n"
     )
-    done = train("digits", "--nproc=2", "--model=wrong:build", "--out=run", "--device=cpu", PYTHONPATH=str(tmp_path))
+    line = ["digits", "--nproc=2", "--model=wrong:build", "--out=run", "--device=cpu", *options]
+    done = train(*line, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("cannot be multiplied") == 1
+    assert "frame #" not in done.stderr
 
 
 # --- what processes differ in ---

@@ -53,18 +53,25 @@ def assert_alike(got: list[float], expected: list[float]) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-2)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What one process learns in 30 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SUANLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return group(1, MUON, {"steps": 30})[0][0]
+
+
 @pytest.mark.slow
-def test_what_is_learned_is_the_same():
-    ((one,),) = group(1, MUON, {"steps": 30})
-    for count, shares in ((2, [0.7, 0.3]), (3, [])):
-        (every,) = group(count, MUON, {"steps": 30, "shard": True, "shares": shares})
-        assert len({m["weights"] for m in every}) == 1
-        assert sum(m["mine"] for m in every) == one["whole"]
-        assert sum(m["held"] for m in every) == pytest.approx(1)
-        assert max(m["held"] for m in every) < 1 / count + 0.05
-        assert_alike(every[0]["losses"], one["losses"])
-        assert every[0]["scores"] == pytest.approx(one["scores"], abs=0.02)
-        assert every[0]["validated"] == one["validated"]
+@pytest.mark.parametrize(("count", "shares"), [(2, [0.7, 0.3]), pytest.param(3, [], marks=pytest.mark.long)])
+def test_what_is_learned_is_the_same(alone, count, shares):
+    (every,) = group(count, MUON, {"steps": 30, "shard": True, "shares": shares})
+    assert len({m["weights"] for m in every}) == 1
+    assert sum(m["mine"] for m in every) == alone["whole"]
+    assert sum(m["held"] for m in every) == pytest.approx(1)
+    assert max(m["held"] for m in every) < 1 / count + 0.05
+    assert_alike(every[0]["losses"], alone["losses"])
+    assert every[0]["scores"] == pytest.approx(alone["scores"], abs=0.02)
+    assert every[0]["validated"] == alone["validated"]
 
 
 @pytest.mark.long
@@ -134,6 +141,40 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
     assert checkpoint.newest(Path("shared/checkpoints")).step == Run.open("shared").summary["steps"] > 0
 
 
+BUILT = """
+import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
+from pathlib import Path
+from suanli import distributed, hardware, pieces, plugins
+from suanli.assembly import Assembly
+from suanli.verbs.prepare import DataOptions, resolve
+options = DataOptions.of("digits", data_dir=None, cache_dir=None)
+settings = {"model": "large:net", "optimizer": "adamw"}
+recipe, prepared = resolve(options, recipe=None, settings=settings, tell=False)
+group = distributed.join("cpu")
+def resident(name):
+    return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = resident("VmRSS:")
+module = Assembly(recipe, prepared, hardware.detect("cpu"), group=group, shard=not group.alone).module
+print(resident("VmHWM:") - before)
+print(sum(float(pieces.whole(p.detach()).double().abs().sum()) for p in module.parameters()))
+group.finish()
+distributed.leave()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
+def test_only_the_first_process_builds_all_of_it(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is let go doesn't stay in the heap
+    Path("large.py").write_text(LARGE)
+    (alone,), every = together(1, ["-c", BUILT]), together(2, ["-c", BUILT])
+    assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
+    (_, whole), (first, one), (second, other) = ([float(n) for n in p.stdout.split()] for p in (alone, *every))
+    assert one == other == pytest.approx(whole, rel=1e-9)
+    assert second < 0.8 * WEIGHTS_BYTES  # its half, and a block
+    assert first > WEIGHTS_BYTES
+
+
 # --- checkpoints ----------------------------------------------------------------------------
 
 SMALL = NORMS | {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.9}
@@ -162,11 +203,15 @@ def test_the_same_number_goes_on_to_the_same_bits(begun):
     assert again["weights"] == straight["weights"]
 
 
-@pytest.mark.slow
-def test_any_number_goes_on(begun, tmp_path):
-    folder, (straight, _, plain, sharded) = begun
+def test_whole_and_shared_out_go_on_from_each_other(begun):
+    straight, _, plain, sharded = begun[1]
     assert_alike(plain["losses"], straight["losses"][8:])
     assert_alike(sharded["losses"], straight["losses"][12:])
+
+
+@pytest.mark.long
+def test_any_number_goes_on(begun, tmp_path):
+    folder, (straight, *_) = begun
     on = {"steps": 8, "shard": True, "resume": str(folder / "sharded"), "save": str(tmp_path), "save_at": [4]}
     ((three, *_),) = group(3, SMALL, on)
     assert_alike(three["losses"], straight["losses"][8:])

@@ -54,7 +54,8 @@ class Assembly:
         self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
         torch.manual_seed(mix(recipe.seed, 0))
-        module = building.build(recipe, prepared.preprocess, len(prepared.classes))
+        outlined = shard and not group.first  # the first has the values, and the memory of a host room for one of them
+        module = building.build(recipe, prepared.preprocess, len(prepared.classes), outlined=outlined)
         head = building.head_of(module, building.resolve(recipe.model))
         if fresh and recipe.weights is not None:
             file, card = weights_of(Path(recipe.weights).expanduser())
@@ -66,7 +67,7 @@ class Assembly:
         if not shard:
             module.to(device.torch_name)
         initialize = getattr(module, "initialize", None)
-        if fresh and recipe.weights is None and callable(initialize):
+        if fresh and recipe.weights is None and callable(initialize) and not outlined:
             train: Feed = self._feed("train", False)
             spread = np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES]
             initialize(prepared.preprocess.to_model(train.rows(torch.from_numpy(spread))))

@@ -96,9 +96,10 @@ def _timm(spec: str) -> Model:
 # --- building -------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, preprocess: Preprocess, classes: int) -> nn.Module:
+def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, outlined: bool = False) -> nn.Module:
     """The recipe's network for inputs of `preprocess`, tried on a tiny batch. Raises UsageError where the
-    model is for another kind of data, an argument is wrong or the output isn't (B, classes)."""
+    model is for another kind of data, an argument is wrong or the output isn't (B, classes). `outlined`: its values
+    come from elsewhere, so that an outline will do, untried."""
     model = resolve(recipe.model)
     if preprocess.kind not in model.kinds:
         fitting = [n for n, m in plugins.load_all("models").items() if preprocess.kind in m.kinds]
@@ -106,7 +107,10 @@ def build(recipe: Recipe, preprocess: Preprocess, classes: int) -> nn.Module:
             f"Model {recipe.model!r} is for {', '.join(model.kinds)} data, not {preprocess.kind}.",
             fix=f"Models for {preprocess.kind} data: {', '.join(fitting)}.",
         )
-    module = construct(model, arguments(recipe, preprocess, classes))
+    args = arguments(recipe, preprocess, classes)
+    if outlined and (found := outline(model, args)) is not None:
+        return found
+    module = construct(model, args)
     _try(model, module, preprocess, classes)
     return module
 
@@ -143,6 +147,23 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
             fix="Return the network itself.",
         )
     return module
+
+
+def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
+    """The network with shapes and no values, which takes no memory. None where its builder needs values, or keeps some
+    beside its parameters and buffers."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    try:
+        with torch.device("meta"):
+            module = construct(model, args)
+    except UsageError:
+        return None
+    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    values = tree_leaves([vars(part) for part in module.modules()])
+    strays = (v for v in values if isinstance(v, torch.Tensor) and v.is_meta and id(v) not in known)
+    return module if next(strays, None) is None else None
 
 
 def _accepted(function: Callable[..., Any]) -> list[str] | None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"  # each start has a store of its own: in an old one are old addresses
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # warnings are stacks of C++ about a process that has gone, which is told in words
 GPU = "usable GPU"
 RESTARTS = 3
 HANDLED = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, n)]
@@ -103,6 +104,7 @@ def train_together(
     with tempfile.TemporaryDirectory(prefix="suanli-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "verdict.json"
         changes = {verdict.VERDICT: str(file), "OMP_NUM_THREADS": threads, NEW_STORE: "1"}
+        changes |= {LOG_LEVEL: os.environ.get(LOG_LEVEL, "ERROR")}
         if meeting is not None and "GLOO_SOCKET_IFNAME" not in os.environ and (link := interface_of(address)):
             changes["GLOO_SOCKET_IFNAME"] = link  # else gloo listens where the name of the host leads: maybe to itself
         before = {variable: os.environ.get(variable) for variable in changes}

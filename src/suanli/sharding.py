@@ -11,10 +11,11 @@ Trillion Parameter Models", SC 2020; Y. Zhao et al., "PyTorch FSDP", VLDB 2023.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 
 from suanli import hardware, pieces
 from suanli.distributed import Group
@@ -27,23 +28,23 @@ GATHERED_REST = 3  # of what is in no block: it is needed from the first layer t
 
 def shard(module: nn.Module, group: Group, device: torch.device) -> None:
     """A collective: from here on each process holds its part of `module`, on `device`, with the values of the first
-    process. Another module than the one that was built only in its class, which torch derives from its own.
+    process, which alone need have any: for the others an outline does (`building.outline`), and gets memory one
+    block after the other. Another module than the one that was built only in its class, which torch derives from its
+    own.
 
     Raises UsageError for a network that can't be shared out.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor.detach(), 0)
+    _fill(module, module.named_buffers)
     torch.zeros((), device=device)  # a mesh takes a device of its own choice unless one is in use
     mesh = init_device_mesh(device.type, (group.size,))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             for unit in (*separable(module), module):
+                _fill(unit, unit.named_parameters)
                 # The rest, too, is let go after the forward pass: it may be most of a network.
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
@@ -52,6 +53,24 @@ def shard(module: nn.Module, group: Group, device: torch.device) -> None:
         raise UsageError(
             f"This network can't be shared out: {first_line(error, 200)}", fix="Train without --shard."
         ) from error
+
+
+def _fill(module: nn.Module, named: Callable[..., Iterable[tuple[str, Tensor]]]) -> None:
+    """A collective: those tensors of `module` that aren't shared out yet get the values of the first process, and
+    memory where they are outlined."""
+    made: dict[int, Tensor] = {}  # one may have several places
+    for path, tensor in list(named(remove_duplicate=False)):
+        if not tensor.is_meta:
+            continue
+        if id(tensor) not in made:
+            real = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            made[id(tensor)] = nn.Parameter(real, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else real
+        place, _, name = path.rpartition(".")
+        setattr(module.get_submodule(place), name, made[id(tensor)])
+    for _, tensor in named():
+        if not pieces.shared(tensor):
+            tensor.data = tensor.data.contiguous()
+            dist.broadcast(tensor.detach(), 0)
 
 
 def separable(module: nn.Module) -> list[nn.Module]:
@@ -83,5 +102,5 @@ def gathered_bytes(module: nn.Module) -> int:
     return GATHERED_BLOCKS * max(sizes, default=0) + GATHERED_REST * rest
 
 
-def _bytes(tensor: torch.Tensor) -> int:
+def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
