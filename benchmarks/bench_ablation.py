@@ -64,16 +64,17 @@ def main() -> None:
     ways = {idea: every | changes for idea, changes in ways.items()}
     for idea, one in train_all(given.data / given.file, ways, options, given.seeds):
         found[idea] = one
-        tell(record, idea, one, found["nothing"])
+        tell(record, idea, one, found["nothing"], added=idea not in IDEAS)
         record.write({"ideas": {idea: asdict(one) for idea, one in found.items()}})
     record.close({"ideas": {idea: asdict(one) for idea, one in found.items()}})
 
 
-def tell(record: Record, idea: str, one: Scored, base: Scored) -> None:
-    """The score without the idea, and in pairs of equal seeds what the idea brings."""
-    text = f"without {idea:50} {one}"
+def tell(record: Record, idea: str, one: Scored, base: Scored, *, added: bool) -> None:
+    """The score without the idea, or with what was `added`, and in pairs of equal seeds what it brings."""
+    text = f"{'with' if added else 'without'} {idea:50} {one}"
     if one is not base:
-        brings = [100 * (b - o) for b, o in zip(base.scores, one.scores, strict=True)]
+        sign = 100 if added else -100
+        brings = [sign * (o - b) for b, o in zip(base.scores, one.scores, strict=True)]
         text += f"; it brings {statistics.mean(brings):+.2f} (standard error {standard_error(brings):.2f})"
     record.say(text)
 

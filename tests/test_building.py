@@ -94,6 +94,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
         ("net.conv.bias.data.fill_(3)", True),
         ("net.register_buffer('table', torch.arange(3.0), persistent=False)", True),
         ("net.size = float(torch.ones(2).sum())", False),
+        ("net.top = nn.LazyLinear(classes)", False),
         ("net.table = torch.arange(3.0)", False),
         ("net.tables = {'all': [torch.arange(3.0)]}", False),
     ],

@@ -153,6 +153,7 @@ def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
     """The network with shapes and no values, which takes no memory. None where its builder needs values, or keeps some
     beside its parameters and buffers."""
     import torch
+    from torch.nn.parameter import is_lazy
     from torch.utils._pytree import tree_leaves
 
     try:
@@ -160,7 +161,10 @@ def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
             module = construct(model, args)
     except UsageError:
         return None
-    known = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    tensors = [*module.parameters(), *module.buffers()]
+    if any(map(is_lazy, tensors)):  # their shapes show when something is computed
+        return None
+    known = set(map(id, tensors))
     values = tree_leaves([vars(part) for part in module.modules()])
     strays = (v for v in values if isinstance(v, torch.Tensor) and v.is_meta and id(v) not in known)
     return module if next(strays, None) is None else None
