@@ -151,6 +151,14 @@ def test_killed_and_terminated_runs_go_on_exactly(picture_folder: Callable[..., 
     assert same(weights(whole), weights(Run(run)))
 
 
+def test_what_is_not_compiled_does_not_import_the_compiler(picture_folder: Callable[..., Path]) -> None:
+    """It takes as long as importing torch."""
+    line = ["run", str(picture_folder()), "--epochs", "1", "--batch-size", "16", "--speedups", "none", "--out", "run"]
+    code = f"import sys; from suanli.cli import main\ntry: main({line})\nfinally: print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+
+
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder(each=60)
     whole = suanli.train(root, out="whole", epochs=3, batch_size=16, checkpoint_every_s=0)

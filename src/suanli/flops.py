@@ -1,19 +1,20 @@
 """How many operations a piece of work takes, counted while it runs, for any model.
 
-PyTorch's counter sees each operator with the shapes that really occur. Matrix products, convolutions,
-attention and recurrent layers count, two operations for each multiply-and-add; elementwise work, norms
-and pooling do not. Operators that the counter passes over have their formulas here. What is compiled
-runs uncompiled while it is counted.
+The counter sees each operator with the shapes that really occur, and has PyTorch's formulas. Matrix
+products, convolutions, attention and recurrent layers count, two operations for each multiply-and-add;
+elementwise work, norms and pooling do not. Operators that those pass over have their formulas here. What
+is compiled runs uncompiled while it is counted.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -22,13 +23,46 @@ def flops(work: Callable[[], object]) -> int:
     counts. Causal attention counts in full."""
     with counting() as counter:
         work()
-    return counter.get_total_flops()
+    return counter.total
 
 
 @contextmanager
-def counting() -> Iterator[FlopCounterMode]:
-    with unfused(), FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+def counting() -> Iterator[Counter]:
+    with unfused(), Counter() as counter:
         yield counter
+
+
+class _Counts:
+    """A base for itself, since torch wraps this method where a class has it that derives from TorchDispatchMode: the
+    first call would import torch._dynamo, which takes as long as torch, and is needed by few trainings."""
+
+    supports_higher_order_operators = True
+    total: int
+    formulas: Mapping[Any, Callable[..., int]]
+
+    def __torch_dispatch__(self, operator: Any, _: object, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if not isinstance(operator, torch._ops.OpOverload):  # one of functions, such as torch.cond: not looked into
+            return operator(*args, **given)
+        formula = self.formulas.get(operator.overloadpacket)
+        if formula is None:  # in inference many come whole
+            with self:  # type: ignore[attr-defined]
+                parts = operator.decompose(*args, **given)
+            if parts is not NotImplemented:
+                return parts
+        out = operator(*args, **given)
+        if formula is not None:
+            self.total += formula(*args, **given, out_val=out)
+        return out
+
+
+class Counter(_Counts, TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts `total` while it is entered, by torch's formulas and those below."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self.formulas = FlopCounterMode(display=False, custom_mapping=_formulas()).flop_registry
 
 
 @contextmanager
@@ -47,7 +81,7 @@ Shape: TypeAlias = "tuple[int, ...]"
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """For operators that PyTorch's counter passes over. They are given shapes in place of tensors."""
+    """For operators that PyTorch has no formula for. They are given shapes in place of tensors."""
     written: dict[str, Callable[..., int]] = {
         "mv": lambda matrix, *_, **__: 2 * math.prod(matrix),
         "addmv": lambda _, matrix, *__, **___: 2 * math.prod(matrix),

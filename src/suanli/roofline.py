@@ -106,7 +106,7 @@ def measure_layers(
 
     with unfused():
         with counting() as counter:
-            counted = _calls(modules, forward, counter.get_total_flops, see)
+            counted = _calls(modules, forward, lambda: counter.total, see)
         operations = _own(counted, lambda start, end: end - start)
         timed = _timed(modules, forward, device, passes)
     weights = _weights(modules, operations)

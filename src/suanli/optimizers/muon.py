@@ -14,6 +14,7 @@ https://kellerjordan.github.io/posts/muon/.
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -62,6 +63,13 @@ class Muon(torch.optim.Optimizer):
         if defaults["steps"] < 1:
             raise ValueError("steps must be at least 1")
         super().__init__(groups, defaults)
+
+    # torch wraps these so that torch.compile stays away from them, and the first call of one imports torch._dynamo,
+    # which takes as long as importing torch, and 150 MB. Nothing here compiles an optimizer.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
