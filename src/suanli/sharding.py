@@ -40,19 +40,19 @@ def shard(module: nn.Module, group: Group, device: torch.device) -> None:
     _fill(module, module.named_buffers)
     torch.zeros((), device=device)  # a mesh takes a device of its own choice unless one is in use
     mesh = init_device_mesh(device.type, (group.size,))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            for unit in (*separable(module), module):
-                _fill(unit, unit.named_parameters)
+    for unit in (*separable(module), module):
+        _fill(unit, unit.named_parameters)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
                 # The rest, too, is let go after the forward pass: it may be most of a network.
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
-        if hardware.out_of_memory(error):
-            raise
-        raise UsageError(
-            f"This network can't be shared out: {first_line(error, 200)}", fix="Train without --shard."
-        ) from error
+        except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
+            if hardware.out_of_memory(error):
+                raise
+            raise UsageError(
+                f"This network can't be shared out: {first_line(error, 200)}", fix="Train without --shard."
+            ) from error
 
 
 def _fill(module: nn.Module, named: Callable[..., Iterable[tuple[str, Tensor]]]) -> None:
