@@ -125,6 +125,17 @@ def test_a_backward_pass_of_attention_computes_the_scores_again() -> None:
     assert flops(lambda: F.scaled_dot_product_attention(x, x, x).sum().backward()) == 7 * product
 
 
+def test_of_two_branches_the_longer_counts() -> None:
+    inputs, once = torch.randn(4, 8), torch.nn.Linear(8, 8)
+    branches = (once, lambda x: once(once(x)))
+
+    def work() -> None:
+        torch.ops.higher_order.cond(torch.tensor(True), *branches, (inputs,))
+
+    with torch.no_grad():
+        assert flops(work) == 2 * 2 * 4 * 8 * 8
+
+
 def test_counting_changes_no_setting() -> None:
     def fail() -> None:
         raise KeyError

@@ -10,9 +10,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from suanli import hardware
+from suanli import hardware, planning
 from suanli.rundir import Run
 from suanli.scaling_trained import Aside, told
 from suanli.verbs.report import report
@@ -78,13 +77,14 @@ def test_what_goes_on_does_not_measure_it_again(run, tmp_path):
 
 def test_what_computes_otherwise_measures_it_anew(run):
     found = Aside.of(run.summary["aside"])
+    cpu = hardware.detect("cpu")
+    plan = planning.named("none", cpu, found.threads)
     two, three = (SimpleNamespace(size=size) for size in (2, 3))
-    torch.set_num_threads(found.threads)
-    assert found.holds(two, ())
-    assert not found.holds(three, ())
-    assert not found.holds(two, ("channels_last",))
-    torch.set_num_threads(found.threads + 1)
-    assert not found.holds(two, ())
+    assert found.holds(two, plan, cpu)
+    assert not found.holds(three, plan, cpu)
+    assert not found.holds(two, replace(plan, speedups=("channels_last",)), cpu)
+    assert not found.holds(two, replace(plan, threads=found.threads + 1), cpu)
+    assert not found.holds(two, plan, replace(cpu, name="another"))
 
 
 def test_one_process_tells_nothing_of_it():

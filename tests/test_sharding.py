@@ -148,7 +148,7 @@ from suanli import distributed, hardware, pieces, plugins
 from suanli.assembly import Assembly
 from suanli.verbs.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)
-settings = {"model": "large:net", "optimizer": "adamw"}
+settings = {"model": "NET", "optimizer": "adamw"}
 recipe, prepared = resolve(options, recipe=None, settings=settings, tell=False)
 group = distributed.join("cpu")
 def resident(name):
@@ -167,12 +167,35 @@ distributed.leave()
 def test_only_the_first_process_builds_all_of_it(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is let go doesn't stay in the heap
     Path("large.py").write_text(LARGE)
-    (alone,), every = together(1, ["-c", BUILT]), together(2, ["-c", BUILT])
+    code = BUILT.replace("NET", "large:net")
+    (alone,), every = together(1, ["-c", code]), together(2, ["-c", code])
     assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
     (_, whole), (first, one), (second, other) = ([float(n) for n in p.stdout.split()] for p in (alone, *every))
     assert one == other == pytest.approx(whole, rel=1e-9)
     assert second < 0.8 * WEIGHTS_BYTES  # its half, and a block
     assert first > WEIGHTS_BYTES
+
+
+GROWING = """
+import torch
+from torch import nn
+class Net(nn.Sequential):
+    def forward(self, x):
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.ones(64))
+            self.append(nn.Linear(20, 10))
+        return super().forward(x)
+def net(classes):
+    return Net(nn.Flatten(), nn.Linear(64, 20))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
+def test_a_network_may_complete_itself_when_it_is_tried():
+    Path("growing.py").write_text(GROWING)
+    every = together(2, ["-c", BUILT.replace("NET", "growing:net")], timeout_s=100)
+    assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
+    assert every[0].stdout.split()[1] == every[1].stdout.split()[1]
 
 
 # --- checkpoints ----------------------------------------------------------------------------

@@ -156,7 +156,8 @@ def test_what_is_not_compiled_does_not_import_the_compiler(picture_folder: Calla
     line = ["run", str(picture_folder()), "--epochs", "1", "--batch-size", "16", "--speedups", "none", "--out", "run"]
     code = f"import sys; from suanli.cli import main\ntry: main({line})\nfinally: print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1:] == ["False"]
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(picture_folder: Callable[..., Path]) -> None:

@@ -53,9 +53,7 @@ class Assembly:
     ) -> None:
         self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
-        torch.manual_seed(mix(recipe.seed, 0))
-        outlined = shard and not group.first  # the first has the values, and the memory of a host room for one of them
-        module = building.build(recipe, prepared.preprocess, len(prepared.classes), outlined=outlined)
+        module = self._built(outlined=shard and not group.first)
         head = building.head_of(module, building.resolve(recipe.model))
         if fresh and recipe.weights is not None:
             file, card = weights_of(Path(recipe.weights).expanduser())
@@ -67,7 +65,7 @@ class Assembly:
         if not shard:
             module.to(device.torch_name)
         initialize = getattr(module, "initialize", None)
-        if fresh and recipe.weights is None and callable(initialize) and not outlined:
+        if fresh and recipe.weights is None and callable(initialize):
             train: Feed = self._feed("train", False)
             spread = np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES]
             initialize(prepared.preprocess.to_model(train.rows(torch.from_numpy(spread))))
@@ -82,6 +80,15 @@ class Assembly:
             backbone_lr_scale=recipe.backbone_lr_scale,
             **recipe.optimizer_args,
         )
+
+    def _built(self, *, outlined: bool) -> torch.nn.Module:
+        """A collective where it is shared out. The first process has the values, and the memory of a host room for one
+        network; the others begin with an outline, unless trying it made more of the first one's."""
+        torch.manual_seed(mix(self.recipe.seed, 0))
+        module = building.build(self.recipe, self.prepared.preprocess, len(self.prepared.classes), outlined=outlined)
+        if self.sharded and self.group.of_first(facts := building.facts(module)) != facts and outlined:
+            return building.build(self.recipe, self.prepared.preprocess, len(self.prepared.classes))
+        return module
 
     @property
     def step(self) -> Step:

@@ -8,6 +8,7 @@ never silently dropped.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -150,24 +151,41 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
 
 
 def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
-    """The network with shapes and no values, which takes no memory. None where its builder needs values, or keeps some
-    beside its parameters and buffers."""
+    """The network with shapes and no values, which takes no memory. None where something needs values: its builder, its
+    `initialize`, or a tensor that is kept beside parameters and buffers."""
     import torch
     from torch.nn.parameter import is_lazy
     from torch.utils._pytree import tree_leaves
 
+    before = _outlined_tensors()
     try:
         with torch.device("meta"):
             module = construct(model, args)
     except UsageError:
         return None
-    tensors = [*module.parameters(), *module.buffers()]
-    if any(map(is_lazy, tensors)):  # their shapes show when something is computed
+    held = [*module.parameters(), *module.buffers()]
+    if callable(getattr(module, "initialize", None)) or any(map(is_lazy, held)):
         return None
-    known = set(map(id, tensors))
-    values = tree_leaves([vars(part) for part in module.modules()])
-    strays = (v for v in values if isinstance(v, torch.Tensor) and v.is_meta and id(v) not in known)
-    return module if next(strays, None) is None else None
+    registries = ("_parameters", "_buffers", "_modules")
+    beside = tree_leaves([[v for k, v in vars(part).items() if k not in registries] for part in module.modules()])
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in beside):
+        return None
+    # Also where no attribute leads, such as in what a function remembers.
+    strays = _outlined_tensors().keys() - before.keys() - set(map(id, held))
+    return None if strays else module
+
+
+def _outlined_tensors() -> dict[int, torch.Tensor]:
+    import torch
+
+    gc.collect()
+    return {id(o): o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.is_meta}
+
+
+def facts(module: nn.Module) -> list[Json]:
+    """Each parameter and buffer, without its values: networks that agree in these can have each other's."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in tensors]
 
 
 def _accepted(function: Callable[..., Any]) -> list[str] | None:

@@ -42,8 +42,8 @@ class _Counts:
 
     def __torch_dispatch__(self, operator: Any, _: object, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
-        if not isinstance(operator, torch._ops.OpOverload):  # one of functions, such as torch.cond: not looked into
-            return operator(*args, **given)
+        if not isinstance(operator, torch._ops.OpOverload):  # one that takes functions
+            return self._branches(*args) if operator.name() == "cond" else operator(*args, **given)
         formula = self.formulas.get(operator.overloadpacket)
         if formula is None:  # in inference many come whole
             with self:  # type: ignore[attr-defined]
@@ -54,6 +54,18 @@ class _Counts:
         if formula is not None:
             self.total += formula(*args, **given, out_val=out)
         return out
+
+    def _branches(self, condition: Any, *branches_and_operands: Any) -> Any:
+        """torch.cond counts as the longer of its branches."""
+        *branches, operands = branches_and_operands
+        before, totals, outs = self.total, [], []
+        for branch in branches:
+            self.total = before
+            with self:  # type: ignore[attr-defined]
+                outs.append(branch(*operands))
+            totals.append(self.total)
+        self.total = max(totals)
+        return outs[0] if condition else outs[1]
 
 
 class Counter(_Counts, TorchDispatchMode):  # type: ignore[no-untyped-call]

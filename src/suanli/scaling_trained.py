@@ -28,7 +28,7 @@ from suanli.measure import seconds, spread
 from suanli.scaling_figures import Timed, verdict, waiting
 from suanli.scaling_model import buckets
 from suanli.synchronised import norms
-from suanli.types import Json, Step
+from suanli.types import Device, Json, Plan, Step
 
 SHARE = 0.05  # of the steps to come that measuring may take
 WARM_UP = 2  # steps before any is timed
@@ -49,6 +49,7 @@ class Aside:
     threads: int  # CPU threads of each
     norms: int
     speedups: tuple[str, ...] = ()
+    device: str = ""
 
     @classmethod
     def of(cls, found: Mapping[str, Json]) -> Aside:
@@ -56,15 +57,15 @@ class Aside:
         tuples = {name: tuple(found[name]) for name in ("local_batch", "speedups")}
         return cls(**{**found, **tuples, "steps_s": tuple(map(tuple, found["steps_s"]))})
 
-    def holds(self, group: Group, speedups: tuple[str, ...]) -> bool:
+    def holds(self, group: Group, plan: Plan, device: Device) -> bool:
         """Whether a training that goes on does so as this was measured."""
-        now = (group.size, torch.get_num_threads(), speedups)
-        return (len(self.steps_s), self.threads, self.speedups) == now
+        now = (group.size, plan.threads or torch.get_num_threads(), tuple(plan.speedups), device.name)
+        return (len(self.steps_s), self.threads, self.speedups, self.device) == now
 
 
-def measured(make: Callable[[], Loop], group: Group, steps: float, speedups: tuple[str, ...]) -> Aside | None:
-    """A collective: `make` gives a copy of what is trained with these speedups, which asks no other process, and
-    `steps` are to come. None: they are too few to spend some on this, or there is no memory for a copy."""
+def measured(make: Callable[[], Loop], group: Group, steps: float, plan: Plan, device: Device) -> Aside | None:
+    """A collective: `make` gives a copy of what is trained by `plan`, which asks no other process, and `steps` are to
+    come. None: they are too few to spend some on this, or there is no memory for a copy."""
     if steps * SHARE < 2 * (WARM_UP + FEWEST):
         return None
     loop = _warm(make)
@@ -87,7 +88,8 @@ def measured(make: Callable[[], Loop], group: Group, steps: float, speedups: tup
         local_batch=tuple(group.each(loop.batch_size)),
         threads=threads,
         norms=len(norms(loop.model)),
-        speedups=speedups,
+        speedups=tuple(plan.speedups),
+        device=device.name,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from suanli import checkpoint, distributed, hardware, planner, planning, probe, reach
@@ -89,10 +90,12 @@ class Start:
             del plain  # the planner wants the room
             self.plan = self._planned(assembly, steps)
         self.first_plan = self.plan
-        if not all(self.group.each(self.aside is not None and self.aside.holds(self.group, self.plan.speedups))):
+        kept = self._comparable and self.aside is not None and self.aside.holds(self.group, self.plan, self.device)
+        if not all(self.group.each(kept)):
             self.aside = None
             if compare and self._comparable:
-                self.aside = measured(lambda: assembly.trial(self.plan), self.group, steps, self.plan.speedups)
+                copied = partial(assembly.trial, self.plan)
+                self.aside = measured(copied, self.group, steps, self.plan, self.device)
                 planner.free(self.device)
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
@@ -105,6 +108,7 @@ class Start:
         """A collective: a loop on a network that is shared out. It may fit nowhere else, so nothing is tried on copies:
         the plan is the usual one, with recomputed activations where it needs too much memory otherwise. Gives what it
         takes, in bytes."""
+        self.aside = None  # of a network that was whole
         tries = ((), (CHECKPOINTING,)) if self.requested == "auto" else ((),)
         for extra in tries:
             with enough_memory(self.device):
