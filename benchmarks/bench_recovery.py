@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 import signal
@@ -29,7 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from record import Record, arguments, start
-from servers import tree
+from servers import send, tree
+from suanli import checkpoint
+from suanli.rundir import Run
 from suanli.types import Json
 from subjects import SUBJECTS
 
@@ -71,9 +72,7 @@ def training(*command: object) -> Iterator[subprocess.Popen[str]]:
                 said.seek(0)
                 sys.exit(f"{' '.join(line)}\nended with {process.returncode}:\n{said.read()[-3000:]}")
         finally:
-            for one in reversed(tree(process.pid)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one, signal.SIGKILL)
+            send(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -88,17 +87,7 @@ def workers(process: subprocess.Popen[str]) -> list[int]:
 
 
 def logged(run: Path) -> list[Logged]:
-    with contextlib.suppress(OSError):
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
-            found = [json.loads(line) for line in lines]
-            return [(f["step"], f["seconds"], f["examples_per_s"]) for f in found if "loss" in f]
-    return []
-
-
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint."""
-    return max(int(p.stem.partition("-")[2]) for p in (run / "checkpoints").glob("step-*.safetensors"))
+    return [(m["step"], m["seconds"], m["examples_per_s"]) for m in Run(run).metrics if "loss" in m]
 
 
 def recovery(record: Record, data: Path, folder: Path, rounds: int, cache: Path | None) -> Json:
@@ -113,7 +102,7 @@ def recovery(record: Record, data: Path, folder: Path, rounds: int, cache: Path 
                 _new(process, run, logged(run))
             full = statistics.median(rate for _, _, rate in logged(run)[-8:])
             time.sleep(chance.uniform(12, 18))
-            seen, saved = logged(run), newest(run)
+            seen, saved = logged(run), checkpoint.last_step(run / "checkpoints")
             os.kill(chance.choice(workers(process)), signal.SIGKILL)
             killed = time.perf_counter()
             _new(process, run, seen)
@@ -168,18 +157,18 @@ def kills(record: Record, folder: Path, count: int, epochs: int) -> Json:
         process.wait()
     took = time.perf_counter() - began
     same = _weights(run) == _weights(whole)
-    scores = [json.loads((one / "summary.json").read_text()) for one in (whole, run)]
+    status = Run(run).summary["status"]
     kept = [_score(one) for one in (whole, run)]
     half = [str(p.relative_to(run)) for p in run.rglob("*") if p.suffix in (".tmp", ".partial")]
     record.say(
         f"{len(at)} kills in {took:.0f} s, {learned} of them after losses had been logged since the one before; "
         f"undisturbed it takes {undisturbed:.0f} s"
     )
-    record.say(f"the run {scores[1]['status']}; validation {kept[1]:.4f}, undisturbed {kept[0]:.4f}")
+    record.say(f"the run {status}; validation {kept[1]:.4f}, undisturbed {kept[0]:.4f}")
     record.say(
         f"weights {'the same bit by bit' if same else 'DIFFER'}; half-written files: {', '.join(half) or 'none'}"
     )
-    reached = len(at) == count and same and not half and scores[1]["status"] == "finished"
+    reached = len(at) == count and same and not half and status == "finished"
     record.figure(f"{count} kills survived, to the same bits", float(reached), 0.0, 1, floor=1.0)
     return {
         "at_s": at,
@@ -196,8 +185,7 @@ def _weights(run: Path) -> str:
 
 
 def _score(run: Path) -> float:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return float([line["scores"]["accuracy"] for line in lines if line.get("split") == "val"][-1])
+    return float([m["scores"]["accuracy"] for m in Run(run).metrics if m.get("split") == "val"][-1])
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
 BUILT = """
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 from pathlib import Path
-from suanli import distributed, hardware, pieces, plugins
+from suanli import distributed, hardware, pieces
 from suanli.assembly import Assembly
 from suanli.verbs.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -85,10 +85,13 @@ class Assembly:
         """A collective where it is shared out. The first process has the values, and the memory of a host room for one
         network; the others begin with an outline, unless trying it made more of the first one's."""
         torch.manual_seed(mix(self.recipe.seed, 0))
-        module = building.build(self.recipe, self.prepared.preprocess, len(self.prepared.classes), outlined=outlined)
-        if self.sharded and self.group.of_first(facts := building.facts(module)) != facts and outlined:
-            return building.build(self.recipe, self.prepared.preprocess, len(self.prepared.classes))
-        return module
+        build = partial(building.build, self.recipe, self.prepared.preprocess, len(self.prepared.classes))
+        module = build(outlined=outlined)
+        if not self.sharded:
+            return module
+        facts = building.facts(module)
+        first = self.group.of_first(facts)
+        return build() if outlined and facts != first else module
 
     @property
     def step(self) -> Step:

@@ -30,7 +30,7 @@ from torch._C._distributed_c10d import TCPStore
 from suanli import preflight, verdict
 from suanli.console import say, warn
 from suanli.errors import Interrupted, MachineError, SuanliError, UsageError
-from suanli.launch import JOIN_S, RESTARTS, SHUTDOWN_S
+from suanli.launch import JOIN_S, LOG_LEVEL, RESTARTS, SHUTDOWN_S
 from suanli.rendezvous import LOST, LOST_S, address_toward, first_host, is_here, parsed, serve, word
 from suanli.rundir import Run
 from suanli.stopping import stop_requests
@@ -54,7 +54,7 @@ BEAT_S, LOOK_S, RETRY_S = 2.0, 0.1, 5.0
 PASSED = ("SUANLI_CACHE", "SUANLI_DATA", "OMP_NUM_THREADS")
 PASSED_PREFIXES = ("NCCL_", "GLOO_", "TORCH_")
 LAST_LINES = 5
-QUIET = "TORCH_CPP_LOG_LEVEL=ERROR"  # or torch warns of addresses without names
+QUIET = f"{LOG_LEVEL}=ERROR"  # or torch warns of addresses without names
 
 
 def named(hosts: str | Sequence[str]) -> list[str]:

@@ -63,12 +63,12 @@ class Aside:
         return (len(self.steps_s), self.threads, self.speedups, self.device) == now
 
 
-def measured(make: Callable[[], Loop], group: Group, steps: float, plan: Plan, device: Device) -> Aside | None:
-    """A collective: `make` gives a copy of what is trained by `plan`, which asks no other process, and `steps` are to
+def measured(make: Callable[[Plan], Loop], group: Group, steps: float, plan: Plan, device: Device) -> Aside | None:
+    """A collective: `make` gives a copy of what is trained by a plan, which asks no other process, and `steps` are to
     come. None: they are too few to spend some on this, or there is no memory for a copy."""
     if steps * SHARE < 2 * (WARM_UP + FEWEST):
         return None
-    loop = _warm(make)
+    loop = _warm(make, plan)
     if any(group.each(loop is None)) or loop is None:
         return None
     with active(loop.compute):
@@ -93,10 +93,10 @@ def measured(make: Callable[[], Loop], group: Group, steps: float, plan: Plan, d
     )
 
 
-def _warm(make: Callable[[], Loop]) -> Loop | None:
+def _warm(make: Callable[[Plan], Loop], plan: Plan) -> Loop | None:
     """None: memory ran out. What comes later needs no more."""
     try:
-        loop = make()
+        loop = make(plan)
         with active(loop.compute):
             for _ in range(WARM_UP):
                 loop.advance()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from suanli import checkpoint, distributed, hardware, planner, planning, probe, reach
@@ -94,8 +93,7 @@ class Start:
         if not all(self.group.each(kept)):
             self.aside = None
             if compare and self._comparable:
-                copied = partial(assembly.trial, self.plan)
-                self.aside = measured(copied, self.group, steps, self.plan, self.device)
+                self.aside = measured(assembly.trial, self.group, steps, self.plan, self.device)
                 planner.free(self.device)
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)

@@ -396,11 +396,12 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             fix="Put the data back as it was, or train anew.",
         )
     processes = _meet(where, full, prepared, run.path)
+    summary = run.summary
     # Other ways of computing round differently: exactly the same goes on, unless the user insists.
-    before = run.summary.get("plan")
+    before = summary.get("plan")
     requested: str | Plan = speedups
     if speedups == "auto" and before is not None:
-        requested = _plan_of(before, where.device, _threads(where, run.summary, before))
+        requested = _plan_of(before, where.device, _threads(where, summary, before))
     saved = checkpoint.newest(run.checkpoints)
     if saved is None and not where.group.alone:  # the command may have been given on a machine that doesn't train
         run.write("environment.json", hardware.environment(where.device))
@@ -423,14 +424,14 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             group=where.group,
             balance=where.balance,
             shard=where.shard,
-            aside=Aside.of(run.summary["aside"]) if run.summary.get("aside") else None,
+            aside=Aside.of(summary["aside"]) if summary.get("aside") else None,
         ),
         where.hang_s,
     )
     training.processes, training.shard = processes, where.wished
-    training.earlier_s = run.summary.get("seconds", {}).get("train", 0.0)
-    training.wanted_score = run.summary.get("wanted_score")
-    training.fallbacks = list(run.summary.get("fallbacks", []))
+    training.earlier_s = summary.get("seconds", {}).get("train", 0.0)
+    training.wanted_score = summary.get("wanted_score")
+    training.fallbacks = list(summary.get("fallbacks", []))
     return training
 
 
