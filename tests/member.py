@@ -4,6 +4,8 @@ as JSON.
 python member.py '[{"data": "digits", "settings": {...}, "steps": 50, "speedups": "none"}, …]'
 
 `save` and `resume` are folders of checkpoints: the one gets a checkpoint after each number of steps in `save_at`.
+`double` trains in float64, where rounding stays far below any mistake. In float32 learning amplifies it: Muon
+orthogonalises in bfloat16 where that is fast, and losses of equal trainings differ by a thousandth after ten steps.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,10 +30,29 @@ def main(every: list[dict]) -> list[dict]:
     torch.set_num_threads(1)
     group = distributed.join("cpu")
     numbers: list[Numbers] = []  # of each training that is to be examined
-    found = [learn(wanted, group, numbers) for wanted in every]
+    found = []
+    for wanted in every:
+        with double() if wanted.get("double") else nullcontext():
+            found.append(learn(wanted, group, numbers))
     group.wait()
     distributed.leave()
     return found
+
+
+@contextmanager
+def double() -> Iterator[None]:
+    """Networks that are made and called inside compute in float64."""
+
+    def cast(_: torch.nn.Module, inputs: tuple) -> tuple:
+        return tuple(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    torch.set_default_dtype(torch.float64)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(cast)
+    try:
+        yield
+    finally:
+        hook.remove()
+        torch.set_default_dtype(torch.float32)
 
 
 def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:

@@ -90,7 +90,7 @@ class _Normalised(torch.autograd.Function):
         )
         # So far as if the statistics were constants; what they owe to x is the same for all places of a channel,
         # up to a term that is linear in x.
-        sums = torch.stack([d_bias, d_weight]).float()
+        sums = torch.stack([d_bias, d_weight]).to(mean.dtype)
         dist.all_reduce(sums)
         slope = sums[1] / count * weight / (variance + ctx.eps)
         start = sums[0] / count * weight * torch.rsqrt(variance + ctx.eps) - slope * mean
@@ -100,11 +100,12 @@ class _Normalised(torch.autograd.Function):
 
 
 def _statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel, float32."""
+    """Mean and biased variance of each channel, in float32 or better."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.device.type == "cpu":
-        mean, variance = torch.batch_norm_update_stats(x.float(), None, None, 0.0)
+        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
-        variance, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
     return mean, variance
 
 

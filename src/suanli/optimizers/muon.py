@@ -133,7 +133,7 @@ def _orthogonalized_pieces(updates: list[torch.Tensor], like: list[torch.Tensor]
 
 
 def _orthogonalized(updates: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
-    dtype = fast_dtype(updates[0].device)
+    dtype = torch.float64 if updates[0].dtype == torch.float64 else fast_dtype(updates[0].device)
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, update in enumerate(updates):
         by_shape[len(update), update[0].numel()].append(i)

@@ -38,19 +38,21 @@ class Classification(Task):
         label_smoothing: float = 0.0,
         class_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy in float32: logits (B, K), targets (B,) int64 or (B, K) shares.
+        """Cross-entropy in float32 or better: logits (B, K), targets (B,) int64 or (B, K) shares.
 
         With `class_weights` (K,) it is the weighted sum over B, unlike torch's mean over the weights:
         so the mean over parts of a batch is the loss of the batch, and shares count as labels do.
         """
+        import torch
         from torch.nn import functional as F
 
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if targets.is_floating_point():
-            targets = targets.float()
+            targets = targets.to(logits.dtype)
         if class_weights is not None:
-            class_weights = class_weights.float()
+            class_weights = class_weights.to(logits.dtype)
         losses = F.cross_entropy(
-            logits.float(), targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
+            logits, targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
         )
         return losses.mean()
 
