@@ -38,6 +38,23 @@ def speedup(name: str) -> Speedup:
     return found
 
 
+def test_a_loss_scale_that_overflows_at_first_is_no_error_of_float16() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = copy.deepcopy(plain)
+    step = Step(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    inputs, targets = torch.randn(16, 8), torch.randint(0, 2, (16,))
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 100 * F.cross_entropy(outputs.float(), targets)  # its gradients fit float16, 2^16 times them don't
+
+    plain_step = Step(model=plain, optimizer=torch.optim.SGD(plain.parameters(), lr=0.1))
+    expected = Learner(plain_step, loss).examine(inputs, targets)
+    learner = Learner(speedup("fp16").apply(step, CPU), loss)
+    assert planner.difference(expected, learner.examine(inputs, targets)) <= speedup("fp16").tolerance
+    assert learner.scaler.get_scale() < 1 << 16
+
+
 # --- where ----------------------------------------------------------------------------------------
 
 

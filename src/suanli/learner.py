@@ -26,6 +26,7 @@ from suanli.graphs import Recorded
 from suanli.phases import StepClock
 from suanli.types import Step
 
+OVERFLOWS = 17  # halvings that take a scaled loss from its first scale, 2^16, to 1
 Loss = Callable[[Any, Any], torch.Tensor]  # outputs of the network and targets to a mean over the batch
 
 
@@ -119,11 +120,17 @@ class Learner:
 
     def examine(self, inputs: Any, targets: Any) -> Numbers:
         """Trains one step and tells what it computed. Dropout is off, since compiled code draws other
-        random numbers."""
+        random numbers. A scaled loss begins with a scale that is too large by design, and steps whose gradients
+        overflow are left out: then it is the first step that counts."""
         self._kept = []
         try:
             with _without_dropout(self.step.model):
-                self(inputs, targets)
+                for _ in range(OVERFLOWS):
+                    self._kept.clear()
+                    before = self.scaler.get_scale()
+                    self(inputs, targets)
+                    if self.scaler.get_scale() >= before:  # else it overflowed
+                        break
             outputs = _plain(self._kept)
         finally:
             self._kept = None
