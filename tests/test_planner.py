@@ -217,7 +217,7 @@ def test_a_first_step_that_hangs_is_ended(speedup_room: Put, monkeypatch: pytest
     try:
         started = time.perf_counter()
         found = plan()
-        assert time.perf_counter() - started < 10
+        assert time.perf_counter() - started < 50  # not the minute that it sleeps
         assert "didn't end within" in found.dropped["hangs"]
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 50  # the caller's own alarm goes on
     finally:
