@@ -23,14 +23,15 @@ def arrays(folder: Path, *shape: int, each: int, classes: int = 2) -> Path:
 @pytest.mark.parametrize(
     ("shape", "each", "recipe"),
     [
-        ((32, 32, 3), 30, "small_images_few"),
-        ((32, 32), 30, "small_images_grey_few"),
-        ((32, 32, 1), 30, "small_images_grey_few"),
-        ((32, 32, 4), 30, "small_images_few"),
-        ((8, 8, 3), 200, "small_images_few"),
+        pytest.param((32, 32, 3), 30, "small_images_few", marks=pytest.mark.long),
+        pytest.param((32, 32), 30, "small_images_grey_few", marks=pytest.mark.long),
+        pytest.param((32, 32, 1), 30, "small_images_grey_few", marks=pytest.mark.long),
+        pytest.param((32, 32, 4), 30, "small_images_few", marks=pytest.mark.long),
+        pytest.param((8, 8, 3), 200, "small_images_few", marks=pytest.mark.long),
         ((8, 8), 30, "small_images_grey_few"),
+        ((8, 8, 4), 30, "small_images_few"),
         ((8, 40, 3), 30, "small_images_few"),
-        ((64, 24), 30, "small_images_grey_few"),
+        pytest.param((64, 24), 30, "small_images_grey_few", marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -46,7 +47,7 @@ def test_small_ones_are_learnt_by_the_whole_default_recipe(
 @pytest.mark.parametrize(
     ("shape", "each"),
     [
-        ((96, 300, 3), 20),
+        ((96, 300, 3), 6),
         pytest.param((512, 512, 3), 20, marks=pytest.mark.long),
         pytest.param((512, 512), 30, marks=pytest.mark.long),
     ],

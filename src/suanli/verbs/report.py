@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,7 @@ def report(run: AnyPath, *, out: AnyPath | None = None) -> Path:
     return target
 
 
+@cache
 def pages() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
