@@ -6,7 +6,7 @@ of images per second. With more cores, each process has an equal part of them.
 
     python benchmarks/bench_scaling.py ../shared/data --out records/…  [--rounds 15] [--batch-size 64] [--speedups none]
 
-`--out` also gets the run with its report: where the step's time goes, and what the model expects of it.
+`--out` also gets the run with its report: where the step's time goes. `scaling_model.py` reads its scaling.json.
 """
 
 from __future__ import annotations
@@ -57,17 +57,14 @@ def figures(record: Record, found: Scaling) -> None:
         record.say(
             f"{one.processes} process(es) x {one.threads} thread(s): {rate.median:8.1f} images/s "
             f"(± {rate.half_iqr:.1f}), {1e3 * one.step_s:.1f} ms a step: {1e3 * one.compute_s:.1f} computing, "
-            f"{1e3 * one.wait_s:.1f} waiting, {1e3 * one.exposed_s:.1f} communication exposed, "
-            f"{1e3 * one.hidden_s:.1f} hidden"
+            f"{1e3 * one.wait_s:.1f} waiting, {1e3 * one.exposed_s:.1f} communication exposed"
         )
     one, two = found.sizes
     what = f"2 processes x {two.threads} / 1 process x {one.threads}"
     ratio = two.speedup
     known = one.threads == hardware.cores() == 2  # the figure is about two cores
     compared = record.figure(what, ratio.median, ratio.half_iqr, ratio.count, floor=FLOOR if known else None)
-    for size in (found.expected or {}).get("checked", ()):
-        record.say(f"{size['processes']} process(es): the model expects {size['difference']:+.1%} of what was measured")
-    record.say(str(found.verdict["said"]))
+    record.say(str(found.values["verdict"]["said"]))
     record.close({"ratio": compared, "scaling": found.to_json()})
 
 

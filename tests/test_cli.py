@@ -38,7 +38,7 @@ def test_a_command_has_the_arguments_of_its_function(verb: str) -> None:
     only_here = {"as_json", "help", "csv"}  # how a result is shown
     only_here |= {"serve", "seconds", "clients", "rows", "files"} if verb == "bench" else set()  # another measurement
     only_here |= set(CLUSTER_OPTIONS) if verb in ("train", "run") else set()  # nothing is trained
-    only_here |= {"scaling", "processes", "per_host", "between_us", "between_gbit"} if verb == "bench" else set()
+    only_here |= {"scaling", "processes"} if verb == "bench" else set()
     of_command = {p.name for p in command.params} - only_here
     if verb == "predict":  # with --url there is no model among them
         of_command |= {"model", "inputs"}

@@ -281,7 +281,7 @@ def _predict(
 
 
 SERVE_OPTIONS = ("serve", "seconds", "clients", "rows", "files")  # of bench, with --serve
-SCALING_OPTIONS = ("scaling", "processes", "per_host", "between_us", "between_gbit")  # and with --scaling
+SCALING_OPTIONS = ("scaling", "processes")  # and with --scaling
 NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # what --scaling has no use for
 
 
@@ -321,9 +321,6 @@ def _bench(
     ] = None,
     scaling: Annotated[bool, typer.Option("--scaling", help="Measure 1, 2, … processes on a batch instead.")] = False,
     processes: Annotated[str | None, typer.Option(help="With --scaling: 1,2,4; default: powers of two.")] = None,
-    per_host: Annotated[int | None, typer.Option(help="With --scaling: expect hosts of so many processes.")] = None,
-    between_us: Annotated[float | None, typer.Option(help="With --scaling: latency between hosts, µs.")] = None,
-    between_gbit: Annotated[float | None, typer.Option(help="With --scaling: gigabits a second between hosts.")] = None,
     as_json: AsJson = False,
 ) -> None:
     given = {k: v for k, v in locals().items() if k not in ("as_json", "context", "settings")}

@@ -1,8 +1,8 @@
 """An engine in a process of its own: what crashes, hangs or leaks there is lost there, and its memory is its own.
 
-`Host` is the side that asks; `python -m suanli.hosts` is the one that is asked. Requests and replies are JSON
-objects, one a line, on the process's standard input and output; arrays lie in .npy files. What libraries print
-goes to a file, whose last line tells why a process ended.
+`Host` is the side that asks; `python -m suanli.hosts`, or another module that calls `serve`, is the one that is asked.
+Requests and replies are JSON objects, one a line, on the process's standard input and output; arrays lie in .npy files.
+What libraries print goes to a file, whose last line tells why a process ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,23 @@ class Lost(Exception):
 class Host:
     """One process. A context manager; after Lost by a crash or the clock it is gone."""
 
-    def __init__(self, scratch: Path | None = None) -> None:
-        """`scratch` is where libraries put their own files, which they don't clear when they are ended."""
+    def __init__(
+        self,
+        scratch: Path | None = None,
+        *,
+        module: str = "suanli.hosts",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`scratch` is where libraries put their own files, which they don't clear when they are ended. `module` is
+        what the process runs, a call of `serve`; `environment` are variables that it has besides."""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         paths = [p for p in sys.path if p]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "suanli.hosts"],
+            [sys.executable, "-P", "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | _places(scratch),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | _places(scratch) | dict(environment or {}),
             start_new_session=True,  # its compilers end with it
         )
         self._pending = b""
@@ -57,10 +64,22 @@ class Host:
 
     def ask(self, limit_s: float, do: str, **request: Json) -> dict[str, Json]:
         """The reply. Raises Lost, with the reason, where the process said no, ended, or took longer."""
+        self.send(do, **request)
+        return self.receive(limit_s)
+
+    def send(self, do: str, **request: Json) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # then there is no reply, and the reason is looked for there
             self._process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
             self._process.stdin.flush()
+
+    def fileno(self) -> int:
+        """To wait for the replies of several processes with `select`."""
+        assert self._process.stdout is not None
+        return self._process.stdout.fileno()
+
+    def receive(self, limit_s: float) -> dict[str, Json]:
+        """The reply to what was sent. Raises Lost as `ask` does."""
         line = self._line(time.monotonic() + limit_s, limit_s)
         reply: dict[str, Json] = json.loads(line)
         if "error" in reply:
@@ -68,8 +87,7 @@ class Host:
         return reply
 
     def _line(self, until: float, limit_s: float) -> bytes:
-        assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
+        pipe = self.fileno()
         while b"\n" not in self._pending:
             if not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
                 self.close()
@@ -241,12 +259,11 @@ def end_with(parent: int, *, look_s: float = 1.0) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def main() -> None:
-    """Answers requests until its input ends."""
+def serve(hosted: object) -> None:
+    """Answers requests on standard input by the methods that they name, until it ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like; replies must stay readable
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    hosted = _Hosted()
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         work: Callable[..., Json] = getattr(hosted, request.pop("do"))
@@ -259,4 +276,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(_Hosted())

@@ -1,262 +1,186 @@
-"""One of the processes in which `suanli bench --scaling` measures the training step: python -m suanli.scaling JSON.
+"""Training steps of 1, 2, … processes that share each batch: groups that measure in turns, and the figures.
 
-The argument says what is trained and how (`Wanted`); which process this is comes from torchrun's variables, so that
-several of them make up a group, and one without them is a group by itself. For each line on standard input a round is
-measured, and each answer is one line of JSON on standard output; the first process has the figures of all. Between
-rounds a process waits without computing, so that groups of other sizes can take their turns.
+A step of a group is taken apart by what was measured directly, round by round:
 
-A round times blocks of whole steps, as `Loop.run` does them; blocks of the same steps on the same shares of a batch
-that ask no other process; the all-reduce of the gradients by itself; all-reduces of several sizes; and forward and
-backward passes on the share and on less. What this doesn't do: judge, or keep anything.
+    step = computing (the mean process, on its share of the batch, without asking the others)
+         + waiting   (how much later than the mean the slowest process is)
+         + exposed   (what is left: communication that the backward pass doesn't hide)
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Callable
+import select
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from statistics import median
-from typing import IO
+from statistics import fmean, median
 
-import torch
+from suanli import hardware, verdict
+from suanli.console import Progress, plural
+from suanli.errors import MachineError
+from suanli.hosts import Host, Lost
+from suanli.measure import STEADY, Spread, spread
+from suanli.types import Json
 
-from suanli import distributed, hardware
-from suanli.assembly import Assembly
-from suanli.cache import Prepared
-from suanli.distributed import Group
-from suanli.errors import SuanliError
-from suanli.learner import active
-from suanli.measure import seconds
-from suanli.phases import Shares
-from suanli.plugins import load, names
-from suanli.scaling_trained import all_reduces_s, sent_buckets
-from suanli.start import Start
-from suanli.synchronised import norms
-from suanli.types import Device, Json, Recipe
-from suanli.verbs.prepare import DataOptions, resolve
-from suanli.visits import Way
-
-ENDLESS = 1e6  # epochs: who measures stops asking for steps
-RATE = 1e-9  # of learning: it changes no time, and losses stay finite however many steps there are
-WARM_UP = 3  # steps of each kind before any is timed
-BLOCK_S = 1.5  # of one kind of step in a round, where their number isn't given
-FEWEST, MOST = 3, 200  # steps of a block
-SIZES = (4, 4 << 10, 64 << 10, 1 << 20, 8 << 20)  # bytes of the all-reduces from which the link is told
-REPEATS = (20, 20, 20, 5, 3)
-SUMS = 3  # of the gradients, in a round
-PASSES = 2  # forward and backward, on the share and on less, in a round
-LESS = 4  # times fewer examples
-BACKWARD_SHARE = 2 / 3  # where it isn't told apart: two of the three matrix products of a layer
+ANSWER_S = 900.0  # for a round, or for getting ready with a plan
+GOOD = 0.95  # efficiency from which on nothing is said to limit
+LOSSES = {  # what they are called, and what may help
+    "communication": (
+        "communication that the backward pass doesn't hide",
+        "A larger batch asks less often, and bf16_gradients among the --speedups halves the bytes.",
+    ),
+    "waiting": ("waiting for the slowest process", "Look for what else uses the machine."),
+    "computing": (
+        "computing that more processes don't make shorter",
+        "Processes share caches and memory, and a step has a fixed cost: try a larger batch.",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What the argument says."""
+class Size:
+    """What one number of processes reached; seconds are those of a step."""
 
-    options: dict[str, Json]  # of the data, as `DataOptions` has them
-    recipe: dict[str, Json]
-    device: str  # "cpu", or "cuda": each process has a GPU of its own
-    speedups: str
-    threads: int
-    steps: int | None  # of a block; None: for about BLOCK_S
-    cache: str
-
-
-def measured_recipe(recipe: Recipe) -> Recipe:
-    """The same work in every step, for ever: pictures at full size, and a rate at which nothing diverges."""
-    return recipe.model_copy(update={"lr": RATE, "progressive_resizing": (), "early_stop": None})
-
-
-class Member:
-    """This process's part of the rounds."""
-
-    def __init__(self, wanted: Wanted, recipe: Recipe, prepared: Prepared, device: Device, group: Group) -> None:
-        """A collective. Raises what `Start.ready` raises."""
-        self.group, self.device, self.threads = group, device, wanted.threads
-        start = Start(
-            recipe=recipe,
-            prepared=prepared,
-            device=device,
-            cache=Path(wanted.cache),
-            requested=_of_one(wanted.speedups) if group.alone else wanted.speedups,
-            threads=wanted.threads,
-            group=group,
-        )
-        start.ready()
-        self.speedups = start.plan.speedups
-        self.loop = start.loop
-        self.apart = Assembly(recipe, prepared, device, group=group).trial(start.plan)
-        for loop in (self.loop, self.apart):
-            loop.progress.segments = [ENDLESS]
-        self.together_way, self.apart_way = Way(self.loop, device), Way(self.apart, device)
-        self.parameters = [p for p in self.loop.model.parameters() if p.requires_grad]
-        self.buckets, self.sent_dtype = sent_buckets(self.loop.compute)
-        self.norms = 0 if group.alone else len(norms(self.loop.model))
-        share = self.loop.batch_size
-        self.small_batch = min(share, max(2, share // LESS))
-        for way in (self.together_way, self.apart_way):
-            way.train(WARM_UP, timed=False)
-        self.steps = wanted.steps or self._affordable()
-        self._rounds = 0
-
-    def _affordable(self) -> int:
-        """A collective: steps of a block."""
-        (pace_s,) = self.group.most(self.together_way.training.pace_s)
-        return min(MOST, max(FEWEST, round(BLOCK_S / pace_s)))
-
-    def round(self) -> dict[str, Json]:
-        """A collective: the figures of all processes, lists by rank."""
-        kinds = [self.together_way, self.apart_way]
-        for way in kinds if self._rounds % 2 == 0 else kinds[::-1]:
-            self._block(way)
-        self._rounds += 1
-        apart, together = self.apart_way.training, self.together_way.training
-        steps_s = apart.step_s[-self.steps :]
-        compute_s = apart.seconds[-1] / self.steps
-        own: dict[str, Json] = {
-            "step_s": together.seconds[-1] / self.steps,
-            "compute_s": compute_s,
-            "steps_s": steps_s,
-            "input_s": _input_s(self.loop.learner.clock.window()),
-            "backward_share": _backward_share(self.apart.learner.clock.window()),
-            "local_batch": self.loop.batch_size,
-            "small_batch": self.small_batch,
-            "small_s": compute_s - self._saved_s(compute_s),
-            "communication_s": self._gradients_s(),
-        }
-        link = self._link()
-        every = self.group.each(own)
-        if self.device.type == "cuda":  # other groups use this GPU, too
-            torch.cuda.empty_cache()
-        return {name: [one[name] for one in every] for name in own} | {
-            "batch": self.loop.order.batch_size,
-            "steps": self.steps,
-            "threads": self.threads,
-            "speedups": list(self.speedups),
-            "buckets": list(self.buckets),
-            "norms": self.norms,
-            "all_reduce_s": link,
-        }
-
-    def _block(self, way: Way) -> None:
-        way.train(1, timed=False)  # it finds the caches full of another's data
-        self.group.wait()
-        way.train(self.steps)
-
-    def _saved_s(self, compute_s: float) -> float:
-        """By computing fewer examples: from forward and backward passes, since the rest of a step costs the same for
-        any number. At most in proportion."""
-        share, loop = self.loop.batch_size, self.apart
-        if share == self.small_batch:
-            return 0.0
-        took: dict[int, list[float]] = {share: [], self.small_batch: []}
-        self.group.wait()
-        with active(loop.compute):
-            for number in range(1 + PASSES):
-                for examples, found in took.items():
-                    once = seconds(partial(loop.try_step, examples), self._settle)
-                    found += [once] if number else []
-        loop.model.zero_grad(set_to_none=True)
-        saved_s = median(took[share]) - median(took[self.small_batch])
-        return min(max(0.0, saved_s), compute_s * (1 - self.small_batch / share))
-
-    # --- communication by itself ---
-
-    def _gradients_s(self) -> float:
-        """A collective: of the all-reduces of one step, issued as DistributedDataParallel issues them."""
-        if self.group.alone:
-            return 0.0
-        width = self.sent_dtype.itemsize
-        filled = [
-            torch.zeros(size // width, dtype=self.sent_dtype, device=self.device.torch_name) for size in self.buckets
-        ]
-        return median(all_reduces_s(self.group, filled, self._settle) for _ in range(SUMS))
-
-    def _link(self) -> list[tuple[int, float]]:
-        """A collective: bytes and seconds of all-reduces, the same in every process."""
-        if self.group.alone:
-            return []
-        found = []
-        for size, repeats in zip(SIZES, REPEATS, strict=True):
-            values = torch.zeros(size // 4, device=self.device.torch_name)
-            own = [all_reduces_s(self.group, [values], self._settle) for _ in range(repeats)]
-            found.append((size, self.group.most(median(own))[0]))
-        return found
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device.torch_name)
+    processes: int
+    threads: int  # CPU threads of each
+    local_batch: tuple[int, ...]  # by rank
+    speedups: tuple[str, ...]
+    images_per_s: Spread
+    speedup: Spread  # against one process with all threads
+    efficiency: float
+    step_s: float
+    compute_s: float
+    wait_s: float
+    exposed_s: float
+    norms: int  # layers that ask the other processes
+    gradient_bytes: int
+    all_reduce_s: float  # of the gradients, by itself
+    latency_s: float  # of an all-reduce of one number
 
 
-def _of_one(speedups: str) -> str:
-    """Of the names in a list those that one process has a use for."""
-    known = names("speedups")
-    chosen = [name.strip() for name in speedups.split(",")]
-    return ",".join(n for n in chosen if n not in known or not load("speedups", n).between_processes) or "none"
+# --- the groups -----------------------------------------------------------------------------
 
 
-def _input_s(window: Shares | None) -> float | None:
-    """Of a step; None where it isn't told apart."""
-    share = None if window is None else window.shares.get("input")
-    return None if window is None or share is None else share * window.step_s
+def measure(counts: Sequence[int], job: Mapping[str, Json], rounds: int) -> dict[int, list[list[Json]]]:
+    """For each number of processes and each round, what every process measured. Raises what a process raised, and
+    MachineError where one ended or didn't answer."""
+    found: dict[int, list[list[Json]]] = {count: [] for count in counts}
+    with ExitStack() as stack, Progress("Scaling", len(counts) * (1 + rounds)) as progress:
+        groups = {}
+        for done, count in enumerate(counts, start=1):  # one after the other, since each may measure a plan
+            threads = max(1, hardware.cores() // count)
+            groups[count] = stack.enter_context(start(count, threads))
+            ask(groups[count], "join", **job, threads=threads)
+            progress.update(done, f"{count} ready")
+        for number in range(rounds):
+            for count in counts if number % 2 == 0 else counts[::-1]:
+                found[count].append(ask(groups[count], "measure")["processes"])
+            progress.update(len(counts) * (2 + number), f"round {number + 1}")
+    return found
 
 
-def _backward_share(window: Shares | None) -> float:
-    """Of a step without the time in which nothing is told apart."""
-    share = None if window is None else window.shares.get("backward")
-    if window is None or not share:
-        return BACKWARD_SHARE
-    return share / (1 - (window.shares.get("idle") or 0.0))
+@contextmanager
+def start(count: int, threads: int) -> Iterator[list[Host]]:
+    """A group of so many processes, which end with the block."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "OMP_NUM_THREADS": threads}
+    common |= {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    with ExitStack() as stack:
+        members = []
+        for rank in range(count):
+            variables = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            host = Host(module="suanli.scaling_process", environment=variables)
+            members.append(stack.enter_context(host))
+        yield members
 
 
-# --- the process ----------------------------------------------------------------------------
+def ask(group: Sequence[Host], do: str, **request: Json) -> dict[str, Json]:
+    """The reply of the first process, once all have replied; the first error of any is raised."""
+    for host in group:
+        host.send(do, **request)
+    replies: dict[Host, dict[str, Json]] = {}
+    until = time.monotonic() + ANSWER_S
+    while waiting := [host for host in group if host not in replies]:
+        ready, _, _ = select.select(waiting, [], [], max(0.0, until - time.monotonic()))
+        if not ready:
+            raise MachineError(f"{len(group)} processes didn't answer for {ANSWER_S:g} s.", fix="Give fewer --steps.")
+        for host in ready:
+            try:
+                replies[host] = host.receive(ANSWER_S)
+            except Lost as error:
+                raise MachineError(
+                    f"Process {group.index(host)} of {len(group)} can't measure: {error}.",
+                    fix="If memory ran out, give fewer --processes or a smaller --batch-size.",
+                ) from error
+            if "kind" in replies[host]:
+                raise verdict.error(replies[host])
+    return replies[group[0]]
 
 
-def main(argument: str, lines: IO[str], answer: Callable[[Json], None]) -> int:
-    """Answers each line with a round, until there are no more. An error that suanli raises is an answer too."""
-    wanted = Wanted(**json.loads(argument))
-    torch.set_num_threads(wanted.threads)
-    try:
-        member = _member(wanted)
-        group = member.group
-        answer({"ready": group.rank, "steps": member.steps})
-        for _ in lines:
-            found = member.round()
-            answer(found if group.first else {"rank": group.rank})
-    except SuanliError as error:
-        answer({"kind": type(error).__name__, "error": error.message, "fix": error.fix})
-        return error.exit_code
-    distributed.leave()
-    return 0
+# --- the figures ----------------------------------------------------------------------------
 
 
-def _member(wanted: Wanted) -> Member:
-    here = distributed.place()
-    name = f"cuda:{0 if here is None else here.local_rank}" if wanted.device == "cuda" else wanted.device
-    device = hardware.detect(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.torch_name)
-    group = distributed.join(device.type)
-    options = DataOptions(**wanted.options)
-    recipe, prepared = resolve(options, recipe=Recipe.model_validate(wanted.recipe), settings={}, tell=False)
-    return Member(wanted, measured_recipe(recipe), prepared, device, group)
+def work_out(rounds: Mapping[int, Sequence[Sequence[Json]]], *, shared: bool) -> tuple[Size, ...]:
+    """The figures, from what `measure` gives; one process is among the numbers. `shared`: the processes share the
+    cores of one CPU, so the best that they can reach is the rate of one process; else each has its own device."""
+    first_s = [_step_s(every) for every in rounds[1]]
+    return tuple(_size(count, rounds[count], first_s, shared) for count in sorted(rounds))
 
 
-def _own_output() -> Callable[[Json], None]:
-    """Writes answers where standard output was; whatever else is printed goes to standard error."""
-    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+def _size(count: int, rounds: Sequence[Sequence[Json]], first_s: Sequence[float], shared: bool) -> Size:
+    steps_s = [_step_s(every) for every in rounds]
+    computes_s = [fmean(fmean(one["alone_s"]) for one in every) for every in rounds]
+    waits_s = [_wait_s([one["alone_s"] for one in every]) for every in rounds]
+    exposed_s = median(s - c - w for s, c, w in zip(steps_s, computes_s, waits_s, strict=True))
+    speedup = spread([one / s for one, s in zip(first_s, steps_s, strict=True)])
+    first, local_batch = rounds[0][0], tuple(one["local_batch"] for one in rounds[0])
+    return Size(
+        processes=count,
+        **{name: first[name] for name in ("threads", "norms", "gradient_bytes")},
+        local_batch=local_batch,
+        speedups=tuple(first["speedups"]),
+        images_per_s=spread([sum(local_batch) / s for s in steps_s]),
+        speedup=speedup,
+        efficiency=speedup.median / (1 if shared else count),
+        step_s=median(steps_s),
+        compute_s=median(computes_s),
+        wait_s=median(waits_s),
+        exposed_s=max(0.0, exposed_s),
+        **{name: median(every[0][name] for every in rounds) for name in ("all_reduce_s", "latency_s")},
+    )
 
-    def answer(value: Json) -> None:
-        stream.write(json.dumps(value) + "\n")
-        stream.flush()
 
-    return answer
+def _step_s(every: Sequence[Json]) -> float:
+    """All are done when the slowest is."""
+    return max(fmean(one["steps_s"]) for one in every)
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.stdin, _own_output()))
+def _wait_s(steps_s: Sequence[Sequence[float]]) -> float:
+    """Of steps by rank and number: the mean of the slowest less the mean of all."""
+    by_step = list(zip(*steps_s, strict=True))
+    return fmean(map(max, by_step)) - fmean(map(fmean, by_step))
+
+
+def judge(sizes: Sequence[Size], *, shared: bool) -> dict[str, Json]:
+    """What the largest number of processes loses, in seconds of a step; the largest loss (None: nothing limits); and
+    both in sentences."""
+    one, last = sizes[0], sizes[-1]
+    computing_s = max(0.0, last.compute_s - one.compute_s / (1 if shared else last.processes))
+    lost = {"communication": last.exposed_s, "waiting": last.wait_s, "computing": computing_s}
+    worst = max(lost, key=lambda key: lost[key])
+    said = f"{plural(last.processes, 'process', 'processes')} are {last.speedup.median:.2f} times as fast as one"
+    said += " with all cores." if shared else f", {last.efficiency:.0%} of what is possible."
+    limit = None if last.processes == 1 or last.efficiency >= GOOD or not lost[worst] else worst
+    if last.processes == 1:
+        said = "Only one process was measured: there is nothing to compare."
+    elif limit is None:
+        said += " Nothing limits scaling yet."
+    else:
+        what, helps = LOSSES[limit]
+        said += f" Most is lost to {what}: {lost[limit] / last.step_s:.0%} of a step. {helps}"
+    if any(size.images_per_s.relative > STEADY for size in sizes):
+        said += " Rates varied by more than a tenth between rounds: something else used the machine, so measure again."
+    return {"limited_by": limit, "lost_s": lost, "said": said}

@@ -18,8 +18,7 @@ from suanli.errors import DamagedFile, Diverged, MachineError, OutOfMemory, Suan
 from suanli.forecast import Forecast, enough_memory, forecast, memory_needed, refuse_too_big, step_seconds
 from suanli.loop import Loop
 from suanli.plans import Store
-from suanli.plugins import load, names
-from suanli.scaling_trained import Aside, measured
+from suanli.plugins import names
 from suanli.types import Device, Json, Plan, Recipe, Trial
 
 CHECKPOINTING = "activation_checkpointing"
@@ -50,22 +49,21 @@ class Start:
     key: str = ""
     ceilings: probe.Ceilings | None = None  # as measured before; None: they weren't
     least_step_s: float | None = None  # that a step would take at the device's measured ceiling
-    aside: Aside | None = None  # what one of several processes does alone, maybe from before; None: it wasn't measured
 
-    def ready(self, *, compare: bool = False) -> None:
-        """A collective. `compare`: several processes also measure what one of them does alone. Raises UsageError for a
-        recipe that can't be trained and OutOfMemory for one that doesn't fit."""
+    def ready(self) -> None:
+        """A collective. Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't
+        fit."""
         planning.check_threads(self.threads)
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
-        needed = self._ready_sharded() if self.shard else self._ready_whole(compare)
+        needed = self._ready_sharded() if self.shard else self._ready_whole()
         self.ceilings = probe.known(self.device, self.cache)
         if self.ceilings is not None and not self.shard:
             self.least_step_s = reach.least_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
         self.forecast = forecast(self.loop, needed, timed[-1] if timed else None)
 
-    def _ready_whole(self, compare: bool) -> int:
+    def _ready_whole(self) -> int:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
         that this takes, in bytes."""
         with enough_memory(self.device):
@@ -89,12 +87,6 @@ class Start:
             del plain  # the planner wants the room
             self.plan = self._planned(assembly, steps)
         self.first_plan = self.plan
-        kept = self._comparable and self.aside is not None and self.aside.holds(self.group, self.plan, self.device)
-        if not all(self.group.each(kept)):
-            self.aside = None
-            if compare and self._comparable:
-                self.aside = measured(assembly.trial, self.group, steps, self.plan, self.device)
-                planner.free(self.device)
         with enough_memory(self.device):
             self.loop = assembly.loop(self.plan)
         self._put_back(self.loop, self.saved)
@@ -106,7 +98,6 @@ class Start:
         """A collective: a loop on a network that is shared out. It may fit nowhere else, so nothing is tried on copies:
         the plan is the usual one, with recomputed activations where it needs too much memory otherwise. Gives what it
         takes, in bytes."""
-        self.aside = None  # of a network that was whole
         tries = ((), (CHECKPOINTING,)) if self.requested == "auto" else ((),)
         for extra in tries:
             with enough_memory(self.device):
@@ -155,13 +146,6 @@ class Start:
             except (OutOfMemory, MachineError):
                 continue
         raise error
-
-    @property
-    def _comparable(self) -> bool:
-        """Not where machines are known to differ, so that one can't speak for all, nor where a copy would be compiled
-        for its own sake."""
-        compiles = any(load("speedups", name).slow_start for name in self.plan.speedups)
-        return not self.group.alone and not self.balance and not compiles
 
     def _share_by_speed(self, memory_bytes: int) -> None:
         """A collective: all compute at once, as they will in training, without waiting for each other."""

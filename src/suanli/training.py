@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, engine_store, exact, hardware, pieces, planning, preflight, reach, scaling_trained
+from suanli import checkpoint, engine_store, exact, hardware, pieces, planning, preflight, reach
 from suanli.console import Progress, duration, plural, say, warn
 from suanli.diagnose import Facts, Watch
 from suanli.distributed import lost
@@ -58,7 +58,7 @@ class Training:
         self.processes: dict[str, Json] | None = None  # that train together, as found before the first step
         self.gate: dict[str, Json] | None = None  # the final score against float32
         self.watch: Watch | None = None
-        start.ready(compare=True)
+        start.ready()
         if start.saved is not None:
             say(f"going on from step {self.loop.progress.step}")
         if (told := _planning(start.plan)) is not None:
@@ -98,7 +98,6 @@ class Training:
             watchdog.start()
             stack.callback(watchdog.stop)
             self.started = time.perf_counter()
-            self.began = self.loop.progress.step, self.loop.progress.seconds
             status = self._through(stop)
             self._finish(status)
         self.group.finish()  # what follows may read what the first has written
@@ -115,7 +114,7 @@ class Training:
             "fallbacks": self.fallbacks,
             "wanted_score": self.wanted_score,
         }
-        values |= {"processes": self.processes, "shard": self.shard, "aside": self._aside}
+        values |= {"processes": self.processes, "shard": self.shard}
         forecast = self.start.forecast.to_json()
         self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
 
@@ -151,7 +150,6 @@ class Training:
             said = f"{error.message.rstrip('.')}; {self.start.begin_again()}"
             self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
         if said is not None:
-            self.start.aside = None  # it was another plan's
             warn(f"Step {failed_at + 1} failed: {said}.")
             now = {"speedups": list(self.plan.speedups), "began_again": begins}
             self.fallbacks.append({"step": failed_at, "said": said, **now})
@@ -355,8 +353,6 @@ class Training:
         score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
-        if (scaling := self._scaling()) is not None:
-            say(f"scaling: {scaling['verdict']['said']}")
         if self.wanted_score is not None and loop.kept_score is not None and loop.kept_score < self.wanted_score:
             warn(f"The {loop.task.headline} on validation is below the {self.wanted_score:.2%} that was wanted.")
 
@@ -378,26 +374,6 @@ class Training:
             reason = f"it cost {-difference.median:.1%} of validation {task.headline} against float32"
             Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
-
-    @property
-    def _aside(self) -> dict[str, Json] | None:
-        """Kept in the run, so that one that goes on after a process died need not measure it again."""
-        return None if self.start.aside is None else asdict(self.start.aside)
-
-    def _scaling(self) -> dict[str, Json] | None:
-        """What the processes brought together since this one went on; None: that isn't known."""
-        loop, (first, seconds) = self.loop, self.began
-        steps = loop.progress.step - first
-        if self.start.aside is None or not steps:
-            return None
-        about = {"data": self.prepared.name, "model": self.recipe.model, "device": self.device.name}
-        return scaling_trained.told(
-            self.start.aside,
-            step_s=(loop.progress.seconds - seconds) / steps,
-            work=loop.work(first, loop.progress.step) / steps,
-            batch=loop.order.batch_size,
-            about=about | {"device_type": self.device.type},
-        )
 
     def _summarise(self, status: str) -> None:
         loop = self.loop
@@ -424,8 +400,6 @@ class Training:
                 "gate": self.gate,
                 "processes": self.processes,
                 "shard": self.shard,
-                "scaling": self._scaling(),
-                "aside": self._aside,
             },
         )
         if status in FINISHED and rate is not None:

@@ -16,8 +16,7 @@ from pydantic import ValidationError
 from suanli.errors import DamagedFile
 from suanli.reporting.engine_records import Engines
 from suanli.reporting.records import Check, Data, Environment, Evaluation, Measured, Metric, Summary
-from suanli.reporting.scaling_records import Scaling
-from suanli.reporting.speed_records import Bench, Record, Roofline
+from suanli.reporting.speed_records import Bench, Record, Roofline, Scaling
 from suanli.rundir import Run, read_lines
 from suanli.storage import read_json
 from suanli.types import SPLITS, AnyPath

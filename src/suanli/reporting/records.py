@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pydantic import Base64Bytes
 
-from suanli.reporting.scaling_records import Scaling
 from suanli.reporting.speed_records import Diagnosis, Fallback, Number, Plan, Record
 
 
@@ -116,7 +115,6 @@ class Summary(Record):
     plan: Plan | None = None
     diagnosis: Diagnosis | None = None
     fallbacks: tuple[Fallback, ...] = ()
-    scaling: Scaling | None = None  # of a training of several processes
 
 
 class ClassScore(Record):

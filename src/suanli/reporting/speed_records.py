@@ -143,3 +143,34 @@ class Bench(Record):
     price_per_hour: Number = None
     plan: Plan | None = None
     rungs: tuple[Rung, ...] = ()
+
+
+# --- scaling.json ---------------------------------------------------------------------------
+
+
+class ScalingSize(Record):
+    """One number of processes; seconds are those of a step."""
+
+    processes: int | None = None
+    threads: int | None = None
+    images_per_s: Spread = Spread()
+    speedup: Spread = Spread()
+    efficiency: Number = None
+    step_s: Number = None
+    compute_s: Number = None
+    wait_s: Number = None
+    exposed_s: Number = None
+    all_reduce_s: Number = None
+
+
+class ScalingVerdict(Record):
+    said: str = ""
+
+
+class Scaling(Record):
+    data: str | None = None
+    model: str | None = None
+    device: str | None = None
+    batch_size: int | None = None
+    sizes: tuple[ScalingSize, ...] = ()
+    verdict: ScalingVerdict = ScalingVerdict()

@@ -94,7 +94,6 @@ def _content(run: RunFiles) -> dict[str, Any]:
     phases = views.phases(run.summary, exam) if run.summary else []
     plan = (run.summary and run.summary.plan) or (run.bench and run.bench.plan) or None
     diagnosis = run.summary.diagnosis if run.summary else None
-    scaling = run.scaling or (run.summary and run.summary.scaling)  # a bench tells more than a training
     return {
         "run": run,
         "title": prose.title(run),
@@ -120,7 +119,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "total_seconds": sum(phase.seconds for phase in phases) if phases else None,
         "forecasts": views.forecasts(run.summary) if run.summary else [],
         "ladder": bench_views.ladder(run.bench) if run.bench else None,
-        "scaling": scaling_views.section(scaling) if scaling else None,
+        "scaling": scaling_views.tables(run.scaling) if run.scaling else None,
         "diagnosis": diagnosis,
         "shares": speed_views.shares(diagnosis) if diagnosis else ([], []),
         "plan": plan,

@@ -26,7 +26,6 @@ from suanli.plugins import load
 from suanli.rendezvous import Rendezvous, checked
 from suanli.rundir import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of
-from suanli.scaling_trained import Aside
 from suanli.settings import seconds
 from suanli.start import Start
 from suanli.training import HANG_S, Training
@@ -424,7 +423,6 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
             group=where.group,
             balance=where.balance,
             shard=where.shard,
-            aside=Aside.of(summary["aside"]) if summary.get("aside") else None,
         ),
         where.hang_s,
     )
