@@ -362,10 +362,7 @@ def test_more_processes_than_examples() -> None:
     "words",
     [
         ["--scaling", "--epochs", "3"],
-        ["--scaling", "--serve"],
         ["--processes", "2"],
-        ["--serve", "--processes", "2"],
-        ["--scaling", "--clients", "3"],
     ],
 )
 def test_options_that_exclude_each_other(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
