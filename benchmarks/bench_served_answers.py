@@ -18,10 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from record import Record
+from servers import served
 from suanli import hardware
 from suanli.predictor import Prediction
 from suanli.suffixes import IMAGE_SUFFIXES
-from suanli.verbs._bench_serve import started
 from suanli.verbs._remote import Server
 
 CLIENTS = 32
@@ -38,7 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = pictures(given.data, Path(folder), given.images)
         alone = predicted([str(given.run), *map(str, files)])
-        with started(given.run) as (url, _):
+        with served(given.run) as (port, _):
+            url = f"http://127.0.0.1:{port}"
             together = predicted(["--url", url, *map(str, files)])
             one_by_one = from_many(url, files)
     for way, answers in (("files together", together), (f"{CLIENTS} clients, a file each", one_by_one)):

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -29,15 +29,6 @@ def tree(pid: int) -> list[int]:
     for one in found:  # it grows meanwhile
         found += parents.get(one, [])
     return found
-
-
-def cpu_seconds(pid: int) -> float:
-    total = 0
-    for one in tree(pid):
-        with contextlib.suppress(OSError):
-            values = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-            total += int(values[11]) + int(values[12])
-    return total / os.sysconf("SC_CLK_TCK")
 
 
 def memory_bytes(pid: int) -> int:
@@ -69,25 +60,32 @@ def free_port() -> int:
                 return port
 
 
-@contextlib.contextmanager
-def peer(python: Path | str, script: str, path: str, **environment: str) -> Iterator[tuple[int, int]]:
+def peer(
+    python: Path | str, script: str, path: str, **environment: str
+) -> contextlib.AbstractContextManager[tuple[int, int]]:
     """A script of this folder, with arguments, that serves: its port, which is the last argument, and its process, once
     `path` is answered by 200."""
-    port = free_port()
     name, *arguments = script.split()
+    return running([str(python), str(HERE / name), *arguments], path, environment)
+
+
+def served(model: Path, *options: str) -> contextlib.AbstractContextManager[tuple[int, int]]:
+    """`suanli serve` of a model: its port and its process, once it is ready."""
+    command = [sys.executable, "-m", "suanli", "serve", str(model), *options, "--port"]
+    return running(command, "/v2/health/ready", {})
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], path: str, environment: Mapping[str, str]) -> Iterator[tuple[int, int]]:
+    port = free_port()
     with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [str(python), str(HERE / name), *arguments, str(port)],
-            stdout=said,
-            stderr=said,
-            env=os.environ | environment,
-        )
+        process = subprocess.Popen([*command, str(port)], stdout=said, stderr=said, env=os.environ | dict(environment))
         try:
-            until = time.monotonic() + 60
+            until = time.monotonic() + 120
             while not answers(port, path):
                 if time.monotonic() > until or process.poll() is not None:
                     said.seek(0)
-                    sys.exit(f"{script} did not start:\n{said.read().decode(errors='replace')[-3000:]}")
+                    sys.exit(f"{' '.join(command)} did not start:\n{said.read().decode(errors='replace')[-3000:]}")
                 time.sleep(0.1)
             yield port, process.pid
         finally:

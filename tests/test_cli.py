@@ -36,7 +36,6 @@ def suanli_process(*arguments: str | Path, **options: object) -> subprocess.Comp
 def test_a_command_has_the_arguments_of_its_function(verb: str) -> None:
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     only_here = {"as_json", "help", "csv"}  # how a result is shown
-    only_here |= {"serve", "seconds", "clients", "rows", "files"} if verb == "bench" else set()  # another measurement
     only_here |= set(CLUSTER_OPTIONS) if verb in ("train", "run") else set()  # nothing is trained
     only_here |= {"scaling", "processes"} if verb == "bench" else set()
     of_command = {p.name for p in command.params} - only_here

@@ -280,20 +280,14 @@ def _predict(
             result.exit_code = 3
 
 
-SERVE_OPTIONS = ("serve", "seconds", "clients", "rows", "files")  # of bench, with --serve
-SCALING_OPTIONS = ("scaling", "processes")  # and with --scaling
+SCALING_OPTIONS = ("scaling", "processes")  # of bench, with --scaling
 NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # what --scaling has no use for
 
 
-@app.command("bench", help="Measure what each change of the plan brings; --serve: a server; --scaling: processes.")
+@app.command("bench", help="Measure what each change of the plan brings; --scaling: processes.")
 def _bench(
     context: typer.Context,
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA", help="A data set; with --serve, a run, a model/ folder, or a server: http://host:port."
-        ),
-    ],
+    data: Data,
     model: Annotated[str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")] = None,
     recipe: Recipe = None,
     epochs: Annotated[float | None, typer.Option(help="Of the training that is planned.")] = None,
@@ -312,21 +306,14 @@ def _bench(
     max_bad: MaxBad = 0.01,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Offer a server more and more requests instead.")] = False,
-    seconds: Annotated[float, typer.Option(help="With --serve: for all of it.")] = 30.0,
-    clients: Annotated[int, typer.Option(help="With --serve: that find its capacity.")] = 32,
-    rows: Annotated[int, typer.Option(help="With --serve: inputs of a request.")] = 1,
-    files: Annotated[
-        list[Path] | None, typer.Option(help="With --serve: pictures, or folders of them, to send; repeatable.")
-    ] = None,
     scaling: Annotated[bool, typer.Option("--scaling", help="Measure 1, 2, … processes on a batch instead.")] = False,
     processes: Annotated[str | None, typer.Option(help="With --scaling: 1,2,4; default: powers of two.")] = None,
     as_json: AsJson = False,
 ) -> None:
     given = {k: v for k, v in locals().items() if k not in ("as_json", "context", "settings")}
-    options = {k: v for k, v in given.items() if k not in (*SERVE_OPTIONS, *SCALING_OPTIONS)}
+    options = {k: v for k, v in given.items() if k not in SCALING_OPTIONS}
     with _result(as_json) as result:
-        scaled = {k: v for k, v in given.items() if k not in (*SERVE_OPTIONS, *NOT_SCALED, "scaling")}
+        scaled = {k: v for k, v in given.items() if k not in (*NOT_SCALED, "scaling")}
         if scaling:
             _only(context, scaled.keys() | {"settings", "scaling"}, "with --scaling")
             from suanli.verbs._bench_scaling import bench_scaling
@@ -336,16 +323,7 @@ def _bench(
             result.values = measured.to_json()
             result.shown = lambda: scaling_table(measured)
             return
-        allowed = SERVE_OPTIONS if serve else options.keys() | {"settings"}
-        _only(context, allowed, "with --serve" if serve else "without --serve")
-        if serve:
-            from suanli.verbs._bench_serve import bench_serve
-            from suanli.verbs._bench_serve import table as load_table
-
-            loads = bench_serve(data, seconds=seconds, clients=clients, rows=rows, files=files or (), out=out)
-            result.values = loads.to_json()
-            result.shown = lambda: load_table(loads)
-            return
+        _only(context, options.keys() | {"settings"}, "without --scaling")
         from suanli.verbs.bench import Refused, bench, table
 
         try:
@@ -511,12 +489,11 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _only(context: typer.Context, allowed: Collection[str], how: str) -> None:
-    """Raises UsageError for an option of bench that makes no sense with --serve or --scaling, or without."""
+    """Raises UsageError for an option of bench that makes no sense with --scaling, or without."""
     for name in context.params.keys() - {"data", "out", "as_json", *allowed}:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            where = "without --scaling" if name in SCALING_OPTIONS else how
-            raise UsageError(f"--{name.replace('_', '-')} can't be used {where}.", fix="Leave it out.")
+            raise UsageError(f"--{name.replace('_', '-')} can't be used {how}.", fix="Leave it out.")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import secrets
+import ssl
 import time
 from collections.abc import Sequence
-from urllib.parse import quote, urlencode
+from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from suanli.errors import DataError, MachineError, UsageError
-from suanli.loads import address
 from suanli.predictor import Prediction
 from suanli.types import Json
-from suanli.verbs._payloads import connected, key_headers
 
 TRIES = 5  # where the server has too much to do
 WAIT_S = 120.0
@@ -24,7 +24,7 @@ class Server:
     """`url` is http://HOST:PORT, or that and /v2/models/NAME[/versions/V] where the server has several models."""
 
     def __init__(self, url: str) -> None:
-        parts = address(url)
+        parts = _parse(url)
         path = parts.path.strip("/").split("/")
         match path:
             case [""]:
@@ -36,8 +36,9 @@ class Server:
             case _:
                 raise UsageError(f"{url!r} names no model.", fix="End it with the port, or /v2/models/NAME.")
         self.url = f"{parts.scheme}://{parts.netloc}"
-        self._connection = connected(parts, WAIT_S)
-        self._headers = key_headers()
+        self._connection = _connect(parts)
+        key = os.environ.get("SUANLI_API_KEY", "").strip()
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def close(self) -> None:
         self._connection.close()
@@ -95,6 +96,25 @@ class Server:
             again = reply.headers.get("Retry-After", "1")
             time.sleep(min(float(again) if again.isdigit() else 1.0, 10.0))
         raise AssertionError("the last try returns or raises")
+
+
+def _parse(url: str) -> SplitResult:
+    """Raises UsageError for what is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # a port that is no number
+        pass
+    raise UsageError(f"{url!r} is no address of a server.", fix="Such as http://127.0.0.1:8000.")
+
+
+def _connect(parts: SplitResult) -> http.client.HTTPConnection:
+    """A connection that opens with the first request."""
+    host, port = parts.hostname or "", parts.port
+    if parts.scheme == "https":
+        return http.client.HTTPSConnection(host, port, timeout=WAIT_S, context=ssl.create_default_context())
+    return http.client.HTTPConnection(host, port, timeout=WAIT_S)
 
 
 def _error(url: str, status: int, told: str) -> MachineError | UsageError:
