@@ -10,40 +10,47 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import suanli
 from groups import together
+from served import until
 from suanli import preflight
 from suanli.cli import main
 from suanli.errors import MachineError, UsageError
 from suanli.rundir import Run
 
 SMALL = '--set=model_args={"widths": [8, 8, 8]}'
-SETTINGS = ["--epochs=6", "--batch-size=64", "--speedups=none", "--device=cpu", "--seed=3", SMALL]
-IN_PROCESS = {"epochs": 6, "batch_size": 64, "speedups": "none", "device": "cpu", "seed": 3, "threads": 1}
+SETTINGS = ["--epochs=10", "--batch-size=64", "--speedups=none", "--device=cpu", "--seed=3", SMALL]
+IN_PROCESS = {"epochs": 10, "batch_size": 64, "speedups": "none", "device": "cpu", "seed": 3, "threads": 1}
 IN_PROCESS |= {"settings": {"model_args": {"widths": [8, 8, 8]}}}  # the same, as arguments
 
 
-def started(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+@contextmanager
+def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`suanli train` with these arguments, which prints into the files `out` and `err`."""
     command = [sys.executable, "-m", "suanli", "train", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env={**os.environ, **environment})
-
-
-def finished(process: subprocess.Popen[str], timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    with Path("out").open("wb") as out, Path("err").open("wb") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **environment})
     try:
-        out, err = process.communicate(timeout=timeout_s)
+        yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait(60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def train(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return finished(started(*arguments, **environment))
+def train(*arguments: object, **environment: str) -> int:
+    with started(*arguments, **environment) as process:
+        return process.wait(200)
+
+
+def said() -> str:
+    return Path("err").read_text()
 
 
 def members(launcher: int) -> list[int]:
@@ -61,21 +68,26 @@ def members(launcher: int) -> list[int]:
     return sorted(found)
 
 
-def until(condition, timeout_s: float = 90):
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
+def steps_saved(run: str) -> list[int]:
+    return sorted(int(p.stem.partition("-")[2]) for p in Path(run).glob("checkpoints/step-*.safetensors"))
 
 
-def steps_saved(run: Path) -> list[int]:
-    return sorted(int(p.stem.partition("-")[2]) for p in (run / "checkpoints").glob("step-*.safetensors"))
+def wait_for_checkpoint(run: str) -> None:
+    until(lambda: bool(steps_saved(run)), within_s=90, what="a checkpoint")
 
 
-def weights(run: Path) -> str:
-    return hashlib.sha256((run / "model" / "weights.safetensors").read_bytes()).hexdigest()
+def weights(run: Path | str) -> str:
+    return hashlib.sha256((Path(run) / "model" / "weights.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run of two processes that nothing has disturbed, in a folder with what the command printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert train("digits", "--nproc=2", "--out=whole", "--json", *SETTINGS) == 0, said()
+    return folder / "whole"
 
 
 @pytest.fixture
@@ -84,73 +96,60 @@ def shared_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.mark.usefixtures("shared_cache")
-def test_two_processes_leave_one_run():
-    done = train("digits", "--nproc=2", "--balance", "--out=two", "--json", *SETTINGS)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scores"]["val_accuracy"] > 0.9
-    assert "2 processes on this host agree" in done.stderr
-    assert "FutureWarning" not in done.stderr
-    run = Run.open("two")
+def test_two_processes_leave_one_run(whole):
+    assert json.loads((whole.parent / "out").read_text())["scores"]["val_accuracy"] > 0.9
+    assert "2 processes on this host agree" in (whole.parent / "err").read_text()
+    assert "Warning" not in (whole.parent / "err").read_text()
+    run = Run.open(whole)
     assert len(run.summary["processes"]["each"]) == 2
-    assert sum(run.summary["processes"]["shares"]) == pytest.approx(1)
-    assert "shares of a batch: " in done.stderr
     assert run.summary["status"] == "finished"
     steps = [m["step"] for m in run.metrics if "loss" in m]
     assert steps == sorted(set(steps)), "more than one process has written"
     suanli.train("digits", out="one", **IN_PROCESS)
-    one, two = ([m["loss"] for m in Run.open(name).metrics if "loss" in m] for name in ("one", "two"))
+    one, two = ([m["loss"] for m in Run.open(run).metrics if "loss" in m] for run in ("one", whole))
     assert two[0] == pytest.approx(one[0], rel=1e-4)  # learning amplifies rounding: later losses are no equals
     with pytest.raises(UsageError, match="is finished"):
-        suanli.train("two", nproc=2, device="cpu")
+        suanli.train(whole, nproc=2, device="cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
-def test_what_is_killed_goes_on_to_the_same_bits(tmp_path):
-    whole = train("digits", "--nproc=2", "--out=whole", *SETTINGS, "--epochs=10")
-    assert whole.returncode == 0, whole.stderr
-    process = started("digits", "--nproc=2", "--out=killed", *SETTINGS, "--epochs=10", "--checkpoint-every-s=0.2")
-    until(lambda: steps_saved(tmp_path / "killed"))
-    os.kill(members(process.pid)[-1], signal.SIGKILL)
-    done = finished(process)
-    assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert not list((tmp_path / "killed").rglob("*.tmp"))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("shared_cache")
-def test_sigterm_saves_and_another_number_of_processes_goes_on(tmp_path, capsys):
-    process = started("digits", "--nproc=2", "--out=run", *SETTINGS, "--epochs=30", "--checkpoint-every-s=0.2")
-    until(lambda: steps_saved(tmp_path / "run"))
-    process.terminate()
-    done = finished(process)
-    assert done.returncode == 130, done.stderr
-    assert "suanli train run" in done.stderr
-    assert until(lambda: not members(process.pid))
-    assert Run.open("run").summary["status"] == "interrupted"
-    saved = steps_saved(tmp_path / "run")[-1]
-    gone_on = suanli.train("run", device="cpu", threads=1)
-    assert gone_on.summary["status"] == "finished"
-    assert f"going on from step {saved}" in capsys.readouterr().err
+def test_what_is_killed_goes_on_to_the_same_bits(whole):
+    with started("digits", "--nproc=2", "--out=killed", *SETTINGS, "--checkpoint-every-s=0.2") as process:
+        wait_for_checkpoint("killed")
+        os.kill(members(process.pid)[-1], signal.SIGKILL)
+        assert process.wait(200) == 0, said()
+    assert "going on from step" in said()
+    assert weights("killed") == weights(whole)
+    assert not list(Path("killed").rglob("*.tmp"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 @pytest.mark.usefixtures("shared_cache")
-def test_a_process_that_hangs_is_named_and_replaced(tmp_path):
-    process = started(
-        *("digits", "--nproc=2", "--out=run", *SETTINGS, "--epochs=10"),
-        *("--checkpoint-every-s=0.2", "--hang-timeout-s=4"),
-    )
-    until(lambda: steps_saved(tmp_path / "run"))
-    stopped = members(process.pid)[-1]
-    os.kill(stopped, signal.SIGSTOP)
-    done = finished(process)
-    assert done.returncode == 0, done.stderr
-    assert f"(pid {stopped})" in done.stderr
-    assert "going on from step" in done.stderr
+def test_one_that_hangs_is_replaced_and_a_stop_saves(capsys):
+    options = ("--epochs=60", "--checkpoint-every-s=0.2", "--hang-timeout-s=4", "--balance")
+    with started("digits", "--nproc=2", "--out=run", *SETTINGS, *options) as process:
+        wait_for_checkpoint("run")
+        first = members(process.pid)
+        os.kill(first[-1], signal.SIGSTOP)
+        until(lambda: f"(pid {first[-1]})" in said(), within_s=90, what="the one that hangs is named")
+        os.kill(first[-1], signal.SIGCONT)  # or torch waits half a minute before it ends it by force
+        until(lambda: "going on from step" in said(), within_s=90, what="others take their place")
+        assert not set(first) & set(members(process.pid))
+        before = steps_saved("run")[-1]
+        until(lambda: steps_saved("run")[-1] > before, within_s=90, what="a newer checkpoint")
+        process.terminate()
+        assert process.wait(60) == 130, said()
+        until(lambda: not members(process.pid), within_s=60, what="all processes have ended")
+    assert "suanli train run" in said()
+    run = Run.open("run")
+    assert run.summary["status"] == "interrupted"
+    assert sum(run.summary["processes"]["shares"]) == pytest.approx(1)
+    saved = steps_saved("run")[-1]
+    gone_on = suanli.train(run.path, device="cpu", threads=1)  # another number of processes
+    assert gone_on.summary["status"] == "finished"
+    assert f"going on from step {saved}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -170,16 +169,15 @@ def test_numbers_that_make_no_sense(arguments, said, capsys):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("options", [[], ["--shard"]])  # all processes notice it, or the first one
+@pytest.mark.parametrize("options", [[], pytest.param(["--shard"], marks=pytest.mark.long)])  # all notice it, or one
 def test_what_no_new_start_can_mend_is_told_once(tmp_path, options):
     (tmp_path / "wrong.py").write_text(
         "from torch import nn\ndef build(**_):\n    return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n"
     )
     line = ["digits", "--nproc=2", "--model=wrong:build", "--out=run", "--device=cpu", *options]
-    done = train(*line, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("cannot be multiplied") == 1
-    assert "frame #" not in done.stderr
+    assert train(*line, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])) == 2, said()
+    assert said().count("cannot be multiplied") == 1
+    assert "frame #" not in said()
 
 
 # --- what processes differ in ---
@@ -231,22 +229,19 @@ def test_another_recipe_is_noticed_before_the_first_step(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_fifty_kills_cost_only_time(tmp_path):
+def test_fifty_kills_cost_only_time():
     """The like in `make test`: one kill."""
     random.seed(5)
-    whole = train("digits", "--nproc=2", "--out=whole", *SETTINGS, "--epochs=300")
-    assert whole.returncode == 0
-    process = started(
-        *("digits", "--nproc=2", "--out=run", *SETTINGS, "--epochs=300", "--checkpoint-every-s=0.5"),
-        "--max-restarts=60",
-    )
-    kills = 0
-    while kills < 50 and process.poll() is None:
-        time.sleep(random.uniform(1, 15))
-        if alive := members(process.pid):
-            os.kill(random.choice(alive), signal.SIGKILL)
-            kills += 1
-    done = finished(process, 900)
-    assert done.returncode == 0, done.stderr
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
-    assert not list((tmp_path / "run").rglob("*.tmp"))
+    settings = [*SETTINGS, "--epochs=300"]
+    assert train("digits", "--nproc=2", "--out=whole", *settings) == 0
+    options = ("--checkpoint-every-s=0.5", "--max-restarts=60")
+    with started("digits", "--nproc=2", "--out=run", *settings, *options) as process:
+        kills = 0
+        while kills < 50 and process.poll() is None:
+            time.sleep(random.uniform(1, 15))
+            if alive := members(process.pid):
+                os.kill(random.choice(alive), signal.SIGKILL)
+                kills += 1
+        assert process.wait(900) == 0, said()
+    assert weights("run") == weights("whole")
+    assert not list(Path("run").rglob("*.tmp"))

@@ -127,14 +127,6 @@ def _training(verb: str) -> Callable[..., None]:
         speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
         threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,
         nproc: Annotated[str | None, typer.Option(help="Processes that share each batch: a number, or auto.")] = None,
-        hosts: Annotated[
-            str | None, typer.Option(help="Train on these hosts, --nproc processes on each: a,b (by ssh).")
-        ] = None,
-        rendezvous: Annotated[
-            str | None, typer.Option(metavar="HOST:PORT", help="Meet nodes where the same command is started.")
-        ] = None,
-        min_nodes: Annotated[int | None, typer.Option(help="Go on with as few hosts; default: all.")] = None,
-        max_nodes: Annotated[int | None, typer.Option(help="With --rendezvous: nodes that take part.")] = None,
         balance: Annotated[
             bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")
         ] = False,

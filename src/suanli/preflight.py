@@ -64,7 +64,10 @@ def check(
 def facts_here(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
     return {
         "host": socket.gethostname(),
-        **versions(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "suanli": version("suanli"),
+        "code": code_digest(),
         "device": device.name,
         "device_type": device.type,
         "recipe": recipe,
@@ -73,16 +76,6 @@ def facts_here(device: Device, *, recipe: str, data: str, folder: Path, shard: b
         "clock": time.time(),
         "memory_bytes": hardware.available_memory_bytes(device),
         "disk_bytes": _free(folder),
-    }
-
-
-def versions() -> dict[str, str]:
-    """What must be the same on every host, known without the others."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "suanli": version("suanli"),
-        "code": code_digest(),
     }
 
 

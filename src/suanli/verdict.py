@@ -49,8 +49,8 @@ def told() -> bool:
 
 
 def read(path: Path, *, interrupted: bool = False) -> dict[str, Json] | None:
-    """The word in a file. That of an interruption counts for who asked for it, if for anyone: where a host joins, the
-    others are interrupted as well."""
+    """The word in a file. That of an interruption counts only for who asked for it: where one process alone was
+    stopped, all start anew."""
     with suppress(OSError, ValueError):
         found = dict(json.loads(path.read_bytes()))
         return found if interrupted or found["kind"] != Interrupted.__name__ else None
@@ -66,11 +66,11 @@ def error(word: dict[str, Json]) -> SuanliError:
 
 def end_when_told() -> None:
     """Ends this process soon after another one has left a word, or once whoever started it is gone."""
-    starter, folder = os.getppid(), Path(os.environ[VERDICT]).parent
+    starter = os.getppid()
 
     def look() -> None:
         while not told():
-            if os.getppid() != starter or not folder.exists():
+            if os.getppid() != starter:
                 os._exit(1)
             time.sleep(LOOK_S)
         time.sleep(GRACE_S)

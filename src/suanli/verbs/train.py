@@ -6,15 +6,13 @@ where; how it goes is in `training.py`.
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight, remote, submission
+from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight, submission
 from suanli.cache import Prepared
 from suanli.console import say
 from suanli.distributed import Group
@@ -23,7 +21,6 @@ from suanli.gpus import gpus
 from suanli.launch import RESTARTS
 from suanli.places import cache_dir as cache_dir_of
 from suanli.plugins import load
-from suanli.rendezvous import Rendezvous, checked
 from suanli.rundir import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
 from suanli.saved import refuse_foreign_code, weights_of
 from suanli.settings import seconds
@@ -65,10 +62,6 @@ def train(
     speedups: str = "auto",
     threads: int | None = None,
     nproc: str | int | None = None,
-    hosts: str | Sequence[str] | None = None,
-    rendezvous: str | None = None,
-    min_nodes: int | None = None,
-    max_nodes: int | None = None,
     balance: bool = False,
     shard: bool | None = None,
     max_restarts: int = RESTARTS,
@@ -94,13 +87,10 @@ def train(
     Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved; Diverged when the loss is no
     longer finite; OutOfMemory with a batch size that would fit. `nproc` processes on this machine ("auto": one for
     each GPU) share every batch, and what is learned doesn't depend on how many they are; started by torchrun or srun,
-    this process is one of those. `hosts` starts `nproc` on each of them by ssh; `rendezvous` (HOST:PORT) meets those
-    that are started by the same command on other nodes. Between `min_nodes` and `max_nodes` may take part: training
-    goes on with those that are left. `balance` gives each a share that follows its measured speed, and `shard` a part
-    of the network, for one that doesn't fit a device (None: as the run did that goes on). `trust_code` lets a saved
-    run name code that is not suanli's own; a `model` that is named here is run anyway.
+    this process is one of those. `balance` gives each a share that follows its measured speed, and `shard` a part of
+    the network, for one that doesn't fit a device (None: as the run did that goes on). `trust_code` lets a saved run
+    name code that is not suanli's own; a `model` that is named here is run anyway.
     """
-    asked = dict(locals())
     started = time.perf_counter()
     chosen = {
         "model": model,
@@ -112,22 +102,12 @@ def train(
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
     target = hardware.detect(_own_device(device))
     group = distributed.join(target.torch_name)
-    several = {"nproc": nproc, "hosts": hosts, "rendezvous": rendezvous}
-    if not group.alone and (starts := next((name for name, value in several.items() if value is not None), None)):
-        raise UsageError(f"--{starts} starts processes, and this is one of several.", fix="Leave it out.")
-    names = None if hosts is None else remote.named(hosts)
-    if (min_nodes or max_nodes) and not (names or rendezvous):
-        raise UsageError("--min-nodes and --max-nodes are about several hosts.", fix="Add --hosts or --rendezvous.")
-    if names and max_nodes not in (None, len(names)):
-        raise UsageError(f"--max-nodes can't be {max_nodes}.", fix=f"Leave it out: --hosts names {len(names)}.")
-    least = checked(min_nodes, len(names)) if names else None
-    count = launch.processes(nproc, target) if names is None else len(names)
-    joint = count > 1 or names is not None
-    if (joint or rendezvous) and ":" in device:
+    if not group.alone and nproc is not None:
+        raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
+    count = launch.processes(nproc, target)
+    joint = count > 1
+    if joint and ":" in device:
         raise UsageError(f"{count} processes can't share {device}.", fix="Use --device cuda: each takes a GPU.")
-    if rendezvous and names is None:
-        meeting = Rendezvous.at(rendezvous, min_nodes, max_nodes)
-        return _as_node(asked, count, meeting, restarts=max_restarts)
     wished = _remembered(data) if shard is None else shard
     shard = wished and (joint or not group.alone)
     if wished and not shard:
@@ -151,20 +131,7 @@ def train(
 
     def train_together(run: Run, **more: Json) -> None:
         places = {"data_dir": data_dir, "cache_dir": cache_dir}
-        line = submission.arguments(computing | places | more)
-        if names is None:
-            launch.train_together(run, count, line, restarts=max_restarts)
-        else:
-            remote.train_on_hosts(
-                run,
-                names,
-                line,
-                nproc=nproc,
-                device=device,
-                least=least or len(names),
-                rendezvous=rendezvous,
-                restarts=max_restarts,
-            )
+        launch.train_together(run, count, submission.arguments(computing | places | more), restarts=max_restarts)
 
     wanted = _trackers(track if group.first else ())
     if is_run(data):
@@ -178,7 +145,7 @@ def train(
         ]
         given += [n for n, v in (("input_column", input_column), ("label_column", label_column)) if v]
         run = Run(Run.open(data).path, writes=group.first)
-        again = bool(group.restarts) or launch.is_member()  # a host that joins starts all anew, which counts nowhere
+        again = bool(group.restarts)
         if again and run.summary.get("status") not in FINISHED:
             more_epochs = None  # it has begun
         if again and more_epochs is None and run.summary.get("status") in FINISHED:
@@ -234,8 +201,8 @@ def train(
     if begun:
         # Started again by whoever starts the processes, with the same words: a job that was put back into its queue.
         run = Run(Run.open(str(out)).path, writes=group.first)
-        if launch.is_member() and run.summary.get("status") in FINISHED:
-            return run  # this node came when all was done
+        if group.restarts and run.summary.get("status") in FINISHED:
+            return run  # one of the processes died when all was done
         _refuse_another(run, full)
         with run.lock(ENDING_S):
             training = _reopen(run, options, where, speedups, None)
@@ -307,26 +274,6 @@ def _own_device(device: str) -> str:
     if not seen:
         return device
     return "cuda:0" if len(seen) == 1 else f"cuda:{here.local_rank}"  # one: it was given to this process alone
-
-
-def _as_node(asked: Mapping[str, Json], count: int, meeting: Rendezvous, *, restarts: int) -> Run:
-    """This host's part of a training that others start by the same command."""
-    data, out = str(asked["data"]), asked["out"]
-    if out is None and not is_run(data):
-        raise UsageError(
-            "--rendezvous needs --out: nodes that start again go on with the run that they find there.",
-            fix="Add it, on storage that all nodes share.",
-        )
-    if isinstance(asked["recipe"], Recipe):
-        raise UsageError("A recipe that isn't shipped can't be handed on.", fix="Name one, and change it by settings.")
-    usual = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    own = ("nproc", "rendezvous", "min_nodes", "max_nodes")
-    given = {name: value for name, value in asked.items() if name not in own and value != usual[name]}
-    settings = [f"{name}={json.dumps(value)}" for name, value in (given.pop("settings", None) or {}).items()]
-    subject, *line = submission.arguments(given | {"settings": settings})
-    run = Run(Path(data if out is None else str(out)).expanduser())
-    launch.train_together(run, count, line, restarts=restarts, meeting=meeting, subject=subject)
-    return run
 
 
 def _start_from(weights: AnyPath | None, changes: Mapping[str, Json], trust_code: bool) -> tuple[dict[str, Json], Json]:
@@ -402,8 +349,6 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
     if speedups == "auto" and before is not None:
         requested = _plan_of(before, where.device, _threads(where, summary, before))
     saved = checkpoint.newest(run.checkpoints)
-    if saved is None and not where.group.alone:  # the command may have been given on a machine that doesn't train
-        run.write("environment.json", hardware.environment(where.device))
     steps = where.group.each(None if saved is None else saved.step)
     if len(set(steps)) > 1:
         raise MachineError(
