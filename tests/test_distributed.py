@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed as dist
 
 from groups import MEMBER, answers, together
 from member import main
@@ -86,6 +88,23 @@ def test_every_example_of_a_batch_is_computed_once(size, count, data):
 def test_every_example_of_a_split_is_examined_once(size, count):
     seen = [i for r in range(size) for i in range(count)[Group(rank=r, size=size).stretch(count)]]
     assert seen == list(range(count))
+
+
+def test_processes_of_one_start_agree_whatever_earlier_ones_have_left() -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def process(rank: int, size: int) -> str:
+        return distributed._agree_on_attempt(dist.TCPStore("127.0.0.1", server.port, is_master=False), rank, size)
+
+    names = []
+    with ThreadPoolExecutor(3) as threads:
+        for size in (3, 3, 2, 3, 1):
+            server.set("asks/1", "a process that is gone")
+            first = threads.submit(process, 0, size)
+            others = [threads.submit(process, rank, size) for rank in range(1, size)]
+            (name,) = {one.result(60) for one in (first, *others)}
+            names.append(name)
+    assert len(set(names)) == len(names)
 
 
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}

@@ -16,6 +16,8 @@ import contextlib
 import json
 import os
 import subprocess
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,7 @@ from suanli.types import Json
 
 STORE_TIMEOUT = timedelta(hours=2)  # one process may plan, decode or download while the others wait for it
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own; `watchdog` notices earlier
+POLL_S = 0.05  # of the store, for processes that have not come yet
 ALIGNED = 2  # shares of a batch begin at multiples of it: augmentations that blend pictures pair neighbours
 
 
@@ -263,8 +266,7 @@ def join(device: str) -> Group:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=STORE_TIMEOUT)))
         if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun keeps one store for all attempts, and addresses in it may be those of processes that are gone.
-            store = PrefixStore(f"attempt-{here.restarts}", store)
+            store = PrefixStore(_agree_on_attempt(store, rank, size), store)
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
@@ -286,6 +288,23 @@ def join(device: str) -> Group:
         console.mute()
     _current.store.set_timeout(STORE_TIMEOUT)  # type: ignore[union-attr]
     return _current
+
+
+def _agree_on_attempt(store: Store, rank: int, size: int) -> str:
+    """A name for this start of the processes. torchrun keeps one store for all starts, which still has the addresses of
+    processes that are gone; and its agents count restarts each by itself, so that number isn't the same for all."""
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answers/{own}").decode()
+        store.set(f"{name}/{rank}", "")
+        return name
+    for other in range(1, size):
+        while not store.check([f"{own}/{other}"]):
+            if store.check([f"asks/{other}"]):  # perhaps by a process that is gone; then the next one asks soon
+                store.set(f"answers/{store.get(f'asks/{other}').decode()}", own)
+            time.sleep(POLL_S)
+    return own
 
 
 def threads(group: Group) -> int:
