@@ -21,7 +21,7 @@ from suanli.submission import Job, render
 
 pytestmark = pytest.mark.long
 SETTINGS = ("--out=run", "--device=cpu", "--speedups=none", "--threads=1", "--checkpoint-every-s=0.3")
-SUANLI = ("-m", "suanli", "train", "digits", "--epochs=60", *SETTINGS)
+SUANLI = ("-m", "suanli", "train", "digits", "--epochs=30", *SETTINGS)
 Start = Callable[..., subprocess.Popen[bytes]]
 
 
