@@ -236,9 +236,11 @@ def test_fifty_kills_cost_only_time():
     assert train("digits", "--nproc=2", "--out=whole", *settings) == 0
     options = ("--checkpoint-every-s=0.5", "--max-restarts=60")
     with started("digits", "--nproc=2", "--out=run", *settings, *options) as process:
-        kills = 0
+        began, kills = time.monotonic(), 0
+        wait_for_checkpoint("run")
+        start_s = time.monotonic() - began
         while kills < 50 and process.poll() is None:
-            time.sleep(random.uniform(1, 15))
+            time.sleep(random.uniform(0, 2.5 * start_s))  # while it starts, too, but not always
             if alive := members(process.pid):
                 os.kill(random.choice(alive), signal.SIGKILL)
                 kills += 1
