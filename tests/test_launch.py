@@ -46,7 +46,7 @@ def started(*arguments: object, **environment: str) -> Iterator[subprocess.Popen
 
 def train(*arguments: object, **environment: str) -> int:
     with started(*arguments, **environment) as process:
-        return process.wait(200)
+        return process.wait()
 
 
 def said() -> str:
@@ -118,7 +118,7 @@ def test_what_is_killed_goes_on_to_the_same_bits(whole):
     with started("digits", "--nproc=2", "--out=killed", *SETTINGS, "--checkpoint-every-s=0.2") as process:
         wait_for_checkpoint("killed")
         os.kill(members(process.pid)[-1], signal.SIGKILL)
-        assert process.wait(200) == 0, said()
+        assert process.wait() == 0, said()
     assert "going on from step" in said()
     assert weights("killed") == weights(whole)
     assert not list(Path("killed").rglob("*.tmp"))
@@ -228,7 +228,7 @@ def test_another_recipe_is_noticed_before_the_first_step(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3600)
 def test_fifty_kills_cost_only_time():
     """The like in `make test`: one kill."""
     random.seed(5)
@@ -236,12 +236,14 @@ def test_fifty_kills_cost_only_time():
     assert train("digits", "--nproc=2", "--out=whole", *settings) == 0
     options = ("--checkpoint-every-s=0.5", "--max-restarts=60")
     with started("digits", "--nproc=2", "--out=run", *settings, *options) as process:
-        kills = 0
+        began, kills = time.monotonic(), 0
+        wait_for_checkpoint("run")
+        start_s = time.monotonic() - began
         while kills < 50 and process.poll() is None:
-            time.sleep(random.uniform(1, 15))
+            time.sleep(random.uniform(0, 2.5 * start_s))  # while it starts, too, but not always
             if alive := members(process.pid):
                 os.kill(random.choice(alive), signal.SIGKILL)
                 kills += 1
-        assert process.wait(900) == 0, said()
+        assert process.wait() == 0, said()
     assert weights("run") == weights("whole")
     assert not list(Path("run").rglob("*.tmp"))
