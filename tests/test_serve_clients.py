@@ -40,11 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return digits_run(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def server(run: Path) -> Iterator[Served]:
+@pytest.fixture
+def server(digits_server: Served) -> Served:
     """Of the digits alone, so that no request needs to name its model."""
-    with serving(run, *PATIENT, "--grpc-port", "0") as found:
-        yield found
+    return digits_server
 
 
 @pytest.fixture(scope="module")
