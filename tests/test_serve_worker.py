@@ -377,8 +377,10 @@ def keep(run: Run) -> Iterator[Callable[..., Kept]]:
 
 
 def children() -> set[int]:
+    """Engines that run: a server of other tests may be there, too."""
     text = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-    return {int(pid) for pid in text.split() if is_there(int(pid))}
+    engines = (int(pid) for pid in text.split() if b"engine_process" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return {pid for pid in engines if is_there(pid)}
 
 
 def test_an_engine_that_ends_while_nobody_asks_is_replaced(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ class App:
             Operation("GET /status", self.status, open_to_all=True),
             Operation("GET /metrics", self.metrics, answer={"text/plain": str}),
             Operation("GET /openapi.json", self.openapi),
-            *(Operation(f"GET {path}", self.page, **page) for path in ("/", "/health", "/page/{file}")),
+            *(Operation(f"GET {path}", self.page, **page) for path in pages.files()),
         ]
 
     # --- around every request ---
@@ -167,7 +167,7 @@ class App:
         own = headers.get(b"host", b"")
         if origin is not None and method not in ("GET", "HEAD") and origin.partition(b"://")[2] != own:
             raise Refused(403, "Pages of other sites can't ask this server.")
-        if self._key is None or path in self._open or path.startswith("/page/"):
+        if self._key is None or path in self._open:
             return
         given = headers.get(b"x-api-key", b"")
         scheme, _, rest = headers.get(b"authorization", b"").partition(b" ")

@@ -16,8 +16,6 @@ from importlib import resources
 from starlette.requests import Request
 from starlette.responses import Response
 
-from suanli.serving.protocol import Refused
-
 FOLDER = "templates/serve"
 MEDIA_TYPES = {
     "html": "text/html; charset=utf-8",
@@ -40,10 +38,9 @@ SECURITY = {
 
 def answer(request: Request) -> Response:
     """The page or file of a request's path. A browser keeps it and asks each time whether its tag still holds; the
-    answer to that is a 304 without content. Raises Refused(404)."""
-    content, media_type, tag = _pages().get(request.url.path, (b"", "", ""))
-    if not tag:
-        raise Refused(404, "There is nothing here. See / and /v2.")
+    answer to that is a 304 without content."""
+    path = request.scope["path"].rstrip("\n")  # which a route takes, too
+    content, media_type, tag = files()[path]
     headers = {"Content-Type": media_type, "ETag": tag, "Cache-Control": "no-cache", **SECURITY}
     known = [known.strip().removeprefix("W/") for known in request.headers.get("if-none-match", "").split(",")]
     if tag in known or "*" in known:  # by the weak comparison of RFC 9110, 13.1.2
@@ -52,7 +49,7 @@ def answer(request: Request) -> Response:
 
 
 @cache
-def _pages() -> dict[str, tuple[bytes, str, str]]:
+def files() -> dict[str, tuple[bytes, str, str]]:
     """Content, media type and entity tag by path. No path of a file is ever made of a request."""
     found = {}
     for file in resources.files("suanli").joinpath(FOLDER).iterdir():
