@@ -7,6 +7,7 @@
 #   make check   format, lint, types (with what serving inherits from), import ladder
 #   make gpu     tests and benchmarks on an NVIDIA card, in ten minutes, with the packages that are there:
 #                installs nothing and needs no network; make gpu GPU_PYTHON=python3.12 DATA=folder AIRBENCH=file
+#   make proto   compile the messages of gRPC, after their text has changed
 #   make clean   remove what make made; data, caches and runs stay
 #
 # Another Python: make PYTHON=python3.12
@@ -26,7 +27,7 @@ TESTERS ?= 2
 GPU_PYTHON ?= python3
 DATA ?= ../shared/data
 
-.PHONY: demo test long check gpu clean
+.PHONY: demo test long check gpu proto clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -46,6 +47,10 @@ check: .venv/installed-check
 
 gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) benchmarks/gpu.py $(DATA) $(if $(AIRBENCH),--airbench $(AIRBENCH))
+
+proto: .venv/installed-test
+	$(BIN)/python -m grpc_tools.protoc --proto_path=src/suanli/serving \
+		--descriptor_set_out=src/suanli/serving/messages.binpb inference.proto health.proto
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist src/*.egg-info

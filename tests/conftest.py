@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # One thread for each operation: many processes share the machine in tests, and the threads of one
 # operation would wait for each other. Tests of two threads ask for them. Before torch is imported.
@@ -37,6 +38,16 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data (../shared/data) is not on this machine")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def digits_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A `Served` that answers with a run of handwritten digits over HTTP and gRPC, for all tests of this process: each
+    leaves it as it was. On a busy machine no request is turned away."""
+    from served import digits_run, serving
+
+    with serving(digits_run(tmp_path_factory), "--grpc-port", "0", "--p99-ms", "60000") as server:
+        yield server
 
 
 @pytest.fixture

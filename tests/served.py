@@ -29,6 +29,16 @@ from filelock import FileLock
 
 import suanli
 
+START = """
+import importlib, json, sys
+from suanli.cli import main
+for name, value in json.loads(sys.argv.pop(1)).items():
+    module, _, constant = name.partition(".")
+    module = importlib.import_module(f"suanli.serving.{module}")
+    assert hasattr(module, constant), name
+    setattr(module, constant, value)
+main()
+"""
 SERVING = re.compile(r"Serving on (https?)://(\S+):(\d+)(?:\s+and\s+gRPC\s+on\s+\S+:(\d+))?")
 REPLY_S = 60.0
 
@@ -113,12 +123,14 @@ def serving(
     subject: Path | str,
     *options: str,
     environment: Mapping[str, str] | None = None,
+    constants: Mapping[str, float] | None = None,
     ready: bool = True,
     ready_within_s: float = 90.0,
     end_within_s: float = 60.0,
     exit_code: int | None = 0,
 ) -> Iterator[Served]:
-    """A server of `subject` on a free port of the loopback address, with more options of `suanli serve`.
+    """A server of `subject` on a free port of the loopback address, with more options of `suanli serve`. `constants`
+    are set in its process, so that tests wait less: {"repository.LOOK_S": 0.2}.
 
     Waits until it is ready, or with `ready=False` until it listens. Ends it with SIGTERM, unless the test has ended it
     already, and checks its exit code (None: any). Its processes are killed if they don't end.
@@ -127,7 +139,8 @@ def serving(
         log = Path(place) / "log.txt"
         known = os.environ | {"SUANLI_CACHE": str(Path(place) / "cache"), "NO_COLOR": "1", "COLUMNS": "200"}
         known.pop("SUANLI_API_KEY", None)
-        command = [sys.executable, "-m", "suanli", "serve", str(subject), "--port", "0", "--log", "json", *options]
+        command = [sys.executable, "-c", START, json.dumps(dict(constants or {})), "serve", str(subject)]
+        command += ["--port", "0", "--log", "json", *options]
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command,

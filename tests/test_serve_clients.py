@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import hostile
 import suanli
 from served import Served, digits_run, serving
 from suanli.errors import SuanliError, pip_install
@@ -40,11 +41,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return digits_run(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def server(run: Path) -> Iterator[Served]:
+@pytest.fixture
+def server(digits_server: Served) -> Served:
     """Of the digits alone, so that no request needs to name its model."""
-    with serving(run, *PATIENT, "--grpc-port", "0") as found:
-        yield found
+    return digits_server
 
 
 @pytest.fixture(scope="module")
@@ -485,14 +485,19 @@ def test_texts_are_sent_too(make_reviews: Callable[[], Path], tmp_path: Path) ->
 @pytest.fixture
 def make_reviews(text_table: Path, tmp_path: Path) -> Callable[[], Path]:
     def make() -> Path:
-        return suanli.train(text_table, epochs=6, batch_size=32, out=tmp_path / "reviews").path
+        return suanli.train(text_table, epochs=1, speedups="none", threads=1, out=tmp_path / "reviews").path
 
     return make
 
 
-def test_a_server_with_a_key_wants_it(run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = folder / "00.png"
-    with serving(run, *PATIENT, environment={"SUANLI_API_KEY": "secret-7"}) as server:
+def test_a_server_with_a_key_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "picture.png"
+    Image.fromarray(hostile.pictures((hostile.GOOD, 3))[0]).save(picture)
+    run = hostile.engines(tmp_path / "odd")
+    with (
+        hostile.room() as environment,
+        serving(run, *PATIENT, environment=environment | {"SUANLI_API_KEY": "secret-7"}) as server,
+    ):
         monkeypatch.delenv("SUANLI_API_KEY", raising=False)
         with pytest.raises(SuanliError, match="wants an API key") as caught:
             suanli.predict(None, picture, url=server.url)

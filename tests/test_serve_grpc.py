@@ -28,9 +28,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
+import hostile
 import suanli
+from hostile import GOOD, engines, room
 from served import Served, digits_run, serving
 from suanli.errors import MachineError, UsageError, pip_install
+from suanli.serving import messages
 from suanli.serving.log import Log
 from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, bad, join_bytes
 
@@ -173,20 +176,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return digits_run(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def digits(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """`suanli serve` of digits in two versions; on a busy machine nobody is turned away."""
-    models = tmp_path_factory.mktemp("models")
-    for version in ("1", "2"):
-        shutil.copytree(run / "model", models / "digits" / version)
-    with serving(models, "--grpc-port", "0", "--p99-ms", "60000") as found:
-        yield found
-
-
 @pytest.fixture
-def client(triton: ModuleType, digits: Served) -> Iterator[Any]:
-    with triton.InferenceServerClient(f"{digits.host}:{digits.grpc_port}") as made:
+def client(triton: ModuleType, digits_server: Served) -> Iterator[Any]:
+    with triton.InferenceServerClient(f"{digits_server.host}:{digits_server.grpc_port}") as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def versions(triton: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Triton's client of a server with two versions of `odd`."""
+    models = tmp_path_factory.mktemp("models")
+    with room() as environment:
+        for version in ("1", "2"):
+            engines(models / "odd" / version)
+        with (
+            serving(models, "--grpc-port", "0", "--p99-ms", "60000", environment=environment) as server,
+            triton.InferenceServerClient(f"{server.host}:{server.grpc_port}") as made,
+        ):
+            yield made
 
 
 @pytest.fixture(scope="module")
@@ -198,27 +205,27 @@ def pictures() -> np.ndarray:
     return (found * 255 / 16).round().astype(np.uint8)
 
 
-def test_triton_reads_the_server_and_the_model(client: Any) -> None:
-    assert client.is_server_live()
-    assert client.is_server_ready()
-    assert client.is_model_ready("digits")
-    assert client.is_model_ready("digits", "2")
-    assert not client.is_model_ready("digits", "3")
-    assert not client.is_model_ready("nobody")
-    about = client.get_server_metadata(as_json=True)
+def test_triton_reads_the_server_and_the_model(versions: Any) -> None:
+    assert versions.is_server_live()
+    assert versions.is_server_ready()
+    assert versions.is_model_ready("odd")
+    assert versions.is_model_ready("odd", "2")
+    assert not versions.is_model_ready("odd", "3")
+    assert not versions.is_model_ready("nobody")
+    about = versions.get_server_metadata(as_json=True)
     assert (about["name"], about["version"]) == ("suanli", suanli.__version__)
     assert "classification" in about["extensions"]
-    model = client.get_model_metadata("digits", as_json=True)
+    model = versions.get_model_metadata("odd", as_json=True)
     assert model["versions"] == ["1", "2"]
     assert [output["name"] for output in model["outputs"]] == ["probabilities", "label"]
-    config = client.get_model_config("digits", as_json=True)["config"]
+    config = versions.get_model_config("odd", as_json=True)["config"]
     assert config["input"][0]["data_type"] == "TYPE_UINT8"
     assert config["max_batch_size"] > 1
     assert "dynamic_batching" in config
-    index = client.get_model_repository_index(as_json=True)["models"]
+    index = versions.get_model_repository_index(as_json=True)["models"]
     assert [(model["name"], model["version"], model["state"]) for model in index] == [
-        ("digits", "1", "READY"),
-        ("digits", "2", "READY"),
+        ("odd", "1", "READY"),
+        ("odd", "2", "READY"),
     ]
 
 
@@ -229,7 +236,7 @@ def test_triton_gets_what_predict_says(client: Any, triton: ModuleType, run: Pat
     result = client.infer("digits", [sent], request_id="number 7")
     expected = suanli.load(run).predict(pictures)
     assert result.get_response().id == "number 7"
-    assert result.get_response().model_version == "2"
+    assert result.get_response().model_version == "1"
     assert result.as_numpy("label").tolist() == [answer.label.encode() for answer in expected if answer.label]
     best = result.as_numpy("probabilities").max(1)
     np.testing.assert_allclose(best, [answer.probability for answer in expected], atol=1e-5)
@@ -286,19 +293,20 @@ def test_triton_streams_in_order_past_a_bad_request(client: Any, triton: ModuleT
     ]
 
 
-def test_triton_sees_statistics(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
+def test_triton_sees_statistics(versions: Any, triton: ModuleType) -> None:
     def counted() -> int:
-        stats = client.get_inference_statistics("digits", "2").model_stats
+        stats = versions.get_inference_statistics("odd", "2").model_stats
         assert [entry.version for entry in stats] == ["2"]
         return int(stats[0].inference_count)
 
     before = counted()
-    sent = triton.InferInput("image", list(pictures.shape), "UINT8")
-    sent.set_data_from_numpy(pictures)
-    client.infer("digits", [sent], model_version="2")
+    rows = hostile.pictures(*[(GOOD, i) for i in range(10)])
+    sent = triton.InferInput("image", list(rows.shape), "UINT8")
+    sent.set_data_from_numpy(rows)
+    assert versions.infer("odd", [sent], model_version="2").get_response().model_version == "2"
     assert counted() == before + 10
-    everything = client.get_inference_statistics().model_stats
-    assert [(entry.name, entry.version) for entry in everything] == [("digits", "1"), ("digits", "2")]
+    everything = versions.get_inference_statistics().model_stats
+    assert [(entry.name, entry.version) for entry in everything] == [("odd", "1"), ("odd", "2")]
     assert everything[1].inference_stats.success.ns > 0
 
 
@@ -323,15 +331,15 @@ def test_triton_is_told_what_was_wrong(client: Any, triton: ModuleType, pictures
         client.infer("digits", [sent], client_timeout=1e-6)
 
 
-def test_triton_unloads_and_loads(client: Any, triton: ModuleType) -> None:
-    client.unload_model("digits")
-    assert not client.is_model_ready("digits")
-    client.load_model("digits")
-    assert client.is_model_ready("digits", "1")
+def test_triton_unloads_and_loads(versions: Any, triton: ModuleType) -> None:
+    versions.unload_model("odd")
+    assert not versions.is_model_ready("odd")
+    versions.load_model("odd")
+    assert versions.is_model_ready("odd", "1")
     with pytest.raises(triton.InferenceServerException, match="as its folder says"):
-        client.load_model("digits", config="{}")
+        versions.load_model("odd", config="{}")
     with pytest.raises(triton.InferenceServerException, match="no model nobody") as caught:
-        client.load_model("nobody")
+        versions.load_model("nobody")
     assert caught.value.status() == "StatusCode.NOT_FOUND"
 
 
@@ -348,12 +356,12 @@ def test_triton_beside_the_server_in_one_process(
             client.infer("model", [sent])
 
 
-def test_kserve_gets_the_same_raw_and_typed(digits: Served, pictures: np.ndarray, run: Path) -> None:
+def test_kserve_gets_the_same_raw_and_typed(digits_server: Served, pictures: np.ndarray, run: Path) -> None:
     kserve = pytest.importorskip("kserve", reason=f"needs: {pip_install('kserve')}, in an environment of its own")
 
     async def work() -> list[list[bytes]]:
         found = []
-        async with kserve.InferenceGRPCClient(url=f"{digits.host}:{digits.grpc_port}") as client:
+        async with kserve.InferenceGRPCClient(url=f"{digits_server.host}:{digits_server.grpc_port}") as client:
             assert await client.is_server_ready()
             assert await client.is_model_ready("digits")
             for raw in (True, False):
@@ -372,29 +380,56 @@ def test_kserve_gets_the_same_raw_and_typed(digits: Served, pictures: np.ndarray
 # --- the messages ---
 
 
+def test_the_compiled_messages_are_those_of_the_text(tmp_path: Path) -> None:
+    from google.protobuf.descriptor_pb2 import FileDescriptorSet
+
+    protoc = pytest.importorskip("grpc_tools.protoc", reason=f"needs: {pip_install('suanli[test]')}")
+    folder, made = Path(messages.__file__).parent, tmp_path / "made"
+    words = ["protoc", f"--proto_path={folder}", f"--descriptor_set_out={made}", "inference.proto", "health.proto"]
+    assert protoc.main(words) == 0
+    new, kept = (FileDescriptorSet.FromString(file.read_bytes()) for file in (made, folder / "messages.binpb"))
+    assert new == kept, "make proto"
+
+
+# Such as no other type of number would read; bytes are in base64.
+VALUES = {
+    "INT32": -7, "INT64": -(2**40), "UINT32": 2**31 + 7, "UINT64": 2**63 + 7, "FLOAT": 0.5, "DOUBLE": 0.1, "BOOL": True,
+    "STRING": "算", "BYTES": "/w==",
+}  # fmt: skip
+
+
+def samples(kind: Any) -> list[dict[str, Any]]:
+    """JSON of messages with every field filled, one for each member of a oneof."""
+    members = [field.number for group in kind.oneofs for field in group.fields] or [0]
+    return [
+        {f.name: sample(f) for f in kind.fields if f.containing_oneof is None or f.number == member}
+        for member in members
+    ]
+
+
+def sample(field: Any) -> Any:
+    if field.message_type is None:
+        known = {getattr(field, f"TYPE_{name}"): value for name, value in VALUES.items()}
+        found = [known[field.type] if field.enum_type is None else field.enum_type.values[-1].name]
+    elif field.message_type.GetOptions().map_entry:
+        return {f"key{i}": v for i, v in enumerate(samples(field.message_type.fields_by_name["value"].message_type))}
+    else:
+        found = samples(field.message_type)
+    return found if field.is_repeated else found[-1]
+
+
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("name", sorted(message("ModelInferRequest").DESCRIPTOR.file.message_types_by_name))
-def test_fields_are_as_triton_has_them(name: str) -> None:
+def test_triton_reads_our_messages_and_we_read_its() -> None:
+    from google.protobuf.json_format import ParseDict
     from tritonclient.grpc import model_config_pb2, service_pb2
 
-    known = getattr(service_pb2, name, None) or getattr(model_config_pb2, name)
-    differs(message(name).DESCRIPTOR, known.DESCRIPTOR)
-
-
-def differs(ours: Any, theirs: Any) -> None:
-    """Fails where a field of ours isn't one of theirs, down to what it holds."""
-    for field in ours.fields:
-        other = theirs.fields_by_name[field.name]
-        about = [
-            (f.number, f.type, f.is_repeated, f.containing_oneof and f.containing_oneof.name) for f in (field, other)
-        ]
-        assert about[0] == about[1], f"{ours.name}.{field.name}"
-        if field.message_type is not None and field.message_type.containing_type is not None:
-            differs(field.message_type, other.message_type)
-        if field.enum_type is not None:
-            assert field.enum_type.values_by_name.keys() <= other.enum_type.values_by_name.keys()
-            for value in field.enum_type.values:
-                assert other.enum_type.values_by_name[value.name].number == value.number
+    for name in message("ModelInferRequest").DESCRIPTOR.file.message_types_by_name:
+        ours = message(name)
+        theirs = getattr(service_pb2, name, None) or getattr(model_config_pb2, name)
+        for values in samples(ours.DESCRIPTOR):
+            our, their = ParseDict(values, ours()), ParseDict(values, theirs())
+            assert ours.FromString(their.SerializeToString()) == our, name
+            assert theirs.FromString(our.SerializeToString()) == their, name
 
 
 @st.composite

@@ -16,22 +16,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from served import Served, digits_run, serving
+from served import Served
 from suanli.errors import pip_install
 
 for package in ("uvicorn", "httptools", "starlette"):
     pytest.importorskip(package, reason=f"needs: {pip_install('suanli[serve]')}")
 
-from suanli.serving.openapi import REASONS, document  # noqa: E402  # after the check
+from suanli.serving.http import App  # noqa: E402  # after the check
+from suanli.serving.log import Log  # noqa: E402
+from suanli.serving.model import Settings  # noqa: E402
+from suanli.serving.openapi import REASONS, document  # noqa: E402
+from suanli.serving.repository import Repository  # noqa: E402
 
 PER_OPERATION = 8  # examples that Schemathesis makes of each operation and phase
 SEED = 7
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(digits_run(tmp_path_factory)) as found:
-        yield found
+@pytest.fixture
+def server(digits_server: Served) -> Served:
+    return digits_server
 
 
 def parts(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
@@ -42,8 +45,10 @@ def parts(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("key_needed", [False, True])
-def test_the_document_holds_together(key_needed: bool) -> None:
-    said = json.loads(json.dumps(document(key_needed=key_needed, models={"digits": ["1", "2"]})))
+def test_the_document_holds_together(key_needed: bool, tmp_path: Path) -> None:
+    (tmp_path / "model.json").touch()
+    app = App(Repository(tmp_path, Settings(), Log("none")), log=Log("none"), max_body_bytes=1)
+    said = json.loads(json.dumps(document(app.operations, key_needed=key_needed, models={"digits": ["1", "2"]})))
     refs = {node["$ref"] for _, node in parts(said) if isinstance(node, dict) and "$ref" in node}
     kept = {
         f"#/components/{kind}/{name}"

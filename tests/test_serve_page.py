@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import browser as chromium
-import suanli
 from browser import Browser
+from hostile import engines, room
 from served import Served, digits_run, serving
+from suanli.preprocess.text import TextPreprocess
 from suanli.serving import pages
 
 HOSTILE = "<img src=x onerror=window.hurt=1>"
@@ -44,30 +46,24 @@ needs_browser = pytest.mark.skipif(chromium.WHY_NOT is not None, reason=str(chro
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models: `digits`, `odd`, a class of which has a name that is HTML, and `reviews`, of texts."""
-    home = tmp_path_factory.mktemp("served")
-    random = np.random.default_rng(1)
-    for name, level in ((HOSTILE, 60), ("plain", 190)):
-        (home / "odd" / name).mkdir(parents=True)
-        for i in range(30):
-            pixels = np.clip(random.normal(level, 20, (12, 12, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(home / "odd" / name / f"{i:02d}.png")
-    words = {"good": ("great", "lovely", "fine"), "bad": ("dull", "awful", "poor")}
-    rows = [
-        f"{random.choice(words[k])} film, {random.choice(words[k])} plot {i}\t{k}" for i in range(80) for k in words
-    ]
-    (home / "reviews.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-    for name, data in (("odd", home / "odd"), ("reviews", home / "reviews.tsv")):
-        run = home / "models" / name
-        suanli.train(data, epochs=3, speedups="none", threads=1, out=run, cache_dir=home / "cache")
-    shutil.copytree(digits_run(tmp_path_factory), home / "models" / "digits")
-    return home / "models"
+def environment() -> Iterator[dict[str, str]]:
+    with room() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[Served]:
-    with serving(folder) as found:
+def odd(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Path:  # noqa: ARG001
+    """A model that finds the level of a grey picture even or odd; one of its classes has a name that is HTML."""
+    return engines(tmp_path_factory.mktemp("models") / "odd", classes=(HOSTILE, "plain"), side=12)
+
+
+@pytest.fixture(scope="module")
+def served(odd: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[Served]:
+    """Three models: `digits`, `odd`, and `reviews`, of texts."""
+    words = TextPreprocess(vocabulary=("film", "plot", "lovely", "great", "dull", "awful"), length=8)
+    engines(odd.parent / "reviews", classes=("bad", "good"), preprocess=words)
+    shutil.copytree(digits_run(tmp_path_factory) / "model", odd.parent / "digits" / "1")
+    with serving(odd.parent, environment=environment) as found:
         yield found
 
 
@@ -422,69 +418,62 @@ def test_health(browser: Browser, served: Served) -> None:
 
 
 @needs_browser
-def test_a_key_and_a_server_that_goes_and_comes_back(folder: Path, window: Browser, tmp_path: Path) -> None:
+def test_a_key_and_a_server_that_goes_and_comes_back(
+    odd: Path, environment: dict[str, str], window: Browser, tmp_path: Path
+) -> None:
     (tmp_path / "key").write_text("sesame\n")
-    page, digits = window, folder / "digits"
+    page = window
+    even, uneven = (png(np.full((12, 12, 3), level, np.uint8)) for level in (60, 61))
     page.size(1400, 900)
-    with serving(digits, "--api-key-file", str(tmp_path / "key")) as found:
+    with serving(odd, "--api-key-file", str(tmp_path / "key"), environment=environment) as found:
         page.go(found.url)
         page.until("!document.getElementById('key-form').hidden")
-        give(page, "drop", "9.png", digit(9))
+        give(page, "drop", "9.png", uneven)
         page.until("document.querySelector('.batch .banner')")
         page.write("#key", f"wrong{ENTER}")
         page.until("document.getElementById('key-note').textContent.includes(\"didn't accept\")")
         page.run("document.getElementById('key').value = ''")
         page.write("#key", f"sesame{ENTER}")
-        assert answers(page) == ["9"]  # what had been refused is asked again
+        assert answers(page) == ["plain"]  # what had been refused is asked again
         assert not page.find_all("#key-form:not([hidden])")
         assert "sesame" not in page.run("return JSON.stringify(localStorage) + document.cookie")
         page.go(found.url)
-        page.until("document.getElementById('title').textContent === 'digits'")
-        give(page, "drop", "9.png", digit(9))
-        assert answers(page) == ["9"]  # the tab has kept the key
+        page.until("document.getElementById('title').textContent === 'odd'")
+        give(page, "drop", "9.png", uneven)
+        assert answers(page) == ["plain"]  # the tab has kept the key
 
-    give(page, "drop", "6.png", digit(6))
+    give(page, "drop", "6.png", even)
     page.until("document.querySelector('.batch .banner button')")
     assert "No connection" in page.text(".batch .banner")
     page.until("document.getElementById('notice').innerText.includes('No connection')")
-    with serving(digits, "--port", str(found.port)):
+    with serving(odd, "--port", str(found.port), environment=environment):
         page.until("document.getElementById('notice').hidden")
         page.click(".batch .banner button")
-        assert answers(page) == ["6"]
+        assert answers(page) == [HOSTILE]
     page.run("sessionStorage.clear()")
     page.messages()  # the console tells of what was refused, and of what had gone
 
 
-def test_only_what_is_in_the_folder_is_a_page() -> None:
-    content, media_type = pages.page("/") or (b"", "")
-    assert content.startswith(b"<!doctype html>")
-    assert media_type == "text/html; charset=utf-8"
-    assert pages.page("/page/page.css") is not None
-    for name in ("/page/", "/page/page.html", "/page/../report.html", "/page/%2e%2e/report.html", "/page", "page.js"):
-        assert pages.page(name) is None
-
-
-def test_headers_of_a_page() -> None:
-    given = pages.headers("/")
-    assert "default-src 'none'" in given["Content-Security-Policy"]
-    assert "unsafe" not in given["Content-Security-Policy"]
-    assert given["X-Content-Type-Options"] == "nosniff"
-    assert pages.is_current("/", given["ETag"])
-    assert pages.is_current("/", f'"other", W/{given["ETag"]}')
-    assert pages.is_current("/", "*")
-    assert not pages.is_current("/", pages.headers("/health")["ETag"])
-    assert not pages.is_current("/nothing", "*")
-
-
 def test_what_the_server_sends_with_a_page(served: Served) -> None:
-    for path in ("/", "/health", "/page/page.js"):
+    folder = resources.files("suanli").joinpath(pages.FOLDER)
+    tags = set()
+    for path, name in (("/", "page.html"), ("/health", "health.html"), ("/page/page.js", "page.js")):
         first = served.ask("GET", path)
         assert first.status == 200
-        assert first.body == (pages.page(path) or (b"", ""))[0]
-        assert {name.lower(): value for name, value in pages.headers(path).items()}.items() <= first.headers.items()
-        again = served.ask("GET", path, headers={"If-None-Match": first.headers["etag"]})
-        assert (again.status, again.body) == (304, b"")
-    assert served.ask("GET", "/page/../report.css").status == 404
+        assert first.body == folder.joinpath(name).read_bytes()
+        assert first.headers["content-type"] == pages.MEDIA_TYPES[name.partition(".")[2]]
+        assert "default-src 'none'" in first.headers["content-security-policy"]
+        assert "unsafe" not in first.headers["content-security-policy"]
+        assert {name.lower(): value for name, value in pages.SECURITY.items()}.items() <= first.headers.items()
+        tag = first.headers["etag"]
+        tags.add(tag)
+        for known in (tag, f'"other", W/{tag}', "*"):
+            again = served.ask("GET", path, headers={"If-None-Match": known})
+            assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+        assert served.ask("GET", path, headers={"If-None-Match": '"other"'}).status == 200
+    assert len(tags) == 3
+    for path in ("/page/", "/page/page.html", "/page/../report.html", "/page/%2e%2e/report.css", "/page", "/page.js"):
+        assert served.ask("GET", path).status == 404, path
 
 
 def test_pages_name_no_other_site_and_hold_no_script_or_style() -> None:

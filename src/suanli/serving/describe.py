@@ -1,22 +1,17 @@
-"""What a served model says of itself, in the words of those who ask: the protocol, Triton's extensions, the pages."""
+"""What a served model says of itself: the protocol's metadata, Triton's configuration and statistics, status."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from suanli.serving.figures import Figures
+from suanli.serving import bodies
+from suanli.serving.model import MAX_INPUTS, ServedModel
 from suanli.serving.protocol import NAMES
-from suanli.types import Json
 
-if TYPE_CHECKING:
-    from suanli.serving.model import ServedModel
-
-MAX_INPUTS = 4096  # of one request
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 
 
@@ -25,31 +20,32 @@ def version() -> str:
     return importlib.metadata.version("suanli")
 
 
-def server() -> dict[str, Json]:
-    """Open Inference Protocol, "Server Metadata"."""
+def server() -> bodies.ServerMetadata:
     return {"name": "suanli", "version": version(), "extensions": EXTENSIONS}
 
 
-def metadata(model: ServedModel, versions: Sequence[str]) -> dict[str, Json]:
-    """Open Inference Protocol, "Model Metadata". Every input may also be BYTES: encoded pictures, or texts."""
-    row: dict[str, Json] = {"datatype": NAMES[np.dtype(model.about.row_dtype)], "shape": [-1, *model.about.row_shape]}
-    given = row if model.preprocess.kind == "image" else {"datatype": "BYTES", "shape": [-1]}
+def metadata(model: ServedModel, versions: Sequence[str]) -> bodies.ModelMetadata:
+    """Every input may also be BYTES: encoded pictures, or texts."""
+    about, name = model.about, model.input_name
+    taken: bodies.TensorMetadata = {"name": name, "datatype": "BYTES", "shape": [-1]}
+    if model.preprocess.kind == "image":
+        taken = {"name": name, "datatype": NAMES[np.dtype(about.row_dtype)], "shape": [-1, *about.row_shape]}
     return {
         "name": model.name,
         "versions": list(versions),
-        "platform": f"suanli_{model.about.engine}",
-        "inputs": [{"name": model.input_name} | given],
+        "platform": f"suanli_{about.engine}",
+        "inputs": [taken],
         "outputs": [
-            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(model.about.classes)]},
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(about.classes)]},
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
         ],
     }
 
 
-def config(model: ServedModel) -> dict[str, Json]:
-    """Triton Inference Server's "Model Configuration": shapes are without the batch."""
+def config(model: ServedModel) -> bodies.ModelConfig:
+    """Shapes are without the batch."""
 
-    def tensor(values: Mapping[str, Json]) -> dict[str, Json]:
+    def tensor(values: bodies.TensorMetadata) -> bodies.ConfiguredTensor:
         kind = "STRING" if values["datatype"] == "BYTES" else values["datatype"]
         return {"name": values["name"], "data_type": f"TYPE_{kind}", "dims": values["shape"][1:] or [1]}
 
@@ -65,11 +61,12 @@ def config(model: ServedModel) -> dict[str, Json]:
     }
 
 
-def stats(name: str, version: str, figures: Figures) -> dict[str, Json]:
-    """Triton Inference Server's "Statistics"; durations in nanoseconds, the last inference in ms since 1970."""
+def stats(model: ServedModel) -> bodies.ModelStats:
+    """Durations in nanoseconds."""
+    figures = model.figures
     return {
-        "name": name,
-        "version": version,
+        "name": model.name,
+        "version": model.version,
         "last_inference": round(figures.last_s * 1e3),
         "inference_count": figures.inputs,
         "execution_count": figures.infer.count,
@@ -93,41 +90,30 @@ def stats(name: str, version: str, figures: Figures) -> dict[str, Json]:
     }
 
 
-def status(model: ServedModel) -> dict[str, Json]:
-    """For the pages. What isn't known of a model that never came up is null."""
-    figures = model.figures
-    found: dict[str, Json] = {
+def status(model: ServedModel) -> bodies.ModelStatus:
+    figures, about, settings = model.figures, model.about, model.preprocess.settings()
+    return {
         "name": model.name,
         "version": model.version,
         "state": model.state,
         "reason": model.reason,
+        "classes": list(about.classes),
+        "engine": about.engine,
+        "precision": about.precision,
+        "threads": about.threads,
+        "kind": model.preprocess.kind,
+        "height": settings.get("height"),
+        "width": settings.get("width"),
+        "channels": settings.get("channels"),
+        "draws": settings.get("channels") == 1 and set(about.classes) == set("0123456789"),
+        "batch_limit": model.policy.batch,
+        "target_ms": 1e3 * model.policy.target_s,
+        "p50_ms": figures.percentile_ms(0.5),
+        "p99_ms": figures.percentile_ms(0.99),
+        "memory_bytes": model.memory_bytes,
+        "waiting": model.batcher.waiting,
         "requests": figures.answered.count,
         "refused": figures.refused[503],
         "failed": figures.failed.count - figures.refused[503],
-        "p50_ms": figures.percentile_ms(0.5),
-        "p99_ms": figures.percentile_ms(0.99),
         "restarts": figures.restarts,
-        "memory_bytes": model.memory_bytes,
-        "classes": [],
-        "draws": False,
-        "waiting": 0,
-    } | dict.fromkeys(
-        ("engine", "precision", "threads", "kind", "height", "width", "channels", "batch_limit", "target_ms")
-    )
-    if not model.known:
-        return found
-    kind, settings, classes = model.preprocess.kind, model.preprocess.settings(), list(model.about.classes)
-    found |= {
-        "engine": model.about.engine,
-        "precision": model.about.precision,
-        "threads": model.about.threads,
-        "kind": kind,
-        "classes": classes,
-        "waiting": model.batcher.waiting,
-        "batch_limit": model.policy.batch,
-        "target_ms": 1e3 * model.policy.target_s,
     }
-    if kind == "image":
-        found |= {key: settings[key] for key in ("height", "width", "channels")}
-        found["draws"] = settings["channels"] == 1 and set(classes) == set("0123456789")
-    return found

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 
 from suanli.measure import percentile
-from suanli.types import Json
+from suanli.serving.bodies import Duration
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 LAST = 1000  # requests whose times give the percentiles of now
@@ -30,7 +30,7 @@ class Times:
         self.total_s += seconds * count
         self.buckets[bisect_left(BUCKETS_S, seconds)] += count
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> Duration:
         return {"count": self.count, "ns": round(self.total_s * 1e9)}
 
 

@@ -198,18 +198,18 @@ class _Service:
     async def _model_metadata(self, asked: Any, _: Any) -> Any:
         model = self.repository.find(asked.name, asked.version or None)
         versions = [asked.version] if asked.version else self.repository.versions(model.name)
-        return filled("ModelMetadataResponse", model.metadata(versions))
+        return filled("ModelMetadataResponse", describe.metadata(model, versions))
 
     async def _model_config(self, asked: Any, _: Any) -> Any:
-        config = self.repository.find(asked.name, asked.version or None).config()
-        return filled("ModelConfigResponse", {"config": config})
+        model = self.repository.find(asked.name, asked.version or None)
+        return filled("ModelConfigResponse", {"config": describe.config(model)})
 
     async def _model_statistics(self, asked: Any, _: Any) -> Any:
         """Of all models where none is named, of all its versions where none is."""
         repository, found = self.repository, []
         for name in (asked.name,) if asked.name else repository.names():
             for version in (asked.version,) if asked.version else repository.versions(name):
-                found.append(repository.find(name, version).stats())
+                found.append(describe.stats(repository.find(name, version)))
         return filled("ModelStatisticsResponse", {"model_stats": found})
 
     async def _model_infer(self, asked: Any, context: Any) -> Any:

@@ -1,20 +1,19 @@
-"""The messages of gRPC: a table of their fields, built on first use, and from them to requests and back.
+"""The messages of gRPC, and from them to requests and back.
 
-There is no generated code: that would tie suanli to one version of protobuf, and its names would meet those of a client
-in the same process. The classes come from a pool of descriptors of their own. Names and numbers of fields are those of
-the published interfaces: KServe's open_inference_grpc.proto, Triton Inference Server's grpc_service.proto and
-model_config.proto (package `inference`), and gRPC's health.proto (package `grpc.health.v1`).
+Their classes are made on first use from `messages.binpb`, which is `inference.proto` and `health.proto` compiled
+(`make proto`), in a pool of descriptors of their own: generated code would tie suanli to one version of protobuf, and
+its names would meet those of a client in the same process.
 
 Answers are always in `raw_output_contents`, like Triton's: its clients read numbers nowhere else. What this doesn't do:
-BF16, shared memory, and the fields of a model's configuration that suanli never fills; a reader passes over those.
+BF16 and shared memory.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -38,92 +37,6 @@ from suanli.types import Json
 INFERENCE = "inference"
 HEALTH = "grpc.health.v1"
 
-# A field is NAME=NUMBER and a type; `*` repeated, `{}` a map from strings, `|GROUP` one of a group.
-_NAMED = "name=1 string, version=2 string"
-_TENSOR = "name=1 string, datatype=2 string, shape=3 int64*"
-_IN_TENSOR = f"{_TENSOR}, parameters=4 InferParameter{{}}, contents=5 InferTensorContents"
-_CHANGE = "repository_name=1 string, model_name=2 string, parameters=3 ModelRepositoryParameter{}"
-_COMPUTE = "compute_input={} StatisticDuration, compute_infer={} StatisticDuration, compute_output={} StatisticDuration"
-_FIELDS: dict[str, dict[str, str]] = {
-    INFERENCE: {
-        "ServerLiveRequest": "",
-        "ServerLiveResponse": "live=1 bool",
-        "ServerReadyRequest": "",
-        "ServerReadyResponse": "ready=1 bool",
-        "ModelReadyRequest": _NAMED,
-        "ModelReadyResponse": "ready=1 bool",
-        "ServerMetadataRequest": "",
-        "ServerMetadataResponse": "name=1 string, version=2 string, extensions=3 string*",
-        "ModelMetadataRequest": _NAMED,
-        "ModelMetadataResponse": "name=1 string, versions=2 string*, platform=3 string, "
-        "inputs=4 ModelMetadataResponse.TensorMetadata*, outputs=5 ModelMetadataResponse.TensorMetadata*",
-        "ModelMetadataResponse.TensorMetadata": _TENSOR,
-        "InferParameter": "bool_param=1 bool|parameter_choice, int64_param=2 int64|parameter_choice, "
-        "string_param=3 string|parameter_choice, double_param=4 double|parameter_choice, "
-        "uint64_param=5 uint64|parameter_choice",
-        "InferTensorContents": "bool_contents=1 bool*, int_contents=2 int32*, int64_contents=3 int64*, "
-        "uint_contents=4 uint32*, uint64_contents=5 uint64*, fp32_contents=6 float*, fp64_contents=7 double*, "
-        "bytes_contents=8 bytes*",
-        "ModelInferRequest": "model_name=1 string, model_version=2 string, id=3 string, parameters=4 InferParameter{}, "
-        "inputs=5 ModelInferRequest.InferInputTensor*, outputs=6 ModelInferRequest.InferRequestedOutputTensor*, "
-        "raw_input_contents=7 bytes*",
-        "ModelInferRequest.InferInputTensor": _IN_TENSOR,
-        "ModelInferRequest.InferRequestedOutputTensor": "name=1 string, parameters=2 InferParameter{}",
-        "ModelInferResponse": "model_name=1 string, model_version=2 string, id=3 string, "
-        "parameters=4 InferParameter{}, outputs=5 ModelInferResponse.InferOutputTensor*, raw_output_contents=6 bytes*",
-        "ModelInferResponse.InferOutputTensor": _IN_TENSOR,
-        "ModelStreamInferResponse": "error_message=1 string, infer_response=2 ModelInferResponse",
-        "ModelConfigRequest": _NAMED,
-        "ModelConfigResponse": "config=1 ModelConfig",
-        "ModelConfig": "name=1 string, platform=2 string, backend=17 string, "
-        "version_policy=3 ModelVersionPolicy, max_batch_size=4 int32, input=5 ModelInput*, output=6 ModelOutput*, "
-        "instance_group=7 ModelInstanceGroup*, dynamic_batching=11 ModelDynamicBatching|scheduling_choice, "
-        "parameters=14 ModelParameter{}, model_transaction_policy=19 ModelTransactionPolicy",
-        "ModelVersionPolicy": "latest=1 ModelVersionPolicy.Latest|policy_choice, "
-        "all=2 ModelVersionPolicy.All|policy_choice, specific=3 ModelVersionPolicy.Specific|policy_choice",
-        "ModelVersionPolicy.Latest": "num_versions=1 uint32",
-        "ModelVersionPolicy.All": "",
-        "ModelVersionPolicy.Specific": "versions=1 int64*",
-        "ModelInput": "name=1 string, data_type=2 DataType, dims=4 int64*, allow_ragged_batch=7 bool, optional=8 bool",
-        "ModelOutput": "name=1 string, data_type=2 DataType, dims=3 int64*, label_filename=4 string",
-        "ModelInstanceGroup": "name=1 string, count=2 int32, gpus=3 int32*, kind=4 InstanceKind",
-        "ModelDynamicBatching": "preferred_batch_size=1 int32*, max_queue_delay_microseconds=2 uint64, "
-        "preserve_ordering=3 bool",
-        "ModelParameter": "string_value=1 string",
-        "ModelTransactionPolicy": "decoupled=1 bool",
-        "ModelStatisticsRequest": _NAMED,
-        "ModelStatisticsResponse": "model_stats=1 ModelStatistics*",
-        "ModelStatistics": f"{_NAMED}, last_inference=3 uint64, inference_count=4 uint64, execution_count=5 uint64, "
-        "inference_stats=6 InferStatistics, batch_stats=7 InferBatchStatistics*",
-        "StatisticDuration": "count=1 uint64, ns=2 uint64",
-        "InferStatistics": "success=1 StatisticDuration, fail=2 StatisticDuration, queue=3 StatisticDuration, "
-        f"{_COMPUTE.format(4, 5, 6)}, cache_hit=7 StatisticDuration, cache_miss=8 StatisticDuration",
-        "InferBatchStatistics": f"batch_size=1 uint64, {_COMPUTE.format(2, 3, 4)}",
-        "RepositoryIndexRequest": "repository_name=1 string, ready=2 bool",
-        "RepositoryIndexResponse": "models=1 RepositoryIndexResponse.ModelIndex*",
-        "RepositoryIndexResponse.ModelIndex": f"{_NAMED}, state=3 string, reason=4 string",
-        "ModelRepositoryParameter": "bool_param=1 bool|parameter_choice, int64_param=2 int64|parameter_choice, "
-        "string_param=3 string|parameter_choice, bytes_param=4 bytes|parameter_choice",
-        "RepositoryModelLoadRequest": _CHANGE,
-        "RepositoryModelLoadResponse": "",
-        "RepositoryModelUnloadRequest": _CHANGE,
-        "RepositoryModelUnloadResponse": "",
-    },
-    HEALTH: {
-        "HealthCheckRequest": "service=1 string",
-        "HealthCheckResponse": "status=1 ServingStatus",
-    },
-}
-_ENUMS: dict[str, dict[str, str]] = {
-    INFERENCE: {
-        "DataType": "TYPE_INVALID TYPE_BOOL TYPE_UINT8 TYPE_UINT16 TYPE_UINT32 TYPE_UINT64 TYPE_INT8 TYPE_INT16 "
-        "TYPE_INT32 TYPE_INT64 TYPE_FP16 TYPE_FP32 TYPE_FP64 TYPE_STRING TYPE_BF16",
-        "InstanceKind": "KIND_AUTO KIND_GPU KIND_CPU KIND_MODEL",
-    },
-    HEALTH: {"ServingStatus": "UNKNOWN SERVING NOT_SERVING SERVICE_UNKNOWN"},
-}
-_FIELD = re.compile(r"(\w+)=(\d+) ([\w.]+)(\*|\{\})?(?:\|(\w+))?")
-
 # Where the numbers of a datatype are when they aren't raw. FP16 has no field.
 _CONTENTS = {
     "BOOL": "bool_contents",
@@ -140,66 +53,26 @@ _CONTENTS = {
 # --- the classes ---
 
 
-@functools.cache
 def message(name: str, package: str = INFERENCE) -> Any:
     """The class of a message, such as "ModelInferRequest". Needs protobuf."""
-    from google.protobuf.message_factory import GetMessageClass
-
-    return GetMessageClass(_pool().FindMessageTypeByName(f"{package}.{name}"))
+    return _classes()[f"{package}.{name}"]
 
 
 @functools.cache
-def _pool() -> Any:
-    from google.protobuf.descriptor_pb2 import FileDescriptorProto
+def _classes() -> dict[str, Any]:
+    from google.protobuf.descriptor_pb2 import FileDescriptorSet
     from google.protobuf.descriptor_pool import DescriptorPool
+    from google.protobuf.message_factory import GetMessages
 
-    pool = DescriptorPool()
-    for package, table in _FIELDS.items():
-        file = FileDescriptorProto(name=f"suanli/{package}.proto", package=package, syntax="proto3")
-        for enum, values in _ENUMS[package].items():
-            described = file.enum_type.add(name=enum)
-            for number, value in enumerate(values.split()):
-                described.value.add(name=value, number=number)
-        described = {}
-        for name, fields in table.items():  # what holds a nested message comes before it
-            outer, _, inner = name.rpartition(".")
-            described[name] = (described[outer].nested_type if outer else file.message_type).add(name=inner)
-            for field, number, kind, label, group in _FIELD.findall(fields):
-                full = kind if kind.islower() else f".{package}.{kind}"
-                _add_field(described[name], f".{package}.{name}", field, int(number), full, label, group)
-        pool.Add(file)
-    return pool
+    compiled = resources.files("suanli.serving").joinpath("messages.binpb").read_bytes()
+    return dict(GetMessages(FileDescriptorSet.FromString(compiled).file, DescriptorPool()))
 
 
-def _add_field(described: Any, owner: str, name: str, number: int, kind: str, label: str = "", group: str = "") -> None:
-    """Adds the field to a DescriptorProto, whose full name is `owner`; for a map also the message of one entry."""
-    from google.protobuf.descriptor_pb2 import FieldDescriptorProto
-
-    field = described.field.add(name=name, number=number, label="LABEL_REPEATED" if label else "LABEL_OPTIONAL")
-    if label == "{}":
-        entry = described.nested_type.add(name=f"{name.title().replace('_', '')}Entry")
-        entry.options.map_entry = True
-        _add_field(entry, "", "key", 1, "string")
-        _add_field(entry, "", "value", 2, kind)
-        kind = f"{owner}.{entry.name}"
-    if not kind.startswith("."):
-        field.type = FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
-    else:
-        enums = {enum for known in _ENUMS.values() for enum in known}
-        enum = kind.rpartition(".")[2] in enums
-        field.type = FieldDescriptorProto.TYPE_ENUM if enum else FieldDescriptorProto.TYPE_MESSAGE
-        field.type_name = kind
-    if group:
-        if all(known.name != group for known in described.oneof_decl):
-            described.oneof_decl.add(name=group)
-        field.oneof_index = [known.name for known in described.oneof_decl].index(group)
-
-
-def filled(name: str, values: Mapping[str, Json]) -> Any:
-    """A message with the values of a JSON object; keys that aren't in the table are passed over."""
+def filled(name: str, values: Mapping[str, Any]) -> Any:
+    """A message with the values of a JSON object."""
     from google.protobuf.json_format import ParseDict
 
-    return ParseDict(values, message(name)(), ignore_unknown_fields=True)
+    return ParseDict(values, message(name)())
 
 
 # --- from messages, and to them ---

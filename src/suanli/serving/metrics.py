@@ -39,10 +39,10 @@ class _Collector:
         restarts = CounterMetricFamily("suanli_engine_restarts", "Engines that were replaced.", labels=LABELS)
         refused = CounterMetricFamily("suanli_refused", "Requests without an answer.", labels=(*LABELS, "status"))
         for model in models:
-            at, figures, status = (model.name, model.version), model.figures, model.status()
+            at, figures = (model.name, model.version), model.figures
             ready.add_metric(at, float(model.ready))
-            waiting.add_metric(at, status["waiting"])
-            memory.add_metric(at, status["memory_bytes"] or 0)
+            waiting.add_metric(at, model.batcher.waiting)
+            memory.add_metric(at, model.memory_bytes or 0)
             inputs.add_metric(at, figures.inputs)
             restarts.add_metric(at, figures.restarts)
             for code, count in sorted(figures.refused.items()):

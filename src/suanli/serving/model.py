@@ -24,21 +24,21 @@ import numpy as np
 
 from suanli import hardware
 from suanli.errors import BadInput
-from suanli.predictor import encode, predictions
+from suanli.predictor import Prediction, encode, predictions
 from suanli.saved import preprocess_of
-from suanli.serving import describe
 from suanli.serving.batching import Batcher
-from suanli.serving.describe import MAX_INPUTS
+from suanli.serving.bodies import State
 from suanli.serving.figures import Figures
 from suanli.serving.policy import NEWEST, Curve, Policy
 from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import About, Died, Worker
-from suanli.types import Json, Preprocess
+from suanli.types import Preprocess
 
 if TYPE_CHECKING:
     from suanli.serving.log import Log
 
+MAX_INPUTS = 4096  # of one request
 SLOTS = 2  # one is computed while the other is filled
 SLOT_BYTES = 1 << 26  # at most
 # Before an engine is started again. Twice at once: an input that kills it does so in a batch, and then alone.
@@ -66,7 +66,8 @@ class ServedModel:
 
     def __init__(self, name: str, version: str, subject: Path, settings: Settings, *, pool: Executor, log: Log) -> None:
         self.name, self.version, self.subject = name, version, subject
-        self.state, self.reason = "loading", ""  # loading, ready, failed, draining, closed
+        self.state: State = "loading"
+        self.reason = ""
         self.figures = Figures()
         self._settings, self._pool, self._log = settings, pool, log
         self._worker: Worker | None = None
@@ -270,20 +271,16 @@ class ServedModel:
             self.figures.output.add(time.perf_counter() - before)
             return response
 
-    async def predict(
-        self, raws: Sequence[bytes | str], *, top: int, deadline: float | None = None
-    ) -> list[dict[str, Json]]:
-        """For each input its label and the likeliest classes, or an error, as `suanli predict --json` has them; they
-        are named by their place. Raises Refused."""
+    async def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
+        """For each input its label and the likeliest classes, or an error. Raises Refused."""
         with self._counted() as count:
             count[0] = len(raws)
             self.admit(len(raws))
             came = time.monotonic()
             found = await self._encoded(raws)
             rows = [row for row in found if isinstance(row, np.ndarray)]
-            answers = await self._probabilities(np.stack(rows), came, deadline) if rows else ()
-            names = [f"#{i}" for i in range(len(raws))]
-            return [one.to_json() for one in predictions(names, found, answers, self.about.classes, top=top)]
+            answers = await self._probabilities(np.stack(rows), came, None) if rows else ()
+            return predictions(names, found, answers, self.about.classes, top=top)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[list[int]]:
@@ -423,26 +420,6 @@ class ServedModel:
         ]
         return Tensor(name="probabilities", datatype="BYTES", shape=(len(best), count), data=texts)
 
-    # --- what it says of itself ---
-
-    def metadata(self, versions: Sequence[str] = ()) -> dict[str, Json]:
-        """The protocol's, with these versions of the model; its own, if none are said."""
-        self._known()
-        return describe.metadata(self, versions or (self.version,))
-
-    def config(self) -> dict[str, Json]:
-        """Triton Inference Server's model configuration."""
-        self._known()
-        return describe.config(self)
-
-    def stats(self) -> dict[str, Json]:
-        """An entry of Triton Inference Server's statistics."""
-        return describe.stats(self.name, self.version, self.figures)
-
-    def status(self) -> dict[str, Json]:
-        """For people and the pages: also of a model that isn't ready."""
-        return describe.status(self)
-
     @property
     def known(self) -> bool:
         """Whether an engine ever came up, so that classes and shapes are known."""
@@ -452,7 +429,3 @@ class ServedModel:
     def memory_bytes(self) -> int | None:
         """Of the engine's process."""
         return None if self._worker is None else self._worker.memory_bytes
-
-    def _known(self) -> None:
-        if not self.known:
-            raise self._unready()

@@ -19,11 +19,11 @@ from pathlib import Path
 from suanli import hardware
 from suanli.engine_store import INDEX
 from suanli.errors import DataError
+from suanli.serving.bodies import Availability, ModelState
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel, Settings
 from suanli.serving.protocol import Refused
 from suanli.serving.worker import Died
-from suanli.types import Json
 
 LOOK_S = 1.0
 CARDS = ("model.json", INDEX, f"engines/{INDEX}", "model/model.json", f"model/engines/{INDEX}")
@@ -182,9 +182,9 @@ class Repository:
     def models(self) -> list[ServedModel]:
         return [self._models[key] for key in sorted(self._models, key=_order)]
 
-    def index(self) -> list[dict[str, Json]]:
+    def index(self) -> list[ModelState]:
         """Every model and version with its state, as the repository extension has it."""
-        states: dict[Key, tuple[str, str]] = dict.fromkeys(self._loading, ("LOADING", ""))
+        states: dict[Key, tuple[Availability, str]] = dict.fromkeys(self._loading, ("LOADING", ""))
         states |= {key: ("UNAVAILABLE", reason) for key, reason in self._failed.items() if key not in self._models}
         for key, model in self._models.items():
             states[key] = ("READY", "") if model.ready else ("UNAVAILABLE", model.reason)
