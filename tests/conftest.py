@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # One thread for each operation: many processes share the machine in tests, and the threads of one
 # operation would wait for each other. Tests of two threads ask for them. Before torch is imported.
@@ -18,11 +19,21 @@ import pytest
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
+if TYPE_CHECKING:
+    from suanli.probe import Ceilings
+
 # A busy machine is not a failure, and a property that touches the disk needs no hundred examples.
 settings.register_profile("suanli", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suanli")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_imported_stays() -> None:
+    """Training and planning collect garbage: among all that is imported here, half of the time of some tests went there."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +42,15 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUANLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SUANLI_DATA", str(tmp_path / "datasets"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ceilings, Path]:
+    """The ceilings of this machine, hastily measured, and the cache that has them."""
+    from small_works import measure
+
+    cache = tmp_path_factory.mktemp("measured")
+    return measure(cache), cache
 
 
 @pytest.fixture

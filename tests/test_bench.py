@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
@@ -22,9 +21,11 @@ from hypothesis import strategies as st
 import suanli
 import suanli.speedups
 from rooms import forget
-from suanli import hardware, plugins, probe
+from suanli import hardware, plugins
+from suanli.cli import main
 from suanli.gate import Difference, difference, matched_shares
 from suanli.ladder import check
+from suanli.probe import Ceilings
 from suanli.rungs import Ladder, Rung, rungs, shortened, visits
 from suanli.tasks.classification import Classification
 from suanli.types import Plan, Recipe
@@ -32,17 +33,9 @@ from suanli.types import Plan, Recipe
 SMALL = {"batch_size": 24, "device": "cpu", "settings": {"val_fraction": 0.3, "model_args.widths": [8, 16]}}
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache directory with the machine's ceilings, measured once and hastily."""
-    folder = tmp_path_factory.mktemp("measured")
-    probe.probe(hardware.detect("cpu"), folder, budget_s=0.1, widest=math.inf)
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def known_ceilings(measured: Path, tmp_path: Path) -> None:
-    shutil.copytree(measured, tmp_path / "cache")
+def known_ceilings(measured: tuple[Ceilings, Path], tmp_path: Path) -> None:
+    shutil.copytree(measured[1], tmp_path / "cache")
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         told = "".join(f", {field}={value!r}" for field, value in fields.items())
         (folder / f"{name}.py").write_text(
             "from dataclasses import replace\nfrom suanli.types import Speedup\n"
-            f"def apply(step, device):\n    {body}\n"
+            f"def apply(step, device):\n{indent(body, '    ')}\n"
             f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=lambda device: None{told})\n"
         )
         planted.append(name)
@@ -70,20 +63,15 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 
 NOTHING = "return step"
 NO_LEARNING = """for group in step.optimizer.param_groups:
-        group["initial_lr"] = 0.0
-    return step"""
+    group["initial_lr"] = 0.0
+return step"""
 FAILS_AT = """calls = []
-    def compute(inputs):
-        calls.append(1)
-        if len(calls) == {call}:
-            raise RuntimeError("no kernel for this")
-        return step.model(inputs)
-    return replace(step, compute=compute)"""
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    whole = [sys.executable, "-m", "suanli", "bench", *map(str, arguments), "--device", "cpu"]
-    return subprocess.run(whole, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "60"})
+def compute(inputs):
+    calls.append(1)
+    if len(calls) == {call}:
+        raise RuntimeError("no kernel for this")
+    return step.model(inputs)
+return replace(step, compute=compute)"""
 
 
 # --- whole ladders --------------------------------------------------------------------------
@@ -153,11 +141,11 @@ def test_a_rung_trains_as_if_it_were_alone(picture_folder: Callable[..., Path], 
 
 
 def test_what_costs_accuracy_is_refused_and_not_used_again(
-    picture_folder: Callable[..., Path], plant: Callable[..., str]
+    picture_folder: Callable[..., Path], speedup_room: Callable[..., str]
 ) -> None:
     """Its first step has plain PyTorch's numbers, and it says itself that any error is fine."""
     root = picture_folder(each=60)
-    name = plant("stands_still", NO_LEARNING, stage=1, usual=True, tolerance=1e9)
+    name = speedup_room("stands_still", NO_LEARNING, tolerance=1e9)
     with pytest.raises(suanli.GateError, match=r"it loses \d.*with another seed") as stopped:
         suanli.bench(root, steps=30, epochs=4, rounds=2, **SMALL)
     assert name in stopped.value.fix
@@ -180,7 +168,7 @@ suanli.cli.main(sys.argv[1:])
 """
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "harmful.py").write_text(
-        f"from suanli.types import Speedup\ndef apply(step, device):\n    {NO_LEARNING}\n"
+        f"from suanli.types import Speedup\ndef apply(step, device):\n{indent(NO_LEARNING, '    ')}\n"
         "SPEEDUP = Speedup(name='harmful', stage=1, apply=apply, why_not=lambda device: None)\n"
     )
     root = picture_folder(each=60)
@@ -218,8 +206,8 @@ def test_what_fails_is_named_and_the_others_go_on(
         assert other["failed"]
 
 
-def test_auto_passes_over_what_fails(picture_folder: Callable[..., Path], plant: Callable[..., str]) -> None:
-    plant("brittle", FAILS_AT.format(call=4), stage=1, usual=True)
+def test_auto_passes_over_what_fails(picture_folder: Callable[..., Path], speedup_room: Callable[..., str]) -> None:
+    speedup_room("brittle", FAILS_AT.format(call=4))
     found = suanli.bench(picture_folder(each=60), steps=12, epochs=2, rounds=2, **SMALL)
     assert [rung.name for rung in found.ladder.rungs if rung.failed] == ["+ brittle"]
     assert "brittle" not in found.ladder.full.speedups
@@ -235,14 +223,20 @@ def test_time_ends_it_between_rounds(picture_folder: Callable[..., Path]) -> Non
     assert any("the learning rate had not come down" in remark for remark in found.ladder.remarks())
 
 
-def test_a_narrow_terminal(picture_folder: Callable[..., Path]) -> None:
-    done = command(picture_folder(each=60), "--speedups", "channels_last", "--steps", 6, "--rounds", 1)
-    assert done.returncode == 0, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 60
+def test_a_narrow_terminal(
+    picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    words = f"bench {picture_folder(each=60)} --speedups channels_last --steps 6 --rounds 1 --device cpu"
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert not ended.value.code
+    done = capsys.readouterr()
+    assert max(map(len, done.out.splitlines())) <= 60
     for word in ("Training", "Evaluation", "plain PyTorch", "+ channels_last", "after 6 equal steps", "Report: "):
-        assert word in done.stdout
-    assert "price" not in done.stdout  # nobody gave one
-    assert "can't show a loss" in done.stderr
+        assert word in done.out
+    assert "price" not in done.out  # nobody gave one
+    assert "can't show a loss" in done.err
 
 
 @pytest.mark.parametrize(

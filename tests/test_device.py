@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import stat
 import subprocess
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from suanli import gpus, hardware
 from suanli.cli import main
 from suanli.errors import MachineError, UsageError
-from suanli.probe import Ceilings, probe, title
+from suanli.probe import Ceilings, title
 from suanli.verbs.device import device, table
 
 needs_cpu_build = pytest.mark.skipif(
@@ -456,13 +455,6 @@ def test_table_fits_and_leaves_commands_whole() -> None:
 
 
 # --- what it reaches ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ceilings, Path]:
-    """Really measured, in a fraction of the time, and the cache that holds it."""
-    cache = tmp_path_factory.mktemp("measured")
-    return probe(hardware.detect("cpu"), cache, budget_s=0.4, widest=math.inf), cache
 
 
 def command(*arguments: str | Path) -> int:

@@ -13,23 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import ceilings, hardware
+from small_works import CPU, measure
+from suanli import ceilings
 from suanli.ceilings import PRECISIONS, Absent
 from suanli.disk import read_rates
+from suanli.measure import STEADY
 from suanli.probe import Ceilings, fingerprint, known, probe, title, unsteady
 from suanli.types import Device
 
-CPU = hardware.detect("cpu")
-SHORT_S = 0.4
-ANY = math.inf  # this machine may be as busy as it likes
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who had the cores")
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ceilings, Path]:
-    """The ceilings of this CPU, and the cache that they are in."""
-    cache = tmp_path_factory.mktemp("kept")
-    return probe(CPU, cache, budget_s=SHORT_S, widest=ANY), cache
 
 
 def entry(cache: Path) -> Path:
@@ -39,8 +31,8 @@ def entry(cache: Path) -> Path:
 # --- what is measured -----------------------------------------------------------------------
 
 
-def test_every_figure_is_a_rate_with_its_spread(kept: tuple[Ceilings, Path]) -> None:
-    found, _ = kept
+def test_every_figure_is_a_rate_with_its_spread(measured: tuple[Ceilings, Path]) -> None:
+    found, _ = measured
     values = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert set(values["matmul_flops"]) | set(values["absent"]) >= set(PRECISIONS)
     assert not set(values["matmul_flops"]) & set(values["absent"])
@@ -54,9 +46,9 @@ def test_every_figure_is_a_rate_with_its_spread(kept: tuple[Ceilings, Path]) -> 
     assert (values["disk_read_bytes_per_s"] is None) == ("disk_read_bytes_per_s" in values["absent"])
 
 
-def test_the_figures_are_of_this_machine(kept: tuple[Ceilings, Path]) -> None:
+def test_the_figures_are_of_this_machine(measured: tuple[Ceilings, Path]) -> None:
     """Between an abacus and the fastest processor: a wrong unit or a wrong count is a factor of a thousand."""
-    found, _ = kept
+    found, _ = measured
     assert 1e8 < found.matmul_flops["float32"] < 1e14
     assert 1e8 < found.conv_flops["float32"] < 1e14
     assert 1e8 < found.memory_bytes_per_s < 1e13
@@ -93,9 +85,9 @@ def test_float32_means_float32_whatever_the_process_chose(chosen: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_titles_are_for_people(kept: tuple[Ceilings, Path]) -> None:
+def test_titles_are_for_people(measured: tuple[Ceilings, Path]) -> None:
     assert title("matmul_flops.int8") == "matrix product in int8"
-    assert not any("_" in title(name) for name in kept[0].spread)
+    assert not any("_" in title(name) for name in measured[0].spread)
 
 
 # --- the disk -------------------------------------------------------------------------------
@@ -120,16 +112,18 @@ def test_memory_is_no_disk() -> None:
 # --- the cache ------------------------------------------------------------------------------
 
 
-def test_what_is_known_is_not_measured_again(kept: tuple[Ceilings, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    found, cache = kept
+def test_what_is_known_is_not_measured_again(
+    measured: tuple[Ceilings, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, cache = measured
     assert known(CPU, cache) == found
     assert probe(CPU, cache) == found  # the full budget would take seconds
     assert capsys.readouterr().err == ""
     assert [path.name for path in (cache / "probe").glob("*.json")] == [f"{found.fingerprint}.json"]
 
 
-def test_another_number_of_threads_is_another_machine(kept: tuple[Ceilings, Path]) -> None:
-    found, cache = kept
+def test_another_number_of_threads_is_another_machine(measured: tuple[Ceilings, Path]) -> None:
+    found, cache = measured
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
@@ -141,8 +135,10 @@ def test_another_number_of_threads_is_another_machine(kept: tuple[Ceilings, Path
 
 
 @given(st.data())
-def test_a_cut_entry_is_unknown(kept: tuple[Ceilings, Path], tmp_path_factory: pytest.TempPathFactory, data) -> None:
-    whole = entry(kept[1]).read_bytes().rstrip()
+def test_a_cut_entry_is_unknown(
+    measured: tuple[Ceilings, Path], tmp_path_factory: pytest.TempPathFactory, data
+) -> None:
+    whole = entry(measured[1]).read_bytes().rstrip()
     cache = tmp_path_factory.mktemp("cut")
     entry(cache).parent.mkdir()
     entry(cache).write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
@@ -161,11 +157,13 @@ def test_a_cut_entry_is_unknown(kept: tuple[Ceilings, Path], tmp_path_factory: p
         {"steady": 1},
     ],
 )
-def test_an_altered_entry_is_unknown(kept: tuple[Ceilings, Path], tmp_path: Path, change: dict[str, object]) -> None:
+def test_an_altered_entry_is_unknown(
+    measured: tuple[Ceilings, Path], tmp_path: Path, change: dict[str, object]
+) -> None:
     entry(tmp_path).parent.mkdir()
-    values = kept[0].to_json()
+    values = measured[0].to_json()
     entry(tmp_path).write_text(json.dumps(values))
-    assert known(CPU, tmp_path) == kept[0]
+    assert known(CPU, tmp_path) == measured[0]
     entry(tmp_path).write_text(json.dumps(values | change))
     assert known(CPU, tmp_path) is None
 
@@ -173,16 +171,16 @@ def test_an_altered_entry_is_unknown(kept: tuple[Ceilings, Path], tmp_path: Path
 def test_a_damaged_entry_is_measured_anew(tmp_path: Path) -> None:
     entry(tmp_path).parent.mkdir()
     entry(tmp_path).write_bytes(b"\xff\x00")
-    found = probe(CPU, tmp_path, budget_s=SHORT_S, widest=ANY)
+    found = measure(tmp_path)
     assert known(CPU, tmp_path) == found
-    again = probe(CPU, tmp_path, fresh=True, budget_s=SHORT_S, widest=ANY)
+    again = measure(tmp_path, fresh=True)
     assert again != found
     assert known(CPU, tmp_path) == again
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    found = probe(CPU, tmp_path / "file" / "cache", budget_s=SHORT_S, widest=ANY)
+    found = measure(tmp_path / "file" / "cache")
     assert found.matmul_flops["float32"] > 0
     assert found.disk_read_bytes_per_s is None
     assert "can't be written" in found.absent["disk_read_bytes_per_s"]
@@ -190,27 +188,27 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert "warning: The figures are not kept for the next time. Can't write" in said
 
 
-def test_of_two_processes_one_measures() -> None:
+def test_of_two_processes_one_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    """This one and another, which begin at the same moment."""
     code = f"""
-import json, math, pathlib, sys, time
-from suanli.hardware import detect
-from suanli.probe import probe
-pathlib.Path("ready" + sys.argv[1]).touch()
-while not (pathlib.Path("ready0").exists() and pathlib.Path("ready1").exists()):
-    time.sleep(0.001)
-found = probe(detect("cpu"), pathlib.Path("shared"), fresh=True, budget_s={SHORT_S}, widest=math.inf)
-print(json.dumps(found.to_json()))
+import json, pathlib, sys, time
+sys.path.append({str(Path(__file__).parent)!r})
+from small_works import measure
+print("ready", flush=True)
+sys.stdin.readline()
+print(json.dumps(measure(pathlib.Path("shared"), fresh=True).to_json()))
 """
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for i in range(2)
-    ]
-    answers = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], answers
-    assert json.loads(answers[0][0]) == json.loads(answers[1][0])
-    assert sum("waiting for another process" in said for _, said in answers) == 1
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        other.stdout.readline()
+        print(file=other.stdin, flush=True)
+        found = measure(Path("shared"), fresh=True)
+        answer, said = other.communicate(timeout=120)
+    assert other.returncode == 0, said
+    assert json.loads(answer) == json.loads(json.dumps(found.to_json()))
+    assert sum("waiting for another process" in text for text in (said, capsys.readouterr().err)) == 1
 
 
 # --- a busy machine -------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def test_wide_or_unknown_is_unsteady(spread: dict[str, float | None], widest: fl
 
 def test_wide_figures_are_said_and_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random, precision = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
-    found = probe(CPU, tmp_path, budget_s=SHORT_S, widest=0)
+    found = measure(tmp_path, widest=0)
     assert not found.steady
     assert "warning: This machine was busy" in capsys.readouterr().err
     assert known(CPU, tmp_path) is None
@@ -252,7 +250,7 @@ def rival():
 @needs_linux
 def test_a_rival_for_the_core_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with rival():
-        found = probe(CPU, tmp_path, budget_s=SHORT_S)
+        found = measure(tmp_path, widest=STEADY)
     assert found.waiting is not None
     assert found.waiting > 0.2
     assert not found.steady
