@@ -31,7 +31,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_was_imported_stays() -> None:
-    """Training and planning collect garbage: among all that is imported here, half of the time of some tests went there."""
+    """Training and planning collect garbage, which among all the modules of the tests took half of their time."""
     gc.collect()
     gc.freeze()
 
@@ -70,22 +70,36 @@ def digits_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield server
 
 
+def make_pictures(root: Path, *, classes: int = 2, each: int = 30, size: tuple[int, int] = (12, 12)) -> Path:
+    """A folder of class folders: noise around a class's own level of brightness."""
+    random = np.random.default_rng(len(root.name))
+    for c in range(classes):
+        folder = root / f"class{c}"
+        folder.mkdir(parents=True)
+        for i in range(each):
+            level = 40 + 170 * c / max(classes - 1, 1)
+            pixels = np.clip(random.normal(level, 25, (*size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return root
+
+
 @pytest.fixture
 def picture_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder of class folders: noise around a class's own level of brightness."""
-
-    def make(name: str = "pictures", *, classes: int = 2, each: int = 30, size: tuple[int, int] = (12, 12)) -> Path:
-        random = np.random.default_rng(len(name))
-        for c in range(classes):
-            folder = tmp_path / name / f"class{c}"
-            folder.mkdir(parents=True)
-            for i in range(each):
-                level = 40 + 170 * c / max(classes - 1, 1)
-                pixels = np.clip(random.normal(level, 25, (*size, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-        return tmp_path / name
+    def make(name: str = "pictures", **how: Any) -> Path:
+        return make_pictures(tmp_path / name, **how)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained_on_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `pictures` and a run on them, `made`, whose data stays cached. Copy it to write into it."""
+    import suanli
+
+    place = tmp_path_factory.mktemp("trained")
+    options = {"speedups": "none", "out": place / "made", "cache_dir": place / "cache"}
+    suanli.train(make_pictures(place / "pictures"), epochs=2, **options)
+    return place
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,11 +238,10 @@ def test_a_batch_that_does_not_fit_says_which_would(
 
 
 def test_new_head_for_other_classes(picture_folder: Callable[..., Path]) -> None:
-    first = suanli.train(picture_folder("few", classes=2), epochs=1, model="resnet18", batch_size=16)
-    second = suanli.train(
-        picture_folder("more", classes=3), epochs=1, weights=first.model_path / "weights.safetensors", model="resnet18"
-    )
-    assert weights(second)["fc.weight"].shape[0] == 3
+    small = {"epochs": 1, "model": "speednet", "settings": {"model_args.widths": [8, 8, 8]}}
+    first = suanli.train(picture_folder("few", classes=2), **small)
+    second = suanli.train(picture_folder("more", classes=3), weights=first.model_path / "weights.safetensors", **small)
+    assert weights(second)["head.weight"].shape[0] == 3
 
 
 def test_new_head_for_classes_of_other_names(
@@ -282,8 +282,14 @@ def test_a_user_model(picture_folder: Callable[..., Path]) -> None:
         suanli.run(run, epochs=3, trust_code=True)
 
 
-def test_a_model_folder_runs_no_code_of_its_own(picture_folder: Callable[..., Path]) -> None:
-    run = suanli.train(picture_folder(), epochs=1)
+@pytest.fixture
+def run(trained_on_pictures: Path, tmp_path: Path) -> Run:
+    """A copy of a run, beside its data, to be changed."""
+    shutil.copytree(trained_on_pictures, tmp_path, dirs_exist_ok=True)
+    return Run(tmp_path / "made")
+
+
+def test_a_model_folder_runs_no_code_of_its_own(run: Run) -> None:
     card = json.loads((run.model_path / "model.json").read_text())
     for where in (card, card["recipe"]):
         where["model"] = "subprocess:Popen"
@@ -311,14 +317,12 @@ def test_a_better_model_does_not_wear_old_scores(picture_folder: Callable[..., P
     assert run.scores == {}
 
 
-def test_run_finishes_what_training_left(picture_folder: Callable[..., Path]) -> None:
-    run = suanli.train(picture_folder(), epochs=1, out="made")
+def test_run_finishes_what_training_left(run: Run) -> None:
     assert suanli.run("made").scores
     assert (run.path / "report.html").exists()
 
 
-def test_weights_of_another_kind(picture_folder: Callable[..., Path], text_table: Path) -> None:
-    run = suanli.train(picture_folder(), epochs=1)
+def test_weights_of_another_kind(run: Run, text_table: Path) -> None:
     with pytest.raises(suanli.DataError, match="learned from image data, and this is text"):
         suanli.train(text_table, weights=run)
 
@@ -401,8 +405,7 @@ def test_a_run_from_another_thread(picture_folder: Callable[..., Path]) -> None:
     assert done == ["finished"]
 
 
-def test_the_run_directory_is_readable_json(picture_folder: Callable[..., Path]) -> None:
-    run = suanli.train(picture_folder(), epochs=1)
+def test_the_run_directory_is_readable_json(run: Run) -> None:
     for name in ("recipe.json", "environment.json", "data.json", "check.json", "summary.json", "model/model.json"):
         assert json.loads((run.path / name).read_text())
     measured = json.loads((run.path / "ledger.jsonl").read_text().splitlines()[0])
