@@ -188,7 +188,7 @@ def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
         suanli.export(run, to=form)
 
 
-@pytest.mark.parametrize("form", ["onnx", "safetensors"], indirect=True)
+@pytest.mark.parametrize("form", [pytest.param("onnx", marks=pytest.mark.long), "safetensors"], indirect=True)
 @pytest.mark.usefixtures("untouched")
 def test_a_file_that_was_cut_short_is_refused(form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     check = module._checked
@@ -291,12 +291,9 @@ def test_an_empty_folder_is_filled_and_another_writer_is_noticed(
     made = suanli.export(run, to=form, out="empty")
     assert sorted(p.name for p in made.path.iterdir()) == ["model.bin", "model.xml"]
 
-    check = module._checked
-
-    def check_while_another_writes(*given: Any) -> Any:
+    def check_while_another_writes(*_: Any) -> None:
         Path("late").mkdir()
         Path("late/theirs").touch()
-        return check(*given)
 
     monkeypatch.setattr(module, "_checked", check_while_another_writes)
     with pytest.raises(suanli.UsageError, match="late exists"):
@@ -304,7 +301,9 @@ def test_an_empty_folder_is_filled_and_another_writer_is_noticed(
     assert os.listdir("late") == ["theirs"]
 
 
-@every_form
+@pytest.mark.parametrize(
+    "form", ["onnx", pytest.param("openvino", marks=pytest.mark.long), "pt2", "safetensors"], indirect=True
+)
 @pytest.mark.usefixtures("untouched")
 def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="Can't write /proc/nothing/model"):
