@@ -17,19 +17,18 @@ GUIDE = Path(__file__).parents[1] / "docs" / "speed.md"
 ENGINES = GUIDE.with_name("engines.md")
 
 
-def run(script: str, folder: Path) -> float:
-    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.split()[-1])
-
-
-def test_three_changed_lines_learn_the_same(tmp_path: Path) -> None:
+def test_three_changed_lines_learn_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     plain, fast = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     added = [line for line in difflib.ndiff(plain.splitlines(), fast.splitlines()) if line.startswith("+ ")]
     assert len([line for line in added if line.strip("+ ")]) == 3
-    before, after = run(plain, tmp_path), run(fast, tmp_path)
+    plain, fast = (script.replace("range(10)", "range(4)") for script in (plain, fast))  # for time's sake
+    exec(plain, {})
+    before = float(capsys.readouterr().out.split()[-1])
+    # Its step stays open, so the switches of the process stay on.
+    done = subprocess.run([sys.executable, "-c", fast], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert before < 0.5
-    assert abs(before - after) < 0.05
+    assert abs(before - float(done.stdout.split()[-1])) < 0.05
 
 
 @pytest.mark.long
