@@ -400,10 +400,18 @@ def test_while_another_measures_nothing_is_measured(
 
 
 def test_of_two_processes_one_measures_and_the_other_uses_it(tmp_path: Path) -> None:
+    (tmp_path / "nothing.py").write_text(
+        "from suanli.types import Speedup\n"
+        "SPEEDUP = Speedup(name='nothing', stage=50, usual=True, apply=lambda step, _: step, why_not=lambda _: None)\n"
+    )
     script = """
 import sys, time, torch
 from torch import nn
-import suanli
+import suanli, suanli.speedups
+from suanli import plugins
+plugins.load_all("speedups")
+suanli.speedups.__path__ = [sys.argv[1]]  # nothing else is tried
+plugins.names.cache_clear()
 class Sleeper(nn.Module):
     def __init__(self):
         super().__init__()
