@@ -60,13 +60,14 @@ def test_has_the_published_tensor_names(name: str, tensors: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "alexnet"])
 def test_the_stem_follows_the_size_unless_given(name: str) -> None:
-    def first(module: nn.Module) -> torch.Size:
-        return next(iter(module.state_dict().values())).shape
+    def first(side: int, **args: object) -> torch.Size:
+        with torch.device("meta"):
+            return next(iter(build(name, side, **args).state_dict().values())).shape
 
-    small, large = first(build(name, 64)), first(build(name, 65))
+    small, large = first(64), first(65)
     assert small[-1] < large[-1]
-    assert first(build(name, 32, stem="small")) == small
-    assert first(build(name, 128, stem="large")) == large
+    assert first(32, stem="small") == small
+    assert first(128, stem="large") == large
     with pytest.raises(ValueError, match="stem"):
         build(name, stem="tiny")
 
@@ -150,7 +151,9 @@ def learns(module: nn.Module, step: Callable[[], torch.Tensor]) -> tuple[float, 
     return losses[0], losses[-1]
 
 
-@pytest.mark.parametrize("name", ["speednet", "resnet18", "alexnet", "vit_tiny"])
+@pytest.mark.parametrize(
+    "name", ["speednet", *(pytest.param(name, marks=pytest.mark.long) for name in ("resnet18", "alexnet", "vit_tiny"))]
+)
 def test_learns_a_batch_by_heart(name: str) -> None:
     module = build(name, 16, **({"dropout": 0.0} if name == "alexnet" else {}))
     inputs, targets = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
