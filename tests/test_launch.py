@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -234,16 +234,18 @@ def test_fifty_kills_cost_only_time():
     random.seed(5)
     settings = [*SETTINGS, "--epochs=300"]
     assert train("digits", "--nproc=2", "--out=whole", *settings) == 0
+    whole_steps = Run.open("whole").summary["steps"]
     options = ("--checkpoint-every-s=0.5", "--max-restarts=60")
     with started("digits", "--nproc=2", "--out=run", *settings, *options) as process:
-        began, kills = time.monotonic(), 0
-        wait_for_checkpoint("run")
-        start_s = time.monotonic() - began
-        while kills < 50 and process.poll() is None:
-            time.sleep(random.uniform(0, 2.5 * start_s))  # while it starts, too, but not always
-            if alive := members(process.pid):
+        for kill in range(50):
+            if kill % 5:  # else it is killed while it starts
+                least = kill * whole_steps // 60
+                until(lambda least=least: max(steps_saved("run"), default=0) > least, within_s=300, what=said())
+            time.sleep(random.uniform(0, 0.5))
+            while not (alive := members(process.pid)):
+                time.sleep(0.05)
+            with suppress(ProcessLookupError):
                 os.kill(random.choice(alive), signal.SIGKILL)
-                kills += 1
         assert process.wait() == 0, said()
     assert weights("run") == weights("whole")
     assert not list(Path("run").rglob("*.tmp"))
