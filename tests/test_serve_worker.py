@@ -51,11 +51,8 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    gc.collect()
-    gc.freeze()  # so that a collection after each test looks at what that test made only
     with room() as found:
         yield found
-    gc.unfreeze()
 
 
 @pytest.fixture
