@@ -16,12 +16,13 @@ import torch
 
 import member
 from groups import MEMBER, answers, together
+from served import until
 from suanli import checkpoint, cli, hardware, planning, plugins
 from suanli.errors import DamagedFile
 from suanli.rundir import Run
 from suanli.saved import load_model
 from suanli.types import Step
-from test_launch import SETTINGS, finished, members, started, train, until
+from test_launch import SETTINGS, members, said, started, train
 
 NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, "batch_size": 90}
 # Muon needs whole matrices; no width is a multiple of three.
@@ -299,19 +300,25 @@ def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
 # --- the command ----------------------------------------------------------------------------
 
 
+def call(*arguments: str) -> int:
+    """`suanli train` in this process; its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *arguments])
+    return int(ended.value.code or 0)
+
+
 @pytest.mark.slow
-def test_a_run_by_two_processes(tmp_path):
-    done = train("digits", "--nproc=2", "--shard", "--out=run", *SETTINGS, "--epochs=1", "--speedups=auto")
-    assert done.returncode == 0, done.stderr
+def test_a_run_by_two_processes(tmp_path, capsys):
+    code = train("digits", "--nproc=2", "--shard", "--out=run", *SETTINGS, "--epochs=1", "--speedups=auto")
+    assert code == 0, said()
     run = Run.open("run")
     assert run.summary["shard"] is True
     assert run.summary["plan"]["origin"] == "sharded"
     assert list((tmp_path / "run" / "checkpoints").glob("*.json"))
     load_model(run.model_path)
     # One process goes on, and still knows that others would share the network out.
-    done = train("run", "--more-epochs=0.5", "--device=cpu", "--speedups=none")
-    assert done.returncode == 0, done.stderr
-    assert "not shared out" in done.stderr
+    assert call("run", "--more-epochs=0.5", "--device=cpu", "--speedups=none") == 0
+    assert "not shared out" in capsys.readouterr().err
     assert run.summary["shard"] is True
     assert not list((tmp_path / "run" / "checkpoints").glob("*-of-*"))
 
@@ -319,15 +326,13 @@ def test_a_run_by_two_processes(tmp_path):
 @pytest.mark.long
 def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
     options = ["digits", "--nproc=2", "--shard", *SETTINGS]
-    whole = train(*options, "--out=whole")
-    assert whole.returncode == 0, whole.stderr
-    process = started(*options, "--out=killed", "--checkpoint-every-s=0")
+    assert train(*options, "--out=whole") == 0, said()
     folder = tmp_path / "killed" / "checkpoints"
-    until(lambda: list(folder.glob("*.json")))
-    os.kill(members(process.pid)[-1], signal.SIGKILL)
-    done = finished(process)
-    assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    with started(*options, "--out=killed", "--checkpoint-every-s=0") as process:
+        until(lambda: bool(list(folder.glob("*.json"))), within_s=90, what="a checkpoint")
+        os.kill(members(process.pid)[-1], signal.SIGKILL)
+        assert process.wait() == 0, said()
+    assert "going on from step" in said()
     weights = [(tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     named = {part["file"] for index in folder.glob("*.json") for part in json.loads(index.read_text())["parts"]}
@@ -343,8 +348,6 @@ def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
     ],
 )
 def test_what_can_not_be_sharded(options, says, capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "digits", *SETTINGS, *options, "--out=refused"])
-    assert ended.value.code == 2
+    assert call("digits", *SETTINGS, *options, "--out=refused") == 2
     assert says in capsys.readouterr().err
     assert not Path("refused").exists()
