@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -85,6 +86,8 @@ async def serve(
             loading = asyncio.create_task(repository.start())
             while not server.started and not running.done():
                 await asyncio.sleep(0.005)
+            gc.collect()
+            gc.freeze()  # what was imported stays: else each collection of old garbage halts all answers to look at it
             started(listener.getsockname()[1], None if grpc is None else grpc.port)
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({loading, stopped, running}, return_when=asyncio.FIRST_COMPLETED)
