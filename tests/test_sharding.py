@@ -17,11 +17,12 @@ import torch
 import member
 from groups import MEMBER, answers, together
 from served import until
-from suanli import checkpoint, cli, hardware, planning, plugins
+from suanli import checkpoint, hardware, planning, plugins
 from suanli.errors import DamagedFile
 from suanli.rundir import Run
 from suanli.saved import load_model
 from suanli.types import Step
+from test_cli import call
 from test_launch import SETTINGS, members, said, started, train
 
 NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, "batch_size": 90}
@@ -300,13 +301,6 @@ def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
 # --- the command ----------------------------------------------------------------------------
 
 
-def call(*arguments: str) -> int:
-    """`suanli train` in this process; its exit code."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["train", *arguments])
-    return int(ended.value.code or 0)
-
-
 @pytest.mark.slow
 def test_a_run_by_two_processes(tmp_path, capsys):
     code = train("digits", "--nproc=2", "--shard", "--out=run", *SETTINGS, "--epochs=1", "--speedups=auto")
@@ -317,7 +311,7 @@ def test_a_run_by_two_processes(tmp_path, capsys):
     assert list((tmp_path / "run" / "checkpoints").glob("*.json"))
     load_model(run.model_path)
     # One process goes on, and still knows that others would share the network out.
-    assert call("run", "--more-epochs=0.5", "--device=cpu", "--speedups=none") == 0
+    assert call("train", "run", "--more-epochs=0.5", "--device=cpu", "--speedups=none") == 0
     assert "not shared out" in capsys.readouterr().err
     assert run.summary["shard"] is True
     assert not list((tmp_path / "run" / "checkpoints").glob("*-of-*"))
@@ -348,6 +342,6 @@ def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
     ],
 )
 def test_what_can_not_be_sharded(options, says, capsys):
-    assert call("digits", *SETTINGS, *options, "--out=refused") == 2
+    assert call("train", "digits", *SETTINGS, *options, "--out=refused") == 2
     assert says in capsys.readouterr().err
     assert not Path("refused").exists()

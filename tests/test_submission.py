@@ -18,10 +18,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from suanli import errors, hardware, submission, verdict
-from suanli.cli import app, main
+from suanli.cli import app
 from suanli.errors import Interrupted, MachineError, pip_install
 from suanli.submission import Job, label, render
 from suanli.verdict import VERDICT
+from test_cli import call
 
 CONTAINERFILE = Path(__file__).parents[1] / "containers" / "Containerfile"
 TORCHRUN = ["--max-restarts=3", "--module", "suanli", "train"]  # before the arguments of suanli train
@@ -185,12 +186,6 @@ def test_when_a_job_is_put_back(case: str, cluster: Path, tmp_path: Path, monkey
 
 
 # --- the command line ---
-
-
-def call(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main(list(arguments))
-    return int(stopped.value.code or 0)
 
 
 EMIT = ("train", "digits", "--out", "/runs/a b", "--nodes", "2", "--threads", "1", "--device", "cpu")

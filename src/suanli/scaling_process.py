@@ -15,6 +15,7 @@ import torch
 
 from suanli import distributed, hardware, hosts
 from suanli.assembly import Assembly
+from suanli.ceilings import settling
 from suanli.errors import SuanliError
 from suanli.measure import seconds
 from suanli.plugins import load, names
@@ -108,12 +109,8 @@ class Member:
         values, found = torch.zeros(count, dtype=dtype, device=self.device.torch_name), []
         for _ in range(REPEATS):
             self.group.sum(values[:1])  # all begin now
-            found.append(seconds(partial(self.group.sum, values), self._settle))
+            found.append(seconds(partial(self.group.sum, values), settling(self.device)))
         return median(found)
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device.torch_name)
 
 
 def _for_one(speedups: str) -> str:

@@ -34,6 +34,7 @@ from suanli.serving.protocol import HEADER_LENGTH, Refused, bad
 from suanli.serving.repository import Repository
 from suanli.types import Json as AnyJson
 
+BINARY_HEADER = HEADER_LENGTH.lower().encode()
 LARGE_JSON = 1 << 18  # bytes: read in a thread, so that others are answered meanwhile
 Top = Annotated[int, Field(ge=1, le=10_000, description="So many of the likeliest classes; 5 where it isn't said.")]
 JsonLength = Annotated[
@@ -109,7 +110,7 @@ class App:
         if scope["type"] != "http":
             return
         started = time.perf_counter()
-        headers = dict(scope["headers"])
+        headers = scope["suanli.headers"] = dict(scope["headers"])
         identity = self._identity(headers)
         reason = ""
 
@@ -221,7 +222,7 @@ class App:
         """Answers for tensors."""
         self._admit(self._model(request))
         body = await self._body(request)
-        given = dict(request.scope["headers"]).get(HEADER_LENGTH.lower().encode())
+        given = request.scope["suanli.headers"].get(BINARY_HEADER)
         length = None
         if given is not None:
             if not given.isdigit() or len(given) > 12:
@@ -348,7 +349,7 @@ class App:
     async def _body(self, request: Request) -> bytes:
         """All of it. Raises Refused(413) for one that is too large, or (499) where it doesn't come. It isn't read with
         Starlette's `stream`, which costs as much as reading a small request."""
-        headers, limit = dict(request.scope["headers"]), self._max_body_bytes
+        headers, limit = request.scope["suanli.headers"], self._max_body_bytes
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:15]) > limit:
             raise Refused(413, f"The body is larger than {limit} bytes.")
