@@ -17,7 +17,7 @@ from dataclasses import asdict
 
 from processes import Scored, standard_error, train_all
 from record import Record, arguments, start
-from suanli.types import Json
+from suanli.core.types import Json
 
 # What switches each idea off. Rates of the other optimizers are usual ones; they were not searched.
 IDEAS: dict[str, dict[str, Json]] = {

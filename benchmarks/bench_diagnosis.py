@@ -26,11 +26,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from suanli import hardware
-from suanli.diagnose import Facts, Watch
-from suanli.measure import gain, interleaved, spread
-from suanli.phases import CudaTimeline, DeviceClock, HostClock, StepClock
-from suanli.types import Json
+from suanli.compute.step_clock import CudaTimeline, DeviceClock, HostClock, StepClock
+from suanli.core.types import Json
+from suanli.machine.device import cores, detect, environment
+from suanli.machine.timing import gain, interleaved, spread
+from suanli.training.diagnose import Facts, Watch
 
 # Batch, channels, side, width, steps a turn. A turn is longer than the clock's interval, which goes on while the others
 # have theirs: the first step of each turn is timed, as one in several is otherwise.
@@ -54,7 +54,7 @@ class Loop:
             *(nn.Flatten(), nn.Linear(width * (side // 2) ** 2, 10)),
         ).to(device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01, momentum=0.9)
-        facts = Facts(device_type=device.type, batch_size=batch, cores=hardware.cores())
+        facts = Facts(device_type=device.type, batch_size=batch, cores=cores())
         self.clock = clock
         self.watch = Watch(self.clock, lambda: facts, 10**9)
 
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    device = hardware.detect(given.device)
+    device = detect(given.device)
     where = torch.device(device.torch_name)
     sizes = {}
     for size in SIZES:
@@ -152,7 +152,7 @@ def main() -> None:
             f"{found['steps_a_round']}); the calls take {found['call_us']:.1f} us, {found['share']:.3%} of the step",
             flush=True,
         )
-    result = {"what": "cost of the diagnosis", "sizes": sizes, "environment": hardware.environment(device)}
+    result = {"what": "cost of the diagnosis", "sizes": sizes, "environment": environment(device)}
     text = json.dumps(result, indent=1)
     print(text)
     if given.out:

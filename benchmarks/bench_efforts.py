@@ -13,8 +13,8 @@ from dataclasses import asdict
 
 from processes import standard_error, train_all
 from record import Record, arguments, start
-from suanli.plugins import load
-from suanli.types import Json, RecipeChoice
+from suanli.core.registry import load
+from suanli.core.types import Json, RecipeChoice
 
 
 def main() -> None:

@@ -39,13 +39,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import suanli
-from suanli import gate, hardware, measure
-from suanli.candidates import Found
-from suanli.console import quiet
-from suanli.hosts import Host, Lost
-from suanli.rundir import Run
-from suanli.saved import load_model
-from suanli.types import Json
+from suanli.core.compare import Difference, matched_shares
+from suanli.core.console import quiet
+from suanli.core.run import Run
+from suanli.core.types import Json
+from suanli.engines.candidates import Found
+from suanli.engines.sandbox import Host, Lost
+from suanli.machine import device, timing
+from suanli.models.model_folder import load_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,8 +108,8 @@ class Way:
 
 def by_hand() -> list[Way]:
     """The one with eager PyTorch on all cores first: scores are held against its."""
-    cores = hardware.cores()
-    bfloat16 = ["bfloat16"] if "bfloat16" in hardware.detect("cpu").fast_dtypes else []
+    cores = device.cores()
+    bfloat16 = ["bfloat16"] if "bfloat16" in device.detect("cpu").fast_dtypes else []
     counts = sorted({cores, 1}, reverse=True)
     ways = [Way(backend="eager", precision="float32", threads=count) for count in counts]
     ways += [
@@ -208,7 +209,7 @@ def openvino_queue(case: Path, way: Way) -> Loaded:
     """Source: "OpenVINO Runtime Python API", AsyncInferQueue. The size of a piece is tried."""
     rows = np.load(case / "rows.npy", mmap_mode="r", allow_pickle=False)[: BATCHES[-1]].copy()
     tried = {piece: queue_of(openvino_compiled(case, way, piece, "THROUGHPUT"), piece) for piece in PIECES}
-    took = measure.interleaved({piece: lambda work=work: work(rows) for piece, work in tried.items()}, rounds=5)
+    took = timing.interleaved({piece: lambda work=work: work(rows) for piece, work in tried.items()}, rounds=5)
     best = min(took, key=lambda piece: statistics.median(took[piece]))
     return tried[best], f"pieces of {best}"
 
@@ -367,17 +368,17 @@ class Served:
         """Seconds of each call, after two that don't count, or one that is long."""
         assert self._work is not None
         rows = self._rows[:batch].copy()
-        if measure.seconds(lambda: self._work(rows)) < for_s:
+        if timing.seconds(lambda: self._work(rows)) < for_s:
             self._work(rows)
         took: list[float] = []
         started = time.perf_counter()
         while len(took) < least or time.perf_counter() - started < for_s:
-            took.append(measure.seconds(lambda: self._work(rows)))
+            took.append(timing.seconds(lambda: self._work(rows)))
         return {"seconds": took}
 
 
 def serve() -> None:
-    """Answers requests until its input ends, as `suanli.hosts` does."""
+    """Answers requests until its input ends, as `suanli.engines.sandbox` does."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like
     served = Served()
@@ -419,7 +420,7 @@ class Running:
     process: Process
     remark: str
     accuracy: float = 0.0
-    difference: gate.Difference | None = None  # to eager float32
+    difference: Difference | None = None  # to eager float32
     drift: float = 0.0  # mean total variation distance to its answers
     apart: float = 0.0  # the same between batch 1 and 64
     turns: dict[int, list[float]] = field(default_factory=dict)  # by batch
@@ -453,7 +454,7 @@ class Bench:
         self._raw = None if given.out is None else given.out / f"{record.name}.jsonl"
         if self._raw is not None:
             self._raw.write_text("")
-        self.keep("start", environment=record.environment, engines=hardware.versions(PACKAGES))
+        self.keep("start", environment=record.environment, engines=device.versions(PACKAGES))
 
     def keep(self, what: str, **values: Json) -> None:
         """A line of the raw record."""
@@ -493,7 +494,7 @@ class Bench:
 
     def case(self, name: str, run: Path, goals: Sequence[str]) -> Path:
         """A folder with the model, rows, and for each goal a copy of the run to optimise."""
-        from suanli.verbs.prepare import DataOptions, resolve  # imports torch
+        from suanli.training.prepare import DataOptions, resolve  # imports torch
 
         case = self.folder / f"case-{name}"
         for goal in goals:
@@ -589,7 +590,7 @@ class Bench:
             else:
                 right = found.argmax(1) == targets[:count]
                 one.accuracy, one.drift = float(right.mean()), distance(found, reference)
-                one.difference = gate.matched_shares(reference.argmax(1) == targets[:count], right)
+                one.difference = matched_shares(reference.argmax(1) == targets[:count], right)
             self.keep("exam", net=name, way=one.way.name, examples=count, **one.to_json())
 
     # --- the race ---
@@ -614,7 +615,7 @@ class Bench:
             return
         p50 = statistics.median(seconds)
         one.turns[batch].append(p50)
-        about = {"calls": len(seconds), "p50_s": p50, "p95_s": measure.percentile(seconds, 0.95), "low_s": min(seconds)}
+        about = {"calls": len(seconds), "p50_s": p50, "p95_s": timing.percentile(seconds, 0.95), "low_s": min(seconds)}
         self.keep("turn", net=name, way=one.way.name, batch=batch, round=number, **about)
 
     # --- what came out ---
@@ -670,12 +671,12 @@ class Bench:
                 if best is None:
                     record.say(f"{name}: nothing by hand with {family} is usable at batch {batch}")
                     continue
-                gained = measure.gain(best.turns[batch], own.turns[batch])
+                gained = timing.gain(best.turns[batch], own.turns[batch])
                 floor = (RESNET_FLOOR if NETS[name].resnet else None) if family == "eager" else FLOOR
                 what = f"{name}, batch {batch}: suanli / {best.way.name}"
                 found[f"{family} {batch}"] = record.compare(what, gained, floor=floor)
                 if (loose := quickest(running, family, batch, scored=False)) is not None and loose is not best:
-                    gained = measure.gain(loose.turns[batch], own.turns[batch])
+                    gained = timing.gain(loose.turns[batch], own.turns[batch])
                     what = f"{name}, batch {batch}: suanli / {loose.way.name}, which is {loose.refused}"
                     found[f"{family} {batch}, any score"] = record.compare(what, gained)
         for own in ours.values():
@@ -712,7 +713,7 @@ class Bench:
         )
         theirs_s = exported + controlled
         values["times"] = self.record.figure(f"{name}: seconds, NNCF / suanli optimize", theirs_s / ours_s, 0.0, 1)
-        eager = Way(backend="eager", precision="float32", threads=hardware.cores())
+        eager = Way(backend="eager", precision="float32", threads=device.cores())
         ways = [eager, Way(backend="openvino", precision="controlled"), Way(backend="suanli", precision="int8")]
         running = self.measured(name, case, ways)
         values["ways"] = {one.way.name: one.to_json() for one in running}
@@ -720,7 +721,7 @@ class Bench:
             turns = [one.turns[batch] for one in running[1:] if one.turns.get(batch)]
             if len(turns) == 2:
                 what = f"{name}, batch {batch}: suanli ({running[-1].remark}) / NNCF with accuracy control"
-                values[f"speed {batch}"] = self.record.compare(what, measure.gain(*turns))
+                values[f"speed {batch}"] = self.record.compare(what, timing.gain(*turns))
         return values
 
 
@@ -760,7 +761,7 @@ def summary(record: Record, found: Mapping[str, Json]) -> None:
             if values := [one["figures"][key]["value"] for one in found.values() if key in one["figures"]]:
                 floor = MEAN_FLOOR if family == "eager" else FLOOR
                 what = f"geometric mean of {len(values)} nets, batch {batch}: suanli / best of {family}"
-                spread = measure.spread(values).half_iqr  # between nets
+                spread = timing.spread(values).half_iqr  # between nets
                 record.figure(what, statistics.geometric_mean(values), spread, len(values), floor=floor)
 
 
@@ -790,7 +791,7 @@ def main() -> None:
         parser.error("goals are latency and throughput")
     kind = "accuracy_control" if given.accuracy_control else "engines"
     record = Record("_".join([kind, *(nets if len(nets) < len(NETS) else [])]), given.out, start(given))
-    record.say(", ".join(f"{name} {version}" for name, version in hardware.versions(PACKAGES).items()) + "\n")
+    record.say(", ".join(f"{name} {version}" for name, version in device.versions(PACKAGES).items()) + "\n")
     found: dict[str, Json] = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given, record, Path(folder).resolve())
@@ -799,7 +800,7 @@ def main() -> None:
             record.write(bench.clean({"nets": found}))
         if not given.accuracy_control:
             summary(record, found)
-        record.close(bench.clean({"engines": hardware.versions(PACKAGES), "nets": found}))
+        record.close(bench.clean({"engines": device.versions(PACKAGES), "nets": found}))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from suanli import hardware
-from suanli.console import quiet
-from suanli.data import Feed
+from suanli.core.console import quiet
+from suanli.data.loader import Feed
+from suanli.machine.device import detect, environment
 from suanli.verbs.prepare import prepare
 
 BATCH = 64
@@ -71,7 +71,7 @@ def pillow_epochs(root: Path, size: int, workers: int) -> Iterator[tuple[int, fl
 
 
 def suanli_epochs(archive: Path, size: int, *, resident: bool) -> Iterator[tuple[int, float]]:
-    device = hardware.detect("cpu")
+    device = detect("cpu")
     with tempfile.TemporaryDirectory() as cache, quiet():
         started = time.perf_counter()
         prepared = prepare(archive, settings={"preprocess.size": size}, cache_dir=cache)
@@ -115,7 +115,7 @@ def main() -> None:
         "batch": BATCH,
         "rates": rates,
         "ratios": {f"{s} / best pillow": ratios(rates, s) for s in ("suanli, resident", "suanli, mapped")},
-        "environment": hardware.environment(hardware.detect("cpu")),
+        "environment": environment(detect("cpu")),
         "disk_free_bytes": shutil.disk_usage(".").free,
     }
     for name, found in result["ratios"].items():

@@ -40,16 +40,16 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from handwritten import MEANS, optimizer_of
 from record import Record, arguments, start
 from sides import Side, auto_plan, plan_of, settler
-from suanli import measure
-from suanli.assembly import Assembly
-from suanli.augmentation import Pipeline, compose, parse
-from suanli.augments.crop import Crop
-from suanli.augments.flip import Flip
-from suanli.augments.resized_crop import ResizedCrop
-from suanli.cache import Prepared
-from suanli.errors import pip_install
-from suanli.schedule import factor
-from suanli.types import Batch, Device, Json, Plan, Recipe
+from suanli.core.errors import pip_install
+from suanli.core.types import Batch, Device, Json, Plan, Recipe
+from suanli.data.cache import Prepared
+from suanli.machine import timing
+from suanli.training.augment import Pipeline, compose, parse
+from suanli.training.augments.crop import Crop
+from suanli.training.augments.flip import Flip
+from suanli.training.augments.resized_crop import ResizedCrop
+from suanli.training.schedule import factor
+from suanli.training.setup import Assembly
 from subjects import endless, load
 
 if importlib.util.find_spec("lightning") is None:
@@ -278,8 +278,8 @@ def main() -> None:
         for kind in given.kinds.split(","):
             seconds, plan = compare(kind, name, given, device)
             for side, values in seconds.items():
-                record.say(f"{name:9} {kind:9} {side:10} {measure.spread(values).median:8.2f} s an epoch")
-            gain = measure.gain(seconds["lightning"], seconds["suanli"])
+                record.say(f"{name:9} {kind:9} {side:10} {timing.spread(values).median:8.2f} s an epoch")
+            gain = timing.gain(seconds["lightning"], seconds["suanli"])
             ratio = record.compare(f"{name}, {kind}: suanli / Lightning", gain, floor=FLOORS[kind])
             shown = {"speedups": plan.speedups, "threads": plan.threads}
             found[f"{name} {kind}"] = {"seconds": seconds, "plan": shown, "suanli_over_lightning": ratio}

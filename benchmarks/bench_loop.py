@@ -17,9 +17,9 @@ import copy
 from handwritten import MEANS, Handwritten
 from record import Record, arguments, start
 from sides import Side, by_turns, plan_of
-from suanli import measure
-from suanli.assembly import Assembly
-from suanli.types import Json
+from suanli.core.types import Json
+from suanli.machine import timing
+from suanli.training.setup import Assembly
 from subjects import SUBJECTS, endless, load
 
 FLOOR = 0.98  # of the hand-written loop's images per second
@@ -49,12 +49,12 @@ def main() -> None:
 
 
 def figures(record: Record, name: str, seconds: dict[str, list[float]], count: int, batch: int) -> dict[str, Json]:
-    step_s = {side: measure.spread([s / count for s in values]) for side, values in seconds.items()}
+    step_s = {side: timing.spread([s / count for s in values]) for side, values in seconds.items()}
     for side, found in step_s.items():
         rate = batch / found.median
         record.say(f"{name:9} {side:7} {1e3 * found.median:9.2f} ms a step of {batch}, {rate:10,.0f} examples/s")
     ratio = record.compare(
-        f"{name}: suanli / hand-written", measure.gain(seconds["hand"], seconds["suanli"]), floor=FLOOR
+        f"{name}: suanli / hand-written", timing.gain(seconds["hand"], seconds["suanli"]), floor=FLOOR
     )
     cost_ms = 1e3 * (step_s["suanli"].median - step_s["hand"].median)
     record.say(f"{name}: {cost_ms:+.2f} ms a step\n")

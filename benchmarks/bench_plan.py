@@ -22,13 +22,14 @@ import numpy as np
 from handwritten import Handwritten
 from record import Record, arguments, start
 from sides import Side, auto_plan, by_turns
-from suanli import measure, planning
-from suanli.assembly import Assembly
-from suanli.inference import infer
-from suanli.learner import active
-from suanli.loop import Loop, validation_batch
+from suanli.compute.infer import infer
+from suanli.compute.plan import plain
+from suanli.compute.step_runner import active
+from suanli.core.types import Device, Json, Plan
+from suanli.machine import timing
 from suanli.tasks.classification import Z_95, wilson_interval
-from suanli.types import Device, Json, Plan
+from suanli.training.loop import Loop, validation_batch
+from suanli.training.setup import Assembly
 from subjects import SUBJECTS, endless, load, steps_per_epoch
 
 FLOORS = {"speednet": 2.0, "resnet18": 1.6}  # times plain PyTorch
@@ -60,18 +61,18 @@ def speed(record: Record, name: str, given: argparse.Namespace, device: Device) 
     plan = auto_plan(Assembly(recipe, prepared, device), given.cache)
     assembly = Assembly(endless(recipe), prepared, device)
     record.say(f"\n{name}: the plan is {', '.join(plan.speedups) or 'plain'}, {plan.threads} threads; {plan.origin}")
-    none, fast = assembly.trial(planning.plain(device)), assembly.trial(plan)
+    none, fast = assembly.trial(plain(device)), assembly.trial(plan)
     hand = Handwritten(assembly.recipe, prepared, copy.deepcopy(none.model), device)
     count = given.steps or SUBJECTS[name].block
     sides = {"plain": Side(steps=hand.steps()), "none": Side.of(none), "plan": Side.of(fast)}
     seconds = by_turns(sides, count, rounds=given.rounds, device=device)
-    step_s = {side: measure.spread(values).median / count for side, values in seconds.items()}
+    step_s = {side: timing.spread(values).median / count for side, values in seconds.items()}
     for side, took in step_s.items():
         record.say(f"{name:9} {side:6} {1e3 * took:9.2f} ms a step, {hand.batch_size / took:10,.0f} examples/s")
     ratios = {
         f"{fast_side}_over_{slow_side}": record.compare(
             f"{name}: {fast_side} / {slow_side}",
-            measure.gain(seconds[slow_side], seconds[fast_side]),
+            timing.gain(seconds[slow_side], seconds[fast_side]),
             floor=FLOORS.get(name) if (fast_side, slow_side) == ("plan", "plain") else None,
         )
         for fast_side, slow_side in (("plan", "plain"), ("plan", "none"), ("none", "plain"))
@@ -87,7 +88,7 @@ def scores(
     record: Record, name: str, given: argparse.Namespace, device: Device, plan: Plan, count: int
 ) -> dict[str, Json]:
     """Of both sides after `count` steps from the same start, for each seed."""
-    sides = {"none": planning.plain(device), "plan": plan}
+    sides = {"none": plain(device), "plan": plan}
     right: dict[str, list[np.ndarray]] = {side: [] for side in sides}
     for seed in range(given.seeds):
         recipe, prepared = load(name, given.data, cache=given.cache, settings={"seed": seed})

@@ -21,10 +21,10 @@ import numpy as np
 
 from processes import Processes
 from record import Record, arguments, start
-from suanli import measure
-from suanli.console import quiet
-from suanli.plugins import names
-from suanli.types import Json
+from suanli.core.console import quiet
+from suanli.core.registry import names
+from suanli.core.types import Json
+from suanli.machine import timing
 from suanli.verbs.prepare import prepare
 
 CEILING = 1.0  # times the seconds of `--speedups none`
@@ -106,12 +106,12 @@ class Bench:
                     f"validation {last[side]['score']:.4f}"
                 )
         ratios = [a / n for a, n in zip(seconds["auto"], seconds["none"], strict=True)]
-        ratio = measure.spread(ratios)
+        ratio = timing.spread(ratios)
         return {
             "epochs": epochs,
             "seconds": seconds,
-            "none_s": measure.spread(seconds["none"]).median,
-            "auto_s": measure.spread(seconds["auto"]).median,
+            "none_s": timing.spread(seconds["none"]).median,
+            "auto_s": timing.spread(seconds["auto"]).median,
             "ratio": ratio.median,
             "ratio_spread": ratio.half_iqr,
             "verdict": "reached" if ratio.median <= CEILING else "MISSED",

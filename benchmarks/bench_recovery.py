@@ -29,9 +29,9 @@ from pathlib import Path
 
 from record import Record, arguments, start
 from servers import send, tree
-from suanli import checkpoint
-from suanli.rundir import Run
-from suanli.types import Json
+from suanli.core.run import Run
+from suanli.core.types import Json
+from suanli.training import checkpoint
 from subjects import SUBJECTS
 
 LIMIT_S = 20.0  # from a kill to full rate

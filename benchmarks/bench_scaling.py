@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from record import Record, arguments, start
-from suanli import hardware
+from suanli.machine.device import cores
 from suanli.verbs._bench_scaling import Scaling, bench_scaling
 from subjects import SUBJECTS
 
@@ -62,7 +62,7 @@ def figures(record: Record, found: Scaling) -> None:
     one, two = found.sizes
     what = f"2 processes x {two.threads} / 1 process x {one.threads}"
     ratio = two.speedup
-    known = one.threads == hardware.cores() == 2  # the figure is about two cores
+    known = one.threads == cores() == 2  # the figure is about two cores
     compared = record.figure(what, ratio.median, ratio.half_iqr, ratio.count, floor=FLOOR if known else None)
     record.say(str(found.values["verdict"]["said"]))
     record.close({"ratio": compared, "scaling": found.to_json()})

@@ -37,10 +37,11 @@ from h2load import GRPC, Answers, Target, closed, offered
 from record import Record
 from serve_peers import CLASSES, SHAPE
 from servers import MemoryWatch, free_port, has, peer, send, served
-from suanli import engine_store, hardware
-from suanli.measure import spread
-from suanli.plugins import load as load_plugin
-from suanli.types import Json
+from suanli.core.registry import load as load_plugin
+from suanli.core.types import Json
+from suanli.engines import store
+from suanli.machine import device
+from suanli.machine.timing import spread
 
 CLIENTS = 32
 ECHO_FLOOR, MLSERVER_FLOOR, LITSERVE_FLOOR = 0.5, 10.0, 2.0
@@ -92,10 +93,10 @@ def trivial(folder: Path) -> Path:
     save(parser.parse_model(graph), built / "model.onnx")
     name, engine = "onnxruntime", load_plugin("engines", "onnxruntime")
     about = {"packages": engine.packages, "portable": engine.portable}
-    kept = engine_store.Kept(engine=name, precision="float32", folder=built, threads=1, **about)
+    kept = store.Kept(engine=name, precision="float32", folder=built, threads=1, **about)
     preprocess = load_plugin("preprocess", "image")(height=SHAPE[1], width=SHAPE[2], channels=SHAPE[3])
     model = {"weights": "none", "classes": [f"class {n}" for n in range(CLASSES)], "preprocess": preprocess.to_json()}
-    engine_store.save(engines, [kept], device=hardware.detect("cpu"), about=model)
+    store.save(engines, [kept], device=device.detect("cpu"), about=model)
     return engines
 
 
@@ -246,7 +247,7 @@ def main() -> None:
     given = parser.parse_args()
     if (given.part == "overload") != (given.model is not None):
         parser.error("overload needs a model, and only overload")
-    record = Record(f"serve_{given.part}", given.out, hardware.detect("cpu"))
+    record = Record(f"serve_{given.part}", given.out, device.detect("cpu"))
     if given.part == "wire":
         with tempfile.TemporaryDirectory() as work:
             found = wire(given, record, Path(work))

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from record import Record
 from servers import served
-from suanli import hardware
-from suanli.predictor import Prediction
-from suanli.suffixes import IMAGE_SUFFIXES
+from suanli.data.suffixes import IMAGE_SUFFIXES
+from suanli.engines.predictor import Prediction
+from suanli.machine import device
 from suanli.verbs._remote import Server
 
 CLIENTS = 32
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    record = Record("served_answers", given.out, hardware.detect("cpu"))
+    record = Record("served_answers", given.out, device.detect("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         files = pictures(given.data, Path(folder), given.images)
         alone = predicted([str(given.run), *map(str, files)])

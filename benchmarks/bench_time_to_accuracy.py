@@ -30,8 +30,8 @@ import torch
 
 from processes import Processes
 from record import Record, arguments, start
-from suanli.cache import Prepared
-from suanli.types import Json
+from suanli.core.types import Json
+from suanli.data.cache import Prepared
 
 LIMITS_S = {0.7: 20.0, 0.8: 45.0, 0.9: 480.0}  # to reach on two cores
 MEMORY_LIMIT = 2 << 30  # bytes of the whole process

@@ -30,16 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from suanli.serving.protocol import (
-    DATATYPES,
-    InferRequest,
-    InferResponse,
-    Refused,
-    Tensor,
-    join_bytes,
-    parse,
-    render,
-)
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, join_bytes, parse, render
 
 EVERY = 50_000  # cases, how far it has come is told
 SLOW_MS = 500.0  # of CPU; a case that takes longer is a failure: bodies here are of at most some kilobytes
@@ -376,9 +367,9 @@ def main() -> int:
 
 
 def _environment() -> dict[str, Any]:
-    from suanli import hardware
+    from suanli.machine import device
 
-    return hardware.environment(hardware.detect("cpu"))
+    return device.environment(device.detect("cpu"))
 
 
 if __name__ == "__main__":

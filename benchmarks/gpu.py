@@ -84,13 +84,13 @@ def why_not(rehearse: bool) -> str | None:
             "then name that folder in PYTHONPATH here."
         )
     sys.path.insert(0, str(ROOT / "src"))
-    from suanli import hardware
-    from suanli.errors import MachineError
+    from suanli.core.errors import MachineError
+    from suanli.machine.device import detect
 
     if rehearse:
         return None
     try:
-        hardware.detect("cuda")
+        detect("cuda")
     except MachineError as error:
         fix = "Run this on a machine with an NVIDIA card, or rehearse it: python benchmarks/gpu.py --rehearse."
         return f"{error.message} {fix}"
@@ -98,9 +98,9 @@ def why_not(rehearse: bool) -> str | None:
 
 
 def device_name(rehearse: bool) -> str:
-    from suanli import hardware
+    from suanli.machine.device import detect
 
-    return hardware.detect("cpu" if rehearse else "cuda").name
+    return detect("cpu" if rehearse else "cuda").name
 
 
 def record_folder(records: Path) -> Path:

@@ -32,15 +32,16 @@ from torch.nn import functional as F
 from handwritten import MEANS, Handwritten
 from record import Record, arguments, start
 from sides import Side, by_turns, half_precision_flops, plan_of
-from suanli import measure, planning
-from suanli.assembly import Assembly
-from suanli.cache import Prepared
-from suanli.console import quiet
-from suanli.errors import SuanliError
-from suanli.flops import flops
-from suanli.loop import Loop
-from suanli.types import Device, Json, Recipe
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.compute import plan as planning
+from suanli.compute.flops import flops
+from suanli.core.console import quiet
+from suanli.core.errors import SuanliError
+from suanli.core.types import Device, Json, Recipe
+from suanli.data.cache import Prepared
+from suanli.machine import timing
+from suanli.training.loop import Loop
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.setup import Assembly
 from subjects import ENDLESS
 
 SHARE = 0.35  # of the ceiling in half precision
@@ -154,7 +155,7 @@ def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
         seconds = by_turns(sides, count, rounds=given.rounds, device=device)
         found[name] = {"batch": batch, "flops_of_a_step": work, "block_s": seconds}
         for side, values in seconds.items():
-            step_s = measure.spread([s / count for s in values])
+            step_s = timing.spread([s / count for s in values])
             share = work / step_s.median / ceiling
             record.say(f"  {side:17} {1e3 * step_s.median:8.3f} ms, {batch / step_s.median:10,.0f} images/s")
             floor = SHARE if "graphs" in WAYS.get(side, ()) else None
@@ -224,11 +225,11 @@ def resnet50(given: argparse.Namespace, device: Device, record: Record) -> None:
     side = prepared.preprocess.input_shape[-1]
     found: dict[str, Json] = {"batch": synthetic.batch_size, "pixels": side, "speedups": usual, "block_s": seconds}
     for name, values in seconds.items():
-        rate = count * synthetic.batch_size / measure.spread(values).median
+        rate = count * synthetic.batch_size / timing.spread(values).median
         record.say(f"resnet50, {side} px, {name:21} {rate:9,.0f} images/s")
         found |= {f"{name}, images_per_s": rate}
         if name != "synthetic":
-            gain = measure.gain(seconds["synthetic"], values)
+            gain = timing.gain(seconds["synthetic"], values)
             found |= {f"{name} / synthetic": record.compare(f"resnet50, {name} / synthetic", gain, floor=OF_SYNTHETIC)}
     record.close(found)
 

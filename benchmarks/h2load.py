@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from suanli.measure import percentile
-from suanli.types import Json
+from suanli.core.types import Json
+from suanli.machine.timing import percentile
 
 CONNECTIONS = 256  # at most, of an open loop
 GRPC = {"content-type": "application/grpc", "te": "trailers"}

@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from suanli import building, plugins
-from suanli.augmentation import compose
-from suanli.cache import Prepared
-from suanli.schedule import factor
-from suanli.types import Batch, Device, Recipe
+from suanli.core import registry
+from suanli.core.types import Batch, Device, Recipe
+from suanli.data.cache import Prepared
+from suanli.models import build
+from suanli.training.augment import compose
+from suanli.training.schedule import factor
 
 MEANS = ("channels_last", "bf16", "fused_optimizer")  # named as suanli's speedups
 
@@ -99,9 +100,9 @@ class Handwritten:
 
 def optimizer_of(recipe: Recipe, module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     """The recipe's optimizer as a person builds it: with `fused` where its class has that."""
-    made = plugins.load("optimizers", recipe.optimizer).build(
+    made = registry.load("optimizers", recipe.optimizer).build(
         list(module.named_parameters()),
-        head=building.head_of(module, building.resolve(recipe.model)),
+        head=build.head_of(module, build.resolve(recipe.model)),
         lr=recipe.lr,
         weight_decay=recipe.weight_decay,
         backbone_lr_scale=recipe.backbone_lr_scale,

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from suanli.models import resnet18
+from suanli.models.networks import resnet18
 
 EXAMINED_S = 60.0
 Example = tuple[torch.Tensor, int]

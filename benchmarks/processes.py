@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from suanli import hardware
-from suanli.cache import Prepared
-from suanli.console import quiet
-from suanli.types import Json
+from suanli.core.console import quiet
+from suanli.core.types import Json
+from suanli.data.cache import Prepared
+from suanli.machine import device
 from suanli.verbs.prepare import prepare
 
 
@@ -96,10 +96,10 @@ def train_all(
 ) -> Iterator[tuple[str, Scored]]:
     """Trains `seeds` times in each way, a way being changes of the recipe's fields. Each training is a process with one
     thread and named speedups; as many run side by side as there are cores."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(hardware.cores()) as side_by_side:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(device.cores()) as side_by_side:
         processes = Processes(Path(folder), 1)
         processes.prepare(data)
-        fast = "bfloat16" in hardware.detect("cpu").fast_dtypes
+        fast = "bfloat16" in device.detect("cpu").fast_dtypes
         speedups = "channels_last,bf16" if fast else "channels_last"
 
         def train(changes: Mapping[str, Json], seed: int) -> dict[str, Json]:

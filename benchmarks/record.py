@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from suanli import hardware
-from suanli.measure import Gain
-from suanli.types import Device, Json
+from suanli.core.types import Device, Json
+from suanli.machine.device import cores, detect, environment
+from suanli.machine.timing import Gain
 
 
 class Record:
@@ -23,7 +23,7 @@ class Record:
         self.figures: list[dict[str, Json]] = []
         self._lines: list[str] = []
         self._started = time.perf_counter()
-        self.environment = hardware.environment(device)
+        self.environment = environment(device)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
         versions = ", ".join(f"{package} {version}" for package, version in self.environment["versions"].items())
@@ -71,11 +71,11 @@ def arguments(documentation: str | None) -> argparse.ArgumentParser:
     parser.add_argument("data", type=Path, help="the folder with cifar10.zip, imagenette5k.zip, …")
     parser.add_argument("--out", type=Path, help="the folder that gets the text and the figures")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=hardware.cores(), help="of operations on the CPU")
+    parser.add_argument("--threads", type=int, default=cores(), help="of operations on the CPU")
     parser.add_argument("--cache", type=Path, help="where prepared data is kept; default: suanli's own cache")
     return parser
 
 
 def start(given: argparse.Namespace) -> Device:
     torch.set_num_threads(given.threads)
-    return hardware.detect(given.device)
+    return detect(given.device)

@@ -15,13 +15,15 @@ from functools import partial
 
 import torch
 
-from suanli import places, planner, planning, probe
-from suanli.assembly import Assembly
-from suanli.learner import active
-from suanli.loop import Loop
-from suanli.measure import seconds
-from suanli.plugins import load
-from suanli.types import AnyPath, Device, Plan, Step
+from suanli.compute import plan, planner
+from suanli.compute.step_runner import active
+from suanli.core import paths
+from suanli.core.registry import load
+from suanli.core.types import AnyPath, Device, Plan, Step
+from suanli.machine import peak
+from suanli.machine.timing import seconds
+from suanli.training.loop import Loop
+from suanli.training.setup import Assembly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +72,24 @@ def plan_of(wanted: Collection[str], assembly: Assembly) -> Plan:
     device = assembly.device
     model, optimizer = copy.deepcopy((assembly.module, assembly.optimizer))
     step, used = replace(assembly.step, model=model, optimizer=optimizer), []
-    for name in planning.in_order(wanted):
+    for name in plan.in_order(wanted):
         speedup = load("speedups", name)
         if speedup.why_not(device) is None and speedup.needless(step, device) is None:
             step = speedup.apply(step, device)
             used.append(name)
-    return planning.named(",".join(used) or "none", device)
+    return plan.named(",".join(used) or "none", device)
 
 
 def auto_plan(assembly: Assembly, cache: AnyPath | None) -> Plan:
     """What `--speedups auto` chooses for this training, measured now or cached."""
-    steps = round(assembly.trial(planning.plain(assembly.device)).work_left)
-    return planner.plan(assembly, "auto", steps=steps, cache=places.cache_dir(cache))
+    steps = round(assembly.trial(plan.plain(assembly.device)).work_left)
+    return planner.plan(assembly, "auto", steps=steps, cache=paths.cache_dir(cache))
 
 
 def half_precision_flops(device: Device, cache: AnyPath | None) -> tuple[float, str]:
     """What the device was measured to reach in matrix products of bfloat16 or float16, the better one; FLOP/s.
     Of float32 where it has neither."""
-    found = probe.probe(device, places.cache_dir(cache)).matmul_flops
+    found = peak.probe(device, paths.cache_dir(cache)).matmul_flops
     halves = {name: rate for name, rate in found.items() if name in ("bfloat16", "float16")} or found
     best = max(halves, key=lambda name: halves[name])
     return halves[best], best

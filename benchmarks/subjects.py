@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from suanli.cache import Prepared
-from suanli.console import quiet
-from suanli.types import Json, Recipe
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.core.console import quiet
+from suanli.core.types import Json, Recipe
+from suanli.data.cache import Prepared
+from suanli.training.prepare import DataOptions, resolve
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from sides import plan_of, settler
-from suanli.assembly import Assembly
-from suanli.cache import Prepared
-from suanli.data import Order
-from suanli.inference import infer
-from suanli.learner import active
-from suanli.loop import Progress
-from suanli.settings import change
-from suanli.types import Device, Recipe
+from suanli.compute.infer import infer
+from suanli.compute.step_runner import active
+from suanli.core.settings import change
+from suanli.core.types import Device, Recipe
+from suanli.data.cache import Prepared
+from suanli.data.loader import Order
+from suanli.training.loop import Progress
+from suanli.training.setup import Assembly
 
 EXAMINED = 2000  # examples at a time
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 if TYPE_CHECKING:
-    from suanli.probe import Ceilings
+    from suanli.machine.peak import Ceilings
 
 # A busy machine is not a failure, and a property that touches the disk needs no hundred examples.
 settings.register_profile("suanli", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
@@ -121,17 +121,17 @@ def text_table(tmp_path: Path) -> Path:
 @pytest.fixture
 def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
     """A room of speedups that holds only what is put in: a name, the body of `apply`, fields of the record."""
-    import suanli.speedups
-    from rooms import forget
-    from suanli import plugins
+    import suanli.compute.speedups
+    from registered import forget
+    from suanli.core import registry
 
     folder = tmp_path / "speedup_room"
     folder.mkdir()
-    shipped = {name: plugins.load("speedups", name) for name in plugins.names("speedups")}
+    shipped = {name: registry.load("speedups", name) for name in registry.names("speedups")}
     assert shipped  # imported now: what they share is found no more below
-    real = suanli.speedups.__path__
-    suanli.speedups.__path__ = [str(folder)]
-    plugins.names.cache_clear()
+    real = suanli.compute.speedups.__path__
+    suanli.compute.speedups.__path__ = [str(folder)]
+    registry.names.cache_clear()
     planted = []
 
     def put(name: str, body: str, **fields: object) -> str:
@@ -139,44 +139,46 @@ def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
         told = "".join(f", {field}={value!r}" for field, value in known.items() if field != "why_not")
         lines = "".join(f"    {line}\n" for line in body.splitlines())
         (folder / f"{name}.py").write_text(
-            "import time, torch\nfrom dataclasses import replace\nfrom suanli.types import Speedup\n"
+            "import time, torch\nfrom dataclasses import replace\nfrom suanli.core.types import Speedup\n"
             f"def apply(step, device):\n    model = step.model\n{lines}    return step\n"
             f"def why_not(device):\n    return {known.get('why_not')!r}\n"
             f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=why_not{told})\n"
         )
         planted.append(name)
-        sys.modules.pop(f"suanli.speedups.{name}", None)
+        sys.modules.pop(f"suanli.compute.speedups.{name}", None)
         importlib.invalidate_caches()  # files that are younger than the last look
-        plugins.names.cache_clear()
+        registry.names.cache_clear()
         return name
 
     yield put
-    suanli.speedups.__path__ = real
+    suanli.compute.speedups.__path__ = real
     forget("speedups", planted)
 
 
 @pytest.fixture
 def engine_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
     """Adds engines to the shipped ones, here and in processes that are started: a name, and the file's text."""
-    import suanli.engines
-    from rooms import forget
-    from suanli import plugins
+    import suanli.engines.backends
+    from registered import forget
+    from suanli.core import registry
 
     folder = tmp_path / "engine_room"
     folder.mkdir()
-    path = [*suanli.engines.__path__, str(folder)]
+    path = [*suanli.engines.backends.__path__, str(folder)]
     # Every Python that finds this folder on its path reads this file when it starts.
-    (folder / "sitecustomize.py").write_text(f"import suanli.engines\nsuanli.engines.__path__ = {path!r}\n")
+    (folder / "sitecustomize.py").write_text(
+        f"import suanli.engines.backends\nsuanli.engines.backends.__path__ = {path!r}\n"
+    )
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(suanli.engines, "__path__", path)
+    monkeypatch.setattr(suanli.engines.backends, "__path__", path)
     planted = []
 
     def put(name: str, text: str) -> str:
         (folder / f"{name}.py").write_text(text)
         planted.append(name)
-        sys.modules.pop(f"suanli.engines.{name}", None)
+        sys.modules.pop(f"suanli.engines.backends.{name}", None)
         importlib.invalidate_caches()
-        plugins.names.cache_clear()
+        registry.names.cache_clear()
         return name
 
     yield put

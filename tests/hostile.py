@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-import suanli.engines
-from rooms import forget
-from suanli import hardware, plugins
-from suanli.engine_store import Kept, save
-from suanli.preprocess.image import ImagePreprocess
-from suanli.types import Preprocess
+import suanli.engines.backends
+from registered import forget
+from suanli.core import registry
+from suanli.core.types import Preprocess
+from suanli.data.preprocess.image import ImagePreprocess
+from suanli.engines.store import Kept, save
+from suanli.machine import device
 
 SIDE = 2  # px
 CLASSES = tuple(f"class{i}" for i in range(10))
@@ -35,7 +36,7 @@ ENGINE = """
 import ctypes, json, os, signal, sys, time
 import numpy as np
 from pathlib import Path
-from suanli.types import Engine, Loaded
+from suanli.core.types import Engine, Loaded
 
 LEAKED = []
 GOOD, THROWS, SHAPE, NAN, DIES, EXITS, HANGS, HOLDS, LEAKS, SLEEPS, CHATTERS = range(11)
@@ -88,20 +89,22 @@ def room() -> Iterator[dict[str, str]]:
     other processes find it, too."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as place:
         folder = Path(place)
-        path = [*suanli.engines.__path__, place]
+        path = [*suanli.engines.backends.__path__, place]
         (folder / "hostile.py").write_text(ENGINE, encoding="utf-8")
         # Every Python that finds this folder on its path reads this file when it starts.
-        (folder / "sitecustomize.py").write_text(f"import suanli.engines\nsuanli.engines.__path__ = {path!r}\n")
-        before = suanli.engines.__path__
-        suanli.engines.__path__ = path
+        (folder / "sitecustomize.py").write_text(
+            f"import suanli.engines.backends\nsuanli.engines.backends.__path__ = {path!r}\n"
+        )
+        before = suanli.engines.backends.__path__
+        suanli.engines.backends.__path__ = path
         sys.path.insert(0, place)
         importlib.invalidate_caches()
-        plugins.names.cache_clear()
+        registry.names.cache_clear()
         try:
             yield {"PYTHONPATH": place}
         finally:
             sys.path.remove(place)
-            suanli.engines.__path__ = before
+            suanli.engines.backends.__path__ = before
             forget("engines", ["hostile"])
 
 
@@ -137,7 +140,7 @@ def engines(
         reads = preprocess or ImagePreprocess(height=side, width=side, channels=3)
         about = {"classes": list(classes), "preprocess": reads.to_json()}
         folder.mkdir(parents=True, exist_ok=True)
-        save(folder, [kept], device=hardware.detect("cpu"), about=about)
+        save(folder, [kept], device=device.detect("cpu"), about=about)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder

@@ -19,23 +19,26 @@ from pathlib import Path
 
 import torch
 
-from suanli import checkpoint, distributed, hardware, pieces, planner
-from suanli.distributed import Group
-from suanli.learner import Numbers, active
-from suanli.start import Start
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.compute import planner
+from suanli.compute.step_runner import Numbers, active
+from suanli.machine import device
+from suanli.parallel import dtensor
+from suanli.parallel.group import Group, join, leave
+from suanli.training import checkpoint
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.session import Start
 
 
 def main(every: list[dict]) -> list[dict]:
     torch.set_num_threads(1)
-    group = distributed.join("cpu")
+    group = join("cpu")
     numbers: list[Numbers] = []  # of each training that is to be examined
     found = []
     for wanted in every:
         with double() if wanted.get("double") else nullcontext():
             found.append(learn(wanted, group, numbers))
     group.wait()
-    distributed.leave()
+    leave()
     return found
 
 
@@ -62,7 +65,7 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
     start = Start(
         recipe=recipe,
         prepared=prepared,
-        device=hardware.detect("cpu"),
+        device=device.detect("cpu"),
         cache=Path("unused"),
         requested=wanted.get("speedups", "none"),
         threads=1,
@@ -91,14 +94,14 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
                 break
         found["received_bytes"] = received_bytes(group) - before
     scores = loop.validate()
-    every = (pieces.whole(t) for t in loop.model.state_dict().values())
+    every = (dtensor.whole(t) for t in loop.model.state_dict().values())
     weights = b"".join(t.contiguous().numpy().tobytes() for t in every)
     parameters = list(loop.model.parameters())
     return found | {
         "losses": losses,
         "scores": scores,
         "parameters": sum(p.numel() for p in parameters),
-        "held": sum(pieces.local(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
+        "held": sum(dtensor.local(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
         "speedups": start.plan.speedups,
         "validated": len(loop.val_feed),
         "mine": loop.batch_size,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from suanli.types import Recipe
+from suanli.core.types import Recipe
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 TEXTS = [

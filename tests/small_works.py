@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from suanli import ceilings, disk, hardware, probe
+from suanli.data.decode import decode
+from suanli.machine import device, disk, microbenchmarks, peak
 
-ceilings.CHANNELS, ceilings.COPY_BYTES, disk.FILE_BYTES = 16, 1 << 20, 1 << 23
-ceilings._cache_bytes = lambda: 0
+microbenchmarks.CHANNELS, microbenchmarks.COPY_BYTES, disk.FILE_BYTES = 16, 1 << 20, 1 << 23
+microbenchmarks._cache_bytes = lambda: 0
 
-CPU = hardware.detect("cpu")
+CPU = device.detect("cpu")
 
 
-def measure(cache: Path, **options: object) -> probe.Ceilings:
+def measure(cache: Path, **options: object) -> peak.Ceilings:
     """The machine may be as busy as it likes."""
-    return probe.probe(CPU, cache, **{"budget_s": 0.1, "widest": math.inf} | options)
+    return peak.probe(CPU, cache, decode, **{"budget_s": 0.1, "widest": math.inf} | options)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli.augmentation import Pipeline, compose, parse
-from suanli.errors import UsageError
-from suanli.types import Batch
+from suanli.core.errors import UsageError
+from suanli.core.types import Batch
+from suanli.training.augment import Pipeline, compose, parse
 
 
 def test_spellings():

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli.augmentation import parse
-from suanli.augments._sampling import symmetric_beta
-from suanli.errors import UsageError
-from suanli.types import Batch
+from suanli.core.errors import UsageError
+from suanli.core.types import Batch
+from suanli.training.augment import parse
+from suanli.training.augments._sampling import symmetric_beta
 
 
 def make_batch(inputs, targets=None, *, epoch=0, classes=10):

@@ -31,12 +31,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from suanli import checkpoint, hardware
 from suanli.cli import main
-from suanli.download import fetch
-from suanli.readers import _archives
-from suanli.rundir import Run
-from suanli.types import Download
+from suanli.core.run import Run
+from suanli.core.types import Download
+from suanli.data.download import fetch
+from suanli.data.readers import _archives
+from suanli.machine import device
+from suanli.training.trainer import checkpoint
 
 Folder = Callable[..., Path]
 Refused = Callable[..., str]
@@ -307,7 +308,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def publish_at(monkeypatch: pytest.MonkeyPatch, port: int, content: bytes) -> None:
-    mnist = importlib.import_module("suanli.datasets.mnist")
+    mnist = importlib.import_module("suanli.data.datasets.mnist")
     download = Download(
         url=f"http://127.0.0.1:{port}/mnist/images.gz",
         checksum=f"sha256:{hashlib.sha256(content).hexdigest()}",
@@ -610,8 +611,8 @@ def test_unknown_words_and_impossible_values(
 # Room beyond what the process has mapped once everything is imported.
 LIMITED = """
 import resource
-import suanli.verbs.run, suanli.datasets, torch
-from suanli.recipes import small_images
+import suanli.verbs.run, suanli.data.datasets, torch
+from suanli.training.recipes import small_images
 mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 room = {room}
 resource.setrlimit(resource.RLIMIT_AS, (mapped + room, mapped + room))
@@ -648,7 +649,7 @@ def test_a_batch_that_does_not_fit_into_memory(
     assert files_below(tmp_path) == before
     code, said = ended(process(*plain, "--batch-size", fits[1], before=limit))
     assert code == 0, said
-    if "bfloat16" not in hardware.detect("cpu").fast_dtypes:
+    if "bfloat16" not in device.detect("cpu").fast_dtypes:
         pytest.skip("the last part: in float32 no way needs little enough, and this processor has no other precision")
     # Left to choose, suanli computes the whole batch in a way that needs less.
     code, said = ended(process(*options, "--batch-size", "150", "--out", "smaller", before=limit))
@@ -739,7 +740,7 @@ def test_data_that_changes_while_it_is_prepared(
     picture_folder: Folder, refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file that goes away between listing and reading is a bad input, and the next time is right."""
-    from suanli import cache
+    from suanli.data.loader import cache
 
     root = picture_folder()
     build = cache._build

@@ -19,16 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import suanli
-import suanli.speedups
-from rooms import forget
-from suanli import hardware, plugins
+import suanli.compute.speedups
+from registered import forget
 from suanli.cli import main
-from suanli.gate import Difference, difference, matched_shares
-from suanli.ladder import check
-from suanli.probe import Ceilings
-from suanli.rungs import Ladder, Rung, rungs, shortened, visits
+from suanli.core import registry
+from suanli.core.compare import Difference, difference, matched_shares
+from suanli.core.types import Plan, Recipe
+from suanli.machine import device
+from suanli.machine.peak import Ceilings
 from suanli.tasks.classification import Classification
-from suanli.types import Plan, Recipe
+from suanli.training.ablation import check
+from suanli.training.ablation_records import Ladder, Rung, rungs, shortened, visits
 
 SMALL = {"batch_size": 24, "device": "cpu", "settings": {"val_fraction": 0.3, "model_args.widths": [8, 16]}}
 
@@ -43,18 +44,18 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """Puts a speedup with this body of `apply` into the room."""
     folder = tmp_path / "speedups"
     folder.mkdir()
-    monkeypatch.setattr(suanli.speedups, "__path__", [*suanli.speedups.__path__, str(folder)])
+    monkeypatch.setattr(suanli.compute.speedups, "__path__", [*suanli.compute.speedups.__path__, str(folder)])
     planted = []
 
     def add(name: str, body: str, **fields: object) -> str:
         told = "".join(f", {field}={value!r}" for field, value in fields.items())
         (folder / f"{name}.py").write_text(
-            "from dataclasses import replace\nfrom suanli.types import Speedup\n"
+            "from dataclasses import replace\nfrom suanli.core.types import Speedup\n"
             f"def apply(step, device):\n{indent(body, '    ')}\n"
             f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=lambda device: None{told})\n"
         )
         planted.append(name)
-        plugins.names.cache_clear()
+        registry.names.cache_clear()
         return name
 
     yield add
@@ -79,7 +80,7 @@ return replace(step, compute=compute)"""
 
 def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None:
     """The file has what the schema says, and the figures agree with each other."""
-    if "bfloat16" not in hardware.detect("cpu").fast_dtypes:
+    if "bfloat16" not in device.detect("cpu").fast_dtypes:
         pytest.skip("this processor has no fast bfloat16")
     names = "channels_last,bf16"
     found = suanli.bench(picture_folder(each=60), speedups=names, steps=20, rounds=3, price_per_hour=3.6, **SMALL)
@@ -162,13 +163,13 @@ def test_what_costs_accuracy_is_refused_and_not_used_again(
 def test_the_command_tells_a_refusal_with_its_figures(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
     """As another program sees it: exit code 5, one JSON object."""
     code = f"""
-import sys, suanli.speedups, suanli.cli
-suanli.speedups.__path__.append({str(tmp_path / "room")!r})
+import sys, suanli.compute.speedups, suanli.cli
+suanli.compute.speedups.__path__.append({str(tmp_path / "room")!r})
 suanli.cli.main(sys.argv[1:])
 """
     (tmp_path / "room").mkdir()
     (tmp_path / "room" / "harmful.py").write_text(
-        f"from suanli.types import Speedup\ndef apply(step, device):\n{indent(NO_LEARNING, '    ')}\n"
+        f"from suanli.core.types import Speedup\ndef apply(step, device):\n{indent(NO_LEARNING, '    ')}\n"
         "SPEEDUP = Speedup(name='harmful', stage=1, apply=apply, why_not=lambda device: None)\n"
     )
     root = picture_folder(each=60)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from groups import MEMBER, answers, secluded
-from suanli.plugins import load
+from suanli.core.registry import load
 
 NAME = "bf16_gradients"
 RAGGED = {"model": "speednet", "model_args": {"widths": [16, 32, 32]}, "epochs": 5, "batch_size": 90}

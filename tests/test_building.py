@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-import suanli.building as building
-from suanli import plugins
-from suanli.errors import DamagedFile, DataError, UsageError
-from suanli.preprocess.image import ImagePreprocess
-from suanli.preprocess.text import TextPreprocess
-from suanli.types import Json, Recipe
+import suanli.models.build as building
+from suanli.core import registry
+from suanli.core.errors import DamagedFile, DataError, UsageError
+from suanli.core.types import Json, Recipe
+from suanli.data.preprocess.image import ImagePreprocess
+from suanli.data.preprocess.text import TextPreprocess
 
 SMALL = ImagePreprocess(height=12, width=16, channels=3)
 PARTS = """
@@ -73,7 +73,7 @@ def test_builds_what_is_built_in(name: str) -> None:
     assert building.head_of(module, building.resolve(name)) == building.resolve(name).head
 
 
-@pytest.mark.parametrize("name", sorted(plugins.names("models")))
+@pytest.mark.parametrize("name", sorted(registry.names("models")))
 def test_an_outline_of_what_is_built_in_has_all_but_values(name: str) -> None:
     model = building.resolve(name)
     preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
@@ -134,7 +134,7 @@ def test_an_impossible_model_argument_is_the_users_error(name: str, args: dict[s
 
 
 def test_a_model_for_other_data_names_those_that_fit() -> None:
-    others = [n for n, m in plugins.load_all("models").items() if "image" not in m.kinds]
+    others = [n for n, m in registry.load_all("models").items() if "image" not in m.kinds]
     if not others:
         pytest.skip("every model is for images")
     with pytest.raises(UsageError, match="speednet"):
@@ -212,7 +212,7 @@ def test_without_timm_the_error_is_a_command() -> None:
 
 def resnet(classes: int = 10, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return plugins.load("models", "resnet18").build(classes=classes, in_channels=3, image_size=(32, 32))
+    return registry.load("models", "resnet18").build(classes=classes, in_channels=3, image_size=(32, 32))
 
 
 def saved(module: nn.Module, path: Path, prefix: str = "", **changed: torch.Tensor | None) -> Path:

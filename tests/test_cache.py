@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import suanli
-from suanli.cache import content_digest, prepare_source, split_of
-from suanli.data import find_source
-from suanli.errors import DataError, StorageError
-from suanli.types import SPLITS, Recipe, Row, Source
+from suanli.core.errors import DataError, StorageError
+from suanli.core.types import SPLITS, Recipe, Row, Source
+from suanli.data.cache import content_digest, prepare_source, split_of
+from suanli.data.loader import find_source
 
 FRACTIONS = st.floats(0.05, 0.4)
 
@@ -180,7 +180,7 @@ def test_too_many_bad_inputs_stop_and_are_listed(picture_folder: Callable[..., P
 def test_one_class_is_refused(tmp_path: Path) -> None:
     source = array_source(pictures(40), ["a"] * 40)
     source = dataclasses.replace(source, classes=("a", "b"))
-    from suanli.check import refuse_unlearnable
+    from suanli.data.checks import refuse_unlearnable
 
     prepared = prepare_source(source, Recipe(), tmp_path, threads=2)
     with pytest.raises(DataError, match="Only one class"):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import checkpoint
-from suanli.errors import DamagedFile, StorageError
+from suanli.core.errors import DamagedFile, StorageError
+from suanli.training import checkpoint
 
 TENSORS = {"model.weight": torch.randn(3, 4), "model.count": torch.tensor(7), "ema.weight": torch.randn(3, 4)}
 

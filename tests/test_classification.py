@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from torch.nn import functional as F
 
-from suanli.errors import DataError, Diverged
+from suanli.core.errors import DataError, Diverged
 from suanli.tasks.classification import TASK, confusion_matrix, wilson_interval
 
 task = TASK()

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING.md work: put in their rooms, they train on a kind of data that suanli
+"""The examples of CONTRIBUTING.md work: put in their folders, they train on a kind of data that suanli
 doesn't know, through the same verbs."""
 
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from suanli.plugins import ROOMS
+from suanli.core.registry import FOLDERS
 
 GUIDE = Path(__file__).parents[1] / "CONTRIBUTING.md"
-EXAMPLES = dict(re.findall(r"```python\n# (\w+/\w+\.py)\n(.*?)```", GUIDE.read_text(), re.DOTALL))
+EXAMPLES = dict(re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", GUIDE.read_text(), re.DOTALL))
 
 USE_THEM = """
 import importlib, json, sys
@@ -22,22 +22,23 @@ from pathlib import Path
 import numpy as np
 
 import suanli
-from suanli import hardware, plugins
-from suanli.saved import load_model
-from suanli.types import Material, Placement
-from suanli.whole import write_onnx
+from suanli.core import registry
+from suanli.machine import device
+from suanli.models.model_folder import load_model
+from suanli.core.types import Material, Placement
+from suanli.engines.inference_module import write_onnx
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
-for room in folder.iterdir():
-    importlib.import_module(f"suanli.{room.name}").__path__.append(str(room))
-loaded = [plugins.load(*name.split("/")) is not None for name in json.loads(sys.argv[3])]
+for package, _ in registry.FOLDERS.values():
+    importlib.import_module(f"suanli.{package}").__path__.append(str(folder / package.replace(".", "/")))
+loaded = [registry.load(kind, name) is not None for kind, name in json.loads(sys.argv[3])]
 
 run = suanli.train("wine", out=work / "run", cache_dir=work / "cache", device="cpu", track=["csv"])
 found = suanli.evaluate(run, cache_dir=work / "cache", device="cpu")
 
 write_onnx(load_model(run.model_path), work / "model.onnx")
-engine = plugins.load("engines", "onnx_reference")
-here = Placement(device=hardware.detect("cpu"), threads=1)
+engine = registry.load("engines", "onnx_reference")
+here = Placement(device=device.detect("cpu"), threads=1)
 (work / "engine").mkdir()
 material = Material(model=run.model_path, onnx=work / "model.onnx", calibration=None)
 engine.build(material, "float32", work / "engine", here)
@@ -51,12 +52,13 @@ print(json.dumps({"loaded": loaded, "scores": dict(found.scores), "tracked": (ru
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What came of a process that has the examples in its rooms."""
-    folder, work = tmp_path_factory.mktemp("rooms"), tmp_path_factory.mktemp("work")
+    """What came of a process that has the examples in its folders."""
+    folder, work = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("work")
     for name, code in EXAMPLES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(code)
-    names = json.dumps([name.removesuffix(".py") for name in EXAMPLES])
+    kinds = {package.replace(".", "/"): kind for kind, (package, _) in FOLDERS.items()}
+    names = json.dumps([(kinds[str(Path(name).parent)], Path(name).stem) for name in EXAMPLES])
     command = [sys.executable, "-c", USE_THEM, str(folder), str(work), names]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # so small that more threads only wait
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=work, env=one_thread)
@@ -64,16 +66,17 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_every_room_but_tasks_has_an_example() -> None:
-    """A task is more than one small file: it comes with its own scores and examination."""
-    assert {name.partition("/")[0] for name in EXAMPLES} == set(ROOMS) - {"tasks"}
+def test_every_kind_but_tasks_has_an_example() -> None:
+    """A task is more than one small file: it comes with its own scores and evaluation."""
+    packages = {str(Path(name).parent).replace("/", ".") for name in EXAMPLES}
+    assert packages == {package for package, _ in FOLDERS.values()} - {"tasks"}
 
 
-def test_every_example_exports_the_word_of_its_room(used: dict) -> None:
+def test_every_example_exports_the_constant_of_its_folder(used: dict) -> None:
     assert used["loaded"] == [True] * len(EXAMPLES)
 
 
-def test_a_new_kind_of_data_is_trained_and_examined(used: dict) -> None:
+def test_a_new_kind_of_data_is_trained_and_evaluated(used: dict) -> None:
     assert used["scores"]["accuracy"] > 0.8
     assert used["tracked"] > 0
 

@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import hardware
-from suanli.data import Feed, Order, mix
-from suanli.types import Split
+from suanli.core.types import Split
+from suanli.data.loader import Feed, Order, mix
+from suanli.machine import device
 
-CPU = hardware.detect("cpu")
+CPU = device.detect("cpu")
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from suanli import plugins
-from suanli.datasets.imagenette import CLASSES as IMAGENETTE
-from suanli.errors import DataError
-from suanli.types import Source
+from suanli.core import registry
+from suanli.core.errors import DataError
+from suanli.core.types import Source
+from suanli.data.datasets.imagenette import CLASSES as IMAGENETTE
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -36,7 +36,7 @@ def tar_gz(path: Path, members: dict[str, bytes]) -> None:
 
 
 def read(name: str, folder: Path) -> Source:
-    source: Source = plugins.load("datasets", name).read(folder)
+    source: Source = registry.load("datasets", name).read(folder)
     return source
 
 
@@ -65,7 +65,7 @@ def test_digits_are_whole_and_fill_the_grey_scale(tmp_path: Path) -> None:
 
 
 def test_digits_are_read_without_importing_what_carries_them() -> None:
-    code = "import sys; from suanli.datasets.digits import DATASET; DATASET.read(None); print('sklearn' in sys.modules)"
+    code = "import sys; from suanli.data.datasets.digits import DATASET; DATASET.read(None); print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

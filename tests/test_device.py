@@ -16,10 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import gpus, hardware
 from suanli.cli import main
-from suanli.errors import MachineError, UsageError
-from suanli.probe import Ceilings, title
+from suanli.core.errors import MachineError, UsageError
+from suanli.machine import device as hardware
+from suanli.machine import gpus
+from suanli.machine.peak import Ceilings, title
 from suanli.verbs.device import device, table
 
 needs_cpu_build = pytest.mark.skipif(
@@ -299,7 +300,7 @@ def in_a_process(code: str) -> str:
 @needs_linux
 def test_affinity_counts() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from suanli import hardware; print(hardware.cores(), hardware.physical_cores())"
+    code += "from suanli.machine import device as hardware; print(hardware.cores(), hardware.physical_cores())"
     assert in_a_process(code).split()[0] == "1"
 
 
@@ -307,7 +308,7 @@ def test_affinity_counts() -> None:
 def test_ulimit_counts_and_running_into_it_is_recognised() -> None:
     code = """
 import resource, torch
-from suanli import hardware
+from suanli.machine import device as hardware
 resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 cpu = hardware.detect("cpu")
 assert cpu.memory_bytes <= 8 << 30, cpu

@@ -15,8 +15,17 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from suanli.diagnose import COMPUTING, OVERHEADS, Facts, Watch, diagnose
-from suanli.phases import CAUGHT_UP_S, REPORTED, SKIPPED, DeviceClock, HostClock, Shares, StepClock, attribute
+from suanli.compute.step_clock import (
+    CAUGHT_UP_S,
+    REPORTED,
+    SKIPPED,
+    DeviceClock,
+    HostClock,
+    Shares,
+    StepClock,
+    attribute,
+)
+from suanli.training.diagnose import COMPUTING, OVERHEADS, Facts, Watch, diagnose
 
 CPU = Facts(device_type="cpu", batch_size=64, cores=2, threads=1)
 GPU = Facts(device_type="cuda", batch_size=64, cores=16)

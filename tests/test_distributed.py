@@ -14,9 +14,10 @@ from torch import distributed as dist
 
 from groups import MEMBER, answers, together
 from member import main
-from suanli import distributed, planning
-from suanli.distributed import Group
-from suanli.errors import UsageError
+from suanli.compute import plan
+from suanli.core.errors import UsageError
+from suanli.parallel import group
+from suanli.parallel.group import Group
 
 NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, "batch_size": 90}
 CASES = {
@@ -32,7 +33,7 @@ def learned(tmp_path_factory) -> dict[tuple[str, int], list[tuple[dict, dict]]]:
     """By case and number of processes, what each of them found in float64 and in float32. Starting processes takes
     most of the time, so each group learns all of its cases."""
     found = {}
-    with pytest.MonkeyPatch.context() as patched, planning.threads(1):
+    with pytest.MonkeyPatch.context() as patched, plan.threads(1):
         folder = tmp_path_factory.mktemp("learned")
         patched.chdir(folder)
         patched.setenv("SUANLI_CACHE", str(folder / "cache"))
@@ -94,7 +95,7 @@ def test_processes_of_one_start_agree_whatever_earlier_ones_have_left() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def process(rank: int, size: int) -> str:
-        return distributed._agree_on_attempt(dist.TCPStore("127.0.0.1", server.port, is_master=False), rank, size)
+        return group._agree_on_attempt(dist.TCPStore("127.0.0.1", server.port, is_master=False), rank, size)
 
     names = []
     with ThreadPoolExecutor(3) as threads:
@@ -111,15 +112,15 @@ SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3",
 
 
 def test_who_a_process_is():
-    assert distributed.place({}) is None
+    assert group.place({}) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    found = distributed.place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
-    assert found == distributed.Place(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
+    found = group.place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert found == group.Place(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
     nodes = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1", "SLURM_RESTART_COUNT": "1"}
-    found = distributed.place(SLURM | nodes)
-    assert found == distributed.Place(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
+    found = group.place(SLURM | nodes)
+    assert found == group.Place(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
     # The shell of a batch script has the variables of its job, but is no step of it.
-    assert distributed.place({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
+    assert group.place({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
 
 
 @pytest.mark.parametrize(
@@ -133,4 +134,4 @@ def test_who_a_process_is():
 )
 def test_variables_that_say_nothing_are_refused(wrong):
     with pytest.raises(UsageError, match="incomplete"):
-        distributed.place(wrong)
+        group.place(wrong)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from suanli.download import fetch
-from suanli.errors import DownloadError, StorageError
-from suanli.types import Download
+from suanli.core.errors import DownloadError, StorageError
+from suanli.core.types import Download
+from suanli.data.download import fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 HALF = len(CONTENT) // 2
@@ -348,8 +348,8 @@ def test_two_processes_download_once(publisher: Publisher, tmp_path: Path) -> No
     publisher.answer = slowly
     wanted = download(publisher.url())
     program = (
-        "import sys; from pathlib import Path; from suanli.download import fetch; "
-        "from suanli.types import Download; "
+        "import sys; from pathlib import Path; from suanli.data.download import fetch; "
+        "from suanli.core.types import Download; "
         "fetch(Download(url=sys.argv[1], checksum=sys.argv[2], size_bytes=int(sys.argv[3])), Path(sys.argv[4]))"
     )
     command = [sys.executable, "-c", program, wanted.url, wanted.checksum, str(wanted.size_bytes), str(tmp_path)]

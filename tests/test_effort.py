@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import suanli
-from suanli import effort
 from suanli.cli import main
-from suanli.plugins import load, load_all
-from suanli.recipes import small_images_grey_few
-from suanli.recipes._images import SMALL
-from suanli.settings import change, seconds
+from suanli.core.registry import load, load_all
+from suanli.core.settings import change, seconds
+from suanli.training import budget
+from suanli.training.recipes import small_images_grey_few
+from suanli.training.recipes._images import SMALL
 
 Folder = Callable[..., Path]
 
@@ -23,8 +23,8 @@ Folder = Callable[..., Path]
 def test_the_cheapest_that_reached_the_score_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose, asked = effort.for_score, []
-    monkeypatch.setattr(effort, "for_score", lambda *given: asked.append(given) or choose(*given))
+    choose, asked = budget.for_score, []
+    monkeypatch.setattr(budget, "for_score", lambda *given: asked.append(given) or choose(*given))
     cheap = suanli.train("digits", target_accuracy=0.9, speedups="none")
     assert cheap.recipe.epochs == 3
     assert "effort: 3 epochs; it reached 98.2% on digits before" in capsys.readouterr().err
@@ -100,7 +100,7 @@ def test_little_time_gives_a_little_training_and_plenty_not_forever(picture_fold
     assert short.recipe.epochs == 0.01
     assert short.summary["steps"] == 1
     long = suanli.train(root, time_budget="1000h", settings={"preprocess.size": 8}, speedups="none", threads=1)
-    assert long.recipe.epochs == effort.LONGEST * 30  # the recipe's own, thrice
+    assert long.recipe.epochs == budget.LONGEST * 30  # the recipe's own, thrice
 
 
 class _Faked:
@@ -131,18 +131,18 @@ def test_the_largest_network_that_has_time_for_its_own_epochs(
     efforts = tuple(
         SimpleNamespace(changes={"epochs": e, "model_args": {"widths": [w]}}) for e, w in ((2.0, 10), (4.0, 100))
     )
-    monkeypatch.setattr(effort, "_efforts", lambda _: efforts)
-    monkeypatch.setattr(effort, "_Subject", _Faked)
-    found = effort.for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
+    monkeypatch.setattr(budget, "_efforts", lambda _: efforts)
+    monkeypatch.setattr(budget, "_Subject", _Faked)
+    found = budget.for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
     assert found.model_args["widths"] == widths
     assert found.epochs == pytest.approx(epochs, abs=0.1)
 
 
 def test_an_effort_that_memory_has_no_room_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     efforts = tuple(SimpleNamespace(changes={"epochs": 2.0, "model_args": {"widths": [w]}}) for w in (10, 100, 1000))
-    monkeypatch.setattr(effort, "_efforts", lambda _: efforts)
-    monkeypatch.setattr(effort, "_Subject", _Faked)
-    found = effort.for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
+    monkeypatch.setattr(budget, "_efforts", lambda _: efforts)
+    monkeypatch.setattr(budget, "_Subject", _Faked)
+    found = budget.for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
     assert found.model_args["widths"] == [100]
 
 

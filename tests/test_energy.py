@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import energy, hardware
-from suanli.types import Device
+from suanli.core.types import Device
+from suanli.machine import energy
+from suanli.machine.device import detect
 
 CPU = Device(name="some CPU", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",))
 RANGE_UJ = 262_143_328_850
@@ -116,7 +117,7 @@ def test_a_machine_without_counters_is_unknown(tmp_path: Path, torch_name: str) 
 
 
 def test_this_machine_takes_energy_or_does_not_tell() -> None:
-    with energy.metered(hardware.detect("cpu")) as meter:
+    with energy.metered(detect("cpu")) as meter:
         time.sleep(0.05)
     assert meter.joules is None or meter.joules > 0
 

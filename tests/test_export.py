@@ -21,10 +21,10 @@ import pytest
 import suanli
 from served import digits_run
 from suanli.cli import main
-from suanli.errors import MachineError, StorageError, pip_install
-from suanli.preprocess.image import ImagePreprocess
-from suanli.saved import load_model, save_model
-from suanli.types import Recipe
+from suanli.core.errors import MachineError, StorageError, pip_install
+from suanli.core.types import Recipe
+from suanli.data.preprocess.image import ImagePreprocess
+from suanli.models.model_folder import load_model, save_model
 
 module = importlib.import_module("suanli.verbs.export")
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 import suanli
 from served import digits_run
-from suanli import autotune, foreign
-from suanli.errors import DamagedFile, DataError, UsageError
-from suanli.saved import load_model
+from suanli.core.errors import DamagedFile, DataError, UsageError
+from suanli.engines import onnx_import, search
+from suanli.models.model_folder import load_model
 
 pytestmark = [  # torch's exporter uses what torch itself is about to give up
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -28,8 +28,8 @@ pytestmark = [  # torch's exporter uses what torch itself is about to give up
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autotune, "ROUNDS", 1)
-    monkeypatch.setattr(autotune, "TURN_S", 0.02)
+    monkeypatch.setattr(search, "ROUNDS", 1)
+    monkeypatch.setattr(search, "TURN_S", 0.02)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_wrong_normalisation_shows_in_the_score(trained: Path, tmp_path: Path) -
 
 def test_what_was_exported_comes_back(trained: Path, tmp_path: Path) -> None:
     exported = suanli.export(trained, to="onnx", out=tmp_path / "digits.onnx")
-    understood = foreign.read(exported.path)
+    understood = onnx_import.read(exported.path)
     saved = load_model(trained / "model")
     assert understood.preprocess == saved.preprocess
     assert understood.classes == saved.classes
@@ -160,7 +160,7 @@ def test_what_was_exported_comes_back(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("opset", [11, 13, 17])
 def test_channels_last_of_another_framework(tmp_path: Path, softmax: bool, number: int, opset: int) -> None:
     weights = small(tmp_path / "net.onnx", softmax=softmax, number=number, opset=opset)
-    understood = foreign.read(tmp_path / "net.onnx", mean=[0.25], std=[0.5])
+    understood = onnx_import.read(tmp_path / "net.onnx", mean=[0.25], std=[0.5])
     assert understood.count == 10
     assert understood.classes is None
     assert understood.preprocess.row_shape == (8, 8, 1)
@@ -174,8 +174,8 @@ def test_channels_last_of_another_framework(tmp_path: Path, softmax: bool, numbe
 def test_an_open_size_is_asked_for(tmp_path: Path) -> None:
     small(tmp_path / "net.onnx", shape=("n", "h", "w", 1))
     with pytest.raises(UsageError, match="--size"):
-        foreign.read(tmp_path / "net.onnx")
-    assert foreign.read(tmp_path / "net.onnx", size=(4, 16)).preprocess.row_shape == (4, 16, 1)
+        onnx_import.read(tmp_path / "net.onnx")
+    assert onnx_import.read(tmp_path / "net.onnx", size=(4, 16)).preprocess.row_shape == (4, 16, 1)
 
 
 # --- what is refused ---
@@ -198,7 +198,7 @@ def test_a_graph_of_another_form_is_refused_with_what_it_is(
 ) -> None:
     small(tmp_path / "net.onnx", **graph)  # type: ignore[arg-type]
     with pytest.raises((DataError, DamagedFile), match=told):
-        foreign.read(tmp_path / "net.onnx")
+        onnx_import.read(tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x08" * 100, None])
@@ -217,7 +217,7 @@ def test_a_newer_opset(tmp_path: Path) -> None:
     model.opset_import[0].version = 999
     (tmp_path / "net.onnx").write_bytes(model.SerializeToString())
     with pytest.raises((DataError, DamagedFile), match="opset"):
-        foreign.read(tmp_path / "net.onnx")
+        onnx_import.read(tmp_path / "net.onnx")
 
 
 def test_weights_in_another_file_that_is_gone(tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_weights_in_another_file_that_is_gone(tmp_path: Path) -> None:
         onnx.load(tmp_path / "whole.onnx"), tmp_path / "net.onnx", save_as_external_data=True, location="net.data",
         size_threshold=0,
     )  # fmt: skip
-    assert foreign.read(tmp_path / "net.onnx").count == 10
+    assert onnx_import.read(tmp_path / "net.onnx").count == 10
     (tmp_path / "net.data").unlink()
     with pytest.raises(DamagedFile, match="must lie beside it"):
-        foreign.read(tmp_path / "net.onnx")
+        onnx_import.read(tmp_path / "net.onnx")
 
 
 def test_options_that_do_not_fit(trained: Path, tmp_path: Path) -> None:

@@ -15,20 +15,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 import suanli
-from suanli import hardware, plugins
-from suanli.autotune import DRIFT
-from suanli.engines import cuda_graphs, eager, tensorrt
-from suanli.engines import onnxruntime as onnx_engine
-from suanli.errors import MachineError
-from suanli.saved import SavedModel, load_model
-from suanli.types import Device, Material, Placement, Recipe
-from suanli.whole import Whole, write_onnx
+from suanli.core import registry
+from suanli.core.errors import MachineError
+from suanli.core.types import Device, Material, Placement, Recipe
+from suanli.engines.backends import cuda_graphs, eager, tensorrt
+from suanli.engines.backends import onnxruntime as onnx_engine
+from suanli.engines.inference_module import Whole, write_onnx
+from suanli.engines.search import DRIFT
+from suanli.machine import device
+from suanli.models.model_folder import SavedModel, load_model
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-CPU = hardware.detect("cpu")
+CPU = device.detect("cpu")
 H100 = Device(
     name="NVIDIA H100",
     torch_name="cuda:1",
@@ -315,15 +316,15 @@ def test_int8_leaves_kept_layers_alone(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_graph_of_token_ids_keeps_its_input(tmp_path: Path) -> None:
-    kind = plugins.load("preprocess", "text")
+    kind = registry.load("preprocess", "text")
     words = tuple(f"w{number}" for number in range(50))
     preprocess = kind(vocabulary=words, length=12)
     torch.manual_seed(0)
-    network = plugins.load("models", "text_cnn").build(classes=3, **preprocess.model_args)
+    network = registry.load("models", "text_cnn").build(classes=3, **preprocess.model_args)
     model = SavedModel(
         module=network.eval(),
         preprocess=preprocess,
-        task=plugins.load("tasks", "classification")(),
+        task=registry.load("tasks", "classification")(),
         classes=("a", "b", "c"),
         recipe=Recipe(model="text_cnn"),
         card={},

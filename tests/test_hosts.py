@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from suanli import hardware
-from suanli.hosts import Host, Lost, describe
-from suanli.types import Placement
+from suanli.core.types import Placement
+from suanli.engines.sandbox import Host, Lost, describe
+from suanli.machine import device
 
-PLACEMENT = describe(Placement(device=hardware.detect("cpu"), threads=1))
+PLACEMENT = describe(Placement(device=device.detect("cpu"), threads=1))
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def ask(engine_room: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..
             f"""
 import ctypes, os, signal, sys, time
 import numpy as np
-from suanli.types import Engine, Loaded
+from suanli.core.types import Engine, Loaded
 def answer(rows):
     {body}
 def load(folder, precision, placement):
@@ -120,7 +120,7 @@ def test_it_goes_away_with_the_one_that_asks() -> None:
     """Even where that is killed and can tell nobody, in the middle of work."""
     code = (
         "import os, sys, threading, time\n"
-        "from suanli.hosts import Host\n"
+        "from suanli.engines.sandbox import Host\n"
         "host = Host()\n"
         "print(host._process.pid, flush=True)\n"
         "time.sleep(60)\n"

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from suanli.errors import BadInput, DataError, UsageError
-from suanli.preprocess.image import ImagePreprocess
+from suanli.core.errors import BadInput, DataError, UsageError
+from suanli.data.preprocess.image import ImagePreprocess
 
 RANDOM = np.random.default_rng(0)
 

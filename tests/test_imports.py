@@ -68,10 +68,10 @@ def test_unknown_name_is_an_attribute_error() -> None:
     "work",
     [
         "import suanli",
-        "import suanli, suanli.types, suanli.errors, suanli.plugins, suanli.console, suanli.cli",
+        "import suanli, suanli.core.types, suanli.core.errors, suanli.core.registry, suanli.core.console, suanli.cli",
         "import sys; sys.argv = ['suanli', '--help']; import suanli.cli; suanli.cli.main()",
         "import sys; sys.argv = ['suanli', 'train', '--help']; import suanli.cli; suanli.cli.main()",
-        "from suanli import plugins; [plugins.names(room) for room in plugins.ROOMS]",
+        "from suanli.core import registry; [registry.names(kind) for kind in registry.FOLDERS]",
     ],
     ids=["import", "light modules", "help", "help of a verb", "names of every room"],
 )

@@ -19,10 +19,10 @@ import pytest
 import suanli
 from groups import together
 from served import until
-from suanli import preflight
 from suanli.cli import main
-from suanli.errors import MachineError, UsageError
-from suanli.rundir import Run
+from suanli.core.errors import MachineError, UsageError
+from suanli.core.run import Run
+from suanli.parallel import preflight
 
 SMALL = '--set=model_args={"widths": [8, 8, 8]}'
 SETTINGS = ["--epochs=10", "--batch-size=64", "--speedups=none", "--device=cpu", "--seed=3", SMALL]

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli import checkpoint, hardware
-from suanli.assembly import Assembly
-from suanli.cache import Prepared, prepare_source
-from suanli.loop import Loop
-from suanli.types import Plan, Recipe, Row, Source
+from suanli.core.types import Plan, Recipe, Row, Source
+from suanli.data.cache import Prepared, prepare_source
+from suanli.machine import device
+from suanli.training import checkpoint
+from suanli.training.loop import Loop
+from suanli.training.setup import Assembly
 
-CPU = hardware.detect("cpu")
+CPU = device.detect("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
 
 
 def test_another_networks_checkpoint_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    from suanli.errors import DamagedFile
+    from suanli.core.errors import DamagedFile
 
     loop = loop_of(Recipe(batch_size=16), prepared)
     path = checkpoint.save_step(tmp_path, 3, *loop.state())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import measure
+from suanli.machine import timing
 
 SECONDS = st.floats(1e-6, 1e6)
 VALUES = st.lists(SECONDS, min_size=1, max_size=30)
@@ -19,13 +19,13 @@ ROUNDS = st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=12)
 
 @given(values=VALUES, share=st.floats(0, 1))
 def test_percentile_is_numpys(values: list[float], share: float) -> None:
-    assert measure.percentile(values, share) == pytest.approx(np.percentile(values, 100 * share))
+    assert timing.percentile(values, share) == pytest.approx(np.percentile(values, 100 * share))
 
 
 @given(values=VALUES)
 def test_spread_lies_among_the_values_in_any_order(values: list[float]) -> None:
-    found = measure.spread(values)
-    assert found == measure.spread(values[::-1])
+    found = timing.spread(values)
+    assert found == timing.spread(values[::-1])
     assert found.low == min(values) <= found.median <= max(values) == found.high
     assert 0 <= found.half_iqr <= (found.high - found.low) / 2 * (1 + 1e-9)
     assert found.count == len(values)
@@ -33,31 +33,31 @@ def test_spread_lies_among_the_values_in_any_order(values: list[float]) -> None:
 
 @given(values=VALUES, scale=st.floats(0.01, 100))
 def test_relative_spread_has_no_unit(values: list[float], scale: float) -> None:
-    scaled = measure.spread([v * scale for v in values])
-    assert scaled.relative == pytest.approx(measure.spread(values).relative, abs=1e-9)
+    scaled = timing.spread([v * scale for v in values])
+    assert scaled.relative == pytest.approx(timing.spread(values).relative, abs=1e-9)
 
 
 def test_a_wild_value_among_many_moves_the_spread_little() -> None:
     calm = [1.0 + 0.001 * i for i in range(20)]
-    assert measure.spread([*calm, 1e6]).half_iqr < 2 * measure.spread(calm).half_iqr
-    assert measure.spread([0.0, 0.0]).relative == math.inf
+    assert timing.spread([*calm, 1e6]).half_iqr < 2 * timing.spread(calm).half_iqr
+    assert timing.spread([0.0, 0.0]).relative == math.inf
 
 
 @given(rounds=ROUNDS)
 def test_gain_of_the_exchanged_sides_is_the_inverse_of_a_round(rounds: list[tuple[float, float]]) -> None:
     before, after = [list(side) for side in zip(*rounds, strict=True)]
-    found = measure.gain(before, after)
+    found = timing.gain(before, after)
     ratios = [b / a for b, a in rounds]
     assert min(ratios) <= found.ratio <= max(ratios)
     assert found.rounds == len(rounds)
     if len(rounds) % 2:  # a median of an even count lies between two rounds
-        assert measure.gain(after, before).ratio == pytest.approx(1 / found.ratio)
+        assert timing.gain(after, before).ratio == pytest.approx(1 / found.ratio)
 
 
 @given(seconds=VALUES, noise=VALUES)
 def test_what_slows_both_sides_of_a_round_cancels_out(seconds: list[float], noise: list[float]) -> None:
     slowed = [s * n for s, n in zip(seconds, noise, strict=False)]
-    found = measure.gain(slowed, [s / 2 for s in slowed])
+    found = timing.gain(slowed, [s / 2 for s in slowed])
     assert found.ratio == pytest.approx(2)
     assert found.spread == pytest.approx(0, abs=1e-9)
     assert found.proven
@@ -65,7 +65,7 @@ def test_what_slows_both_sides_of_a_round_cancels_out(seconds: list[float], nois
 
 @given(seconds=VALUES)
 def test_the_same_against_itself_is_no_gain(seconds: list[float]) -> None:
-    assert not measure.gain(seconds, seconds).proven
+    assert not timing.gain(seconds, seconds).proven
 
 
 @pytest.mark.parametrize(
@@ -78,39 +78,39 @@ def test_the_same_against_itself_is_no_gain(seconds: list[float]) -> None:
     ],
 )
 def test_a_gain_is_proven_above_its_spread(before: list[float], after: list[float], proven: bool) -> None:
-    assert measure.gain(before, after).proven == proven
+    assert timing.gain(before, after).proven == proven
 
 
 def test_no_values_and_unequal_rounds_are_refused() -> None:
     with pytest.raises(ValueError, match="no values"):
-        measure.spread([])
+        timing.spread([])
     with pytest.raises(ValueError, match="no values"):
-        measure.percentile([], 0.5)
+        timing.percentile([], 0.5)
     with pytest.raises(ValueError, match="no values"):
-        measure.gain([], [])
+        timing.gain([], [])
     with pytest.raises(ValueError, match="zip"):
-        measure.gain([1.0], [1.0, 2.0])
+        timing.gain([1.0], [1.0, 2.0])
 
 
 def test_seconds_waits_before_and_after() -> None:
     seen: list[str] = []
-    measure.seconds(lambda: seen.append("work"), lambda: seen.append("settle"))
+    timing.seconds(lambda: seen.append("work"), lambda: seen.append("settle"))
     assert seen == ["settle", "work", "settle"]
-    assert 0.02 <= measure.seconds(lambda: time.sleep(0.02)) < 1
+    assert 0.02 <= timing.seconds(lambda: time.sleep(0.02)) < 1
 
 
 @given(count=st.integers(1, 4), rounds=st.integers(1, 5), warm_up=st.integers(0, 3))
 def test_turns_go_forth_and_back(count: int, rounds: int, warm_up: int) -> None:
     seen: list[int] = []
     works = {key: (lambda key=key: seen.append(key)) for key in range(count)}
-    found = measure.interleaved(works, rounds=rounds, warm_up=warm_up)
+    found = timing.interleaved(works, rounds=rounds, warm_up=warm_up)
     keys = list(range(count))
     assert seen == [k for number in range(warm_up + rounds) for k in (keys if number % 2 == 0 else keys[::-1])]
     assert {key: len(values) for key, values in found.items()} == dict.fromkeys(keys, rounds)
 
 
 def test_a_spent_budget_ends_the_turns_after_the_first() -> None:
-    found = measure.interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.0)
+    found = timing.interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.0)
     assert len(found["a"]) == 1
-    found = measure.interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.05)
+    found = timing.interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.05)
     assert 1 <= len(found["a"]) < 10

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli import plugins
-from suanli.models.speednet import Whitening
-from suanli.models.vit_tiny import patch_size
+from suanli.core import registry
+from suanli.models.networks.speednet import Whitening
+from suanli.models.networks.vit_tiny import patch_size
 
 
 def build(name: str, side: int = 32, **args: object) -> nn.Module:
     torch.manual_seed(0)
-    return plugins.load("models", name).build(**{"classes": 10, "in_channels": 3, "image_size": (side, side)} | args)
+    return registry.load("models", name).build(**{"classes": 10, "in_channels": 3, "image_size": (side, side)} | args)
 
 
 def count(module: nn.Module) -> int:
@@ -37,7 +37,7 @@ def count(module: nn.Module) -> int:
 def test_has_the_published_size(name: str, parameters: int) -> None:
     with torch.device("meta"):
         assert (
-            count(plugins.load("models", name).build(classes=1000, in_channels=3, image_size=(224, 224))) == parameters
+            count(registry.load("models", name).build(classes=1000, in_channels=3, image_size=(224, 224))) == parameters
         )
 
 

@@ -16,9 +16,11 @@ from PIL import Image
 
 import suanli
 from served import digits_run
-from suanli import autotune, cli, engine_store, hardware
-from suanli.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
-from suanli.saved import load_model, save_model
+from suanli import cli
+from suanli.core.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
+from suanli.engines import search, store
+from suanli.machine import device
+from suanli.models.model_folder import load_model, save_model
 from suanli.verbs.optimize import Optimized
 
 QUICK = "onnxruntime,openvino,eager"
@@ -36,8 +38,8 @@ def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = tmp_path_factory.mktemp("tuned") / "run"
     shutil.copytree(trained, run)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(autotune, "TURN_S", 0.05)
-        patched.setattr(autotune, "ROUNDS", 2)
+        patched.setattr(search, "TURN_S", 0.05)
+        patched.setattr(search, "ROUNDS", 2)
         return run, suanli.optimize(run, engines=QUICK, time_budget="10m")
 
 
@@ -56,8 +58,8 @@ def mine(tuned: tuple[Path, Optimized], tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing that is enough to choose by, for tests about something else."""
-    monkeypatch.setattr(autotune, "ROUNDS", 1)
-    monkeypatch.setattr(autotune, "TURN_S", 0.02)
+    monkeypatch.setattr(search, "ROUNDS", 1)
+    monkeypatch.setattr(search, "TURN_S", 0.02)
 
 
 def pictures(count: int = 6) -> list[np.ndarray]:
@@ -103,7 +105,7 @@ def test_leaves_the_chosen_engine_and_one_that_runs_anywhere(tuned: tuple[Path, 
     assert index["engines"][index["reference"]]["engine"] == "onnxruntime"
     assert index["engines"][index["reference"]]["precision"] == "float32"
     assert index["classes"] == [str(i) for i in range(10)]
-    assert index["machine"]["instruction_sets"] == sorted(hardware.instruction_sets())
+    assert index["machine"]["instruction_sets"] == sorted(device.instruction_sets())
     assert index["found"]["candidates"][0]["state"] == "accepted"
 
 
@@ -127,9 +129,9 @@ def test_the_goal_decides(run: Path) -> None:
 
 
 def test_energy_is_refused_where_nothing_counts_it(run: Path) -> None:
-    from suanli.energy import counters
+    from suanli.machine.energy import counters
 
-    if counters(hardware.detect("cpu")):
+    if counters(device.detect("cpu")):
         pytest.skip("this machine counts joules")
     with pytest.raises(MachineError, match=r"[Ee]nergy"):
         suanli.optimize(run, goal="energy")
@@ -477,7 +479,7 @@ def change(run: Path, **values: object) -> None:
 
 
 def test_elsewhere_it_falls_back_and_says_so(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    machine = engine_store.machine(hardware.detect("cpu"))
+    machine = store.machine(device.detect("cpu"))
     for changed, told in (
         ({"device": "Some other CPU"}, "another device"),
         ({"instruction_sets": ["amx_int8", "no_such_set"]}, "no_such_set"),

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli import plugins
-from suanli.errors import UsageError
-from suanli.optimizers.muon import orthogonalize
+from suanli.core import registry
+from suanli.core.errors import UsageError
+from suanli.training.optimizers.muon import orthogonalize
 
 
 def build(name: str, module: nn.Module, **args: Any) -> torch.optim.Optimizer:
-    return plugins.load("optimizers", name).build(list(module.named_parameters()), **{"head": "head"} | args)
+    return registry.load("optimizers", name).build(list(module.named_parameters()), **{"head": "head"} | args)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]))

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import suanli
-from suanli import hardware, planning
-from suanli.own import FastStep
-from suanli.types import Plan
+from suanli.compute.plan import ORDER_OF_SUMS, tolerance
+from suanli.compute.speed_up import FastStep
+from suanli.core.types import Plan
+from suanli.machine import device
 
 STEPS = 12
 Batches = list[tuple[Any, torch.Tensor]]
@@ -110,7 +111,7 @@ def test_it_trains_as_the_plain_loop(kind: str, speedups: str, clip_norm: float 
         for number in range(STEPS):
             losses.append(float(step(*batches[number % len(batches)])))
             scheduler.step()
-    rounding = planning.tolerance(plan.speedups, hardware.detect("cpu"))
+    rounding = tolerance(plan.speedups, device.detect("cpu"))
     if speedups == "none":
         assert losses == expected
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
@@ -138,7 +139,7 @@ def test_planning_measures_and_leaves_no_trace() -> None:
 def test_switches_are_on_until_close(speedup_room: Callable[..., str]) -> None:
     speedup_room(
         "other_threads",
-        "from suanli.planning import threads\n"
+        "from suanli.compute.plan import threads\n"
         "step = replace(step, settings=(*step.settings, lambda: threads(torch.get_num_threads() + 1)))",
     )
     before = torch.get_num_threads()
@@ -188,7 +189,7 @@ def test_a_loss_of_several_outputs_and_nested_targets() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step, plan = suanli.speed_up(model, optimizer, loss, (inputs, targets), speedups="fused_optimizer")
     assert plan.trials[0].error is not None
-    assert plan.trials[0].error <= planning.ORDER_OF_SUMS
+    assert plan.trials[0].error <= ORDER_OF_SUMS
     with step:
         losses = [float(step(inputs, targets)) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]

@@ -25,11 +25,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import suanli
-from suanli import hardware, measure, planner, planning, plans
-from suanli.learner import Numbers
-from suanli.own import _OwnLoop
-from suanli.plans import Store
-from suanli.types import Plan
+from suanli.compute import plan_cache, planner
+from suanli.compute.plan import ORDER_OF_SUMS, check_threads, plain
+from suanli.compute.plan_cache import Store
+from suanli.compute.speed_up import _OwnLoop
+from suanli.compute.step_runner import Numbers
+from suanli.core.types import Plan
+from suanli.machine import device, timing
 
 Put = Callable[..., str]
 
@@ -68,7 +70,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time limits are kept by the real clock."""
     pauses = SimpleNamespace(perf_counter=Sleeper.perf_counter, monotonic=time.monotonic)
     monkeypatch.setattr(planner, "time", pauses)
-    monkeypatch.setattr(measure, "time", pauses)
+    monkeypatch.setattr(timing, "time", pauses)
 
 
 INPUTS, TARGETS = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3
@@ -160,7 +162,7 @@ def test_wrong_numbers_are_refused_with_the_error(speedup_room: Put, name: str) 
     (trial,) = found.trials
     assert not trial.kept
     assert trial.error is not None
-    assert trial.error > planning.ORDER_OF_SUMS
+    assert trial.error > ORDER_OF_SUMS
     assert trial.ratio is None  # not even timed
     assert f"differ by {trial.error:.2g}" in found.dropped[name]
 
@@ -389,7 +391,7 @@ def test_what_the_gate_has_refused_isnt_used_again(speedup_room: Put, tmp_path: 
 def test_while_another_measures_nothing_is_measured(
     speedup_room: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plans, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(plan_cache, "PATIENCE_S", 0.1)
     speedup_room("quick", QUICK)
     with Store(tmp_path, "of another training", None).alone() as mine:
         assert mine
@@ -401,16 +403,16 @@ def test_while_another_measures_nothing_is_measured(
 
 def test_of_two_processes_one_measures_and_the_other_uses_it(tmp_path: Path) -> None:
     (tmp_path / "nothing.py").write_text(
-        "from suanli.types import Speedup\n"
+        "from suanli.core.types import Speedup\n"
         "SPEEDUP = Speedup(name='nothing', stage=50, usual=True, apply=lambda step, _: step, why_not=lambda _: None)\n"
     )
     script = """
 import sys, time, torch
 from torch import nn
-import suanli, suanli.speedups
-from suanli import plugins
+import suanli, suanli.compute.speedups
+from suanli.core import registry as plugins
 plugins.load_all("speedups")
-suanli.speedups.__path__ = [sys.argv[1]]  # nothing else is tried
+suanli.compute.speedups.__path__ = [sys.argv[1]]  # nothing else is tried
 plugins.names.cache_clear()
 class Sleeper(nn.Module):
     def __init__(self):
@@ -422,7 +424,7 @@ class Sleeper(nn.Module):
 model = Sleeper()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 batch = torch.randn(8, 6), torch.arange(8) % 3
-from suanli import plans
+from suanli.compute import plan_cache as plans
 plans.PATIENCE_S = 60
 _, plan = suanli.speed_up(model, optimizer, nn.functional.cross_entropy, batch, cache_dir=sys.argv[1], steps=9000)
 print(plan.origin, len(plan.trials))
@@ -444,7 +446,7 @@ def test_a_named_plan_is_checked_not_measured(speedup_room: Put) -> None:
     assert Sleeper.steps == 2  # a step of each
     assert found.trials[0].error == 0
     assert found.trials[0].ratio is None
-    assert plan(speedups="none") == planning.plain(hardware.detect("cpu"))
+    assert plan(speedups="none") == plain(device.detect("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def test_unknown_and_needless_names_and_odd_threads() -> None:
     with pytest.raises(suanli.MachineError, match="NVIDIA"):
         plan(speedups="graphs")
     with pytest.raises(suanli.UsageError, match="--threads can't be 0"):
-        planning.check_threads(0)
+        check_threads(0)
 
 
 # --- the difference between two ways of computing -------------------------------------------------

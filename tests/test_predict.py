@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import suanli
-from suanli import inference, saved
 from suanli.cli import main
-from suanli.errors import DamagedFile
-from suanli.types import Step
+from suanli.compute import infer
+from suanli.core.errors import DamagedFile
+from suanli.core.types import Step
+from suanli.models import model_folder
 
 
 @pytest.fixture
@@ -129,9 +130,9 @@ def test_other_data_is_read_as_the_model_learned_to(text_table: Path, tmp_path: 
 
 
 def test_probabilities_do_not_depend_on_the_batch(run: suanli.Run) -> None:
-    model = saved.load_model(run.model_path)
+    model = model_folder.load_model(run.model_path)
     rows = torch.randint(0, 256, (9, *model.preprocess.row_shape), dtype=torch.uint8)
     step = Step(model=model.module)
-    whole = inference.infer(step, model.preprocess, model.task, [rows])
-    parts = inference.infer(step, model.preprocess, model.task, rows.split(4))  # type: ignore[no-untyped-call]
+    whole = infer.infer(step, model.preprocess, model.task, [rows])
+    parts = infer.infer(step, model.preprocess, model.task, rows.split(4))  # type: ignore[no-untyped-call]
     np.testing.assert_allclose(whole, parts, atol=1e-5)

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from small_works import CPU, measure
-from suanli import ceilings
-from suanli.ceilings import PRECISIONS, Absent
-from suanli.disk import read_rates
-from suanli.measure import STEADY
-from suanli.probe import Ceilings, fingerprint, known, probe, title, unsteady
-from suanli.types import Device
+from suanli.core.types import Device
+from suanli.data.decode import decode
+from suanli.machine import microbenchmarks
+from suanli.machine.disk import read_rates
+from suanli.machine.microbenchmarks import PRECISIONS, Absent
+from suanli.machine.peak import Ceilings, fingerprint, known, probe, title, unsteady
+from suanli.machine.timing import STEADY
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who had the cores")
 
@@ -58,9 +59,9 @@ def test_the_figures_are_of_this_machine(measured: tuple[Ceilings, Path]) -> Non
 
 def test_a_slow_emulation_is_no_ceiling() -> None:
     plain = Device(name="", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",))
-    assert ceilings.why_not(plain, "float32") is None
+    assert microbenchmarks.why_not(plain, "float32") is None
     for precision in ("tfloat32", "bfloat16", "float16", "float8_e4m3fn"):
-        assert ceilings.why_not(plain, precision)
+        assert microbenchmarks.why_not(plain, precision)
 
 
 @pytest.mark.parametrize("chosen", ["highest", "medium"])
@@ -75,9 +76,9 @@ def test_float32_means_float32_whatever_the_process_chose(chosen: str) -> None:
     try:
         torch.set_float32_matmul_precision(chosen)
         was = [place.fp32_precision for place in places]
-        with ceilings.fp32_computed_as("ieee"):
+        with microbenchmarks.fp32_computed_as("ieee"):
             assert {place.fp32_precision for place in places} == {"ieee"}
-        with ceilings.fp32_computed_as("tf32"):
+        with microbenchmarks.fp32_computed_as("tf32"):
             assert [place.fp32_precision for place in places[:2]] == ["tf32", "tf32"]
         assert [place.fp32_precision for place in places] == was
         assert torch.get_float32_matmul_precision() == chosen
@@ -117,7 +118,7 @@ def test_what_is_known_is_not_measured_again(
 ) -> None:
     found, cache = measured
     assert known(CPU, cache) == found
-    assert probe(CPU, cache) == found  # the full budget would take seconds
+    assert probe(CPU, cache, decode) == found  # the full budget would take seconds
     assert capsys.readouterr().err == ""
     assert [path.name for path in (cache / "probe").glob("*.json")] == [f"{found.fingerprint}.json"]
 

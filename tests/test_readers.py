@@ -25,11 +25,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from suanli.errors import BadInput, DataError, StorageError, UsageError
-from suanli.preprocess.image import ImagePreprocess
-from suanli.readers import _archives, _stored_arrays, archive, folder, npz, table
-from suanli.suffixes import IMAGE_SUFFIXES
-from suanli.types import Columns, Source
+from suanli.core.errors import BadInput, DataError, StorageError, UsageError
+from suanli.core.types import Columns, Source
+from suanli.data.preprocess.image import ImagePreprocess
+from suanli.data.readers import _archives, _stored_arrays, archive, folder, npz, table
+from suanli.data.suffixes import IMAGE_SUFFIXES
 
 PETS = {"train/cat/1.jpg": b"c1", "train/dog/1.png": b"d1", "train/dog/2.JPEG": b"d2", "test/cat/9.webp": b"c9"}
 FLAT = {"cat/1.jpg": b"c1", "dog/1.png": b"d1"}
@@ -1025,9 +1025,9 @@ def test_arrays_that_do_not_fit_into_memory(tmp_path: Path) -> None:
     code = """
 import pathlib, resource, sys
 import numpy.lib.format
-from suanli.errors import DataError
-from suanli.readers import npz
-from suanli.types import Columns
+from suanli.core.errors import DataError
+from suanli.data.readers import npz
+from suanli.core.types import Columns
 used_bytes = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (64 << 20),) * 2)
 try:

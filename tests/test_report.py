@@ -29,7 +29,7 @@ from report_runs import (
     write_lines,
 )
 from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, roofline
-from suanli.errors import DamagedFile, DataError, StorageError
+from suanli.core.errors import DamagedFile, DataError, StorageError
 from suanli.reporting import words
 from suanli.reporting.bars import Rung, waterfall
 from suanli.reporting.charts import Series, chart, decades, thin, ticks
@@ -644,7 +644,7 @@ def test_words_take_any_number(value: float | None) -> None:
 
 # --- how it looks ----------------------------------------------------------------------------
 
-CSS = (Path(report.__code__.co_filename).parents[1] / "templates" / "report.css").read_text()
+CSS = (Path(report.__code__.co_filename).parents[1] / "reporting" / "templates" / "report.css").read_text()
 
 
 def luminance(colour: str) -> float:

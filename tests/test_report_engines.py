@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from report_runs import HOSTILE, hostile_engines, write
-from suanli.candidates import Candidate, Found, Speed
-from suanli.errors import DamagedFile
-from suanli.gate import Difference
+from suanli.core.compare import Difference
+from suanli.core.errors import DamagedFile
+from suanli.engines.candidates import Candidate, Found, Speed
 from suanli.verbs.report import report
 from test_report import Page, circles, page
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import suanli
-from suanli.assembly import Assembly
-from suanli.hardware import detect
-from suanli.planning import plain
-from suanli.resizing import SMALLEST, scale, shrink, side, work
-from suanli.rundir import Run
-from suanli.types import Recipe
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.compute.plan import plain
+from suanli.core.run import Run
+from suanli.core.types import Recipe
+from suanli.machine.device import detect
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.progressive_resizing import SMALLEST, scale, shrink, side, work
+from suanli.training.setup import Assembly
 
 STAGES = ((0.25, 0.5), (0.5, 0.75))
 shares = st.floats(0.01, 0.99)

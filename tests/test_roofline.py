@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli.roofline import Layer, Roofline, flops, measure_layers
-from suanli.types import Device
+from suanli.compute.roofline import Layer, Roofline, flops, measure_layers
+from suanli.core.types import Device
 
 CPU = Device(name="a CPU", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",))
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {

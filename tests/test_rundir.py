@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from suanli.errors import DamagedFile, DataError, RunBusy, StorageError, UsageError
-from suanli.rundir import Run
-from suanli.types import Recipe
+from suanli.core.errors import DamagedFile, DataError, RunBusy, StorageError, UsageError
+from suanli.core.run import Run
+from suanli.core.types import Recipe
 
 
 def create(name: str = "digits", out: Path | None = None) -> Run:
@@ -77,7 +77,7 @@ def test_a_line_cut_short_is_passed_over() -> None:
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     run = create(out=tmp_path / "run")
-    other = "import sys; from suanli.rundir import Run\nwith Run(sys.argv[1]).lock(): print('mine')"
+    other = "import sys; from suanli.core.run import Run\nwith Run(sys.argv[1]).lock(): print('mine')"
     with run.lock(), pytest.raises(RunBusy, match="Another process"), Run(run.path).lock():
         pass
     with run.lock():

@@ -16,17 +16,18 @@ from typing import Any
 import pytest
 
 from report_runs import HOSTILE, write
-from suanli import hardware, scaling
 from suanli.cli import main
-from suanli.errors import DataError, MachineError, UsageError
-from suanli.rundir import Run
-from suanli.scaling import judge, work_out
+from suanli.core.errors import DataError, MachineError, UsageError
+from suanli.core.run import Run
+from suanli.machine import device
+from suanli.training import scaling
+from suanli.training.scaling import judge, work_out
 from suanli.verbs._bench_scaling import bench_scaling
 from suanli.verbs.report import report
 from suanli.verbs.train import train
 
 MODEL = Path(__file__).parents[1] / "benchmarks" / "scaling_model.py"
-two_cores = pytest.mark.skipif(hardware.cores() < 2, reason="two processes need two cores")
+two_cores = pytest.mark.skipif(device.cores() < 2, reason="two processes need two cores")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_real_processes_are_measured(measured: dict[str, Any]) -> None:
     one, two = measured["sizes"]
     assert [one["processes"], two["processes"]] == [1, 2]
-    assert [one["threads"], two["threads"]] == [hardware.cores(), hardware.cores() // 2]
+    assert [one["threads"], two["threads"]] == [device.cores(), device.cores() // 2]
     assert sum(two["local_batch"]) == one["local_batch"][0] == measured["batch_size"]
     assert (one["speedups"], two["speedups"]) == ([], ["bf16_gradients"])
     assert two["images_per_s"]["count"] == 2

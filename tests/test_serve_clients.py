@@ -25,8 +25,8 @@ from PIL import Image
 import hostile
 import suanli
 from served import Served, digits_run, serving
-from suanli.errors import SuanliError, pip_install
-from suanli.predictor import Prediction
+from suanli.core.errors import SuanliError, pip_install
+from suanli.engines.predictor import Prediction
 
 for package in ("uvicorn", "httptools", "starlette", "grpc"):
     pytest.importorskip(package, reason=f"needs: {pip_install('suanli[serve]')}")

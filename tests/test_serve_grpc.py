@@ -32,7 +32,7 @@ import hostile
 import suanli
 from hostile import GOOD, engines, room
 from served import Served, digits_run, serving
-from suanli.errors import MachineError, UsageError, pip_install
+from suanli.core.errors import MachineError, UsageError, pip_install
 from suanli.serving import messages
 from suanli.serving.log import Log
 from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, bad, join_bytes

@@ -34,7 +34,7 @@ from hostile import (
 )
 from served import Served, serving, until
 from suanli.cli import main
-from suanli.errors import DataError, UsageError
+from suanli.core.errors import DataError, UsageError
 from suanli.verbs.serve import serve
 from wire import INFER, Raw, answered, children, descriptors, file_of, is_there, message, odd, read
 

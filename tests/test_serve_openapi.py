@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from served import Served
-from suanli.errors import pip_install
+from suanli.core.errors import pip_install
 
 for package in ("uvicorn", "httptools", "starlette"):
     pytest.importorskip(package, reason=f"needs: {pip_install('suanli[serve]')}")

@@ -21,7 +21,7 @@ import browser as chromium
 from browser import Browser
 from hostile import engines, room
 from served import Served, digits_run, serving
-from suanli.preprocess.text import TextPreprocess
+from suanli.data.preprocess.text import TextPreprocess
 from suanli.serving import pages
 
 HOSTILE = "<img src=x onerror=window.hurt=1>"

@@ -18,16 +18,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from suanli.serving.protocol import (
-    DATATYPES,
-    InferRequest,
-    InferResponse,
-    Refused,
-    Tensor,
-    join_bytes,
-    parse,
-    render,
-)
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, join_bytes, parse, render
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_protocol.py"
 FUZZ_CASES = 20_000

@@ -37,8 +37,8 @@ from hostile import (
     pictures,
     room,
 )
-from suanli import hardware
-from suanli.preprocess.text import TextPreprocess
+from suanli.data.preprocess.text import TextPreprocess
+from suanli.machine import device
 from suanli.serving import batching, describe, model, worker
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel, Settings
@@ -652,7 +652,7 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
 ) -> None:
     """A few kilobytes can be 25 million pixels, and the engine's own time says nothing of that."""
     kept = keep(engines(tmp_path / "odd"), p99_s=0.05)
-    many = 4 * hardware.cores()
+    many = 4 * device.cores()
     stream = io.BytesIO()
     Image.new("1", (5_000, 5_000)).save(stream, "PNG")
     picture = stream.getvalue()

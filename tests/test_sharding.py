@@ -17,11 +17,14 @@ import torch
 import member
 from groups import MEMBER, answers, together
 from served import until
-from suanli import checkpoint, hardware, planning, plugins
-from suanli.errors import DamagedFile
-from suanli.rundir import Run
-from suanli.saved import load_model
-from suanli.types import Step
+from suanli.compute import plan
+from suanli.core import registry
+from suanli.core.errors import DamagedFile
+from suanli.core.run import Run
+from suanli.core.types import Step
+from suanli.machine import device
+from suanli.models.model_folder import load_model
+from suanli.training.trainer import checkpoint
 from test_cli import call
 from test_launch import SETTINGS, members, said, started, train
 
@@ -46,7 +49,7 @@ def group(count: int, settings: dict, *trainings: dict) -> list[list[dict]]:
     """What each of `count` processes found in each of the trainings, one after the other."""
     wanted = [{"data": "digits", "settings": settings, "double": True} | training for training in trainings]
     if count == 1:
-        with planning.threads(1):
+        with plan.threads(1):
             return [[found] for found in member.main(wanted)]
     every = answers(together(count, [str(MEMBER), json.dumps(wanted)]))
     return [list(found) for found in zip(*every, strict=True)]
@@ -90,9 +93,9 @@ def test_speedups_work_on_what_is_shared_out():
 
 def test_what_does_not_work_says_why():
     step = Step(model=torch.nn.Linear(2, 2), shared=True, sharded=True)
-    cpu = hardware.detect("cpu")
+    cpu = device.detect("cpu")
     reasons = {
-        name: plugins.load("speedups", name).needless(step, cpu) for name in ("compile", "graphs", "bf16_gradients")
+        name: registry.load("speedups", name).needless(step, cpu) for name in ("compile", "graphs", "bf16_gradients")
     }
     assert "compile_blocks" in reasons["compile"]
     assert "other processes" in reasons["graphs"]
@@ -104,7 +107,7 @@ def test_what_does_not_work_says_why():
 # Room beyond what the process has mapped once everything is imported.
 LIMITED = """
 import resource, sys
-import suanli.verbs.run, suanli.datasets.digits, suanli.recipes.small_images, suanli.training
+import suanli.verbs.run, suanli.data.datasets.digits, suanli.training.recipes.small_images, suanli.training.trainer
 import sklearn.datasets, torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 mapped = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (mapped + {room},) * 2)
@@ -148,9 +151,9 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
 BUILT = """
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 from pathlib import Path
-from suanli import distributed, hardware, pieces
-from suanli.assembly import Assembly
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.parallel import group as distributed, dtensor as pieces; from suanli.machine import device as hardware
+from suanli.training.setup import Assembly
+from suanli.training.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)
 settings = {"model": "NET", "optimizer": "adamw"}
 recipe, prepared = resolve(options, recipe=None, settings=settings, tell=False)

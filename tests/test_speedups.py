@@ -15,18 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from suanli import graphs, hardware, planner, planning, plugins
-from suanli.assembly import Assembly
-from suanli.cache import Prepared, prepare_source
-from suanli.data import Feed
-from suanli.distributed import Group
-from suanli.graphs import Recorded
-from suanli.learner import Learner, active
-from suanli.speedups import allocator, bind_threads
-from suanli.speedups._blocks import blocks
-from suanli.types import Device, Plan, Recipe, Row, Source, Speedup, Split, Step
+from suanli.compute import cuda_graph, planner
+from suanli.compute import plan as planning
+from suanli.compute.cuda_graph import Recorded
+from suanli.compute.speedups import allocator, bind_threads
+from suanli.compute.step_runner import Learner, active
+from suanli.core import registry
+from suanli.core.types import Device, Plan, Recipe, Row, Source, Speedup, Split, Step
+from suanli.data.cache import Prepared, prepare_source
+from suanli.data.loader import Feed
+from suanli.machine.device import detect
+from suanli.parallel.blocks import blocks
+from suanli.parallel.group import Group
+from suanli.training.setup import Assembly
 
-CPU = hardware.detect("cpu")
+CPU = detect("cpu")
 
 
 def device(kind: str, *dtypes: str) -> Device:
@@ -34,7 +37,7 @@ def device(kind: str, *dtypes: str) -> Device:
 
 
 def speedup(name: str) -> Speedup:
-    found: Speedup = plugins.load("speedups", name)
+    found: Speedup = registry.load("speedups", name)
     return found
 
 
@@ -169,7 +172,7 @@ def test_blocks_are_the_repeated_parts_and_none_is_inside_another() -> None:
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3, enable_nested_tensor=False)
     assert blocks(layers) == list(layers.layers)
     for name in ("resnet18", "speednet"):
-        built = plugins.load("models", name).build(classes=3, in_channels=3, image_size=(32, 32))
+        built = registry.load("models", name).build(classes=3, in_channels=3, image_size=(32, 32))
         found = blocks(built)
         inside = [id(m) for outer in found for m in outer.modules()]
         assert len(inside) == len(set(inside))
@@ -280,7 +283,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(2)
 torch.ones(1 << 22).exp_()
-from suanli.speedups.bind_threads import bound
+from suanli.compute.speedups.bind_threads import bound
 allowed = os.sched_getaffinity(0)
 def affinities():
     return sorted(len(os.sched_getaffinity(int(t.name))) for t in Path("/proc/self/task").iterdir())
@@ -319,7 +322,7 @@ def test_threads_are_set_free_after_an_error_too() -> None:
 
 FROM_THE_HEAP = """
 import ctypes
-from suanli.speedups import allocator
+from suanli.compute.speedups import allocator
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -439,7 +442,7 @@ def test_a_recorded_step_reads_from_fixed_places_one_for_each_shape() -> None:
     for inputs, targets in batches:
         recorded(inputs, targets)
     places = [place for place, _ in seen]
-    assert len(set(places)) == graphs.SHAPES
+    assert len(set(places)) == cuda_graph.SHAPES
     assert places[0] == places[1] == places[3]
     assert places[2] == places[4]
     assert [value for _, value in seen] == [float(i["x"].sum() + t.sum()) for i, t in batches]
@@ -480,6 +483,6 @@ def test_a_graph_is_for_optimizers_whose_first_steps_can_be_taken_back() -> None
     model = nn.Linear(2, 2)
     for optimizer, taken in ((torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.Rprop, False)):
         step = Step(model=model, optimizer=optimizer(model.parameters(), lr=0.1))
-        reason = plugins.load("speedups", "graphs").needless(step, device("cuda:0", "float32"))
+        reason = registry.load("speedups", "graphs").needless(step, device("cuda:0", "float32"))
         assert (reason is None) == taken
         assert taken or "Rprop" in reason

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import suanli
-from suanli import checkpoint, hardware
-from suanli.loop import Loop
-from suanli.rundir import Run
-from suanli.types import Batch
+from suanli.core.run import Run
+from suanli.core.types import Batch
+from suanli.machine import device
+from suanli.training import checkpoint
+from suanli.training.loop import Loop
 
 Put = Callable[..., str]
 Folder = Callable[..., Path]
@@ -222,7 +223,7 @@ def test_divergence_early_on_begins_again_at_a_lower_rate(
     speedups: str,
 ) -> None:
     # Where bfloat16 is fast, the plan may have it, and it would be blamed first.
-    monkeypatch.setattr(hardware, "instruction_sets", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(device, "instruction_sets", lambda: frozenset({"avx2"}))
     name = "climbing" if "randn" in else_ else "breaking"  # an imported module stays
     Path(f"{name}.py").write_text(WILD.format(else_=else_))
     root = picture_folder(each=60)

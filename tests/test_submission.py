@@ -17,11 +17,13 @@ import typer.main
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from suanli import errors, hardware, submission, verdict
 from suanli.cli import app
-from suanli.errors import Interrupted, MachineError, pip_install
-from suanli.submission import Job, label, render
-from suanli.verdict import VERDICT
+from suanli.core import errors
+from suanli.core.errors import Interrupted, MachineError, pip_install
+from suanli.machine import device
+from suanli.parallel import fatal, submission
+from suanli.parallel.fatal import VERDICT
+from suanli.parallel.submission import Job, label, render
 from test_cli import call
 
 CONTAINERFILE = Path(__file__).parents[1] / "containers" / "Containerfile"
@@ -170,7 +172,7 @@ def test_when_a_job_is_put_back(case: str, cluster: Path, tmp_path: Path, monkey
     if error is not None:  # in the very form in which processes leave it
         word = tmp_path / "word"
         monkeypatch.setenv(VERDICT, str(word))
-        assert verdict.tell(error) == (not isinstance(error, Interrupted))  # which a new start may follow
+        assert fatal.tell(error) == (not isinstance(error, Interrupted))  # which a new start may follow
     script = render("slurm", Job(name="x", arguments=(), folder=str(tmp_path)))
     done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word)
     assert requeued == ("requeue 7\n" if again else "")
@@ -213,7 +215,7 @@ def test_the_options_are_those_that_were_given(capsys: pytest.CaptureFixture[str
     line = [*given_line[1:], "--nproc=3", "--max-restarts=5", "--emit=kubernetes", "--image=i", "--", given_line[0]]
     assert call("train", *line) == 0
     trainer = yaml.safe_load(capsys.readouterr().out)["spec"]["trainer"]
-    resources = {"cpu": str(hardware.cores() // 3 * 3 or 3), "nvidia.com/gpu": "3"}
+    resources = {"cpu": str(device.cores() // 3 * 3 or 3), "nvidia.com/gpu": "3"}
     assert trainer["resourcesPerNode"] == {"requests": resources, "limits": resources}
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (1, 3)
     args = [expanded(a) for a in trainer["args"]]

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli.augments.word_dropout import WordDropout
-from suanli.errors import BadInput, DataError, UsageError
-from suanli.models.text_cnn import build
-from suanli.preprocess.text import MAX_FITTED_LENGTH, PREPROCESS, normalise, tokens
-from suanli.recipes.text import RECIPE
-from suanli.recipes.text_small import RECIPE as SMALL
-from suanli.types import Batch, Traits
+from suanli.core.errors import BadInput, DataError, UsageError
+from suanli.core.types import Batch, Traits
+from suanli.data.preprocess.text import MAX_FITTED_LENGTH, PREPROCESS, normalise, tokens
+from suanli.models.networks.text_cnn import build
+from suanli.training.augments.word_dropout import WordDropout
+from suanli.training.recipes.text import RECIPE
+from suanli.training.recipes.text_small import RECIPE as SMALL
 
 TEXTS = ["A fine film .", "a fine , fine story", "not a good film !", "a dull story"]
 DATA = Path(__file__).parents[1].parent / "shared" / "data"

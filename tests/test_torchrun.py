@@ -15,9 +15,9 @@ import pytest
 
 from groups import free_port
 from served import until
-from suanli.errors import pip_install
-from suanli.rundir import Run
-from suanli.submission import Job, render
+from suanli.core.errors import pip_install
+from suanli.core.run import Run
+from suanli.parallel.submission import Job, render
 
 pytestmark = pytest.mark.long
 SETTINGS = ("--out=run", "--device=cpu", "--speedups=none", "--threads=1", "--checkpoint-every-s=0.3")

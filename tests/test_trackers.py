@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from suanli import plugins
-from suanli.errors import MachineError
+from suanli.core import registry
+from suanli.core.errors import MachineError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:(?!suanli)"),
@@ -21,7 +21,7 @@ LOGGED = [({"loss": 1.5}, 1), ({"loss": 0.5, "val/accuracy": 0.875}, 2)]
 
 
 def write(name: str, run: Path) -> None:
-    tracker = plugins.load("trackers", name)
+    tracker = registry.load("trackers", name)
     if command := tracker.why_not():
         pytest.skip(f"needs: {command}")
     run.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def test_wandb_is_offline_and_names_nobody(tmp_path: Path, monkeypatch: pytest.M
 
 def test_listing_trackers_imports_none_of_them() -> None:
     code = (
-        "import sys, json; from suanli import plugins;"
+        "import sys, json; from suanli.core import registry as plugins;"
         "[tracker.why_not() for tracker in plugins.load_all('trackers').values()];"
         "print(json.dumps(sorted({'torch', 'mlflow', 'wandb', 'tensorboard'} & set(sys.modules))))"
     )

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import suanli
-from suanli import checkpoint
-from suanli.rundir import Run
-from suanli.schedule import factor
-from suanli.types import Recipe
+from suanli.core.run import Run
+from suanli.core.types import Recipe
+from suanli.training import checkpoint
+from suanli.training.schedule import factor
 
 # Every part that has a state or draws random numbers, in a small net.
 EVERYTHING = {
@@ -93,7 +93,7 @@ def test_stopping_anywhere_changes_nothing(picture_folder: Callable[..., Path], 
 @contextmanager
 def stop_after(step: int) -> Iterator[None]:
     """Ctrl-C when that step is reached: a real signal to this process."""
-    from suanli.loop import Loop
+    from suanli.training.loop import Loop
 
     original = Loop._learn
 
@@ -229,10 +229,10 @@ def test_early_stop_keeps_the_best(picture_folder: Callable[..., Path]) -> None:
 def test_a_batch_that_does_not_fit_says_which_would(
     picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from suanli import hardware
+    from suanli.machine import device
 
     root = picture_folder(each=200, size=(32, 32))
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda *_: 90_000_000)
+    monkeypatch.setattr(device, "available_memory_bytes", lambda *_: 90_000_000)
     with pytest.raises(suanli.MachineError, match=r"--batch-size \d+ would fit"):
         suanli.train(root, model="speednet", batch_size=320)
 
@@ -341,7 +341,7 @@ def test_text_weights_bring_their_vocabulary(text_table: Path) -> None:
 
 
 def test_accumulation_with_class_weights_is_the_same_batch() -> None:
-    from suanli.plugins import load
+    from suanli.core.registry import load
 
     task = load("tasks", "classification")()
     logits, targets = torch.randn(30, 3), torch.randint(0, 3, (30,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from suanli.watchdog import behind
+from suanli.parallel.watchdog import behind
 
 
 def beat(beats: int, step: int, phase: str) -> dict[str, object]:

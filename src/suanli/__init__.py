@@ -15,20 +15,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from suanli.errors import (
-    DataError,
-    Diverged,
-    GateError,
-    Interrupted,
-    MachineError,
-    SuanliError,
-    UsageError,
-)
+from suanli.core.errors import DataError, Diverged, GateError, Interrupted, MachineError, SuanliError, UsageError
 
 if TYPE_CHECKING:
-    from suanli.own import speed_up
-    from suanli.predictor import load
-    from suanli.rundir import Run
+    from suanli.compute.speed_up import speed_up
+    from suanli.core.run import Run
+    from suanli.engines.predictor import load
     from suanli.verbs.bench import bench
     from suanli.verbs.device import device
     from suanli.verbs.evaluate import evaluate
@@ -74,11 +66,11 @@ def __getattr__(name: str) -> Any:
     if name in _VERBS:
         return getattr(importlib.import_module(f"suanli.verbs.{name}"), name)
     if name == "speed_up":
-        return importlib.import_module("suanli.own").speed_up
+        return importlib.import_module("suanli.compute.speed_up").speed_up
     if name == "load":
-        return importlib.import_module("suanli.predictor").load
+        return importlib.import_module("suanli.engines.predictor").load
     if name == "Run":
-        return importlib.import_module("suanli.rundir").Run
+        return importlib.import_module("suanli.core.run").Run
     raise AttributeError(f"module 'suanli' has no attribute {name!r}")
 
 

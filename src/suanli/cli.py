@@ -21,9 +21,9 @@ from typing import Annotated, Any
 
 import typer
 
-from suanli import verdict
-from suanli.console import muted
-from suanli.errors import Interrupted, LostProcess, SuanliError, UsageError
+from suanli.core.console import muted
+from suanli.core.errors import Interrupted, LostProcess, SuanliError, UsageError
+from suanli.parallel import fatal
 
 app = typer.Typer(
     name="suanli",
@@ -192,8 +192,8 @@ def _training(verb: str) -> Callable[..., None]:
 def _emit(
     result: _Result, verb: str, asked: dict[str, Any], kind: str | None, submitting: bool, nodes: int, image: str | None
 ) -> None:
-    from suanli.console import say
-    from suanli.submission import emit
+    from suanli.core.console import say
+    from suanli.parallel.submission import emit
 
     if verb != "train":
         raise UsageError("--emit is for suanli train.", fix="Evaluate and report when the run is there.")
@@ -475,7 +475,7 @@ def _result(as_json: bool) -> Iterator[_Result]:
 def _parsed(settings: list[str] | None) -> dict[str, Any]:
     if not settings:
         return {}
-    from suanli.settings import parse
+    from suanli.core.settings import parse
 
     return dict(parse(s) for s in settings)
 
@@ -532,14 +532,14 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal can't show
     # Accepted anywhere on the line: who needs it has just typed the rest.
     debug = "--debug" in arguments
-    if verdict.expected():
-        verdict.end_when_told()
+    if fatal.expected():
+        fatal.end_when_told()
     code = _main([a for a in arguments if a != "--debug"], debug)
-    if any(name in os.environ for name in (verdict.VERDICT, "WORLD_SIZE", "SLURM_STEP_ID")):
+    if any(name in os.environ for name in (fatal.VERDICT, "WORLD_SIZE", "SLURM_STEP_ID")):
         # Who started several processes may end this one while it is ending: no more than it does anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        distributed = sys.modules.get("suanli.distributed")
-        if code == 0 and distributed is not None and not verdict.told():  # else it could wait for who is gone
+        distributed = sys.modules.get("suanli.parallel.group")
+        if code == 0 and distributed is not None and not fatal.told():  # else it could wait for who is gone
             distributed.leave()  # or NCCL warns of what is left
     sys.exit(code)
 
@@ -556,7 +556,7 @@ def _main(arguments: list[str], debug: bool) -> int:
     except SuanliError as error:
         if debug:
             raise
-        if verdict.expected() and (_told(error) or isinstance(error, Interrupted)):
+        if fatal.expected() and (_told(error) or isinstance(error, Interrupted)):
             return 130 if isinstance(error, Interrupted) else 0
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # wrong words on the command line
@@ -575,7 +575,7 @@ def _main(arguments: list[str], debug: bool) -> int:
     except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
         if debug:
             raise
-        if verdict.expected() and _told(error):
+        if fatal.expected() and _told(error):
             return 0
         message, fix, code = _unforeseen(error)
     if "--json" in arguments:
@@ -587,12 +587,12 @@ def _main(arguments: list[str], debug: bool) -> int:
 def _told(error: Exception) -> bool:
     """In one of several processes: whether who started them knows why it ends."""
     if isinstance(error, SuanliError) and not isinstance(error, LostProcess):
-        return verdict.tell(error)
-    return verdict.told()
+        return fatal.tell(error)
+    return fatal.told()
 
 
 def _unforeseen(error: Exception) -> tuple[str, str, int]:
-    from suanli.hardware import out_of_memory
+    from suanli.machine.device import out_of_memory
 
     if out_of_memory(error):
         return "Memory ran out.", "End other programs, or choose smaller inputs or a smaller model.", 4

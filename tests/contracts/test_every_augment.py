@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import plugins
-from suanli.augmentation import parse
-from suanli.types import Batch
+from suanli.core import registry
+from suanli.core.types import Batch
+from suanli.training.augment import parse
 
-NAMES = plugins.names("augments")
+NAMES = registry.names("augments")
 CLASSES = 5
 
 
@@ -50,10 +50,10 @@ def _generator(seed):
 @pytest.mark.parametrize("name", NAMES)
 def test_its_spelling_gives_its_defaults(name):
     augment = parse(name)
-    assert augment == plugins.load("augments", name)()
+    assert augment == registry.load("augments", name)()
     assert is_dataclass(augment)
     assert augment.kinds
-    assert all(kind in plugins.names("preprocess") for kind in augment.kinds)
+    assert all(kind in registry.names("preprocess") for kind in augment.kinds)
     settings = ", ".join(f"{field.name}={getattr(augment, field.name)!r}" for field in fields(augment))
     assert parse(f"{name}({settings})") == augment
 

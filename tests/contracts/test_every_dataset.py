@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from suanli import plugins
-from suanli.download import name_of
-from suanli.errors import SuanliError
-from suanli.types import Dataset
+from suanli.core import registry
+from suanli.core.errors import SuanliError
+from suanli.core.types import Dataset
+from suanli.data.download import name_of
 
-DATASETS = plugins.load_all("datasets")
+DATASETS = registry.load_all("datasets")
 LENGTHS = {"sha256": 64, "md5": 32}
 
 

@@ -10,21 +10,22 @@ import pytest
 
 import suanli
 from served import digits_run
-from suanli import hardware, plugins
-from suanli.autotune import DRIFT, STEADY
-from suanli.hosts import Host, describe
-from suanli.saved import load_model
-from suanli.types import Device, Engine, Placement
-from suanli.whole import write_onnx
+from suanli.core import registry
+from suanli.core.types import Device, Engine, Placement
+from suanli.engines.inference_module import write_onnx
+from suanli.engines.sandbox import Host, describe
+from suanli.engines.search import DRIFT, STEADY
+from suanli.machine.device import detect
+from suanli.models.model_folder import load_model
 
-HERE = hardware.detect("cpu")
+HERE = detect("cpu")
 DEVICES = (
     HERE,
     Device(name="an old CPU", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",)),
     Device(name="a GPU", torch_name="cuda:1", memory_bytes=80 << 30, fast_dtypes=("float32", "float16", "bfloat16")),
     Device(name="a Mac's GPU", torch_name="mps", memory_bytes=None, fast_dtypes=("float32", "float16")),
 )
-ENGINES: dict[str, Engine] = plugins.load_all("engines")
+ENGINES: dict[str, Engine] = registry.load_all("engines")
 SLOW = ("aot_inductor", "inductor")  # they compile, as they do in test_optimize.py: here in `make long`
 
 
@@ -52,7 +53,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", plugins.names("engines"))
+@pytest.mark.parametrize("name", registry.names("engines"))
 def test_is_called_like_its_file(name: str) -> None:
     engine = ENGINES[name]
     assert engine.name == name

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from suanli import plugins
-from suanli.types import Model
+from suanli.core import registry
+from suanli.core.types import Model
 
-MODELS = plugins.load_all("models")
+MODELS = registry.load_all("models")
 IMAGES: list[dict[str, Any]] = [
     {"in_channels": 3, "image_size": (32, 32)},
     {"in_channels": 1, "image_size": (8, 8)},
@@ -49,7 +49,7 @@ def batch(args: dict[str, Any], count: int) -> torch.Tensor:
 def test_is_called_as_its_file_and_names_a_source(name: str) -> None:
     assert MODELS[name].name == name
     assert MODELS[name].source
-    assert set(MODELS[name].kinds) <= set(plugins.names("preprocess"))
+    assert set(MODELS[name].kinds) <= set(registry.names("preprocess"))
 
 
 @pytest.mark.parametrize(("model", "args"), CASES)

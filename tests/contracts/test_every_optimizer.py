@@ -12,13 +12,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from suanli import plugins
-from suanli.errors import UsageError
-from suanli.types import Optimizer
+from suanli.core import registry
+from suanli.core.errors import UsageError
+from suanli.core.types import Optimizer
 
 LEARNING_RATES = {"sgd": 0.05, "adamw": 3e-3, "muon": 0.02}  # others get 1e-3
 
-pytestmark = pytest.mark.parametrize("optimizer", plugins.load_all("optimizers").values(), ids=lambda o: o.name)
+pytestmark = pytest.mark.parametrize("optimizer", registry.load_all("optimizers").values(), ids=lambda o: o.name)
 
 
 class Net(nn.Module):
@@ -71,7 +71,7 @@ def learn(module: nn.Module, built: torch.optim.Optimizer, steps: int) -> list[f
 
 
 def test_is_called_as_its_file_and_names_a_source(optimizer: Optimizer) -> None:
-    assert plugins.load("optimizers", optimizer.name) is optimizer
+    assert registry.load("optimizers", optimizer.name) is optimizer
     assert optimizer.source
 
 

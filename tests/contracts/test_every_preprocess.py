@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from suanli import plugins
-from suanli.errors import BadInput, DataError, UsageError
+from suanli.core import registry
+from suanli.core.errors import BadInput, DataError, UsageError
 
-KINDS = plugins.names("preprocess")
+KINDS = registry.names("preprocess")
 
 
 def _png(seed):
@@ -37,7 +37,7 @@ def kind(request):
 
 @pytest.fixture
 def fitted(kind):
-    return plugins.load("preprocess", kind).fit(lambda: iter(RAWS[kind]), {})
+    return registry.load("preprocess", kind).fit(lambda: iter(RAWS[kind]), {})
 
 
 @pytest.fixture
@@ -107,13 +107,13 @@ def test_rubbish_is_a_bad_input(fitted, kind):
 
 def test_an_unknown_setting_is_refused(kind):
     with pytest.raises(UsageError) as caught:
-        plugins.load("preprocess", kind).fit(lambda: iter(RAWS[kind]), {"no_such_setting": 1})
+        registry.load("preprocess", kind).fit(lambda: iter(RAWS[kind]), {"no_such_setting": 1})
     assert "no_such_setting" in str(caught.value)
 
 
 def test_nothing_readable_is_a_data_error(kind):
     with pytest.raises(DataError):
-        plugins.load("preprocess", kind).fit(lambda: iter([RUBBISH[kind]] * 3), {})
+        registry.load("preprocess", kind).fit(lambda: iter([RUBBISH[kind]] * 3), {})
 
 
 def test_preview_has_a_media_type_and_content(fitted, rows):

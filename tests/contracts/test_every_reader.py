@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from suanli import plugins
-from suanli.errors import SuanliError
-from suanli.types import Columns, Reader, Row
+from suanli.core import registry
+from suanli.core.errors import SuanliError
+from suanli.core.types import Columns, Reader, Row
 
-READERS = plugins.load_all("readers")
+READERS = registry.load_all("readers")
 
 
 @pytest.fixture(params=sorted(READERS))

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suanli import plugins
-from suanli.augmentation import compose
-from suanli.types import Recipe, RecipeChoice, Traits
+from suanli.core import registry
+from suanli.core.types import Recipe, RecipeChoice, Traits
+from suanli.training.augment import compose
 
-RECIPES: dict[str, RecipeChoice] = plugins.load_all("recipes")
+RECIPES: dict[str, RecipeChoice] = registry.load_all("recipes")
 every = pytest.mark.parametrize("name", RECIPES)
 
 images = st.builds(
@@ -48,14 +48,14 @@ def test_survives_json_with_its_digest(name: str) -> None:
 @every
 def test_its_parts_exist_and_fit_together(name: str) -> None:
     recipe = RECIPES[name].recipe
-    model = plugins.load("models", recipe.model)
-    plugins.load("tasks", recipe.task)
+    model = registry.load("models", recipe.model)
+    registry.load("tasks", recipe.task)
     kinds = [kind for kind in model.kinds if RECIPES[name].suits(example(kind, recipe)) is not None]
     assert kinds, "the recipe suits no data that its model takes"
     for kind in kinds:
         compose(recipe.augment, kind)
     net = torch.nn.ModuleDict({"body": torch.nn.Conv2d(3, 4, 3), "head": torch.nn.Linear(4, 2)})
-    plugins.load("optimizers", recipe.optimizer).build(
+    registry.load("optimizers", recipe.optimizer).build(
         list(net.named_parameters()),
         head="head",
         lr=recipe.lr,

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from suanli import hardware, planner, planning, plugins
-from suanli.learner import Learner, active
-from suanli.types import Device, Plan, Speedup, Step
+from suanli.compute import planner
+from suanli.compute.plan import ORDER_OF_SUMS, apply
+from suanli.compute.step_runner import Learner, active
+from suanli.core import registry
+from suanli.core.types import Device, Plan, Speedup, Step
+from suanli.machine.device import detect
 
-HERE = hardware.detect("cpu")
+HERE = detect("cpu")
 DEVICES = (
     HERE,
     Device(name="a CPU", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32", "bfloat16", "float16")),
@@ -41,8 +44,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
-SPEEDUPS: list[Speedup] = list(plugins.load_all("speedups").values())
-by_file = pytest.mark.parametrize("name", plugins.names("speedups"))
+SPEEDUPS: list[Speedup] = list(registry.load_all("speedups").values())
+by_file = pytest.mark.parametrize("name", registry.names("speedups"))
 every = pytest.mark.parametrize("speedup", SPEEDUPS, ids=lambda s: s.name)
 # Compiling takes seconds, so what compiles learns with one optimizer only.
 learning = pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def process_settings() -> dict[str, object]:
 
 @by_file
 def test_is_called_as_its_file(name: str) -> None:
-    assert plugins.load("speedups", name).name == name
+    assert registry.load("speedups", name).name == name
 
 
 @every
@@ -135,8 +138,8 @@ def test_says_why_not_in_words(speedup: Speedup) -> None:
 @every
 def test_what_it_declares_makes_sense(speedup: Speedup) -> None:
     assert set(speedup.risks) <= {"memory", "numerics", "backend"}
-    assert planning.ORDER_OF_SUMS <= speedup.tolerance <= 0.1
-    assert ("numerics" in speedup.risks) == (speedup.tolerance > planning.ORDER_OF_SUMS and not speedup.slow_start)
+    assert ORDER_OF_SUMS <= speedup.tolerance <= 0.1
+    assert ("numerics" in speedup.risks) == (speedup.tolerance > ORDER_OF_SUMS and not speedup.slow_start)
     # What is used without measuring can neither cost time by design nor take long to start.
     assert not (speedup.usual and (speedup.saves_memory or speedup.slow_start))
 
@@ -146,7 +149,7 @@ def test_learns_the_same_up_to_its_tolerance(speedup: Speedup, optimizer: str) -
     plain = step_of(optimizer)
     only_where_used(speedup, plain)
     plan = Plan(device="cpu", speedups=(speedup.name,))
-    model, faster = plain.model, planning.apply(plan, copied(plain), HERE)
+    model, faster = plain.model, apply(plan, copied(plain), HERE)
     learners = Learner(plain, F.cross_entropy), Learner(faster, F.cross_entropy)
     before = process_settings()
     with active(faster):

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from suanli import plugins
-from suanli.errors import DataError
-from suanli.types import Task
+from suanli.core import registry
+from suanli.core.errors import DataError
+from suanli.core.types import Task
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 
 
-@pytest.fixture(params=plugins.names("tasks"))
+@pytest.fixture(params=registry.names("tasks"))
 def task(request) -> Task:
-    found = plugins.load("tasks", request.param)()
+    found = registry.load("tasks", request.param)()
     assert found.name == request.param
     return found
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from suanli import plugins
-from suanli.types import Recipe, Tracker
+from suanli.core import registry
+from suanli.core.types import Recipe, Tracker
 
 pytestmark = [
     # Their own deprecated calls are not ours to fix; ours would name a file of suanli.
@@ -21,9 +21,9 @@ def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(params=plugins.names("trackers"))
+@pytest.fixture(params=registry.names("trackers"))
 def tracker(request: pytest.FixtureRequest) -> type[Tracker]:
-    loaded = plugins.load("trackers", request.param)
+    loaded = registry.load("trackers", request.param)
     assert issubclass(loaded, Tracker)
     return loaded
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from suanli import hardware
-from suanli.cache import Prepared, prepare_source
-from suanli.types import Device, Recipe, Row, Source
+from suanli.core.types import Device, Recipe, Row, Source
+from suanli.data.cache import Prepared, prepare_source
+from suanli.machine.device import detect
 
 REHEARSAL = os.environ.get("SUANLI_GPU_REHEARSAL") == "1"
 
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def device() -> Device:
-    return hardware.detect("cpu" if REHEARSAL else "cuda")
+    return detect("cpu" if REHEARSAL else "cuda")
 
 
 @pytest.fixture(scope="module")

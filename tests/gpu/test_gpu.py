@@ -15,16 +15,18 @@ import torch
 from torch import nn
 
 import suanli
-from suanli import checkpoint, planner, planning
-from suanli.assembly import Assembly
-from suanli.cache import Prepared
-from suanli.data import Feed
-from suanli.engines import eager
-from suanli.learner import Numbers, active
-from suanli.loop import Loop
-from suanli.optimizers import muon
-from suanli.plugins import load, names
-from suanli.types import Device, Plan, Recipe
+from suanli.compute import plan as planning
+from suanli.compute import planner
+from suanli.compute.step_runner import Numbers, active
+from suanli.core.registry import load, names
+from suanli.core.types import Device, Plan, Recipe
+from suanli.data.cache import Prepared
+from suanli.data.loader import Feed
+from suanli.engines.backends import eager
+from suanli.training import checkpoint
+from suanli.training.loop import Loop
+from suanli.training.optimizers import muon
+from suanli.training.setup import Assembly
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,1 +1,1 @@
-"""Ways to run a trained model: one a file."""
+"""How a trained model is run, and the search for the fastest way."""

@@ -1,1 +1,1 @@
-"""Named networks: one a file, each exporting MODEL."""
+"""Networks, and models on disk."""

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from suanli.errors import DamagedFile
+from suanli.core.errors import DamagedFile
+from suanli.core.run import Run, read_lines
+from suanli.core.storage import read_json
+from suanli.core.types import SPLITS, AnyPath
 from suanli.reporting.engine_records import Engines
 from suanli.reporting.records import Check, Data, Environment, Evaluation, Measured, Metric, Summary
 from suanli.reporting.speed_records import Bench, Record, Roofline, Scaling
-from suanli.rundir import Run, read_lines
-from suanli.storage import read_json
-from suanli.types import SPLITS, AnyPath
 
 REBUILD = "Restore it, or make the run again."
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from suanli.core.types import SPLITS
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, thin
 from suanli.reporting.records import ClassScore, Data, Evaluation, Metric, Summary
-from suanli.types import SPLITS
 
 HEAT_MAP_CLASSES = 20  # beyond, cells are too small to read
 ROWS = 20  # shown at once; the others fold away

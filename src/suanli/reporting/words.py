@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeGuard
 
-from suanli.console import duration, size
+from suanli.core.console import duration, size
 
 UNKNOWN = "–"
 SPACE = "\N{NO-BREAK SPACE}"  # a line never ends between a number and its sign

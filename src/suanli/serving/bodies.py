@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypeAliasType, TypedDict  # pydantic reads that of typing from Python 3.12 on
 
-from suanli.predictor import Prediction
+from suanli.engines.predictor import Prediction
 from suanli.serving.protocol import DATATYPES, MAX_RANK, MAX_TENSORS
 
 State = Literal["loading", "ready", "failed", "draining", "closed"]

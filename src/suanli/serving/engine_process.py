@@ -22,15 +22,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suanli.errors import first_line
-from suanli.hosts import end_with
+from suanli.core.errors import first_line
+from suanli.core.types import Json
+from suanli.engines.sandbox import end_with
 from suanli.serving.shared_memory import ASK, REPLY, Layout
-from suanli.types import Json
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from suanli.predictor import Predictor
+    from suanli.engines.predictor import Predictor
 
 LADDER = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are warmed up
 WARM_S = 2.0  # of timing them
@@ -39,7 +39,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
-    from suanli.predictor import load, measured
+    from suanli.engines.predictor import load, measured
 
     subject = Path(options["subject"])
     chosen = {key: options[key] for key in ("engine", "device", "threads", "trust_code")}
@@ -166,7 +166,7 @@ def _serve(connection: socket.socket) -> None:
 
 def main() -> None:
     """Loads an engine and answers until the server closes the socket."""
-    from suanli.errors import SuanliError
+    from suanli.core.errors import SuanliError
 
     # On a machine whose cores are all computing, the server must still answer, if only to refuse: measured under three
     # times the capacity, the 99th percentile of refusals fell from 10.8 to 8.6 ms.

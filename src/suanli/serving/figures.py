@@ -9,7 +9,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, deque
 
-from suanli.measure import percentile
+from suanli.machine.timing import percentile
 from suanli.serving.bodies import Duration
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

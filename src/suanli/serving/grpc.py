@@ -12,7 +12,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suanli.errors import MachineError, UsageError, pip_install
+from suanli.core.errors import MachineError, UsageError, pip_install
 from suanli.serving import describe
 from suanli.serving.grpc_calls import DETAILS, Answer, Calls
 from suanli.serving.log import Log

@@ -25,6 +25,7 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
+from suanli.core.types import Json as AnyJson
 from suanli.serving import bodies, describe, metrics, pages, protocol
 from suanli.serving.forms import inputs
 from suanli.serving.log import Log
@@ -32,7 +33,6 @@ from suanli.serving.model import ServedModel
 from suanli.serving.openapi import Json, Operation, WrongMethod, document
 from suanli.serving.protocol import HEADER_LENGTH, Refused, bad
 from suanli.serving.repository import Repository
-from suanli.types import Json as AnyJson
 
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
 LARGE_JSON = 1 << 18  # bytes: read in a thread, so that others are answered meanwhile

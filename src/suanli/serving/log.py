@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
-from suanli.types import Json
+from suanli.core.types import Json
 
 Style = Literal["auto", "json", "text", "none"]
 

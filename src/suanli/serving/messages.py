@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from suanli.core.types import Json
 from suanli.serving.protocol import (
     DATATYPES,
     MAX_ELEMENTS,
@@ -32,7 +33,6 @@ from suanli.serving.protocol import (
     from_bytes,
     to_bytes,
 )
-from suanli.types import Json
 
 INFERENCE = "inference"
 HEALTH = "grpc.health.v1"

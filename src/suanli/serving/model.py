@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from suanli import hardware
-from suanli.errors import BadInput
-from suanli.predictor import Prediction, encode, predictions
-from suanli.saved import preprocess_of
+from suanli.core.errors import BadInput
+from suanli.core.types import Preprocess
+from suanli.engines.predictor import Prediction, encode, predictions
+from suanli.machine.device import cores
+from suanli.models.model_folder import preprocess_of
 from suanli.serving.batching import Batcher
 from suanli.serving.bodies import State
 from suanli.serving.figures import Figures
@@ -33,7 +34,6 @@ from suanli.serving.policy import NEWEST, Curve, Policy
 from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import About, Died, Worker
-from suanli.types import Preprocess
 
 if TYPE_CHECKING:
     from suanli.serving.log import Log
@@ -344,7 +344,7 @@ class ServedModel:
 
     async def _encoded(self, raws: Sequence[object]) -> list[np.ndarray | str]:
         """Rows, or why there is none, in threads. Raises Refused where those have too much to do already."""
-        behind_s = self._encoding * self._encode_s / hardware.cores()
+        behind_s = self._encoding * self._encode_s / cores()
         if behind_s > self.policy.target_s:
             raise Refused(503, f"Model {self.name} has too much to decode.", retry_after_s=behind_s)
         loop = asyncio.get_running_loop()
@@ -366,7 +366,7 @@ class ServedModel:
 
     def _encode_one(self, raw: object) -> np.ndarray | str:
         if self.preprocess.kind == "image" and isinstance(raw, bytes):
-            from suanli.preprocess._decode import peek
+            from suanli.data.decode import peek
 
             try:
                 header = peek(raw)

@@ -20,10 +20,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from suanli.core.types import Json as AnyJson
 from suanli.serving import bodies, describe
 from suanli.serving.bodies import Count, Text
 from suanli.serving.protocol import Refused
-from suanli.types import Json as AnyJson
 
 ABOUT = """The [Open Inference Protocol](https://github.com/kserve/open-inference-protocol), version 2, with the \
 extensions of Triton Inference Server for binary tensors, classification, model configuration, statistics and the \

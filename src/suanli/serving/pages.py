@@ -1,6 +1,6 @@
 """The pages for people, `/` and `/health`, and what they load from `/page/NAME`.
 
-Plain files from `templates/serve`, read once and kept. There is no template: everything that changes comes from
+Plain files from `page/`, read once and kept. There is no template: everything that changes comes from
 `/status` and `/predict`, so one entity tag serves every visit. The headers let a page load and ask this server
 and nothing else: no script or style inside the page, no frame around it, no address that it could send to.
 
@@ -16,7 +16,7 @@ from importlib import resources
 from starlette.requests import Request
 from starlette.responses import Response
 
-FOLDER = "templates/serve"
+FOLDER = "serving/page"
 MEDIA_TYPES = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",

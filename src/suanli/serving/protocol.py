@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from suanli.types import Json
+from suanli.core.types import Json
 
 DATATYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),

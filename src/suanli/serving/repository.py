@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from suanli import hardware
-from suanli.engine_store import INDEX
-from suanli.errors import DataError
+from suanli.core.errors import DataError
+from suanli.engines.store import INDEX
+from suanli.machine import device
 from suanli.serving.bodies import Availability, ModelState
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel, Settings
@@ -48,7 +48,7 @@ class Repository:
         self._closing: set[asyncio.Task[None]] = set()
         self._locks: dict[Key, asyncio.Lock] = {}
         self._watching: asyncio.Task[None] | None = None
-        self._pool = ThreadPoolExecutor(hardware.cores(), "encode")
+        self._pool = ThreadPoolExecutor(device.cores(), "encode")
         self.alone = _is_model(subject)
         if not self.alone and not scan(subject):
             raise DataError(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from suanli.errors import MachineError, UsageError
+from suanli.core.errors import MachineError, UsageError
 from suanli.serving.connection import Connection, Shared
 from suanli.serving.http import App
 from suanli.serving.log import Log, hearing

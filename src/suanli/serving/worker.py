@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from suanli.core.types import Json
 from suanli.serving.shared_memory import ASK, REPLY, Layout, new_memory
-from suanli.types import Json
 
 if TYPE_CHECKING:
     import numpy as np

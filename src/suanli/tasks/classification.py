@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from suanli.errors import DataError, Diverged
-from suanli.types import Json, Task
+from suanli.core.errors import DataError, Diverged
+from suanli.core.types import Json, Task
 
 if TYPE_CHECKING:
     import torch

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suanli import distributed, hardware, launch
-from suanli.console import plural
-from suanli.errors import MachineError, UsageError
-from suanli.places import cache_dir as cache_dir_of
+from suanli.core.console import plural
+from suanli.core.errors import MachineError, UsageError
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.run import Run, measurement, refuse_inside, refuse_occupied
+from suanli.core.types import AnyPath, Device, Json, Measurement, Recipe
+from suanli.machine import device as hardware
+from suanli.parallel import group, launch
 from suanli.reporting import scaling_views, speed_records
-from suanli.rundir import Run, measurement, refuse_inside, refuse_occupied
-from suanli.scaling import Size, judge, measure, work_out
-from suanli.types import AnyPath, Device, Json, Measurement, Recipe
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.scaling import Size, judge, measure, work_out
 from suanli.verbs.report import report
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def bench_scaling(
     if processes is None:
         counts = [n for n in counts if n <= batch]
     if max(counts) > batch:
-        raise distributed.too_many(max(counts), batch)
+        raise group.too_many(max(counts), batch)
     job = {
         "options": asdict(options),
         "recipe": full.model_dump(mode="json"),

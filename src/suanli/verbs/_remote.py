@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
-from suanli.errors import DataError, MachineError, UsageError
-from suanli.predictor import Prediction
-from suanli.types import Json
+from suanli.core.errors import DataError, MachineError, UsageError
+from suanli.core.types import Json
+from suanli.engines.predictor import Prediction
 
 TRIES = 5  # where the server has too much to do
 WAIT_S = 120.0

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from suanli import building, engine_store, foreign
-from suanli.autotune import Subject
-from suanli.console import warn
-from suanli.data import row_bytes
-from suanli.errors import DataError, UsageError
-from suanli.plugins import load as load_plugin
-from suanli.rundir import Run, is_run, refuse_occupied
-from suanli.saved import load_model, model_folder, read_card, save_model
-from suanli.types import AnyPath, Json, Preprocess, Recipe, Split, Task
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.core.console import warn
+from suanli.core.errors import DataError, UsageError
+from suanli.core.registry import load as load_plugin
+from suanli.core.run import Run, is_run, refuse_occupied
+from suanli.core.types import AnyPath, Json, Preprocess, Recipe, Split, Task
+from suanli.data.loader import row_bytes
+from suanli.engines import onnx_import, store
+from suanli.engines.search import Subject
+from suanli.models import build
+from suanli.models.model_folder import load_model, model_folder, read_card, save_model
+from suanli.training.prepare import DataOptions, resolve
 
 CALIBRATION = 300  # training examples
 MOST_BYTES = 1 << 30  # of rows to examine
@@ -56,7 +57,7 @@ class Given:
 
     engines: Path  # the folder where its engines go
     model: Path | None  # its model folder
-    graph: foreign.Foreign | None
+    graph: onnx_import.Foreign | None
     task: Task
     classes: tuple[str, ...]
     preprocess: Preprocess
@@ -112,7 +113,7 @@ def _of_model(subject: AnyPath, options: Options) -> Given:
         examples = None
     return _given(
         examples,
-        engines=folder / engine_store.FOLDER,
+        engines=folder / store.FOLDER,
         model=folder.absolute(),
         graph=None,
         task=saved.task,
@@ -127,7 +128,7 @@ def _of_model(subject: AnyPath, options: Options) -> Given:
 
 def _of_graph(path: Path, options: Options) -> Given:
     options.refuse("an ONNX file", "weights")
-    graph = foreign.read(path, size=_size(options.size), mean=options.mean, std=options.std)
+    graph = onnx_import.read(path, size=_size(options.size), mean=options.mean, std=options.std)
     recipe, examples, classes = Recipe(name="foreign", model=path.stem), None, graph.classes
     if options.data is not None:
         examples = _examples(_foreign_data(options, graph.preprocess), Recipe(name="foreign"), classes)
@@ -137,7 +138,7 @@ def _of_graph(path: Path, options: Options) -> Given:
                 f"{path} knows {graph.count} classes, the data {len(classes)}.", fix="Give data of its own."
             )
     folder = Path(options.out or f"{path.stem}-engines").expanduser()
-    if not (folder / engine_store.INDEX).exists():
+    if not (folder / store.INDEX).exists():
         refuse_occupied(folder)
     return _given(
         examples,
@@ -166,12 +167,12 @@ def _of_function(spec: str, options: Options) -> Given:
     recipe, prepared = resolve(data, recipe=None, settings=settings, tell=False)
     changes = {k: tuple(v) for k, v in (("mean", options.mean), ("std", options.std)) if v is not None}
     preprocess: Preprocess = replace(prepared.preprocess, **changes) if changes else prepared.preprocess  # type: ignore[type-var]
-    module = building.build(recipe, preprocess, len(prepared.classes))
+    module = build.build(recipe, preprocess, len(prepared.classes))
     if options.weights is None:
         warn(f"No --weights are given: the network is examined as {spec} makes it.")
     else:
-        head = building.head_of(module, building.resolve(recipe.model))
-        report = building.load_weights(module, Path(options.weights).expanduser(), head)
+        head = build.head_of(module, build.resolve(recipe.model))
+        report = build.load_weights(module, Path(options.weights).expanduser(), head)
         if report.missing or report.skipped:
             raise DataError(f"{options.weights} doesn't fit the network: {report}", fix="Give all of its weights.")
     folder = Path(options.out or f"{spec.rpartition(':')[2]}-model").expanduser()

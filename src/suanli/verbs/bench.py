@@ -12,18 +12,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suanli import hardware, planner, planning, probe
-from suanli.assembly import Assembly
-from suanli.console import size, warn
-from suanli.errors import GateError, MachineError
-from suanli.forecast import enough_memory
-from suanli.ladder import ROUNDS, check, climb
-from suanli.places import cache_dir as cache_dir_of
-from suanli.plans import Store
-from suanli.rundir import Run, measurement, refuse_inside, refuse_occupied
-from suanli.rungs import Ladder, Phase, Rung
-from suanli.types import AnyPath, Json, Recipe
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.compute import planner
+from suanli.compute.plan import plain
+from suanli.compute.plan_cache import Store
+from suanli.core.console import size, warn
+from suanli.core.errors import GateError, MachineError
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.run import Run, measurement, refuse_inside, refuse_occupied
+from suanli.core.types import AnyPath, Json, Recipe
+from suanli.data.decode import decode
+from suanli.machine import device as hardware
+from suanli.machine import peak
+from suanli.training.ablation import ROUNDS, check, climb
+from suanli.training.ablation_records import Ladder, Phase, Rung
+from suanli.training.forecast import enough_memory
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.setup import Assembly
 from suanli.verbs.report import report
 
 if TYPE_CHECKING:
@@ -108,7 +112,7 @@ def bench(
     cache = cache_dir_of(options.cache_dir)
     with enough_memory(target):
         assembly = Assembly(full, prepared, target)
-        steps_ahead = round(assembly.trial(planning.plain(target)).work_left)
+        steps_ahead = round(assembly.trial(plain(target)).work_left)
         plan = planner.plan(assembly, speedups, steps=steps_ahead, threads=threads, cache=cache)
         ladder = climb(
             assembly,
@@ -116,7 +120,7 @@ def bench(
             steps=steps,
             rounds=rounds,
             budget_s=time_budget_s,
-            ceilings=probe.probe(target, cache),
+            ceilings=peak.probe(target, cache, decode),
             price_per_hour=price_per_hour,
         )
     environment = hardware.environment(target)

@@ -14,15 +14,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from suanli import hardware
-from suanli.console import plural, size
-from suanli.errors import pip_install
-from suanli.gpus import Gpu, gpus, hidden, nvidia_driver
-from suanli.places import cache_dir as cache_dir_of
-from suanli.places import data_dir
-from suanli.probe import Ceilings, known, title
-from suanli.probe import probe as measured
-from suanli.types import AnyPath, Json
+from suanli.core.console import plural, size
+from suanli.core.errors import pip_install
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.paths import data_dir
+from suanli.core.types import AnyPath, Json
+from suanli.data.decode import decode
+from suanli.machine import device as hardware
+from suanli.machine.gpus import Gpu, gpus, hidden, nvidia_driver
+from suanli.machine.peak import Ceilings, known, title
+from suanli.machine.peak import probe as measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def device(
     automatic = device is None or device.strip().lower() == "auto"  # the headline tells why a GPU isn't used
     asked = hardware.detect(runs_on[0] if automatic else device)
     cache = cache_dir_of(cache_dir)
-    ceilings = measured(asked, cache, fresh=fresh) if probe or fresh else known(asked, cache)
+    ceilings = measured(asked, cache, decode, fresh=fresh) if probe or fresh else known(asked, cache)
     headline, fix = _headline(found, driver.problem)
     cpu = hardware.detect("cpu")
     return DeviceReport(

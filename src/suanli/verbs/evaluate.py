@@ -14,21 +14,21 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from suanli import hardware
-from suanli.augmentation import compose
-from suanli.cache import prepare_source
-from suanli.check import refuse_bad_share
-from suanli.console import Progress, say
-from suanli.data import Feed, find_source
-from suanli.errors import DataError, unknown
-from suanli.inference import infer
-from suanli.loop import validation_batch
-from suanli.places import cache_dir as cache_dir_of
-from suanli.places import data_dir
-from suanli.rundir import Run, measurement
-from suanli.saved import SavedModel, add_scores, load_model
-from suanli.types import SPLITS, AnyPath, Columns, Device, Json, Split, Step
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.compute.infer import infer
+from suanli.core.console import Progress, say
+from suanli.core.errors import DataError, unknown
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.paths import data_dir
+from suanli.core.run import Run, measurement
+from suanli.core.types import SPLITS, AnyPath, Columns, Device, Json, Split, Step
+from suanli.data.cache import prepare_source
+from suanli.data.checks import refuse_bad_share
+from suanli.data.loader import Feed, find_source
+from suanli.machine import device as hardware
+from suanli.models.model_folder import SavedModel, add_scores, load_model
+from suanli.training.augment import compose
+from suanli.training.loop import validation_batch
+from suanli.training.prepare import DataOptions, resolve
 
 SHOWN = 24  # samples, and mistakes, that are kept with their pictures
 

@@ -36,13 +36,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from suanli import building, hardware
-from suanli.console import size
-from suanli.errors import GateError, MachineError, UsageError, pip_install, unknown
-from suanli.rundir import is_run
-from suanli.saved import SavedModel, load_model, model_folder
-from suanli.storage import json_bytes, read_json, writing
-from suanli.types import AnyPath, Json
+from suanli.core.console import size
+from suanli.core.errors import GateError, MachineError, UsageError, pip_install, unknown
+from suanli.core.run import is_run
+from suanli.core.storage import json_bytes, read_json, writing
+from suanli.core.types import AnyPath, Json
+from suanli.machine import device
+from suanli.models import build
+from suanli.models.model_folder import SavedModel, load_model, model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +213,7 @@ def _metadata(saved: SavedModel, to: str) -> dict[str, str]:
             "about": ROW,
         }
     else:
-        about["model_args"] = building.arguments(saved.recipe, saved.preprocess, len(saved.classes))
+        about["model_args"] = build.arguments(saved.recipe, saved.preprocess, len(saved.classes))
     texts = {name: json_bytes(value).decode().strip() for name, value in about.items()}
     return texts if to != "safetensors" else texts | {"model": saved.recipe.model, "format": "pt"}
 
@@ -221,7 +222,7 @@ def _metadata(saved: SavedModel, to: str) -> dict[str, str]:
 
 
 def _write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
-    from suanli.whole import write_onnx
+    from suanli.engines.inference_module import write_onnx
 
     try:
         write_onnx(saved, path, metadata)
@@ -231,8 +232,8 @@ def _write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> N
 
 
 def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
-    from suanli.engines.openvino import _openvino
-    from suanli.whole import reason
+    from suanli.engines.backends.openvino import _openvino
+    from suanli.engines.inference_module import reason
 
     given = path.with_suffix(".onnx")
     _write_onnx(saved, given, {})
@@ -257,7 +258,7 @@ def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) 
 def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
     import torch
 
-    from suanli.whole import LARGEST, Whole, example, reason
+    from suanli.engines.inference_module import LARGEST, Whole, example, reason
 
     whole, rows = Whole(saved), example(saved.preprocess, 3)  # a batch of one would be taken for a constant
     stream = io.BytesIO()  # written to disk by Python, whose errors say what is wrong with the disk
@@ -273,7 +274,7 @@ def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> No
             extra = {f"{name}.json": text for name, text in metadata.items()}
             torch.export.save(program, stream, extra_files=extra)
     except Exception as error:  # a user's network may raise anything while it is traced
-        if hardware.out_of_memory(error):
+        if device.out_of_memory(error):
             raise
         raise MachineError(
             f"This network can't be written as a program of torch.export ({reason(error)}).",
@@ -333,7 +334,7 @@ def _made_up(saved: SavedModel) -> np.ndarray:
 def _probabilities(saved: SavedModel, rows: np.ndarray) -> np.ndarray:
     import torch
 
-    from suanli.whole import Whole
+    from suanli.engines.inference_module import Whole
 
     with torch.inference_mode():
         return Whole(saved)(torch.from_numpy(rows)).numpy()  # type: ignore[no-any-return]

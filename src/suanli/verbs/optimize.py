@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suanli import engine_store, hardware, plugins
-from suanli.autotune import Autotuner
-from suanli.candidates import GOALS, Candidate, Found
-from suanli.console import duration
-from suanli.energy import counters
-from suanli.errors import MachineError, RunBusy, UsageError, unknown
-from suanli.hosts import Lost
-from suanli.rundir import Run, measurement
-from suanli.settings import seconds
-from suanli.storage import writing
-from suanli.types import AnyPath, Device, Engine, Json
+from suanli.core import registry
+from suanli.core.console import duration
+from suanli.core.errors import MachineError, RunBusy, UsageError, unknown
+from suanli.core.run import Run, measurement
+from suanli.core.settings import seconds
+from suanli.core.storage import writing
+from suanli.core.types import AnyPath, Device, Engine, Json
+from suanli.engines import store
+from suanli.engines.candidates import GOALS, Candidate, Found
+from suanli.engines.sandbox import Lost
+from suanli.engines.search import Autotuner
+from suanli.machine import device as hardware
+from suanli.machine.energy import counters
 from suanli.verbs._subjects import Given, Options, understood
 
 if TYPE_CHECKING:
@@ -138,7 +140,7 @@ def optimize(
                 f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
                 fix="Allow more, choose a smaller model, or a faster machine.",
             )
-        index = engine_store.save(
+        index = store.save(
             given.engines,
             [_kept(tuner, c, found) for c in _worth_keeping(found)],
             device=target,
@@ -160,9 +162,9 @@ def _names(given: str | None) -> list[str] | None:
         return None
     names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     for name in names:
-        plugins.load("engines", name)
+        registry.load("engines", name)
     if not names:
-        raise UsageError("No engine is named.", fix=f"Name some of: {', '.join(plugins.names('engines'))}.")
+        raise UsageError("No engine is named.", fix=f"Name some of: {', '.join(registry.names('engines'))}.")
     return names
 
 
@@ -199,14 +201,14 @@ def _worth_keeping(found: Found) -> list[Candidate]:
 
 
 def _engine(candidate: Candidate) -> Engine:
-    engine: Engine = plugins.load("engines", candidate.engine)
+    engine: Engine = registry.load("engines", candidate.engine)
     return engine
 
 
-def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> engine_store.Kept:
+def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> store.Kept:
     engine = _engine(candidate)
     speed = candidate.throughput() if found.goal == "throughput" else candidate.latency()
-    return engine_store.Kept(
+    return store.Kept(
         engine=candidate.engine,
         precision=candidate.precision,
         folder=tuner.folder(candidate),

@@ -17,12 +17,12 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from suanli import hardware
-from suanli.console import warn
-from suanli.errors import BadInput, DataError, UsageError
-from suanli.plugins import load as load_plugin
-from suanli.predictor import BATCH, Prediction, Predictor, load
-from suanli.types import AnyPath, Preprocess, Raw
+from suanli.core.console import warn
+from suanli.core.errors import BadInput, DataError, UsageError
+from suanli.core.registry import load as load_plugin
+from suanli.core.types import AnyPath, Preprocess, Raw
+from suanli.engines.predictor import BATCH, Prediction, Predictor, load
+from suanli.machine.device import cores
 
 
 def predict(
@@ -49,7 +49,7 @@ def predict(
         raise UsageError("There is no model to predict with.", fix="Name a run or a model folder, or give url.")
     answering = load(model, engine=engine, device=device, trust_code=trust_code)
     found: list[Prediction] = []
-    with ThreadPoolExecutor(hardware.cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for chunk in _chunks(_named(answering.preprocess, given), BATCH):
             rows = list(pool.map(lambda item: _encode(answering, item[1]), chunk))
             found += answering.named([name for name, _ in chunk], rows, top=top)

@@ -1,66 +1,12 @@
-"""prepare: a data set becomes checked, decoded, cached splits.
-
-Every other verb that needs data comes through here, so that what one sees is what all see.
-"""
+"""prepare: a data set becomes checked, decoded, cached splits."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from suanli import building, check, hardware, plugins
-from suanli.augmentation import compose
-from suanli.cache import Prepared, prepare_source
-from suanli.console import duration, say, warn
-from suanli.data import choose_recipe, find_source
-from suanli.errors import DamagedFile, DataError, UsageError
-from suanli.places import cache_dir as default_cache_dir
-from suanli.places import data_dir as default_data_dir
-from suanli.rundir import Run
-from suanli.saved import preprocess_of
-from suanli.settings import change
-from suanli.types import AnyPath, Columns, Json, Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Where data comes from and goes to; saved in a run, so that it finds its data again."""
-
-    subject: str  # a built-in name or an absolute path
-    input_column: str | None = None
-    label_column: str | None = None
-    data_dir: str | None = None
-    cache_dir: str | None = None
-    max_bad: float = 0.01
-    preprocess: Mapping[str, Json] | None = None  # kind and settings that the given weights learned with
-
-    @classmethod
-    def of(cls, subject: AnyPath, *, data_dir: AnyPath | None, cache_dir: AnyPath | None, **more: Any) -> DataOptions:
-        name = str(subject)
-        path = Path(subject).expanduser()
-        if name not in plugins.names("datasets") and path.exists():
-            name = str(path.resolve())
-        return cls(subject=name, data_dir=_absolute(data_dir), cache_dir=_absolute(cache_dir), **more)
-
-    @classmethod
-    def of_run(cls, run: Run, *, data_dir: AnyPath | None = None, cache_dir: AnyPath | None = None) -> DataOptions:
-        """Those of a run; the directories may have moved since."""
-        try:
-            options = cls(**run.data["options"])
-        except (KeyError, TypeError) as error:
-            raise DamagedFile(f"{run.path / 'data.json'} has no usable options.", fix="Train again.") from error
-        return replace(
-            options,
-            data_dir=_absolute(data_dir) or options.data_dir,
-            cache_dir=_absolute(cache_dir) or options.cache_dir,
-        )
-
-
-def _absolute(path: AnyPath | None) -> str | None:
-    return None if path is None else str(Path(path).expanduser().absolute())
+from suanli.core.types import AnyPath, Json, Recipe
+from suanli.data.cache import Prepared
+from suanli.training.prepare import DataOptions, resolve
 
 
 def prepare(
@@ -89,67 +35,6 @@ def prepare(
         max_bad=max_bad,
     )
     return resolve(options, recipe=recipe, settings=settings or {})[1]
-
-
-def resolve(
-    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], tell: bool = True
-) -> tuple[Recipe, Prepared]:
-    """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
-    one that suits the data, with `settings` on top."""
-    started = time.perf_counter()
-    source = find_source(
-        options.subject,
-        columns=Columns(input=options.input_column, label=options.label_column),
-        data_dir=default_data_dir(options.data_dir),
-    )
-    if not isinstance(recipe, Recipe):
-        wanted = change(Recipe(), settings)  # checks every setting before any work is done
-        recipe = choose_recipe(
-            source,
-            name=recipe,
-            model=wanted.model if "model" in settings else None,
-            weights=wanted.weights is not None,
-            settings=wanted.preprocess,
-        )
-    recipe = change(recipe, settings)
-    _check_names(recipe, source.kind)
-    preprocess = None
-    if options.preprocess is not None:
-        if options.preprocess["kind"] != source.kind:
-            raise DataError(
-                f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
-                fix="Choose weights, or data, of the other kind.",
-            )
-        preprocess = preprocess_of(options.preprocess)
-    prepared = prepare_source(
-        source, recipe, default_cache_dir(options.cache_dir), threads=hardware.cores(), preprocess=preprocess
-    )
-    if tell:
-        _tell(prepared, time.perf_counter() - started)
-    check.refuse_bad_share(prepared.findings, options.max_bad)
-    check.refuse_unlearnable(prepared.findings)
-    return recipe, prepared
-
-
-def _check_names(recipe: Recipe, kind: str) -> None:
-    """Raises UsageError for what no later step could find: better before decoding than after it."""
-    building.resolve(recipe.model)
-    compose(recipe.augment, kind)
-    if recipe.progressive_resizing and kind != "image":
-        raise UsageError(f"progressive_resizing is for images, and this is {kind}.", fix="Leave it out.")
-    plugins.load("optimizers", recipe.optimizer)
-    plugins.load("tasks", recipe.task)
-
-
-def _tell(prepared: Prepared, seconds: float) -> None:
-    counts = {name: len(split) for name, split in prepared.splits.items()}
-    how = "from the cache" if prepared.reused else f"decoded in {duration(seconds)}"
-    say(
-        f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
-        f"{len(prepared.classes)} classes, input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
-    )
-    for remark in check.remarks(prepared.findings):
-        warn(remark)
 
 
 def summary(prepared: Prepared) -> str:

@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suanli.storage import atomic_file
-from suanli.types import AnyPath
+from suanli.core.storage import atomic_file
+from suanli.core.types import AnyPath
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -62,7 +62,7 @@ def pages() -> Environment:
     from suanli.reporting import words
 
     pages = Environment(
-        loader=PackageLoader("suanli", "templates"),
+        loader=PackageLoader("suanli.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
-from suanli import distributed
-from suanli.rundir import FINISHED, Run, is_run
+from suanli.core.run import FINISHED, Run, is_run
+from suanli.parallel import group
 from suanli.verbs.evaluate import evaluate
 from suanli.verbs.report import report
 from suanli.verbs.train import train
@@ -42,7 +42,7 @@ def run(data: Any, **options: Any) -> Run:
         made, trust = Run.open(data), options.get("trust_code", False)
     else:
         made, trust = train(data, **options), True  # its code has just run here
-        if not distributed.current().first:
+        if not group.current().first:
             return made
     exam = evaluate(made, device=options.get("device", "auto"), cache_dir=options.get("cache_dir"), trust_code=trust)
     summary = made.summary

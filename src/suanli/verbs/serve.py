@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from suanli.console import say, warn
-from suanli.errors import DataError, MachineError, UsageError, pip_install, unknown
+from suanli.core.console import say, warn
+from suanli.core.errors import DataError, MachineError, UsageError, pip_install, unknown
+from suanli.core.types import AnyPath
 from suanli.serving.log import Log, Style
-from suanli.types import AnyPath
 
 KEY = "SUANLI_API_KEY"
 NEEDED = ("uvicorn", "httptools", "starlette", "multipart", "prometheus_client")

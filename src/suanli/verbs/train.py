@@ -12,22 +12,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli import checkpoint, distributed, effort, hardware, launch, planning, preflight, submission
-from suanli.cache import Prepared
-from suanli.console import say
-from suanli.distributed import Group
-from suanli.errors import DataError, MachineError, UsageError
-from suanli.gpus import gpus
-from suanli.launch import RESTARTS
-from suanli.places import cache_dir as cache_dir_of
-from suanli.plugins import load
-from suanli.rundir import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
-from suanli.saved import refuse_foreign_code, weights_of
-from suanli.settings import seconds
-from suanli.start import Start
-from suanli.training import HANG_S, Training
-from suanli.types import AnyPath, Device, Json, Plan, Recipe, Tracker
-from suanli.verbs.prepare import DataOptions, resolve
+from suanli.compute import plan
+from suanli.core.console import say
+from suanli.core.errors import DataError, MachineError, UsageError
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.registry import load
+from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
+from suanli.core.settings import seconds
+from suanli.core.types import AnyPath, Device, Json, Plan, Recipe, Tracker
+from suanli.data.cache import Prepared
+from suanli.machine import device as hardware
+from suanli.machine.gpus import gpus
+from suanli.models.model_folder import refuse_foreign_code, weights_of
+from suanli.parallel import launch, preflight, submission
+from suanli.parallel.group import Group, join, place, too_many
+from suanli.parallel.launch import RESTARTS
+from suanli.training import budget, checkpoint
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.session import Start
+from suanli.training.trainer import HANG_S, Training
 
 ENDING_S = 30.0  # that the process before may take to end
 
@@ -101,7 +104,7 @@ def train(
     }
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
     target = hardware.detect(_own_device(device))
-    group = distributed.join(target.torch_name)
+    group = join(target.torch_name)
     if not group.alone and nproc is not None:
         raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
     count = launch.processes(nproc, target)
@@ -162,7 +165,7 @@ def train(
         return run
     if more_epochs is not None:
         raise UsageError("--more-epochs continues a run.", fix="Name the directory of a run, not a data set.")
-    again = distributed.place() is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    again = place() is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     begun = again and bool(group.of_first(out is not None and is_run(out)))
     if out is not None and not begun:
         refuse_occupied(Path(out).expanduser())
@@ -182,18 +185,18 @@ def train(
     if target_accuracy is not None or budget_s is not None:
         _refuse_deciding_twice(full, changes, target_accuracy, budget_s)
     if target_accuracy is not None:
-        full = effort.for_score(full, prepared, target_accuracy)
+        full = budget.for_score(full, prepared, target_accuracy)
     if budget_s is not None and begun:
         full = Run.open(str(out)).recipe  # it was chosen when the run began
     elif budget_s is not None:
         if group.first:
-            full = effort.for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
+            full = budget.for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
         full = Recipe.model_validate(group.of_first(full.model_dump(mode="json")))
     about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
     environment = hardware.environment(target)
     if joint:
         if count > full.batch_size:
-            raise distributed.too_many(count, full.batch_size)
+            raise too_many(count, full.batch_size)
         run = Run.create(prepared.name, out, full, about, environment)
         run.write("summary.json", {"status": "running", "wanted_score": target_accuracy})
         train_together(run, trust_code=True)  # its code was named here
@@ -250,7 +253,7 @@ def _remembered(data: AnyPath) -> bool:
 
 def _refuse_one(asked_for: str | int | None, *, remembered: bool) -> None:
     """One process has nobody to share a network with: an error where the user asked for no more than one."""
-    if asked_for in (None, "1", 1) and distributed.place() is None and not remembered:
+    if asked_for in (None, "1", 1) and place() is None and not remembered:
         raise UsageError("--shard shares a network out over processes, and this is one.", fix="Add --nproc 2, or more.")
     say("there is one process, so the network is not shared out")
 
@@ -267,7 +270,7 @@ def _refuse_another(run: Run, recipe: Recipe) -> None:
 
 def _own_device(device: str) -> str:
     """Of several processes on one machine each has a GPU of its own."""
-    here = distributed.place()
+    here = place()
     if here is None or device not in ("auto", "cuda"):
         return device
     seen = [gpu.torch_name for gpu in gpus() if gpu.torch_name and gpu.torch_name.startswith("cuda")]
@@ -304,7 +307,7 @@ def _refuse_deciding_twice(
             f"--target-accuracy takes a recipe as it was measured, so {', '.join(sorted(own))} can't be changed.",
             fix="Leave one or the other out, or use --time-budget.",
         )
-    if own := fields & effort.chosen_fields(recipe):
+    if own := fields & budget.chosen_fields(recipe):
         raise UsageError(f"--time-budget chooses {', '.join(sorted(own))} itself.", fix="Leave one or the other out.")
 
 
@@ -389,7 +392,7 @@ def _threads(where: _Where, summary: Mapping[str, Json], before: Mapping[str, Js
 
 def _plan_of(before: Mapping[str, Json], device: Device, threads: int | None) -> Plan:
     """The plan that a run began with. Raises MachineError for a speedup that is unusable on this machine."""
-    found = planning.named(",".join(before["speedups"]) or "none", device, threads)
+    found = plan.named(",".join(before["speedups"]) or "none", device, threads)
     origin = before.get("origin", found.origin)
     return replace(found, origin=origin, dropped=before.get("dropped", {}))
 

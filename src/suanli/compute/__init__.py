@@ -1,0 +1,1 @@
+"""How a training step is computed, and the search for the fastest way."""

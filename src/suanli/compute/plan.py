@@ -1,0 +1,113 @@
+"""Which speedups there are for a device, how they are put in order and how they change a step.
+
+Choosing by measurement is in `planner.py`; here is what needs no measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from suanli.core.errors import MachineError, UsageError, unknown
+from suanli.core.registry import load, load_all, names
+from suanli.core.types import Device, Plan, Speedup, Step
+from suanli.machine.device import cores
+
+PLAIN = "plain"
+ORDER_OF_SUMS = 1e-3  # relative error that float32 shows where only the order of sums is another
+# The same on an NVIDIA GPU, where PyTorch as it comes computes convolutions in TF32, with 11 bits: another order has
+# shown 0.0014 in a small network, and it grows with the depth.
+ORDER_IN_TF32 = 1e-2
+
+
+def plain(device: Device, threads: int | None = None) -> Plan:
+    """PyTorch as it comes."""
+    return Plan(device=device.torch_name, speedups=(), threads=threads, origin=PLAIN)
+
+
+def named(requested: str, device: Device, threads: int | None = None) -> Plan:
+    """The plan for "none" or a list "bf16,channels_last".
+
+    Raises UsageError for an unknown name or two that exclude each other, and MachineError for one that is
+    unusable here: only "auto" may pass one over, and it writes down why.
+    """
+    if requested == "none":
+        return plain(device, threads)
+    chosen = [n.strip() for n in requested.split(",") if n.strip()]
+    for name in chosen:
+        if name not in names("speedups"):
+            raise unknown("speedup", name, [*names("speedups"), "auto", "none"])
+    _refuse_two_of_a_group(chosen)
+    for name in chosen:
+        if (reason := load("speedups", name).why_not(device)) is not None:
+            raise _unusable(name, device, reason)
+    return Plan(device=device.torch_name, speedups=in_order(chosen), threads=threads)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises UsageError for a number of threads that can't be meant."""
+    if threads is not None and not 1 <= threads <= 4 * cores():
+        raise UsageError(f"--threads can't be {threads}.", fix=f"This machine has {cores()} cores.")
+
+
+def usable(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
+    """The speedups that could be tried here, in order, and why the others can't."""
+    found = {s.name: s for s in sorted(load_all("speedups").values(), key=lambda s: (s.stage, s.name))}
+    reasons = {name: s.why_not(device) for name, s in found.items()}
+    return (
+        {name: s for name, s in found.items() if reasons[name] is None},
+        {name: reason for name, reason in reasons.items() if reason is not None},
+    )
+
+
+def apply(plan: Plan, step: Step, device: Device) -> Step:
+    """The step as the plan wants it computed. Raises MachineError for a speedup that has nothing to do
+    there; a planner asks first."""
+    for name in plan.speedups:
+        speedup: Speedup = load("speedups", name)
+        if (reason := speedup.needless(step, device)) is not None:
+            raise _unusable(name, device, reason)
+        step = speedup.apply(step, device)
+    if plan.threads is not None:
+        step = replace(step, settings=(partial(threads, plan.threads), *step.settings))
+    return step
+
+
+def tolerance(speedups: Iterable[str], device: Device) -> float:
+    """The relative error that these together may cause."""
+    order = ORDER_IN_TF32 if "tfloat32" in device.fast_dtypes else ORDER_OF_SUMS
+    return max([order, *(float(load("speedups", name).tolerance) for name in speedups)])
+
+
+def in_order(chosen: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(set(chosen), key=lambda n: (load("speedups", n).stage, n)))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads for operations on the CPU while the block runs."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse_two_of_a_group(chosen: list[str]) -> None:
+    taken: dict[str, str] = {}
+    for name in chosen:
+        group = load("speedups", name).group
+        if group is not None and taken.setdefault(group, name) != name:
+            raise UsageError(f"The speedups {taken[group]!r} and {name!r} exclude each other.", fix="Name one of them.")
+
+
+def _unusable(name: str, device: Device, reason: str) -> MachineError:
+    return MachineError(
+        f"The speedup {name!r} is not usable on {device.name}: {reason}.",
+        fix="Leave it out, or use --speedups auto.",
+    )

@@ -1,0 +1,293 @@
+"""Where a model's layers lie on the roofline: operations, bytes and seconds of each, in one forward pass.
+
+Operations are those of `flops.py`. Bytes are the least that a layer must move: what goes in, its weights,
+what comes out, each once. Counting slows a pass down, so time is taken in passes of their own.
+
+A layer here is a module that was called. What a module does itself, outside of the modules inside it, is
+its own. Layers inside of compiled or recorded code can't be seen: give the eager model.
+
+The model is S. Williams, A. Waterman and D. Patterson, "Roofline: An Insightful Visual Performance Model
+for Multicore Architectures", CACM 52(4), 2009.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from suanli.compute.flops import counting, unfused
+from suanli.compute.flops import flops as flops
+from suanli.core.types import Device, Json
+
+PASSES = 5  # that are timed
+SHOWN = 40  # layers in the record; the others are summed
+TRIFLE = 0.01  # of the time: what a container does itself below this is the price of calling its layers
+BUSY_S = 0.2  # at most, that a GPU is kept busy while a pass is issued
+CLOCK_HZ = 2e9  # about that of a GPU: too slow a one is kept busy longer
+ROOT, REST = "(model)", "…"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One module in one forward pass, all its calls together, without the modules inside it."""
+
+    name: str  # as in `named_modules`; "(model)" is the whole
+    kind: str  # its class
+    flops: int
+    bytes: int | None  # moved at least; None: unknown, for what a container does between its layers
+    seconds: float  # median of some passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """The layers of a model on one device, and what that device can do."""
+
+    device: str
+    dtype: str  # in which most operations are computed: "float32", "bfloat16"
+    batch: int
+    layers: tuple[Layer, ...]
+    ceilings: Json = None  # as the probe wrote them; None: not measured
+
+    @property
+    def flops_per_example(self) -> float:
+        """Of the forward pass."""
+        return sum(layer.flops for layer in self.layers) / self.batch
+
+    def to_json(self) -> dict[str, Json]:
+        """The layers that take longest first; the others are summed under the name "…"."""
+        least = TRIFLE * sum(layer.seconds for layer in self.layers)
+        ranked = sorted(self.layers, key=lambda layer: (-layer.seconds, layer.name))
+        worth = [layer for layer in ranked if layer.bytes is not None or layer.flops or layer.seconds > least]
+        shown, rest = worth[:SHOWN], [*worth[SHOWN:], *(layer for layer in ranked if layer not in worth)]
+        if rest:
+            shown.append(_summed(rest))
+        told: dict[str, Json] = {"device": self.device, "dtype": self.dtype, "batch": self.batch}
+        told |= {"ceilings": self.ceilings, "flops_per_example": self.flops_per_example}
+        return told | {"layers": [asdict(layer) for layer in shown]}
+
+
+def _summed(layers: list[Layer]) -> Layer:
+    known = [layer.bytes for layer in layers if layer.bytes is not None]
+    return Layer(
+        name=REST,
+        kind=f"{len(layers)} more",
+        flops=sum(layer.flops for layer in layers),
+        bytes=sum(known) if known else None,
+        seconds=sum(layer.seconds for layer in layers),
+    )
+
+
+# --- the layers -----------------------------------------------------------------------------
+
+
+def measure_layers(
+    model: nn.Module, forward: Callable[[], object], *, device: Device, passes: int = PASSES
+) -> list[Layer]:
+    """The modules of `model` that `forward` calls, in the order in which they end.
+
+    `forward()` makes one forward pass of one batch, in the mode, precision and layout that are to be looked
+    at; it is called `passes` + 2 times. What that changes (batch statistics, random numbers) is the
+    caller's to put back. On a GPU a layer's time is from its first to its last kernel.
+    """
+    modules = {name or ROOT: module for name, module in model.named_modules()}
+    moved: Counter[str] = Counter()
+    activations: dict[str, list[_Traffic]] = {}
+
+    def see(name: str, inputs: object, outputs: object) -> None:
+        activations.setdefault(name, []).append(_traffic(inputs, outputs))
+
+    with unfused():
+        with counting() as counter:
+            counted = _calls(modules, forward, lambda: counter.total, see)
+        operations = _own(counted, lambda start, end: end - start)
+        timed = _timed(modules, forward, device, passes)
+    weights = _weights(modules, operations)
+    for name, calls in activations.items():
+        moved[name] = sum(one.bytes + _weight_bytes(modules[name], weights[name], one) for one in calls)
+    containers = {call.name for call in counted if call.inner}
+    return [
+        Layer(
+            name=name,
+            kind=type(modules[name]).__name__.removeprefix("FSDP"),  # torch names a shared-out class so
+            flops=count,
+            bytes=None if name in containers and not count and not weights[name] else moved[name],
+            seconds=statistics.median(one.get(name, 0.0) for one in timed),
+        )
+        for name, count in operations.items()
+    ]
+
+
+@dataclass(kw_only=True)
+class _Call:
+    """One call of a module; `start` and `end` are readings of whatever is measured."""
+
+    name: str
+    start: Any
+    end: Any = None
+    inner: list[_Call] = field(default_factory=list)
+
+
+def _calls(
+    modules: Mapping[str, nn.Module],
+    forward: Callable[[], object],
+    read: Callable[[], Any],
+    see: Callable[[str, object, object], None] | None = None,
+) -> list[_Call]:
+    """Every call of a module during `forward()`, with the reading before and after it."""
+    done: list[_Call] = []
+    under_way: list[_Call] = []
+
+    def watch(name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        def enter(*_: object) -> None:
+            under_way.append(_Call(name=name, start=read()))
+
+        def leave(_: nn.Module, args: object, kwargs: object, outputs: object) -> None:
+            call = under_way.pop()
+            call.end = read()
+            if under_way:
+                under_way[-1].inner.append(call)
+            done.append(call)
+            if see is not None:
+                see(name, (args, kwargs), outputs)
+
+        return [
+            module.register_forward_pre_hook(enter),
+            # Also where the module raises and its parent goes on: else the levels would slip.
+            module.register_forward_hook(leave, with_kwargs=True, always_call=True),
+        ]
+
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+    try:
+        for name, module in modules.items():
+            handles += watch(name, module)
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return done
+
+
+def _own(calls: list[_Call], between: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """Of each module, what lies between start and end of its calls and not within calls inside."""
+    found: dict[str, Any] = {}
+    for call in calls:  # those inside have ended before
+        inside = sum(between(one.start, one.end) for one in call.inner)
+        found[call.name] = found.get(call.name, 0) + between(call.start, call.end) - inside
+    return found
+
+
+# --- bytes ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Traffic:
+    bytes: int  # of inputs and outputs
+    element_size: int | None  # of the narrowest floating-point output; None: there is none
+    indices: int  # how many integers went in
+
+
+def _traffic(inputs: object, outputs: object) -> _Traffic:
+    read = list({id(one): one for one in _tensors(inputs)}.values())  # query, key and value may be one
+    written = list(_tensors(outputs))
+    size = min((one.element_size() for one in written if one.is_floating_point()), default=None)
+    return _Traffic(
+        bytes=sum(_bytes(one, size) for one in [*read, *written]),
+        element_size=size,
+        indices=sum(one.numel() for one in read if not one.is_floating_point()),
+    )
+
+
+def _bytes(tensor: torch.Tensor, element_size: int | None) -> int:
+    """Autocast computes with narrower copies: an operand is no wider than the result."""
+    size = tensor.element_size()
+    if element_size is not None and tensor.is_floating_point():
+        size = min(size, element_size)
+    return tensor.numel() * size
+
+
+def _weight_bytes(module: nn.Module, weights: list[nn.Parameter], traffic: _Traffic) -> int:
+    needed = sum(_bytes(weight, traffic.element_size) for weight in weights)
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # only the rows that are looked up
+        rows = min(traffic.indices, module.num_embeddings)
+        needed = min(needed, rows * module.embedding_dim * (traffic.element_size or 4))
+    return needed
+
+
+def _weights(modules: Mapping[str, nn.Module], operations: Mapping[str, int]) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the called module that uses them: its own, and where it computes by itself those of
+    modules inside it that aren't called, as attention does with its projections."""
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in operations}
+    for name, module in modules.items():
+        user = name
+        while user not in operations and user != ROOT:
+            user = user.rpartition(".")[0] or ROOT
+        if user in operations and (user == name or operations[user]):
+            found[user] += module.parameters(recurse=False)
+    return found
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    """Those in nested tuples, lists, mappings and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _tensors(one)
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors(one)
+    elif dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from _tensors(getattr(value, part.name, None))
+
+
+# --- seconds --------------------------------------------------------------------------------
+
+
+def _timed(
+    modules: Mapping[str, nn.Module], forward: Callable[[], object], device: Device, passes: int
+) -> list[dict[str, float]]:
+    """Each module's own seconds, pass by pass; a first pass warms up."""
+    if device.type == "cuda":
+        return _timed_on_gpu(modules, forward, device, passes)
+
+    def read() -> float:
+        if device.type == "mps":
+            torch.mps.synchronize()  # it has no events that could be read later
+        return time.perf_counter()
+
+    found = [_own(_calls(modules, forward, read), lambda start, end: end - start) for _ in range(passes + 1)]
+    return found[1:]
+
+
+def _timed_on_gpu(
+    modules: Mapping[str, nn.Module], forward: Callable[[], object], device: Device, passes: int
+) -> list[dict[str, float]]:
+    """With events in the stream. The GPU is kept busy until the pass has been issued: else an event of a
+    short kernel would tell how long Python takes to issue the next one."""
+    found, issue_s = [], BUSY_S
+    with torch.cuda.device(device.torch_name):
+        for _ in range(passes + 1):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(1.5 * issue_s * CLOCK_HZ))  # type: ignore[no-untyped-call]
+            started = time.perf_counter()
+            calls = _calls(modules, forward, _event)
+            # The least: of a first pass, which warms up, and passes that wait for room in the queue.
+            issue_s = min(issue_s, time.perf_counter() - started)
+            torch.cuda.synchronize()
+            found.append(_own(calls, lambda start, end: start.elapsed_time(end) / 1e3))
+    return found[1:]
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -1,0 +1,180 @@
+"""For people with their own training loop: the planner's speedups in three lines.
+
+    step, plan = suanli.speed_up(model, optimizer, loss, (inputs, targets))
+    for inputs, targets in batches:
+        value = step(inputs, targets)   # instead of zero_grad, forward, loss, backward, optimizer.step
+
+Model and optimizer stay the caller's objects: weights, schedulers and checkpoints work as before. Nothing is
+trained while planning: trials run on copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from suanli.compute import planner
+from suanli.compute.plan import apply
+from suanli.compute.step_runner import Learner, Loss, Numbers, active, call, each, tensors
+from suanli.core.errors import UsageError
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.types import AnyPath, Device, Plan, Step
+from suanli.machine import device, peak
+
+
+class FastStep:
+    """One training step, computed as the plan says: `step(inputs, targets)` gives the loss, a tensor of no
+    dimensions that is not waited for.
+
+    Switches of the whole process that the plan wants (threads, TF32, the allocator) are on from the start
+    until `close`, or until the end of a `with` block.
+    """
+
+    def __init__(self, step: Step, loss: Loss, clip_norm: float | None) -> None:
+        self._step = step
+        self._learner = Learner(step, _of_float32(step, loss), clip_norm=clip_norm)
+        self._on = ExitStack()
+        self._on.enter_context(active(step))
+
+    def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
+        return self._learner(inputs, targets)
+
+    def forward(self, inputs: Any) -> Any:
+        """Outputs of the network in the precision and layout of the plan, for validation: call `model.eval()`
+        and use `torch.inference_mode()` around it as ever."""
+        return call(self._step, self._step.model, inputs)
+
+    def close(self) -> None:
+        """Puts the switches of the process back. Model and optimizer stay as they are trained."""
+        self._on.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def speed_up(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Any, Any], torch.Tensor],
+    example_batch: tuple[Any, Any],
+    *,
+    steps: int = 10_000,
+    speedups: str = "auto",
+    threads: int | None = None,
+    clip_norm: float | None = None,
+    cache_dir: AnyPath | None = None,
+) -> tuple[FastStep, Plan]:
+    """The fastest way to compute this training step here, measured on `example_batch`, and the plan behind it.
+
+    `loss(outputs, targets)` is the mean over a batch. `example_batch` is (inputs, targets) on the model's device,
+    of the size that training will use; inputs are a tensor, a sequence of positional arguments or a mapping of
+    named ones. `steps` is about how many steps are to come: planning takes at most 5 % of their time, and
+    compiling is tried only where they win it back. `clip_norm` clips the norm of the gradients before each step.
+
+    Raises UsageError for a model without trainable parameters or an optimizer of another model's, MachineError
+    for a named speedup that is unusable here, GateError for one whose numbers are wrong.
+    """
+    subject = _OwnLoop(model, optimizer, loss, example_batch, clip_norm)
+    devices = [subject.device.torch_name] if subject.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the caller's own draws are what they would have been
+        found = planner.plan(subject, speedups, steps=steps, threads=threads, cache=cache_dir_of(cache_dir))
+    return FastStep(apply(found, subject.step, subject.device), loss, clip_norm), found
+
+
+class _OwnLoop:
+    """What the planner tries plans on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        batch: tuple[Any, Any],
+        clip_norm: float | None,
+    ) -> None:
+        own = {id(p) for p in model.parameters()}
+        given = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(p.requires_grad for p in given):
+            raise UsageError("The model has no parameters to train.", fix="Give a model with trainable parameters.")
+        if any(id(p) not in own for p in given):
+            raise UsageError(
+                "The optimizer holds parameters that aren't the model's.",
+                fix="Make the optimizer from model.parameters(), after the model was moved to its device.",
+            )
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UsageError(
+                f"{type(optimizer).__name__} computes the loss several times in a step, which can't be sped up as one.",
+                fix="Use an optimizer whose step needs no closure, such as AdamW.",
+            )
+        if not tensors(batch[0]):
+            raise UsageError("The example batch holds no tensor.", fix="Give (inputs, targets) as training will.")
+        self.device: Device = device.detect(str(given[0].device))
+        self.step = Step(model=model, optimizer=optimizer)
+        self._loss, self._batch, self._clip_norm = loss, batch, clip_norm
+
+    def trial(self, plan: Plan) -> _OwnTrial:
+        try:
+            model, optimizer = copy.deepcopy((self.step.model, self.step.optimizer))
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            raise UsageError(
+                f"The model or its optimizer can't be copied ({error}), so nothing can be tried on a copy.",
+                fix='Give a model that copy.deepcopy can copy, or speedups="none".',
+            ) from error
+        step = apply(plan, replace(self.step, model=model, optimizer=optimizer), self.device)
+        learner = Learner(step, _of_float32(step, self._loss), clip_norm=self._clip_norm)
+        return _OwnTrial(learner, self._batch)
+
+    @property
+    def key(self) -> str:
+        optimizer = self.step.optimizer
+        facts = [
+            repr(self.step.model),
+            [list(p.shape) for p in self.step.model.parameters()],
+            type(optimizer).__qualname__,
+            [(list(t.shape), str(t.dtype)) for t in tensors(self._batch)],
+            self._clip_norm,
+            peak.fingerprint(self.device),
+        ]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
+
+
+def _of_float32(step: Step, loss: Loss) -> Loss:
+    """The caller's loss, given float32 outputs as before: a sum over many classes needs the digits."""
+    if step.autocast_dtype is None:
+        return loss
+
+    def of_float32(outputs: Any, targets: Any) -> torch.Tensor:
+        return loss(each(outputs, lambda t: t.float() if t.dtype == step.autocast_dtype else t), targets)
+
+    return of_float32
+
+
+class _OwnTrial:
+    def __init__(self, learner: Learner, batch: tuple[Any, Any]) -> None:
+        self._learner, self._batch = learner, batch
+
+    @property
+    def compute(self) -> Step:
+        return self._learner.step
+
+    def advance(self) -> None:
+        self._learner(*self._batch)
+        if self._learner.device.type == "cuda":
+            torch.cuda.synchronize(self._learner.device)
+
+    def examine(self) -> Numbers:
+        torch.manual_seed(0)
+        return self._learner.examine(*self._batch)

@@ -1,0 +1,1 @@
+"""What everything else uses: types, errors, registry, run directory, settings, storage, console, signals, paths."""

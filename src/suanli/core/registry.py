@@ -1,0 +1,48 @@
+"""From a name to the file that defines it: the only dynamic import.
+
+Some folders hold interchangeable things, one a file. The file is the registration: its module exports one record or
+class under the folder's constant, for example `MODEL` in `models/networks/resnet18.py`. A file whose name starts with
+an underscore is shared by the files of its folder and registers nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any
+
+from suanli.core.errors import unknown
+
+FOLDERS = {  # what is registered -> its package below suanli, the constant that a file exports
+    "augments": ("training.augments", "AUGMENT"),
+    "datasets": ("data.datasets", "DATASET"),
+    "engines": ("engines.backends", "ENGINE"),
+    "models": ("models.networks", "MODEL"),
+    "optimizers": ("training.optimizers", "OPTIMIZER"),
+    "preprocess": ("data.preprocess", "PREPROCESS"),
+    "readers": ("data.readers", "READER"),
+    "recipes": ("training.recipes", "RECIPE"),
+    "speedups": ("compute.speedups", "SPEEDUP"),
+    "tasks": ("tasks", "TASK"),
+    "trackers": ("training.trackers", "TRACKER"),
+}
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """What is registered of a kind (a key of `FOLDERS`), without importing any of it."""
+    package = importlib.import_module(f"suanli.{FOLDERS[kind][0]}")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
+
+
+def load(kind: str, name: str) -> Any:
+    """The record or class called `name`. Raises UsageError that lists what there is, nearest first."""
+    if name not in names(kind):
+        raise unknown(kind.rstrip("s").replace("preproces", "kind of data"), name, names(kind))
+    package, constant = FOLDERS[kind]
+    return getattr(importlib.import_module(f"suanli.{package}.{name}"), constant)
+
+
+def load_all(kind: str) -> dict[str, Any]:
+    return {name: load(kind, name) for name in names(kind)}

@@ -1,0 +1,117 @@
+"""Writing to disk so that a crash, a full disk or a second writer leaves no half-written file.
+
+A file or folder is written under a temporary name beside its place and then renamed; what has the
+final name is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from suanli.core.errors import DamagedFile, StorageError, SuanliError
+
+_STORAGE_ERRORS = {
+    errno.EEXIST,
+    errno.ENOENT,  # /proc lets nobody make a folder in it
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EFBIG,
+}
+
+
+def storage_error(error: OSError, path: Path) -> SuanliError:
+    """The suanli error for a failed write to `path`."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "Free some space or choose another place; nothing half-written was left behind."
+    else:
+        fix = "Choose a directory that you may write to."
+    return StorageError(f"Can't write {path}: {reason}.", fix=fix)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of a write below `path` into a StorageError with the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _STORAGE_ERRORS:
+            raise storage_error(error, path) from error
+        raise
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Write the bytes of `path`; the name appears only when the block ends without an error."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, renamed to `path` at the end. If another writer was first, theirs
+    stays: callers only use this for folders whose name says what is inside."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
+    """JSON in UTF-8. File names that are not UTF-8 (lone surrogates) become JSON escapes."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as stream:
+        stream.write(json_bytes(value, indent=1))
+
+
+def read_json(path: Path) -> Any:
+    """Raises DamagedFile for what isn't JSON, FileNotFoundError where nothing is."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not valid JSON ({error}).", fix="Restore it or make it again.") from error

@@ -1,0 +1,372 @@
+"""Decode once, keep the result: a source becomes a memory map of uint8 (or token) rows on disk.
+
+The folder's name is a digest of the source's fingerprint and of every setting that changes a row,
+so a change of either makes a new folder and an old one is never wrong. Decoding runs in threads
+because the decoders release the interpreter's lock; a process pool would start slower than most
+data sets decode.
+
+Splits that the source does not state are decided by each input's own content: the first 8 bytes
+of its digest, read as a number in [0, 1). So adding an input never moves another, equal inputs
+are always in the same split, and each class is divided in the same expected proportion.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from suanli.core.console import Progress, say, size
+from suanli.core.errors import BadInput, DamagedFile, StorageError, UsageError
+from suanli.core.registry import load
+from suanli.core.storage import atomic_folder, read_json, write_json, writing
+from suanli.core.types import SPLITS, Json, Preprocess, Raw, Recipe, Row, Source, Split
+from suanli.data import checks
+
+FORMAT = 1  # raise when the meaning of a cached file changes
+HELD_BYTES = 1 << 30  # raw inputs up to this size are read from disk once instead of twice
+MEASURED = 1000  # training rows whose statistics are taken: these to twice as many
+MEASURED_BYTES = 128 << 20
+CHUNK = 128  # inputs for one turn of a thread, at most
+CHUNK_BYTES = 16 << 20  # of encoded rows
+BAD = 255  # in split.npy: could not be decoded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A checked data set, ready to train on."""
+
+    name: str
+    kind: str
+    licence: str | None
+    path: Path
+    digest: str  # of the content of every row, its target and its split
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    splits: dict[str, Split]
+    findings: dict[str, Json]
+    reused: bool  # found in the cache, nothing was decoded
+
+    def to_json(self) -> dict[str, Json]:
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "licence": self.licence,
+            "digest": self.digest,
+            "cache": str(self.path),
+            "classes": list(self.classes),
+            "counts": self.findings["class_counts"],
+            "input_shape": list(self.preprocess.input_shape),
+        }
+
+
+def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
+    """The split of an input with this content digest (at least 8 bytes)."""
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < test_fraction:
+        return "test"
+    return "val" if position < test_fraction + val_fraction else "train"
+
+
+def content_digest(raw: Raw) -> bytes:
+    if isinstance(raw, str):
+        raw = raw.encode(errors="surrogatepass")
+    elif isinstance(raw, np.ndarray):
+        raw = f"{raw.shape}{raw.dtype}".encode() + np.ascontiguousarray(raw).tobytes()
+    return hashlib.blake2b(raw, digest_size=16).digest()
+
+
+def prepare_source(
+    source: Source, recipe: Recipe, cache: Path, *, threads: int, preprocess: Preprocess | None = None
+) -> Prepared:
+    """The prepared form of `source`: from the cache, or made now. Raises UsageError, StorageError.
+
+    With `preprocess`, that of a trained model, inputs are encoded as the model learned to read
+    them; without, it is fitted to the training split.
+    """
+    if recipe.val_fraction + recipe.test_fraction >= 1:
+        raise UsageError(
+            f"val_fraction {recipe.val_fraction} and test_fraction {recipe.test_fraction} leave nothing to train on.",
+            fix="Let them add up to less than 1.",
+        )
+    path = cache / "prepared" / f"{source.name}-{_key(source, recipe, preprocess)}"
+    if (found := _cached(path)) is not None:
+        return found
+    with _one_at_a_time(path):
+        if (found := _cached(path)) is not None:  # somebody else was first
+            return found
+        _remove_remains(path)
+        _build(source, recipe, preprocess, path, threads)
+    return _load(path, reused=False)
+
+
+def _cached(path: Path) -> Prepared | None:
+    """None: nothing is there, or it is damaged and must be made again."""
+    if (path / "meta.json").exists():
+        with suppress(DamagedFile):
+            return _load(path, reused=True)
+    return None
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Of several processes that want the same data, one decodes and the others wait for it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            say("waiting for another process that prepares the same data")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _remove_remains(path: Path) -> None:
+    """What a damaged cache, or a process that was killed while decoding, left behind."""
+    with writing(path):
+        for remains in (path, *path.parent.glob(f".{glob.escape(path.name)}.*.tmp")):
+            if remains.is_dir():
+                shutil.rmtree(remains)
+
+
+def _key(source: Source, recipe: Recipe, preprocess: Preprocess | None) -> str:
+    settings = [
+        FORMAT,
+        source.fingerprint,
+        source.kind,
+        preprocess.settings() if preprocess else recipe.preprocess,
+        source.classes,
+        recipe.val_fraction,
+        recipe.test_fraction,
+    ]
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=10).hexdigest()
+
+
+def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: Path, threads: int) -> None:
+    rows = source.rows
+    read = _reader(source)
+    with ThreadPoolExecutor(threads) as pool:
+        splits = _assign_splits(rows, read, recipe, pool)
+        fitted = preprocess or load("preprocess", source.kind).fit(_training_raws(splits, read), recipe.preprocess)
+        with atomic_folder(path) as folder:
+            _check_space(folder, len(rows) * _row_bytes(fitted))
+            seen = _encode(rows, read, fitted, folder / "rows.npy", pool)
+            findings = checks.check(
+                names=[r.name for r in rows],
+                labels=[r.label for r in rows],
+                splits=splits,
+                seen=seen,
+                classes=source.classes,
+                notes=source.notes,
+            )
+            code = np.array([BAD if s.reason else SPLITS.index(x) for s, x in zip(seen, splits, strict=True)], np.uint8)
+            order = {c: i for i, c in enumerate(source.classes)}
+            targets = np.array([order[r.label] for r in rows], np.int64)
+            train = np.flatnonzero(code == 0)
+            if preprocess is None and len(train):
+                # Spread over the split, and enough for a mean: reading all of it would cost a pass.
+                count = max(1, min(MEASURED, MEASURED_BYTES // _row_bytes(fitted)))
+                table = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
+                fitted = fitted.measure(table[train[:: max(1, len(train) // count)]])
+            np.save(folder / "split.npy", code)
+            np.save(folder / "targets.npy", targets)
+            write_json(folder / "names.json", [r.name for r in rows])
+            write_json(
+                folder / "meta.json",
+                {
+                    "format": FORMAT,
+                    "name": source.name,
+                    "kind": source.kind,
+                    "licence": source.licence,
+                    "digest": _digest(fitted, seen, targets, code),
+                    "classes": list(source.classes),
+                    "preprocess": fitted.settings(),
+                    "findings": findings,
+                },
+            )
+
+
+def _reader(source: Source) -> Callable[[int], Raw]:
+    """Reads row i; holds what it read where all of it is small, since hashing and decoding are
+    two passes."""
+    rows = source.rows
+    if source.size_bytes is None or source.size_bytes > HELD_BYTES:
+        return lambda i: rows[i].read()
+    held: list[Raw | None] = [None] * len(rows)
+
+    def read(i: int) -> Raw:
+        raw = held[i]
+        if raw is None:
+            raw = held[i] = rows[i].read()
+        return raw
+
+    return read
+
+
+def _in_chunks(
+    count: int, work: Callable[[range], T], pool: ThreadPoolExecutor, title: str, length: int = CHUNK
+) -> Iterator[T]:
+    """`work` on consecutive ranges in threads; results in order, with progress."""
+    chunks = [range(i, min(i + length, count)) for i in range(0, count, length)]
+    done = 0
+    with Progress(title, count) as progress:
+        try:
+            for chunk, result in zip(chunks, pool.map(work, chunks), strict=True):
+                yield result
+                done += len(chunk)
+                progress.update(done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _assign_splits(
+    rows: Sequence[Row], read: Callable[[int], Raw], recipe: Recipe, pool: ThreadPoolExecutor
+) -> list[str]:
+    given = {r.split for r in rows}
+    val = 0.0 if "val" in given else recipe.val_fraction
+    test = 0.0 if "test" in given else recipe.test_fraction
+
+    def split(i: int) -> str:
+        row = rows[i]
+        if row.split in ("val", "test") or (row.split == "train" and val == test == 0):
+            return row.split
+        try:
+            digest = content_digest(read(i))
+        except (OSError, BadInput):
+            return "train"  # decoding will report it as bad
+        # A missing test split must not change which inputs are for validation: same intervals.
+        decided = split_of(digest, recipe.val_fraction, recipe.test_fraction)
+        return decided if (decided == "val" and val) or (decided == "test" and test) else "train"
+
+    chunks = _in_chunks(len(rows), lambda c: [split(i) for i in c], pool, "Reading")
+    return [s for chunk in chunks for s in chunk]
+
+
+def _training_raws(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
+    """Passes over the raw training inputs in an order that mixes the classes."""
+    order = [i for i, s in enumerate(splits) if s == "train"]
+    order = [order[j] for j in np.random.default_rng(0).permutation(len(order))]
+
+    def raws() -> Iterator[Raw]:
+        for i in order:
+            try:
+                yield read(i)
+            except (OSError, BadInput):
+                continue
+
+    return raws
+
+
+def _encode(
+    rows: Sequence[Row],
+    read: Callable[[int], Raw],
+    preprocess: Preprocess,
+    path: Path,
+    pool: ThreadPoolExecutor,
+) -> list[checks.Seen]:
+    """Writes the encoded rows to `path`, an .npy file. A row that can't be decoded stays zero."""
+    row_bytes = _row_bytes(preprocess)
+    dtype, shape = np.dtype(preprocess.row_dtype), preprocess.row_shape
+    offset = np.lib.format.open_memmap(path, "w+", dtype, (len(rows), *shape)).offset
+
+    def encode(i: int, row: np.ndarray) -> checks.Seen:
+        try:
+            encoded = preprocess.encode(read(i))
+        except BadInput as error:
+            return checks.Seen(reason=error.message.rstrip("."))
+        except OSError as error:
+            return checks.Seen(reason=error.strerror or str(error))
+        row[...] = encoded.row
+        return checks.Seen(digest=encoded.digest, traits=encoded.traits, size=encoded.size)
+
+    def work(chunk: range) -> list[checks.Seen]:
+        # Written, not mapped: faster, and a full disk is an error instead of the end of the process.
+        block = np.zeros((len(chunk), *shape), dtype)
+        seen = [encode(i, row) for i, row in zip(chunk, block, strict=True)]
+        with lock:
+            stream.seek(offset + chunk.start * row_bytes)
+            stream.write(block.data)
+        return seen
+
+    lock = threading.Lock()
+    with path.open("r+b") as stream:
+        length = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
+        chunks = _in_chunks(len(rows), work, pool, "Decoding", length)
+        return [s for chunk in chunks for s in chunk]
+
+
+def _row_bytes(preprocess: Preprocess) -> int:
+    return int(np.prod(preprocess.row_shape)) * np.dtype(preprocess.row_dtype).itemsize
+
+
+def _check_space(folder: Path, needed_bytes: int) -> None:
+    # Better before an hour of decoding than after it.
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise StorageError(
+            f"The decoded data set needs {size(needed_bytes)}, but {folder.parent} has {size(free)} free.",
+            fix="Free some space, choose another place with --cache-dir, or a smaller --set preprocess.size.",
+        )
+
+
+def _digest(preprocess: Preprocess, seen: Sequence[checks.Seen], targets: np.ndarray, code: np.ndarray) -> str:
+    total = hashlib.blake2b(json.dumps(preprocess.settings(), sort_keys=True).encode(), digest_size=10)
+    for s in seen:
+        total.update(s.digest or b"bad")
+    total.update(targets.tobytes())
+    total.update(code.tobytes())
+    return total.hexdigest()
+
+
+def _load(path: Path, *, reused: bool) -> Prepared:
+    try:
+        meta = read_json(path / "meta.json")
+        names = read_json(path / "names.json")
+        rows = np.load(path / "rows.npy", mmap_mode="r", allow_pickle=False)
+        code = np.load(path / "split.npy", allow_pickle=False)
+        targets = np.load(path / "targets.npy", allow_pickle=False)
+        if not len(rows) == len(code) == len(targets) == len(names):
+            raise ValueError("columns differ in length")
+    except (FileNotFoundError, ValueError, EOFError) as error:
+        raise DamagedFile(f"The cached data in {path} is damaged ({error}).", fix="Remove that folder.") from error
+    classes = tuple(meta["classes"])
+    splits = {}
+    for number, split in enumerate(SPLITS):
+        index = np.flatnonzero(code == number)
+        splits[split] = Split(
+            inputs=rows,
+            index=index,
+            targets=targets[index],
+            names=[names[i] for i in index],
+            classes=classes,
+        )
+    return Prepared(
+        name=meta["name"],
+        kind=meta["kind"],
+        licence=meta["licence"],
+        path=path,
+        digest=meta["digest"],
+        classes=classes,
+        preprocess=load("preprocess", meta["kind"])(**meta["preprocess"]),
+        splits=splits,
+        findings=meta["findings"],
+        reused=reused,
+    )

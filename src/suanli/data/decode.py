@@ -1,0 +1,295 @@
+"""Image bytes to upright, opaque 8-bit pixels, or BadInput that says what was found instead.
+
+JPEG goes through simplejpeg (libjpeg-turbo without Pillow's copies), everything else through
+Pillow. Decoding is always at full size: a scaled decode would be faster for large photos, but then
+the same picture stored as PNG would get another digest. Grey is recognised by content, so a grey
+photo counts as grey however it was stored. Everything here may run in several threads at once.
+
+What this does not do: colour profiles, more than 8 bits per channel in the result, or repairing a
+file that is cut short.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import threading
+import warnings
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from suanli.core.errors import BadInput
+from suanli.core.types import Raw
+
+EXIF_ORIENTATION = 0x0112
+MAX_PIXELS = 100_000_000
+# An explicit list, because Pillow would start Ghostscript for EPS, among other surprises.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "ICO", "JPEG2000")
+_ORIENTATION = 0x0112
+_GREY_MODES = {"1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "La"}
+_PNG = b"\x89PNG\r\n\x1a\n"
+# What Pillow raises for damaged files of the formats above; MemoryError is not among them on purpose.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    ArithmeticError,
+    RuntimeError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+class Decoded(NamedTuple):
+    pixels: np.ndarray  # (H, W, 1) when grey, else (H, W, 3); uint8, contiguous
+    traits: tuple[str, ...]
+
+
+class Header(NamedTuple):
+    height: int
+    width: int
+    grey: bool  # by its mode; a colour file may still hold a grey picture
+
+
+def decode(raw: Raw) -> Decoded:
+    """All pixels of one image: file bytes, or an array (H, W), (H, W, 1 | 2 | 3 | 4) of uint8 or
+    uint16. Raises BadInput."""
+    if isinstance(raw, np.ndarray):
+        return _from_array(raw)
+    data = _checked_bytes(raw)
+    found = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
+    pixels, traits, orientation = found or _decode_other(data)
+    if orientation != 1:
+        pixels = _upright(pixels, orientation)
+    return Decoded(_without_equal_channels(pixels), traits)
+
+
+def of_pillow(image: Image.Image) -> np.ndarray:
+    """The pixels of an open image, as `decode` would give those of its file: upright and opaque. Raises BadInput."""
+    try:
+        pixels, _ = _to_pixels(image)
+        return _upright(pixels, int(image.getexif().get(EXIF_ORIENTATION, 1)))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput(f"The image can't be decoded ({error}).") from error
+
+
+def peek(raw: Raw) -> Header:
+    """Size (upright) and mode of one image without decoding it. Raises BadInput."""
+    if isinstance(raw, np.ndarray):
+        pixels = _from_array(raw).pixels
+        return Header(pixels.shape[0], pixels.shape[1], pixels.shape[2] == 1)
+    data = _checked_bytes(raw)
+    if data.startswith(b"\xff\xd8"):
+        try:
+            height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            pass
+        else:
+            sides = (width, height) if _jpeg_orientation(data) >= 5 else (height, width)
+            return Header(*sides, grey=colourspace == "Gray")
+    with _opened(data) as image:
+        try:
+            orientation = image.getexif().get(_ORIENTATION, 1)
+        except _DAMAGE:
+            orientation = 1
+        # A TIFF is already reported upright by Pillow.
+        turned = orientation in (5, 6, 7, 8) and image.format != "TIFF"
+        width, height = image.size[::-1] if turned else image.size
+        return Header(height, width, grey=image.mode in _GREY_MODES)
+
+
+def _checked_bytes(raw: object) -> bytes:
+    if not isinstance(raw, (bytes, bytearray, memoryview)):
+        raise BadInput(f"An image was expected, not {type(raw).__name__}.", fix="Give the bytes of an image file.")
+    data = bytes(raw)
+    if not data:
+        raise BadInput("The image is empty (0 bytes).")
+    return data
+
+
+def _check_size(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise BadInput(f"The image has no pixels ({width}x{height}).")
+    if height * width > MAX_PIXELS:
+        raise BadInput(
+            f"The image has {width}x{height} pixels, more than the {MAX_PIXELS // 10**6} million that are allowed.",
+            fix="Make it smaller or remove it.",
+        )
+
+
+def _decode_jpeg(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int] | None:
+    """None: simplejpeg can't tell, so Pillow shall (CMYK, rare markers, no JPEG at all)."""
+    try:
+        height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    _check_size(height, width)
+    if colourspace not in ("Gray", "YCbCr", "RGB"):
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY" if colourspace == "Gray" else "RGB", strict=True)
+    except ValueError as error:
+        # "Premature end of JPEG file" and "premature end of data segment": part of the picture is
+        # missing, which Pillow would fill with grey. Other complaints (stray bytes) are harmless.
+        if "remature end" in str(error):
+            raise BadInput("The JPEG is cut short: part of the picture is missing.") from error
+        return None
+    orientation = _jpeg_orientation(data)
+    return pixels, ("exif-rotated",) if orientation != 1 else (), orientation
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    start = data.find(b"Exif\0\0", 2, 1 << 16)
+    if start < 0:
+        return 1
+    exif = Image.Exif()
+    _silence_pillow()
+    try:
+        exif.load(data[start : start + (1 << 16)])
+        orientation = exif.get(_ORIENTATION, 1)
+    except _DAMAGE:  # damaged remarks don't make a damaged picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation: 1 to 8, as the standard numbers them."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _silence_pillow() -> None:
+    """Pillow's remarks about metadata are of no use beside hundreds of progress lines, and what
+    matters is checked here. A filter that stays is the only way that is safe between threads:
+    `warnings.catch_warnings` swaps a list that all threads share."""
+    with _filtering:
+        if _IGNORED not in warnings.filters:
+            warnings.filterwarnings("ignore", module=_IGNORED[3].pattern)
+
+
+_IGNORED = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as the warnings module writes a filter
+_filtering = threading.Lock()
+
+
+def _opened(data: bytes) -> Image.Image:
+    _silence_pillow()
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except _DAMAGE as error:
+        raise BadInput(f"Not an image that suanli can read: {_looks_like(data)}.") from error
+    _check_size(image.height, image.width)
+    return image
+
+
+def _looks_like(data: bytes) -> str:
+    start = data[:24]
+    text = start.decode("utf-8", errors="ignore")
+    whole = len(text.encode()) >= len(start) - 3  # but for a character that the end cuts in two
+    if whole and "".join(text.split()).isprintable():
+        return f"it is text that starts with {text!r}"
+    return f"{len(data)} bytes that start with {data[:8].hex(' ')}"
+
+
+def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
+    with _opened(data) as image:
+        # Pillow turns a TIFF by itself while it loads; the tag is gone then.
+        before = _tag(image) if image.format == "TIFF" else 1
+        try:
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            image.load()
+            pixels, traits = _to_pixels(image)
+        except _DAMAGE as error:
+            reason = "is cut short" if "truncated" in str(error) else f"can't be decoded ({error})"
+            raise BadInput(f"The {image.format} image {reason}.") from error
+        # Not before: for the tag, Pillow loads a PNG, and what that finds damaged it passes over the next time.
+        orientation = _tag(image) if image.format != "TIFF" else 1
+    if data.startswith(_PNG) and data[24:25] == b"\x10" and "16-bit" not in traits:
+        traits += ("16-bit",)
+    if animated:
+        traits += ("animated",)
+    if (before, orientation) != (1, 1):
+        traits += ("exif-rotated",)
+    return pixels, traits, orientation
+
+
+def _tag(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except _DAMAGE:  # damaged remarks don't make a damaged picture
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _to_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
+    mode = image.mode
+    traits: tuple[str, ...] = ()
+    if mode.startswith("I"):
+        return _from_16_bit(np.array(image)), ("16-bit",)
+    if mode == "F":
+        raise BadInput("The image has floating-point pixels, whose range is unknown.", fix="Save it with 8 or 16 bits.")
+    if mode in ("P", "PA"):
+        traits += ("palette",)
+    if mode == "CMYK":
+        traits += ("cmyk",)
+    if mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        traits += ("alpha",)
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    pixels = np.array(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels, traits
+
+
+def _from_16_bit(values: np.ndarray) -> np.ndarray:
+    """(H, W, …) of 0 to 65,535 to uint8, rounded; a lone (H, W) gets its channel."""
+    if values.min() < 0 or values.max() > 65_535:
+        raise BadInput("The image has 32-bit pixels, whose range is unknown.", fix="Save it with 8 or 16 bits.")
+    pixels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _from_array(array: np.ndarray) -> Decoded:
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
+        raise BadInput(f"An image is an array (H, W) or (H, W, channels), not {array.shape}.", fix="Reshape the array.")
+    if array.dtype not in (np.uint8, np.uint16):
+        raise BadInput(
+            f"The pixels are {array.dtype}; uint8 or uint16 was expected.", fix="Scale them to 0-255 as uint8."
+        )
+    _check_size(array.shape[0], array.shape[1])
+    traits: tuple[str, ...] = ()
+    if array.dtype == np.uint16:
+        array, traits = _from_16_bit(array), ("16-bit",)
+    if array.shape[2] in (2, 4):
+        opaque = array[:, :, -1:].astype(np.uint32)
+        array = ((array[:, :, :-1] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
+        traits += ("alpha",)
+    return Decoded(_without_equal_channels(array), traits)
+
+
+def _without_equal_channels(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 1) if the three channels are the same everywhere, so that grey looks grey however it
+    was stored. One row is enough to see that most colour pictures aren't."""
+    if pixels.shape[2] == 3:
+        row = pixels[pixels.shape[0] // 2]
+        first = pixels[:, :, :1]
+        if (row[:, 0] == row[:, 1]).all() and (first == pixels).all():
+            pixels = first
+    return np.require(pixels, requirements=("C", "W"))

@@ -1,0 +1,296 @@
+"""From what the user named to batches on the device.
+
+`find_source` turns a built-in name or a path into a `Source`; `Feed` gives batches of cached rows:
+from one tensor on the device where the split fits, else from the memory map, read ahead by a
+thread. Neither needs a loader process, and both give the same batches.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from suanli.core.errors import DataError, UsageError, unknown
+from suanli.core.registry import load, load_all, names
+from suanli.core.types import (
+    AnyPath,
+    Columns,
+    Dataset,
+    Device,
+    Json,
+    Preprocess,
+    Raw,
+    Recipe,
+    RecipeChoice,
+    Row,
+    Source,
+    Split,
+    Traits,
+)
+from suanli.data.download import fetch
+from suanli.machine.device import available_memory_bytes
+
+RESIDENT_SHARE = 0.4  # of the available memory that one split may take
+READ_AHEAD = 3  # batches
+MOVED_BYTES = 256 << 20  # to the device at a time
+PEEKED = 300  # inputs that are looked at before a recipe is chosen
+
+
+def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: Path) -> Source:
+    """The source behind a built-in name (downloaded if need be) or a path.
+
+    Raises UsageError for a name that is neither, DataError for a path that can't be read.
+    """
+    columns = columns or Columns()
+    path = Path(subject).expanduser()
+    if str(subject) in names("datasets"):
+        dataset: Dataset = load("datasets", str(subject))
+        folder = data_dir / dataset.name
+        for download in dataset.downloads:
+            fetch(download, folder)
+        return dataset.read(folder)
+    if not path.exists():
+        if path.suffix or os.sep in str(subject):
+            raise DataError(
+                f"There is nothing at {path}.",
+                fix="Check the path, or use a built-in data set: " + ", ".join(names("datasets")) + ".",
+            )
+        raise unknown("data set", str(subject), names("datasets"))
+    reasons = []
+    with _reading(path):
+        for reader in sorted(load_all("readers").values(), key=lambda r: (r.order, r.name)):
+            reason = reader.why_not(path)
+            if reason is None:
+                return reader.read(path, columns)  # type: ignore[no-any-return]
+            reasons.append(f"  {reader.name}: {reason}")
+    raise DataError(
+        f"No reader can read {path}:\n" + "\n".join(reasons) + "\n",
+        fix="Give a folder of class folders, a zip or tar of one, a CSV, TSV or JSONL table, or an .npz file.",
+    )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """An unreadable path is bad data, not bad storage."""
+    try:
+        yield
+    except PermissionError as error:
+        raise DataError(f"{path} may not be read ({error.strerror}).", fix="Ask for permission to read it.") from error
+
+
+def choose_recipe(
+    source: Source, *, name: str | None, model: str | None, weights: bool, settings: dict[str, Json]
+) -> Recipe:
+    """The shipped recipe of that name, or the one that suits the data best."""
+    if name is not None:
+        choice: RecipeChoice = load("recipes", name)
+        return choice.recipe
+    found = traits(source, weights=weights, model=model, settings=settings)
+    ranked = [(c.suits(found), n, c.recipe) for n, c in load_all("recipes").items()]
+    suitable = [(score, n, recipe) for score, n, recipe in ranked if score is not None]
+    if not suitable:
+        raise UsageError(f"No shipped recipe suits {found}.", fix="Name one with --recipe.")
+    best: Recipe = max(suitable, key=lambda r: (r[0], r[1]))[2]
+    return best
+
+
+def traits(source: Source, *, weights: bool, model: str | None, settings: dict[str, Json]) -> Traits:
+    kind = load("preprocess", source.kind)
+    rows = [r for r in source.rows if r.split != "test"]
+    picked = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:PEEKED]]
+    peek: Preprocess = kind.fit(lambda: _readable(picked), settings)
+    return Traits(
+        kind=source.kind,
+        input_shape=peek.input_shape,
+        examples=len(source.rows),
+        classes=len(source.classes),
+        weights=weights,
+        model=model,
+    )
+
+
+def _readable(rows: Sequence[Row]) -> Iterator[Raw]:
+    for row in rows:
+        try:
+            yield row.read()
+        except (OSError, DataError):
+            continue  # reported by the data check
+
+
+Fetched = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, targets, positions
+Read = TypeVar("Read")
+
+# --- batches --------------------------------------------------------------------------------
+
+
+def mix(*numbers: int) -> int:
+    """One seed from several numbers (SplitMix64, Steele et al. 2014): neighbours are unrelated."""
+    state = 0
+    for number in numbers:
+        state = (state + 0x9E3779B97F4A7C15 + number) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1  # torch wants a signed 64-bit seed
+
+
+class Order:
+    """Which examples make up each step: a function of seed and step alone, so that training can
+    go on from any step without remembering anything.
+
+    Every batch has the same size, at most `batch_size`; fewer than one example a step is left out
+    of an epoch, others the next time.
+    """
+
+    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
+        self.examples = examples
+        self.steps_per_epoch = -(-examples // batch_size)
+        self.batch_size = examples // self.steps_per_epoch
+        self._seed = seed
+        self._epoch = -1
+        self._permutation = torch.empty(0, dtype=torch.int64)
+
+    def epoch(self, step: int) -> int:
+        return step // self.steps_per_epoch
+
+    def positions(self, step: int) -> torch.Tensor:
+        """Positions in the split, (B,) int64, on the CPU."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix(self._seed, 1, epoch))
+            self._permutation = torch.randperm(self.examples, generator=generator)
+            self._epoch = epoch
+        return self._permutation[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+class Feed:
+    """Batches of one split on the device: rows (B, *row_shape), targets (B,), positions (B,)."""
+
+    def __init__(self, split: Split, device: Device, *, resident: bool = False) -> None:
+        """`resident`: every row is moved to the device first. On a CPU the map is as good: its pages stay in
+        memory."""
+        self.split = split
+        self.device = torch.device(device.torch_name)
+        self.targets = torch.from_numpy(split.targets).to(self.device)
+        self._rows = self._on_device() if resident and self.device.type != "cpu" else None
+
+    def _on_device(self) -> torch.Tensor:
+        """All rows, moved part by part: a second copy in main memory might not fit."""
+        inputs, index = self.split.inputs, self.split.index
+        part = max(1, MOVED_BYTES // row_bytes(self.split))
+        first = torch.from_numpy(inputs[index[:1]])
+        rows = torch.empty((len(index), *first.shape[1:]), dtype=first.dtype, device=self.device)
+        for start in range(0, len(index), part):
+            rows[start : start + part] = torch.from_numpy(inputs[index[start : start + part]])
+        return rows
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """Rows at these positions (on the CPU), on the device."""
+        return self._picked(positions, self._moved(positions))
+
+    def _picked(self, positions: torch.Tensor, on_device: torch.Tensor) -> torch.Tensor:
+        """Rows at these positions, which are given twice: on the CPU and on the device."""
+        if self._rows is not None:
+            return self._rows.index_select(0, on_device)
+        return torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).to(self.device)
+
+    def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[Fetched]:
+        """A batch for each entry of `steps`; read by a thread, some batches ahead, where that is wanted."""
+        if not read_ahead or self._rows is not None:
+            yield from map(self._batch, steps)
+        elif self.device.type == "cuda":
+            yield from self._copied_aside(steps)
+        else:
+            yield from _read_ahead(self._batch, steps)
+
+    def _batch(self, positions: torch.Tensor) -> Fetched:
+        on_device = self._moved(positions)
+        return self._picked(positions, on_device), self.targets.index_select(0, on_device), on_device
+
+    def _moved(self, positions: torch.Tensor) -> torch.Tensor:
+        """On the device. From pinned memory: any other copy waits until the device has computed all steps before."""
+        if self.device.type != "cuda":
+            return positions.to(self.device)
+        return positions.pin_memory().to(self.device, non_blocking=True)
+
+    def _copied_aside(self, steps: Iterator[torch.Tensor]) -> Iterator[Fetched]:
+        """Copies from pinned memory run on a stream of their own, beside the computing of earlier batches."""
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+        def read(positions: torch.Tensor) -> tuple[Fetched, torch.cuda.Event]:
+            found = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()
+            with torch.cuda.stream(stream):
+                on_device = positions.pin_memory().to(self.device, non_blocking=True)
+                rows = found.to(self.device, non_blocking=True)
+                batch = rows, self.targets.index_select(0, on_device), on_device
+                return batch, stream.record_event()
+
+        for batch, copied in _read_ahead(read, steps):
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(copied)
+            for tensor in batch:
+                tensor.record_stream(computing)  # or its memory could be given to the next copy too soon
+            yield batch
+
+    def in_order(self, batch_size: int, of: range | None = None) -> Iterator[Fetched]:
+        """Every example once, or those at the positions `of`, in the order of the split; the last batch may be
+        smaller."""
+        among = range(len(self)) if of is None else of
+        return self.batches(iter(torch.arange(among.start, among.stop).split(batch_size)))  # type: ignore[no-untyped-call]
+
+
+def row_bytes(split: Split) -> int:
+    return int(np.prod(split.inputs.shape[1:])) * split.inputs.dtype.itemsize
+
+
+def fits(split: Split, device: Device) -> bool:
+    """Whether the device's memory has room for the split beside a training."""
+    room = available_memory_bytes(device)
+    return room is None or len(split) * row_bytes(split) <= RESIDENT_SHARE * room
+
+
+def _read_ahead(read: Callable[[torch.Tensor], Read], steps: Iterator[torch.Tensor]) -> Iterator[Read]:
+    """`read` of each entry, done in a thread a few entries ahead."""
+    ready: queue.Queue[Read | BaseException | None] = queue.Queue(READ_AHEAD)
+    stop = threading.Event()
+
+    def put(item: Read | BaseException | None) -> None:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def work() -> None:
+        try:
+            for positions in steps:
+                if stop.is_set():
+                    return
+                put(read(positions))
+            put(None)
+        except BaseException as error:  # noqa: BLE001  # raised again where the batch is awaited
+            put(error)
+
+    thread = threading.Thread(target=work, name="suanli-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,238 @@
+"""Text to token ids: one vocabulary, learned from the training texts, for spaced scripts and CJK.
+
+A token is a word, one punctuation mark or symbol, or one character of a script that is written
+without spaces (Han, Kana, Thai, Lao, Khmer, Burmese), so that Chinese works without a segmenter.
+English contractions split as in the Penn Treebank ("don't" is "do" and "n't", "it's" is "it" and
+"'s"), so that raw text meets the vocabulary of a corpus that was tokenised beforehand. Texts are
+brought to Unicode NFKC first: full-width and half-width forms, ligatures and composed accents
+count as the same.
+
+A row is the first `length` token ids, then zeros. What this does not do: subword pieces, stemming,
+or a language's own segmentation. A text is read up to its first 100,000 characters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+
+from suanli.core.errors import BadInput, DataError, UsageError, unknown
+from suanli.core.types import Encoded, Json, Preprocess, Preview, Raw
+
+if TYPE_CHECKING:
+    import torch
+
+PADDING, UNKNOWN = 0, 1
+MAX_CHARACTERS = 100_000
+MAX_LENGTH = 4096  # tokens that a user may ask for
+MAX_FITTED_LENGTH = 256  # tokens that `fit` chooses by itself: cost grows with every one
+FITTED_PERCENTILE = 99.5  # what is asked later is often longer than the fragments learned from
+DEFAULTS: Mapping[str, Json] = {"vocabulary_size": 20_000, "length": None, "min_count": 2, "lowercase": True}
+TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx"}
+
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"  # Kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+# Vowel signs and accents belong to their word, but `\w` leaves them out.
+_MARKS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
+_LETTER = rf"(?:(?![{_UNSPACED}])[\w{_MARKS}])"
+_INVISIBLE = "\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff"
+_TOKEN = re.compile(
+    rf"[{_UNSPACED}]"
+    rf"|n't\b|'(?:s|m|d|re|ve|ll)\b|{_LETTER}{{1,64}}?(?=n't\b)"
+    rf"|{_LETTER}{{1,64}}"  # longer ones are no words: they come in pieces
+    rf"|[^\s{_INVISIBLE}]",
+    re.IGNORECASE,
+)
+_ONE_UNSPACED = re.compile(rf"[{_UNSPACED}]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
+
+
+def normalise(raw: Raw) -> str:
+    """UTF-8 bytes or a string to NFKC with plain quotes and single spaces. Raises BadInput."""
+    if isinstance(raw, bytes):
+        try:
+            raw = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadInput(f"Not UTF-8 text (byte {error.start}).", fix="Save it as UTF-8, or remove it.") from error
+    if not isinstance(raw, str):
+        raise BadInput(f"Text or UTF-8 bytes expected, not {type(raw).__name__}.", fix="Remove it.")
+    text = raw[:MAX_CHARACTERS]
+    if not text.isascii():
+        # Half a surrogate pair can't be stored as UTF-8. NFKC takes quadratic time on a long run
+        # of accents, hence the pieces; a cut inside a composed letter costs at most that letter.
+        text = _SURROGATE.sub("\ufffd", text)
+        pieces = (text[i : i + 250] for i in range(0, len(text), 250))
+        text = "".join(unicodedata.normalize("NFKC", piece) for piece in pieces).translate(_QUOTES)
+    return " ".join(text.split())
+
+
+def tokens(text: str, *, lowercase: bool = True) -> Iterator[str]:
+    """The tokens of a normalised text, one by one, so that a long text can be left early."""
+    for match in _TOKEN.finditer(text):
+        yield match[0].lower() if lowercase else match[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPreprocess(Preprocess):
+    """Id 0 is padding, 1 any unknown token, and `vocabulary[i]` has id i + 2."""
+
+    kind: ClassVar[str] = "text"
+
+    vocabulary: tuple[str, ...]  # the most frequent token first
+    length: int
+    lowercase: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))  # a list when read from JSON
+
+    @classmethod
+    def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
+        """The vocabulary, and the length that holds 99.5 % of the texts whole (at most 256).
+
+        Settings: `vocabulary_size` (with padding and unknown), `length`, `min_count` (rarer tokens
+        are unknown), `lowercase`. Equal counts are ordered by the token, so the order of the texts
+        doesn't matter. Raises UsageError, and DataError where no text has a token.
+        """
+        chosen = _checked(settings)
+        counts: Counter[str] = Counter()
+        lengths: list[int] = []
+        for raw in raws():
+            try:
+                text = normalise(raw)
+            except BadInput:
+                continue  # counted where the inputs are encoded
+            found = tokens(text, lowercase=chosen["lowercase"])
+            row = list(islice(found, chosen["length"] or MAX_FITTED_LENGTH))
+            if row:
+                counts.update(row)
+                lengths.append(len(row))
+        if not lengths:
+            raise DataError("No training text has any words.", fix="Check which column holds the text.")
+        length = chosen["length"] or int(np.percentile(lengths, FITTED_PERCENTILE, method="higher"))
+        frequent = [token for token, count in counts.items() if count >= chosen["min_count"]]
+        frequent.sort(key=lambda token: (-counts[token], token))
+        size = chosen["vocabulary_size"] - 2
+        return cls(vocabulary=tuple(frequent[:size]), length=length, lowercase=chosen["lowercase"])
+
+    def encode(self, raw: Raw) -> Encoded:
+        """Row (L,) int32. Traits: "truncated", "no known word". Raises BadInput for what isn't
+        text and for a text without a single token."""
+        text = normalise(raw)
+        found = list(islice(tokens(text, lowercase=self.lowercase), self.length + 1))
+        if not found:
+            raise BadInput("The text is empty.", fix="Remove it.")
+        ids = [self._ids.get(token, UNKNOWN) for token in found[: self.length]]
+        row = np.zeros(self.length, np.int32)
+        row[: len(ids)] = ids
+        traits = ["truncated"] if len(found) > self.length else []
+        if max(ids) == UNKNOWN:
+            traits.append("no known word")
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return Encoded(row=row, digest=digest, traits=tuple(traits), size=(len(ids),))
+
+    def measure(self, rows: np.ndarray) -> Self:  # noqa: ARG002  # ids have no mean or spread
+        return self
+
+    def to_model(self, rows: torch.Tensor) -> torch.Tensor:
+        """Ids (B, L) int32 to int64."""
+        return rows.long()
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @property
+    def row_dtype(self) -> str:
+        return "int32"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    @property
+    def model_args(self) -> dict[str, Json]:
+        return {"vocabulary_size": len(self.vocabulary) + 2, "length": self.length}
+
+    def preview(self, row: np.ndarray) -> Preview:
+        """The row as words: what the model saw, unknown tokens as <unk>."""
+        words = [self._word(int(token)) for token in row if token != PADDING]
+        text = "".join(words[:1])
+        for before, word in pairwise(words):
+            joined = _ONE_UNSPACED.fullmatch(before) and _ONE_UNSPACED.fullmatch(word)
+            text += word if joined else f" {word}"
+        return Preview(media_type="text/plain", content=text.encode())
+
+    @classmethod
+    def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
+        """A text file or standard input: each line that isn't blank is one input. A folder: each
+        `.txt` file below it is one input. Raises DataError, UsageError for a table."""
+        if path == Path("-"):
+            return _lines(sys.stdin.buffer, "stdin")
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            if not files:
+                raise DataError(f"No .txt files in {path}.", fix="Give a text file or a folder of them.")
+            return ((str(file.relative_to(path)), file.read_bytes) for file in files)
+        if not path.is_file():
+            raise DataError(f"{path} doesn't exist.", fix="Give a text file, a folder, or - for lines.")
+        if path.suffix.lower() in TABLES:
+            raise UsageError(
+                f"{path.name} is a table, and predict reads plain text.",
+                fix="Save its text column as a .txt file, one text a line.",
+            )
+        return _file_lines(path)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate(self.vocabulary, start=2)}
+
+    def _word(self, token: int) -> str:
+        return self.vocabulary[token - 2] if 2 <= token < len(self.vocabulary) + 2 else "<unk>"
+
+
+def _file_lines(path: Path) -> Iterator[tuple[str, Callable[[], Raw]]]:
+    with path.open("rb") as stream:
+        yield from _lines(stream, path.name)
+
+
+def _lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[str, Callable[[], Raw]]]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            yield f"{name}:{number}", partial(bytes, line.rstrip(b"\r\n"))
+
+
+def _checked(settings: Mapping[str, Json]) -> dict[str, Json]:
+    for name in settings:
+        if name not in DEFAULTS:
+            raise unknown("text setting", name, DEFAULTS)
+    chosen = {**DEFAULTS, **settings}
+    if not isinstance(chosen["lowercase"], bool):
+        raise UsageError(f"lowercase is {chosen['lowercase']!r}.", fix="Give true or false.")
+    _check_count("vocabulary_size", chosen["vocabulary_size"], 3, 10_000_000)
+    _check_count("min_count", chosen["min_count"], 1, sys.maxsize)
+    if chosen["length"] is not None:
+        _check_count("length", chosen["length"], 1, MAX_LENGTH)
+    return chosen
+
+
+def _check_count(name: str, value: Json, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}.", fix=f"Give a whole number from {low:,} to {high:,}.")
+
+
+PREPROCESS = TextPreprocess

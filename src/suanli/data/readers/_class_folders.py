@@ -1,0 +1,234 @@
+"""From a list of files to labelled rows, by the folders that hold them: `train/cat/001.jpg`.
+
+The folder and the archive reader both list files first and share this: what a split, a class, an
+image and a file to pass over is must not depend on how the files are packed. Only names are looked
+at here; nothing is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from suanli.core.errors import DataError
+from suanli.core.types import SPLITS, Raw, Row, Source
+from suanli.data.suffixes import IMAGE_SUFFIXES
+
+TABLE_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF = {word: split for split, words in _SPLIT_NAMES.items() for word in words}
+
+_LITTER = frozenset({"__macosx", "thumbs.db", "desktop.ini"})  # left by file managers
+LAYOUT = "class folders (cat/1.jpg, dog/2.jpg), with or without train, val and test folders around them"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a folder or archive."""
+
+    path: str  # relative, with "/"
+    size_bytes: int
+    read: Callable[[], Raw]
+
+
+@dataclass(slots=True)
+class _Folder:
+    folders: dict[str, _Folder] = field(default_factory=dict)
+    images: list[Member] = field(default_factory=list)
+    others: list[Member] = field(default_factory=list)
+
+    def at(self, parts: Iterable[str]) -> _Folder:
+        folder = self
+        for part in parts:
+            folder = folder.folders.setdefault(part, _Folder())
+        return folder
+
+    def all_images(self) -> list[Member]:
+        return [*self.images, *(m for f in self.folders.values() for m in f.all_images())]
+
+    def all_others(self) -> list[Member]:
+        return [*self.others, *(m for f in self.folders.values() for m in f.all_others())]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder, file or cell called `name` means: 'Validation' is 'val'."""
+    return _SPLIT_OF.get(name.strip().casefold())
+
+
+def suffix_of(name: str) -> str:
+    return name.rpartition(".")[2].casefold() if "." in name else ""
+
+
+def is_passed_over(part: str) -> bool:
+    """Hidden files and what file managers leave behind."""
+    return part.startswith(".") or part.casefold() in _LITTER
+
+
+def class_order(labels: Iterable[str]) -> tuple[str, ...]:
+    """Sorted without repetition; by value where every label is a whole number, so that 2 precedes 10."""
+    unique = set(labels)
+    if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in unique):
+        return tuple(sorted(unique, key=lambda label: (int(label), label)))
+    return tuple(sorted(unique))
+
+
+def source_name(name: str) -> str:
+    """`name` as the name of a directory anywhere."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "data"
+
+
+def count_and_examples(names: Sequence[str], what: str) -> str:
+    """'3 <what>: a, b, c' for a note; no more than three names."""
+    more = ", …" if len(names) > 3 else ""
+    return f"{len(names)} {what}: {', '.join(names[:3])}{more}"
+
+
+def fingerprint_of(parts: Iterable[object]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(f"{part}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def source_of(
+    members: Iterable[Member],
+    folders: Iterable[str],
+    *,
+    name: str,
+    where: str,
+    fingerprint: str,
+    notes: Sequence[str] = (),
+) -> Source:
+    """The labelled images among `members`.
+
+    `folders` are paths of folders, so that an empty class stays a class; `where` names the place in
+    errors. Raises DataError where there are no images, no class folders, or fewer than two classes.
+    """
+    root = _unwrapped(_tree(members, folders))
+    by_split = _splits(root, where)
+    classes = class_order(label for folder in by_split.values() for label in folder.folders)
+    rows = [
+        Row(name=member.path, label=label, split=split, read=member.read)
+        for split, folder in by_split.items()
+        for label in sorted(folder.folders)
+        for member in sorted(folder.folders[label].all_images(), key=lambda m: m.path)
+    ]
+    if not rows:
+        raise _no_images(root, where)
+    if len(classes) < 2:
+        raise DataError(
+            f"{where} has only one class, {classes[0]!r}; at least two are needed.",
+            fix=f"Expected are {LAYOUT}.",
+        )
+    used = {row.name for row in rows}
+    strays = sorted(m.path for m in root.all_images() if m.path not in used)
+    others = sorted(m.path for m in root.all_others())
+    remarks = list(notes)
+    if strays:
+        remarks.append(count_and_examples(strays, "images outside a class folder, passed over"))
+    if others:
+        remarks.append(count_and_examples(others, "other files, passed over"))
+    sizes = {m.path: m.size_bytes for m in root.all_images()}
+    return Source(
+        name=source_name(name),
+        kind="image",
+        rows=rows,
+        classes=classes,
+        fingerprint=fingerprint,
+        size_bytes=sum(sizes[row.name] for row in rows),
+        notes=tuple(remarks),
+    )
+
+
+def _tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
+    root = _Folder()
+    known: dict[str, _Folder | None] = {}  # by the path of the folder; None: passed over
+
+    def folder_at(path: str) -> _Folder | None:
+        if path not in known:
+            parts = PurePosixPath(path).parts
+            known[path] = None if any(map(is_passed_over, parts)) else root.at(parts)
+        return known[path]
+
+    for path in folders:
+        folder_at(path)
+    for member in members:
+        parent, _, file_name = member.path.rpartition("/")
+        folder = folder_at(parent)
+        if folder is None or is_passed_over(file_name):
+            continue
+        found = folder.images if suffix_of(file_name) in IMAGE_SUFFIXES else folder.others
+        found.append(member)
+    return root
+
+
+def _unwrapped(root: _Folder) -> _Folder:
+    """Without the single folders around everything, as archives often have."""
+    while len(root.folders) == 1 and not root.images:
+        (name, inner), *_ = root.folders.items()
+        if split_of(name) or inner.images or not inner.folders:
+            break
+        inner.others.extend(root.others)
+        root = inner
+    return root
+
+
+def _splits(root: _Folder, where: str) -> dict[str | None, _Folder]:
+    """The folder that holds the class folders of each split; {None: root} where there are no splits.
+
+    A folder called `train` that holds images itself is a class (of vehicles, say), not a split.
+    """
+    named = {name: f for name, f in root.folders.items() if split_of(name)}
+    found = {name: f for name, f in named.items() if f.folders and not f.images}
+    if not found:
+        holding = {name for name, f in root.folders.items() if f.all_images()}
+        if holding and holding <= set(named):
+            raise DataError(
+                f"{where} has no class folders inside {', '.join(sorted(holding))}.",
+                fix=f"Expected are {LAYOUT}; or give a table with the columns path and label.",
+            )
+        return {None: root}
+    by_split: dict[str | None, _Folder] = {}
+    for split in SPLITS:
+        alike = sorted(name for name in found if split_of(name) == split)
+        if len(alike) > 1:
+            raise DataError(
+                f"{where} has more than one folder for the {split} split: {', '.join(alike)}.",
+                fix="Merge them or move one away.",
+            )
+        if alike:
+            by_split[split] = found[alike[0]]
+    if "train" not in by_split:
+        raise DataError(
+            f"{where} has {', '.join(sorted(found))} but no train folder.",
+            fix="Add a train folder, or give a folder of class folders without splits.",
+        )
+    return by_split
+
+
+def _no_images(root: _Folder, where: str) -> DataError:
+    if root.images:
+        return DataError(
+            f"{where} has {len(root.images)} images but no class folders.",
+            fix=f"Expected are {LAYOUT}; or give a table with the columns path and label.",
+        )
+    others = sorted(m.path for m in root.all_others())
+    tables = [path for path in others if suffix_of(path) in TABLE_SUFFIXES]
+    if tables:
+        return DataError(
+            f"{where} has no images, but tables: {', '.join(tables[:3])}.",
+            fix="Give the table file itself (unpacked), or a folder with train, val and test tables.",
+        )
+    found = f"only {count_and_examples(others, 'other files')}" if others else "it is empty"
+    return DataError(
+        f"{where} has no images, {found}.",
+        fix=f"Expected are {LAYOUT}; images end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
+    )

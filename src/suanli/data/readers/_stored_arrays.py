@@ -1,0 +1,123 @@
+"""The arrays of an .npz file by their headers: what they may be is decided before one is loaded.
+
+Zeros deflate to a thousandth, so a small file can hold more than the memory, and a header can say
+anything. Here shapes, types and sizes are held against limits and each other.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suanli.core.console import size
+from suanli.core.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+MAX_BYTES = 32 << 30  # of all arrays that are used; or the machine's memory, if that is less
+MAX_IMAGES = 10_000_000  # in one split; each becomes a row
+MAX_CLASSES = 1 << 20
+MAX_NAME_BYTES = 4000  # of a class: 1,000 characters as NumPy has them
+MAX_HEADER_BYTES = 1 << 16  # of an array
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An array that isn't loaded yet, as its header describes it."""
+
+    name: str
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def header(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> Stored:
+    """Raises ValueError unless the header promises what its member holds: plain numbers or text."""
+    from numpy.lib import format as npy
+
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed in a way that NumPy doesn't use")
+    with archive.open(info) as member:
+        stream = io.BytesIO(member.read(MAX_HEADER_BYTES))
+    version = npy.read_magic(stream)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, which are not loaded")
+    if dtype.kind not in "buifSU":
+        raise ValueError(f"{name} holds {dtype}, neither numbers nor text")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize + stream.tell() != info.file_size:
+        raise ValueError(f"{name} doesn't have the size that its header says")
+    return Stored(name, info, shape, dtype)
+
+
+def load(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    from numpy.lib import format as npy
+
+    with archive.open(info) as stream:
+        array: NDArray[Any] = npy.read_array(stream, allow_pickle=False)
+    return array
+
+
+def check_images(path: Path, images: Stored) -> None:
+    shape = images.shape
+    if shape[:1] == (0,):
+        raise DataError(f"{path}: {images.name} is empty.", fix="Save at least a few images.")
+    with_channels = len(shape) == 4 and (shape[3] in (1, 3, 4) or shape[1] in (1, 3, 4))
+    if 0 in shape or not (len(shape) == 3 or with_channels):
+        raise DataError(
+            f"{path}: {images.name} has the shape {shape}, which isn't one of images.",
+            fix="Save (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels.",
+        )
+    if shape[0] > MAX_IMAGES:
+        raise DataError(
+            f"{path}: {images.name} has {shape[0]:,} images; the limit is {MAX_IMAGES:,}.",
+            fix="Save fewer, or the images as files in class folders.",
+        )
+
+
+def check_labels(path: Path, images: Stored, labels: Stored) -> None:
+    """One label a row, in one of the forms that the reader takes."""
+    if labels.shape[:1] != images.shape[:1]:
+        count = labels.shape[0] if labels.shape else 1
+        raise DataError(
+            f"{path}: {images.name} has {images.shape[0]:,} images, but there are {count:,} labels.",
+            fix="Save as many labels as images.",
+        )
+    width = math.prod(labels.shape[1:])
+    if len(labels.shape) > 2 or width > MAX_CLASSES or labels.dtype.itemsize > MAX_NAME_BYTES:
+        raise no_labels(path, images.name, labels)
+
+
+def check_names(path: Path, names: Stored) -> None:
+    if math.prod(names.shape) > MAX_CLASSES or names.dtype.itemsize > MAX_NAME_BYTES:
+        raise DataError(
+            f"{path}: {names.name} has the shape {names.shape} and type {names.dtype}, which isn't one of class names.",
+            fix=f"Save at most {MAX_CLASSES:,} names of at most {MAX_NAME_BYTES // 4:,} characters.",
+        )
+
+
+def check_total(path: Path, total_bytes: int) -> None:
+    limit_bytes = MAX_BYTES
+    if hasattr(os, "sysconf"):  # not on Windows
+        limit_bytes = min(limit_bytes, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if total_bytes > limit_bytes:
+        raise DataError(
+            f"The arrays in {path} have {size(total_bytes)}; the limit is {size(limit_bytes)}.",
+            fix="Save the images as files in class folders.",
+        )
+
+
+def no_labels(path: Path, name: str, labels: NDArray[Any] | Stored) -> DataError:
+    return DataError(
+        f"{path}: the labels of {name} have the shape {labels.shape} and type {labels.dtype}; "
+        "one label a row is needed.",
+        fix="Save whole numbers or names of shape (N,), or one-hot rows.",
+    )

@@ -1,0 +1,207 @@
+"""The members of a tar, compressed or not: listed within the limits of `_archives`, read at their
+place.
+
+In a compressed tar a member has no place of its own. Listing is one pass over the decompressed
+stream that keeps nothing, which is all that is needed where the prepared data is still in the cache.
+When the first member is read, the whole is decompressed into a file without a name in the temporary
+directory (TMPDIR): one mechanism for small and large, the page cache keeps it in memory while there
+is room, and the system removes it whatever happens to the process.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import tarfile
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from suanli.core.errors import BadInput, DataError
+from suanli.core.storage import writing
+from suanli.data.readers._archives import BytesAt, Listing, check_count, check_size, check_total, checked_name
+from suanli.data.readers._class_folders import Member, count_and_examples
+
+MAX_HEADER_BYTES = 16 << 20  # of the names and remarks before one member; they are read into memory
+OPENERS: dict[str, Callable[[Path, str], Any]] = {
+    ".tar": open,
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
+    ".tar.bz2": bz2.open,
+    ".tbz2": bz2.open,
+    ".tar.xz": lzma.open,
+    ".txz": lzma.open,
+}
+DAMAGED = (zlib.error, lzma.LZMAError, EOFError, gzip.BadGzipFile, tarfile.TarError)
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """Reads one member of a tar file."""
+
+    file: BytesAt | UnpackedAt
+    name: str
+    offset: int
+    size_bytes: int
+
+    def __call__(self) -> bytes:
+        content = self.file(self.offset, self.size_bytes)
+        if len(content) != self.size_bytes:
+            raise BadInput(f"{self.name} in {self.file.path} is cut short.")
+        return content
+
+
+class UnpackedAt:
+    """What a compressed file holds, read at any place by any number of threads: decompressed at the
+    first reading, in every process that reads. Raises DataError if the file is no longer the one
+    that was listed."""
+
+    def __init__(self, path: Path, suffix: str, stamp: tuple[int, int]) -> None:
+        self.path = path
+        self._suffix = suffix
+        self._stamp = stamp  # size and time when it was listed
+        self._unpacked: BytesAt | None = None
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[UnpackedAt], tuple[Path, str, tuple[int, int]]]:
+        return UnpackedAt, (self.path, self._suffix, self._stamp)
+
+    def __call__(self, offset: int, count: int) -> bytes:
+        if self._unpacked is None:
+            with self._lock:
+                if self._unpacked is None:
+                    self._unpacked = self._unpack()
+        return self._unpacked(offset, count)
+
+    def _unpack(self) -> BytesAt:
+        with writing(Path(os.environ.get("TMPDIR", "/tmp"))):  # where there is no such directory at all
+            temporary = Path(tempfile.gettempdir())
+        try:
+            with ExitStack() as stack:
+                if _stamp(self.path) != self._stamp:
+                    raise tarfile.ReadError("it is another file than before")
+                stream = stack.enter_context(_opened(self.path, self._suffix))
+                with writing(temporary):
+                    unpacked = stack.enter_context(tempfile.TemporaryFile(dir=temporary))
+                while chunk := stream.take(_CHUNK_BYTES):
+                    with writing(temporary):
+                        unpacked.write(chunk)
+                with writing(temporary):
+                    unpacked.flush()
+                return BytesAt(self.path, os.dup(unpacked.fileno()))
+        except DAMAGED as error:
+            raise DataError(
+                f"The archive {self.path} was changed while it was being read ({error}).", fix="Start again."
+            ) from error
+
+
+class _Forward:
+    """A tar as `tarfile` reads it, from the first byte to the last and never back. Nothing it skips
+    or reads goes beyond the limits, and headers can't fill the memory."""
+
+    def __init__(self, path: Path, stream: IO[bytes], *, packed: bool) -> None:
+        self.last = b""  # what was read last
+        self._path = path
+        self._stream = stream
+        self._packed = packed
+        self._packed_bytes = path.stat().st_size
+        self._position = 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {count:,} bytes at byte {self._position}")
+        self.last = self.take(count)
+        return self.last
+
+    def seek(self, position: int) -> None:
+        if position < self._position:
+            raise tarfile.ReadError(f"the header before byte {self._position} leads back")
+        if self._packed:
+            while self._position < position and self.take(min(_CHUNK_BYTES, position - self._position)):
+                pass
+        else:
+            self._stream.seek(position)
+            self._position = position
+
+    def take(self, count: int) -> bytes:
+        try:
+            chunk = self._stream.read(count)
+        except OSError as error:  # bz2 says 'Invalid data stream' this way
+            if error.errno is not None:
+                raise
+            raise tarfile.ReadError(f"{self._path.name}: {error}") from error
+        self._position += len(chunk)
+        check_total(self._path, self._position, self._packed_bytes)
+        return chunk
+
+
+def list_tar(path: Path, suffix: str) -> Listing:
+    """Raises one of DAMAGED where it is damaged, DataError where it is hostile."""
+    packed = suffix != ".tar"
+    stamp = _stamp(path)
+    file = UnpackedAt(path, suffix, stamp) if packed else BytesAt(path)
+    members: dict[str, Member] = {}
+    folders, others, stamps = [], [], []
+    with _opened(path, suffix) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
+        for count, info in enumerate(_each(archive), start=1):
+            check_count(path, count)
+            if info.size < 0:
+                raise tarfile.ReadError(f"{info.name!r} has {info.size:,} bytes")
+            name = checked_name(path, info.name)
+            if info.isdir():
+                folders.append(name)
+            elif info.isreg() and not info.issparse():
+                check_size(path, name, info.size)
+                members[name] = Member(name, info.size, TarMember(file, name, info.offset_data, info.size))
+                stamps.append(f"{name}\0{info.size}\0{info.mtime}")
+            else:
+                others.append(name)
+        whole = _ends_well(stream)
+        while packed and stream.take(_CHUNK_BYTES):  # the checksum is at the end
+            pass
+    notes = []
+    if others:
+        notes.append(count_and_examples(others, "links, devices and sparse files in the archive, passed over"))
+    if not whole:
+        notes.append("the archive has no end mark; it may have been cut short")
+    return Listing(list(members.values()), folders, notes, [*stamps, "{} {}".format(*stamp)])
+
+
+@contextmanager
+def _opened(path: Path, suffix: str) -> Iterator[_Forward]:
+    with OPENERS[suffix](path, "rb") as stream:
+        yield _Forward(path, stream, packed=suffix != ".tar")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
+def _each(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Every member. `tarfile` keeps all it has seen; dropping them bounds the memory."""
+    while (info := archive.next()) is not None:
+        archive.members.clear()  # type: ignore[attr-defined]  # documented for streams of members
+        yield info
+
+
+def _ends_well(stream: _Forward) -> bool:
+    """True at the end mark (a block of zeros), False where the file just ends. `tarfile` takes a
+    damaged header in the middle for the end, which would lose the rest in silence."""
+    if not stream.last:
+        return False
+    if stream.last.strip(b"\0"):
+        raise tarfile.ReadError(f"no valid header before byte {stream.tell()}")
+    return True

@@ -1,0 +1,111 @@
+"""The members of a zip file: listed within the limits of `_archives`, read at their place."""
+
+from __future__ import annotations
+
+import stat
+import struct
+import zipfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from suanli.core.errors import BadInput, DataError
+from suanli.data.readers._archives import (
+    MAX_RATIO,
+    RATIO_FROM_BYTES,
+    BytesAt,
+    Listing,
+    bomb,
+    check_count,
+    check_size,
+    check_total,
+    checked_name,
+)
+from suanli.data.readers._class_folders import Member, count_and_examples
+
+
+@dataclass(frozen=True, slots=True)
+class ZipMember:
+    """Reads one member of a zip file."""
+
+    file: BytesAt
+    name: str
+    offset: int  # of the local header
+    packed_bytes: int
+    size_bytes: int
+    deflated: bool
+    crc: int
+
+    def __call__(self) -> bytes:
+        header = self.file(self.offset, 30)
+        if header[:4] != b"PK\x03\x04" or len(header) < 30:
+            raise BadInput(f"{self.name} in {self.file.path} is damaged: no header where it should be.")
+        # The local name and extra field may be longer than those of the directory.
+        name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
+        content = self.file(self.offset + 30 + name_bytes + extra_bytes, self.packed_bytes)
+        if self.deflated:
+            try:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size_bytes + 1)
+            except zlib.error as error:
+                raise BadInput(f"{self.name} in {self.file.path} is damaged: {error}.") from error
+        if len(content) != self.size_bytes or zlib.crc32(content) != self.crc:
+            raise BadInput(f"{self.name} in {self.file.path} is damaged: wrong size or checksum.")
+        return content
+
+
+def list_zip(path: Path) -> Listing:
+    """Raises BadZipFile where it is damaged, DataError where it is encrypted or hostile."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except (NotImplementedError, ValueError, struct.error) as error:
+        raise zipfile.BadZipFile(str(error)) from error
+    file = BytesAt(path)
+    check_count(path, len(infos))
+    members: dict[str, Member] = {}
+    folders, links, stamps = [], [], []
+    total = 0
+    for info in infos:
+        stated = _zip_name(info)
+        name = checked_name(path, stated)
+        if stated.endswith("/"):
+            folders.append(name)
+        elif stat.S_ISLNK(info.external_attr >> 16):
+            links.append(name)
+        else:
+            _check_zip_member(path, name, info)
+            if not 0 <= info.header_offset <= file.size_bytes - info.compress_size:
+                raise zipfile.BadZipFile(f"{name!r} lies outside of the file")
+            total += info.file_size
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            reader = ZipMember(file, name, info.header_offset, info.compress_size, info.file_size, deflated, info.CRC)
+            members[name] = Member(name, info.file_size, reader)
+            stamps.append(f"{name}\0{info.file_size}\0{info.CRC}")
+    check_total(path, total, file.size_bytes)
+    notes = [count_and_examples(links, "links in the archive, passed over")] if links else []
+    if len(members) < len(stamps):
+        notes.append(f"{len(stamps) - len(members)} names occur again in the archive; the last one counts")
+    return Listing(list(members.values()), folders, notes, stamps)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The member's name. Some programs write UTF-8 without saying so; zipfile then takes it as cp437."""
+    name = info.filename
+    if not info.flag_bits & 0x800 and not name.isascii():
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    return name.replace("\\", "/")
+
+
+def _check_zip_member(path: Path, name: str, info: zipfile.ZipInfo) -> None:
+    if info.flag_bits & 0x1:
+        raise DataError(f"{name} in {path} is encrypted.", fix="Unpack it and give the folder.")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(
+            f"{name} in {path} is compressed with method {info.compress_type}; 0 (stored) and 8 (deflate) can be read.",
+            fix="Unpack it and give the folder, or pack it again.",
+        )
+    check_size(path, name, max(info.file_size, info.compress_size))
+    if info.file_size > RATIO_FROM_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
+        raise bomb(path, name, info.file_size, info.compress_size)

@@ -1,0 +1,68 @@
+"""A zip or tar of class folders, read without unpacking it by hand."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from suanli.core.errors import DataError
+from suanli.core.types import Columns, Reader, Source
+from suanli.data.readers import _tar
+from suanli.data.readers._archives import Listing
+from suanli.data.readers._class_folders import fingerprint_of, source_of
+from suanli.data.readers._zip import list_zip
+
+SUFFIXES = (".zip", *_tar.OPENERS)
+
+
+def why_not(path: Path) -> str | None:
+    if path.is_dir():
+        return "a folder, not an archive"
+    if _suffix(path) is None:
+        return f"not an archive: its name doesn't end in {', '.join(SUFFIXES)}"
+    return None
+
+
+def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # an archive has no columns
+    """The images in the archive `path`.
+
+    Raises DataError for an archive that is damaged, encrypted, beyond the limits of `_archives`, has
+    names that lead out of it, or isn't one of class folders.
+    """
+    suffix = _suffix(path)
+    if suffix is None or path.is_dir():
+        raise DataError(f"{path} is {why_not(path)}.", fix="Give a zip or tar of class folders.")
+    listing = _listing(path, suffix)
+    return source_of(
+        listing.members,
+        listing.folders,
+        name=path.name[: -len(suffix)],
+        where=f"The archive {path}",
+        fingerprint=fingerprint_of(sorted(listing.stamps)),
+        notes=listing.notes,
+    )
+
+
+def _suffix(path: Path) -> str | None:
+    """Which of SUFFIXES the name ends in."""
+    name = path.name.casefold()
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _listing(path: Path, suffix: str) -> Listing:
+    """Everything in the archive."""
+    try:
+        return list_zip(path) if suffix == ".zip" else _tar.list_tar(path, suffix)
+    except (*_tar.DAMAGED, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"The archive {path} is damaged, cut short, or not what its name says ({error}).",
+            fix="Get it again, and compare its size or checksum with its publisher's.",
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"The archive {path} can't be read: {error.strerror or error}.",
+            fix="Give a file that you may read.",
+        ) from error
+
+
+READER = Reader(name="archive", why_not=why_not, read=read, order=20)

@@ -1,0 +1,105 @@
+"""A folder of class folders: `cat/1.jpg`, or `train/cat/1.jpg`, however deep inside a class.
+
+Links are followed, since large sets are often linked together; a link back to a folder above it is
+passed over. Only names, sizes and times are read here; the bytes of an image when it is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+from suanli.core.errors import DataError
+from suanli.core.types import Columns, Reader, Source
+from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, is_passed_over, source_of
+from suanli.data.readers._files import read_file
+from suanli.data.readers._tables import tables_in
+
+MAX_FILES = 20_000_000  # links among folders can multiply them without end
+
+
+def why_not(path: Path) -> str | None:
+    if not path.is_dir():
+        return "not a folder"
+    tables = tables_in(path)
+    if "train" in tables:
+        return f"holds tables ({tables['train'].name}) and no class folders"
+    return None
+
+
+def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder has no columns
+    """The images at `path`. Raises DataError where it isn't a folder of class folders."""
+    members, folders, notes, stamps = _walk(path)
+    return source_of(
+        members,
+        folders,
+        name=path.resolve().name,
+        where=f"The folder {path}",
+        fingerprint=fingerprint_of(sorted(stamps)),
+        notes=notes,
+    )
+
+
+def _shown(path: str) -> str:
+    """A name that is not valid UTF-8, so that it can be printed and saved."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
+    """Files, folders, notes, and what the fingerprint is made of."""
+    members: list[Member] = []
+    folders: list[str] = []
+    stamps: list[str] = []
+    loops: list[str] = []
+    broken: list[str] = []
+    waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(top), "", frozenset())]
+    while waiting:
+        folder, relative, above = waiting.pop()
+        inside = above | {_identity(os.stat(folder))}
+        for entry in _entries(folder):
+            if is_passed_over(entry.name):
+                continue
+            path = _shown(relative + entry.name)
+            try:
+                about = entry.stat()
+            except OSError:  # a link to nothing, or to itself
+                broken.append(path)
+                continue
+            if entry.is_dir():
+                if entry.is_symlink() and _identity(about) in inside:
+                    loops.append(path)
+                    continue
+                folders.append(path)
+                waiting.append((entry.path, f"{relative}{entry.name}/", inside))
+            elif entry.is_file():
+                members.append(Member(path, about.st_size, partial(read_file, entry.path)))
+                stamps.append(f"{path}\0{about.st_size}\0{about.st_mtime_ns}")
+            else:
+                broken.append(path)
+        if len(members) + len(folders) > MAX_FILES:
+            raise DataError(f"{top} has more than {MAX_FILES:,} files.", fix="Give a smaller folder.")
+    notes = []
+    if loops:
+        notes.append(count_and_examples(sorted(loops), "links to a folder above them, passed over"))
+    if broken:
+        notes.append(count_and_examples(sorted(broken), "broken links and special files, passed over"))
+    return members, folders, notes, [*stamps, *folders]
+
+
+def _identity(about: os.stat_result) -> tuple[int, int]:
+    return about.st_dev, about.st_ino
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise DataError(
+            f"The folder {folder} can't be read: {error.strerror}.",
+            fix="Give yourself the right to read it, or move it away.",
+        ) from error
+
+
+READER = Reader(name="folder", why_not=why_not, read=read, order=50)

@@ -1,0 +1,230 @@
+"""NumPy's .npz with arrays of images and labels under the usual names.
+
+Arrays are loaded whole: a compressed array can't be read in parts. Before that the shapes of all that
+will be used are read from their headers and held against the limits and each other, because zeros
+deflate to a thousandth; and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suanli.core.errors import DataError
+from suanli.core.types import Columns, Reader, Row, Source
+from suanli.data.readers._class_folders import class_order, count_and_examples, fingerprint_of, source_name
+from suanli.data.readers._stored_arrays import (
+    check_images,
+    check_labels,
+    check_names,
+    check_total,
+    header,
+    load,
+    no_labels,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PAIRS = tuple(itertools.product(("x", "images", "image", "data"), ("y", "labels", "label", "target", "targets")))
+_SPLIT_WORDS = (("train", "train"), ("val", "val"), ("valid", "val"), ("test", "test"))
+_CLASS_NAMES = ("class_names", "classes", "label_names", "target_names")
+USUAL = "x_train and y_train (also _val, _test), train_images and train_labels, images and labels, X and y"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError, KeyError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The arrays of one split."""
+
+    split: str | None
+    images: NDArray[Any]
+    labels: NDArray[Any]
+    name: str  # of the array with the images
+
+
+def why_not(path: Path) -> str | None:
+    return None if path.suffix.casefold() == ".npz" and not path.is_dir() else "not an .npz file"
+
+
+def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays have usual names
+    """The images in `path`: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4; labels (N,),
+    (N, 1) or one-hot (N, K). Raises DataError for anything else, and for a damaged file."""
+    try:
+        return _source(path, *_load(path))
+    except MemoryError as error:
+        raise DataError(
+            f"The arrays in {path} don't fit into the memory that is left.",
+            fix="Save the images as files in class folders, or give a machine with more memory.",
+        ) from error
+
+
+def _source(path: Path, parts: list[_Part], names: list[str]) -> Source:
+    scale, notes = _scale(path, parts)
+    labels = [_labels(path, part) for part in parts]
+    classes = _classes(path, labels, names)
+    rows: list[Row] = []
+    for part, values in zip(parts, labels, strict=True):
+        images = _channels_last(part.images)
+        rows += [
+            Row(
+                name=f"{part.name}[{i}]",
+                label=names[int(value)] if names else value,
+                split=part.split,
+                read=partial(_image, images, i, scale),
+            )
+            for i, value in enumerate(values)
+        ]
+    about = path.stat()
+    return Source(
+        name=source_name(path.stem),
+        kind="image",
+        rows=rows,
+        classes=classes,
+        fingerprint=fingerprint_of([about.st_size, about.st_mtime_ns]),
+        size_bytes=sum(part.images.size for part in parts),
+        notes=tuple(notes),
+    )
+
+
+def _load(path: Path) -> tuple[list[_Part], list[str]]:
+    """The arrays to use, and the names of the classes if there are some."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted, class_names = _find(path, list(infos))
+            used = dict.fromkeys([*itertools.chain.from_iterable(w[1:] for w in wanted), *class_names])
+            stored = {name: header(archive, name, infos[name]) for name in used}
+            for _, images, labels in wanted:
+                check_images(path, stored[images])
+                check_labels(path, stored[images], stored[labels])
+            for name in class_names:
+                check_names(path, stored[name])
+            check_total(path, sum(array.info.file_size for array in stored.values()))
+            # Not by numpy.load, which may take another member of that name than was checked.
+            arrays = {name: load(archive, array.info) for name, array in stored.items()}
+    except _DAMAGED as error:
+        raise DataError(
+            f"The file {path} is damaged or no .npz of plain arrays ({error}).",
+            fix="Save it again with numpy.savez_compressed and arrays of numbers, not of objects.",
+        ) from error
+    except OSError as error:
+        raise DataError(f"The file {path} can't be read: {error}.", fix="Give a file you may read.") from error
+    parts = [_Part(split, arrays[images], arrays[labels], images) for split, images, labels in wanted]
+    return parts, [_text(value) for name in class_names for value in arrays[name].ravel()]
+
+
+def _find(path: Path, stored: list[str]) -> tuple[list[tuple[str | None, str, str]], list[str]]:
+    """(split, images, labels) of the arrays to use, and the array of class names if there is one."""
+    by_name = {name.casefold(): name for name in stored}
+    found: dict[str | None, tuple[str, str]] = {}
+    for (word, split), (x, y) in itertools.product(_SPLIT_WORDS, _PAIRS):
+        for images, labels in ((f"{x}_{word}", f"{y}_{word}"), (f"{word}_{x}", f"{word}_{y}")):
+            if images in by_name and labels in by_name:
+                found.setdefault(split, (by_name[images], by_name[labels]))
+    if not found:
+        for x, y in _PAIRS:
+            if x in by_name and y in by_name:
+                found.setdefault(None, (by_name[x], by_name[y]))
+    if None not in found and "train" not in found:
+        raise DataError(
+            f"The file {path} has no arrays with the usual names; it has: {', '.join(sorted(stored)[:20])}.",
+            fix=f"Save them as {USUAL}.",
+        )
+    wanted = [(split, *names) for split, names in found.items()]
+    return wanted, [by_name[name] for name in _CLASS_NAMES if name in by_name][:1]
+
+
+def _scale(path: Path, parts: list[_Part]) -> tuple[float, list[str]]:
+    """The factor that brings the values of all splits to 0…255; the same for all of them."""
+    import numpy as np
+
+    kinds = {part.images.dtype.kind for part in parts}
+    if all(part.images.dtype == np.uint8 for part in parts):
+        return 1.0, []
+    if not kinds <= set("buif"):
+        raise DataError(f"{path}: the images are {parts[0].images.dtype}, not numbers.", fix="Save uint8.")
+    low = min(float(part.images.min()) for part in parts)
+    high = max(float(part.images.max()) for part in parts)
+    if not (low >= 0 and high < 65536):  # also false for NaN
+        raise DataError(
+            f"{path}: the images have values from {low:g} to {high:g}; 0 to 1 or 0 to 255 can be read.",
+            fix="Save them as uint8 before any normalisation.",
+        )
+    if "b" in kinds or ("f" in kinds and high <= 1):
+        return 255.0, [f"values from {low:g} to {high:g} were multiplied by 255"]
+    if high <= 255:
+        return 1.0, [f"values from {low:g} to {high:g} ({parts[0].images.dtype}) were rounded to whole numbers"]
+    if kinds == {"u"}:
+        return 1 / 257, ["16-bit values were reduced to 8 bits"]
+    raise DataError(
+        f"{path}: the images have values from {low:g} to {high:g}; 0 to 1 or 0 to 255 can be read.",
+        fix="Save them as uint8.",
+    )
+
+
+def _image(images: NDArray[Any], position: int, scale: float) -> np.ndarray:
+    """One image as uint8, (H, W) or (H, W, C)."""
+    import numpy as np
+
+    image: np.ndarray = images[position]
+    if image.dtype == np.uint8 and scale == 1.0:
+        return np.ascontiguousarray(image)
+    return np.rint(image.astype(np.float64) * scale).astype(np.uint8)
+
+
+def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
+    """(N, H, W) or (N, H, W, C)."""
+    if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
+        images = images.transpose(0, 2, 3, 1)
+    if images.ndim == 4 and images.shape[3] == 1:
+        images = images[..., 0]
+    return images
+
+
+def _labels(path: Path, part: _Part) -> list[str]:
+    """One text a row: '3' for a number, the position of the one for one-hot labels."""
+    import numpy as np
+
+    labels = part.labels
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    numbers = labels.dtype.kind in "buif"
+    if labels.ndim == 2 and numbers and np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all():
+        labels = labels.argmax(axis=1)
+    if labels.ndim != 1:
+        raise no_labels(path, part.name, part.labels)
+    if labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
+        raise DataError(f"{path}: the labels of {part.name} are fractions.", fix="Save whole numbers.")
+    if numbers:
+        return [str(value) for value in labels.astype(np.int64).tolist()]
+    return [_text(value) for value in labels]
+
+
+def _classes(path: Path, labels: list[list[str]], names: list[str]) -> tuple[str, ...]:
+    found = class_order(itertools.chain.from_iterable(labels))
+    if len(found) < 2:
+        raise DataError(f"{path} has only one class, {found[0]!r}; at least two are needed.", fix="Add another class.")
+    if not names:
+        return found
+    odd = [label for label in found if not label.isdecimal() or int(label) >= len(names)]
+    if odd or len(set(names)) < len(names):
+        shown = count_and_examples(odd, "labels outside of it") if odd else "with a name twice"
+        raise DataError(
+            f"{path} has a list of {len(names)} class names, {shown}.",
+            fix="Save whole numbers from 0 as labels, and one name for each.",
+        )
+    return tuple(names)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+READER = Reader(name="npz", why_not=why_not, read=read, order=10)

@@ -1,0 +1,257 @@
+"""A table file (CSV, TSV or JSON lines) with an input and a label column, or a folder of train, val
+and test tables.
+
+The input column holds texts, or paths of images relative to the table; which of the two is seen from
+its values. Columns are found by their usual names; `--input-column` and `--label-column` say others.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from suanli.core.errors import DataError, unknown
+from suanli.core.types import SPLITS, Columns, Reader, Row, Source
+from suanli.data.readers._class_folders import (
+    TABLE_SUFFIXES,
+    class_order,
+    fingerprint_of,
+    source_name,
+    split_of,
+    suffix_of,
+)
+from suanli.data.readers._files import read_file
+from suanli.data.readers._tables import MAX_SHOWN, Cells, Table, read_table, shown, tables_in
+from suanli.data.suffixes import IMAGE_SUFFIXES
+
+LABEL_NAMES = ("label", "labels", "class", "target", "category", "y", "sentiment", "class_name", "label_name")
+PATH_NAMES = ("path", "file", "filename", "file_name", "image", "filepath", "file_path", "image_path")
+TEXT_NAMES = (
+    *("text", "sentence", "content", "review", "comment", "title", "question", "body", "document"),
+    *("message", "tweet", "utterance", "query"),
+)
+_LOOKED_AT = 100  # values of a column, to see whether they are paths of images
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The columns of one table file, by position."""
+
+    input: int
+    label: int
+    split: int | None
+
+
+def why_not(path: Path) -> str | None:
+    if path.is_dir():
+        found = tables_in(path)
+        if "train" in found:
+            return None
+        return "a folder without a table named train (.csv, .tsv, .jsonl or .ndjson), or with class folders"
+    if suffix_of(path.name) not in TABLE_SUFFIXES:
+        return f"not a table: its name doesn't end in {', '.join('.' + s for s in sorted(TABLE_SUFFIXES))}"
+    return None
+
+
+def read(path: Path, columns: Columns) -> Source:
+    """The rows of the table, or tables, at `path`.
+
+    Raises DataError where it can't be read as a table with an input and a label column; UsageError
+    for a column in `columns` that it doesn't have.
+    """
+    found = tables_in(path) if path.is_dir() else {}
+    if path.is_dir() and "train" not in found:
+        raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
+    files: dict[str | None, Path] = {s: found[s] for s in SPLITS if s in found} or {None: path}
+    rows: list[Row] = []
+    notes: list[str] = []
+    kinds: dict[str, Path] = {}
+    for split, file in files.items():
+        table = read_table(file)
+        first = split in (None, "train")
+        chosen = _choose(table, columns, first=first)
+        if first and chosen is not None:  # the others have the same, or else the usual names
+            columns = Columns(input=table.columns[chosen.input], label=table.columns[chosen.label])
+        if chosen is None:
+            notes.append(f"{file.name} has no label column, passed over")
+            continue
+        kinds[_kind(table, chosen)] = file
+        new_rows, new_notes = _rows(table, chosen, split, kind=_kind(table, chosen))
+        rows += new_rows
+        notes += new_notes
+    if len(kinds) > 1:
+        names = " and ".join(f"{kind}s ({file.name})" for kind, file in kinds.items())
+        raise DataError(f"The tables in {path} differ: {names}.", fix="Make them alike.")
+    (kind,) = kinds
+    stamps = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files.values()]
+    size_bytes = sum(f.stat().st_size for f in files.values())
+    if kind == "image":
+        size_bytes, image_stamps = _look_at_files(path, rows)
+        stamps += image_stamps
+    return Source(
+        name=source_name(path.resolve().name if path.is_dir() else path.stem),
+        kind=kind,
+        rows=rows,
+        classes=_classes(path, rows),
+        fingerprint=fingerprint_of([*stamps, columns.input, columns.label]),
+        size_bytes=size_bytes,
+        notes=tuple(notes),
+    )
+
+
+def _choose(table: Table, columns: Columns, *, first: bool) -> _Chosen | None:
+    """None where the table has no label column and isn't the first, as published tests often are:
+    their second column then is a number of the row, not a label."""
+    by_name = {name.casefold(): i for i, name in reversed(list(enumerate(table.columns)))}
+    label = _named(table, columns.label, "label column", first)
+    input_ = _named(table, columns.input, "input column", first)
+    if label is None:
+        label = next((by_name[n] for n in LABEL_NAMES if n in by_name and by_name[n] != input_), None)
+    if input_ is None:
+        input_ = _found_input(table, by_name, label)
+    if label is None and input_ is not None and len(table.columns) == 2 and first:
+        label = 1 - input_
+    if label is None and not first:
+        return None
+    if label is None or input_ is None or label == input_:
+        raise _no_column(table, "label" if label is None else "input")
+    split = by_name.get("split")
+    return _Chosen(input_, label, None if split in (input_, label) else split)
+
+
+def _named(table: Table, name: str | None, what: str, first: bool) -> int | None:
+    """Position of a column that the user named. Val and test tables may call theirs otherwise."""
+    if name is None or (name not in table.columns and not first):
+        return None
+    if name not in table.columns:
+        raise unknown(f"{what} of {table.path.name}", name, table.columns[:MAX_SHOWN])
+    return table.columns.index(name)
+
+
+def _found_input(table: Table, by_name: dict[str, int], label: int | None) -> int | None:
+    paths = [by_name[n] for n in PATH_NAMES if n in by_name and by_name[n] != label]
+    texts = [by_name[n] for n in TEXT_NAMES if n in by_name and by_name[n] != label]
+    for position in paths:
+        if _are_image_paths(table, position):
+            return position
+    if texts:
+        return texts[0]
+    if label is not None and len(table.columns) == 2:
+        return 1 - label
+    return None
+
+
+def _no_column(table: Table, what: str) -> DataError:
+    usual = LABEL_NAMES if what == "label" else (*PATH_NAMES[:4], *TEXT_NAMES[:5])
+    hint = ""
+    if len(table.columns) == 1 and any(c in table.columns[0] for c in ";|\t,"):
+        hint = " Its columns must be separated by commas in .csv and tabs in .tsv."
+    return DataError(
+        f"The table {table.path} has no {what} column that is known by its name; "
+        f"its columns are: {shown(table.columns)}.",
+        fix=f"Name it with --{what}-column, or rename it to one of: {', '.join(usual)}.{hint}",
+    )
+
+
+def _are_image_paths(table: Table, position: int) -> bool:
+    values = [cells[position].strip() for _, cells in table.rows[:_LOOKED_AT]]
+    values = [value for value in values if value]
+    alike = sum("\n" not in v and len(v) < 1000 and suffix_of(v) in IMAGE_SUFFIXES for v in values)
+    return alike > 0.9 * len(values)
+
+
+def _kind(table: Table, chosen: _Chosen) -> str:
+    return "image" if _are_image_paths(table, chosen.input) else "text"
+
+
+def _rows(table: Table, chosen: _Chosen, split: str | None, *, kind: str) -> tuple[list[Row], list[str]]:
+    """Rows and notes of one table. An empty text stays a row: its fate is the preprocessing's."""
+    rows: list[Row] = []
+    bad = list(table.bad)
+    for line, cells in table.rows:
+        label, value = cells[chosen.label].strip(), cells[chosen.input]
+        if not label or (kind == "image" and not value.strip()):
+            bad.append(line)
+            continue
+        row_split = split or _split_cell(table, chosen, line, cells)
+        if kind == "image":
+            place = _place(table, line, value.strip())
+            rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(read_file, place)))
+        else:
+            name = f"{table.path.name}:{line}"
+            rows.append(Row(name=name, label=label, split=row_split, read=partial(str, value)))
+    if not bad:
+        return rows, []
+    lines = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
+    remark = f"{len(bad)} lines of {table.path.name} with missing or surplus cells (line {lines})"
+    if len(bad) > len(rows):
+        raise DataError(f"The table {table.path} is mostly damaged: {remark}.", fix="Save it again.")
+    return rows, [f"{remark}, passed over"]
+
+
+def _split_cell(table: Table, chosen: _Chosen, line: int, cells: Cells) -> str | None:
+    if chosen.split is None or not cells[chosen.split].strip():
+        return None
+    split = split_of(cells[chosen.split])
+    if split is None:
+        raise DataError(
+            f"The column split of {table.path} has {cells[chosen.split]!r} in line {line}.",
+            fix=f"Allowed are {', '.join(SPLITS)}; rename the column if it means something else.",
+        )
+    return split
+
+
+def _place(table: Table, line: int, path: str) -> str:
+    """Where the image lies. A table may come from elsewhere, so a relative path stays below it."""
+    if "\\" in path and os.sep == "/":
+        path = path.replace("\\", "/")
+    if ".." in PurePosixPath(path).parts and not os.path.isabs(path):
+        raise DataError(
+            f"The path {path!r} in line {line} of {table.path} leads out of the table's folder.",
+            fix="Move the table above its images, or write absolute paths.",
+        )
+    return os.path.join(table.path.parent, path)
+
+
+def _look_at_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
+    """Size of all images, and what changes when they do. Raises DataError where the first are missing."""
+    total = 0
+    stamps = []
+    missing = 0
+    for position, row in enumerate(rows):
+        assert isinstance(row.read, partial)
+        try:
+            about = os.stat(row.read.args[0])
+        except OSError:
+            missing += 1
+            stamps.append(f"{row.name} missing")
+            if missing == position + 1 == min(20, len(rows)):
+                raise DataError(
+                    f"None of the first {missing} files named in {path} exists; the first is {rows[0].read.args[0]}.",  # type: ignore[attr-defined]
+                    fix="Paths are relative to the folder of the table: put it there, or correct them.",
+                ) from None
+            continue
+        total += about.st_size
+        stamps.append(f"{row.name} {about.st_size} {about.st_mtime_ns}")
+    return total, stamps
+
+
+def _classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
+    classes = class_order(row.label for row in rows)
+    if len(classes) < 2:
+        raise DataError(
+            f"{path} has only one class, {classes[0]!r}; at least two are needed.",
+            fix="Add rows of another class, or name the right column with --label-column.",
+        )
+    if len(classes) > 20 and len(classes) > len(rows) / 2:
+        raise DataError(
+            f"The label column of {path} has {len(classes):,} different values in {len(rows):,} rows: "
+            f"{', '.join(classes[:3])}, …; those are not classes.",
+            fix="Name the right column with --label-column.",
+        )
+    return classes
+
+
+READER = Reader(name="table", why_not=why_not, read=read, order=30)

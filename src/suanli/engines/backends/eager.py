@@ -1,0 +1,111 @@
+"""PyTorch as it is: the reference in float32, and lower precisions where the device has them.
+
+On an NVIDIA GPU float32 means float32: PyTorch's own default computes convolutions of float32 numbers in TF32 there, so
+the switch is set for each call. tfloat32 is the same network with the switch the other way.
+float32 was run on an H100, the other precisions were not. Source of the switches: "Numerical accuracy" and
+"TensorFloat-32" in PyTorch's documentation.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from suanli.compute.plan import threads
+from suanli.core.types import Device, Engine, Loaded, Material, Placement
+from suanli.engines.inference_module import Whole
+from suanli.machine.switches import switched
+from suanli.models.model_folder import WEIGHTS, load_model
+
+DTYPES = {
+    "float32": torch.float32,
+    "tfloat32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+LOWER = ("bfloat16", "float16")  # with weights of fewer bits
+HEAVY = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+def why_not(device: Device, precision: str) -> str | None:
+    if precision not in device.fast_dtypes:
+        return f"{device.name} has no {precision} of its own"
+    if precision == "float16" and device.type == "cpu":
+        return "PyTorch has few float16 kernels for CPUs"
+    return None
+
+
+def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
+    assert material.model is not None
+    for name in ("model.json", WEIGHTS):
+        shutil.copyfile(material.model / name, folder / name)
+
+
+def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+    whole = Whole(load_model(folder, trust_code=placement.trust_code))
+    where = torch.device(placement.device.torch_name)
+    whole.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lower = precision in LOWER
+
+    def answer(rows: np.ndarray) -> np.ndarray:
+        autocast = torch.autocast(where.type, DTYPES[precision], enabled=lower)
+        with threads(placement.threads), torch.inference_mode(), autocast, float32_as(precision, where.type):
+            return whole(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
+
+    def computes_in(rows: np.ndarray) -> str:
+        return ran_in(whole, lambda: answer(rows)) or precision
+
+    return Loaded(answer=answer, computes_in=computes_in)
+
+
+def float32_as(precision: str, device_type: str) -> AbstractContextManager[None]:
+    """Inside the block an NVIDIA GPU computes products and convolutions of float32 numbers in TF32 for "tfloat32", in
+    full for any other precision, whatever is set for the process."""
+    if device_type != "cuda":
+        return nullcontext()
+    backends = torch.backends
+    places = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)  # type: ignore[attr-defined]
+    return switched(places, "fp32_precision", "tf32" if precision == "tfloat32" else "ieee")
+
+
+def ran_in(network: nn.Module, work: Callable[[], object]) -> str | None:
+    """The precision of most of the network's products and convolutions while `work` runs it; None: it has none."""
+    found: list[str] = []
+
+    def look(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        found.append(computed_in(module, output.dtype, output.device.type))
+
+    hooks = [module.register_forward_hook(look) for module in network.modules() if isinstance(module, HEAVY)]
+    try:
+        work()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(set(found), key=found.count) if found else None
+
+
+def computed_in(module: nn.Module, dtype: torch.dtype, device_type: str) -> str:
+    """The precision in which a layer computes outputs of this dtype, as the switches are now."""
+    backends = torch.backends
+    switch = backends.cuda.matmul if isinstance(module, nn.Linear) else backends.cudnn.conv  # type: ignore[attr-defined]
+    if dtype == torch.float32 and device_type == "cuda" and switch.fp32_precision == "tf32":
+        return "tfloat32"
+    return str(dtype).removeprefix("torch.")
+
+
+ENGINE = Engine(
+    name="eager",
+    precisions=("bfloat16", "float16", "tfloat32", "float32"),
+    packages=("torch",),
+    why_not=why_not,
+    build=build,
+    load=load,
+    needs="model",
+    order=30,
+)

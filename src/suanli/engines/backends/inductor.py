@@ -1,0 +1,52 @@
+"""TorchInductor while it loads: torch.compile, once for a batch of one and once for any batch.
+
+Nothing but the model is kept, so it runs on any machine with a C++ compiler, and takes that long to load.
+Source: "torch.compile" in PyTorch's documentation; `freezing` in torch._inductor.config.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch._inductor.config
+
+from suanli.compute.plan import threads
+from suanli.core.types import Engine, Loaded, Placement
+from suanli.engines.backends import _compiled, _cpu, eager
+from suanli.engines.inference_module import Whole, example
+from suanli.models.model_folder import load_model
+
+
+def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+    whole = Whole(load_model(folder, trust_code=placement.trust_code))
+    one, many = torch.compile(whole, dynamic=False), torch.compile(whole, dynamic=True)
+
+    def answer(rows: np.ndarray) -> np.ndarray:
+        lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
+        with threads(placement.threads), torch.inference_mode(), lower:
+            run = one if len(rows) == 1 else many
+            return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
+
+    def computes_in(rows: np.ndarray) -> str:
+        return _compiled.kernels_ran_in(lambda: answer(rows))
+
+    with warnings.catch_warnings(), torch._inductor.config.patch(_compiled.SETTINGS):
+        warnings.simplefilter("ignore")
+        for batch in (1, 8):
+            answer(example(whole.preprocess, batch).numpy())
+    return Loaded(answer=answer, computes_in=computes_in)
+
+
+ENGINE = Engine(
+    name="inductor",
+    precisions=("bfloat16", "float32"),
+    packages=("torch",),
+    why_not=_cpu.why_not,
+    build=eager.build,
+    load=load,
+    needs="model",
+    order=60,
+)

@@ -1,0 +1,215 @@
+"""ONNX Runtime: on the CPU in float32, and int8 after calibration (QDQ, weights per channel); on an NVIDIA GPU in
+float32 and tfloat32.
+
+The package onnxruntime-gpu has both. Where CUDA can't be used it would compute on the CPU and say so in a log only;
+here that is an error. What only a GPU does here has not been run on one.
+Sources: "Quantize ONNX models", "CUDA Execution Provider" and "Performance tuning: profiling tools" in ONNX Runtime's
+documentation.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from suanli.core.errors import MachineError, pip_install
+from suanli.core.types import Device, Engine, Json, Loaded, Material, Placement
+from suanli.machine.device import instruction_sets
+
+FILE = "model.onnx"
+EIGHT_BITS = {"avx512_vnni", "avx_vnni"}  # instruction sets that add such products in 32 bits
+CUDA = "CUDAExecutionProvider"
+QUANTIZED = ("Conv", "MatMul", "Gemm")
+FLOAT_KINDS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
+INT8_KINDS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat")
+
+
+def package() -> str:
+    """The distribution that holds the module: that for NVIDIA GPUs has another name and computes on CPUs, too."""
+    try:
+        importlib.metadata.version("onnxruntime-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "onnxruntime"
+    return "onnxruntime-gpu"
+
+
+def why_not(device: Device, precision: str) -> str | None:
+    if device.type not in ("cpu", "cuda"):
+        return "written for the CPU and NVIDIA GPUs so far"
+    if precision == "int8":
+        return None if device.type == "cpu" else "its int8 is written for the CPU so far"
+    if precision not in device.fast_dtypes:
+        return f"{device.name} has no {precision} of its own"
+    if device.type == "cuda":
+        missing = f"not installed: onnxruntime-gpu ({pip_install('onnxruntime-gpu')})"
+        try:
+            import onnxruntime
+        except ImportError:
+            return missing
+        return None if CUDA in onnxruntime.get_available_providers() else missing
+    return None
+
+
+def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
+    assert material.onnx is not None
+    if precision == "int8":
+        sets = instruction_sets()
+        quantize(material, folder, reduce_range="avx2" in sets and not sets & EIGHT_BITS).unlink()
+    else:
+        shutil.copyfile(material.onnx, folder / FILE)
+
+
+def quantize(
+    material: Material,
+    folder: Path,
+    *,
+    activations: str = "QUInt8",
+    kinds: Sequence[str] = (*QUANTIZED, "MaxPool", "Add"),
+    reduce_range: bool = False,
+    **extra: Json,
+) -> Path:
+    """Writes the int8 graph, and returns the one it was made from: float32, norms folded into convolutions. `kinds` of
+    nodes get int8. `reduce_range` leaves weights seven bits: processors without VNNI add products in pairs, in 16 bits
+    (ONNX Runtime, "Quantize ONNX models"). `extra` are the quantizer's own further options."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    assert material.calibration is not None
+    logging.disable(logging.WARNING)
+    prepared = folder / "prepared.onnx"
+    quant_pre_process(material.onnx, prepared, skip_symbolic_shape=True)
+    quantize_static(
+        prepared,
+        folder / FILE,
+        _Rows(material.calibration),
+        quant_format=QuantFormat.QDQ,
+        activation_type=QuantType[activations],
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        reduce_range=reduce_range,
+        op_types_to_quantize=list(kinds),
+        nodes_to_exclude=list(material.kept),
+        extra_options=extra,
+    )
+    return prepared
+
+
+class _Rows:
+    """Calibration rows, some at a time, as the quantizer reads them."""
+
+    BATCH = 8
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self._parts = iter(np.split(rows, range(self.BATCH, len(rows), self.BATCH)))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        part = next(self._parts, None)
+        return None if part is None else {"rows": np.ascontiguousarray(part)}
+
+
+def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+    session = _session(folder, options(placement.threads), precision, placement.device)
+
+    def answer(rows: np.ndarray) -> np.ndarray:
+        return session.run(None, {"rows": rows})[0]  # type: ignore[no-any-return]
+
+    def computes_in(rows: np.ndarray) -> str:
+        if placement.device.type == "cpu":
+            return _fused_in(folder, placement)
+        return _ran_in(folder, precision, placement, rows)
+
+    return Loaded(answer=answer, computes_in=computes_in)
+
+
+def _fused_in(folder: Path, placement: Placement) -> str:
+    """On the CPU: of the graph after the runtime's own changes, as what it fused is what it runs."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as place:
+        settings = options(placement.threads)
+        settings.optimized_model_filepath = str(Path(place) / FILE)
+        _session(folder, settings, "float32", placement.device)
+        kinds = Counter(node.op_type for node in onnx.load(Path(place) / FILE).graph.node)
+    in_int8 = sum(kinds[kind] for kind in INT8_KINDS)
+    return "int8" if in_int8 > sum(kinds[kind] for kind in FLOAT_KINDS) else "float32"
+
+
+def _ran_in(folder: Path, precision: str, placement: Placement, rows: np.ndarray) -> str:
+    """On a GPU: by the runtime's own record of where each product and convolution ran, and its switch for TF32."""
+    with tempfile.TemporaryDirectory() as place:
+        settings = options(placement.threads)
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(place) / "profile")
+        session = _session(folder, settings, precision, placement.device)
+        session.run(None, {"rows": rows})
+        places = ran_on(json.loads(Path(session.end_profiling()).read_text()))
+    where = places.most_common(1)
+    if where and where[0][0] != CUDA:
+        return f"float32 by {where[0][0]}"
+    return "tfloat32" if session.get_provider_options()[CUDA].get("use_tf32") == "1" else "float32"
+
+
+def ran_on(events: Iterable[Json]) -> Counter[str]:
+    """How many products and convolutions each provider ran, by the events of the runtime's profile."""
+    return Counter(
+        event["args"]["provider"]
+        for event in events
+        if event.get("args", {}).get("op_name") in FLOAT_KINDS and "provider" in event["args"]
+    )
+
+
+def providers(precision: str, device: Device) -> list[tuple[str, dict[str, str]]]:
+    """What a session is to run on, with its settings. TF32 is on unless it is switched off."""
+    if device.type == "cpu":
+        return [("CPUExecutionProvider", {})]
+    number = device.torch_name.partition(":")[2] or "0"
+    return [(CUDA, {"device_id": number, "use_tf32": "1" if precision == "tfloat32" else "0"})]
+
+
+def _session(folder: Path, settings: Any, precision: str, device: Device) -> Any:
+    """Raises MachineError where it would run on something else than the device."""
+    import onnxruntime
+
+    wanted = providers(precision, device)
+    if device.type == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA and cuDNN from where PyTorch's packages have them
+    session = onnxruntime.InferenceSession(folder / FILE, settings, providers=wanted, enable_fallback=0)
+    session.disable_fallback()
+    if session.get_providers()[0] != wanted[0][0]:
+        raise MachineError(
+            f"ONNX Runtime can't use {device.name}: it would run on {session.get_providers()[0]}.",
+            fix="Install the onnxruntime-gpu that fits this CUDA and cuDNN, or use another engine.",
+        )
+    return session
+
+
+def options(threads: int) -> Any:
+    import onnxruntime
+
+    found = onnxruntime.SessionOptions()
+    found.intra_op_num_threads = threads
+    found.log_severity_level = 4
+    return found
+
+
+ENGINE = Engine(
+    name="onnxruntime",
+    precisions=("int8", "tfloat32", "float32"),
+    packages=(package(),),
+    builds_with=("onnx", "onnxscript"),
+    why_not=why_not,
+    build=build,
+    load=load,
+    needs="onnx",
+    order=20,
+    kinds=QUANTIZED,
+)

@@ -1,0 +1,374 @@
+"""Which machine is this, and can this torch build really run there?
+
+Everything is asked of the machine (the kernel, the driver, torch) at the moment of the call; there is
+no table of product names. What can't be found out is None. Limits of a container (cgroups) and of the
+shell (ulimit) count, because they are what ends a process. How fast the machine is isn't here: that
+is measured.
+
+Works on Linux and macOS; elsewhere memory limits are unknown.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from suanli.core import console
+from suanli.core.errors import MachineError, UsageError
+from suanli.core.types import Device, Json
+from suanli.machine.gpus import Gpu, gpus, hidden, nvidia_driver
+
+# --- devices --------------------------------------------------------------------------------
+
+
+def detect(name: str | None = None) -> Device:
+    """Where work runs. `name`: None or "auto" takes the first GPU that works, else Apple's mps,
+    else the CPU; "cpu", "cuda", "cuda:1" and "mps" insist.
+
+    Raises UsageError for any other name, MachineError where this torch can't run there: always
+    before training starts, with the reason and the way out.
+    """
+    wanted = (name or "auto").strip().lower()
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", wanted):
+        raise UsageError(f"Unknown device {name!r}.", fix="Allowed: auto, cpu, cuda, cuda:0, cuda:1, …, mps.")
+    if wanted == "cpu":
+        return _cpu()
+    found = gpus()
+    usable = {gpu.torch_name: gpu for gpu in found if gpu.torch_name and gpu.why_not is None}
+    if wanted == "auto":
+        if usable:
+            return _gpu_device(next(iter(usable.values())))
+        if found:  # only auto may pass over a GPU, and it says so
+            console.warn(f"{found[0].name} is not used: {found[0].why_not} {found[0].fix}")
+        elif not hidden() and (problem := nvidia_driver().problem):
+            console.warn(f"Running on the CPU: {problem}.")
+        return _cpu()
+    exact = "cuda:0" if wanted == "cuda" else wanted
+    if exact in usable:
+        return _gpu_device(usable[exact])
+    raise _impossible(wanted, exact, found)
+
+
+def _impossible(wanted: str, exact: str, found: tuple[Gpu, ...]) -> MachineError:
+    kind = wanted.partition(":")[0]
+    seen = [gpu.torch_name for gpu in found if gpu.torch_name and gpu.torch_name.startswith(kind)]
+    same = [gpu for gpu in found if gpu.torch_name == exact or (kind == "cuda" and gpu.torch_name is None)]
+    if same:
+        return MachineError(
+            f"{wanted} can't be used: {same[0].name}: {same[0].why_not}",
+            fix=f"{same[0].fix} Or use --device cpu.",
+        )
+    if seen:
+        return MachineError(f"There is no {wanted}.", fix=f"This process sees {', '.join(seen)}.")
+    if kind == "mps":
+        return MachineError("mps needs a Mac with an Apple GPU, which isn't here.", fix="Use --device cpu.")
+    if hidden():
+        fix = "Unset CUDA_VISIBLE_DEVICES, or use --device cpu."
+        return MachineError("CUDA_VISIBLE_DEVICES hides every GPU from this process.", fix=fix)
+    reason = nvidia_driver().problem or "no NVIDIA GPU was found"
+    return MachineError(f"{wanted} can't be used: {reason}.", fix="Use --device cpu.")
+
+
+def _cpu() -> Device:
+    return Device(
+        name=cpu_name(),
+        torch_name="cpu",
+        memory_bytes=memory_bytes(),
+        fast_dtypes=_cpu_fast_dtypes(instruction_sets()),
+    )
+
+
+def _cpu_fast_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
+    fast = ["float32"]
+    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        fast.append("bfloat16")
+    # Never float16, whatever the flags: torch has no kernels for its gradients there. Seen on a Xeon with avx512_fp16:
+    # convolutions at 0.7 GFLOP/s in training, 229 in float32.
+    return tuple(fast)
+
+
+def _gpu_device(gpu: Gpu) -> Device:
+    import torch
+
+    assert gpu.torch_name is not None
+    fast = ["float32"]
+    if gpu.torch_name == "mps":
+        fast += ["float16"]
+    else:
+        with torch.cuda.device(gpu.torch_name):
+            major, minor = torch.cuda.get_device_capability()
+            if torch.cuda.is_bf16_supported(including_emulation=False):
+                fast.append("bfloat16")
+            if torch.version.hip or major >= 7:  # from 7.0 on there are half-precision tensor cores
+                fast.append("float16")
+            if not torch.version.hip and major >= 8:
+                fast.append("tfloat32")
+            if not torch.version.hip and (major, minor) >= (8, 9):
+                fast.append("float8_e4m3fn")
+    return Device(
+        name=gpu.name,
+        torch_name=gpu.torch_name,
+        memory_bytes=gpu.memory_bytes,
+        fast_dtypes=tuple(fast),
+    )
+
+
+# --- the processor --------------------------------------------------------------------------
+
+# Sets of instructions that decide how fast deep learning is, under the names that Linux gives them.
+INSTRUCTION_SETS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),  # x86-64
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2", "sme"),  # Arm; asimd is Neon
+)
+_TORCH_NAMES = {"avx512_f": "avx512f", "fma3": "fma", "neon": "asimd", "dot": "asimddp"}
+
+
+def cpu_name(root: Path = Path("/")) -> str:
+    text = _read(root / "proc/cpuinfo") or ""
+    if (found := re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", text, re.MULTILINE)) is not None:
+        return " ".join(found[1].split())
+    if sys.platform == "darwin" and shutil.which("sysctl"):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Apple CPU"
+    return str(_torch_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+
+
+def instruction_sets(root: Path = Path("/")) -> frozenset[str]:
+    """Those of INSTRUCTION_SETS that the processor has and the kernel allows."""
+    text = _read(root / "proc/cpuinfo") or ""
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    if flags is not None:
+        have = set(flags[1].split())
+    else:
+        have = {_TORCH_NAMES.get(name, name) for name, value in _torch_capabilities().items() if value}
+    return frozenset(have & set(INSTRUCTION_SETS))
+
+
+def _torch_capabilities() -> dict[str, Json]:
+    import torch
+
+    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch we accept
+    return dict(ask()) if ask else {}
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Logical cores that this process may use: its affinity, and the CPU quota of its cgroups. A
+    fraction is rounded down: one thread too many makes all the others wait for it."""
+    allowed = float(len(_affinity()))
+    for folder, version in _cgroups("cpu", root):
+        if version == 2:
+            quota, _, period = (_read(folder / "cpu.max") or "max").partition(" ")
+        else:
+            quota, period = (
+                _read(folder / "cpu.cfs_quota_us") or "",
+                _read(folder / "cpu.cfs_period_us") or "",
+            )
+        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
+            allowed = min(allowed, int(quota) / int(period))
+    return max(1, math.floor(allowed))
+
+
+def physical_cores(root: Path = Path("/")) -> int | None:
+    """Real cores among those that this process may use; None: unknown."""
+    siblings = set()
+    for cpu in _affinity():
+        listed = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        if listed is None:
+            return None
+        siblings.add(listed)
+    return min(len(siblings), cores(root))
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def memory_bytes(root: Path = Path("/")) -> int | None:
+    """Main memory that this process may use: the smallest of what is built in, the limits of its
+    cgroups and its ulimit. None: unknown."""
+    limits = [limit for limit, _ in _cgroup_memory(root)]
+    if sys.platform != "win32":
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if (limit := _address_space_limit()) is not None:
+        limits.append(limit)
+    return min(limits, default=None)
+
+
+def available_memory_bytes(device: Device, sharers: int = 1) -> int | None:
+    """Memory that could still be allocated on the device now; of main memory that so many processes want at the same
+    time, this one's share. None: unknown."""
+    if device.type == "cpu":
+        return _available_main_memory(Path("/"), sharers)
+    import torch
+
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free, _ = torch.cuda.mem_get_info(device.torch_name)
+    cached = torch.cuda.memory_reserved(device.torch_name) - torch.cuda.memory_allocated(device.torch_name)
+    return int(free + cached)
+
+
+def peak_memory_bytes(device: Device) -> int | None:
+    """The most memory that this process has held on the device so far. None: unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device.torch_name)
+    if device.type == "mps" or sys.platform == "win32":
+        return None
+    # Not getrusage where this is there: a new process begins with the peak of the one that started it.
+    if (found := re.search(r"^VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")) or "", re.MULTILINE)) is not None:
+        return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _available_main_memory(root: Path, sharers: int = 1) -> int | None:
+    free = [max(0, limit - used) for limit, used in _cgroup_memory(root)]
+    if (found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)) is not None:
+        free.append(int(found[1]) * 1024)
+    free = [bytes_ // sharers for bytes_ in free]
+    if (limit := _address_space_limit()) is not None:  # each process has its own
+        pages = (_read(root / "proc/self/statm") or "0").split()[0]
+        free.append(max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE")))
+    return min(free, default=None)
+
+
+def _address_space_limit() -> int | None:
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of every cgroup that limits this process. File cache that the kernel
+    gives up on demand is no use."""
+    for folder, version in _cgroups("memory", root):
+        names = ("memory.max", "memory.current", "inactive_file")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        limit, used = _read(folder / names[0]) or "max", _read(folder / names[1]) or "0"
+        if limit.isdecimal() and used.isdecimal() and int(limit) < 1 << 62:  # version 1 has no word for "none"
+            stat = re.search(rf"^{names[2]} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
+            yield int(limit), max(0, int(used) - (int(stat[1]) if stat else 0))
+
+
+def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
+    """The cgroup folders that bind this process, from its own up to the root, and their version.
+    In a container the own path may not be visible; the mounted root then is the container's."""
+    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0":
+            mount, version = root / "sys/fs/cgroup", 2
+        elif controller in controllers.split(","):
+            mount, version = root / "sys/fs/cgroup" / controller, 1
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        yield from ((folder, version) for folder in (own, *own.parents) if folder.is_relative_to(mount))
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return None
+
+
+_OUT_OF_MEMORY = re.compile(
+    # The first is oneDNN's, which says no more than that.
+    r"could not create a (?:primitive|memory)(?! descriptor)|"
+    r"can't allocate memory|not enough memory|out of memory|_STATUS_ALLOC_FAILED|Cannot allocate memory",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, main memory or the GPU's, in whichever way Python, NumPy, the operating
+    system or torch say so. Only torch's GPU allocators have a class for it."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, SystemError):  # C code without memory for so much as an exception
+        return re.search("without (?:exception set|setting an exception)", str(error)) is not None
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+# --- the record of a run --------------------------------------------------------------------
+
+PACKAGES = (
+    "suanli",
+    "torch",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "scikit-learn",
+    "safetensors",
+    "timm",
+    "triton",
+)
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Name to version of those that are installed, without importing them."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: Device | None = None) -> dict[str, Json]:
+    """What a person needs to repeat a run elsewhere, for environment.json. No host name, no user
+    name, no environment variables; a home directory in the command line becomes ~."""
+    import torch
+
+    device = device or detect()
+    record: dict[str, Json] = {
+        "command": [Path(sys.argv[0]).name, *(_without_home(argument) for argument in sys.argv[1:])],
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "versions": versions(),
+        "device": asdict(device),
+        "cpu": cpu_name(),
+        "instruction_sets": sorted(instruction_sets()),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        record["cuda"] = torch.version.cuda or torch.version.hip
+        record["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        record["driver"] = nvidia_driver().version
+    return record
+
+
+def _without_home(argument: str) -> str:
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", argument) if len(home) > 1 else argument

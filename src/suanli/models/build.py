@@ -1,0 +1,359 @@
+"""From a model's name to a network that fits the data, and from a weights file to its parameters.
+
+A model is a built-in name, `package.module:function` of the user's, or `timm:NAME`. Whatever builds it,
+the network is tried on a tiny batch before anything long starts. Weights come from safetensors only: a
+pickle can run any code when it is opened. What fits by name and shape is taken; the rest is reported,
+never silently dropped.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suanli.core import registry
+from suanli.core.errors import DamagedFile, DataError, UsageError, pip_install, unknown
+from suanli.core.types import Json, Model, Preprocess, Recipe
+from suanli.machine import device
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")  # wrappers that leave their mark in names
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+def resolve(spec: str) -> Model:
+    """The model that `spec` names. `head` is empty where only the built network tells (see `head_of`).
+    Raises UsageError for what doesn't exist."""
+    if spec.startswith("timm:"):
+        return _timm(spec)
+    if ":" in spec:
+        return _function(spec)
+    model: Model = registry.load("models", spec)
+    return model
+
+
+def _function(spec: str) -> Model:
+    module_name, _, function_name = spec.partition(":")
+    function = getattr(_import(module_name, spec), function_name, None)
+    if not callable(function):
+        raise UsageError(
+            f"Module {module_name!r} has no function {function_name!r}.",
+            fix="Name a function that takes classes=… and returns a torch.nn.Module, as package.module:function.",
+        )
+    return Model(name=spec, kinds=registry.names("preprocess"), build=function, head="", source=spec)
+
+
+def _import(module_name: str, spec: str) -> Any:
+    """The user's module; the current directory counts, as it does for `python -m`."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(
+            f"Can't import {module_name!r} of model {spec!r}: {error}.",
+            fix="Write package.module:function, with the module installed or in the current directory.",
+        ) from error
+    except Exception as error:  # the user's file may raise anything
+        raise UsageError(
+            f"Can't import {module_name!r}: {type(error).__name__}: {error}.",
+            fix="Mend that file; a model is written package.module:function.",
+        ) from error
+
+
+def _timm(spec: str) -> Model:
+    if importlib.util.find_spec("timm") is None:
+        raise UsageError(f"Model {spec!r} needs timm.", fix=f"Install it: {pip_install('timm>=1.0')}")
+    import timm
+
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name):
+        raise unknown("timm model", name, timm.list_models())
+
+    def build(*, classes: int, in_channels: int, image_size: tuple[int, int], **args: Any) -> nn.Module:
+        """Models with a fixed input size get this one; the others refuse the argument."""
+        common = {"pretrained": False, "num_classes": classes, "in_chans": in_channels, **args}
+        try:
+            module: nn.Module = timm.create_model(name, img_size=image_size, **common)
+        except TypeError:
+            module = timm.create_model(name, **common)
+        return module
+
+    return Model(name=spec, kinds=("image",), build=build, head="", source=f"timm {timm.__version__}")
+
+
+# --- building -------------------------------------------------------------------------------
+
+
+def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, outlined: bool = False) -> nn.Module:
+    """The recipe's network for inputs of `preprocess`, tried on a tiny batch. Raises UsageError where the
+    model is for another kind of data, an argument is wrong or the output isn't (B, classes). `outlined`: its values
+    come from elsewhere, so that an outline will do, untried."""
+    model = resolve(recipe.model)
+    if preprocess.kind not in model.kinds:
+        fitting = [n for n, m in registry.load_all("models").items() if preprocess.kind in m.kinds]
+        raise UsageError(
+            f"Model {recipe.model!r} is for {', '.join(model.kinds)} data, not {preprocess.kind}.",
+            fix=f"Models for {preprocess.kind} data: {', '.join(fitting)}.",
+        )
+    args = arguments(recipe, preprocess, classes)
+    if outlined and (found := outline(model, args)) is not None:
+        return found
+    module = construct(model, args)
+    _try(model, module, preprocess, classes)
+    return module
+
+
+def arguments(recipe: Recipe, preprocess: Preprocess, classes: int) -> dict[str, Json]:
+    """What the model builder is called with; plain values, so that a saved model can be built again.
+    Raises UsageError for a model argument that the builder doesn't take."""
+    taken = _accepted(resolve(recipe.model).build)
+    if taken is None:
+        return {"classes": classes, **preprocess.model_args, **recipe.model_args}
+    known = {"classes": classes, **preprocess.model_args}
+    for name in recipe.model_args:
+        if name not in taken:
+            raise unknown("model argument", name, [t for t in taken if t not in known])
+    return {**{k: v for k, v in known.items() if k in taken}, **recipe.model_args}
+
+
+def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
+    """Calls the builder. Raises UsageError where it fails or returns something else than a module."""
+    from torch import nn
+
+    try:
+        module = model.build(**args)
+    except Exception as error:  # a user's function may raise anything
+        if device.out_of_memory(error):
+            raise
+        raise UsageError(
+            f"Model {model.name!r} can't be built: {type(error).__name__}: {error}.",
+            fix="Change the model's arguments, or mend the function that builds it.",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"Model {model.name!r} returned {type(module).__name__}, not a torch.nn.Module.",
+            fix="Return the network itself.",
+        )
+    return module
+
+
+def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
+    """The network with shapes and no values, which takes no memory. None where something needs values: its builder, its
+    `initialize`, or a tensor that is kept beside parameters and buffers."""
+    import torch
+    from torch.nn.parameter import is_lazy
+    from torch.utils._pytree import tree_leaves
+
+    before = _outlined_tensors()
+    try:
+        with torch.device("meta"):
+            module = construct(model, args)
+    except UsageError:
+        return None
+    held = [*module.parameters(), *module.buffers()]
+    if callable(getattr(module, "initialize", None)) or any(map(is_lazy, held)):
+        return None
+    registries = ("_parameters", "_buffers", "_modules")
+    beside = tree_leaves([[v for k, v in vars(part).items() if k not in registries] for part in module.modules()])
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in beside):
+        return None
+    # Also where no attribute leads, such as in what a function remembers.
+    strays = _outlined_tensors().keys() - before.keys() - set(map(id, held))
+    return None if strays else module
+
+
+def _outlined_tensors() -> dict[int, torch.Tensor]:
+    import torch
+
+    gc.collect()
+    return {id(o): o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.is_meta}
+
+
+def facts(module: nn.Module) -> list[Json]:
+    """Each parameter and buffer, without its values: networks that agree in these can have each other's."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in tensors]
+
+
+def _accepted(function: Callable[..., Any]) -> list[str] | None:
+    """The names that a builder takes; None: any, or not known."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _try(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) -> None:
+    import numpy as np
+    import torch
+
+    rows = torch.from_numpy(np.zeros((2, *preprocess.row_shape), preprocess.row_dtype))
+    inputs = preprocess.to_model(rows)
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            out = module(inputs)
+    except Exception as error:  # a user's network may raise anything
+        if device.out_of_memory(error):
+            raise
+        raise UsageError(
+            f"Model {model.name!r} fails on a batch of shape {tuple(inputs.shape)}: {error}.",
+            fix="Choose a model for inputs of this shape, or change the preprocessing size.",
+        ) from error
+    finally:
+        module.train(was_training)
+    came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    if came != (2, classes):
+        raise UsageError(
+            f"Model {model.name!r} gave {came} for a batch of 2, where {(2, classes)} logits belong.",
+            fix="Return one tensor of shape (batch, classes); the number of classes is the argument classes=….",
+        )
+
+
+def head_of(module: nn.Module, model: Model) -> str:
+    """The name of the output layer: the model's own, timm's, or the last linear or convolution layer.
+    Raises UsageError where there is none."""
+    from torch import nn
+
+    config = getattr(module, "default_cfg", None) or {}
+    named = model.head or (config.get("classifier") if model.name.startswith("timm:") else None)
+    layers = dict(module.named_modules())
+    if isinstance(named, str) and named in layers:
+        return named
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = [name for name, layer in layers.items() if name and isinstance(layer, kinds)]
+    if not found:
+        raise UsageError(
+            f"Model {model.name!r} has no linear or convolution layer to be its head.",
+            fix="End the network in torch.nn.Linear(features, classes), as a submodule.",
+        )
+    return str(found[-1])
+
+
+# --- weights --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What became of each tensor of a weights file; names as in the network, or as in the file where the
+    network has no such name."""
+
+    taken: tuple[str, ...]
+    skipped: Mapping[str, str]  # in the file but not taken: name to reason
+    missing: tuple[str, ...]  # in the network but not in the file: these keep their initial values
+
+    def __str__(self) -> str:
+        lines = [f"weights: {len(self.taken)} tensors taken, {len(self.skipped)} not, {len(self.missing)} missing"]
+        lines += [f"  not taken: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"  not in the file: {name}" for name in self.missing]
+        return "\n".join(lines)
+
+
+def load_weights(module: nn.Module, path: Path, head: str, *, new_head: bool = False) -> WeightsReport:
+    """Copies what fits from a safetensors file into `module`; a head for other classes stays new. That it
+    is for others shows in its shape; where only names differ, the caller knows and says `new_head`.
+
+    Nothing is changed unless the whole file could be read. Raises UsageError for another format or no
+    file, DamagedFile for one that is cut short or holds values that aren't numbers, and DataError where
+    nothing but the head fits.
+    """
+    import torch
+
+    state = module.state_dict()
+    tensors, skipped = _named(_read(path), state)
+    for name, tensor in tensors.items():
+        if tensor.shape != state[name].shape:
+            skipped[name] = f"has shape {_shape(tensor)}, the model wants {_shape(state[name])}"
+    in_head = {name for name in tensors if name.startswith(f"{head}.")}
+    if new_head or in_head & skipped.keys():
+        skipped |= dict.fromkeys(in_head - skipped.keys(), "part of a head for other classes")
+    fitting = {name: tensor for name, tensor in tensors.items() if name not in skipped}
+    if not fitting or (fitting.keys() <= in_head and any(not name.startswith(f"{head}.") for name in state)):
+        raise DataError(
+            f"{path} doesn't fit the model: it has {_few([*tensors, *skipped])}, the model {_few(state)}.",
+            fix="Choose the model that these weights were trained with.",
+        )
+    _check_finite(fitting, path)
+    with torch.no_grad():
+        for name, tensor in fitting.items():
+            state[name].copy_(tensor)
+    missing = tuple(name for name in state if name not in tensors)
+    return WeightsReport(taken=tuple(fitting), skipped=skipped, missing=missing)
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.suffix.lower() in PICKLES:
+        raise UsageError(
+            f"{path} looks like a pickle, which can run any code when it is opened.",
+            fix='If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
+            f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\"",
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise DamagedFile(
+            f"{path} is not a whole safetensors file ({error}).", fix="Fetch or convert it again."
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"Can't read weights {path}: {error.strerror or error}.", fix="Give the path of a safetensors file."
+        ) from error
+
+
+def _named(
+    tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors that the network has a name for, by that name, and why not the others. A name in the
+    file may carry wrappers' prefixes; the plain name wins over a wrapped one."""
+    found: dict[str, torch.Tensor] = {}
+    skipped: dict[str, str] = {}
+    for given in sorted(tensors, key=len):
+        name = given
+        while name not in state and (prefix := next((p for p in PREFIXES if name.startswith(p)), None)):
+            name = name.removeprefix(prefix)
+        if name not in state:
+            skipped[given] = "the model has no tensor of this name"
+        elif name in found:
+            skipped[given] = f"{name} is in the file twice"
+        else:
+            found[name] = tensors[given]
+    return found, skipped
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    bad = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    if bad:
+        raise DamagedFile(
+            f"{path} holds NaN or infinity in {_few(bad)}.", fix="Take the weights of an earlier checkpoint."
+        )
+
+
+def _few(names: Iterable[str], count: int = 3) -> str:
+    listed = list(names)
+    more = f", … ({len(listed)} in all)" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more if listed else "nothing"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

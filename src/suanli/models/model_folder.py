@@ -1,0 +1,177 @@
+"""The model folder: copy it alone and it predicts anywhere.
+
+    model.json             builder and arguments, preprocessing, classes, task, scores, versions
+    weights.safetensors    the weights, with their checksum in model.json
+
+The weights are written first and named by model.json last, so a folder with a model.json is whole. What only reads
+model.json needs no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suanli.core.errors import DamagedFile, DataError, UsageError
+from suanli.core.registry import load as load_plugin
+from suanli.core.storage import atomic_file, read_json, write_json
+from suanli.core.types import AnyPath, Json, Preprocess, Recipe, Task
+from suanli.machine import device
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """A trained model in memory: what it takes from raw input to named probabilities."""
+
+    module: nn.Module  # in evaluation mode, float32, on the CPU
+    preprocess: Preprocess
+    task: Task
+    classes: tuple[str, ...]
+    recipe: Recipe
+    card: dict[str, Json]  # all of model.json
+
+
+def save_model(
+    folder: Path,
+    module: nn.Module,
+    *,
+    recipe: Recipe,
+    preprocess: Preprocess,
+    classes: tuple[str, ...],
+    data: Json,
+    writes: bool = True,
+) -> None:
+    """A collective where processes share the weights: these are gathered one after the other, for the process that
+    `writes`."""
+    from suanli.models import safetensors_io
+    from suanli.parallel import dtensor
+
+    state = module.state_dict()
+    if not writes:
+        safetensors_io.follow(state, dtensor.whole)
+        return
+    with atomic_file(folder / WEIGHTS) as stream:
+        safetensors_io.write(stream, state, of=dtensor.whole)
+    content = (folder / WEIGHTS).read_bytes()
+    write_json(
+        folder / "model.json",
+        {
+            "format": FORMAT,
+            "model": recipe.model,
+            "task": recipe.task,
+            "classes": list(classes),
+            "preprocess": preprocess.to_json(),
+            "recipe": recipe.model_dump(mode="json"),
+            "weights": {"file": WEIGHTS, "blake2b": _digest(content), "size_bytes": len(content)},
+            "data": data,
+            "scores": {},
+            "versions": device.versions(("suanli", "torch", "numpy", "pillow")),
+        },
+    )
+
+
+def add_scores(folder: Path, split: str, scores: Mapping[str, float]) -> None:
+    """Writes the scores of a split into model.json."""
+    card = read_card(folder)
+    card["scores"][split] = dict(scores)
+    write_json(folder / "model.json", card)
+
+
+def read_card(folder: Path) -> dict[str, Json]:
+    try:
+        card = read_json(folder / "model.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"{folder} holds no model (no model.json).",
+            fix="Name a run directory whose training finished, or its model/ folder.",
+        ) from error
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise DamagedFile(
+            f"{folder / 'model.json'} has a format that this version can't read.",
+            fix="Use the version of suanli that wrote it, or train again.",
+        )
+    return card
+
+
+def preprocess_of(values: Mapping[str, Json]) -> Preprocess:
+    """From its kind and settings. Raises KeyError, TypeError or what the kind itself raises for others."""
+    preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
+    return preprocess
+
+
+def model_folder(subject: AnyPath) -> Path:
+    """The model folder of a run directory, or the folder itself."""
+    path = Path(subject).expanduser()
+    if not path.exists():
+        raise DataError(f"There is nothing at {path}.", fix="Name a run directory or a model/ folder.")
+    return path / "model" if (path / "recipe.json").exists() or (path / "model" / "model.json").exists() else path
+
+
+def refuse_foreign_code(model: str, path: Path) -> None:
+    if ":" in model and not model.startswith("timm:"):
+        raise UsageError(
+            f"The network of {path} is built by {model!r}, which is not part of suanli.",
+            fix="If you trust that code, run it with --trust-code.",
+        )
+
+
+def weights_of(path: Path) -> tuple[Path, dict[str, Json] | None]:
+    """The weights file behind a run, a model folder or a weights file, and its model.json if any."""
+    folder = model_folder(path) if path.is_dir() else path.parent
+    file = folder / WEIGHTS if path.is_dir() else path
+    if file.name != WEIGHTS or not (folder / "model.json").exists():
+        return file.absolute(), None
+    return file.absolute(), read_card(folder)
+
+
+def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
+    """Reads nothing but this folder. Raises DataError, DamagedFile, and UsageError for a model whose
+    network is built by code outside suanli, unless `trust_code`: a model.json could name any function."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    from suanli.models import build
+
+    card = read_card(folder)
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+        if _digest(content) != card["weights"]["blake2b"]:
+            raise DamagedFile(
+                f"The weights in {folder} don't have the checksum that model.json states.",
+                fix="Copy the whole folder again: they were cut short, altered, or belong to another model.",
+            )
+        recipe = Recipe.model_validate(card["recipe"])
+        if not trust_code:
+            refuse_foreign_code(recipe.model, folder)
+        preprocess = preprocess_of(card["preprocess"])
+        classes = tuple(card["classes"])
+        module = build.build(recipe, preprocess, len(classes))
+        module.load_state_dict(load(content))
+    except (FileNotFoundError, KeyError, TypeError, SafetensorError, RuntimeError, ValueError) as error:
+        raise DamagedFile(
+            f"The model in {folder} can't be loaded ({error}).", fix="Train again or restore it."
+        ) from error
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return SavedModel(
+        module=module,
+        preprocess=preprocess,
+        task=load_plugin("tasks", recipe.task)(),
+        classes=classes,
+        recipe=recipe,
+        card=card,
+    )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -1,0 +1,1 @@
+"""Named networks: one a file, each exporting MODEL."""

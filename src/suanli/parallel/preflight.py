@@ -1,0 +1,151 @@
+"""Before the first step of several processes: whether they are fit to train together.
+
+Every process says what it has; all look at the same list and come to the same verdict, which names the process and
+what differs. Then a sum over all processes shows that they hear each other rightly, and how fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import socket
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from suanli.core.console import plural, say, size, warn
+from suanli.core.errors import DataError, MachineError, SuanliError, UsageError
+from suanli.core.types import Device, Json
+from suanli.machine.device import available_memory_bytes
+from suanli.parallel.group import Group
+
+CLOCKS_S = 2.0  # apart; more, and the times in logs don't fit together
+SUMMED = 1 << 20  # float32 numbers of the trial sum: 4 MB, a bucket of gradients or so
+SUMS = 5
+ALIKE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
+    # what is said, what it is called, the error, the way out
+    ("python", "Python", MachineError, "Install the same version everywhere."),
+    ("torch", "torch", MachineError, "Install the same version everywhere."),
+    ("suanli", "suanli", MachineError, "Install the same version everywhere."),
+    ("code", "suanli's code", MachineError, "Install the same version everywhere, unchanged."),
+    ("device_type", "the kind of device", MachineError, "Use --device with what all of them have."),
+    ("recipe", "the recipe", UsageError, "Give every process the same options."),
+    ("shard", "--shard", UsageError, "Give every process the same options."),
+    ("data", "the data", DataError, "Copy the same files to every host, or use storage that they share."),
+)
+
+
+def check(
+    group: Group, device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False
+) -> dict[str, Json]:
+    """A collective. Gives what is worth keeping of the processes. `recipe` and `data` are digests; the run is written
+    to `folder` or below it.
+
+    Raises MachineError, UsageError or DataError that names the process that doesn't fit.
+    """
+    group.wait()
+    facts = group.each(facts_here(device, recipe=recipe, data=data, folder=folder, shard=shard))
+    compare(facts)
+    rate = _sum_of_all(group, device)
+    hosts = sorted({f["host"] for f in facts})
+    kept = ("host", "device", "memory_bytes", "disk_bytes")
+    found = {"all_reduce_bytes_per_s": rate, "each": [{k: f[k] for k in kept} for f in facts]}
+    where = "this host" if len(hosts) == 1 else plural(len(hosts), "host")
+    say(f"{group.size} processes on {where} agree; they sum at {size(rate)}/s")
+    return found
+
+
+def facts_here(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "suanli": version("suanli"),
+        "code": code_digest(),
+        "device": device.name,
+        "device_type": device.type,
+        "recipe": recipe,
+        "data": data,
+        "shard": shard,
+        "clock": time.time(),
+        "memory_bytes": available_memory_bytes(device),
+        "disk_bytes": _free(folder),
+    }
+
+
+def compare(facts: Sequence[Mapping[str, Json]]) -> None:
+    """Raises the error for what differs between processes, by rank; warns of clocks that are apart."""
+    for key, called, error, fix in ALIKE:
+        usual = statistics.mode(f[key] for f in facts)
+        odd = [rank for rank, f in enumerate(facts) if f[key] != usual]
+        if odd:
+            rank = odd[0]
+            more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
+            raise error(
+                f"Process {rank} on {facts[rank]['host']}{more} differs in {called}: {facts[rank][key]}, "
+                f"where the others have {usual}.",
+                fix=fix,
+            )
+    middle = statistics.median(f["clock"] for f in facts)
+    for rank, f in enumerate(facts):
+        if abs(f["clock"] - middle) > CLOCKS_S:
+            warn(f"The clock of process {rank} on {f['host']} is off by {f['clock'] - middle:+.0f} s.")
+            break
+
+
+def refuse_full_disk(first: Mapping[str, Json], needs_bytes: int) -> None:
+    """Raises MachineError where the first process, which writes, has too little room."""
+    free = first["disk_bytes"]
+    if free is not None and free < needs_bytes:
+        raise MachineError(
+            f"The run needs {size(needs_bytes)} on the storage of {first['host']}, and {size(free)} are free.",
+            fix="Free some space, or choose another --out.",
+        )
+
+
+@cache
+def code_digest() -> str:
+    """Of suanli's own source files."""
+    root = Path(__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _free(folder: Path) -> int | None:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _sum_of_all(group: Group, device: Device) -> float:
+    """A collective: bytes a second that a sum over all processes moves for each of them. Raises MachineError where the
+    sum is wrong."""
+    expected = group.size * (group.size + 1) / 2
+    seconds = []
+    for _ in range(SUMS):
+        values = torch.full((SUMMED,), float(group.rank + 1), device=device.torch_name)
+        group.wait()
+        started = time.perf_counter()
+        group.sum(values)
+        low, high = float(values.min()), float(values.max())
+        seconds.append(time.perf_counter() - started)
+        if not low == high == expected:
+            raise MachineError(
+                f"The sum over {group.size} processes is {low} to {high} on {socket.gethostname()}, not {expected}.",
+                fix="The network or a device of this host gives wrong numbers: leave it out, and have it looked at.",
+            )
+    # Each process sends and gets this share of the tensor: R. Rabenseifner, "Optimization of Collective Reduction
+    # Operations", ICCS 2004.
+    moved = 2 * (group.size - 1) / group.size * SUMMED * 4
+    return moved / min(seconds)

@@ -1,0 +1,1 @@
+"""How a model is trained: recipe, loop, checkpoints, forecast, diagnosis."""

@@ -1,0 +1,45 @@
+"""Changes brightness, contrast and (with three channels) saturation of each picture.
+
+On normalised inputs: brightness adds to all channels, in standard deviations of the data set;
+contrast scales the distance from the picture's own mean; saturation scales the distance of each
+pixel from its grey, the mean of its channels. A factor of 0.2 means 0.8 to 1.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import check_number, greyed, per_image, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Color(Augmentation):
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            check_number(self, name, 0, 1)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        spans = (self.brightness, self.contrast, self.saturation)
+        shift, contrast, saturation = (per_image(uniform(batch, -span, span, generator), x) for span in spans)
+        mean = x.mean((1, 2, 3), keepdim=True)
+        rest = shift - contrast * mean
+        # Both steps change no picture's mean, so they are one: x times a factor, plus what depends
+        # on the pixel's grey and on the picture.
+        if self.saturation and x.shape[1] == 3:
+            rest = rest - (1 + contrast) * saturation * greyed(x)
+            contrast = contrast + saturation + contrast * saturation
+        return replace(batch, inputs=torch.addcmul(rest, x, 1 + contrast))
+
+
+AUGMENT = Color

@@ -1,0 +1,58 @@
+"""Pastes a box of another picture of the batch; the target's shares are those of the area.
+
+Source: S. Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+Features", ICCV 2019. The box is drawn for each picture, and the shares follow from the pixels that
+it really covers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import check_number, mixed, partners, shares, symmetric_beta, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutmix(Augmentation):
+    """The kept area comes from Beta(alpha, alpha); `probability` of a picture to be changed at all."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    alpha: float = 1.0
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "alpha", 0.01, 100)
+        check_number(self, "probability", 0, 1)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        height, width = x.shape[2:]
+        side = torch.sqrt(1 - symmetric_beta(batch, self.alpha, generator))
+        changed = uniform(batch, 0, 1, generator) < self.probability
+        side = torch.where(changed, side, 0.0)
+        rows = _inside(side * height, height, batch, generator)
+        columns = _inside(side * width, width, batch, generator)
+        partner = partners(batch)
+        pasted = rows[:, None, :, None] & columns[:, None, None, :]
+        kept = 1 - rows.sum(1) * columns.sum(1) / (height * width)
+        own = shares(batch.targets, batch.classes)
+        return replace(
+            batch,
+            inputs=torch.where(pasted, x[partner], x),
+            targets=mixed(own, own[partner], kept),
+        )
+
+
+def _inside(side: torch.Tensor, length: int, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """(B,) sides in pixels to (B, length) bool: a stretch with a random centre, cut at the ends."""
+    centre = uniform(batch, 0, length, generator)
+    at = torch.arange(length, device=side.device) + 0.5
+    return (at - centre[:, None]).abs() < side[:, None] / 2
+
+
+AUGMENT = Cutmix

@@ -1,0 +1,45 @@
+"""Covers one random square of each picture with the mean colour.
+
+Source: T. DeVries, G. Taylor, "Improved Regularization of Convolutional Neural Networks with
+Cutout", 2017. The centre may lie at the edge, so part of the square may fall outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import check_number, integers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cutout(Augmentation):
+    """`size` is the square's side as a part of the picture's shorter side."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    size: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_number(self, "size", 0, 1)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        height, width = x.shape[2:]
+        side = round(self.size * min(height, width))
+        rows, columns = (_covered(batch, length, side, generator) for length in (height, width))
+        covered = rows[:, None, :, None] & columns[:, None, None, :]
+        return replace(batch, inputs=torch.where(covered, 0.0, x))
+
+
+def _covered(batch: Batch, length: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, length) bool: which pixels of a line lie in a stretch of `side` with a random centre."""
+    first = integers(batch, length, generator)[:, None] - side // 2
+    at = torch.arange(length, device=first.device)
+    return (at >= first) & (at < first + side)
+
+
+AUGMENT = Cutout

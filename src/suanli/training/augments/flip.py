@@ -1,0 +1,53 @@
+"""Mirrors pictures left to right.
+
+"alternate" mirrors a fixed half of the pictures in even epochs and the other half in odd ones, so
+that two epochs in a row never show a picture the same way: K. Jordan, "94% on CIFAR-10 in 3.29
+seconds on a single GPU", 2024, section 3.6. Which half is decided by a hash of a picture's
+position, so it needs no memory and is the same after a resume and for every number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from suanli.core.errors import unknown
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import per_image, uniform
+
+Mode = Literal["random", "alternate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip(Augmentation):
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    mode: Mode = "random"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise unknown("mode of augmentation flip", str(self.mode), get_args(Mode))
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        if self.mode == "alternate":
+            mirrored = (_hash_bit(batch.index) + batch.epoch) % 2 == 1
+        else:
+            mirrored = uniform(batch, 0, 1, generator) < 0.5
+        return replace(batch, inputs=torch.where(per_image(mirrored, x), x.flip(-1), x))
+
+    def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        return [inputs, inputs.flip(-1)]
+
+
+def _hash_bit(index: torch.Tensor) -> torch.Tensor:
+    """One well-mixed bit of each position below 2**31: two multiply-and-shift rounds on 32 bits."""
+    mixed = index
+    for factor in (0x45D9F3B, 0x2C1B3C6D):
+        mixed = ((mixed ^ (mixed >> 16)) * factor) & 0xFFFFFFFF
+    return (mixed >> 16) & 1
+
+
+AUGMENT = Flip

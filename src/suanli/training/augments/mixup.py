@@ -1,0 +1,41 @@
+"""Blends each picture with another of the batch; its target becomes shares of both classes.
+
+Source: H. Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. The share is drawn
+for each picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import check_number, mixed, partners, per_image, shares, symmetric_beta, uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixup(Augmentation):
+    """Shares come from Beta(alpha, alpha); `probability` of a picture to be blended at all."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    alpha: float = 0.2
+    probability: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "alpha", 0.01, 100)
+        check_number(self, "probability", 0, 1)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        part = symmetric_beta(batch, self.alpha, generator)
+        part = torch.where(uniform(batch, 0, 1, generator) < self.probability, part, 1.0)
+        partner = partners(batch)
+        own = shares(batch.targets, batch.classes)
+        blended = torch.lerp(x[partner], x, per_image(part, x))
+        return replace(batch, inputs=blended, targets=mixed(own, own[partner], part))
+
+
+AUGMENT = Mixup

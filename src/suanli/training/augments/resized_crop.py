@@ -1,0 +1,47 @@
+"""A random part of each picture, stretched to the full size: the standard augmentation of photos.
+
+Source: C. Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6, in the form
+that area and aspect are drawn and the box is clipped to the picture.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import check_range, uniform, warp
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizedCrop(Augmentation):
+    """`scale` is the part of the area, `ratio` the width over the height of the part."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    scale: tuple[float, float] = (0.25, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        check_range(self, "scale", 0.01, 1)
+        check_range(self, "ratio", 0.1, 10)
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        x = batch.inputs
+        count = len(x)
+        area = uniform(batch, *self.scale, generator)
+        log_ratio = uniform(batch, math.log(self.ratio[0]), math.log(self.ratio[1]), generator)
+        # Sides as parts of the picture's own sides: a part has the picture's aspect times the ratio.
+        width = torch.sqrt(area * log_ratio.exp()).clamp(max=1)
+        height = torch.sqrt(area / log_ratio.exp()).clamp(max=1)
+        matrices = torch.zeros(count, 2, 3, device=x.device)
+        matrices[:, 0, 0], matrices[:, 1, 1] = width, height
+        matrices[:, 0, 2] = uniform(batch, -1, 1, generator) * (1 - width)
+        matrices[:, 1, 2] = uniform(batch, -1, 1, generator) * (1 - height)
+        return replace(batch, inputs=warp(x, matrices))
+
+
+AUGMENT = ResizedCrop

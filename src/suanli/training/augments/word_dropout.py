@@ -1,0 +1,41 @@
+"""Word dropout: some tokens of a training text become the unknown token, so that no decision hangs
+on one word and the unknown token gets a trained embedding.
+
+Iyyer et al., "Deep Unordered Composition Rivals Syntactic Methods for Text Classification", ACL 2015,
+drop the tokens; replacing them keeps the neighbours apart and the length as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from suanli.core.errors import UsageError
+from suanli.core.types import Augmentation, Batch
+from suanli.training.augments._sampling import each_own
+
+PADDING, UNKNOWN = 0, 1  # as in the text preprocessing, which this room can't import
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordDropout(Augmentation):
+    """Each token of `inputs` (B, L) int64 becomes unknown with probability `p`; padding stays."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("text",)
+
+    p: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise UsageError(f"word_dropout(p={self.p}) is out of range.", fix="Give p from 0 to below 1.")
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        ids = batch.inputs
+        drawn = each_own(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
+        chosen = drawn < self.p
+        return replace(batch, inputs=ids.masked_fill(chosen & (ids != PADDING), UNKNOWN))
+
+
+AUGMENT = WordDropout

@@ -1,0 +1,193 @@
+"""What a training will take, measured on this machine before its first step.
+
+Memory: the bytes that autograd keeps for one example (counted with saved-tensor hooks on a small
+batch), times the batch, plus gradients and optimizer state, plus what the process holds already. Time: one forward
+and backward pass at the real batch size. The weights are as they were afterwards.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+
+from suanli.compute.step_runner import active
+from suanli.core.console import duration, size
+from suanli.core.errors import OutOfMemory, UsageError
+from suanli.core.types import Device, Json
+from suanli.machine import device as hardware
+from suanli.machine import timing
+from suanli.parallel import dtensor, fsdp
+from suanli.training import checkpoint
+from suanli.training.loop import Loop
+
+PROBE_BATCHES = (2, 6)
+STATE_COPIES = 4  # weights, gradients and two moments
+BACKWARD = 1.5  # at most, of what the forward pass kept: the gradients between two layers come on top
+WORKSPACE_BYTES = 64 << 20  # kernels' scratch memory and what allocation rounds up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    train_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"about {duration(self.train_seconds)} of training, {size(self.memory_bytes)} of memory, "
+            f"{size(self.disk_bytes)} on disk"
+        )
+
+
+def refuse_too_big(loop: Loop, device: Device) -> int:
+    """The memory that the process will hold, in bytes. Raises OutOfMemory, with the batch size that
+    would fit, before anything is exhausted: on most systems exhaustion ends the process without a
+    word. Raises UsageError for a network that can't learn from such batches."""
+    needed, refusal = memory_needed(loop, device)
+    if refusal is not None:
+        raise refusal
+    return needed
+
+
+def memory_needed(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
+    """As `refuse_too_big`, with the error where that raises it. A collective for a network that is shared out."""
+    held = hardware.peak_memory_bytes(device) or 0
+    batch = -(-loop.batch_size // loop.recipe.accumulate)
+    # What is shared out is there already, and its averages; of a whole network a copy is measured.
+    copies = STATE_COPIES - 1 if loop.compute.sharded else STATE_COPIES + (loop.ema is not None)
+    states = fsdp.held_bytes(loop.model) * copies + fsdp.gathered_bytes(loop.model)
+    available = hardware.available_memory_bytes(device, loop.group.local_size)
+    if loop.compute.sharded:  # measuring is a collective, so nobody may fail in it
+        short = available is not None and states > available
+        if any(loop.group.each(short)):
+            return held + states, out_of_memory(loop, states, available if short else None, 0)
+    with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
+        per_example, once = _activation_bytes(loop, batch)
+        if (first := loop.scale(0)) != 1:
+            loop.try_step(min(PROBE_BATCHES[0], batch), scale=first)  # some networks take one size only
+    fixed = once + states
+    needed = fixed + int(BACKWARD * per_example * batch) + WORKSPACE_BYTES
+    available = hardware.available_memory_bytes(device, loop.group.local_size)
+    if available is None or needed <= available:
+        return held + needed, None
+    # What is advised must do: with everything that comes and goes between two measurements.
+    room = available - fixed - WORKSPACE_BYTES
+    fits = max(0, int(room / (BACKWARD * max(per_example, 1))))
+    return held + needed, out_of_memory(loop, needed, available, fits)
+
+
+@contextmanager
+def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        if hardware.out_of_memory(error):
+            raise
+        sizes = "images that grow, " if loop.recipe.progressive_resizing else ""
+        raise UsageError(
+            f"The network {loop.recipe.model!r} can't learn from {sizes}batches of {batch}: {error}",
+            fix=f"Choose {'progressive_resizing=[], ' if sizes else ''}a larger --batch-size, or another model.",
+        ) from error
+
+
+@contextmanager
+def enough_memory(device: Device) -> Iterator[None]:
+    """Turns memory that ran out before the first batch into OutOfMemory with the way out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, SystemError) as error:
+        if not hardware.out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold what was built so far, and saying so takes memory
+        available = hardware.available_memory_bytes(device)
+        have = "" if available is None else f", {size(available)} are free"
+        raise OutOfMemory(
+            f"The network doesn't fit into the memory of {device.name}{have}.",
+            fix="Choose a smaller model or smaller inputs, or end other programs.",
+        ) from error
+
+
+def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
+    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a step took when the plan was made; None: it
+    wasn't timed, and is now."""
+    if step_s is None:
+        step_s = step_seconds(loop, memory_bytes)
+    return Forecast(
+        train_seconds=(loop.work_left + validation_steps(loop)) * step_s,
+        memory_bytes=memory_bytes,
+        disk_bytes=sum(t.numel() * t.element_size() for t in loop.model.state_dict().values())
+        * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
+    )
+
+
+def validation_steps(loop: Loop) -> float:
+    """How many training steps all validations of a run take as long as: a forward pass is about a third of one."""
+    validations = max(1.0, loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every)
+    return validations * len(loop.val_feed) / loop.order.batch_size / 3
+
+
+def step_seconds(loop: Loop, memory_bytes: int) -> float:
+    """Of one forward and backward pass on what this process computes of a batch. Raises OutOfMemory."""
+
+    def settle() -> None:
+        if loop.device.type == "cuda":
+            torch.cuda.synchronize(loop.device)
+
+    try:
+        with active(loop.compute), loop.untouched():
+            loop.try_step(loop.batch_size)
+            return timing.seconds(lambda: loop.try_step(loop.batch_size), settle)
+    except (RuntimeError, MemoryError, SystemError) as error:
+        if not hardware.out_of_memory(error):
+            raise
+        raise out_of_memory(loop, memory_bytes, None, loop.order.batch_size // 2) from error
+
+
+def out_of_memory(loop: Loop, needed: int, available: int | None, fits: int) -> OutOfMemory:
+    """`fits`: the number of examples that memory has room for at once."""
+    batch = loop.order.batch_size
+    have = f", {size(available)} are free" if available is not None else ""
+    message = f"A batch of {batch} needs about {size(needed)}{have}."
+    if fits < 1:
+        more = "more processes" if loop.compute.sharded else "share the network out over several processes (--shard)"
+        fix = f"Not even one example fits: choose a smaller model or smaller inputs, or {more}."
+        return OutOfMemory(message, fix=fix)
+    fits = 1 << (min(fits, batch - 1).bit_length() - 1) if fits > 1 and batch > 1 else 1
+    parts = -(-batch // fits)
+    return OutOfMemory(
+        message,
+        fix=f"--batch-size {fits} would fit; --set accumulate={parts} computes the same batch in {parts} parts.",
+    )
+
+
+def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
+    """Bytes that the backward pass needs of the forward pass: for each example, and once (the weights
+    in another precision, say). From two small batches, since one can't tell them apart."""
+    small, large = min(PROBE_BATCHES[0], batch), min(PROBE_BATCHES[1], batch)
+    few, many = _kept_bytes(loop, small), _kept_bytes(loop, large)
+    if small == large:
+        return many // large, 0
+    per_example = max(0, many - few) // (large - small)
+    return per_example, max(0, few - per_example * small)
+
+
+def _kept_bytes(loop: Loop, batch: int) -> int:
+    own = {dtensor.local(p).untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loop.try_step(batch, whole=True)
+    return sum(storage.nbytes() for storage in kept.values())  # gathered weights have been let go: they have none

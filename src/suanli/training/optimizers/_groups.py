@@ -1,0 +1,82 @@
+"""Sorting named parameters into the groups that every optimizer here needs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TypeAlias
+
+import torch
+from torch import nn
+
+from suanli.core.errors import UsageError, unknown
+
+Group: TypeAlias = dict[str, Any]
+Named: TypeAlias = tuple[str, nn.Parameter]
+P = ParamSpec("P")
+
+COMMON = ("head", "lr", "weight_decay", "backbone_lr_scale")  # every `build` takes these
+
+
+def in_head(name: str, head: str) -> bool:
+    return name.startswith(f"{head}.")
+
+
+def trainable(named: Iterable[Named], *, head: str, backbone_lr_scale: float) -> list[Named]:
+    """The parameters to train. A scale of 0 freezes all but the head, so that no gradient is computed
+    for what wouldn't move. Raises UsageError where nothing is left."""
+    kept = []
+    for name, parameter in named:
+        if backbone_lr_scale == 0 and not in_head(name, head):
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            kept.append((name, parameter))
+    if not kept:
+        raise UsageError(
+            "The model has no parameters to train.",
+            fix="Choose a model with trainable parameters, or a backbone_lr_scale above 0.",
+        )
+    return kept
+
+
+def split(
+    named: Iterable[Named], *, head: str, lr: float, weight_decay: float, backbone_lr_scale: float
+) -> list[Group]:
+    """Up to four groups: backbone and head, each with decay and without (biases, norms, tokens)."""
+    groups: dict[tuple[bool, bool], Group] = {}
+    for name, parameter in named:
+        key = (in_head(name, head), decays(name, parameter))
+        rate = lr if key[0] else lr * backbone_lr_scale
+        decay = weight_decay if key[1] else 0.0
+        group = groups.setdefault(key, {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay is for matrices and filters: pulling an offset or a scale to zero only biases it."""
+    return parameter.ndim > 1 and not is_embedding(name)
+
+
+def is_embedding(name: str) -> bool:
+    """Tables that are looked up or added, by the names that they have in practice."""
+    return any(word in name for word in ("embed", "_token"))
+
+
+def checked(build: Callable[P, torch.optim.Optimizer]) -> Callable[P, torch.optim.Optimizer]:
+    """Turns an unknown or impossible argument of `build` into a UsageError, nearest name first."""
+    name = build.__module__.rpartition(".")[2]
+    known = list(inspect.signature(build).parameters)
+
+    @functools.wraps(build)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> torch.optim.Optimizer:
+        for given in kwargs:
+            if given not in known:
+                raise unknown(f"{name} argument", given, [k for k in known[1:] if k not in COMMON])
+        try:
+            return build(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"Optimizer {name} can't be built: {error}.", fix="Change that value.") from error
+
+    return wrapper

@@ -1,0 +1,33 @@
+"""Adam with weight decay that is independent of the gradient's scale.
+
+Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from suanli.core.types import Optimizer
+from suanli.training.optimizers import _groups
+
+
+@_groups.checked
+def build(
+    named_parameters: Iterable[_groups.Named],
+    *,
+    head: str,
+    lr: float,
+    weight_decay: float = 0.0,
+    backbone_lr_scale: float = 1.0,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+) -> torch.optim.Optimizer:
+    named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
+    groups = _groups.split(named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale)
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
+
+
+OPTIMIZER = Optimizer(usual_lr=1e-3, name="adamw", build=build, source="arXiv:1711.05101")

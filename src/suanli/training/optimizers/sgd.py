@@ -1,0 +1,31 @@
+"""Stochastic gradient descent with Nesterov momentum.
+
+Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from suanli.core.types import Optimizer
+from suanli.training.optimizers import _groups
+
+
+@_groups.checked
+def build(
+    named_parameters: Iterable[_groups.Named],
+    *,
+    head: str,
+    lr: float,
+    weight_decay: float = 0.0,
+    backbone_lr_scale: float = 1.0,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
+    groups = _groups.split(named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+OPTIMIZER = Optimizer(usual_lr=0.1, name="sgd", build=build, source="Sutskever et al., ICML 2013")

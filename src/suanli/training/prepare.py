@@ -1,0 +1,127 @@
+"""From the options of a user to the complete recipe and the prepared data.
+
+Every verb that needs data uses this, so that all of them see the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suanli.core import registry
+from suanli.core.console import duration, say, warn
+from suanli.core.errors import DamagedFile, DataError, UsageError
+from suanli.core.paths import cache_dir as default_cache_dir
+from suanli.core.paths import data_dir as default_data_dir
+from suanli.core.run import Run
+from suanli.core.settings import change
+from suanli.core.types import AnyPath, Columns, Json, Recipe
+from suanli.data import checks
+from suanli.data.cache import Prepared, prepare_source
+from suanli.data.loader import choose_recipe, find_source
+from suanli.machine import device
+from suanli.models import build
+from suanli.models.model_folder import preprocess_of
+from suanli.training.augment import compose
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where data comes from and goes to; saved in a run, so that it finds its data again."""
+
+    subject: str  # a built-in name or an absolute path
+    input_column: str | None = None
+    label_column: str | None = None
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    max_bad: float = 0.01
+    preprocess: Mapping[str, Json] | None = None  # kind and settings that the given weights learned with
+
+    @classmethod
+    def of(cls, subject: AnyPath, *, data_dir: AnyPath | None, cache_dir: AnyPath | None, **more: Any) -> DataOptions:
+        name = str(subject)
+        path = Path(subject).expanduser()
+        if name not in registry.names("datasets") and path.exists():
+            name = str(path.resolve())
+        return cls(subject=name, data_dir=_absolute(data_dir), cache_dir=_absolute(cache_dir), **more)
+
+    @classmethod
+    def of_run(cls, run: Run, *, data_dir: AnyPath | None = None, cache_dir: AnyPath | None = None) -> DataOptions:
+        """Those of a run; the directories may have moved since."""
+        try:
+            options = cls(**run.data["options"])
+        except (KeyError, TypeError) as error:
+            raise DamagedFile(f"{run.path / 'data.json'} has no usable options.", fix="Train again.") from error
+        return replace(
+            options,
+            data_dir=_absolute(data_dir) or options.data_dir,
+            cache_dir=_absolute(cache_dir) or options.cache_dir,
+        )
+
+
+def _absolute(path: AnyPath | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def resolve(
+    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], tell: bool = True
+) -> tuple[Recipe, Prepared]:
+    """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
+    one that suits the data, with `settings` on top."""
+    started = time.perf_counter()
+    source = find_source(
+        options.subject,
+        columns=Columns(input=options.input_column, label=options.label_column),
+        data_dir=default_data_dir(options.data_dir),
+    )
+    if not isinstance(recipe, Recipe):
+        wanted = change(Recipe(), settings)  # checks every setting before any work is done
+        recipe = choose_recipe(
+            source,
+            name=recipe,
+            model=wanted.model if "model" in settings else None,
+            weights=wanted.weights is not None,
+            settings=wanted.preprocess,
+        )
+    recipe = change(recipe, settings)
+    _check_names(recipe, source.kind)
+    preprocess = None
+    if options.preprocess is not None:
+        if options.preprocess["kind"] != source.kind:
+            raise DataError(
+                f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
+                fix="Choose weights, or data, of the other kind.",
+            )
+        preprocess = preprocess_of(options.preprocess)
+    prepared = prepare_source(
+        source, recipe, default_cache_dir(options.cache_dir), threads=device.cores(), preprocess=preprocess
+    )
+    if tell:
+        _tell(prepared, time.perf_counter() - started)
+    checks.refuse_bad_share(prepared.findings, options.max_bad)
+    checks.refuse_unlearnable(prepared.findings)
+    return recipe, prepared
+
+
+def _check_names(recipe: Recipe, kind: str) -> None:
+    """Raises UsageError for what no later step could find: better before decoding than after it."""
+    build.resolve(recipe.model)
+    compose(recipe.augment, kind)
+    if recipe.progressive_resizing and kind != "image":
+        raise UsageError(f"progressive_resizing is for images, and this is {kind}.", fix="Leave it out.")
+    registry.load("optimizers", recipe.optimizer)
+    registry.load("tasks", recipe.task)
+
+
+def _tell(prepared: Prepared, seconds: float) -> None:
+    counts = {name: len(split) for name, split in prepared.splits.items()}
+    how = "from the cache" if prepared.reused else f"decoded in {duration(seconds)}"
+    say(
+        f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
+        f"{len(prepared.classes)} classes, input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
+    )
+    for remark in checks.remarks(prepared.findings):
+        warn(remark)

@@ -1,0 +1,68 @@
+"""Bounds and settings that several image recipes share."""
+
+from __future__ import annotations
+
+from suanli.core.types import Recipe, Traits
+
+SMALL_PX = 64
+FEW_EXAMPLES = 10_000  # below, an epoch has too few steps to learn in a handful of them
+NORMLESS = ("alexnet", "vit_tiny")  # built-in models that don't stand the rates of normalised networks
+
+SMALL = Recipe(
+    model="speednet",
+    epochs=5,
+    batch_size=500,
+    optimizer="muon",
+    lr=0.24,
+    optimizer_args={"head_lr_scale": 1 / 3, "bias_lr_scale": 12.5, "normalize_filters": True},
+    schedule="linear",
+    label_smoothing=0.1,
+)
+
+FINE_TUNE = Recipe(
+    model="resnet18",
+    epochs=8,
+    batch_size=32,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.01,
+    backbone_lr_scale=0.1,
+    schedule="cosine",
+    warmup_epochs=0.5,
+    label_smoothing=0.1,
+    clip_norm=1.0,
+)
+
+
+def is_small(traits: Traits) -> bool:
+    return min(traits.input_shape[-2:]) <= SMALL_PX
+
+
+def is_grey(traits: Traits) -> bool:
+    return len(traits.input_shape) == 3 and traits.input_shape[0] == 1
+
+
+def is_sign(traits: Traits) -> bool:
+    """Small grey images are mostly digits and letters, which a mirror turns into something else."""
+    return is_small(traits) and is_grey(traits)
+
+
+def is_few(traits: Traits) -> bool:
+    return traits.examples < FEW_EXAMPLES
+
+
+def is_known(model: str | None) -> bool:
+    """Whether the network is one of suanli's: their names have no colon."""
+    return model is None or ":" not in model
+
+
+def for_speednet(traits: Traits) -> bool:
+    """Whether `speednet` will be trained from scratch: it was named, or the images are small."""
+    if traits.kind != "image" or traits.weights:
+        return False
+    return traits.model == "speednet" or (traits.model is None and is_small(traits))
+
+
+def from_scratch(traits: Traits) -> bool:
+    """Whether some other network than `speednet` will be trained on images from scratch."""
+    return traits.kind == "image" and not traits.weights and not for_speednet(traits)

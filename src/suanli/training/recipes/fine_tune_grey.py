@@ -1,0 +1,14 @@
+"""Small grey images for a network that starts from given weights: as `fine_tune`, but never mirrored."""
+
+from suanli.core.types import Recipe, RecipeChoice, Traits
+from suanli.training.recipes._images import FINE_TUNE, is_sign
+
+
+def suits(traits: Traits) -> int | None:
+    return 60 if traits.kind == "image" and traits.weights and is_sign(traits) else None
+
+
+RECIPE = RecipeChoice(
+    recipe=Recipe(**FINE_TUNE.model_dump() | {"name": "fine_tune_grey", "augment": ("crop(fraction=0.0625)",)}),
+    suits=suits,
+)

@@ -1,0 +1,55 @@
+"""Small colour images, many of them: `speednet` for a handful of epochs, the first ones on smaller pictures.
+
+Chosen on 5,000 training images of CIFAR-10 that took no part in training.
+"""
+
+from suanli.core.types import Effort, Json, Reached, Recipe, RecipeChoice, Traits
+from suanli.training.recipes._images import SMALL, for_speednet, is_few, is_sign
+
+
+def suits(traits: Traits) -> int | None:
+    return 60 if for_speednet(traits) and not is_few(traits) and not is_sign(traits) else None
+
+
+def _effort(epochs: float, lr: float, widths: tuple[int, ...], reached: float, **more: Json) -> Effort:
+    """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy, the two dearest in bfloat16 on a GPU:
+    records/2026-11-27_h100_gpu."""
+    changes: dict[str, Json] = {"epochs": epochs, "lr": lr, "validate_every": epochs}
+    changes["model_args"] = {"widths": widths} | more.pop("model_args", {})
+    return Effort(
+        changes=changes | more,
+        reached=(Reached(data="cifar10", classes=10, examples=44_893, score=reached),),
+    )
+
+
+RECIPE = RecipeChoice(
+    recipe=Recipe(
+        **SMALL.model_dump()
+        | {
+            "name": "small_images",
+            "augment": ("crop(padding=2)", "flip(mode='alternate')"),
+            "progressive_resizing": ((0.4, 0.625), (0.7, 0.75)),
+            "epochs": 8,
+            "lr": 0.18,
+        }
+    ),
+    suits=suits,
+    efforts=(
+        _effort(0.8, 0.24, (32, 64, 128), 0.716),
+        _effort(1.3, 0.24, (32, 64, 128), 0.762),
+        _effort(2.8, 0.24, (32, 64, 128), 0.804),
+        _effort(4.0, 0.15, (64, 128, 256), 0.847),
+        _effort(7.0, 0.15, (64, 256, 256), 0.876),
+        _effort(
+            8.0,
+            0.24,
+            (64, 256, 256),
+            0.895,
+            model_args={"depths": (2, 2, 2), "whitening_bias": True},
+            batch_size=2000,
+            label_smoothing=0.2,
+            optimizer_args={"head_lr_scale": 0.0833, "bias_lr_scale": 50.0, "normalize_filters": True},
+            progressive_resizing=((0.2, 0.625), (0.5, 0.75)),
+        ),
+    ),
+)

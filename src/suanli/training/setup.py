@@ -1,0 +1,154 @@
+"""All that a training needs, put together once; from it come loops for any plan.
+
+`Assembly` is what is trained, before it is decided how it is computed: network, optimizer, splits on the
+device. `loop` gives the one that trains; `trial` gives as many as the planner wants, on copies.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from suanli.compute.plan import apply
+from suanli.core.console import say
+from suanli.core.registry import load
+from suanli.core.types import Device, Plan, Recipe, Step
+from suanli.data import loader
+from suanli.data.cache import Prepared
+from suanli.data.loader import Feed, mix
+from suanli.machine import peak
+from suanli.models import build as building
+from suanli.models.model_folder import weights_of
+from suanli.parallel import fsdp
+from suanli.parallel.group import ALONE, Group
+from suanli.parallel.sync_batchnorm import norms, synchronise
+from suanli.training.loop import Loop
+
+INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
+
+# What decides how long a step takes; a plan holds for every recipe that agrees in these.
+_COMPUTED = (
+    *("model", "model_args", "task", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
+    *("backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
+)
+
+
+class Assembly:
+    """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`: a
+    checkpoint will replace every weight, so none is loaded or initialised from data. `shard`: a collective, and
+    the network is shared out over the processes; then there are no trials."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        device: Device,
+        *,
+        fresh: bool = True,
+        group: Group = ALONE,
+        shard: bool = False,
+    ) -> None:
+        self.group, self.sharded = group, shard
+        self.recipe, self.prepared, self.device = recipe, prepared, device
+        module = self._built(outlined=shard and not group.first)
+        head = building.head_of(module, building.resolve(recipe.model))
+        if fresh and recipe.weights is not None:
+            file, card = weights_of(Path(recipe.weights).expanduser())
+            other_classes = card is not None and tuple(card["classes"]) != prepared.classes
+            say(str(building.load_weights(module, file, head, new_head=other_classes)))
+        fits = device.type != "cpu" and loader.fits(prepared.splits["train"], device)
+        self.can_reside = all(group.each(fits))  # or one plan would not do for all
+        self._feed = cache(lambda split, resident: Feed(prepared.splits[split], device, resident=resident))
+        if not shard:
+            module.to(device.torch_name)
+        initialize = getattr(module, "initialize", None)
+        if fresh and recipe.weights is None and callable(initialize):
+            train: Feed = self._feed("train", False)
+            spread = np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES]
+            initialize(prepared.preprocess.to_model(train.rows(torch.from_numpy(spread))))
+        if shard:  # only now, and from main memory: no device has to hold all of it
+            fsdp.shard(module, group, torch.device(device.torch_name))
+        self.module = module
+        self.optimizer: torch.optim.Optimizer = load("optimizers", recipe.optimizer).build(
+            list(module.named_parameters()),
+            head=head,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            backbone_lr_scale=recipe.backbone_lr_scale,
+            **recipe.optimizer_args,
+        )
+
+    def _built(self, *, outlined: bool) -> torch.nn.Module:
+        """A collective where it is shared out. The first process has the values, and the memory of a host room for one
+        network; the others begin with an outline, unless trying it made more of the first one's."""
+        torch.manual_seed(mix(self.recipe.seed, 0))
+        build = partial(building.build, self.recipe, self.prepared.preprocess, len(self.prepared.classes))
+        module = build(outlined=outlined)
+        if not self.sharded:
+            return module
+        facts = building.facts(module)
+        first = self.group.of_first(facts)
+        return build() if outlined and facts != first else module
+
+    @property
+    def step(self) -> Step:
+        """How plain PyTorch computes it."""
+        return Step(
+            model=self.module,
+            optimizer=self.optimizer,
+            memory_format=torch.contiguous_format,  # or the layout of the cached rows would go on through the network
+            parts=self.recipe.accumulate,
+            reads=True,
+            can_reside=self.can_reside,
+            shared=not self.group.alone,
+            asks=not self.group.alone and bool(norms(self.module)),
+            sharded=self.sharded,
+        )
+
+    def loop(self, plan: Plan) -> Loop:
+        """A collective: the loop that trains the network itself. Once: a speedup may change it for good."""
+        if not self.group.alone:
+            synchronise(self.module, self.group)
+        return self._loop(self.step, plan)
+
+    def trial(self, plan: Plan) -> Loop:
+        """A loop that trains a copy from the same start, for measuring: its pictures don't grow."""
+        model, optimizer = copy.deepcopy((self.module, self.optimizer))
+        return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, measuring=True)
+
+    def _loop(self, step: Step, plan: Plan, *, measuring: bool = False) -> Loop:
+        step = apply(plan, step, self.device)
+        return Loop(
+            recipe=self.recipe,
+            step=step,
+            task=load("tasks", self.recipe.task)(),
+            preprocess=self.prepared.preprocess,
+            train=self._feed("train", step.resident),
+            val=self._feed("val", step.resident and loader.fits(self.prepared.splits["val"], self.device)),
+            device=self.device,
+            classes=len(self.prepared.classes),
+            group=self.group,
+            one_size=measuring,
+            apart=measuring,
+        )
+
+    @property
+    def key(self) -> str:
+        """Names all that decides which plan is the best: what is computed, on what, with which software."""
+        facts = [
+            {name: self.recipe.model_dump(mode="json")[name] for name in _COMPUTED},
+            [self.prepared.preprocess.kind, self.prepared.preprocess.model_args, self.prepared.preprocess.input_shape],
+            len(self.prepared.classes),
+            peak.fingerprint(self.device),
+        ]
+        if not self.group.alone:  # a share of the batch, and no speedup that the processes have no use for
+            facts.append(self.group.size)
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

@@ -1,0 +1,202 @@
+"""One way of computing a training, which goes on for a few steps whenever it is visited, and is measured.
+
+Several ways that are visited by turns have had the same steps after each round and the same disturbances
+during it. A visit is timed as a whole, up to the last result of the device; single steps are timed by marks
+that the device itself sets between them, because waiting for each would slow down what is measured.
+
+Peak memory is that of the process without what other ways hold; a training split that lies on the device
+counts for every way. Only visits that aren't timed take it. On a CPU it is the kernel's high-water mark, which
+can be set back on Linux only; what the allocator keeps for later is given back first, and that costs the next
+steps time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from suanli.compute import roofline
+from suanli.compute.infer import infer
+from suanli.compute.step_runner import active
+from suanli.core.types import Device
+from suanli.machine import energy
+from suanli.machine.timing import percentile
+from suanli.training import utilization
+from suanli.training.loop import Loop, validation_batch
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What the visits to one way have shown so far."""
+
+    seconds: list[float] = field(default_factory=list)  # of each timed visit
+    examples: list[int] = field(default_factory=list)  # in each timed visit
+    step_s: list[float] = field(default_factory=list)  # of each step in them
+    pace_s: float = 0.0  # of a step, in the latest visit
+    joules: float | None = 0.0  # in all of them; None: not readable
+    peak_bytes: int | None = None  # in visits that weren't timed; None: unknown
+
+
+class Way:
+    """A loop that advances when it is visited. What fails in a visit is raised; the way is then of no use."""
+
+    def __init__(self, loop: Loop, device: Device) -> None:
+        self.loop, self.device = loop, device
+        self.training, self.evaluation = Record(), Record()
+        self._steps = loop.run()
+        # Of equal size, and the same ones for every way: the last ones of a pass would be fewer.
+        self.evaluated = min(validation_batch(loop.recipe), len(loop.val_feed))
+        positions = _positions(len(loop.val_feed), self.evaluated)
+        self._rows = loop.val_feed.batches(positions, read_ahead=loop.compute.read_ahead)
+
+    def train(self, steps: int, *, timed: bool = True, elsewhere_bytes: int = 0) -> None:
+        """So many steps; `elsewhere_bytes` of the device's memory are held by other ways."""
+        examples = steps * self.loop.order.batch_size
+        self._visit(self.training, self._step, steps, examples, timed, elsewhere_bytes)
+
+    def evaluate(self, batches: int, *, timed: bool = True, elsewhere_bytes: int = 0) -> None:
+        """So many batches of validation examples, without their scores."""
+        examples = batches * self.evaluated
+        self._visit(self.evaluation, self._batch, batches, examples, timed, elsewhere_bytes)
+
+    def probabilities(self) -> np.ndarray:
+        """(N, K) of the whole validation split, with the weights that would be kept now."""
+        loop = self.loop
+        rows = (rows for rows, _, _ in loop.val_feed.in_order(self.evaluated))
+        with active(loop.compute), loop.kept_weights():
+            return infer(loop.compute, loop.preprocess, loop.task, rows)
+
+    def flops(self) -> tuple[int, int]:
+        """Of one training step, which is done, and of one validation batch."""
+        with active(self.loop.compute):
+            return roofline.flops(self._step), roofline.flops(self._batch)
+
+    def precision(self) -> str:
+        """The name of the dtype that products and convolutions are computed in."""
+        return utilization.precision(self.loop.compute, self.device)
+
+    def held_bytes(self) -> int:
+        """Of the device's memory, by weights, gradients, averages and the optimizer's state."""
+        loop = self.loop
+        tensors = [*loop.model.parameters(), *loop.model.buffers(), *(loop.ema or {}).values()]
+        tensors += [p.grad for p in loop.model.parameters() if p.grad is not None]
+        for state in loop.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        storages = [t.untyped_storage() for t in tensors if t.device.type == loop.device.type]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    # --- one visit ---
+
+    def _step(self) -> None:
+        next(self._steps)
+
+    def _batch(self) -> None:
+        loop = self.loop
+        rows, _, _ = next(self._rows)
+        infer(loop.compute, loop.preprocess, loop.task, [rows])
+
+    def _visit(
+        self, record: Record, work: Callable[[], None], times: int, examples: int, timed: bool, elsewhere_bytes: int
+    ) -> None:
+        with active(self.loop.compute):
+            self._settle()
+            watched = not timed and _watch_peak(self.device)
+            with energy.metered(self.device) if timed else nullcontext() as meter:
+                started = time.perf_counter()
+                marks = _Marks(self.loop.device)
+                for _ in range(times):
+                    work()
+                    marks.set()
+                self._settle()
+                took = time.perf_counter() - started
+            if watched and (peak := _peak(self.device)) is not None:
+                record.peak_bytes = max(record.peak_bytes or 0, peak - elsewhere_bytes)
+        intervals = marks.intervals_s()
+        record.pace_s = percentile(intervals, 0.5)
+        if not timed:
+            return
+        record.seconds.append(took)
+        record.examples.append(examples)
+        record.step_s += intervals
+        joules = None if meter is None else meter.joules
+        record.joules = None if joules is None or record.joules is None else record.joules + joules
+
+    def _settle(self) -> None:
+        """Waits for the device; raises Diverged for a loss that isn't finite."""
+        self.loop.settle()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.loop.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def _positions(count: int, batch: int) -> Iterator[torch.Tensor]:
+    """Positions of batches of equal size, from the first again after the last; without end."""
+    for start in itertools.count(0, batch):
+        yield torch.arange(start, start + batch) % count
+
+
+class _Marks:
+    """Moments in the device's own sequence of work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._set: list[Any] = []
+        self.set()
+
+    def set(self) -> None:
+        if self._device.type == "cpu":
+            self._set.append(time.perf_counter())
+        elif self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._set.append(event)
+        else:
+            self._set.append(torch.mps.Event(enable_timing=True))
+            self._set[-1].record()
+
+    def intervals_s(self) -> list[float]:
+        """Between neighbours; the device must have come to the last."""
+        pairs = itertools.pairwise(self._set)
+        if self._device.type == "cpu":
+            return [after - before for before, after in pairs]
+        return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+
+
+# --- peak memory ----------------------------------------------------------------------------
+
+
+def _watch_peak(device: Device) -> bool:
+    """Starts anew to look for the most memory in use. False: that can't be done here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device.torch_name)
+        return True
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
+        return False
+    gc.collect()
+    with suppress(OSError, AttributeError):  # only the GNU library has it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak(device: Device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device.torch_name)
+    found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -1,0 +1,84 @@
+"""How much of what the device can do a training uses: its operations against the measured ceilings.
+
+The ceilings come from a probe that was made before; nothing here measures the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from suanli.compute.flops import flops
+from suanli.compute.roofline import Roofline, measure_layers
+from suanli.compute.step_runner import active, call, eager
+from suanli.core.types import Device, Step
+from suanli.machine.peak import Ceilings
+from suanli.training.loop import Loop
+
+COUNTED = 4  # examples whose operations are counted; others take as many
+PASSES = 2
+
+
+def precision(step: Step, device: Device) -> str:
+    """The name of the dtype that most products and convolutions of a step are computed in."""
+    if step.autocast_dtype is not None:
+        return str(step.autocast_dtype).removeprefix("torch.")
+    with active(step):
+        return _float32_precision(device)
+
+
+def _float32_precision(device: Device) -> str:
+    """What a product of float32 numbers is computed in, with the process's settings of now."""
+    backends = torch.backends
+    if device.type == "cuda" and "tf32" in (
+        backends.cuda.matmul.fp32_precision,
+        backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    ):
+        return "tfloat32"
+    if device.type == "cpu" and "bf16" in (
+        backends.mkldnn.matmul.fp32_precision,  # type: ignore[attr-defined]
+        backends.mkldnn.conv.fp32_precision,  # type: ignore[attr-defined]
+    ):
+        return "bfloat16"
+    return "float32"
+
+
+def ceiling_flops(ceilings: Ceilings) -> dict[str, float]:
+    """For each precision the highest speed that a product or a convolution reached, in FLOP/s."""
+    found: dict[str, float] = {}
+    for measured in (ceilings.matmul_flops, ceilings.conv_flops):
+        for name, value in measured.items():
+            if value:
+                found[name] = max(value, found.get(name, 0.0))
+    return found
+
+
+def least_step_s(loop: Loop, device: Device, ceilings: Ceilings) -> float | None:
+    """Seconds that the products and convolutions of one training step would take at the ceiling. None: the
+    ceiling of that precision isn't known."""
+    ceiling = ceiling_flops(ceilings).get(precision(loop.compute, device))
+    if ceiling is None:
+        return None
+    examples = min(COUNTED, loop.batch_size)
+    with active(loop.compute), loop.untouched():
+        counted = flops(lambda: loop.try_step(examples, whole=True))
+    return counted / examples * loop.batch_size / ceiling
+
+
+def roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
+    """The layers of the network in one forward pass of a training batch, as validation computes it."""
+    step = loop.compute
+    inputs = loop.first_batch().inputs
+    was_training = loop.model.training
+    loop.model.eval()
+    try:
+        with active(step), torch.no_grad(), eager(step):
+            layers = measure_layers(loop.model, lambda: call(step, loop.model, inputs), device=device, passes=PASSES)
+    finally:
+        loop.model.train(was_training)
+    return Roofline(
+        device=device.name,
+        dtype=precision(step, device),
+        batch=len(inputs),
+        layers=tuple(layers),
+        ceilings=None if ceilings is None else ceilings.to_json(),
+    )
