@@ -49,7 +49,7 @@ from suanli.training.augments.crop import Crop
 from suanli.training.augments.flip import Flip
 from suanli.training.augments.resized_crop import ResizedCrop
 from suanli.training.schedule import factor
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from subjects import endless, load
 
 if importlib.util.find_spec("lightning") is None:
@@ -210,15 +210,15 @@ class Turns(Callback):
 def compare(kind: str, name: str, given: argparse.Namespace, device: Device) -> tuple[dict[str, list[float]], Plan]:
     """Seconds of each epoch of both sides, without the first, which warms up; suanli's plan."""
     recipe, prepared = load(name, given.data, cache=given.cache)
-    assembly = Assembly(endless(recipe), prepared, device)
+    setup = Setup(endless(recipe), prepared, device)
     if kind == "equal":
-        plan = plan_of(MEANS, assembly)
+        plan = plan_of(MEANS, setup)
     else:
-        plan = auto_plan(Assembly(recipe, prepared, device), given.cache)
-    loop = assembly.trial(plan)
+        plan = auto_plan(Setup(recipe, prepared, device), given.cache)
+    loop = setup.trial(plan)
     batch, steps = loop.order.batch_size, given.steps or loop.order.steps_per_epoch
     turns = Turns(Side.of(loop), steps, settler(device))
-    recipe, module = assembly.recipe, copy.deepcopy(assembly.module)
+    recipe, module = setup.recipe, copy.deepcopy(setup.module)
     options: dict[str, Any] = {
         "max_epochs": given.rounds + 1,
         "accelerator": "gpu" if device.type == "cuda" else "cpu",

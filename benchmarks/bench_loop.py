@@ -19,7 +19,7 @@ from record import Record, arguments, start
 from sides import Side, by_turns, plan_of
 from suanli.core.types import Json
 from suanli.machine import timing
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from subjects import SUBJECTS, endless, load
 
 FLOOR = 0.98  # of the hand-written loop's images per second
@@ -36,10 +36,10 @@ def main() -> None:
     found = {}
     for name in given.subjects.split(","):
         recipe, prepared = load(name, given.data, cache=given.cache)
-        assembly = Assembly(endless(recipe), prepared, device)
-        plan = plan_of(MEANS, assembly)
-        loop = assembly.trial(plan)
-        hand = Handwritten(assembly.recipe, prepared, copy.deepcopy(loop.model), device, plan.speedups)
+        setup = Setup(endless(recipe), prepared, device)
+        plan = plan_of(MEANS, setup)
+        loop = setup.trial(plan)
+        hand = Handwritten(setup.recipe, prepared, copy.deepcopy(loop.model), device, plan.speedups)
         record.say(f"{name}: both sides with {', '.join(plan.speedups) or 'plain PyTorch'}")
         count = given.steps or SUBJECTS[name].block
         sides = {"hand": Side(steps=hand.steps()), "suanli": Side.of(loop)}

@@ -29,7 +29,7 @@ from suanli.core.types import Device, Json, Plan
 from suanli.machine import timing
 from suanli.tasks.classification import Z_95, wilson_interval
 from suanli.training.loop import Loop, validation_batch
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from subjects import SUBJECTS, endless, load, steps_per_epoch
 
 FLOORS = {"speednet": 2.0, "resnet18": 1.6}  # times plain PyTorch
@@ -58,11 +58,11 @@ def main() -> None:
 
 def speed(record: Record, name: str, given: argparse.Namespace, device: Device) -> tuple[Plan, dict[str, Json]]:
     recipe, prepared = load(name, given.data, cache=given.cache)
-    plan = auto_plan(Assembly(recipe, prepared, device), given.cache)
-    assembly = Assembly(endless(recipe), prepared, device)
+    plan = auto_plan(Setup(recipe, prepared, device), given.cache)
+    setup = Setup(endless(recipe), prepared, device)
     record.say(f"\n{name}: the plan is {', '.join(plan.speedups) or 'plain'}, {plan.threads} threads; {plan.origin}")
-    none, fast = assembly.trial(plain(device)), assembly.trial(plan)
-    hand = Handwritten(assembly.recipe, prepared, copy.deepcopy(none.model), device)
+    none, fast = setup.trial(plain(device)), setup.trial(plan)
+    hand = Handwritten(setup.recipe, prepared, copy.deepcopy(none.model), device)
     count = given.steps or SUBJECTS[name].block
     sides = {"plain": Side(steps=hand.steps()), "none": Side.of(none), "plan": Side.of(fast)}
     seconds = by_turns(sides, count, rounds=given.rounds, device=device)
@@ -93,9 +93,9 @@ def scores(
     for seed in range(given.seeds):
         recipe, prepared = load(name, given.data, cache=given.cache, settings={"seed": seed})
         recipe = recipe.model_copy(update={"epochs": count / steps_per_epoch(recipe, prepared)})
-        assembly = Assembly(recipe, prepared, device)
+        setup = Setup(recipe, prepared, device)
         for side, chosen in sides.items():
-            loop = assembly.trial(chosen)
+            loop = setup.trial(chosen)
             with active(loop.compute):
                 for _ in loop.run():
                     pass

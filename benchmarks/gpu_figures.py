@@ -41,7 +41,7 @@ from suanli.data.cache import Prepared
 from suanli.machine import timing
 from suanli.training.loop import Loop
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from subjects import ENDLESS
 
 SHARE = 0.35  # of the ceiling in half precision
@@ -146,11 +146,11 @@ def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
     count = 2 if given.tiny else 60
     for name, settings in NETWORKS.items():
         recipe, prepared = small(given, {**settings, **({"batch_size": 50} if given.tiny else {})})
-        assembly = Assembly(recipe, prepared, device)
-        plain = assembly.trial(planning.plain(device))
+        setup = Setup(recipe, prepared, device)
+        plain = setup.trial(planning.plain(device))
         work, batch = training_flops(plain), plain.order.batch_size
         record.say(f"\n{name}: {work / 1e9:,.1f} GFLOP a step of {batch}")
-        sides = {"plain": Side.of(plain), **running(record, assembly, WAYS)}
+        sides = {"plain": Side.of(plain), **running(record, setup, WAYS)}
         failed += [f"{name}, {way}" for way in WAYS if way not in sides]
         seconds = by_turns(sides, count, rounds=given.rounds, device=device)
         found[name] = {"batch": batch, "flops_of_a_step": work, "block_s": seconds}
@@ -167,12 +167,12 @@ def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
         sys.exit(1)
 
 
-def running(record: Record, assembly: Assembly, ways: Mapping[str, tuple[str, ...]]) -> dict[str, Side]:
+def running(record: Record, setup: Setup, ways: Mapping[str, tuple[str, ...]]) -> dict[str, Side]:
     """A side for each way that gets through its first steps; the others are told, and don't cost the rest."""
     found = {}
     for way, wanted in ways.items():
         try:
-            side = Side.of(assembly.trial(plan_of(wanted, assembly)))
+            side = Side.of(setup.trial(plan_of(wanted, setup)))
             side.block(3)
         except (RuntimeError, SuanliError) as error:  # what torch raises where a backend can't, and suanli
             record.say(f"  {way} doesn't run: {error}")
@@ -210,11 +210,11 @@ class Synthetic(Handwritten):
 
 def resnet50(given: argparse.Namespace, device: Device, record: Record) -> None:
     recipe, prepared = photos(given)
-    assembly = Assembly(recipe, prepared, device)
-    plans = {name: plan_of((*USUAL_ON_GPU, name), assembly) for name in ("read_ahead", "resident")}
-    mapped, resident = (assembly.trial(plan) for plan in plans.values())
-    usual = plan_of(MEANS, assembly).speedups
-    synthetic = Synthetic(recipe, prepared, copy.deepcopy(assembly.module), device, usual)
+    setup = Setup(recipe, prepared, device)
+    plans = {name: plan_of((*USUAL_ON_GPU, name), setup) for name in ("read_ahead", "resident")}
+    mapped, resident = (setup.trial(plan) for plan in plans.values())
+    usual = plan_of(MEANS, setup).speedups
+    synthetic = Synthetic(recipe, prepared, copy.deepcopy(setup.module), device, usual)
     count = 1 if given.tiny else 12
     sides = {
         "synthetic": Side(steps=synthetic.steps()),

@@ -23,7 +23,7 @@ from suanli.core.console import quiet
 from suanli.core.errors import SuanliError
 from suanli.core.settings import change
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from warm import Warm
 
 SPEEDUPS = ["channels_last", "bf16", "cudnn_benchmark", "resident", "graphs"]
@@ -56,7 +56,7 @@ def main() -> None:
             warm = Warm(subject, prepared, device, given.speedups.split(","))
             runs = [warm.train(seed) for seed in range(given.seeds)]
             single = [run.single for run in runs]
-            plain = Assembly(subject, prepared, device).trial(plan.plain(device))
+            plain = Setup(subject, prepared, device).trial(plan.plain(device))
             found |= {
                 "single": statistics.mean(single),
                 "standard_error": standard_error(single),

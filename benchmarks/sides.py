@@ -23,7 +23,7 @@ from suanli.core.types import AnyPath, Device, Plan, Step
 from suanli.machine import peak
 from suanli.machine.timing import seconds
 from suanli.training.loop import Loop
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,11 @@ def settler(device: Device) -> Callable[[], None] | None:
 # --- suanli's side --------------------------------------------------------------------------
 
 
-def plan_of(wanted: Collection[str], assembly: Assembly) -> Plan:
+def plan_of(wanted: Collection[str], setup: Setup) -> Plan:
     """Those of the named speedups that have something to do on this device, for this network."""
-    device = assembly.device
-    model, optimizer = copy.deepcopy((assembly.module, assembly.optimizer))
-    step, used = replace(assembly.step, model=model, optimizer=optimizer), []
+    device = setup.device
+    model, optimizer = copy.deepcopy((setup.module, setup.optimizer))
+    step, used = replace(setup.step, model=model, optimizer=optimizer), []
     for name in plan.in_order(wanted):
         speedup = load("speedups", name)
         if speedup.why_not(device) is None and speedup.needless(step, device) is None:
@@ -80,10 +80,10 @@ def plan_of(wanted: Collection[str], assembly: Assembly) -> Plan:
     return plan.named(",".join(used) or "none", device)
 
 
-def auto_plan(assembly: Assembly, cache: AnyPath | None) -> Plan:
+def auto_plan(setup: Setup, cache: AnyPath | None) -> Plan:
     """What `--speedups auto` chooses for this training, measured now or cached."""
-    steps = round(assembly.trial(plan.plain(assembly.device)).work_left)
-    return planner.plan(assembly, "auto", steps=steps, cache=paths.cache_dir(cache))
+    steps = round(setup.trial(plan.plain(setup.device)).work_left)
+    return planner.plan(setup, "auto", steps=steps, cache=paths.cache_dir(cache))
 
 
 def half_precision_flops(device: Device, cache: AnyPath | None) -> tuple[float, str]:

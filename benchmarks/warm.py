@@ -17,7 +17,7 @@ from suanli.core.types import Device, Recipe
 from suanli.data.cache import Prepared
 from suanli.data.loader import Order
 from suanli.training.loop import Progress
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 EXAMINED = 2000  # examples at a time
 
@@ -34,16 +34,16 @@ class Trained:
 class Warm:
     def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, speedups: list[str]) -> None:
         self.recipe, self.prepared, self.device = recipe, prepared, device
-        assembly = Assembly(recipe, prepared, device)
-        self.plan = plan_of(speedups, assembly)
-        self.loop = assembly.loop(self.plan)
+        setup = Setup(recipe, prepared, device)
+        self.plan = plan_of(speedups, setup)
+        self.loop = setup.loop(self.plan)
         self._settle: Callable[[], None] = settler(device) or (lambda: None)
 
     def train(self, seed: int) -> Trained:
         """Trains from a new start and examines it on validation. The weights change in place: a recording refers to
         them."""
         recipe, loop = change(self.recipe, {"seed": seed}), self.loop
-        fresh = Assembly(recipe, self.prepared, self.device).module
+        fresh = Setup(recipe, self.prepared, self.device).module
         with torch.no_grad():
             for own, new in zip(loop.model.state_dict().values(), fresh.state_dict().values(), strict=True):
                 own.copy_(new)

@@ -16,7 +16,7 @@ from suanli.data.cache import Prepared, prepare_source
 from suanli.machine import device
 from suanli.training import checkpoint
 from suanli.training.loop import Loop
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 CPU = device.detect("cpu")
 
@@ -65,7 +65,7 @@ RECIPES = st.builds(
 def loop_of(recipe: Recipe, prepared: Prepared, *, fresh: bool = True) -> Loop:
     """Computed in another layout, and by the optimizer's fused kernel where there is one."""
     speedups = ("channels_last",) if recipe.optimizer == "muon" else ("channels_last", "fused_optimizer")
-    return Assembly(recipe, prepared, CPU, fresh=fresh).loop(Plan(device="cpu", speedups=speedups))
+    return Setup(recipe, prepared, CPU, fresh=fresh).loop(Plan(device="cpu", speedups=speedups))
 
 
 def bits(loop: Loop) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: Pre
     results = []
     for parts in (1, 4):
         recipe = Recipe(model=TINY, optimizer="sgd", lr=0.05, batch_size=30, accumulate=parts, epochs=1)
-        loop = Assembly(recipe, prepared, CPU).loop(Plan(device="cpu", speedups=()))
+        loop = Setup(recipe, prepared, CPU).loop(Plan(device="cpu", speedups=()))
         for layer in loop.model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0

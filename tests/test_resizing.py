@@ -17,7 +17,7 @@ from suanli.core.types import Recipe
 from suanli.machine.device import detect
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.progressive_resizing import SMALLEST, scale, shrink, side, work
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 STAGES = ((0.25, 0.5), (0.5, 0.75))
 shares = st.floats(0.01, 0.99)
@@ -64,8 +64,8 @@ def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folde
     settings = {"progressive_resizing": STAGES, "epochs": 4, "batch_size": 16}
     recipe, prepared = resolve(DataOptions.of(root, data_dir=None, cache_dir=None), recipe=None, settings=settings)
     cpu = detect("cpu")
-    assembly = Assembly(recipe, prepared, cpu)
-    trial, loop = assembly.trial(plain(cpu)), assembly.loop(plain(cpu))
+    setup = Setup(recipe, prepared, cpu)
+    trial, loop = setup.trial(plain(cpu)), setup.loop(plain(cpu))
     seen: list[tuple[int, ...]] = []
     loop.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     for _ in loop.run():

@@ -152,7 +152,7 @@ BUILT = """
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 from pathlib import Path
 from suanli.parallel import group as distributed, dtensor as pieces; from suanli.machine import device as hardware
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from suanli.training.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)
 settings = {"model": "NET", "optimizer": "adamw"}
@@ -162,7 +162,7 @@ def resident(name):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS:")
-module = Assembly(recipe, prepared, hardware.detect("cpu"), group=group, shard=not group.alone).module
+module = Setup(recipe, prepared, hardware.detect("cpu"), group=group, shard=not group.alone).module
 print(resident("VmHWM:") - before)
 print(sum(float(pieces.whole(p.detach()).double().abs().sum()) for p in module.parameters()))
 group.finish()

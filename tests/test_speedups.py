@@ -27,7 +27,7 @@ from suanli.data.loader import Feed
 from suanli.machine.device import detect
 from suanli.parallel.blocks import blocks
 from suanli.parallel.group import Group
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 CPU = detect("cpu")
 
@@ -387,8 +387,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def test_the_plan_of_one_process_is_not_kept_for_several(prepared: Prepared) -> None:
     """It may have what they have no use for, such as a recorded step."""
-    alone = Assembly(Recipe(), prepared, CPU).key
-    keys = {size: Assembly(Recipe(), prepared, CPU, group=Group(rank=0, size=size)).key for size in (1, 2, 4)}
+    alone = Setup(Recipe(), prepared, CPU).key
+    keys = {size: Setup(Recipe(), prepared, CPU, group=Group(rank=0, size=size)).key for size in (1, 2, 4)}
     assert keys[1] == alone
     assert len(set(keys.values())) == 3
 
@@ -408,8 +408,8 @@ def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared
     )
     states, rates = [], []
     for graph in (False, True):
-        assembly = Assembly(recipe, prepared, CPU)
-        loop = assembly.loop(Plan(device="cpu", speedups=()))
+        setup = Setup(recipe, prepared, CPU)
+        loop = setup.loop(Plan(device="cpu", speedups=()))
         if graph:
             loop.learner = Learner(replace(loop.compute, graph=True), loop._loss, clip_norm=recipe.clip_norm)
         seen = []
@@ -420,7 +420,7 @@ def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared
         assert all(isinstance(g["lr"], torch.Tensor) == graph for g in loop.optimizer.param_groups)
     np.testing.assert_allclose(rates[0], rates[1], rtol=1e-6)
     assert len({tuple(r) for r in rates[0]}) > 3  # it did change
-    start = Assembly(recipe, prepared, CPU).module.state_dict()
+    start = Setup(recipe, prepared, CPU).module.state_dict()
     one, other, before = (torch.cat([t.float().flatten() for t in s.values()]) for s in (*states, start))
     # Muon's iteration may run in bfloat16, which makes more of a rate's last bit.
     allowed = 0.02 if optimizer == "muon" else 1e-4

@@ -26,7 +26,7 @@ from suanli.engines.backends import eager
 from suanli.training import checkpoint
 from suanli.training.loop import Loop
 from suanli.training.optimizers import muon
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,14 +59,14 @@ def dropping(*, classes: int, in_channels: int, image_size: tuple[int, int]) -> 
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(in_channels * height * width, classes))
 
 
-def plan_for(speedups: str, assembly: Assembly) -> Plan:
+def plan_for(speedups: str, setup: Setup) -> Plan:
     """Skips where one of them isn't for this device or this training."""
     for name in speedups.split(","):
-        reason = load("speedups", name).why_not(assembly.device)
-        reason = reason or load("speedups", name).needless(assembly.step, assembly.device)
+        reason = load("speedups", name).why_not(setup.device)
+        reason = reason or load("speedups", name).needless(setup.step, setup.device)
         if reason is not None:
             pytest.skip(f"{name}: {reason}")
-    return planning.named(speedups, assembly.device)
+    return planning.named(speedups, setup.device)
 
 
 def trained(loop: Loop, steps: int | None = None) -> dict[str, torch.Tensor]:
@@ -84,17 +84,17 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
         assert float(error) <= tolerance, f"{name} differs by {float(error):.2g}"
 
 
-def numbers(assembly: Assembly, plan: Plan) -> Numbers:
-    loop = assembly.trial(plan)
+def numbers(setup: Setup, plan: Plan) -> Numbers:
+    loop = setup.trial(plan)
     with active(loop.compute):
         return loop.examine()
 
 
 @pytest.mark.parametrize("name", names("speedups"))
 def test_a_speedup_computes_the_same(name: str, prepared: Prepared, device: Device) -> None:
-    assembly = Assembly(RECIPE, prepared, device)
-    plan = plan_for(name, assembly)
-    error = planner.difference(numbers(assembly, planning.plain(device)), numbers(assembly, plan))
+    setup = Setup(RECIPE, prepared, device)
+    plan = plan_for(name, setup)
+    error = planner.difference(numbers(setup, planning.plain(device)), numbers(setup, plan))
     assert error <= planning.tolerance((name,), device)
 
 
@@ -106,11 +106,11 @@ def test_a_recorded_step_learns_what_an_issued_one_does(
     """Over two epochs, in which the learning rate falls: a graph that kept its first rate would drift away. In full
     float32, since Muon makes a step of what is only rounding."""
     monkeypatch.setattr(muon, "fast_dtype", lambda _device: torch.float32)
-    assembly = Assembly(recipe, prepared, device)
-    recorded = plan_for(f"{others}graphs", assembly)
+    setup = Setup(recipe, prepared, device)
+    recorded = plan_for(f"{others}graphs", setup)
     plain = planning.named(others.rstrip(",") or "none", device)
     with eager.float32_as("float32", device.type):
-        assert_same(trained(assembly.trial(plain)), trained(assembly.trial(recorded)), tolerance=2e-3)
+        assert_same(trained(setup.trial(plain)), trained(setup.trial(recorded)), tolerance=2e-3)
 
 
 def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Device) -> None:
@@ -118,8 +118,8 @@ def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Devi
     recipe = RECIPE.model_copy(
         update={"model": f"{__name__}:dropping", "lr": 1e-12, "weight_decay": 0.0, "augment": (), "batch_size": 100_000}
     )
-    assembly = Assembly(recipe.model_copy(update={"epochs": 6}), prepared, device)
-    loop = assembly.trial(plan_for("graphs", assembly))
+    setup = Setup(recipe.model_copy(update={"epochs": 6}), prepared, device)
+    loop = setup.trial(plan_for("graphs", setup))
     losses = []
     with active(loop.compute):
         for _ in loop.run():
@@ -143,23 +143,23 @@ def test_rows_on_the_device_are_those_of_the_cache(prepared: Prepared, device: D
 
 @pytest.mark.parametrize("speedups", ["none", "channels_last,resident", "channels_last,resident,graphs"])
 def test_training_goes_on_where_it_stopped(speedups: str, prepared: Prepared, device: Device, tmp_path: Path) -> None:
-    assembly = Assembly(RECIPE, prepared, device)
-    plan = planning.plain(device) if speedups == "none" else plan_for(speedups, assembly)
-    whole = trained(assembly.trial(plan))
-    first = assembly.trial(plan)
+    setup = Setup(RECIPE, prepared, device)
+    plan = planning.plain(device) if speedups == "none" else plan_for(speedups, setup)
+    whole = trained(setup.trial(plan))
+    first = setup.trial(plan)
     trained(first, 7)
     checkpoint.save_step(tmp_path, first.progress.step, *first.state())
     saved = checkpoint.newest(tmp_path)
     assert saved is not None
-    second = Assembly(RECIPE, prepared, device, fresh=False).loop(plan)
+    second = Setup(RECIPE, prepared, device, fresh=False).loop(plan)
     second.restore(saved)
     assert_same(whole, trained(second), tolerance=2e-3)
     assert second.progress.step == second.steps
 
 
 def test_half_precision_with_a_scaled_loss_learns(prepared: Prepared, device: Device) -> None:
-    assembly = Assembly(RECIPE.model_copy(update={"epochs": 8}), prepared, device)
-    loop = assembly.trial(plan_for("fp16", assembly))
+    setup = Setup(RECIPE.model_copy(update={"epochs": 8}), prepared, device)
+    loop = setup.trial(plan_for("fp16", setup))
     trained(loop)
     assert loop.validate()["accuracy"] > 0.5  # of three classes
 

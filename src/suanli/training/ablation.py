@@ -35,7 +35,7 @@ from suanli.machine import device
 from suanli.machine.peak import Ceilings
 from suanli.machine.timing import gain, percentile, spread
 from suanli.training.ablation_records import Ladder, Phase, Rung, rungs, shortened, visits
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from suanli.training.timed_run import Record, Way
 from suanli.training.utilization import ceiling_flops
 
@@ -47,7 +47,7 @@ SURVEYED = 3  # steps, from which the time of all is estimated
 
 
 def climb(
-    assembly: Assembly,
+    setup: Setup,
     plan: Plan,
     *,
     steps: int | None = None,
@@ -63,25 +63,25 @@ def climb(
     in any currency. Raises Diverged, and what torch raises, where plain PyTorch itself fails.
     """
     places = [_Place(name, part) for name, part in rungs(plan)]
-    survey = _survey(assembly)
+    survey = _survey(setup)
     limit_s = budget_s or (BUDGET_S if steps is None else math.inf)
     if steps is None:
         afford = _affordable((1 - EVALUATION_SHARE) * limit_s, [survey.step_s] * len(places), survey.steps)
         steps = min(survey.steps, max(2 * (rounds + 1), afford))
-    recipe = shortened(assembly.recipe, steps, survey.steps_per_epoch)
-    run = _Climb(_with_recipe(assembly, recipe), places, visits(steps, rounds))
+    recipe = shortened(setup.recipe, steps, survey.steps_per_epoch)
+    run = _Climb(_with_recipe(setup, recipe), places, visits(steps, rounds))
     run.climb(limit_s)
     highest = None if ceilings is None else ceiling_flops(ceilings)
     made = [run.rung(place, survey, highest, price_per_hour) for place in places]
     return Ladder(
-        device=assembly.device.name,
+        device=setup.device.name,
         batch_size=survey.batch_size,
         rounds=run.rounds,
         steps=run.steps,
         planned_steps=steps,
         headline=run.task.headline,
         tolerance=run.task.tolerance,
-        validation_examples=len(assembly.prepared.splits["val"]),
+        validation_examples=len(setup.prepared.splits["val"]),
         price_per_hour=price_per_hour,
         ceiling_flops=highest,
         plan=plan,
@@ -102,9 +102,9 @@ def check(steps: int | None, rounds: int, budget_s: float | None, price_per_hour
         raise UsageError(f"--price-per-hour can't be {price_per_hour}.", fix="Give what an hour costs, above 0.")
 
 
-def _with_recipe(assembly: Assembly, recipe: Recipe) -> Assembly:
+def _with_recipe(setup: Setup, recipe: Recipe) -> Setup:
     """The same weights and splits under a recipe that differs in its schedule only."""
-    other = copy.copy(assembly)
+    other = copy.copy(setup)
     other.recipe = recipe
     return other
 
@@ -124,14 +124,14 @@ class _Survey:
     batch_flops: float  # of an example in evaluation
 
 
-def _survey(assembly: Assembly) -> _Survey:
-    plain = planning.plain(assembly.device)
-    loop = assembly.trial(plain)
+def _survey(setup: Setup) -> _Survey:
+    plain = planning.plain(setup.device)
+    loop = setup.trial(plain)
     order, whole = loop.order, loop.steps
     if whole < SURVEYED + 1:
-        recipe = shortened(assembly.recipe, SURVEYED + 1, order.steps_per_epoch)  # longer, in fact
-        loop = _with_recipe(assembly, recipe).trial(plain)
-    way = Way(loop, assembly.device)
+        recipe = shortened(setup.recipe, SURVEYED + 1, order.steps_per_epoch)  # longer, in fact
+        loop = _with_recipe(setup, recipe).trial(plain)
+    way = Way(loop, setup.device)
     step_flops, batch_flops = way.flops()
     way.train(SURVEYED)
     return _Survey(
@@ -164,8 +164,8 @@ class _Place:
 
 
 class _Climb:
-    def __init__(self, assembly: Assembly, places: Sequence[_Place], sizes: Sequence[int]) -> None:
-        self.assembly, self.places, self.sizes = assembly, places, sizes
+    def __init__(self, setup: Setup, places: Sequence[_Place], sizes: Sequence[int]) -> None:
+        self.setup, self.places, self.sizes = setup, places, sizes
         self.steps = self.rounds = 0
 
     @property
@@ -216,8 +216,8 @@ class _Climb:
             below = self.places[number - 1].plan.speedups if number else ()
             place.plan = replace(place.plan, speedups=tuple(n for n in place.plan.speedups if n not in without))
             with self._attempt(place):
-                loop = self.assembly.trial(place.plan)
-                way = place.way = Way(loop, self.assembly.device)
+                loop = self.setup.trial(place.plan)
+                way = place.way = Way(loop, self.setup.device)
                 way.train(self.sizes[0], timed=False, elsewhere_bytes=self._held_elsewhere(place))
                 place.precision = way.precision()
             if place.failed:
@@ -267,9 +267,9 @@ class _Climb:
             return
         named = ", ".join(p.name for p in suspects)
         say(f"{named}: worse than plain PyTorch, so trained again with another seed")
-        seed = self.assembly.recipe.seed + 1
-        recipe = self.assembly.recipe.model_copy(update={"seed": seed})
-        other = Assembly(recipe, self.assembly.prepared, self.assembly.device)
+        seed = self.setup.recipe.seed + 1
+        recipe = self.setup.recipe.model_copy(update={"seed": seed})
+        other = Setup(recipe, self.setup.prepared, self.setup.device)
         plain = self._trained(other, self.places[0].plan)
         for place in suspects:
             with self._attempt(place):
@@ -278,14 +278,14 @@ class _Climb:
                 if place.again.exceeds(tolerance):
                     place.refused = _loss(self.task, place)
 
-    def _trained(self, assembly: Assembly, plan: Plan) -> np.ndarray:
-        way = Way(assembly.trial(plan), assembly.device)
+    def _trained(self, setup: Setup, plan: Plan) -> np.ndarray:
+        way = Way(setup.trial(plan), setup.device)
         way.train(self.steps, timed=False)
         return way.probabilities()
 
     @property
     def _targets(self) -> np.ndarray:
-        return self.assembly.prepared.splits["val"].targets
+        return self.setup.prepared.splits["val"].targets
 
     # --- figures ---
 

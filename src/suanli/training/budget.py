@@ -26,7 +26,7 @@ from suanli.core.types import Device, Effort, Json, Recipe, RecipeChoice
 from suanli.data.cache import Prepared
 from suanli.machine import timing
 from suanli.training.forecast import enough_memory, refuse_too_big, validation_steps
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 PLANNING = 0.05  # of the training, for choosing the plan
 RESERVE = 0.1  # of the time that is left: steps never take the same time twice
@@ -93,8 +93,8 @@ class _Subject:
     ) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
         with enough_memory(device):
-            assembly = Assembly(self.recipe, prepared, device)
-            self._loop = assembly.trial(planner.short_list(assembly, threads))
+            setup = Setup(self.recipe, prepared, device)
+            self._loop = setup.trial(planner.short_list(setup, threads))
         self._device = device
         self._work = self._loop.work_left + validation_steps(self._loop)
 

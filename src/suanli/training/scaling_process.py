@@ -24,7 +24,7 @@ from suanli.parallel import group
 from suanli.parallel.sync_batchnorm import norms
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.session import Start
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from suanli.training.timed_run import Way
 
 ENDLESS = 1e6  # epochs: the training never ends by itself
@@ -73,7 +73,7 @@ class Member:
         start.ready()
         self.plan, loops = start.plan, [start.loop]
         if not self.group.alone:  # a copy that asks no other process
-            loops.append(Assembly(recipe, prepared, self.device, group=self.group).trial(start.plan))
+            loops.append(Setup(recipe, prepared, self.device, group=self.group).trial(start.plan))
         for loop in loops:
             loop.progress.segments = [ENDLESS]
         self.ways = [Way(loop, self.device) for loop in loops]

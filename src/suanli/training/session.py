@@ -24,7 +24,7 @@ from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
 from suanli.training.forecast import Forecast, enough_memory, forecast, memory_needed, refuse_too_big, step_seconds
 from suanli.training.loop import Loop
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 
 CHECKPOINTING = "activation_checkpointing"
 UNPLANNED = ("named", planning.PLAIN)  # origins of plans that the user insists on
@@ -72,10 +72,10 @@ class Start:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
         that this takes, in bytes."""
         with enough_memory(self.device):
-            assembly = self._assembly(fresh=self.saved is None)
-        self.key = assembly.key
+            setup = self._setup(fresh=self.saved is None)
+        self.key = setup.key
         with enough_memory(self.device):
-            plain = assembly.trial(planning.plain(self.device, self.threads))
+            plain = setup.trial(planning.plain(self.device, self.threads))
         self._put_back(plain, self.saved)
         steps = round(plain.work_left)
         failed: OutOfMemory | None = None
@@ -85,15 +85,15 @@ class Start:
             failed = error
         if any(self.group.each(failed is not None)):
             other = OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
-            memory, self.plan = self._smaller(assembly, failed or other)
+            memory, self.plan = self._smaller(setup, failed or other)
             if not self.group.alone:
                 self.plan = _plan_from(self.group.of_first(asdict(self.plan)), self.device)
         else:
             del plain  # the planner wants the room
-            self.plan = self._planned(assembly, steps)
+            self.plan = self._planned(setup, steps)
         self.first_plan = self.plan
         with enough_memory(self.device):
-            self.loop = assembly.loop(self.plan)
+            self.loop = setup.loop(self.plan)
         self._put_back(self.loop, self.saved)
         if self.balance and not self.group.alone:
             self._share_by_speed(memory)
@@ -106,12 +106,12 @@ class Start:
         tries = ((), (CHECKPOINTING,)) if self.requested == "auto" else ((),)
         for extra in tries:
             with enough_memory(self.device):
-                assembly = self._assembly(fresh=self.saved is None)
-                found = planner.unmeasured(assembly, self.requested, threads=self.threads, extra=extra)
+                setup = self._setup(fresh=self.saved is None)
+                found = planner.unmeasured(setup, self.requested, threads=self.threads, extra=extra)
                 self.plan = self.first_plan = _plan_from(self.group.of_first(asdict(found)), self.device)
-                self.loop = assembly.loop(self.plan)
-            self.key = assembly.key
-            del assembly  # its memory is needed
+                self.loop = setup.loop(self.plan)
+            self.key = setup.key
+            del setup  # its memory is needed
             self._put_back(self.loop, self.saved)
             needed, refusal = memory_needed(self.loop, self.device)
             if not any(self.group.each(refusal is not None)):
@@ -120,34 +120,34 @@ class Start:
             planner.free(self.device)
         raise refusal or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
 
-    def _assembly(self, *, fresh: bool) -> Assembly:
-        return Assembly(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group, shard=self.shard)
+    def _setup(self, *, fresh: bool) -> Setup:
+        return Setup(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group, shard=self.shard)
 
-    def _planned(self, assembly: Assembly, steps: int) -> Plan:
+    def _planned(self, setup: Setup, steps: int) -> Plan:
         """The first process plans for all: they must compute alike."""
         if isinstance(self.requested, Plan):
             return self.requested
         found: Plan | None = None
         if self.group.first:
             with enough_memory(self.device):
-                found = planner.plan(assembly, self.requested, steps=steps, threads=self.threads, cache=self.cache)
+                found = planner.plan(setup, self.requested, steps=steps, threads=self.threads, cache=self.cache)
         if self.group.alone:
             assert found is not None
             return found
         return _plan_from(self.group.of_first(asdict(found) if found else None), self.device)
 
-    def _smaller(self, assembly: Assembly, error: OutOfMemory) -> tuple[int, Plan]:
+    def _smaller(self, setup: Setup, error: OutOfMemory) -> tuple[int, Plan]:
         """A plan that fits where plain PyTorch doesn't: with half-precision activations, then with recomputed
         ones too. Raises `error` where none does, or where the user insists on another plan."""
         if self.requested != "auto":
             plan = self.requested if isinstance(self.requested, Plan) else None
             plan = plan or planning.named(str(self.requested), self.device, self.threads)
-            return refuse_too_big(assembly.trial(plan), self.device), plan
-        usual = planner.short_list(assembly, self.threads)
+            return refuse_too_big(setup.trial(plan), self.device), plan
+        usual = planner.short_list(setup, self.threads)
         for extra in ((), (CHECKPOINTING,)):
             plan = replace(usual, speedups=planning.in_order((*usual.speedups, *extra)))
             try:
-                return refuse_too_big(assembly.trial(plan), self.device), plan
+                return refuse_too_big(setup.trial(plan), self.device), plan
             except (OutOfMemory, MachineError):
                 continue
         raise error
@@ -194,9 +194,9 @@ class Start:
         self.loop = None  # type: ignore[assignment]  # its memory is needed
         planner.free(self.device)
         try:
-            self.loop = self._assembly(fresh=saved is None).loop(plan)
+            self.loop = self._setup(fresh=saved is None).loop(plan)
         except MachineError:  # checkpointing has nothing to act on
-            self.loop = self._assembly(fresh=saved is None).loop(self.plan)
+            self.loop = self._setup(fresh=saved is None).loop(self.plan)
             return None
         self._put_back(self.loop, saved)
         self.plan = plan
@@ -209,7 +209,7 @@ class Start:
         self.plan, self.saved = self.first_plan, None
         self.loop = None  # type: ignore[assignment]  # its memory is needed
         planner.free(self.device)
-        self.loop = self._assembly(fresh=True).loop(self.plan)
+        self.loop = self._setup(fresh=True).loop(self.plan)
         return f"beginning again at a learning rate of {self.recipe.lr:.2g}"
 
 

@@ -1,6 +1,6 @@
 """All that a training needs, put together once; from it come loops for any plan.
 
-`Assembly` is what is trained, before it is decided how it is computed: network, optimizer, splits on the
+`Setup` is what is trained, before it is decided how it is computed: network, optimizer, splits on the
 device. `loop` gives the one that trains; `trial` gives as many as the planner wants, on copies.
 """
 
@@ -40,7 +40,7 @@ _COMPUTED = (
 )
 
 
-class Assembly:
+class Setup:
     """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`: a
     checkpoint will replace every weight, so none is loaded or initialised from data. `shard`: a collective, and
     the network is shared out over the processes; then there are no trials."""

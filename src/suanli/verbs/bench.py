@@ -27,7 +27,7 @@ from suanli.training.ablation import ROUNDS, check, climb
 from suanli.training.ablation_records import Ladder, Phase, Rung
 from suanli.training.forecast import enough_memory
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.setup import Assembly
+from suanli.training.setup import Setup
 from suanli.verbs.report import report
 
 if TYPE_CHECKING:
@@ -111,11 +111,11 @@ def bench(
     full, prepared = resolve(options, recipe=recipe, settings=changes)
     cache = cache_dir_of(options.cache_dir)
     with enough_memory(target):
-        assembly = Assembly(full, prepared, target)
-        steps_ahead = round(assembly.trial(plain(target)).work_left)
-        plan = planner.plan(assembly, speedups, steps=steps_ahead, threads=threads, cache=cache)
+        setup = Setup(full, prepared, target)
+        steps_ahead = round(setup.trial(plain(target)).work_left)
+        plan = planner.plan(setup, speedups, steps=steps_ahead, threads=threads, cache=cache)
         ladder = climb(
-            assembly,
+            setup,
             plan,
             steps=steps,
             rounds=rounds,
@@ -137,7 +137,7 @@ def bench(
     if ladder.full.refused is not None:
         if speedups == "auto":  # the next training does without
             reason = f"the gate refused it in {run.path}: {ladder.full.refused}"
-            Store(cache, assembly.key, threads).refuse(dict.fromkeys(ladder.guilty(), reason))
+            Store(cache, setup.key, threads).refuse(dict.fromkeys(ladder.guilty(), reason))
         raise Refused(found)
     _refuse_failed(ladder, speedups)
     return found
