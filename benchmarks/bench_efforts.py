@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     choice: RecipeChoice = load("recipes", given.recipe)
-    only = range(len(choice.efforts)) if given.only is None else [int(n) for n in given.only.split(",")]
+    only = range(len(choice.budgets)) if given.only is None else [int(n) for n in given.only.split(",")]
     record = Record(f"efforts_{given.recipe}", given.out, start(given))
     data = given.data / given.file if (given.data / given.file).exists() else given.file
-    ways = {str(number): dict(choice.efforts[number].changes) for number in only}
+    ways = {str(number): dict(choice.budgets[number].changes) for number in only}
     found: dict[str, Json] = {}
     for number, one in train_all(data, ways, ["--recipe", given.recipe], given.seeds):
         promise = one.mean - standard_error(one.scores)

@@ -44,11 +44,11 @@ from suanli.core.errors import pip_install
 from suanli.core.types import Batch, Device, Json, Plan, Recipe
 from suanli.data.cache import Prepared
 from suanli.machine import timing
-from suanli.training.augment import Pipeline, compose, parse
+from suanli.training.augment import AugmentationPipeline, compose, parse
 from suanli.training.augments.crop import Crop
 from suanli.training.augments.flip import Flip
 from suanli.training.augments.resized_crop import ResizedCrop
-from suanli.training.schedule import factor
+from suanli.training.schedule import lr_factor
 from suanli.training.setup import Setup
 from subjects import endless, load
 
@@ -70,7 +70,13 @@ class Network(pl.LightningModule):
     set has done that."""
 
     def __init__(
-        self, recipe: Recipe, prepared: Prepared, module: torch.nn.Module, *, augment: Pipeline | None, fused: bool
+        self,
+        recipe: Recipe,
+        prepared: Prepared,
+        module: torch.nn.Module,
+        *,
+        augment: AugmentationPipeline | None,
+        fused: bool,
     ) -> None:
         super().__init__()
         self.recipe, self.network, self.augment, self.fused = recipe, module, augment, fused
@@ -101,7 +107,7 @@ class Network(pl.LightningModule):
         optimizer = optimizer_of(self.recipe, self.network, fused=self.fused)
         steps = round(self.recipe.epochs * self.steps_per_epoch)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: factor(self.recipe, step, steps, self.steps_per_epoch)
+            optimizer, lambda step: lr_factor(self.recipe, step, steps, self.steps_per_epoch)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -116,7 +116,7 @@ def scores(
 
 def answers(loop: Loop) -> np.ndarray:
     """1.0 for each validation example that is answered rightly, else 0.0."""
-    with loop.kept_weights():
+    with loop.use_averaged_weights():
         batches = (rows for rows, _, _ in loop.val_feed.in_order(validation_batch(loop.recipe)))
         found = infer(loop.compute, loop.preprocess, loop.task, batches)
     return (found.argmax(1) == loop.val_feed.split.targets).astype(float)

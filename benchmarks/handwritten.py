@@ -24,7 +24,7 @@ from suanli.core.types import Batch, Device, Recipe
 from suanli.data.cache import Prepared
 from suanli.models import build
 from suanli.training.augment import compose
-from suanli.training.schedule import factor
+from suanli.training.schedule import lr_factor
 
 MEANS = ("channels_last", "bf16", "fused_optimizer")  # named as suanli's speedups
 
@@ -69,7 +69,7 @@ class Handwritten:
 
     def _step(self, index: torch.Tensor, step: int) -> torch.Tensor:
         inputs, targets = self.inputs(index, step // self.steps_per_epoch)
-        scale = factor(self.recipe, step, self.steps_in_all, self.steps_per_epoch)
+        scale = lr_factor(self.recipe, step, self.steps_in_all, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * scale
         self.optimizer.zero_grad(set_to_none=True)

@@ -63,7 +63,7 @@ def main() -> None:
                 "views": statistics.mean(run.views for run in runs),
                 "train_s": min(run.train_s for run in runs),
                 "steps": warm.loop.steps,
-                "flops": training_flops(plain) * plain.work_left,
+                "flops": training_flops(plain) * plain.full_size_steps_left,
                 "runs": [asdict(run) for run in runs],
             }
         except (SuanliError, RuntimeError) as error:

@@ -82,7 +82,7 @@ def plan_of(wanted: Collection[str], setup: Setup) -> Plan:
 
 def auto_plan(setup: Setup, cache: AnyPath | None) -> Plan:
     """What `--speedups auto` chooses for this training, measured now or cached."""
-    steps = round(setup.trial(plan.plain(setup.device)).work_left)
+    steps = round(setup.trial(plan.plain(setup.device)).full_size_steps_left)
     return planner.plan(setup, "auto", steps=steps, cache=paths.cache_dir(cache))
 
 

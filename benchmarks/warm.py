@@ -60,7 +60,7 @@ class Warm:
         with active(loop.compute):
             for _ in loop.run():
                 pass
-            loop.settle()
+            loop.read_losses()
         train_s = self._now() - began
         single, _ = self._examine(views=False)
         several, examine_s = self._examine(views=True)
@@ -79,7 +79,7 @@ class Warm:
         loop = self.loop
         feed = loop.val_feed
         began = self._now()
-        with loop.kept_weights(), active(loop.compute):
+        with loop.use_averaged_weights(), active(loop.compute):
             batches = (rows for rows, _, _ in feed.in_order(EXAMINED))
             shown = loop.augment.views if views else None
             found = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown)

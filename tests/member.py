@@ -69,13 +69,13 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
         cache=Path("unused"),
         requested=wanted.get("speedups", "none"),
         threads=1,
-        saved=checkpoint.newest(Path(wanted["resume"])) if "resume" in wanted else None,
+        saved=checkpoint.read_newest(Path(wanted["resume"])) if "resume" in wanted else None,
         group=group,
         shard=wanted.get("shard", False) and not group.alone,
     )
     start.ready()
     loop, losses = start.loop, []
-    writer = checkpoint.PartWriter(group) if start.shard else checkpoint.Writer()
+    writer = checkpoint.ShardWriter(group) if start.shard else checkpoint.Writer()
     found = {}
     with active(loop.compute):
         if wanted.get("examine"):

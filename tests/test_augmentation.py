@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from suanli.core.errors import UsageError
 from suanli.core.types import Batch
-from suanli.training.augment import Pipeline, compose, parse
+from suanli.training.augment import AugmentationPipeline, compose, parse
 
 
 def test_spellings():
@@ -72,7 +72,7 @@ def test_parts_work_in_order_from_one_generator():
 def test_no_parts_change_nothing():
     batch = batch_of(torch.randn(2, 1, 4, 4))
     pipeline = compose([], "image")
-    assert pipeline == Pipeline()
+    assert pipeline == AugmentationPipeline()
     assert pipeline(batch, torch.Generator()) is batch
     assert len(pipeline.views(batch.inputs)) == 1
 

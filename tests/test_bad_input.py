@@ -453,7 +453,7 @@ def test_a_run_that_another_process_writes(
     assert code == 130
     assert_one_paragraph(said)
     assert "suanli train busy" in said
-    saved = checkpoint.newest(Path("busy/checkpoints"))
+    saved = checkpoint.read_newest(Path("busy/checkpoints"))
     assert saved is not None
     assert f"at step {saved.step} of" in said
 
@@ -699,7 +699,7 @@ def test_a_loss_that_becomes_nan(picture_folder: Folder, tiny: list[str], capsys
     assert_one_paragraph(said)
     step = re.search(r"The loss became nan at step (\d+)", said)
     assert step, said
-    saved = checkpoint.newest(Path("run/checkpoints"))
+    saved = checkpoint.read_newest(Path("run/checkpoints"))
     assert saved is not None
     assert saved.step == int(step[1]) - 1
     assert f"last good checkpoint is kept (step {saved.step})" in said

@@ -38,7 +38,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
 def test_one_from_a_future_that_did_not_happen_goes(tmp_path: Path) -> None:
     for step in (10, 30, 20):
         checkpoint.save_step(tmp_path, step, TENSORS, {})
-    assert checkpoint.newest(tmp_path).step == 20  # type: ignore[union-attr]
+    assert checkpoint.read_newest(tmp_path).step == 20  # type: ignore[union-attr]
 
 
 @given(cut=st.floats(0, 0.999))
@@ -47,17 +47,17 @@ def test_any_cut_is_noticed_and_the_one_before_is_used(tmp_path_factory: pytest.
     checkpoint.save_step(folder, 1, TENSORS, {})
     newest = checkpoint.save_step(folder, 2, TENSORS, {})
     newest.write_bytes(newest.read_bytes()[: int(newest.stat().st_size * cut)])
-    found = checkpoint.newest(folder)
+    found = checkpoint.read_newest(folder)
     assert found is not None
     assert found.step == 1
 
 
 def test_all_damaged_is_an_error_none_is_not(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "nowhere") is None
+    assert checkpoint.read_newest(tmp_path / "nowhere") is None
     path = checkpoint.save_step(tmp_path, 1, TENSORS, {})
     path.write_bytes(b"rubbish")
     with pytest.raises(DamagedFile, match="is damaged"):
-        checkpoint.newest(tmp_path)
+        checkpoint.read_newest(tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         checkpoint.save_step(tmp_path / "file", 2, TENSORS, {})
-    assert checkpoint.newest(tmp_path).step == 1  # type: ignore[union-attr]
+    assert checkpoint.read_newest(tmp_path).step == 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("make", [
@@ -85,7 +85,7 @@ def test_an_optimizer_goes_on_exactly(make, tmp_path: Path) -> None:  # type: ig
     broken = torch.nn.Parameter(torch.arange(6.0))
     optimizer = make([broken])
     steps(broken, optimizer, 3)
-    tensors, plain = checkpoint.optimizer_tensors(optimizer)
+    tensors, plain = checkpoint.optimizer_state(optimizer)
     saved = checkpoint.read(checkpoint.save_step(tmp_path, 3, tensors, {"optimizer": plain}))
     fresh = make([broken])
     checkpoint.load_optimizer(fresh, saved.tensors, saved.progress["optimizer"])

@@ -23,8 +23,8 @@ Folder = Callable[..., Path]
 def test_the_cheapest_that_reached_the_score_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose, asked = budget.for_score, []
-    monkeypatch.setattr(budget, "for_score", lambda *given: asked.append(given) or choose(*given))
+    choose, asked = budget.choose_for_score, []
+    monkeypatch.setattr(budget, "choose_for_score", lambda *given: asked.append(given) or choose(*given))
     cheap = suanli.train("digits", target_accuracy=0.9, speedups="none")
     assert cheap.recipe.epochs == 3
     assert "effort: 3 epochs; it reached 98.2% on digits before" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_the_largest_network_that_has_time_for_its_own_epochs(
     )
     monkeypatch.setattr(budget, "_efforts", lambda _: efforts)
     monkeypatch.setattr(budget, "_Subject", _Faked)
-    found = budget.for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
+    found = budget.choose_for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
     assert found.model_args["widths"] == widths
     assert found.epochs == pytest.approx(epochs, abs=0.1)
 
@@ -142,17 +142,17 @@ def test_an_effort_that_memory_has_no_room_for_is_passed_over(monkeypatch: pytes
     efforts = tuple(SimpleNamespace(changes={"epochs": 2.0, "model_args": {"widths": [w]}}) for w in (10, 100, 1000))
     monkeypatch.setattr(budget, "_efforts", lambda _: efforts)
     monkeypatch.setattr(budget, "_Subject", _Faked)
-    found = budget.for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
+    found = budget.choose_for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
     assert found.model_args["widths"] == [100]
 
 
 def test_every_shipped_effort_is_a_recipe_and_dearer_ones_reach_more() -> None:
     for choice in load_all("recipes").values():
         scores = []
-        for one in choice.efforts:
+        for one in choice.budgets:
             changed = change(choice.recipe, one.changes)
             assert changed.epochs == one.changes["epochs"]
-            scores += [reached.score for reached in one.reached]
+            scores += [reached.score for reached in one.scores]
         assert scores == sorted(scores)
 
 

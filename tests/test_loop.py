@@ -88,7 +88,7 @@ def test_going_on_from_any_step_gives_the_same_bits(
             if parts.progress.step >= stop:
                 break
         checkpoint.save_step(folder, parts.progress.step, *parts.state())
-        saved = checkpoint.newest(folder)
+        saved = checkpoint.read_newest(folder)
         assert saved is not None
         parts = loop_of(recipe, prepared, fresh=False)
         parts.restore(saved)
@@ -103,7 +103,7 @@ def test_going_on_from_any_step_gives_the_same_bits(
 def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
     loop = loop_of(Recipe(batch_size=16), prepared)
     before = bits(loop)
-    with loop.untouched():
+    with loop.preserve_weights():
         loop.try_step(16)
     after = bits(loop)
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -16,7 +16,7 @@ from suanli.core.run import Run
 from suanli.core.types import Recipe
 from suanli.machine.device import detect
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.progressive_resizing import SMALLEST, scale, shrink, side, work
+from suanli.training.progressive_resizing import SMALLEST, full_size_steps, scale_at, shrink, shrink_side
 from suanli.training.setup import Setup
 
 STAGES = ((0.25, 0.5), (0.5, 0.75))
@@ -28,7 +28,7 @@ def test_each_step_has_the_scale_of_its_stage_and_the_last_is_whole(
     untils: list[float], scales: list[float], steps: int
 ) -> None:
     stages = tuple(zip(sorted(untils), scales, strict=False))
-    found = [scale(stages, step, steps) for step in range(steps)]
+    found = [scale_at(stages, step, steps) for step in range(steps)]
     for (until, factor), begun in zip(stages, (0.0, *sorted(untils)), strict=False):
         first, end = round(begun * steps), round(until * steps)
         assert found[first:end] == [factor] * (end - first)
@@ -41,14 +41,14 @@ def test_work_is_the_sum_over_the_steps(stages: list[tuple[float, float]], steps
     stages.sort()
     first = data.draw(st.integers(0, steps))
     end = data.draw(st.integers(first, steps + 50))  # a continuation goes beyond
-    assert work(stages, first, end, steps) == pytest.approx(
-        sum(scale(stages, step, steps) ** 2 for step in range(first, end))
+    assert full_size_steps(stages, first, end, steps) == pytest.approx(
+        sum(scale_at(stages, step, steps) ** 2 for step in range(first, end))
     )
 
 
 @given(st.integers(1, 600), st.floats(0.01, 1.0))
 def test_a_side_is_never_enlarged_nor_made_tiny(pixels: int, factor: float) -> None:
-    assert min(pixels, SMALLEST) <= side(pixels, factor) <= pixels
+    assert min(pixels, SMALLEST) <= shrink_side(pixels, factor) <= pixels
 
 
 def test_a_smaller_picture_keeps_its_brightness_and_an_odd_one_its_proportions() -> None:
@@ -77,14 +77,16 @@ def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folde
     for _ in loop.run():
         pass
     assert set(seen) == {(32, 24)}
-    assert loop.work(0, 4 * quarter) == pytest.approx(quarter * (0.5**2 + 0.75**2 + 2))
+    assert loop.full_size_steps(0, 4 * quarter) == pytest.approx(quarter * (0.5**2 + 0.75**2 + 2))
     assert loop.first_batch(3).inputs.shape[2:] == (32, 24)  # memory is measured at full size
     seen.clear()
     trial.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     trial.examine()
     trial.advance()
     assert set(seen) == {(32, 24)}  # so is the plan
-    assert trial.work(0, trial.steps) == pytest.approx(quarter * (0.5**2 + 0.75**2) + trial.steps - 2 * quarter)
+    assert trial.full_size_steps(0, trial.steps) == pytest.approx(
+        quarter * (0.5**2 + 0.75**2) + trial.steps - 2 * quarter
+    )
 
 
 def test_stopping_between_two_sizes_changes_nothing(picture_folder: Callable[..., Path]) -> None:

@@ -145,7 +145,7 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
     assert [p.returncode for p in shared] == [0, 0], shared[0].stderr + shared[1].stderr
     module = load_model(Path("shared/model"), trust_code=True).module
     assert sum(p.numel() for p in module.parameters()) > WEIGHTS_BYTES / 4
-    assert checkpoint.newest(Path("shared/checkpoints")).step == Run.open("shared").summary["steps"] > 0
+    assert checkpoint.read_newest(Path("shared/checkpoints")).step == Run.open("shared").summary["steps"] > 0
 
 
 BUILT = """
@@ -266,10 +266,10 @@ def part(folder: Path, step: int, rank: int) -> Path:
 def test_each_process_writes_what_it_holds(begun):
     folder = begun[0] / "sharded"
     assert files(folder) == of_step(4) + of_step(8)
-    assert not checkpoint.newest(begun[0] / "plain").path.name.endswith(".json")
+    assert not checkpoint.read_newest(begun[0] / "plain").path.name.endswith(".json")
     sizes = [part(folder, 8, rank).stat().st_size for rank in range(2)]
     assert min(sizes) > 0.4 * sum(sizes)
-    tensors = checkpoint.newest(folder).tensors
+    tensors = checkpoint.read_newest(folder).tensors
     name = next(n for n in tensors if tensors.shape(n)[:1] == (8,) and n.startswith("model."))
     assert torch.equal(torch.cat([tensors.rows(name, slice(0, 3)), tensors.rows(name, slice(3, 8))]), tensors[name])
 
@@ -277,18 +277,18 @@ def test_each_process_writes_what_it_holds(begun):
 @pytest.mark.parametrize("what", ["a part is cut", "a part is missing", "no index", "the index is cut"])
 def test_what_is_damaged_is_passed_over(begun, tmp_path, what):
     folder = shutil.copytree(begun[0] / "sharded", tmp_path / "copy")
-    assert checkpoint.newest(folder).step == 8
+    assert checkpoint.read_newest(folder).step == 8
     victim = part(folder, 8, 1) if "part" in what else folder / "step-00000008.json"
     if "cut" in what:
         os.truncate(victim, victim.stat().st_size // 2)
     else:
         victim.unlink()
-    found = checkpoint.newest(folder)
+    found = checkpoint.read_newest(folder)
     assert found.step == 4
     assert all(found.tensors[name].shape == found.tensors.shape(name) for name in found.tensors)
     part(folder, 4, 0).unlink()
     with pytest.raises(DamagedFile):
-        checkpoint.newest(folder)
+        checkpoint.read_newest(folder)
 
 
 def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
@@ -297,7 +297,7 @@ def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
     (folder / ".step-00000009.1234.0-of-2.safetensors.x.tmp").write_bytes(b"cut short")
     checkpoint.save_step(folder, 6, {"model.weight": torch.zeros(3)}, {})
     assert files(folder) == [*of_step(4), "step-00000006.safetensors"]
-    checkpoint.forget(folder)
+    checkpoint.remove_all(folder)
     assert files(folder) == []
 
 

@@ -25,7 +25,7 @@ import suanli
 from suanli.core.run import Run
 from suanli.core.types import Recipe
 from suanli.training import checkpoint
-from suanli.training.schedule import factor
+from suanli.training.schedule import lr_factor
 
 # Every part that has a state or draws random numbers, in a small net.
 EVERYTHING = {
@@ -139,7 +139,7 @@ def test_killed_and_terminated_runs_go_on_exactly(picture_folder: Callable[..., 
     process.kill()
     process.communicate(timeout=60)
     process = start("train", run, "--checkpoint-every-s", "0")
-    reached = checkpoint.newest(run / "checkpoints")
+    reached = checkpoint.read_newest(run / "checkpoints")
     assert reached is not None
     await_checkpoint(run, process, after=reached.step)
     process.send_signal(signal.SIGTERM)
@@ -212,7 +212,7 @@ def test_divergence_names_the_step_and_keeps_a_good_checkpoint(picture_folder: C
         suanli.train(
             root, out="run", model="alexnet", lr=1e30, epochs=5, batch_size=16, checkpoint_every_s=0, settings=diverging
         )
-    saved = checkpoint.newest(Path("run/checkpoints"))
+    saved = checkpoint.read_newest(Path("run/checkpoints"))
     if saved is not None:
         assert all(torch.isfinite(t).all() for t in saved.tensors.values() if t.is_floating_point())
     assert not Path("run/model/model.json").exists()
@@ -387,7 +387,7 @@ RECIPES = st.builds(
 @settings(max_examples=200)
 @given(RECIPES, st.integers(1, 500), st.integers(1, 60))
 def test_the_rate_stays_in_its_bounds(recipe: Recipe, steps: int, per_epoch: int) -> None:
-    factors = np.array([factor(recipe, s, steps, per_epoch) for s in range(steps)])
+    factors = np.array([lr_factor(recipe, s, steps, per_epoch) for s in range(steps)])
     assert (factors > 0).all()
     assert (factors <= 1).all()
     peak = int(factors.argmax())

@@ -123,7 +123,7 @@ def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Devi
     losses = []
     with active(loop.compute):
         for _ in loop.run():
-            losses.append(loop.settle())
+            losses.append(loop.read_losses())
     assert len(set(losses[1:])) > 1
 
 
@@ -149,7 +149,7 @@ def test_training_goes_on_where_it_stopped(speedups: str, prepared: Prepared, de
     first = setup.trial(plan)
     trained(first, 7)
     checkpoint.save_step(tmp_path, first.progress.step, *first.state())
-    saved = checkpoint.newest(tmp_path)
+    saved = checkpoint.read_newest(tmp_path)
     assert saved is not None
     second = Setup(RECIPE, prepared, device, fresh=False).loop(plan)
     second.restore(saved)

@@ -366,7 +366,7 @@ class Traits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reached:
+class MeasuredScore:
     """What a recipe was measured to reach."""
 
     data: str  # the name of a data set
@@ -376,11 +376,11 @@ class Reached:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Effort:
+class Budget:
     """One size of a recipe: another network, another length."""
 
     changes: Mapping[str, Json]  # of the recipe's fields, "epochs" among them
-    reached: tuple[Reached, ...] = ()
+    scores: tuple[MeasuredScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +389,7 @@ class RecipeChoice:
 
     recipe: Recipe
     suits: Callable[[Traits], int | None]
-    efforts: tuple[Effort, ...] = ()  # from the cheapest to the dearest, for a wanted score or a given time
+    budgets: tuple[Budget, ...] = ()  # from the cheapest to the dearest, for a wanted score or a given time
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pipeline:
+class AugmentationPipeline:
     """Augmentations in order. With no parts it changes nothing."""
 
     parts: tuple[Augmentation, ...] = ()
@@ -42,7 +42,7 @@ class Pipeline:
         return views
 
 
-def compose(specs: Sequence[str], kind: str) -> Pipeline:
+def compose(specs: Sequence[str], kind: str) -> AugmentationPipeline:
     """The augmentations of a recipe for one kind of data ("image", "text").
 
     Raises UsageError for a bad spelling and for an augmentation that can't change such inputs.
@@ -56,7 +56,7 @@ def compose(specs: Sequence[str], kind: str) -> Pipeline:
                 f"Augmentation {spec!r} is for {' or '.join(part.kinds)} data, and this is {kind}.",
                 fix=f"Leave it out; {allowed}.",
             )
-    return Pipeline(parts=parts)
+    return AugmentationPipeline(parts=parts)
 
 
 def parse(spec: str) -> Augmentation:

@@ -1,7 +1,7 @@
 """How large a network and how long a training: from the score that is wanted, or from the time there is.
 
 A recipe may come in several efforts, each a few changes of its fields, from the cheapest to the dearest, with what
-each was measured to reach on which data (`Effort`). For a score the cheapest that reaches it is taken, and only
+each was measured to reach on which data (`Budget`). For a score the cheapest that reaches it is taken, and only
 where that was measured: nothing is promised about other data. For a time, a few real steps give the machine's speed;
 the dearest effort that fits is taken, its epochs stretched or cut to fill the time.
 
@@ -22,10 +22,10 @@ from suanli.core.console import duration, plural, say
 from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.registry import load_all
 from suanli.core.settings import change
-from suanli.core.types import Device, Effort, Json, Recipe, RecipeChoice
+from suanli.core.types import Budget, Device, Json, Recipe, RecipeChoice
 from suanli.data.cache import Prepared
 from suanli.machine import timing
-from suanli.training.forecast import enough_memory, refuse_too_big, validation_steps
+from suanli.training.forecast import check_memory, explain_out_of_memory, validation_steps
 from suanli.training.setup import Setup
 
 PLANNING = 0.05  # of the training, for choosing the plan
@@ -38,14 +38,14 @@ ALIKE = 0.05  # of the examples more or fewer: the same data in another encoding
 WIDER = 2.0  # times as fast, at most, a wider network computes each operation
 
 
-def for_score(recipe: Recipe, prepared: Prepared, wanted: float) -> Recipe:
+def choose_for_score(recipe: Recipe, prepared: Prepared, wanted: float) -> Recipe:
     """The cheapest effort that reached `wanted` (a fraction) on this data. Raises UsageError where none did, or
     nothing is known."""
     if not 0 < wanted < 1:
         raise UsageError(f"--target-accuracy can't be {wanted}.", fix="Give a fraction, such as 0.9.")
     known = [(effort, score) for effort in _efforts(recipe) if (score := _reached(effort, prepared)) is not None]
     if not known:
-        listed = {r.data for c in load_all("recipes").values() for e in c.efforts for r in e.reached}
+        listed = {r.data for c in load_all("recipes").values() for e in c.budgets for r in e.scores}
         raise UsageError(
             f"What reaches {wanted:.1%} on {prepared.name} was not measured; known is {', '.join(sorted(listed))}.",
             fix="Use --time-budget, which takes the best that fits into a time.",
@@ -61,7 +61,7 @@ def for_score(recipe: Recipe, prepared: Prepared, wanted: float) -> Recipe:
     )
 
 
-def for_time(recipe: Recipe, prepared: Prepared, device: Device, threads: int | None, left_s: float) -> Recipe:
+def choose_for_time(recipe: Recipe, prepared: Prepared, device: Device, threads: int | None, left_s: float) -> Recipe:
     """The dearest effort that fits into `left_s` seconds from now, its epochs stretched or cut to fill them."""
     until = time.perf_counter() + left_s
     efforts: list[Mapping[str, Json]] = [effort.changes for effort in _efforts(recipe)] or [{}]
@@ -92,18 +92,18 @@ class _Subject:
         self, recipe: Recipe, changes: Mapping[str, Json], prepared: Prepared, device: Device, threads: int | None
     ) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
-        with enough_memory(device):
+        with explain_out_of_memory(device):
             setup = Setup(self.recipe, prepared, device)
             self._loop = setup.trial(planner.short_list(setup, threads))
         self._device = device
-        self._work = self._loop.work_left + validation_steps(self._loop)
+        self._work = self._loop.full_size_steps_left + validation_steps(self._loop)
 
     @cached_property
     def flops(self) -> float:
         """Operations of the whole training."""
         loop = self._loop
         examples = min(COUNTED, loop.order.batch_size)
-        with active(loop.compute), loop.untouched():
+        with active(loop.compute), loop.preserve_weights():
             counted = flops(lambda: loop.try_step(examples, whole=True))
         return counted / examples * loop.order.batch_size * self._work
 
@@ -111,7 +111,7 @@ class _Subject:
     def fits(self) -> bool:
         """Whether memory has room for it."""
         try:
-            refuse_too_big(self._loop, self._device)
+            check_memory(self._loop, self._device)
         except OutOfMemory:
             return False
         return True
@@ -120,7 +120,7 @@ class _Subject:
     def seconds(self) -> float:
         """Of the whole training, from a few of its steps."""
         loop = self._loop
-        with enough_memory(self._device), active(loop.compute):
+        with explain_out_of_memory(self._device), active(loop.compute):
             loop.advance()
             took = timing.spread([timing.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
         return took * self._work
@@ -130,21 +130,21 @@ class _Subject:
         return self.flops / self.seconds
 
 
-def chosen_fields(recipe: Recipe) -> set[str]:
+def budget_fields(recipe: Recipe) -> set[str]:
     """The fields of the recipe that its efforts decide."""
     fields = {"epochs"}.union(*(effort.changes for effort in _efforts(recipe)))
     return fields | ({"model"} if "model_args" in fields else set())
 
 
-def _efforts(recipe: Recipe) -> tuple[Effort, ...]:
+def _efforts(recipe: Recipe) -> tuple[Budget, ...]:
     choice: RecipeChoice | None = load_all("recipes").get(recipe.name)
-    return choice.efforts if choice is not None else ()
+    return choice.budgets if choice is not None else ()
 
 
-def _reached(effort: Effort, prepared: Prepared) -> float | None:
+def _reached(effort: Budget, prepared: Prepared) -> float | None:
     """The score that was measured on this data; None: it wasn't, or not on this data."""
     examples = len(prepared.splits["train"])
-    for reached in effort.reached:
+    for reached in effort.scores:
         named = reached.data == prepared.name and reached.classes == len(prepared.classes)
         if named and abs(examples - reached.examples) <= ALIKE * reached.examples:
             return reached.score

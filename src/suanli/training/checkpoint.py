@@ -117,7 +117,7 @@ class Writer:
             raise failed
 
 
-class PartWriter(Writer):
+class ShardWriter(Writer):
     """Of a process that holds a part of every tensor: all write theirs, each in a thread, and once all have the first
     process names the parts in an index. A checkpoint without one doesn't count."""
 
@@ -246,7 +246,7 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(step=int(match[1]) if match else 0, tensors=tensors, progress=progress, path=path)
 
 
-def newest(folder: Path) -> Checkpoint | None:
+def read_newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint; a damaged one is passed over with a warning. None: there is no
     checkpoint at all. Raises DamagedFile if every one is damaged."""
     damaged: DamagedFile | None = None
@@ -266,7 +266,7 @@ def last_step(folder: Path) -> int | None:
     return next((step for step, _ in _steps(folder)), None)
 
 
-def forget(folder: Path) -> None:
+def remove_all(folder: Path) -> None:
     """Removes every checkpoint of a step."""
     for _, path in _steps(folder):
         _remove(path)
@@ -288,7 +288,7 @@ _COMPUTING = ("fused", "foreach", "capturable", "differentiable")  # entries of 
 # --- optimizers -----------------------------------------------------------------------------
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
     """The state of an optimizer as named tensors and as plain values."""
     state = optimizer.state_dict()
     tensors: Tensors = {}
@@ -306,7 +306,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Stored, plain: Json) -> None:
-    """The inverse of `optimizer_tensors`, bit by bit; of what this process shares with others, its rows."""
+    """The inverse of `optimizer_state`, bit by bit; of what this process shares with others, its rows."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Json]] = {int(i): dict(v) for i, v in plain["values"].items()}
     for name in tensors:

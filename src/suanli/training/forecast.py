@@ -46,18 +46,18 @@ class Forecast:
         )
 
 
-def refuse_too_big(loop: Loop, device: Device) -> int:
+def check_memory(loop: Loop, device: Device) -> int:
     """The memory that the process will hold, in bytes. Raises OutOfMemory, with the batch size that
     would fit, before anything is exhausted: on most systems exhaustion ends the process without a
     word. Raises UsageError for a network that can't learn from such batches."""
-    needed, refusal = memory_needed(loop, device)
+    needed, refusal = estimate_memory(loop, device)
     if refusal is not None:
         raise refusal
     return needed
 
 
-def memory_needed(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
-    """As `refuse_too_big`, with the error where that raises it. A collective for a network that is shared out."""
+def estimate_memory(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
+    """As `check_memory`, with the error where that raises it. A collective for a network that is shared out."""
     held = hardware.peak_memory_bytes(device) or 0
     batch = -(-loop.batch_size // loop.recipe.accumulate)
     # What is shared out is there already, and its averages; of a whole network a copy is measured.
@@ -67,10 +67,10 @@ def memory_needed(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
     if loop.compute.sharded:  # measuring is a collective, so nobody may fail in it
         short = available is not None and states > available
         if any(loop.group.each(short)):
-            return held + states, out_of_memory(loop, states, available if short else None, 0)
-    with enough_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.untouched():
+            return held + states, out_of_memory_error(loop, states, available if short else None, 0)
+    with explain_out_of_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.preserve_weights():
         per_example, once = _activation_bytes(loop, batch)
-        if (first := loop.scale(0)) != 1:
+        if (first := loop.image_scale(0)) != 1:
             loop.try_step(min(PROBE_BATCHES[0], batch), scale=first)  # some networks take one size only
     fixed = once + states
     needed = fixed + int(BACKWARD * per_example * batch) + WORKSPACE_BYTES
@@ -80,7 +80,7 @@ def memory_needed(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
     # What is advised must do: with everything that comes and goes between two measurements.
     room = available - fixed - WORKSPACE_BYTES
     fits = max(0, int(room / (BACKWARD * max(per_example, 1))))
-    return held + needed, out_of_memory(loop, needed, available, fits)
+    return held + needed, out_of_memory_error(loop, needed, available, fits)
 
 
 @contextmanager
@@ -98,7 +98,7 @@ def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
 
 
 @contextmanager
-def enough_memory(device: Device) -> Iterator[None]:
+def explain_out_of_memory(device: Device) -> Iterator[None]:
     """Turns memory that ran out before the first batch into OutOfMemory with the way out."""
     try:
         yield
@@ -115,12 +115,12 @@ def enough_memory(device: Device) -> Iterator[None]:
 
 
 def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
-    """`memory_bytes` is what `refuse_too_big` found, `step_s` what a step took when the plan was made; None: it
+    """`memory_bytes` is what `check_memory` found, `step_s` what a step took when the plan was made; None: it
     wasn't timed, and is now."""
     if step_s is None:
-        step_s = step_seconds(loop, memory_bytes)
+        step_s = measure_step_s(loop, memory_bytes)
     return Forecast(
-        train_seconds=(loop.work_left + validation_steps(loop)) * step_s,
+        train_seconds=(loop.full_size_steps_left + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,
         disk_bytes=sum(t.numel() * t.element_size() for t in loop.model.state_dict().values())
         * (1 + checkpoint.KEPT * (STATE_COPIES - 1)),
@@ -133,7 +133,7 @@ def validation_steps(loop: Loop) -> float:
     return validations * len(loop.val_feed) / loop.order.batch_size / 3
 
 
-def step_seconds(loop: Loop, memory_bytes: int) -> float:
+def measure_step_s(loop: Loop, memory_bytes: int) -> float:
     """Of one forward and backward pass on what this process computes of a batch. Raises OutOfMemory."""
 
     def settle() -> None:
@@ -141,16 +141,16 @@ def step_seconds(loop: Loop, memory_bytes: int) -> float:
             torch.cuda.synchronize(loop.device)
 
     try:
-        with active(loop.compute), loop.untouched():
+        with active(loop.compute), loop.preserve_weights():
             loop.try_step(loop.batch_size)
             return timing.seconds(lambda: loop.try_step(loop.batch_size), settle)
     except (RuntimeError, MemoryError, SystemError) as error:
         if not hardware.out_of_memory(error):
             raise
-        raise out_of_memory(loop, memory_bytes, None, loop.order.batch_size // 2) from error
+        raise out_of_memory_error(loop, memory_bytes, None, loop.order.batch_size // 2) from error
 
 
-def out_of_memory(loop: Loop, needed: int, available: int | None, fits: int) -> OutOfMemory:
+def out_of_memory_error(loop: Loop, needed: int, available: int | None, fits: int) -> OutOfMemory:
     """`fits`: the number of examples that memory has room for at once."""
     batch = loop.order.batch_size
     have = f", {size(available)} are free" if available is not None else ""

@@ -29,8 +29,8 @@ from suanli.parallel import dtensor
 from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint
 from suanli.training.augment import compose
-from suanli.training.progressive_resizing import scale, shrink, work
-from suanli.training.schedule import factor
+from suanli.training.progressive_resizing import full_size_steps, scale_at, shrink
+from suanli.training.schedule import lr_factor
 
 LOSSES_HELD = 20  # on a GPU, reading the loss waits for the device: do it once in so many steps
 EARLY = 0.1  # of a run's steps: until there it is watched for a loss that climbs
@@ -62,12 +62,13 @@ class Loop:
         device: Device,
         classes: int,
         group: Group = ALONE,
-        one_size: bool = False,
-        apart: bool = False,
+        full_size: bool = False,
+        local_only: bool = False,
     ) -> None:
-        """`one_size`: whatever the recipe says, every step sees the pictures whole, and so costs the same. `apart`:
-        it learns from this process's share of the batch and asks no other process, which is for measuring."""
-        self.one_size, self.group, self._partners = one_size, group, ALONE if apart else group
+        """`full_size`: every step sees full-size pictures, whatever the recipe says, so that all steps cost the same.
+        `local_only`: the loop learns from this process's share of the batch without the other processes. Both are
+        for measuring."""
+        self.full_size, self.group, self._partners = full_size, group, ALONE if local_only else group
         self.recipe, self.compute, self.task = recipe, step, task
         self.preprocess, self.train_feed, self.val_feed = preprocess, train, val
         self.classes = classes
@@ -117,14 +118,14 @@ class Loop:
         """Of the whole run."""
         return sum(self._segment_steps())
 
-    def work(self, first: int, end: int) -> float:
+    def full_size_steps(self, first: int, end: int) -> float:
         """Of the steps from `first` to before `end`, in steps at full size."""
-        return work(self.recipe.progressive_resizing, first, end, self._segment_steps()[0])
+        return full_size_steps(self.recipe.progressive_resizing, first, end, self._segment_steps()[0])
 
     @property
-    def work_left(self) -> float:
+    def full_size_steps_left(self) -> float:
         """From here to the end, in steps at full size."""
-        return self.work(self.progress.step, self.steps)
+        return self.full_size_steps(self.progress.step, self.steps)
 
     @property
     def places(self) -> torch.Tensor | None:
@@ -168,7 +169,7 @@ class Loop:
             started = time.perf_counter()
             self.phase = "input"
             clock.begin()
-            batch = self._inputs(*next(batches), 1.0 if self.one_size else self.scale(self.progress.step))
+            batch = self._inputs(*next(batches), 1.0 if self.full_size else self.image_scale(self.progress.step))
             clock.mark("input")
             self.phase = "learn"
             self._losses.append(self._learn(batch))
@@ -176,7 +177,7 @@ class Loop:
             clock.end()
             self.phase = "settle"
             if self.device.type == "cpu" or len(self._losses) >= LOSSES_HELD:
-                loss = self.settle()
+                loss = self.read_losses()
             self.progress.seconds += time.perf_counter() - started
             yield loss
         self.phase = "end"
@@ -186,9 +187,9 @@ class Loop:
         every = self.order.positions(step)
         return every if self.places is None else every[self.places]
 
-    def scale(self, step: int) -> float:
+    def image_scale(self, step: int) -> float:
         """Of each side of the pictures at this step, as the recipe wants it. A continuation sees them whole."""
-        return scale(self.recipe.progressive_resizing, step, self._segment_steps()[0])
+        return scale_at(self.recipe.progressive_resizing, step, self._segment_steps()[0])
 
     def _inputs(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, scale: float) -> Batch:
         step = self.progress.step
@@ -253,7 +254,7 @@ class Loop:
         return self.learner.examine(batch.inputs, batch.targets)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def preserve_weights(self) -> Iterator[None]:
         """Puts weights, statistics and gradients back to what they were before the block."""
         before = _copy(self.model)
         try:
@@ -272,7 +273,7 @@ class Loop:
             if step < steps:
                 break
             step -= steps
-        scale = factor(self.recipe, step, steps, self.order.steps_per_epoch)
+        scale = lr_factor(self.recipe, step, steps, self.order.steps_per_epoch)
         self.rate = self.recipe.lr * scale
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
@@ -293,7 +294,7 @@ class Loop:
         for name in self._counted:
             self.ema[name].copy_(self._own[name])
 
-    def settle(self) -> float:
+    def read_losses(self) -> float:
         """A collective: waits for the losses held back and returns the last. Raises Diverged."""
         if not self._losses:
             return math.nan
@@ -331,7 +332,7 @@ class Loop:
         before, self.phase = self.phase, "validate"
         count, group = len(self.val_feed), self._partners
         mine = range(count)[group.stretch(count)]
-        with self.kept_weights():
+        with self.use_averaged_weights():
             found = infer(self.compute, self.preprocess, self.task, self._validation_rows(mine))[: len(mine)]
         found = group.whole(found, mine.start, count, self.classes)
         try:
@@ -360,21 +361,21 @@ class Loop:
                 yield self.val_feed.rows(torch.zeros(1, dtype=torch.int64))
 
     @property
-    def should_stop(self) -> bool:
+    def should_stop_early(self) -> bool:
         return self.recipe.early_stop is not None and self.progress.stale >= self.recipe.early_stop
 
     @contextmanager
-    def kept_weights(self) -> Iterator[None]:
+    def use_averaged_weights(self) -> Iterator[None]:
         """The model has its averaged weights while the block runs, where the recipe averages."""
         if self.ema is None:
             yield
             return
-        with self.untouched():
+        with self.preserve_weights():
             self.model.load_state_dict(self.ema)
             yield
 
     @property
-    def kept_score(self) -> float | None:
+    def validation_score(self) -> float | None:
         """The headline score on validation of the weights that are kept; None before a validation."""
         return self.progress.last if self.recipe.early_stop is None else self.progress.best
 
@@ -392,7 +393,7 @@ class Loop:
 
     def state(self) -> tuple[checkpoint.Tensors, Json]:
         """A collective: everything that `restore` needs. Raises Diverged rather than give away broken weights."""
-        self.settle()
+        self.read_losses()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         broken = [n for n, t in tensors.items() if t.is_floating_point() and not dtensor.local(t).isfinite().all()]
         if self.compute.sharded:  # no other process may see it, and all must know
@@ -404,7 +405,7 @@ class Loop:
             )
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        optimizer_tensors, plain = checkpoint.optimizer_tensors(self.optimizer)
+        optimizer_tensors, plain = checkpoint.optimizer_state(self.optimizer)
         values = {"loop": asdict(self.progress), "optimizer": plain, "scaler": self.learner.scaler.state_dict()}
         return tensors | optimizer_tensors, values
 
@@ -412,9 +413,9 @@ class Loop:
         """Raises DamagedFile for a checkpoint of another network or optimizer."""
         tensors, plain = saved.tensors, saved.progress
         try:
-            self.take(tensors, "model.")
+            self.load_tensors(tensors, "model.")
             if self.ema is not None:
-                self.take(tensors, "ema.", self.ema)
+                self.load_tensors(tensors, "ema.", self.ema)
             checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
             if self.learner.scaler.is_enabled() and plain.get("scaler"):
                 self.learner.scaler.load_state_dict(plain["scaler"])
@@ -425,7 +426,7 @@ class Loop:
                 fix="Put their code back as it was, or train anew.",
             ) from error
 
-    def take(self, stored: Stored, prefix: str = "", into: Mapping[str, torch.Tensor] | None = None) -> None:
+    def load_tensors(self, stored: Stored, prefix: str = "", into: Mapping[str, torch.Tensor] | None = None) -> None:
         """The values of the network's tensors, or of others by these names, from a file; of those that are shared out
         this process's rows. Raises ValueError for another network's."""
         into = self.model.state_dict() if into is None else into

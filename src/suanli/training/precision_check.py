@@ -24,12 +24,12 @@ EXAMINED = 2_000  # inputs at most: enough to see a loss of a point
 SHARE = 0.01  # of the training's time that float32 may take for its answers; the first batch is always answered
 
 
-def rounding(plan: Plan) -> list[str]:
+def low_precision_speedups(plan: Plan) -> list[str]:
     """The speedups of a plan that compute in a lower precision."""
     return [name for name in plan.speedups if "numerics" in load("speedups", name).risks]
 
 
-def against_float32(loop: Loop) -> tuple[Difference, int] | None:
+def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
     """How the headline score differs from float32's, and on how many inputs; None: there are none."""
     order = np.random.default_rng(0).permutation(len(loop.val_feed))[:EXAMINED]  # a split may be sorted by class
     batches = torch.from_numpy(order).split(validation_batch(loop.recipe))  # type: ignore[no-untyped-call]

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 SMALLEST = 16  # px; smaller pictures are left as they are
 
 
-def scale(stages: Sequence[tuple[float, float]], step: int, steps: int) -> float:
+def scale_at(stages: Sequence[tuple[float, float]], step: int, steps: int) -> float:
     """What each side is multiplied by at `step` (from 0) of `steps`; `stages` are pairs of a share of the steps
     and the scale until there, in ascending order; then comes 1."""
     return next((factor for until, factor in stages if step < round(until * steps)), 1.0)
 
 
-def work(stages: Sequence[tuple[float, float]], first: int, end: int, steps: int) -> float:
+def full_size_steps(stages: Sequence[tuple[float, float]], first: int, end: int, steps: int) -> float:
     """Of the steps from `first` to before `end`, each counted by its share of the pixels at full size."""
     total, begun = 0.0, first
     for until, factor in (*stages, (math.inf, 1.0)):
@@ -35,14 +35,14 @@ def work(stages: Sequence[tuple[float, float]], first: int, end: int, steps: int
     return total
 
 
-def side(pixels: int, scale: float) -> int:
+def shrink_side(pixels: int, scale: float) -> int:
     return min(pixels, max(SMALLEST, round(pixels * scale)))
 
 
 def shrink(images: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, C, H, W) to (B, C, side(H), side(W)), bilinear with antialiasing."""
+    """(B, C, H, W) to (B, C, shrink_side(H), shrink_side(W)), bilinear with antialiasing."""
     height, width = images.shape[2:]
-    wanted = side(height, scale), side(width, scale)
+    wanted = shrink_side(height, scale), shrink_side(width, scale)
     if wanted == (height, width):
         return images
     return F.interpolate(images, size=wanted, mode="bilinear", antialias=True)

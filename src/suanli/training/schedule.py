@@ -7,7 +7,7 @@ import math
 from suanli.core.types import Recipe
 
 
-def factor(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
+def lr_factor(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
     """The factor at `step` (from 0) of `steps`.
 
     Rises linearly over the warm-up, then stays ("constant") or falls to zero after the last step:

@@ -22,7 +22,14 @@ from suanli.machine.device import out_of_memory
 from suanli.parallel import group as distributed
 from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
-from suanli.training.forecast import Forecast, enough_memory, forecast, memory_needed, refuse_too_big, step_seconds
+from suanli.training.forecast import (
+    Forecast,
+    check_memory,
+    estimate_memory,
+    explain_out_of_memory,
+    forecast,
+    measure_step_s,
+)
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 
@@ -53,7 +60,7 @@ class Start:
     forecast: Forecast = None  # type: ignore[assignment]
     key: str = ""
     ceilings: peak.Ceilings | None = None  # as measured before; None: they weren't
-    least_step_s: float | None = None  # that a step would take at the device's measured ceiling
+    ideal_step_s: float | None = None  # that a step would take at the device's measured ceiling
 
     def ready(self) -> None:
         """A collective. Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't
@@ -64,23 +71,23 @@ class Start:
         needed = self._ready_sharded() if self.shard else self._ready_whole()
         self.ceilings = peak.known(self.device, self.cache)
         if self.ceilings is not None and not self.shard:
-            self.least_step_s = utilization.least_step_s(self.loop, self.device, self.ceilings)
+            self.ideal_step_s = utilization.ideal_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
         self.forecast = forecast(self.loop, needed, timed[-1] if timed else None)
 
     def _ready_whole(self) -> int:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
         that this takes, in bytes."""
-        with enough_memory(self.device):
+        with explain_out_of_memory(self.device):
             setup = self._setup(fresh=self.saved is None)
         self.key = setup.key
-        with enough_memory(self.device):
+        with explain_out_of_memory(self.device):
             plain = setup.trial(planning.plain(self.device, self.threads))
         self._put_back(plain, self.saved)
-        steps = round(plain.work_left)
+        steps = round(plain.full_size_steps_left)
         failed: OutOfMemory | None = None
         try:
-            memory = refuse_too_big(plain, self.device)
+            memory = check_memory(plain, self.device)
         except OutOfMemory as error:
             failed = error
         if any(self.group.each(failed is not None)):
@@ -92,7 +99,7 @@ class Start:
             del plain  # the planner wants the room
             self.plan = self._planned(setup, steps)
         self.first_plan = self.plan
-        with enough_memory(self.device):
+        with explain_out_of_memory(self.device):
             self.loop = setup.loop(self.plan)
         self._put_back(self.loop, self.saved)
         if self.balance and not self.group.alone:
@@ -105,7 +112,7 @@ class Start:
         takes, in bytes."""
         tries = ((), (CHECKPOINTING,)) if self.requested == "auto" else ((),)
         for extra in tries:
-            with enough_memory(self.device):
+            with explain_out_of_memory(self.device):
                 setup = self._setup(fresh=self.saved is None)
                 found = planner.unmeasured(setup, self.requested, threads=self.threads, extra=extra)
                 self.plan = self.first_plan = _plan_from(self.group.of_first(asdict(found)), self.device)
@@ -113,7 +120,7 @@ class Start:
             self.key = setup.key
             del setup  # its memory is needed
             self._put_back(self.loop, self.saved)
-            needed, refusal = memory_needed(self.loop, self.device)
+            needed, refusal = estimate_memory(self.loop, self.device)
             if not any(self.group.each(refusal is not None)):
                 return needed
             self.loop = None  # type: ignore[assignment]
@@ -129,7 +136,7 @@ class Start:
             return self.requested
         found: Plan | None = None
         if self.group.first:
-            with enough_memory(self.device):
+            with explain_out_of_memory(self.device):
                 found = planner.plan(setup, self.requested, steps=steps, threads=self.threads, cache=self.cache)
         if self.group.alone:
             assert found is not None
@@ -142,12 +149,12 @@ class Start:
         if self.requested != "auto":
             plan = self.requested if isinstance(self.requested, Plan) else None
             plan = plan or planning.named(str(self.requested), self.device, self.threads)
-            return refuse_too_big(setup.trial(plan), self.device), plan
+            return check_memory(setup.trial(plan), self.device), plan
         usual = planner.short_list(setup, self.threads)
         for extra in ((), (CHECKPOINTING,)):
             plan = replace(usual, speedups=planning.in_order((*usual.speedups, *extra)))
             try:
-                return refuse_too_big(setup.trial(plan), self.device), plan
+                return check_memory(setup.trial(plan), self.device), plan
             except (OutOfMemory, MachineError):
                 continue
         raise error
@@ -155,7 +162,7 @@ class Start:
     def _share_by_speed(self, memory_bytes: int) -> None:
         """A collective: all compute at once, as they will in training, without waiting for each other."""
         self.group.wait()
-        rates = self.group.each(self.loop.batch_size / step_seconds(self.loop, memory_bytes))
+        rates = self.group.each(self.loop.batch_size / measure_step_s(self.loop, memory_bytes))
         self.group.shares = tuple(rate / sum(rates) for rate in rates)
 
     def _put_back(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
@@ -188,7 +195,7 @@ class Start:
             return None
         self.group.wait()  # the first process may still be writing
         try:
-            saved = checkpoint.newest(checkpoints)
+            saved = checkpoint.read_newest(checkpoints)
         except DamagedFile:
             return None
         self.loop = None  # type: ignore[assignment]  # its memory is needed

@@ -135,8 +135,8 @@ class Setup:
             device=self.device,
             classes=len(self.prepared.classes),
             group=self.group,
-            one_size=measuring,
-            apart=measuring,
+            full_size=measuring,
+            local_only=measuring,
         )
 
     @property

@@ -75,7 +75,7 @@ class Way:
         """(N, K) of the whole validation split, with the weights that would be kept now."""
         loop = self.loop
         rows = (rows for rows, _, _ in loop.val_feed.in_order(self.evaluated))
-        with active(loop.compute), loop.kept_weights():
+        with active(loop.compute), loop.use_averaged_weights():
             return infer(loop.compute, loop.preprocess, loop.task, rows)
 
     def flops(self) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class Way:
 
     def precision(self) -> str:
         """The name of the dtype that products and convolutions are computed in."""
-        return utilization.precision(self.loop.compute, self.device)
+        return utilization.step_precision(self.loop.compute, self.device)
 
     def held_bytes(self) -> int:
         """Of the device's memory, by weights, gradients, averages and the optimizer's state."""
@@ -135,7 +135,7 @@ class Way:
 
     def _settle(self) -> None:
         """Waits for the device; raises Diverged for a loss that isn't finite."""
-        self.loop.settle()
+        self.loop.read_losses()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.loop.device)
         elif self.device.type == "mps":

@@ -33,7 +33,7 @@ from suanli.parallel.group import lost
 from suanli.parallel.watchdog import Watchdog
 from suanli.training import checkpoint, precision_check, utilization
 from suanli.training.diagnose import Facts, Watch
-from suanli.training.forecast import out_of_memory
+from suanli.training.forecast import out_of_memory_error
 from suanli.training.loop import EARLY, LOSSES_HELD, Loop
 from suanli.training.session import UNPLANNED, Start
 
@@ -56,7 +56,7 @@ class Training:
         self.earlier_s = 0.0  # of training before an interruption
         self.fallbacks: list[dict[str, Json]] = []
         self.wanted_score: float | None = None  # that the user named
-        self.writer = checkpoint.PartWriter(self.group) if start.shard else checkpoint.Writer()
+        self.writer = checkpoint.ShardWriter(self.group) if start.shard else checkpoint.Writer()
         self.hang_s = hang_s
         self.shard = start.shard  # wanted, also where there is one process now
         self.processes: dict[str, Json] | None = None  # that train together, as found before the first step
@@ -150,7 +150,7 @@ class Training:
             begins = True
             # Without its checkpoints first: a run that is cut short now must not go on from them.
             if self.group.first:
-                checkpoint.forget(self.directory.checkpoints)
+                checkpoint.remove_all(self.directory.checkpoints)
             said = f"{error.message.rstrip('.')}; {self.start.begin_again()}"
             self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
         if said is not None:
@@ -161,7 +161,7 @@ class Training:
             return
         if device.out_of_memory(error):
             half = self.loop.order.batch_size // 2
-            raise out_of_memory(self.loop, self.start.forecast.memory_bytes, None, half) from error
+            raise out_of_memory_error(self.loop, self.start.forecast.memory_bytes, None, half) from error
         if isinstance(error, Diverged):
             self._summarise("diverged")
             self.group.wait()
@@ -215,7 +215,7 @@ class Training:
                 if asked:
                     self._save()
                     self._interrupt(asked, stop)
-                if loop.should_stop:
+                if loop.should_stop_early:
                     self._save()
                     return "stopped early"
                 if due:
@@ -260,11 +260,11 @@ class Training:
 
     def _share_of_ceiling(self) -> float | None:
         """Of what the device was measured to reach; None: it wasn't measured."""
-        least = self.start.least_step_s
+        least = self.start.ideal_step_s
         progress = self.loop.progress
         if least is None or not progress.seconds:
             return None
-        return least * self.loop.work(0, progress.step) / progress.seconds
+        return least * self.loop.full_size_steps(0, progress.step) / progress.seconds
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
@@ -289,7 +289,7 @@ class Training:
             tracker.log({f"val/{name}": value for name, value in scores.items()}, loop.progress.step)
         here = self.group.first or loop.compute.sharded
         if self.recipe.early_stop is not None and loop.progress.stale == 0 and here:
-            with loop.kept_weights():
+            with loop.use_averaged_weights():
                 tensors = dict(loop.model.state_dict())
                 checkpoint.write(self._best, tensors, {"step": loop.progress.step}, writes=self.group.first)
 
@@ -332,13 +332,13 @@ class Training:
             return
         loop, prepared = self.loop, self.prepared
         if self.recipe.early_stop is not None and any(self._of_all(self._best.exists())):
-            loop.take(checkpoint.read(self._best).tensors)
+            loop.load_tensors(checkpoint.read(self._best).tensors)
         if self.group.first:  # they speak of the model that is replaced now
             path = self.directory.path
             for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
                 outdated.unlink(missing_ok=True)
             shutil.rmtree(self.directory.model_path / store.FOLDER, ignore_errors=True)
-        with loop.kept_weights() if self.recipe.early_stop is None else ExitStack():
+        with loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():
             self._hold_against_plain()
             save_model(
                 self.directory.model_path,
@@ -349,15 +349,18 @@ class Training:
                 data=prepared.to_json() | {"cache": None},
                 writes=self.group.first,
             )
-        self.directory.write("roofline.json", utilization.roofline(loop, self.device, self.start.ceilings).to_json())
+        self.directory.write(
+            "roofline.json", utilization.measure_roofline(loop, self.device, self.start.ceilings).to_json()
+        )
         if not self.group.first:
             return
         self._summarise(status)
         rate = self.directory.summary["examples_per_s"]
-        score = "" if loop.kept_score is None else f", validation {loop.task.headline} {loop.kept_score:.2%}"
+        reached = loop.validation_score
+        score = "" if reached is None else f", validation {loop.task.headline} {reached:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
-        if self.wanted_score is not None and loop.kept_score is not None and loop.kept_score < self.wanted_score:
+        if self.wanted_score is not None and reached is not None and reached < self.wanted_score:
             warn(f"The {loop.task.headline} on validation is below the {self.wanted_score:.2%} that was wanted.")
 
     def _of_all(self, value: bool) -> list[bool]:
@@ -367,8 +370,8 @@ class Training:
     def _hold_against_plain(self) -> None:
         """The final score as the plan computes it against float32, with the same weights on the same validation
         inputs. What costs more than the task tolerates is refused from the next plan on."""
-        rounding = precision_check.rounding(self.plan)
-        if not rounding or (found := precision_check.against_float32(self.loop)) is None:
+        rounding = precision_check.low_precision_speedups(self.plan)
+        if not rounding or (found := precision_check.compare_with_float32(self.loop)) is None:
             return
         difference, examples = found
         task = self.loop.task
@@ -415,7 +418,9 @@ class Training:
                     environment=device.environment(self.device),
                     recipe=self.recipe,
                     variant="+".join(self.plan.speedups) or "none",
-                    scores={f"val_{loop.task.headline}": loop.kept_score} if loop.kept_score is not None else {},
+                    scores={}
+                    if loop.validation_score is None
+                    else {f"val_{loop.task.headline}": loop.validation_score},
                     count=loop.progress.step,
                 )
             )

@@ -18,7 +18,7 @@ COUNTED = 4  # examples whose operations are counted; others take as many
 PASSES = 2
 
 
-def precision(step: Step, device: Device) -> str:
+def step_precision(step: Step, device: Device) -> str:
     """The name of the dtype that most products and convolutions of a step are computed in."""
     if step.autocast_dtype is not None:
         return str(step.autocast_dtype).removeprefix("torch.")
@@ -52,19 +52,19 @@ def ceiling_flops(ceilings: Ceilings) -> dict[str, float]:
     return found
 
 
-def least_step_s(loop: Loop, device: Device, ceilings: Ceilings) -> float | None:
+def ideal_step_s(loop: Loop, device: Device, ceilings: Ceilings) -> float | None:
     """Seconds that the products and convolutions of one training step would take at the ceiling. None: the
     ceiling of that precision isn't known."""
-    ceiling = ceiling_flops(ceilings).get(precision(loop.compute, device))
+    ceiling = ceiling_flops(ceilings).get(step_precision(loop.compute, device))
     if ceiling is None:
         return None
     examples = min(COUNTED, loop.batch_size)
-    with active(loop.compute), loop.untouched():
+    with active(loop.compute), loop.preserve_weights():
         counted = flops(lambda: loop.try_step(examples, whole=True))
     return counted / examples * loop.batch_size / ceiling
 
 
-def roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
+def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
     """The layers of the network in one forward pass of a training batch, as validation computes it."""
     step = loop.compute
     inputs = loop.first_batch().inputs
@@ -77,7 +77,7 @@ def roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
         loop.model.train(was_training)
     return Roofline(
         device=device.name,
-        dtype=precision(step, device),
+        dtype=step_precision(step, device),
         batch=len(inputs),
         layers=tuple(layers),
         ceilings=None if ceilings is None else ceilings.to_json(),

@@ -25,7 +25,7 @@ from suanli.machine import device as hardware
 from suanli.machine import peak
 from suanli.training.ablation import ROUNDS, check, climb
 from suanli.training.ablation_records import Ladder, Phase, Rung
-from suanli.training.forecast import enough_memory
+from suanli.training.forecast import explain_out_of_memory
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.setup import Setup
 from suanli.verbs.report import report
@@ -110,9 +110,9 @@ def bench(
     changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
     full, prepared = resolve(options, recipe=recipe, settings=changes)
     cache = cache_dir_of(options.cache_dir)
-    with enough_memory(target):
+    with explain_out_of_memory(target):
         setup = Setup(full, prepared, target)
-        steps_ahead = round(setup.trial(plain(target)).work_left)
+        steps_ahead = round(setup.trial(plain(target)).full_size_steps_left)
         plan = planner.plan(setup, speedups, steps=steps_ahead, threads=threads, cache=cache)
         ladder = climb(
             setup,

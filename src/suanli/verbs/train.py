@@ -185,12 +185,12 @@ def train(
     if target_accuracy is not None or budget_s is not None:
         _refuse_deciding_twice(full, changes, target_accuracy, budget_s)
     if target_accuracy is not None:
-        full = budget.for_score(full, prepared, target_accuracy)
+        full = budget.choose_for_score(full, prepared, target_accuracy)
     if budget_s is not None and begun:
         full = Run.open(str(out)).recipe  # it was chosen when the run began
     elif budget_s is not None:
         if group.first:
-            full = budget.for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
+            full = budget.choose_for_time(full, prepared, target, threads, budget_s - (time.perf_counter() - started))
         full = Recipe.model_validate(group.of_first(full.model_dump(mode="json")))
     about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
     environment = hardware.environment(target)
@@ -307,7 +307,7 @@ def _refuse_deciding_twice(
             f"--target-accuracy takes a recipe as it was measured, so {', '.join(sorted(own))} can't be changed.",
             fix="Leave one or the other out, or use --time-budget.",
         )
-    if own := fields & budget.chosen_fields(recipe):
+    if own := fields & budget.budget_fields(recipe):
         raise UsageError(f"--time-budget chooses {', '.join(sorted(own))} itself.", fix="Leave one or the other out.")
 
 
@@ -351,7 +351,7 @@ def _reopen(run: Run, options: DataOptions, where: _Where, speedups: str, more_e
     requested: str | Plan = speedups
     if speedups == "auto" and before is not None:
         requested = _plan_of(before, where.device, _threads(where, summary, before))
-    saved = checkpoint.newest(run.checkpoints)
+    saved = checkpoint.read_newest(run.checkpoints)
     steps = where.group.each(None if saved is None else saved.step)
     if len(set(steps)) > 1:
         raise MachineError(

@@ -19,7 +19,7 @@ from suanli.core.errors import UsageError
 from suanli.core.types import Batch
 
 
-def each_own(batch: Batch, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
+def draw_for_batch(batch: Batch, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """The numbers of this batch's examples: `draw(count)` gives them for all that the step learns from."""
     if batch.places is None or batch.whole is None:
         return draw(len(batch.inputs))
@@ -29,13 +29,15 @@ def each_own(batch: Batch, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
 def uniform(batch: Batch, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     """(B,) float32 in [low, high) on the device of the batch."""
     device = batch.inputs.device
-    return each_own(batch, lambda count: torch.rand(count, generator=generator, device=device)) * (high - low) + low
+    return (
+        draw_for_batch(batch, lambda count: torch.rand(count, generator=generator, device=device)) * (high - low) + low
+    )
 
 
 def integers(batch: Batch, end: int, generator: torch.Generator) -> torch.Tensor:
     """(B,) int64 from 0 to before `end` on the device of the batch."""
     device = batch.inputs.device
-    return each_own(batch, lambda count: torch.randint(end, (count,), generator=generator, device=device))
+    return draw_for_batch(batch, lambda count: torch.randint(end, (count,), generator=generator, device=device))
 
 
 def partners(batch: Batch) -> torch.Tensor:
@@ -64,7 +66,7 @@ def warp(inputs: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return warped.to(inputs.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def only_where(
+def change_where(
     chosen: torch.Tensor,
     inputs: torch.Tensor,
     change: Callable[..., torch.Tensor],
@@ -85,7 +87,7 @@ def only_where(
     return inputs
 
 
-def greyed(x: torch.Tensor) -> torch.Tensor:
+def to_grey(x: torch.Tensor) -> torch.Tensor:
     """The mean of three channels: (B, 3, H, W) to (B, 1, H, W). A sum of slices, because a reduction
     over so short an axis was measured more than twice as slow in channels_last."""
     return (x[:, :1] + x[:, 1:2] + x[:, 2:3]) / 3
@@ -101,7 +103,7 @@ def symmetric_beta(batch: Batch, alpha: float, generator: torch.Generator) -> to
     return (0.5 + sign * distance).to(torch.float32)
 
 
-def shares(targets: torch.Tensor, classes: int) -> torch.Tensor:
+def class_shares(targets: torch.Tensor, classes: int) -> torch.Tensor:
     """(B,) classes to (B, K) float32 shares; what already is shares stays."""
     if targets.ndim == 2:
         return targets
@@ -109,7 +111,7 @@ def shares(targets: torch.Tensor, classes: int) -> torch.Tensor:
     return result.scatter_(1, targets[:, None], 1.0)
 
 
-def mixed(own: torch.Tensor, partner: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+def mix_shares(own: torch.Tensor, partner: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Shares (B, K) of which each image keeps `part` (B,)."""
     kept = part[:, None].to(own.dtype)
     return own * kept + partner * (1 - kept)

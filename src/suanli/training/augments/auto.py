@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, greyed, integers, only_where, per_image, uniform, warp
+from suanli.training.augments._sampling import change_where, check_number, integers, per_image, to_grey, uniform, warp
 
 Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -38,9 +38,9 @@ class Auto(Augmentation):
         kinds = 1 + len(GEOMETRIC) + len(pixelwise)  # one of them is: leave it as it is
         kind = integers(batch, kinds, generator)
         amount = uniform(batch, -self.strength, self.strength, generator)
-        changed = only_where(kind < len(GEOMETRIC), x.clone(), _move, kind, amount)
+        changed = change_where(kind < len(GEOMETRIC), x.clone(), _move, kind, amount)
         for number, change in enumerate(pixelwise, start=len(GEOMETRIC)):
-            changed = only_where(kind == number, changed, change, amount)
+            changed = change_where(kind == number, changed, change, amount)
         return replace(batch, inputs=changed)
 
 
@@ -70,7 +70,7 @@ def _move(x: torch.Tensor, kind: torch.Tensor, amount: torch.Tensor) -> torch.Te
 
 
 def _saturation(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(x, greyed(x), per_image(-0.9 * amount, x))
+    return torch.lerp(x, to_grey(x), per_image(-0.9 * amount, x))
 
 
 def _brightness(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, greyed, per_image, uniform
+from suanli.training.augments._sampling import check_number, per_image, to_grey, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Color(Augmentation):
         # Both steps change no picture's mean, so they are one: x times a factor, plus what depends
         # on the pixel's grey and on the picture.
         if self.saturation and x.shape[1] == 3:
-            rest = rest - (1 + contrast) * saturation * greyed(x)
+            rest = rest - (1 + contrast) * saturation * to_grey(x)
             contrast = contrast + saturation + contrast * saturation
         return replace(batch, inputs=torch.addcmul(rest, x, 1 + contrast))
 

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, mixed, partners, shares, symmetric_beta, uniform
+from suanli.training.augments._sampling import check_number, class_shares, mix_shares, partners, symmetric_beta, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,11 @@ class Cutmix(Augmentation):
         partner = partners(batch)
         pasted = rows[:, None, :, None] & columns[:, None, None, :]
         kept = 1 - rows.sum(1) * columns.sum(1) / (height * width)
-        own = shares(batch.targets, batch.classes)
+        own = class_shares(batch.targets, batch.classes)
         return replace(
             batch,
             inputs=torch.where(pasted, x[partner], x),
-            targets=mixed(own, own[partner], kept),
+            targets=mix_shares(own, own[partner], kept),
         )
 
 

@@ -12,7 +12,15 @@ from typing import ClassVar
 import torch
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, mixed, partners, per_image, shares, symmetric_beta, uniform
+from suanli.training.augments._sampling import (
+    check_number,
+    class_shares,
+    mix_shares,
+    partners,
+    per_image,
+    symmetric_beta,
+    uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +41,9 @@ class Mixup(Augmentation):
         part = symmetric_beta(batch, self.alpha, generator)
         part = torch.where(uniform(batch, 0, 1, generator) < self.probability, part, 1.0)
         partner = partners(batch)
-        own = shares(batch.targets, batch.classes)
+        own = class_shares(batch.targets, batch.classes)
         blended = torch.lerp(x[partner], x, per_image(part, x))
-        return replace(batch, inputs=blended, targets=mixed(own, own[partner], part))
+        return replace(batch, inputs=blended, targets=mix_shares(own, own[partner], part))
 
 
 AUGMENT = Mixup

@@ -14,7 +14,7 @@ import torch
 
 from suanli.core.errors import UsageError
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import each_own
+from suanli.training.augments._sampling import draw_for_batch
 
 PADDING, UNKNOWN = 0, 1  # as in the text preprocessing, which this room can't import
 
@@ -33,7 +33,7 @@ class WordDropout(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         ids = batch.inputs
-        drawn = each_own(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
+        drawn = draw_for_batch(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
         chosen = drawn < self.p
         return replace(batch, inputs=ids.masked_fill(chosen & (ids != PADDING), UNKNOWN))
 

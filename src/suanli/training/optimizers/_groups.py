@@ -23,7 +23,7 @@ def in_head(name: str, head: str) -> bool:
     return name.startswith(f"{head}.")
 
 
-def trainable(named: Iterable[Named], *, head: str, backbone_lr_scale: float) -> list[Named]:
+def trainable_parameters(named: Iterable[Named], *, head: str, backbone_lr_scale: float) -> list[Named]:
     """The parameters to train. A scale of 0 freezes all but the head, so that no gradient is computed
     for what wouldn't move. Raises UsageError where nothing is left."""
     kept = []
@@ -40,13 +40,13 @@ def trainable(named: Iterable[Named], *, head: str, backbone_lr_scale: float) ->
     return kept
 
 
-def split(
+def split_by_decay(
     named: Iterable[Named], *, head: str, lr: float, weight_decay: float, backbone_lr_scale: float
 ) -> list[Group]:
     """Up to four groups: backbone and head, each with decay and without (biases, norms, tokens)."""
     groups: dict[tuple[bool, bool], Group] = {}
     for name, parameter in named:
-        key = (in_head(name, head), decays(name, parameter))
+        key = (in_head(name, head), has_decay(name, parameter))
         rate = lr if key[0] else lr * backbone_lr_scale
         decay = weight_decay if key[1] else 0.0
         group = groups.setdefault(key, {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay})
@@ -54,7 +54,7 @@ def split(
     return list(groups.values())
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
     """Weight decay is for matrices and filters: pulling an offset or a scale to zero only biases it."""
     return parameter.ndim > 1 and not is_embedding(name)
 
@@ -64,7 +64,7 @@ def is_embedding(name: str) -> bool:
     return any(word in name for word in ("embed", "_token"))
 
 
-def checked(build: Callable[P, torch.optim.Optimizer]) -> Callable[P, torch.optim.Optimizer]:
+def check_arguments(build: Callable[P, torch.optim.Optimizer]) -> Callable[P, torch.optim.Optimizer]:
     """Turns an unknown or impossible argument of `build` into a UsageError, nearest name first."""
     name = build.__module__.rpartition(".")[2]
     known = list(inspect.signature(build).parameters)

@@ -13,7 +13,7 @@ from suanli.core.types import Optimizer
 from suanli.training.optimizers import _groups
 
 
-@_groups.checked
+@_groups.check_arguments
 def build(
     named_parameters: Iterable[_groups.Named],
     *,
@@ -25,8 +25,10 @@ def build(
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
-    groups = _groups.split(named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale)
+    named = _groups.trainable_parameters(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
+    groups = _groups.split_by_decay(
+        named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale
+    )
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
 
 

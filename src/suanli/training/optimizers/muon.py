@@ -147,7 +147,7 @@ def _orthogonalized(updates: list[torch.Tensor], steps: int) -> list[torch.Tenso
     return result
 
 
-@_groups.checked
+@_groups.check_arguments
 def build(
     named_parameters: Iterable[_groups.Named],
     *,
@@ -164,12 +164,12 @@ def build(
 ) -> torch.optim.Optimizer:
     """`lr` is that of Muon; `head_lr_scale` and `bias_lr_scale` times that is the rate of SGD on the
     head, and on biases, norms and embeddings: so one `lr` raises or lowers all of them."""
-    named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
+    named = _groups.trainable_parameters(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
     groups: list[_groups.Group] = []
     for inside, scale in ((True, 1.0), (False, backbone_lr_scale)):
         part = [(n, p) for n, p in named if _groups.in_head(n, head) == inside]
-        matrices = [p for n, p in part if _groups.decays(n, p)]
-        others = [p for n, p in part if not _groups.decays(n, p)]
+        matrices = [p for n, p in part if _groups.has_decay(n, p)]
+        others = [p for n, p in part if not _groups.has_decay(n, p)]
         groups += [
             _group(matrices, lr * (head_lr_scale if inside else 1.0) * scale, weight_decay, muon=not inside),
             _group(others, lr * bias_lr_scale * scale, 0.0, muon=False),

@@ -13,7 +13,7 @@ from suanli.core.types import Optimizer
 from suanli.training.optimizers import _groups
 
 
-@_groups.checked
+@_groups.check_arguments
 def build(
     named_parameters: Iterable[_groups.Named],
     *,
@@ -23,8 +23,10 @@ def build(
     backbone_lr_scale: float = 1.0,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    named = _groups.trainable(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
-    groups = _groups.split(named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale)
+    named = _groups.trainable_parameters(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
+    groups = _groups.split_by_decay(
+        named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale
+    )
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 

@@ -3,7 +3,7 @@
 Chosen on 5,000 training images of CIFAR-10 that took no part in training.
 """
 
-from suanli.core.types import Effort, Json, Reached, Recipe, RecipeChoice, Traits
+from suanli.core.types import Budget, Json, MeasuredScore, Recipe, RecipeChoice, Traits
 from suanli.training.recipes._images import SMALL, for_speednet, is_few, is_sign
 
 
@@ -11,14 +11,14 @@ def suits(traits: Traits) -> int | None:
     return 60 if for_speednet(traits) and not is_few(traits) and not is_sign(traits) else None
 
 
-def _effort(epochs: float, lr: float, widths: tuple[int, ...], reached: float, **more: Json) -> Effort:
+def _effort(epochs: float, lr: float, widths: tuple[int, ...], reached: float, **more: Json) -> Budget:
     """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy, the two dearest in bfloat16 on a GPU:
     records/2026-11-27_h100_gpu."""
     changes: dict[str, Json] = {"epochs": epochs, "lr": lr, "validate_every": epochs}
     changes["model_args"] = {"widths": widths} | more.pop("model_args", {})
-    return Effort(
+    return Budget(
         changes=changes | more,
-        reached=(Reached(data="cifar10", classes=10, examples=44_893, score=reached),),
+        scores=(MeasuredScore(data="cifar10", classes=10, examples=44_893, score=reached),),
     )
 
 
@@ -34,7 +34,7 @@ RECIPE = RecipeChoice(
         }
     ),
     suits=suits,
-    efforts=(
+    budgets=(
         _effort(0.8, 0.24, (32, 64, 128), 0.716),
         _effort(1.3, 0.24, (32, 64, 128), 0.762),
         _effort(2.8, 0.24, (32, 64, 128), 0.804),

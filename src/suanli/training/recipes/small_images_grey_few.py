@@ -3,7 +3,7 @@
 Rate, epochs and smoothing were chosen on the validation split of the built-in digits, four seeds each.
 """
 
-from suanli.core.types import Effort, Reached, Recipe, RecipeChoice, Traits
+from suanli.core.types import Budget, MeasuredScore, Recipe, RecipeChoice, Traits
 from suanli.training.recipes._images import SMALL, for_speednet, is_few, is_sign
 
 
@@ -11,11 +11,11 @@ def suits(traits: Traits) -> int | None:
     return 60 if for_speednet(traits) and is_few(traits) and is_sign(traits) else None
 
 
-def _effort(epochs: float, reached: float) -> Effort:
+def _effort(epochs: float, reached: float) -> Budget:
     """Measured by `benchmarks/bench_efforts.py`: records/2026-11-25_epyc-2core_accuracy."""
-    return Effort(
+    return Budget(
         changes={"epochs": epochs},
-        reached=(Reached(data="digits", classes=10, examples=1_414, score=reached),),
+        scores=(MeasuredScore(data="digits", classes=10, examples=1_414, score=reached),),
     )
 
 
@@ -33,5 +33,5 @@ RECIPE = RecipeChoice(
         }
     ),
     suits=suits,
-    efforts=(_effort(3, 0.982), _effort(8, 0.992)),
+    budgets=(_effort(3, 0.982), _effort(8, 0.992)),
 )
