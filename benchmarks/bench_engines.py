@@ -43,8 +43,8 @@ from suanli.core.compare import Difference, matched_shares
 from suanli.core.console import quiet
 from suanli.core.run import Run
 from suanli.core.types import Json
-from suanli.engines.candidates import Found
-from suanli.engines.sandbox import Host, Lost
+from suanli.engines.candidates import SearchResult
+from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.machine import device, timing
 from suanli.models.model_folder import load_model
 
@@ -392,7 +392,7 @@ def serve() -> None:
         print(json.dumps(reply), file=replies, flush=True)
 
 
-class Process(Host):
+class Process(Sandbox):
     """A process with this file at its other end. Threads are set before it starts, as a person does it."""
 
     def __init__(self, threads: int | None = None) -> None:
@@ -517,7 +517,7 @@ class Bench:
         )
         return case
 
-    def optimize(self, name: str, case: Path, copy: str, **options: Json) -> tuple[Found, float]:
+    def optimize(self, name: str, case: Path, copy: str, **options: Json) -> tuple[SearchResult, float]:
         """What was found for a copy of the run, and the seconds of all of it."""
         started = time.perf_counter()
         with quiet():
@@ -528,7 +528,7 @@ class Bench:
                 device="cpu",
                 trust_code=True,
                 **options,
-            ).found
+            ).search
         took = time.perf_counter() - started
         tried = [{"name": c.name, "state": c.state, "reason": c.reason, "build_s": c.build_s} for c in found.candidates]
         self.keep("optimize", net=name, options=options, seconds=took, found=found.to_json())
@@ -543,7 +543,7 @@ class Bench:
         with Process() as process:
             try:
                 took = process.ask(self.given.limit_s, "build", what=what, case=str(case), **more)["took_s"]
-            except Lost as error:
+            except SandboxError as error:
                 self.record.say(self.clean(f"{name}: by hand, {what} can't be made: {error}"))
                 self.keep("build", net=name, built=what, lost=str(error))
                 return None
@@ -555,7 +555,7 @@ class Bench:
         asked = {"backend": way.backend, "precision": way.precision, "threads": way.threads, "batches": way.batches}
         try:
             reply = process.ask(self.given.limit_s, "load", case=str(case), way=asked)
-        except Lost as error:
+        except SandboxError as error:
             self.record.say(self.clean(f"{name}: {way.name} can't be run: {error}"))
             self.keep("load", net=name, way=way.name, lost=str(error))
             return None
@@ -609,7 +609,7 @@ class Bench:
         try:
             asked = {"batch": batch, "for_s": self.given.turn_s, "least": LEAST[batch]}
             seconds = one.process.ask(self.given.limit_s, "time", **asked)["seconds"]
-        except Lost as error:
+        except SandboxError as error:
             one.racing, one.turns = {}, {}
             self.record.say(self.clean(f"{name}: {one.way.name} was lost while it was timed: {error}"))
             return

@@ -36,7 +36,7 @@ ENGINE = """
 import ctypes, json, os, signal, sys, time
 import numpy as np
 from pathlib import Path
-from suanli.core.types import Engine, Loaded
+from suanli.core.types import Engine, LoadedEngine
 
 LEAKED = []
 GOOD, THROWS, SHAPE, NAN, DIES, EXITS, HANGS, HOLDS, LEAKS, SLEEPS, CHATTERS = range(11)
@@ -76,7 +76,7 @@ def load(folder, precision, placement):
                 print("noise " * 200_000, flush=True)
         return found
 
-    return Loaded(answer=answer, computes_in=lambda rows: precision)
+    return LoadedEngine(answer=answer, find_precision=lambda rows: precision)
 
 ENGINE = Engine(name="hostile", precisions=("float32",), packages=(), why_not=lambda d, p: None,
                 build=lambda *a: None, load=load, needs="onnx")

@@ -25,7 +25,7 @@ import suanli
 from suanli.core import registry
 from suanli.machine import device
 from suanli.models.model_folder import load_model
-from suanli.core.types import Material, Placement
+from suanli.core.types import EngineInputs, Placement
 from suanli.engines.inference_module import write_onnx
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
@@ -40,13 +40,13 @@ write_onnx(load_model(run.model_path), work / "model.onnx")
 engine = registry.load("engines", "onnx_reference")
 here = Placement(device=device.detect("cpu"), threads=1)
 (work / "engine").mkdir()
-material = Material(model=run.model_path, onnx=work / "model.onnx", calibration=None)
-engine.build(material, "float32", work / "engine", here)
+inputs = EngineInputs(model=run.model_path, onnx=work / "model.onnx", calibration=None)
+engine.build(inputs, "float32", work / "engine", here)
 ready = engine.load(work / "engine", "float32", here)
 rows = np.random.default_rng(0).normal(size=(5, 13)).astype(np.float32)
 apart = np.abs(ready.answer(rows) - suanli.load(run).probabilities(rows)).max()
 print(json.dumps({"loaded": loaded, "scores": dict(found.scores), "tracked": (run.path / "metrics.csv").stat().st_size,
-                  "apart": float(apart), "ran": ready.computes_in(rows)}))
+                  "apart": float(apart), "ran": ready.find_precision(rows)}))
 """
 
 

@@ -118,7 +118,7 @@ def test_a_plain_network_scores_as_the_model_that_it_is(trained: Path, tmp_path:
         cache_dir=trained.parent / "cache",
     )
     own = suanli.evaluate(shutil.copytree(trained, tmp_path / "run"), split="val").scores["accuracy"]
-    states = {c.name: c for c in found.found.candidates}
+    states = {c.name: c for c in found.search.candidates}
     assert states["onnxruntime float32"].score == pytest.approx(own)
     assert states["onnxruntime int8"].state == "accepted"
     assert "only an ONNX graph" in states["eager float32"].reason
@@ -141,7 +141,7 @@ def test_wrong_normalisation_shows_in_the_score(trained: Path, tmp_path: Path) -
     found = suanli.optimize(
         path, data="digits", mean=[5.0], std=[0.1], engines="onnxruntime", cache_dir=trained.parent / "cache"
     )
-    assert found.found.candidates[0].score < 0.6
+    assert found.search.candidates[0].score < 0.6
 
 
 def test_what_was_exported_comes_back(trained: Path, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_data_of_other_classes(tmp_path: Path, picture_folder: Callable[..., Pat
 def test_no_data_and_an_operation_that_nothing_knows(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     small(path)
-    assert suanli.optimize(path, engines="onnxruntime,openvino").found.chosen.precision == "float32"
+    assert suanli.optimize(path, engines="onnxruntime,openvino").search.chosen.precision == "float32"
     model = onnx.load(path)
     model.graph.node[0].op_type = "NoSuchThing"
     path.write_bytes(model.SerializeToString())
@@ -296,7 +296,7 @@ def test_a_function_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = suanli.optimize(
         "linear:build", data="digits", weights=tmp_path / "w.safetensors", mean=[0.0], std=[1.0], engines="onnxruntime"
     )
-    assert found.found.candidates[0].score > 0.9
+    assert found.search.candidates[0].score > 0.9
     assert found.path == Path("build-model/engines")
     card = json.loads(Path("build-model/model.json").read_text())
     assert card["preprocess"]["settings"]["mean"] == [0.0]

@@ -17,10 +17,10 @@ from torch import nn
 import suanli
 from suanli.core import registry
 from suanli.core.errors import MachineError
-from suanli.core.types import Device, Material, Placement, Recipe
+from suanli.core.types import Device, EngineInputs, Placement, Recipe
 from suanli.engines.backends import cuda_graphs, eager, tensorrt
 from suanli.engines.backends import onnxruntime as onnx_engine
-from suanli.engines.inference_module import Whole, write_onnx
+from suanli.engines.inference_module import InferenceModule, write_onnx
 from suanli.engines.search import DRIFT
 from suanli.machine import device
 from suanli.models.model_folder import SavedModel, load_model
@@ -66,8 +66,8 @@ def saved(place: Path) -> SavedModel:
     return load_model(place / "run" / "model")
 
 
-def material(place: Path, **changes: Any) -> Material:
-    return Material(
+def material(place: Path, **changes: Any) -> EngineInputs:
+    return EngineInputs(
         **{
             "model": place / "run" / "model",
             "onnx": place / "model.onnx",
@@ -95,7 +95,7 @@ def drift(one: np.ndarray, other: np.ndarray) -> float:
 
 @given(st.integers(1, 1000))
 def test_parts_cover_a_batch_with_the_smallest_sizes_that_hold_them(count: int) -> None:
-    parts = cuda_graphs.parts(count)
+    parts = cuda_graphs.split_batch(count)
     assert [index for start, stop, _ in parts for index in range(start, stop)] == list(range(count))
     for start, stop, size in parts:
         assert size in cuda_graphs.SIZES
@@ -118,34 +118,36 @@ class Scaled(nn.Module):
 def test_padding_and_splitting_change_no_answer(counts: list[int], seed: int) -> None:
     """One after the other, so that rows of an earlier batch are still there when the next is filled up."""
     random = np.random.default_rng(seed)
-    recorded = cuda_graphs.Recorded(Scaled(), torch.zeros((1, 3), dtype=torch.uint8), "float32", torch.device("cpu"))
+    recorded = cuda_graphs.CapturedModel(
+        Scaled(), torch.zeros((1, 3), dtype=torch.uint8), "float32", torch.device("cpu")
+    )
     for count in counts:
         given = random.integers(0, 256, (count, 3), np.uint8)
         np.testing.assert_array_equal(recorded(given), given * np.array([1, 2, 3], np.float32))
-    assert set(recorded.recordings) == {size for count in counts for *_, size in cuda_graphs.parts(count)}
+    assert set(recorded.graphs) == {size for count in counts for *_, size in cuda_graphs.split_batch(count)}
 
 
 def test_answers_in_bfloat16_with_weights_cast_once(saved: SavedModel, rows: np.ndarray, place: Path) -> None:
-    model = cuda_graphs.prepared(saved, "bfloat16", torch.device("cpu"))
+    model = cuda_graphs.prepare_model(saved, "bfloat16", torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     loaded = cuda_graphs.load(place / "run" / "model", "bfloat16", HERE)
     with torch.inference_mode():
-        expected = Whole(saved)(torch.from_numpy(rows)).numpy()
+        expected = InferenceModule(saved)(torch.from_numpy(rows)).numpy()
     found = loaded.answer(rows)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)  # the softmax is in float32
     assert 0 < drift(found, expected) <= DRIFT["bfloat16"]
     np.testing.assert_allclose(loaded.answer(rows[:3]), found[:3], atol=1e-2)
-    assert loaded.computes_in(rows[:1]) == "bfloat16"
+    assert loaded.find_precision(rows[:1]) == "bfloat16"
     assert {parameter.dtype for parameter in saved.module.parameters()} == {torch.float32}  # it got a copy
 
 
 def test_float32_answers_as_the_model_does(saved: SavedModel, rows: np.ndarray, place: Path) -> None:
     loaded = cuda_graphs.load(place / "run" / "model", "float32", HERE)
     with torch.inference_mode():
-        expected = Whole(saved)(torch.from_numpy(rows)).numpy()
+        expected = InferenceModule(saved)(torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(loaded.answer(rows), expected, atol=1e-5)
-    assert loaded.computes_in(rows[:1]) == "float32"
+    assert loaded.find_precision(rows[:1]) == "float32"
 
 
 class Mixed(nn.Module):
@@ -168,14 +170,14 @@ def test_a_network_that_mixes_dtypes_gets_autocast(saved: SavedModel, rows: np.n
         recipe=saved.recipe,
         card={},
     )
-    model = cuda_graphs.prepared(mixed, "bfloat16", torch.device("cpu"))
+    model = cuda_graphs.prepare_model(mixed, "bfloat16", torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     with torch.inference_mode():
         found = model(torch.from_numpy(rows))
-        expected = Whole(saved)(torch.from_numpy(rows))
+        expected = InferenceModule(saved)(torch.from_numpy(rows))
     assert found.dtype == torch.float32
     assert drift(found.numpy(), expected.numpy()) <= DRIFT["bfloat16"]
-    assert eager.ran_in(model, lambda: model(torch.from_numpy(rows))) == "bfloat16"
+    assert eager.network_precision(model, lambda: model(torch.from_numpy(rows))) == "bfloat16"
 
 
 def test_an_error_of_the_network_is_not_hidden(saved: SavedModel) -> None:
@@ -192,7 +194,7 @@ def test_an_error_of_the_network_is_not_hidden(saved: SavedModel) -> None:
         card={},
     )
     with pytest.raises(RuntimeError, match="no use for"):
-        cuda_graphs.prepared(broken, "bfloat16", torch.device("cpu"))
+        cuda_graphs.prepare_model(broken, "bfloat16", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("precision", cuda_graphs.ENGINE.precisions)
@@ -219,21 +221,21 @@ def switches() -> tuple[str, ...]:
 )
 def test_float32_is_exact_on_a_gpu_unless_tf32_is_wanted(precision: str, switch: str) -> None:
     before = switches()
-    with eager.float32_as(precision, "cuda"):
+    with eager.tf32_switch(precision, "cuda"):
         assert switches() == (switch,) * 3
     assert switches() == before
-    with eager.float32_as(precision, "cpu"):
+    with eager.tf32_switch(precision, "cpu"):
         assert switches() == before
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(1, 1), nn.Conv2d(1, 1, 1)], ids=["linear", "conv"])
 def test_what_a_layer_computes_in_follows_the_switch(layer: nn.Module) -> None:
-    with eager.float32_as("tfloat32", "cuda"):
-        assert eager.computed_in(layer, torch.float32, "cuda") == "tfloat32"
-        assert eager.computed_in(layer, torch.float16, "cuda") == "float16"
-        assert eager.computed_in(layer, torch.float32, "cpu") == "float32"
-    with eager.float32_as("float32", "cuda"):
-        assert eager.computed_in(layer, torch.float32, "cuda") == "float32"
+    with eager.tf32_switch("tfloat32", "cuda"):
+        assert eager.layer_precision(layer, torch.float32, "cuda") == "tfloat32"
+        assert eager.layer_precision(layer, torch.float16, "cuda") == "float16"
+        assert eager.layer_precision(layer, torch.float32, "cpu") == "float32"
+    with eager.tf32_switch("float32", "cuda"):
+        assert eager.layer_precision(layer, torch.float32, "cuda") == "float32"
 
 
 def test_eager_has_tfloat32_on_gpus_only() -> None:
@@ -256,7 +258,7 @@ def test_a_graph_is_valid_and_answers_as_the_model_does(
 ) -> None:
     original = onnx.load(place / "model.onnx")
     assert "Reshape" in given_types(original)  # else the cast needn't be moved any longer
-    model = tensorrt.graph_for(material(place), precision, tmp_path)
+    model = tensorrt.prepare_graph(material(place), precision, tmp_path)
     onnx.checker.check_model(model, full_check=True)
     assert given_types(model) == {"Cast"}
     assert model.graph.node[0].op_type == "Cast"
@@ -277,7 +279,7 @@ def heavy(model: Any) -> list[Any]:
 
 
 def test_float16_reaches_every_product_and_leaves_the_softmax(place: Path, tmp_path: Path) -> None:
-    model = tensorrt.graph_for(material(place), "float16", tmp_path)
+    model = tensorrt.prepare_graph(material(place), "float16", tmp_path)
     assert not any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in model.graph.initializer)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     types = {found.name: found.type.tensor_type.elem_type for found in inferred.graph.value_info}
@@ -287,7 +289,7 @@ def test_float16_reaches_every_product_and_leaves_the_softmax(place: Path, tmp_p
 
 
 def test_int8_is_signed_symmetric_and_on_inputs_only(place: Path, tmp_path: Path) -> None:
-    model = tensorrt.graph_for(material(place), "int8", tmp_path)
+    model = tensorrt.prepare_graph(material(place), "int8", tmp_path)
     made_by = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     steps = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -309,7 +311,7 @@ def test_int8_is_signed_symmetric_and_on_inputs_only(place: Path, tmp_path: Path
 
 def test_int8_leaves_kept_layers_alone(place: Path, tmp_path: Path) -> None:
     first = heavy(onnx.load(place / "model.onnx"))[0]
-    model = tensorrt.graph_for(material(place, kept=(first.name,)), "int8", tmp_path)
+    model = tensorrt.prepare_graph(material(place, kept=(first.name,)), "int8", tmp_path)
     made_by = {output: node.op_type for node in model.graph.node for output in node.output}
     for node in heavy(model):
         assert (made_by[node.input[0]] == "DequantizeLinear") == (node.name != first.name)
@@ -332,8 +334,8 @@ def test_a_graph_of_token_ids_keeps_its_input(tmp_path: Path) -> None:
     write_onnx(model, tmp_path / "model.onnx")
     ids = np.random.default_rng(0).integers(0, 52, (16, 12), np.int32)
     expected = answers(onnx.load(tmp_path / "model.onnx"), ids)
-    graph = tensorrt.graph_for(
-        Material(model=None, onnx=tmp_path / "model.onnx", calibration=None), "float16", tmp_path
+    graph = tensorrt.prepare_graph(
+        EngineInputs(model=None, onnx=tmp_path / "model.onnx", calibration=None), "float16", tmp_path
     )
     onnx.checker.check_model(graph, full_check=True)
     assert graph.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.INT32
@@ -394,7 +396,7 @@ def test_moving_the_cast_changes_no_answer(moves: list[str], transposed: bool, c
     model = graph_of(nodes, CONSTANTS, of=types.UINT8, to=(6,))
     given = np.random.default_rng(batch).integers(0, 256, (batch, 2, 3), np.uint8)
     expected = answers(model, given)
-    tensorrt.cast_first(model)
+    tensorrt.cast_inputs_first(model)
     onnx.checker.check_model(model, full_check=True)
     assert given_types(model) == {"Cast"}
     readers = [node for node in model.graph.node if "rows" in node.input]
@@ -410,7 +412,7 @@ def test_uint8_that_is_computed_with_is_refused_by_name() -> None:
     ]
     model = graph_of(nodes, {"two": np.array(2, np.uint8)}, of=types.UINT8)
     with pytest.raises(MachineError, match="Add 'brighter' uses uint8"):
-        tensorrt.cast_first(model)
+        tensorrt.cast_inputs_first(model)
 
 
 def test_float16_keeps_float32_inputs_and_outputs() -> None:
@@ -422,7 +424,7 @@ def test_float16_keeps_float32_inputs_and_outputs() -> None:
     ]
     model = graph_of(nodes, {"factor": np.array([0.5, 1e9, -1e9], np.float32)}, of=types.FLOAT)
     model.graph.output.append(helper.make_tensor_value_info("twice", types.FLOAT, ["batch", 2, 3]))
-    tensorrt.in_float16(model)
+    tensorrt.convert_to_float16(model)
     onnx.checker.check_model(model, full_check=True)
     (factor,) = model.graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(factor), np.array([0.5, 65504, -65504], np.float16))
@@ -435,7 +437,7 @@ def test_float16_keeps_infinity() -> None:
     helper, types = onnx.helper, onnx.TensorProto
     nodes = [helper.make_node("Add", ["rows", "mask"], ["probabilities"])]
     model = graph_of(nodes, {"mask": np.array([0, -np.inf, 0], np.float32)}, of=types.FLOAT)
-    tensorrt.in_float16(model)
+    tensorrt.convert_to_float16(model)
     assert np.isneginf(answers(model, np.ones((1, 2, 3), np.float32))[..., 1]).all()
 
 
@@ -466,16 +468,16 @@ XMMA = "sm80_xmma_gemm_f32f32_{}_f32_nn_n_tilesize64x128x16_stage4_warpsize2x2x1
     ],
 )
 def test_a_layers_precision_is_that_of_what_it_multiplies(described: dict[str, Any], precision: str) -> None:
-    assert tensorrt.ran_in({"Layers": [described]}) == precision
+    assert tensorrt.plan_precision({"Layers": [described]}) == precision
 
 
 def test_most_layers_decide_and_only_the_heavy_ones() -> None:
     half, single = {TENSORRT_10: "Half"}, {TENSORRT_10: "Float"}
     light = [layer(kind, "sm50_xmma_pooling_fw", **single) for kind in ("CaskPooling", "Reformat", "kgen", "NoOp")]
     told = {"Layers": [*light, layer("gemm", **half), layer("gemm", **half), layer("CaskConvolution", **single)]}
-    assert tensorrt.ran_in(told) == "float16"
-    assert tensorrt.ran_in({"Layers": light}) == tensorrt.UNKNOWN
-    assert tensorrt.ran_in({"Layers": ["only names, without details"]}) == tensorrt.UNKNOWN
+    assert tensorrt.plan_precision(told) == "float16"
+    assert tensorrt.plan_precision({"Layers": light}) == tensorrt.UNKNOWN
+    assert tensorrt.plan_precision({"Layers": ["only names, without details"]}) == tensorrt.UNKNOWN
 
 
 # --- where they can't be used ---
@@ -543,6 +545,6 @@ def test_where_products_ran_is_read_from_the_runtimes_profile(place: Path, rows:
     session = onnxruntime.InferenceSession(place / "model.onnx", settings, providers=["CPUExecutionProvider"])
     session.run(None, {"rows": rows[:2]})
     events = json.loads(Path(session.end_profiling()).read_text())
-    places = onnx_engine.ran_on(events)
+    places = onnx_engine.count_by_provider(events)
     assert set(places) == {"CPUExecutionProvider"}
     assert places.total() >= len(heavy(onnx.load(place / "model.onnx")))

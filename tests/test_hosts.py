@@ -7,16 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from suanli.core.types import Placement
-from suanli.engines.sandbox import Host, Lost, describe
+from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.machine import device
 
-PLACEMENT = describe(Placement(device=device.detect("cpu"), threads=1))
+PLACEMENT = asdict(Placement(device=device.detect("cpu"), threads=1))
 
 
 @pytest.fixture
@@ -31,17 +32,17 @@ def ask(engine_room: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..
             f"""
 import ctypes, os, signal, sys, time
 import numpy as np
-from suanli.core.types import Engine, Loaded
+from suanli.core.types import Engine, LoadedEngine
 def answer(rows):
     {body}
 def load(folder, precision, placement):
     {loading}
-    return Loaded(answer=answer, computes_in=lambda rows: precision)
+    return LoadedEngine(answer=answer, find_precision=lambda rows: precision)
 ENGINE = Engine(name="strange", precisions=("float32",), packages=(), why_not=lambda d, p: None,
                 build=lambda *a: None, load=load, needs="onnx")
 """,
         )
-        host = Host()
+        host = Sandbox()
         hosts.append(host)
         host.ask(30, "load", engine=name, precision="float32", folder=str(tmp_path), placement=PLACEMENT)
         out = tmp_path / "out.npy"
@@ -80,7 +81,7 @@ def test_what_a_library_prints_does_not_disturb_the_replies(ask: Callable[..., n
     ],
 )
 def test_a_failure_is_told_with_its_reason(ask: Callable[..., object], body: str, reason: str) -> None:
-    with pytest.raises(Lost, match=reason):
+    with pytest.raises(SandboxError, match=reason):
         ask(body)
 
 
@@ -90,7 +91,7 @@ def test_one_that_hangs_is_ended_with_all_it_started(ask: Callable[..., object],
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
     )
     started = time.monotonic()
-    with pytest.raises(Lost, match="not done after 2 s"):
+    with pytest.raises(SandboxError, match="not done after 2 s"):
         ask(body, limit_s=2)
     assert time.monotonic() - started < 30
     child = int((tmp_path / "pid").read_text())
@@ -108,10 +109,10 @@ def test_one_that_hangs_is_ended_with_all_it_started(ask: Callable[..., object],
 
 
 def test_goes_on_after_an_error() -> None:
-    with Host() as host:
-        with pytest.raises(Lost, match="FileNotFoundError"):
-            host.ask(30, "computes_in", threads=5, rows="nowhere")
-        with pytest.raises(Lost, match="Unknown engine"):
+    with Sandbox() as host:
+        with pytest.raises(SandboxError, match="FileNotFoundError"):
+            host.ask(30, "find_precision", threads=5, rows="nowhere")
+        with pytest.raises(SandboxError, match="Unknown engine"):
             host.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
         assert host.ask(30, "memory")["bytes"] > 0
 
@@ -120,8 +121,8 @@ def test_it_goes_away_with_the_one_that_asks() -> None:
     """Even where that is killed and can tell nobody, in the middle of work."""
     code = (
         "import os, sys, threading, time\n"
-        "from suanli.engines.sandbox import Host\n"
-        "host = Host()\n"
+        "from suanli.engines.sandbox import Sandbox\n"
+        "host = Sandbox()\n"
         "print(host._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )

@@ -21,7 +21,7 @@ from suanli.core.errors import DamagedFile, DataError, MachineError, RunBusy, Us
 from suanli.engines import search, store
 from suanli.machine import device
 from suanli.models.model_folder import load_model, save_model
-from suanli.verbs.optimize import Optimized
+from suanli.verbs.optimize import OptimizeResult
 
 QUICK = "onnxruntime,openvino,eager"
 
@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Optimized]:
+def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OptimizeResult]:
     """A copy of it with engines."""
     run = tmp_path_factory.mktemp("tuned") / "run"
     shutil.copytree(trained, run)
@@ -50,7 +50,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def mine(tuned: tuple[Path, Optimized], tmp_path: Path) -> Path:
+def mine(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> Path:
     """A copy of the run with engines, to be spoiled."""
     return Path(shutil.copytree(tuned[0], tmp_path / "mine"))
 
@@ -71,8 +71,8 @@ def pictures(count: int = 6) -> list[np.ndarray]:
 # --- what it finds ---
 
 
-def test_every_engine_is_measured_and_the_fastest_chosen(tuned: tuple[Path, Optimized]) -> None:
-    found = tuned[1].found
+def test_every_engine_is_measured_and_the_fastest_chosen(tuned: tuple[Path, OptimizeResult]) -> None:
+    found = tuned[1].search
     states = {c.name: c.state for c in found.candidates}
     assert found.candidates[0].name == "eager float32"
     for name in ("onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino int8"):
@@ -97,7 +97,7 @@ def test_every_engine_is_measured_and_the_fastest_chosen(tuned: tuple[Path, Opti
     assert found.seconds < found.budget_s + 30
 
 
-def test_leaves_the_chosen_engine_and_one_that_runs_anywhere(tuned: tuple[Path, Optimized]) -> None:
+def test_leaves_the_chosen_engine_and_one_that_runs_anywhere(tuned: tuple[Path, OptimizeResult]) -> None:
     folder = tuned[0] / "model" / "engines"
     index = json.loads((folder / "engines.json").read_text())
     kept = {p.name for p in folder.iterdir() if p.is_dir()}
@@ -109,7 +109,7 @@ def test_leaves_the_chosen_engine_and_one_that_runs_anywhere(tuned: tuple[Path, 
     assert index["found"]["candidates"][0]["state"] == "accepted"
 
 
-def test_two_lines_of_the_ledger(tuned: tuple[Path, Optimized]) -> None:
+def test_two_lines_of_the_ledger(tuned: tuple[Path, OptimizeResult]) -> None:
     lines = [json.loads(line) for line in (tuned[0] / "ledger.jsonl").read_text().splitlines()]
     assert [line["variant"] for line in lines if line["metric"] == "latency_s"] == [
         "eager float32",
@@ -122,7 +122,7 @@ def test_two_lines_of_the_ledger(tuned: tuple[Path, Optimized]) -> None:
 def test_the_goal_decides(run: Path) -> None:
     small = suanli.optimize(run, goal="size", engines="onnxruntime")
     assert small.chosen.precision == "int8"
-    assert small.chosen.size_bytes == min(c.size_bytes for c in small.found.candidates if c.state == "accepted")
+    assert small.chosen.size_bytes == min(c.size_bytes for c in small.search.candidates if c.state == "accepted")
     exact = suanli.optimize(run, goal="throughput", engines="eager", time_budget=30)
     assert exact.chosen.engine == "eager"
     assert {p.name.split("-")[0] for p in exact.path.iterdir() if p.is_dir()} == {"eager"}  # the others are gone
@@ -141,7 +141,7 @@ def test_energy_is_refused_where_nothing_counts_it(run: Path) -> None:
 @pytest.mark.long
 def test_without_data_only_float32(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
-    found = suanli.optimize(folder, engines=QUICK).found
+    found = suanli.optimize(folder, engines=QUICK).search
     assert "no data" in capsys.readouterr().err
     for c in found.candidates:
         if c.precision == "float32":
@@ -157,7 +157,7 @@ def test_without_data_only_float32(run: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.long
 def test_data_can_be_given(run: Path, trained: Path) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
-    found = suanli.optimize(folder, engines="onnxruntime", data="digits", cache_dir=trained.parent / "cache").found
+    found = suanli.optimize(folder, engines="onnxruntime", data="digits", cache_dir=trained.parent / "cache").search
     assert {c.name: c.state for c in found.candidates}["onnxruntime int8"] == "accepted"
     assert found.labelled
 
@@ -166,7 +166,7 @@ def test_data_can_be_given(run: Path, trained: Path) -> None:
 @pytest.mark.long
 def test_a_text_model(text_table: Path, tmp_path: Path) -> None:
     run = suanli.train(text_table, epochs=20, speedups="none", threads=1, out=tmp_path / "run")
-    found = suanli.optimize(run, engines=QUICK).found
+    found = suanli.optimize(run, engines=QUICK).search
     assert {c.name: c.state for c in found.candidates}["onnxruntime float32"] == "accepted", found
     answers = suanli.load(run).predict(["great lovely film", "dull awful film"])
     assert [a.label for a in answers] == ["good", "bad"]
@@ -184,8 +184,8 @@ def test_a_latency_that_none_meets(run: Path) -> None:
 
 FAULTS = {
     "permuted_weights": """
-def build(material, precision, folder, placement):
-    real.build(material, precision, folder, placement)
+def build(inputs, precision, folder, placement):
+    real.build(inputs, precision, folder, placement)
     model = onnx.load(folder / "model.onnx")
     largest = max(model.graph.initializer, key=lambda t: np.prod(t.dims))
     values = onnx.numpy_helper.to_array(largest)
@@ -194,8 +194,8 @@ def build(material, precision, folder, placement):
     onnx.save(model, folder / "model.onnx")
 """,
     "wrong_normalisation": """
-def build(material, precision, folder, placement):
-    real.build(material, precision, folder, placement)
+def build(inputs, precision, folder, placement):
+    real.build(inputs, precision, folder, placement)
     model = onnx.load(folder / "model.onnx")
     scale = next(n for n in model.graph.node if n.op_type == "Mul").input[1]
     for tensor in model.graph.initializer:
@@ -211,8 +211,8 @@ def load(folder, precision, placement):
 """,
     "random_scales": """
 PRECISIONS = ("int8",)
-def build(material, precision, folder, placement):
-    real.build(material, precision, folder, placement)
+def build(inputs, precision, folder, placement):
+    real.build(inputs, precision, folder, placement)
     model = onnx.load(folder / "model.onnx")
     random = np.random.default_rng(0)
     scales = {n.input[1] for n in model.graph.node if n.op_type == "QuantizeLinear"}
@@ -225,9 +225,9 @@ def build(material, precision, folder, placement):
 """,
     "calibrated_on_noise": """
 PRECISIONS = ("int8",)
-def build(material, precision, folder, placement):
-    noise = np.random.default_rng(0).integers(0, 3, material.calibration.shape)
-    real.build(replace(material, calibration=noise.astype(np.uint8)), precision, folder, placement)
+def build(inputs, precision, folder, placement):
+    noise = np.random.default_rng(0).integers(0, 3, inputs.calibration.shape)
+    real.build(replace(inputs, calibration=noise.astype(np.uint8)), precision, folder, placement)
 """,
     "frozen_batch": """
 def load(folder, precision, placement):
@@ -250,8 +250,8 @@ def load(folder, precision, placement):
 """,
     "claims_int8": """
 PRECISIONS = ("int8",)
-def build(material, precision, folder, placement):
-    real.build(material, "float32", folder, placement)
+def build(inputs, precision, folder, placement):
+    real.build(inputs, "float32", folder, placement)
 """,
     "not_a_number": """
 def load(folder, precision, placement):
@@ -264,11 +264,11 @@ def load(folder, precision, placement):
     return replace(loaded, answer=lambda rows: loaded.answer(rows)[:, :9])
 """,
     "crashes": """
-def build(material, precision, folder, placement):
+def build(inputs, precision, folder, placement):
     os.kill(os.getpid(), signal.SIGSEGV)
 """,
     "disk_full": """
-def build(material, precision, folder, placement):
+def build(inputs, precision, folder, placement):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 """,
 }
@@ -312,7 +312,7 @@ def test_every_planted_fault_is_refused(
             f"{FAULTS[name]}\n"
             f"ENGINE = replace(real.ENGINE, name={name!r}, precisions=PRECISIONS, build=build, load=load, kinds=())\n",
         )
-    found = suanli.optimize(run, engines=",".join(names), time_budget="5m").found
+    found = suanli.optimize(run, engines=",".join(names), time_budget="5m").search
     states = {c.engine: (c.state, c.reason) for c in found.candidates[1:]}
     assert states.keys() == set(names)
     for name in names:
@@ -342,7 +342,7 @@ def load(folder, precision, placement):
 ENGINE = replace(real.ENGINE, name="dies", precisions=("float32",), load=load)
 """,
     )
-    found = suanli.optimize(run, engines="dies,onnxruntime").found
+    found = suanli.optimize(run, engines="dies,onnxruntime").search
     states = {c.name: c for c in found.candidates}
     assert states["dies float32"].state == "lost"
     assert "while it was timed" in states["dies float32"].reason
@@ -388,7 +388,7 @@ def test_layers_that_int8_hurts_are_rescued(tmp_path: Path, monkeypatch: pytest.
         classes=saved.classes,
         data=saved.card["data"],
     )
-    found = suanli.optimize(run, engines=engine, time_budget="4m", trust_code=True).found
+    found = suanli.optimize(run, engines=engine, time_budget="4m", trust_code=True).search
     first, *others = (c for c in found.candidates if c.precision == "int8")
     assert first.state == "refused", first
     (rescued,) = others
@@ -400,7 +400,7 @@ def test_layers_that_int8_hurts_are_rescued(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
 def test_time_that_is_up_is_said(run: Path) -> None:
-    found = suanli.optimize(run, engines="onnxruntime,openvino", time_budget=0.5).found
+    found = suanli.optimize(run, engines="onnxruntime,openvino", time_budget=0.5).search
     assert {c.state for c in found.candidates[1:]} - {"impossible"} == {"no time"}
     assert found.chosen.name == "eager float32"
 
@@ -408,7 +408,7 @@ def test_time_that_is_up_is_said(run: Path) -> None:
 # --- what is loaded ---
 
 
-def test_answers_by_the_chosen_engine_without_torch(tuned: tuple[Path, Optimized], tmp_path: Path) -> None:
+def test_answers_by_the_chosen_engine_without_torch(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "zero.png")
     code = (
         "import sys, suanli, numpy as np\n"
@@ -423,7 +423,7 @@ def test_answers_by_the_chosen_engine_without_torch(tuned: tuple[Path, Optimized
     assert done.stdout.split("\n")[:3] == [f"0 {chosen.engine} {chosen.precision}", "#1", "False"]
 
 
-def test_all_forms_of_an_input_answer_alike(tuned: tuple[Path, Optimized], tmp_path: Path) -> None:
+def test_all_forms_of_an_input_answer_alike(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> None:
     engine = suanli.load(tuned[0])
     pixels = pictures(3)[2]
     path = tmp_path / "two.png"
@@ -436,7 +436,7 @@ def test_all_forms_of_an_input_answer_alike(tuned: tuple[Path, Optimized], tmp_p
     assert [a.name for a in engine.predict(np.stack(pictures())[..., None])] == [f"#{i}" for i in range(6)]
 
 
-def test_an_input_that_cannot_be_read_is_told_and_the_others_answered(tuned: tuple[Path, Optimized]) -> None:
+def test_an_input_that_cannot_be_read_is_told_and_the_others_answered(tuned: tuple[Path, OptimizeResult]) -> None:
     good = pictures(1)[0]
     bad, fine = suanli.load(tuned[0]).predict([b"no picture", good])
     assert bad.label is None
@@ -446,7 +446,7 @@ def test_an_input_that_cannot_be_read_is_told_and_the_others_answered(tuned: tup
         suanli.load(tuned[0]).predict("nowhere.png")
 
 
-def test_the_reference_and_a_named_engine(tuned: tuple[Path, Optimized]) -> None:
+def test_the_reference_and_a_named_engine(tuned: tuple[Path, OptimizeResult]) -> None:
     reference, exact = (suanli.load(tuned[0], engine=name) for name in ("reference", "onnxruntime-float32"))
     assert (reference.engine, exact.engine, exact.precision) == ("eager", "onnxruntime", "float32")
     rows = np.stack(pictures())[..., None]
@@ -457,13 +457,15 @@ def test_the_reference_and_a_named_engine(tuned: tuple[Path, Optimized]) -> None
         suanli.load(tuned[0], threads=0)
 
 
-def test_the_number_of_threads_of_the_callers_torch_stays(tuned: tuple[Path, Optimized]) -> None:
+def test_the_number_of_threads_of_the_callers_torch_stays(tuned: tuple[Path, OptimizeResult]) -> None:
     before = torch.get_num_threads()
     suanli.load(tuned[0], engine="reference", threads=before + 1).predict(pictures(1)[0])
     assert torch.get_num_threads() == before
 
 
-def test_predict_uses_it(tuned: tuple[Path, Optimized], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_uses_it(
+    tuned: tuple[Path, OptimizeResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.fromarray(pictures(1)[0]).save(tmp_path / "zero.png")
     for engine in ("auto", "reference"):
         arguments = ["predict", str(tuned[0]), str(tmp_path / "zero.png"), "--engine", engine, "--json"]
@@ -611,7 +613,7 @@ def test_machine_code_from_elsewhere_does_not_run(
         suanli.load(mine, engine=index["chosen"])
 
 
-def test_several_threads_get_their_own_answers(tuned: tuple[Path, Optimized]) -> None:
+def test_several_threads_get_their_own_answers(tuned: tuple[Path, OptimizeResult]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     for name in ("openvino-int8", "onnxruntime-int8", "auto"):
@@ -628,7 +630,7 @@ def test_several_threads_get_their_own_answers(tuned: tuple[Path, Optimized]) ->
                 np.testing.assert_allclose(answer, expected, atol=0.1)
 
 
-def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, Optimized], tmp_path: Path) -> None:
+def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> None:
     pixels = pictures(5)[4]
     clear = np.dstack([np.zeros_like(pixels)] * 3 + [255 - pixels])  # white where the digit is: all is in the alpha
     Image.fromarray(clear).save(tmp_path / "clear.png")
@@ -659,7 +661,7 @@ def load(folder, precision, placement):
 ENGINE = replace(real.ENGINE, name="hangs", precisions=("float32",), load=load)
 """,
     )
-    found = suanli.optimize(run, engines="hangs", time_budget=45).found
+    found = suanli.optimize(run, engines="hangs", time_budget=45).search
     assert found.candidates[1].state == "lost"
     assert "not done after" in found.candidates[1].reason
     assert found.seconds < 300  # of the 600 that it hangs
@@ -721,7 +723,7 @@ def test_nothing_of_the_work_is_left(run: Path) -> None:
     assert {n for n in names if not n.startswith("onnxruntime-")} - {".lock"} == {"engines.json", "mine"}
 
 
-def test_the_command_line(tuned: tuple[Path, Optimized], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line(tuned: tuple[Path, OptimizeResult], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(["optimize", str(tuned[0]), "--for", "beauty"])
     assert end.value.code == 2

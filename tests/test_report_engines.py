@@ -14,7 +14,7 @@ import pytest
 from report_runs import HOSTILE, hostile_engines, write
 from suanli.core.compare import Difference
 from suanli.core.errors import DamagedFile
-from suanli.engines.candidates import Candidate, Found, Speed
+from suanli.engines.candidates import Candidate, SearchResult, Speed
 from suanli.verbs.report import report
 from test_report import Page, circles, page
 
@@ -69,7 +69,7 @@ REFUSED = replace(
 LOST = Candidate(engine="aot_inductor", precision="int8", state="lost", reason="while it was timed: gone", build_s=9.0)
 IMPOSSIBLE = Candidate(engine="tensorrt", precision="float16", state="impossible", reason="needs an NVIDIA GPU")
 
-FOUND = Found(
+FOUND = SearchResult(
     candidates=(EAGER, REFUSED, RESCUED, INT8, SLOW, LOST, IMPOSSIBLE),
     chosen=INT8,
     goal="latency",
@@ -83,7 +83,7 @@ FOUND = Found(
 )
 
 
-def engines(found: Found = FOUND) -> Any:
+def engines(found: SearchResult = FOUND) -> Any:
     """As `optimize` writes it."""
     machine = {"device": "AMD EPYC 9R14", "type": "cpu", "cores": 2, "instruction_sets": ["avx2"]}
     return {"format": 1, "headline": "accuracy", "machine": machine, "found": found.to_json()}
@@ -95,7 +95,7 @@ def run_with(path: Path, told: Any) -> Path:
     return path
 
 
-def seen(path: Path, found: Found = FOUND) -> Page:
+def seen(path: Path, found: SearchResult = FOUND) -> Page:
     return page(run_with(path, engines(found)))
 
 

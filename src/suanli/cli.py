@@ -362,7 +362,7 @@ def _optimize(
             found = optimize(**options)
             result.values = found.to_json()
         except TooSlow as error:  # the figures are shown all the same
-            found = error.found
+            found = error.result
             result.fail(error, found.to_json())
         result.shown = lambda: table(found)
 
@@ -376,11 +376,11 @@ def _export(
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
-        from suanli.verbs.export import export, told
+        from suanli.verbs.export import export, summarize
 
         made = export(run, to=to, out=out, trust_code=trust_code)
         result.values = {"run": str(run)} | made.to_json()
-        result.shown = lambda: told(made)
+        result.shown = lambda: summarize(made)
 
 
 @app.command("serve", help="Answer requests over HTTP and gRPC, and on a web page.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from served import digits_run
 from suanli.core import registry
 from suanli.core.types import Device, Engine, Placement
 from suanli.engines.inference_module import write_onnx
-from suanli.engines.sandbox import Host, describe
+from suanli.engines.sandbox import Sandbox
 from suanli.engines.search import DRIFT, STEADY
 from suanli.machine.device import detect
 from suanli.models.model_folder import load_model
@@ -78,14 +79,14 @@ def test_answers_as_the_model_does(engine: Engine, precision: str, material: Pat
         pytest.skip(reason)
     folder = tmp_path / "engine"
     folder.mkdir()
-    placement = describe(Placement(device=HERE, threads=1))
-    with Host() as builder:
+    placement = asdict(Placement(device=HERE, threads=1))
+    with Sandbox() as builder:
         builder.ask(
             200,
             "build",
             engine=engine.name,
             precision=precision,
-            material={
+            inputs={
                 "model": str(material / "run" / "model"),
                 "onnx": str(material / "model.onnx"),
                 "calibration": str(material / "calibration.npy"),
@@ -96,14 +97,14 @@ def test_answers_as_the_model_does(engine: Engine, precision: str, material: Pat
         )
     assert any(folder.iterdir())
     rows = str(material / "rows.npy")
-    with Host() as host:
+    with Sandbox() as host:
         host.ask(200, "load", engine=engine.name, precision=precision, folder=str(folder), placement=placement)
         answers = {}
         for batch in (1, 3, 40):
             out = tmp_path / f"{batch}.npy"
             host.ask(60, "answer", threads=1, rows=rows, count=40, batch=batch, out=str(out))
             answers[batch] = np.load(out)
-        assert host.ask(60, "computes_in", threads=1, rows=rows)["precision"] == precision
+        assert host.ask(60, "find_precision", threads=1, rows=rows)["precision"] == precision
         assert host.ask(60, "memory")["bytes"] > 10_000_000
     found = answers[40]
     assert found.shape == (40, 10)

@@ -109,7 +109,7 @@ def test_a_recorded_step_learns_what_an_issued_one_does(
     setup = Setup(recipe, prepared, device)
     recorded = plan_for(f"{others}graphs", setup)
     plain = planning.named(others.rstrip(",") or "none", device)
-    with eager.float32_as("float32", device.type):
+    with eager.tf32_switch("float32", device.type):
         assert_same(trained(setup.trial(plain)), trained(setup.trial(recorded)), tolerance=2e-3)
 
 

@@ -522,7 +522,7 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
+class EngineInputs:
     """What an engine is built from."""
 
     model: Path | None  # the model folder; None: there is nothing but the graph
@@ -532,11 +532,11 @@ class Material:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class LoadedEngine:
     """An engine that is ready: `answer` maps cached rows (B, *row_shape) to probabilities (B, K) float32."""
 
     answer: Callable[[np.ndarray], np.ndarray]
-    computes_in: Callable[[np.ndarray], str]  # the precision of most of its products and convolutions: looked up
+    find_precision: Callable[[np.ndarray], str]  # the precision of most of its products and convolutions: looked up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -548,8 +548,8 @@ class Engine:
     packages: tuple[str, ...]  # distributions that it needs to run
     builds_with: tuple[str, ...] = ()  # and to be built
     why_not: Callable[[Device, str], str | None]  # device and precision; None: usable there
-    build: Callable[[Material, str, Path, Placement], None]  # writes files into the folder, which is empty
-    load: Callable[[Path, str, Placement], Loaded]  # from that folder
+    build: Callable[[EngineInputs, str, Path, Placement], None]  # writes files into the folder, which is empty
+    load: Callable[[Path, str, Placement], LoadedEngine]  # from that folder
     needs: Literal["model", "onnx"]
     order: int = 50  # tried from the lowest
     portable: bool = True  # its files run on any machine of the same kind; False: only where they were built

@@ -75,7 +75,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class SearchResult:
     """What a search came to."""
 
     candidates: tuple[Candidate, ...]  # the reference first
@@ -93,7 +93,7 @@ class Found:
         return asdict(self)
 
 
-def speed(batch: int, threads: int, seconds: Sequence[float], joules: Sequence[float | None]) -> Speed:
+def compute_speed(batch: int, threads: int, seconds: Sequence[float], joules: Sequence[float | None]) -> Speed:
     """From the seconds of every call, and the joules of one input in every turn."""
     known = [j for j in joules if j is not None]
     p50, p95, p99 = (percentile(seconds, share) for share in (0.5, 0.95, 0.99))
@@ -108,7 +108,7 @@ def speed(batch: int, threads: int, seconds: Sequence[float], joules: Sequence[f
     )
 
 
-def marked(candidates: Sequence[Candidate]) -> list[Candidate]:
+def mark_best(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The Pareto set of latency, throughput, size and score is marked."""
 
     def wants(candidate: Candidate) -> tuple[float, ...]:
@@ -125,7 +125,7 @@ def _beats(one: Sequence[float], other: Sequence[float]) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True)) and tuple(one) != tuple(other)
 
 
-def choice(candidates: Sequence[Candidate], goal: str, tolerance: float, max_latency_s: float | None) -> Candidate:
+def choose(candidates: Sequence[Candidate], goal: str, tolerance: float, max_latency_s: float | None) -> Candidate:
     """The least costly within the tolerance, and within `max_latency_s` (95th percentile) if any is; of those that are
     as good up to the spread, one that keeps float32."""
     accepted = [c for c in candidates if c.state == "accepted" and c.speeds]

@@ -19,10 +19,10 @@ from suanli.core.errors import MachineError, first_line
 from suanli.core.types import Preprocess
 from suanli.models.model_folder import SavedModel
 
-LARGEST = 4096  # batch that an exported graph takes
+MAX_BATCH = 4096  # batch that an exported graph takes
 
 
-class Whole(nn.Module):
+class InferenceModule(nn.Module):
     """Cached rows (B, *row_shape) to probabilities (B, K) float32."""
 
     def __init__(self, saved: SavedModel) -> None:
@@ -34,7 +34,7 @@ class Whole(nn.Module):
         return self._task.probabilities(self.network(self.preprocess.to_model(rows)))
 
 
-def example(preprocess: Preprocess, batch: int) -> torch.Tensor:
+def example_rows(preprocess: Preprocess, batch: int) -> torch.Tensor:
     """Rows of zeros (batch, *row_shape)."""
     return torch.from_numpy(np.zeros((batch, *preprocess.row_shape), preprocess.row_dtype))
 
@@ -45,8 +45,8 @@ def write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str] | None
     Input "rows" (B, *row_shape), output "probabilities" (B, K). Raises MachineError for a network that can't be
     exported, with the exporter's reason, whose batch size it fixes, or that one file can't hold.
     """
-    whole = Whole(saved)
-    rows = example(saved.preprocess, 3)  # a batch of one would be taken for a constant
+    whole = InferenceModule(saved)
+    rows = example_rows(saved.preprocess, 3)  # a batch of one would be taken for a constant
     with torch.inference_mode():
         whole(rows)  # constants that are made at the first call and kept must not be made by the exporter
     noisy = logging.getLogger("torch.onnx")
@@ -59,7 +59,7 @@ def write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str] | None
                 whole,
                 (rows,),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=LARGEST)},),
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},),
                 input_names=["rows"],
                 output_names=["probabilities"],
                 verbose=False,
@@ -71,7 +71,7 @@ def write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str] | None
             program.model.metadata_props.update(metadata or {})
             program.save(str(path))
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-        raise _not_onnx(reason(error)) from error
+        raise _not_onnx(innermost_cause(error)) from error
     finally:
         noisy.setLevel(level)
     shape = graph.outputs[0].shape
@@ -88,7 +88,7 @@ def _not_onnx(why: str) -> MachineError:
     )
 
 
-def reason(error: BaseException) -> str:
+def innermost_cause(error: BaseException) -> str:
     """The line of an exporter's message that names what it can't do: the innermost cause's first."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -27,7 +27,7 @@ FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}  # numbers of ONNX's ty
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foreign:
+class ImportedModel:
     """A file as it was understood."""
 
     graph: Any  # onnx.ModelProto from rows (B, *row_shape) to probabilities (B, K)
@@ -42,7 +42,7 @@ def read(
     size: tuple[int, int] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> Foreign:
+) -> ImportedModel:
     """The graph in an .onnx file, with what it needs in front and behind.
 
     `size` (height, width) where the file leaves it open; `mean` and `std` per channel as the network learned with
@@ -64,7 +64,7 @@ def read(
     else:
         preprocess = _in_front(path, model, given, size, mean, std)
         _renamed(model, "rows", result)
-    return Foreign(graph=model, preprocess=preprocess, classes=_names(about, count), count=count)
+    return ImportedModel(graph=model, preprocess=preprocess, classes=_names(about, count), count=count)
 
 
 def _loaded(path: Path) -> Any:

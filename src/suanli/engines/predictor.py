@@ -20,7 +20,7 @@ import numpy as np
 from suanli.core.console import warn
 from suanli.core.errors import BadInput, DataError, MachineError, UsageError, unknown
 from suanli.core.registry import load as load_plugin
-from suanli.core.types import AnyPath, Json, Loaded, Placement, Preprocess
+from suanli.core.types import AnyPath, Json, LoadedEngine, Placement, Preprocess
 from suanli.engines import store
 from suanli.machine.device import cores, detect
 from suanli.models.model_folder import model_folder, preprocess_of, read_card
@@ -53,7 +53,7 @@ class Predictor:
         threads: int,
         preprocess: Preprocess,
         classes: Sequence[str],
-        loaded: Loaded,
+        loaded: LoadedEngine,
     ) -> None:
         self.engine, self.precision, self.threads = engine, precision, threads
         self.preprocess, self.classes = preprocess, tuple(classes)
@@ -74,14 +74,14 @@ class Predictor:
         for start in range(0, len(given), BATCH):
             part = given[start : start + BATCH]
             rows = [self.encode(raw) for _, raw in part]
-            found += self.named([name for name, _ in part], rows, top=top)
+            found += self.predict_rows([name for name, _ in part], rows, top=top)
         return found
 
     def encode(self, raw: Any) -> np.ndarray | str:
         """The row of an input, or why there is none."""
         return encode(self.preprocess, raw)
 
-    def named(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
+    def predict_rows(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
         """Answers for rows (from `encode`), some of which are reasons instead."""
         good = [row for row in rows if isinstance(row, np.ndarray)]
         answers = self.probabilities(np.stack(good)) if good else ()
@@ -171,7 +171,7 @@ def load(
     )
 
 
-def measured(model: AnyPath, predictor: Predictor) -> list[tuple[int, float]]:
+def read_batch_times(model: AnyPath, predictor: Predictor) -> list[tuple[int, float]]:
     """Batch sizes and the median seconds that `suanli optimize` measured for the engine of `predictor`, with as many
     threads; empty where it measured another, or none."""
     index = store.read(_engines(model_folder(model)))
@@ -202,9 +202,9 @@ def _usable(
         return reference
     if engine != "auto":
         named = next((name for name in entries if name == engine or name.startswith(f"{engine}-")), None)
-        if named is not None and (missing := store.absent(entries[named])):
+        if named is not None and (missing := store.missing_package(entries[named])):
             raise MachineError(f"{named} needs {missing}.", fix="Install it, or leave --engine out.")
-        if named is not None and not (trust_code or store.made_here(entries[named])):
+        if named is not None and not (trust_code or store.was_built_here(entries[named])):
             raise UsageError(
                 f"{there / named} is machine code that was not made here.",
                 fix="If you trust where it comes from, run it with --trust-code.",
@@ -214,13 +214,13 @@ def _usable(
         return None
     chosen = str(index["chosen"])
     here = detect("cpu" if index["machine"]["type"] == "cpu" else device)
-    reason = store.why_not_here(entries[chosen], index["machine"], here)
-    if reason is None and not (trust_code or store.made_here(entries[chosen])):
+    reason = store.find_mismatch(entries[chosen], index["machine"], here)
+    if reason is None and not (trust_code or store.was_built_here(entries[chosen])):
         reason = "the machine where it was made: it is machine code, and runs here only with --trust-code"
     if reason is None:
         return chosen
     entry = entries[reference]
-    missing = store.absent(entry)
+    missing = store.missing_package(entry)
     usable = load_plugin("engines", entry["engine"]).portable and missing is None
     if not usable and folder is None:
         raise MachineError(

@@ -1,6 +1,6 @@
 """An engine in a process of its own: what crashes, hangs or leaks there is lost there, and its memory is its own.
 
-`Host` is the side that asks; `python -m suanli.engines.sandbox`, or another module that calls `serve`, answers.
+`Sandbox` is the side that asks; `python -m suanli.engines.sandbox`, or another module that calls `serve`, answers.
 Requests and replies are JSON objects, one a line, on the process's standard input and output; arrays lie in .npy files.
 What libraries print goes to a file, whose last line tells why a process ended.
 """
@@ -18,22 +18,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from suanli.core.types import Device, Json, Loaded, Material, Placement
+from suanli.core.types import Device, EngineInputs, Json, LoadedEngine, Placement
 
 START_S = 60.0  # a process may take to come up and to import what it needs, beside its work
 TIMES_KEPT = 5000
 
 
-class Lost(Exception):
+class SandboxError(Exception):
     """A process that is gone, or that couldn't do what it was asked for. The message is a reason, for a table."""
 
 
-class Host:
-    """One process. A context manager; after Lost by a crash or the clock it is gone."""
+class Sandbox:
+    """One process. A context manager; after SandboxError by a crash or the clock it is gone."""
 
     def __init__(
         self,
@@ -56,14 +55,14 @@ class Host:
         )
         self._pending = b""
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> Sandbox:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def ask(self, limit_s: float, do: str, **request: Json) -> dict[str, Json]:
-        """The reply. Raises Lost, with the reason, where the process said no, ended, or took longer."""
+        """The reply. Raises SandboxError, with the reason, where the process said no, ended, or took longer."""
         self.send(do, **request)
         return self.receive(limit_s)
 
@@ -79,11 +78,11 @@ class Host:
         return self._process.stdout.fileno()
 
     def receive(self, limit_s: float) -> dict[str, Json]:
-        """The reply to what was sent. Raises Lost as `ask` does."""
+        """The reply to what was sent. Raises SandboxError as `ask` does."""
         line = self._line(time.monotonic() + limit_s, limit_s)
         reply: dict[str, Json] = json.loads(line)
         if "error" in reply:
-            raise Lost(reply["error"])
+            raise SandboxError(reply["error"])
         return reply
 
     def _line(self, until: float, limit_s: float) -> bytes:
@@ -91,10 +90,10 @@ class Host:
         while b"\n" not in self._pending:
             if not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
                 self.close()
-                raise Lost(f"not done after {limit_s:.0f} s")
+                raise SandboxError(f"not done after {limit_s:.0f} s")
             part = os.read(pipe, 1 << 16)
             if not part:
-                raise Lost(self._end())
+                raise SandboxError(self._end())
             self._pending += part
         line, _, self._pending = self._pending.partition(b"\n")
         return line
@@ -130,11 +129,6 @@ def _places(scratch: Path | None) -> dict[str, str]:
     return {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
 
 
-def describe(placement: Placement) -> Json:
-    """A placement, as a request has it."""
-    return asdict(placement)
-
-
 # --- the process that is asked ---
 
 
@@ -142,7 +136,7 @@ class _Hosted:
     """What one process holds: engines that are loaded, by their number of threads."""
 
     def __init__(self) -> None:
-        self._loaded: dict[int, Loaded] = {}
+        self._loaded: dict[int, LoadedEngine] = {}
         self._device: Device | None = None
 
     def export(self, model: str, path: str, trust_code: bool) -> Json:
@@ -152,16 +146,16 @@ class _Hosted:
         write_onnx(load_model(Path(model), trust_code=trust_code), Path(path))
         return {}
 
-    def build(self, engine: str, precision: str, material: Json, folder: str, placement: Json) -> Json:
+    def build(self, engine: str, precision: str, inputs: Json, folder: str, placement: Json) -> Json:
         from suanli.core.registry import load
 
-        load("engines", engine).build(_material(material), precision, Path(folder), _placement(placement))
+        load("engines", engine).build(_material(inputs), precision, Path(folder), _placement(placement))
         return {}
 
-    def damages(self, material: Json, placement: Json) -> Json:
-        from suanli.engines.sensitivity import damages
+    def rank_layers(self, inputs: Json, placement: Json) -> Json:
+        from suanli.engines.sensitivity import rank_layers
 
-        return {"layers": damages(_material(material), _placement(placement))}
+        return {"layers": rank_layers(_material(inputs), _placement(placement))}
 
     def load(self, engine: str, precision: str, folder: str, placement: Json) -> Json:
         from suanli.core.registry import load
@@ -171,11 +165,11 @@ class _Hosted:
         self._loaded[where.threads] = load("engines", engine).load(Path(folder), precision, where)
         return {}
 
-    def computes_in(self, threads: int, rows: str) -> Json:
+    def find_precision(self, threads: int, rows: str) -> Json:
         import numpy as np
 
         given = np.ascontiguousarray(np.load(rows, mmap_mode="r", allow_pickle=False)[:1])
-        return {"precision": self._loaded[threads].computes_in(given)}
+        return {"precision": self._loaded[threads].find_precision(given)}
 
     def answer(self, threads: int, rows: str, count: int, batch: int, out: str) -> Json:
         """Probabilities of the first `count` rows, `batch` at a time, into a file."""
@@ -226,11 +220,11 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def _material(values: Json) -> Material:
+def _material(values: Json) -> EngineInputs:
     import numpy as np
 
     rows = values["calibration"]
-    return Material(
+    return EngineInputs(
         model=_path(values["model"]),
         onnx=_path(values["onnx"]),
         calibration=None if rows is None else np.load(rows, allow_pickle=False),
@@ -252,7 +246,7 @@ def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(": ")
 
 
-def end_with(parent: int, *, look_s: float = 1.0) -> None:
+def exit_with_parent(parent: int, *, look_s: float = 1.0) -> None:
     """Ends this process and what it started, its compilers say, once the one that asks is gone, however it went."""
     while os.getppid() == parent:
         time.sleep(look_s)
@@ -263,7 +257,7 @@ def serve(hosted: object) -> None:
     """Answers requests on standard input by the methods that they name, until it ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print where they like; replies must stay readable
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         work: Callable[..., Json] = getattr(hosted, request.pop("do"))

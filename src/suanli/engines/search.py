@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ from suanli.core import compare, registry
 from suanli.core.console import Progress, say
 from suanli.core.errors import pip_install
 from suanli.core.types import Device, Engine, Json, Placement, Task
-from suanli.engines.candidates import Candidate, Found, choice, marked, speed
-from suanli.engines.sandbox import Host, Lost, describe
+from suanli.engines.candidates import Candidate, SearchResult, choose, compute_speed, mark_best
+from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.machine.device import cores
 from suanli.machine.timing import percentile
 
@@ -73,13 +73,13 @@ class _Running:
     """A candidate with its process, waiting to be timed."""
 
     candidate: Candidate
-    host: Host
+    host: Sandbox
     times: dict[tuple[int, int], list[float]] = field(default_factory=dict)
     joules: dict[tuple[int, int], list[float | None]] = field(default_factory=dict)
     racing: bool = True
 
 
-class Autotuner:
+class EngineSearch:
     """One search. `work` is an empty folder on the disk where engines are kept; it isn't cleaned up here."""
 
     def __init__(
@@ -112,8 +112,8 @@ class Autotuner:
 
     # --- the whole ---
 
-    def search(self) -> Found:
-        """Raises Lost where not even the reference can be run."""
+    def search(self) -> SearchResult:
+        """Raises SandboxError where not even the reference can be run."""
         with self._stack:
             self._write_rows()
             self.graph = self.subject.graph
@@ -124,12 +124,12 @@ class Autotuner:
                 self._done += self._tried(engine, precision)
             self._time()
             if not self._done[0].state == "accepted":
-                raise Lost(f"{self._done[0].name} {self._done[0].reason}")
+                raise SandboxError(f"{self._done[0].name} {self._done[0].reason}")
             timed = {id(r.candidate): r for r in self._running}
-            candidates = marked([_with_speeds(c, timed.get(id(c))) for c in self._done])
-            return Found(
+            candidates = mark_best([_with_speeds(c, timed.get(id(c))) for c in self._done])
+            return SearchResult(
                 candidates=tuple(candidates),
-                chosen=choice(candidates, self.goal, self.tolerance, self.max_latency_s),
+                chosen=choose(candidates, self.goal, self.tolerance, self.max_latency_s),
                 goal=self.goal,
                 examples=self.count,
                 of_examples=self.subject.examples,
@@ -140,8 +140,8 @@ class Autotuner:
                 seconds=time.monotonic() - self._started,
             )
 
-    def _host(self) -> Host:
-        return Host(self.work / "scratch")
+    def _host(self) -> Sandbox:
+        return Sandbox(self.work / "scratch")
 
     def folder(self, candidate: Candidate) -> Path:
         """Where its files are."""
@@ -184,7 +184,7 @@ class Autotuner:
                     path=str(path),
                     trust_code=self.subject.trust_code,
                 )
-            except Lost as error:
+            except SandboxError as error:
                 self._no_graph = str(error)
                 return None
         return path
@@ -233,13 +233,13 @@ class Autotuner:
         left = self.left_s() - TIMING_SHARE * self.budget_s
         if left <= 0:
             return replace(candidate, state="no time", reason="the time budget was spent on others")
-        host: Host | None = None
+        host: Sandbox | None = None
         try:
             candidate, host = self._ready(engine, candidate, limit_s=left)
             candidate = self._examined(candidate, host)
             if candidate.state == "accepted":
                 candidate = self._settled(candidate, host)
-        except Lost as error:
+        except SandboxError as error:
             candidate = replace(candidate, state="lost", reason=str(error))
         if host is not None and candidate.state == "accepted":
             self._running.append(_Running(candidate=candidate, host=host))
@@ -255,7 +255,7 @@ class Autotuner:
     def _rescued(self, engine: Engine) -> list[Candidate]:
         try:
             layers = self._sensitive()
-        except Lost:
+        except SandboxError:
             return []
         count = 1
         tried: list[Candidate] = []
@@ -270,13 +270,13 @@ class Autotuner:
         """Names of layers, the one that int8 hurts most first; measured once."""
         if self._layers is None:
             if importlib.util.find_spec("onnxruntime") is None:
-                raise Lost("not installed: onnxruntime")
+                raise SandboxError("not installed: onnxruntime")
             with self._host() as host:
                 found = host.ask(
                     max(10.0, self.left_s() / 2),
-                    "damages",
-                    material=self._material(),
-                    placement=describe(self._placement(self.threads)),
+                    "rank_layers",
+                    inputs=self._material(),
+                    placement=asdict(self._placement(self.threads)),
                 )
             self._layers = [name for name, _ in found["layers"]]
         return self._layers
@@ -296,7 +296,7 @@ class Autotuner:
             return "there are no training examples to calibrate with"
         return None
 
-    def _ready(self, engine: Engine, candidate: Candidate, *, limit_s: float) -> tuple[Candidate, Host]:
+    def _ready(self, engine: Engine, candidate: Candidate, *, limit_s: float) -> tuple[Candidate, Sandbox]:
         """Built in one process, loaded in another, so that memory and load time are those of a user."""
         folder = self.folder(candidate)
         folder.mkdir()
@@ -306,14 +306,14 @@ class Autotuner:
                 "build",
                 engine=engine.name,
                 precision=candidate.precision,
-                material=self._material(candidate.kept),
+                inputs=self._material(candidate.kept),
                 folder=str(folder),
-                placement=describe(self._placement(self.threads)),
+                placement=asdict(self._placement(self.threads)),
             )
         host = self._stack.enter_context(self._host())
         try:
             loaded = self._load(host, candidate, self.threads, limit_s)
-        except Lost:
+        except SandboxError:
             host.close()
             raise
         return replace(
@@ -323,7 +323,7 @@ class Autotuner:
             size_bytes=sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         ), host
 
-    def _load(self, host: Host, candidate: Candidate, threads: int, limit_s: float) -> float:
+    def _load(self, host: Sandbox, candidate: Candidate, threads: int, limit_s: float) -> float:
         """Seconds that it took."""
         reply = host.ask(
             min(max(limit_s, 10.0), 600.0),
@@ -331,7 +331,7 @@ class Autotuner:
             engine=candidate.engine,
             precision=candidate.precision,
             folder=str(self.folder(candidate)),
-            placement=describe(self._placement(threads)),
+            placement=asdict(self._placement(threads)),
         )
         return float(reply["took_s"])
 
@@ -351,19 +351,19 @@ class Autotuner:
         out, rows = self.work / "answers.npy", self.work / "rows.npy"
         return {"threads": threads, "rows": str(rows), "count": count, "batch": batch, "out": str(out)}
 
-    def _answers(self, host: Host, count: int, batch: int) -> np.ndarray:
+    def _answers(self, host: Sandbox, count: int, batch: int) -> np.ndarray:
         limit = 60 + 20 * EXAM_SHARE * self.budget_s
         host.ask(limit, "answer", **self._exam(self.threads, count, batch))
         found: np.ndarray = np.load(self.work / "answers.npy", allow_pickle=False)
         if found.shape[1] != len(self.subject.classes):
-            raise Lost(f"it answers for {found.shape[1]} classes, not {len(self.subject.classes)}")
+            raise SandboxError(f"it answers for {found.shape[1]} classes, not {len(self.subject.classes)}")
         if not np.isfinite(found).all():
-            raise Lost("its answers are not finite numbers")
+            raise SandboxError("its answers are not finite numbers")
         return found
 
-    def _examined(self, candidate: Candidate, host: Host) -> Candidate:
+    def _examined(self, candidate: Candidate, host: Sandbox) -> Candidate:
         """Accepted, or refused with the reason."""
-        ran_in = host.ask(120, "computes_in", threads=self.threads, rows=str(self.work / "rows.npy"))["precision"]
+        ran_in = host.ask(120, "find_precision", threads=self.threads, rows=str(self.work / "rows.npy"))["precision"]
         if ran_in != candidate.precision:
             return _refused(candidate, f"most of it ran in {ran_in}")
         answers = self._answers(host, self.count, EXAM_BATCH)
@@ -391,7 +391,7 @@ class Autotuner:
             )
         return replace(candidate, state="accepted")
 
-    def _settled(self, candidate: Candidate, host: Host) -> Candidate:
+    def _settled(self, candidate: Candidate, host: Sandbox) -> Candidate:
         """With its memory; then loaded for one thread, too, to be timed."""
         memory = host.ask(60, "memory")["bytes"]
         if self.threads > 1:
@@ -465,7 +465,7 @@ class Autotuner:
                 warm_up=self._warm_up(batch),
                 least=self._least(batch),
             )
-        except Lost as error:
+        except SandboxError as error:
             runner.racing = False
             runner.times.clear()
             lost = replace(runner.candidate, state="lost", reason=f"while it was timed: {error}")
@@ -496,7 +496,7 @@ def _refused(candidate: Candidate, reason: str) -> Candidate:
 def _with_speeds(candidate: Candidate, runner: _Running | None) -> Candidate:
     if runner is None:
         return candidate
-    speeds = [speed(*cell, times, runner.joules[cell]) for cell, times in sorted(runner.times.items())]
+    speeds = [compute_speed(*cell, times, runner.joules[cell]) for cell, times in sorted(runner.times.items())]
     return replace(candidate, speeds=tuple(speeds))
 
 

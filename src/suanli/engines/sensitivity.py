@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from suanli.core.types import Material, Placement
+from suanli.core.types import EngineInputs, Placement
 from suanli.engines.backends import onnxruntime as engine
 
 LOOKED_AT = 32  # rows
 
 
-def damages(material: Material, placement: Placement) -> list[tuple[str, float]]:
+def rank_layers(inputs: EngineInputs, placement: Placement) -> list[tuple[str, float]]:
     """Names of the graph's layers, each with the mean total variation distance (0 to 1) between the answers of the
     float graph and of the same graph with this layer in int8; the worst first."""
     import onnx
 
-    assert material.calibration is not None
-    rows = np.ascontiguousarray(material.calibration[:LOOKED_AT])
+    assert inputs.calibration is not None
+    rows = np.ascontiguousarray(inputs.calibration[:LOOKED_AT])
     with tempfile.TemporaryDirectory() as place:
-        whole = onnx.load(engine.quantize(material, Path(place)))
+        whole = onnx.load(engine.quantize(inputs, Path(place)))
         quantized = onnx.load(Path(place) / engine.FILE)
     layers = [node.name for node in whole.graph.node if node.op_type in engine.QUANTIZED]
     reference = _answers(whole, rows, placement)

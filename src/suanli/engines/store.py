@@ -84,7 +84,7 @@ class _Index(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class StoredEngine:
     """An engine that is to be kept: where its files are now, and how it is to be run."""
 
     engine: str
@@ -95,7 +95,7 @@ class Kept:
     portable: bool
 
 
-def save(folder: Path, engines: Sequence[Kept], *, device: Device, about: Mapping[str, Json]) -> Json:
+def save(folder: Path, engines: Sequence[StoredEngine], *, device: Device, about: Mapping[str, Json]) -> Json:
     """Moves the engines' files below `folder` and writes the index; the first is the chosen one, the last the
     reference. `about` goes into the index as it is."""
     entries: dict[str, Json] = {}
@@ -187,15 +187,15 @@ def _digest(files: Mapping[str, Json], size: int) -> str:
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
-def made_here(entry: Mapping[str, Json]) -> bool:
+def was_built_here(entry: Mapping[str, Json]) -> bool:
     """Whether this user made the engine on this machine, or its files are no machine code: which they are, the engine
     knows, not the file that came with them."""
     return bool(registry.load("engines", entry["engine"]).portable) or _mark(entry["files"]).exists()
 
 
-def why_not_here(entry: Mapping[str, Json], tuned_on: Mapping[str, Json], device: Device) -> str | None:
+def find_mismatch(entry: Mapping[str, Json], tuned_on: Mapping[str, Json], device: Device) -> str | None:
     """Why an engine can't be used, or isn't known to be the best, on this machine; None: it holds here."""
-    if missing := absent(entry):
+    if missing := missing_package(entry):
         return missing
     here = machine(device)
     for key, what in (("type", "kind of device"), ("device", "device"), ("driver", "driver")):
@@ -209,7 +209,7 @@ def why_not_here(entry: Mapping[str, Json], tuned_on: Mapping[str, Json], device
     return None
 
 
-def absent(entry: Mapping[str, Json]) -> str | None:
+def missing_package(entry: Mapping[str, Json]) -> str | None:
     """Which package that an engine needs isn't here; None: all are."""
     missing = [package for package in entry["versions"] if not hardware.versions((package,))]
     return f"the package {missing[0]}, which is not installed" if missing else None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from suanli.core.errors import first_line
 from suanli.core.types import Json
-from suanli.engines.sandbox import end_with
+from suanli.engines.sandbox import exit_with_parent
 from suanli.serving.shared_memory import ASK, REPLY, Layout
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
-    from suanli.engines.predictor import load, measured
+    from suanli.engines.predictor import load, read_batch_times
 
     subject = Path(options["subject"])
     chosen = {key: options[key] for key in ("engine", "device", "threads", "trust_code")}
@@ -54,7 +54,7 @@ def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
         "row_shape": list(preprocess.row_shape),
         "row_dtype": str(preprocess.row_dtype),
         "torch": "torch" in sys.modules,
-        "measured": [list(point) for point in measured(subject, predictor)],
+        "measured": [list(point) for point in read_batch_times(subject, predictor)],
     }
     return predictor, about
 
@@ -171,7 +171,7 @@ def main() -> None:
     # On a machine whose cores are all computing, the server must still answer, if only to refuse: measured under three
     # times the capacity, the 99th percentile of refusals fell from 10.8 to 8.6 ms.
     os.nice(NICE)
-    threading.Thread(target=end_with, args=(os.getppid(),), kwargs={"look_s": 0.3}, daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(os.getppid(),), kwargs={"look_s": 0.3}, daemon=True).start()
     _end_soon_after_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:

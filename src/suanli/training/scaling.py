@@ -20,7 +20,7 @@ from statistics import fmean, median
 from suanli.core.console import Progress, plural
 from suanli.core.errors import MachineError
 from suanli.core.types import Json
-from suanli.engines.sandbox import Host, Lost
+from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.machine import device
 from suanli.machine.timing import STEADY, Spread, spread
 from suanli.parallel import fatal
@@ -83,7 +83,7 @@ def measure(counts: Sequence[int], job: Mapping[str, Json], rounds: int) -> dict
 
 
 @contextmanager
-def start(count: int, threads: int) -> Iterator[list[Host]]:
+def start(count: int, threads: int) -> Iterator[list[Sandbox]]:
     """A group of so many processes, which end with the block."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -93,16 +93,16 @@ def start(count: int, threads: int) -> Iterator[list[Host]]:
         members = []
         for rank in range(count):
             variables = {name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            host = Host(module="suanli.training.scaling_process", environment=variables)
+            host = Sandbox(module="suanli.training.scaling_process", environment=variables)
             members.append(stack.enter_context(host))
         yield members
 
 
-def ask(group: Sequence[Host], do: str, **request: Json) -> dict[str, Json]:
+def ask(group: Sequence[Sandbox], do: str, **request: Json) -> dict[str, Json]:
     """The reply of the first process, once all have replied; the first error of any is raised."""
     for host in group:
         host.send(do, **request)
-    replies: dict[Host, dict[str, Json]] = {}
+    replies: dict[Sandbox, dict[str, Json]] = {}
     until = time.monotonic() + ANSWER_S
     while waiting := [host for host in group if host not in replies]:
         ready, _, _ = select.select(waiting, [], [], max(0.0, until - time.monotonic()))
@@ -111,7 +111,7 @@ def ask(group: Sequence[Host], do: str, **request: Json) -> dict[str, Json]:
         for host in ready:
             try:
                 replies[host] = host.receive(ANSWER_S)
-            except Lost as error:
+            except SandboxError as error:
                 raise MachineError(
                     f"Process {group.index(host)} of {len(group)} can't measure: {error}.",
                     fix="If memory ran out, give fewer --processes or a smaller --batch-size.",

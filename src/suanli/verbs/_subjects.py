@@ -52,12 +52,12 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class ResolvedSubject:
     """A subject that was understood."""
 
     engines: Path  # the folder where its engines go
     model: Path | None  # its model folder
-    graph: onnx_import.Foreign | None
+    graph: onnx_import.ImportedModel | None
     task: Task
     classes: tuple[str, ...]
     preprocess: Preprocess
@@ -89,7 +89,7 @@ class Given:
         )
 
 
-def understood(subject: AnyPath, options: Options) -> Given:
+def resolve_subject(subject: AnyPath, options: Options) -> ResolvedSubject:
     """Raises UsageError, DataError or DamagedFile for what can't be optimised, with the reason."""
     path = Path(subject).expanduser()
     if not path.exists() and ":" in str(subject):
@@ -99,7 +99,7 @@ def understood(subject: AnyPath, options: Options) -> Given:
     return _of_model(subject, options)
 
 
-def _of_model(subject: AnyPath, options: Options) -> Given:
+def _of_model(subject: AnyPath, options: Options) -> ResolvedSubject:
     options.refuse("a trained model", "weights", "size", "mean", "std", "out")
     folder = model_folder(subject)
     saved = load_model(folder, trust_code=options.trust_code)
@@ -126,7 +126,7 @@ def _of_model(subject: AnyPath, options: Options) -> Given:
     )
 
 
-def _of_graph(path: Path, options: Options) -> Given:
+def _of_graph(path: Path, options: Options) -> ResolvedSubject:
     options.refuse("an ONNX file", "weights")
     graph = onnx_import.read(path, size=_size(options.size), mean=options.mean, std=options.std)
     recipe, examples, classes = Recipe(name="foreign", model=path.stem), None, graph.classes
@@ -155,7 +155,7 @@ def _of_graph(path: Path, options: Options) -> Given:
     )
 
 
-def _of_function(spec: str, options: Options) -> Given:
+def _of_function(spec: str, options: Options) -> ResolvedSubject:
     """Its model folder is made first, with the weights in it; then it is one like any other."""
     if options.data is None:
         raise UsageError(f"{spec} alone doesn't say what it learned from.", fix="Give labelled data with --data.")
@@ -226,17 +226,19 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _given(examples: tuple[Split, Split] | None, *, preprocess: Preprocess, **known: Json) -> Given:
+def _given(examples: tuple[Split, Split] | None, *, preprocess: Preprocess, **known: Json) -> ResolvedSubject:
     random = np.random.default_rng(0)
     if examples is None:
         warn("There is no data to calibrate with and to examine on, so only float32 is tried; give some with --data.")
         limit = preprocess.model_args.get("vocabulary_size", 256)
         rows = random.integers(0, limit, (MADE_UP, *preprocess.row_shape)).astype(preprocess.row_dtype)
-        return Given(rows=rows, targets=None, calibration=None, examples=len(rows), preprocess=preprocess, **known)
+        return ResolvedSubject(
+            rows=rows, targets=None, calibration=None, examples=len(rows), preprocess=preprocess, **known
+        )
     training, validation = examples
     # Any first part of it is a fair sample; more than fits here can't be examined in time.
     order = random.permutation(len(validation))[: max(MADE_UP, MOST_BYTES // row_bytes(validation))]
-    return Given(
+    return ResolvedSubject(
         rows=_rows(validation, order),
         targets=validation.targets[order],
         examples=len(validation),

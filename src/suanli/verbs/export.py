@@ -120,7 +120,7 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class ExportResult:
     """A file that was written and checked."""
 
     path: Path
@@ -133,7 +133,7 @@ class Exported:
         return asdict(self) | {"path": str(self.path)}
 
 
-def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code: bool = False) -> Exported:
+def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code: bool = False) -> ExportResult:
     """Write the model of a run or a model folder as a plain file, and hold it against the model in a new process.
 
     `to` is "onnx", "openvino", "pt2" or "safetensors"; `out` the file, for openvino the folder (default: the name of
@@ -164,7 +164,7 @@ def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(made, target)
     use = form.use.format(path=str(target), row=_row(saved), model=saved.recipe.model)
-    return Exported(path=target, to=to, size_bytes=size_bytes, difference=difference, use=use)
+    return ExportResult(path=target, to=to, size_bytes=size_bytes, difference=difference, use=use)
 
 
 def _name(folder: Path) -> str:
@@ -233,7 +233,7 @@ def _write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> N
 
 def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
     from suanli.engines.backends.openvino import _openvino
-    from suanli.engines.inference_module import reason
+    from suanli.engines.inference_module import innermost_cause
 
     given = path.with_suffix(".onnx")
     _write_onnx(saved, given, {})
@@ -244,7 +244,7 @@ def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) 
     try:
         model = openvino.Core().read_model(graph)
     except RuntimeError as error:
-        raise MachineError(f"OpenVINO can't take this network ({reason(error)}).", fix=fix) from error
+        raise MachineError(f"OpenVINO can't take this network ({innermost_cause(error)}).", fix=fix) from error
     for name, text in metadata.items():
         model.set_rt_info(text, [name])
     path.mkdir()
@@ -252,21 +252,24 @@ def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) 
         openvino.save_model(model, path / XML, compress_to_fp16=False)
     except RuntimeError as error:
         (path / XML).write_bytes(graph)  # as much; where the disk is the reason, this says so
-        raise MachineError(f"OpenVINO can't write this network ({reason(error)}).", fix=fix) from error
+        raise MachineError(f"OpenVINO can't write this network ({innermost_cause(error)}).", fix=fix) from error
 
 
 def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
     import torch
 
-    from suanli.engines.inference_module import LARGEST, Whole, example, reason
+    from suanli.engines.inference_module import MAX_BATCH, InferenceModule, example_rows, innermost_cause
 
-    whole, rows = Whole(saved), example(saved.preprocess, 3)  # a batch of one would be taken for a constant
+    whole, rows = (
+        InferenceModule(saved),
+        example_rows(saved.preprocess, 3),
+    )  # a batch of one would be taken for a constant
     stream = io.BytesIO()  # written to disk by Python, whose errors say what is wrong with the disk
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             whole(rows)  # constants that are made at the first call and kept must not be made by the exporter
-            shapes = ({0: torch.export.Dim("batch", min=1, max=LARGEST)},)
+            shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
             program = torch.export.export(whole, (rows,), dynamic_shapes=shapes)
             for part in program.graph_module.modules():
                 for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
@@ -277,7 +280,7 @@ def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> No
         if device.out_of_memory(error):
             raise
         raise MachineError(
-            f"This network can't be written as a program of torch.export ({reason(error)}).",
+            f"This network can't be written as a program of torch.export ({innermost_cause(error)}).",
             fix="Choose another form: --to safetensors holds the weights alone.",
         ) from error
     path.write_bytes(stream.getbuffer())
@@ -334,10 +337,10 @@ def _made_up(saved: SavedModel) -> np.ndarray:
 def _probabilities(saved: SavedModel, rows: np.ndarray) -> np.ndarray:
     import torch
 
-    from suanli.engines.inference_module import Whole
+    from suanli.engines.inference_module import InferenceModule
 
     with torch.inference_mode():
-        return Whole(saved)(torch.from_numpy(rows)).numpy()  # type: ignore[no-any-return]
+        return InferenceModule(saved)(torch.from_numpy(rows)).numpy()  # type: ignore[no-any-return]
 
 
 def _digests(saved: SavedModel) -> dict[str, Json]:
@@ -423,7 +426,7 @@ FORMS = {
 # --- for people ---
 
 
-def told(exported: Exported) -> str:
+def summarize(exported: ExportResult) -> str:
     """Where the file is, its size, how it was checked, and how to use it."""
     if exported.difference is None:
         held = "every tensor is the model's"

@@ -23,12 +23,12 @@ from suanli.core.settings import seconds
 from suanli.core.storage import writing
 from suanli.core.types import AnyPath, Device, Engine, Json
 from suanli.engines import store
-from suanli.engines.candidates import GOALS, Candidate, Found
-from suanli.engines.sandbox import Lost
-from suanli.engines.search import Autotuner
+from suanli.engines.candidates import GOALS, Candidate, SearchResult
+from suanli.engines.sandbox import SandboxError
+from suanli.engines.search import EngineSearch
 from suanli.machine import device as hardware
 from suanli.machine.energy import counters
-from suanli.verbs._subjects import Given, Options, understood
+from suanli.verbs._subjects import Options, ResolvedSubject, resolve_subject
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -38,27 +38,27 @@ WORK = ".suanli-work-"  # how folders begin that are gone when the work is done
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimized:
+class OptimizeResult:
     """What an optimisation came to, and where the engines lie."""
 
     path: Path  # the folder of engines
-    found: Found
+    search: SearchResult
     index: Json  # engines.json
 
     @property
     def chosen(self) -> Candidate:
-        return self.found.chosen
+        return self.search.chosen
 
     def to_json(self) -> dict[str, Json]:
-        return self.found.to_json() | {"engines": str(self.path)}
+        return self.search.to_json() | {"engines": str(self.path)}
 
 
 class TooSlow(MachineError):
-    """No engine is as fast as was asked for; `found` has every figure."""
+    """No engine is as fast as was asked for; `result` has every figure."""
 
-    def __init__(self, found: Optimized, message: str, *, fix: str) -> None:
+    def __init__(self, result: OptimizeResult, message: str, *, fix: str) -> None:
         super().__init__(message, fix=fix)
-        self.found = found
+        self.result = result
 
 
 def optimize(
@@ -78,7 +78,7 @@ def optimize(
     device: str = "auto",
     cache_dir: AnyPath | None = None,
     trust_code: bool = False,
-) -> Optimized:
+) -> OptimizeResult:
     """Build every engine that this machine can run, refuse those whose answers aren't right, keep the best.
 
     `subject` is a run, a model folder, an .onnx file of any framework, or "package.module:function", which builds a
@@ -111,12 +111,12 @@ def optimize(
     options = Options(
         data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
     )
-    given = understood(subject, options)
+    given = resolve_subject(subject, options)
     with ExitStack() as held:
         if given.run is not None:
             held.enter_context(given.run.lock())  # better now than after the search
         work = held.enter_context(_work(given.engines))
-        tuner = Autotuner(
+        tuner = EngineSearch(
             given.subject(work),
             target,
             work,
@@ -129,13 +129,13 @@ def optimize(
         )
         try:
             found = tuner.search()
-        except Lost as error:
+        except SandboxError as error:
             raise MachineError(
                 f"Not even the reference can be run here ({error}).", fix="Check the network, and see suanli device."
             ) from error
         if max_latency_ms is not None and (speed := found.chosen.latency()) and speed.p95_s * 1000 > max_latency_ms:
             raise TooSlow(
-                Optimized(path=given.engines, found=found, index={"headline": given.task.headline}),
+                OptimizeResult(path=given.engines, search=found, index={"headline": given.task.headline}),
                 f"No engine answers in {max_latency_ms:g} ms here; the best, {found.chosen.name}, takes "
                 f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
                 fix="Allow more, choose a smaller model, or a faster machine.",
@@ -154,7 +154,7 @@ def optimize(
         )
         if given.run is not None:
             _record(given.run, given, target, found)
-    return Optimized(path=given.engines, found=found, index=index)
+    return OptimizeResult(path=given.engines, search=found, index=index)
 
 
 def _names(given: str | None) -> list[str] | None:
@@ -192,7 +192,7 @@ def _work(folder: Path) -> Iterator[Path]:
             lock.release()
 
 
-def _worth_keeping(found: Found) -> list[Candidate]:
+def _worth_keeping(found: SearchResult) -> list[Candidate]:
     """The chosen engine first; last one that keeps float32 and whose files run anywhere."""
     timed = [c for c in found.candidates if c.state == "accepted" and c.speeds]
     exact = [c for c in timed if c.precision == "float32" and _engine(c).portable]
@@ -205,10 +205,10 @@ def _engine(candidate: Candidate) -> Engine:
     return engine
 
 
-def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> store.Kept:
+def _kept(tuner: EngineSearch, candidate: Candidate, found: SearchResult) -> store.StoredEngine:
     engine = _engine(candidate)
     speed = candidate.throughput() if found.goal == "throughput" else candidate.latency()
-    return store.Kept(
+    return store.StoredEngine(
         engine=candidate.engine,
         precision=candidate.precision,
         folder=tuner.folder(candidate),
@@ -218,7 +218,7 @@ def _kept(tuner: Autotuner, candidate: Candidate, found: Found) -> store.Kept:
     )
 
 
-def _record(run: Run, given: Given, device: Device, found: Found) -> None:
+def _record(run: Run, given: ResolvedSubject, device: Device, found: SearchResult) -> None:
     """A line of the ledger for the reference and for the chosen engine."""
     environment = hardware.environment(device)
     for candidate in dict.fromkeys((found.candidates[0], found.chosen)):
@@ -241,13 +241,13 @@ def _record(run: Run, given: Given, device: Device, found: Found) -> None:
 # --- for people ---
 
 
-def table(optimized: Optimized) -> Group:
+def table(optimized: OptimizeResult) -> Group:
     """What was tried, the fastest first, and what was chosen."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    found = optimized.found
+    found = optimized.search
     reference, headline = found.candidates[0], optimized.index["headline"]
     shown = Table(box=None, pad_edge=False, padding=(0, 1))
     shown.add_column("engine", no_wrap=True)
@@ -273,8 +273,8 @@ def table(optimized: Optimized) -> Group:
     return Group(shown, *lines, Text(_summary(optimized)))
 
 
-def _summary(optimized: Optimized) -> str:
-    found = optimized.found
+def _summary(optimized: OptimizeResult) -> str:
+    found = optimized.search
     chosen, reference = found.chosen, found.candidates[0]
     times = reference.cost(found.goal) / chosen.cost(found.goal)
     lines = [

@@ -52,7 +52,7 @@ def predict(
     with ThreadPoolExecutor(cores()) as pool:
         for chunk in _chunks(_named(answering.preprocess, given), BATCH):
             rows = list(pool.map(lambda item: _encode(answering, item[1]), chunk))
-            found += answering.named([name for name, _ in chunk], rows, top=top)
+            found += answering.predict_rows([name for name, _ in chunk], rows, top=top)
     return _warned(found)
 
 

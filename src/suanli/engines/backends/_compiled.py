@@ -17,7 +17,7 @@ SETTINGS = {"freezing": True, "cpp.dynamic_threads": True}
 EXECUTED = re.compile(r",exec,\w+,(?:convolution|matmul|inner_product),[^,]*,[^,]*,src:(\w+):")
 
 
-def kernels_ran_in(work: Callable[[], object]) -> str:
+def kernel_precision(work: Callable[[], object]) -> str:
     """The precision of most of the convolutions and products that oneDNN was asked for, by its own account; those
     that Inductor wrote itself or gave to MKL are in float32."""
     libc = ctypes.CDLL(None)

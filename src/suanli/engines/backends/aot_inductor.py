@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from suanli.compute.plan import threads
-from suanli.core.types import Device, Engine, Loaded, Material, Placement
+from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.backends import _compiled, _cpu
-from suanli.engines.inference_module import LARGEST, Whole, example
+from suanli.engines.inference_module import MAX_BATCH, InferenceModule, example_rows
 from suanli.models.model_folder import load_model
 
 ONE, MANY = "one.pt2", "many.pt2"
@@ -37,18 +37,19 @@ def why_not(device: Device, precision: str) -> str | None:
     return None
 
 
-def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:
-    assert material.model is not None
-    saved = load_model(material.model, trust_code=placement.trust_code)
-    whole: Any = Whole(saved)  # Inductor finds the layout; frozen channels_last weights were seen to give wrong answers
-    several = example(saved.preprocess, BATCH)
-    any_batch = ({0: torch.export.Dim("batch", min=1, max=LARGEST)},)
+def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:
+    assert inputs.model is not None
+    saved = load_model(inputs.model, trust_code=placement.trust_code)
+    # Inductor finds the layout; frozen channels_last weights were seen to give wrong answers
+    whole: Any = InferenceModule(saved)
+    several = example_rows(saved.preprocess, BATCH)
+    any_batch = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
     whole(several)  # constants that are made at the first call and kept must not be made while it is exported
     lower = precision == "bfloat16"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if precision == "int8":
-            whole = _quantized(torch.export.export(whole, (several,), dynamic_shapes=any_batch).module(), material)
+            whole = _quantized(torch.export.export(whole, (several,), dynamic_shapes=any_batch).module(), inputs)
         for name, rows, shapes in ((ONE, several[:1], None), (MANY, several, any_batch)):
             with torch.autocast("cpu", torch.bfloat16, enabled=lower):
                 program = torch.export.export(whole, (rows,), dynamic_shapes=shapes)
@@ -58,21 +59,21 @@ def build(material: Material, precision: str, folder: Path, placement: Placement
                 )
 
 
-def _quantized(module: Any, material: Material) -> Any:
+def _quantized(module: Any, inputs: EngineInputs) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    assert material.calibration is not None
+    assert inputs.calibration is not None
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     quantizer.set_function_type_qconfig(torch.nn.functional.max_pool2d, None)  # in int8 it would lose its ceil_mode
     prepared = prepare_pt2e(module, quantizer)
-    for start in range(0, len(material.calibration), BATCH):
-        prepared(torch.from_numpy(np.array(material.calibration[start : start + BATCH])))
+    for start in range(0, len(inputs.calibration), BATCH):
+        prepared(torch.from_numpy(np.array(inputs.calibration[start : start + BATCH])))
     return convert_pt2e(prepared)
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:  # noqa: ARG001
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:  # noqa: ARG001
     one, many = (torch._inductor.aoti_load_package(str(folder / name)) for name in (ONE, MANY))
 
     def answer(rows: np.ndarray) -> np.ndarray:
@@ -80,10 +81,10 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:  # noqa:
             run = one if len(rows) == 1 else many
             return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
 
-    def computes_in(rows: np.ndarray) -> str:
-        return _compiled.kernels_ran_in(lambda: answer(rows))
+    def find_precision(rows: np.ndarray) -> str:
+        return _compiled.kernel_precision(lambda: answer(rows))
 
-    return Loaded(answer=answer, computes_in=computes_in)
+    return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
 ENGINE = Engine(

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from suanli.core.types import Device, Engine, Loaded, Placement
+from suanli.core.types import Device, Engine, LoadedEngine, Placement
 from suanli.engines.backends import eager
-from suanli.engines.inference_module import Whole, example
+from suanli.engines.inference_module import InferenceModule, example_rows
 from suanli.machine.device import out_of_memory
 from suanli.models.model_folder import SavedModel, load_model
 
@@ -46,22 +46,22 @@ def why_not(device: Device, precision: str) -> str | None:
 # --- sizes ---
 
 
-def size_for(count: int) -> int:
+def captured_size(count: int) -> int:
     """The smallest recorded size that holds so many rows, at most the largest."""
     return next((size for size in SIZES if size >= count), SIZES[-1])
 
 
-def parts(count: int) -> list[tuple[int, int, int]]:
+def split_batch(count: int) -> list[tuple[int, int, int]]:
     """Rows from, up to (not included), and the recorded size that holds them: how a batch is cut up."""
     starts = range(0, count, SIZES[-1])
     stops = [min(start + SIZES[-1], count) for start in starts]
-    return [(start, stop, size_for(stop - start)) for start, stop in zip(starts, stops, strict=True)]
+    return [(start, stop, captured_size(stop - start)) for start, stop in zip(starts, stops, strict=True)]
 
 
 # --- what is recorded ---
 
 
-class Lowered(nn.Module):
+class LowPrecisionModule(nn.Module):
     """Cached rows to probabilities, with a network whose weights have this dtype."""
 
     def __init__(self, saved: SavedModel, dtype: torch.dtype) -> None:
@@ -77,12 +77,12 @@ class Lowered(nn.Module):
         return self._task.probabilities(self.network(inputs).float())
 
 
-class Autocast(nn.Module):
+class AutocastModule(nn.Module):
     """Cached rows to probabilities, with float32 weights that are cast where they are used."""
 
     def __init__(self, saved: SavedModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.whole, self.dtype = Whole(saved), dtype
+        self.whole, self.dtype = InferenceModule(saved), dtype
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         # Without the cache, as PyTorch demands: a graph must not refer to what the cache frees after the block.
@@ -91,16 +91,16 @@ class Autocast(nn.Module):
         return probabilities.float()
 
 
-def prepared(saved: SavedModel, precision: str, where: torch.device) -> nn.Module:
+def prepare_model(saved: SavedModel, precision: str, where: torch.device) -> nn.Module:
     """The model on its device, ready to be recorded: cached rows to probabilities (B, K) float32."""
-    kinds: list[type[Lowered | Autocast]] = [Lowered, Autocast]
+    kinds: list[type[LowPrecisionModule | AutocastModule]] = [LowPrecisionModule, AutocastModule]
     if precision not in eager.LOWER:
-        return _placed(Whole(saved), where)
+        return _placed(InferenceModule(saved), where)
     for kind in kinds:
         found = _placed(kind(saved, eager.DTYPES[precision]), where)
         try:
             with torch.inference_mode():
-                found(example(saved.preprocess, SIZES[1]).to(where))
+                found(example_rows(saved.preprocess, SIZES[1]).to(where))
         except RuntimeError as error:  # of two dtypes that meet in one operation
             if kind is kinds[-1] or out_of_memory(error):
                 raise
@@ -117,43 +117,43 @@ def _placed(module: nn.Module, where: torch.device) -> nn.Module:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recording:
-    given: torch.Tensor  # rows that a replay reads
+class _CapturedGraph:
+    rows: torch.Tensor  # rows that a replay reads
     replay: Callable[[], torch.Tensor]  # the answers, which the next replay overwrites
 
 
-class Recorded:
+class CapturedModel:
     """`model(rows)` for NumPy arrays of any number of rows, replayed. Where there are no graphs it is computed anew."""
 
     def __init__(self, model: nn.Module, row: torch.Tensor, precision: str, where: torch.device) -> None:
         """`row` (1, *row_shape) is any row, for shape and dtype."""
         self._model, self._row, self._precision, self._where = model, row, precision, where
-        self.recordings: dict[int, _Recording] = {}
+        self.graphs: dict[int, _CapturedGraph] = {}
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         found = []
-        with torch.inference_mode(), self._there(), eager.float32_as(self._precision, self._where.type):
-            for start, stop, size in parts(len(rows)):
-                recording = self.recordings.get(size)
+        with torch.inference_mode(), self._there(), eager.tf32_switch(self._precision, self._where.type):
+            for start, stop, size in split_batch(len(rows)):
+                recording = self.graphs.get(size)
                 if recording is None:
-                    recording = self.recordings[size] = self._record(size)
-                recording.given[: stop - start].copy_(torch.from_numpy(rows[start:stop]))
+                    recording = self.graphs[size] = self._record(size)
+                recording.rows[: stop - start].copy_(torch.from_numpy(rows[start:stop]))
                 found.append(recording.replay()[: stop - start].cpu().numpy())
         return np.concatenate(found)
 
-    def once(self, rows: np.ndarray) -> None:
+    def run_uncaptured(self, rows: np.ndarray) -> None:
         """Without a graph: what a graph would record, and hooks are called."""
-        with torch.inference_mode(), self._there(), eager.float32_as(self._precision, self._where.type):
+        with torch.inference_mode(), self._there(), eager.tf32_switch(self._precision, self._where.type):
             self._model(torch.from_numpy(rows).to(self._where))
 
     def _there(self) -> AbstractContextManager[object]:
         """Graphs, and streams without a name, are those of the current GPU."""
         return torch.cuda.device(self._where) if self._where.type == "cuda" else nullcontext()
 
-    def _record(self, size: int) -> _Recording:
+    def _record(self, size: int) -> _CapturedGraph:
         given = torch.zeros((size, *self._row.shape[1:]), dtype=self._row.dtype, device=self._where)
         if self._where.type != "cuda":
-            return _Recording(given=given, replay=lambda: self._model(given))
+            return _CapturedGraph(rows=given, replay=lambda: self._model(given))
         aside = torch.cuda.Stream(self._where)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(self._where))
         with torch.cuda.stream(aside):
@@ -168,19 +168,19 @@ class Recorded:
             graph.replay()
             return answers
 
-        return _Recording(given=given, replay=replay)
+        return _CapturedGraph(rows=given, replay=replay)
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     saved = load_model(folder, trust_code=placement.trust_code)
     where = torch.device(placement.device.torch_name)
-    model = prepared(saved, precision, where)
-    recorded = Recorded(model, example(saved.preprocess, 1), precision, where)
+    model = prepare_model(saved, precision, where)
+    captured = CapturedModel(model, example_rows(saved.preprocess, 1), precision, where)
 
-    def computes_in(rows: np.ndarray) -> str:
-        return eager.ran_in(model, lambda: recorded.once(rows)) or precision
+    def find_precision(rows: np.ndarray) -> str:
+        return eager.network_precision(model, lambda: captured.run_uncaptured(rows)) or precision
 
-    return Loaded(answer=recorded, computes_in=computes_in)
+    return LoadedEngine(answer=captured, find_precision=find_precision)
 
 
 ENGINE = Engine(

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from suanli.compute.plan import threads
-from suanli.core.types import Device, Engine, Loaded, Material, Placement
-from suanli.engines.inference_module import Whole
+from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
+from suanli.engines.inference_module import InferenceModule
 from suanli.machine.switches import switched
 from suanli.models.model_folder import WEIGHTS, load_model
 
@@ -41,30 +41,30 @@ def why_not(device: Device, precision: str) -> str | None:
     return None
 
 
-def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
-    assert material.model is not None
+def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
+    assert inputs.model is not None
     for name in ("model.json", WEIGHTS):
-        shutil.copyfile(material.model / name, folder / name)
+        shutil.copyfile(inputs.model / name, folder / name)
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:
-    whole = Whole(load_model(folder, trust_code=placement.trust_code))
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
+    whole = InferenceModule(load_model(folder, trust_code=placement.trust_code))
     where = torch.device(placement.device.torch_name)
     whole.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     lower = precision in LOWER
 
     def answer(rows: np.ndarray) -> np.ndarray:
         autocast = torch.autocast(where.type, DTYPES[precision], enabled=lower)
-        with threads(placement.threads), torch.inference_mode(), autocast, float32_as(precision, where.type):
+        with threads(placement.threads), torch.inference_mode(), autocast, tf32_switch(precision, where.type):
             return whole(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
 
-    def computes_in(rows: np.ndarray) -> str:
-        return ran_in(whole, lambda: answer(rows)) or precision
+    def find_precision(rows: np.ndarray) -> str:
+        return network_precision(whole, lambda: answer(rows)) or precision
 
-    return Loaded(answer=answer, computes_in=computes_in)
+    return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
-def float32_as(precision: str, device_type: str) -> AbstractContextManager[None]:
+def tf32_switch(precision: str, device_type: str) -> AbstractContextManager[None]:
     """Inside the block an NVIDIA GPU computes products and convolutions of float32 numbers in TF32 for "tfloat32", in
     full for any other precision, whatever is set for the process."""
     if device_type != "cuda":
@@ -74,12 +74,12 @@ def float32_as(precision: str, device_type: str) -> AbstractContextManager[None]
     return switched(places, "fp32_precision", "tf32" if precision == "tfloat32" else "ieee")
 
 
-def ran_in(network: nn.Module, work: Callable[[], object]) -> str | None:
+def network_precision(network: nn.Module, work: Callable[[], object]) -> str | None:
     """The precision of most of the network's products and convolutions while `work` runs it; None: it has none."""
     found: list[str] = []
 
     def look(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        found.append(computed_in(module, output.dtype, output.device.type))
+        found.append(layer_precision(module, output.dtype, output.device.type))
 
     hooks = [module.register_forward_hook(look) for module in network.modules() if isinstance(module, HEAVY)]
     try:
@@ -90,7 +90,7 @@ def ran_in(network: nn.Module, work: Callable[[], object]) -> str | None:
     return max(set(found), key=found.count) if found else None
 
 
-def computed_in(module: nn.Module, dtype: torch.dtype, device_type: str) -> str:
+def layer_precision(module: nn.Module, dtype: torch.dtype, device_type: str) -> str:
     """The precision in which a layer computes outputs of this dtype, as the switches are now."""
     backends = torch.backends
     switch = backends.cuda.matmul if isinstance(module, nn.Linear) else backends.cudnn.conv  # type: ignore[attr-defined]

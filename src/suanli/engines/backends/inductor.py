@@ -14,14 +14,14 @@ import torch
 import torch._inductor.config
 
 from suanli.compute.plan import threads
-from suanli.core.types import Engine, Loaded, Placement
+from suanli.core.types import Engine, LoadedEngine, Placement
 from suanli.engines.backends import _compiled, _cpu, eager
-from suanli.engines.inference_module import Whole, example
+from suanli.engines.inference_module import InferenceModule, example_rows
 from suanli.models.model_folder import load_model
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:
-    whole = Whole(load_model(folder, trust_code=placement.trust_code))
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
+    whole = InferenceModule(load_model(folder, trust_code=placement.trust_code))
     one, many = torch.compile(whole, dynamic=False), torch.compile(whole, dynamic=True)
 
     def answer(rows: np.ndarray) -> np.ndarray:
@@ -30,14 +30,14 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
             run = one if len(rows) == 1 else many
             return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
 
-    def computes_in(rows: np.ndarray) -> str:
-        return _compiled.kernels_ran_in(lambda: answer(rows))
+    def find_precision(rows: np.ndarray) -> str:
+        return _compiled.kernel_precision(lambda: answer(rows))
 
     with warnings.catch_warnings(), torch._inductor.config.patch(_compiled.SETTINGS):
         warnings.simplefilter("ignore")
         for batch in (1, 8):
-            answer(example(whole.preprocess, batch).numpy())
-    return Loaded(answer=answer, computes_in=computes_in)
+            answer(example_rows(whole.preprocess, batch).numpy())
+    return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
 ENGINE = Engine(

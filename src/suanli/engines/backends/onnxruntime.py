@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from suanli.core.errors import MachineError, pip_install
-from suanli.core.types import Device, Engine, Json, Loaded, Material, Placement
+from suanli.core.types import Device, Engine, EngineInputs, Json, LoadedEngine, Placement
 from suanli.machine.device import instruction_sets
 
 FILE = "model.onnx"
@@ -59,17 +59,17 @@ def why_not(device: Device, precision: str) -> str | None:
     return None
 
 
-def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
-    assert material.onnx is not None
+def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
+    assert inputs.onnx is not None
     if precision == "int8":
         sets = instruction_sets()
-        quantize(material, folder, reduce_range="avx2" in sets and not sets & EIGHT_BITS).unlink()
+        quantize(inputs, folder, reduce_range="avx2" in sets and not sets & EIGHT_BITS).unlink()
     else:
-        shutil.copyfile(material.onnx, folder / FILE)
+        shutil.copyfile(inputs.onnx, folder / FILE)
 
 
 def quantize(
-    material: Material,
+    inputs: EngineInputs,
     folder: Path,
     *,
     activations: str = "QUInt8",
@@ -83,21 +83,21 @@ def quantize(
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    assert material.calibration is not None
+    assert inputs.calibration is not None
     logging.disable(logging.WARNING)
     prepared = folder / "prepared.onnx"
-    quant_pre_process(material.onnx, prepared, skip_symbolic_shape=True)
+    quant_pre_process(inputs.onnx, prepared, skip_symbolic_shape=True)
     quantize_static(
         prepared,
         folder / FILE,
-        _Rows(material.calibration),
+        _Rows(inputs.calibration),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType[activations],
         weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=reduce_range,
         op_types_to_quantize=list(kinds),
-        nodes_to_exclude=list(material.kept),
+        nodes_to_exclude=list(inputs.kept),
         extra_options=extra,
     )
     return prepared
@@ -116,18 +116,18 @@ class _Rows:
         return None if part is None else {"rows": np.ascontiguousarray(part)}
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     session = _session(folder, options(placement.threads), precision, placement.device)
 
     def answer(rows: np.ndarray) -> np.ndarray:
         return session.run(None, {"rows": rows})[0]  # type: ignore[no-any-return]
 
-    def computes_in(rows: np.ndarray) -> str:
+    def find_precision(rows: np.ndarray) -> str:
         if placement.device.type == "cpu":
             return _fused_in(folder, placement)
         return _ran_in(folder, precision, placement, rows)
 
-    return Loaded(answer=answer, computes_in=computes_in)
+    return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
 def _fused_in(folder: Path, placement: Placement) -> str:
@@ -151,14 +151,14 @@ def _ran_in(folder: Path, precision: str, placement: Placement, rows: np.ndarray
         settings.profile_file_prefix = str(Path(place) / "profile")
         session = _session(folder, settings, precision, placement.device)
         session.run(None, {"rows": rows})
-        places = ran_on(json.loads(Path(session.end_profiling()).read_text()))
+        places = count_by_provider(json.loads(Path(session.end_profiling()).read_text()))
     where = places.most_common(1)
     if where and where[0][0] != CUDA:
         return f"float32 by {where[0][0]}"
     return "tfloat32" if session.get_provider_options()[CUDA].get("use_tf32") == "1" else "float32"
 
 
-def ran_on(events: Iterable[Json]) -> Counter[str]:
+def count_by_provider(events: Iterable[Json]) -> Counter[str]:
     """How many products and convolutions each provider ran, by the events of the runtime's profile."""
     return Counter(
         event["args"]["provider"]

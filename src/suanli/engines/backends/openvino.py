@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from suanli.core.types import Engine, Loaded, Material, Placement
+from suanli.core.types import Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.backends import _cpu
 
 FILE = "model.xml"
@@ -25,23 +25,23 @@ PIECES = (8, 32)  # inputs that one core may take of a batch
 HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 
 
-def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
-    assert material.onnx is not None
+def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
+    assert inputs.onnx is not None
     openvino = _openvino()
-    model = openvino.Core().read_model(material.onnx)
+    model = openvino.Core().read_model(inputs.onnx)
     if precision == "int8":
         import nncf
 
-        assert material.calibration is not None
+        assert inputs.calibration is not None
         logging.getLogger("nncf").setLevel(logging.ERROR)
-        rows = [row[None] for row in material.calibration]
+        rows = [row[None] for row in inputs.calibration]
         # A node of the graph may have become several here, whose names begin with its own.
-        kept = nncf.IgnoredScope(patterns=[f"{re.escape(name)}(/.*)?" for name in material.kept], validate=False)
+        kept = nncf.IgnoredScope(patterns=[f"{re.escape(name)}(/.*)?" for name in inputs.kept], validate=False)
         model = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows), ignored_scope=kept)
     openvino.save_model(model, folder / FILE, compress_to_fp16=False)
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     settings = {"INFERENCE_NUM_THREADS": placement.threads, "PERFORMANCE_HINT": "LATENCY"}
     if precision in HINTS:  # what int8 leaves to floating point may be in the processor's best
         settings["INFERENCE_PRECISION_HINT"] = HINTS[precision]
@@ -101,7 +101,7 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
         piece = best[len(choices)]
         return in_pieces(rows, piece) if piece else whole(rows)
 
-    def computes_in(rows: np.ndarray) -> str:  # noqa: ARG001
+    def find_precision(rows: np.ndarray) -> str:  # noqa: ARG001
         found: Counter[str] = Counter()
         for operation in many.get_runtime_model().get_ordered_ops():
             about = operation.get_rt_info()
@@ -110,7 +110,7 @@ def load(folder: Path, precision: str, placement: Placement) -> Loaded:
         most = found.most_common(1)
         return _cpu.NAMES.get(most[0][0], most[0][0]) if most else precision
 
-    return Loaded(answer=answer, computes_in=computes_in)
+    return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
 def _openvino() -> Any:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from suanli.core.errors import MachineError, pip_install
-from suanli.core.types import Device, Engine, Json, Loaded, Material, Placement
+from suanli.core.types import Device, Engine, EngineInputs, Json, LoadedEngine, Placement
 from suanli.engines.backends import onnxruntime as onnx_engine
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ def why_not(device: Device, precision: str) -> str | None:
         version = importlib.metadata.version("tensorrt")
     except importlib.metadata.PackageNotFoundError:
         return f"not installed: tensorrt ({pip_install('tensorrt')})"
-    if reason := wrong_version(version):
+    if reason := why_not_version(version):
         return reason
     if precision == "int8" and importlib.util.find_spec("onnxruntime") is None:
         return f"not installed: {onnx_engine.package()}, which calibrates"
     return None
 
 
-def wrong_version(version: str) -> str | None:
+def why_not_version(version: str) -> str | None:
     major = re.match(r"\d+", version)
     if major is None or int(major[0]) not in VERSIONS:
         return f"written for TensorRT {VERSIONS[0]} and {VERSIONS[1]}, not {version}"
@@ -72,22 +72,22 @@ def wrong_version(version: str) -> str | None:
 # --- the graph that TensorRT is given ---
 
 
-def graph_for(material: Material, precision: str, folder: Path) -> onnx.ModelProto:
+def prepare_graph(inputs: EngineInputs, precision: str, folder: Path) -> onnx.ModelProto:
     """The graph whose types say what is computed in which precision. `folder` is for files on the way."""
     import onnx
 
-    assert material.onnx is not None
-    model = onnx.load(quantized(material, folder) if precision == "int8" else material.onnx)
-    cast_first(model)
+    assert inputs.onnx is not None
+    model = onnx.load(quantize_graph(inputs, folder) if precision == "int8" else inputs.onnx)
+    cast_inputs_first(model)
     if precision == "float16":
-        in_float16(model)
+        convert_to_float16(model)
     return model
 
 
-def quantized(material: Material, folder: Path) -> Path:
+def quantize_graph(inputs: EngineInputs, folder: Path) -> Path:
     """An int8 graph with signed, symmetric Q/DQ on the inputs of products and convolutions only."""
     onnx_engine.quantize(
-        material,
+        inputs,
         folder,
         activations="QInt8",
         kinds=onnx_engine.QUANTIZED,
@@ -103,7 +103,7 @@ def quantized(material: Material, folder: Path) -> Path:
 SHAPED = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")  # move numbers, whatever their type
 
 
-def cast_first(model: onnx.ModelProto) -> None:
+def cast_inputs_first(model: onnx.ModelProto) -> None:
     """Changes the graph so that its uint8 inputs go into nothing but a cast to float32; the answers stay the same.
 
     Raises MachineError for a graph that does something else with uint8 than moving and casting it.
@@ -142,7 +142,7 @@ def cast_first(model: onnx.ModelProto) -> None:
         del graph.value_info[:]  # some types are others now
 
 
-def in_float16(model: onnx.ModelProto) -> None:
+def convert_to_float16(model: onnx.ModelProto) -> None:
     """Changes a float32 graph so that it computes in float16. Its inputs and outputs keep their types; numbers beyond
     float16's range become its largest. Raises MachineError for graphs with branches or loops."""
     from onnx import AttributeProto, TensorProto, helper
@@ -219,12 +219,12 @@ def _attribute(node: onnx.NodeProto, name: str) -> Any:
 # --- TensorRT ---
 
 
-def build(material: Material, precision: str, folder: Path, placement: Placement) -> None:
+def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:
     import tensorrt as trt  # type: ignore[import-not-found]
     import torch
 
     with tempfile.TemporaryDirectory() as place:
-        graph = graph_for(material, precision, Path(place))
+        graph = prepare_graph(inputs, precision, Path(place))
     with torch.cuda.device(placement.device.torch_name):
         logger = _logger(trt)
         builder = trt.Builder(logger)
@@ -235,7 +235,7 @@ def build(material: Material, precision: str, folder: Path, placement: Placement
         if not parser.parse(graph.SerializeToString()):
             raise MachineError(_complaint(parser), fix=OTHER_ENGINES)
         config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # `computes_in` reads it
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # `find_precision` reads it
         if precision == "float32":
             config.clear_flag(trt.BuilderFlag.TF32)
         else:  # what int8 leaves to floating point may be in TF32, too
@@ -276,9 +276,9 @@ def _logger(trt: Any) -> Any:
     return Logger()
 
 
-def load(folder: Path, precision: str, placement: Placement) -> Loaded:  # noqa: ARG001
+def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:  # noqa: ARG001
     plan = _Plan((folder / FILE).read_bytes(), placement.device.torch_name)
-    return Loaded(answer=plan.answer, computes_in=plan.computes_in)
+    return LoadedEngine(answer=plan.answer, find_precision=plan.find_precision)
 
 
 class _Plan:
@@ -327,14 +327,14 @@ class _Plan:
             raise RuntimeError(f"TensorRT failed ({self._logger.last})")
         return self._fixed[self._target][: len(rows)].cpu().numpy()
 
-    def computes_in(self, rows: np.ndarray) -> str:
+    def find_precision(self, rows: np.ndarray) -> str:
         import tensorrt as trt
 
         self.answer(rows)  # so that shapes, and with them formats, are known
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context
         told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-        return ran_in(json.loads(told, strict=False))
+        return plan_precision(json.loads(told, strict=False))
 
 
 DTYPES = {"UINT8": "uint8", "INT32": "int32", "INT64": "int64", "FLOAT": "float32", "HALF": "float16"}
@@ -353,7 +353,7 @@ TYPES = (  # the first that matches the words for the layer's input
 UNKNOWN = "a precision that isn't known"
 
 
-def ran_in(told: Json) -> str:
+def plan_precision(told: Json) -> str:
     """The precision of most products and convolutions, by the engine inspector's detailed account as JSON."""
     layers = [layer for layer in told.get("Layers", ()) if isinstance(layer, dict)]
     found = Counter(precision_of(layer) for layer in layers if _is_heavy(layer))
