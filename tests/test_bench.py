@@ -386,14 +386,14 @@ def test_few_examples_refuse_nothing_that_looks_bad_by_chance() -> None:
 
 
 class Balanced(Classification):
-    headline = "balanced_accuracy"
+    metric = "balanced_accuracy"
 
 
 def sure(right: np.ndarray, targets: np.ndarray, classes: int) -> np.ndarray:
     return np.eye(classes, dtype=np.float32)[np.where(right, targets, (targets + 1) % classes)]
 
 
-def test_another_headline_is_compared_in_pairs_too() -> None:
+def test_another_metric_is_compared_in_pairs_too() -> None:
     random = np.random.default_rng(0)
     targets = np.arange(300) % 3  # equally many of each: balanced accuracy is accuracy
     before = sure(random.random(300) < 0.9, targets, 3)

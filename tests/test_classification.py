@@ -116,7 +116,7 @@ def test_scores_stay_in_bounds(exam):
     assert all(0 <= value <= 1 for name, value in scores.items() if name != "log_loss")
     assert scores["log_loss"] >= 0
     assert scores.get("top5_accuracy", 1.0) >= scores["accuracy"]
-    assert task.headline in scores
+    assert task.metric in scores
 
 
 @given(exams(), st.integers(0, 100))

@@ -335,7 +335,7 @@ def _optimize(
     ],
     goal: Annotated[str, typer.Option("--for", help="latency, throughput, size or energy.")] = "latency",
     tolerance: Annotated[
-        float | None, typer.Option(help="Loss of the headline score that is accepted, as a fraction.")
+        float | None, typer.Option(help="Loss of the primary metric that is accepted, as a fraction.")
     ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="95 of 100 single answers must be quicker.")] = None,
     time_budget: Annotated[str, typer.Option(help="For all of it: 90s, 5m, 1.5h.")] = "3m",
@@ -507,9 +507,9 @@ def _last_validation(run: Any) -> dict[str, float]:
 
 
 def _run_shown(run: Any) -> str:
-    headline, value = next(iter(run.scores.items()))
+    metric, value = next(iter(run.scores.items()))
     report = run.path / "report.html"
-    return f"Test {headline}: {value:.2%}\nRun:    {run.path}\nModel:  {run.model_path}\nReport: {report}"
+    return f"Test {metric}: {value:.2%}\nRun:    {run.path}\nModel:  {run.model_path}\nReport: {report}"
 
 
 @app.callback(invoke_without_command=True)

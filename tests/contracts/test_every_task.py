@@ -27,19 +27,19 @@ def exam(task: Task) -> tuple[np.ndarray, np.ndarray]:
     return task.probabilities(logits).numpy(), np.arange(60) % len(CLASSES)
 
 
-def test_the_gate_has_a_tolerance_and_a_headline_among_the_scores(task, exam):
+def test_the_gate_has_a_tolerance_and_a_metric_among_the_scores(task, exam):
     assert isinstance(task, Task)
     assert 0 <= task.tolerance < 0.1
     scores = task.scores(*exam)
-    assert task.headline in scores
+    assert task.metric in scores
     assert all(type(value) is float and math.isfinite(value) for value in scores.values())
 
 
-def test_better_answers_have_a_higher_headline(task):
+def test_better_answers_have_a_higher_metric(task):
     targets = np.arange(21) % len(CLASSES)
     right = np.eye(len(CLASSES), dtype=np.float32)[targets]
     wrong = np.roll(right, 1, axis=1)
-    assert task.scores(right, targets)[task.headline] > task.scores(wrong, targets)[task.headline]
+    assert task.scores(right, targets)[task.metric] > task.scores(wrong, targets)[task.metric]
 
 
 def test_probabilities_are_float32_and_sum_to_one(task):

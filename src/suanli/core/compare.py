@@ -7,7 +7,7 @@ that took no part in training or planning.
 
 For accuracy the interval is that of Agresti and Min ("Simple improved confidence intervals for comparing
 matched proportions", 2005): a normal one after half an example is added to each of the four cells, so that
-it has a width even where both models agree everywhere. For other headline scores it is a bootstrap over
+it has a width even where both models agree everywhere. For any other metric it is a bootstrap over
 the examples with a fixed seed.
 """
 
@@ -46,9 +46,9 @@ class Difference:
 
 
 def difference(task: Task, before: np.ndarray, after: np.ndarray, targets: np.ndarray) -> Difference:
-    """Of the task's headline score: probabilities (N, K) of both models for the same examples, in the same
+    """Of the task's primary metric: probabilities (N, K) of both models for the same examples, in the same
     order, and targets (N,). Raises ValueError for no examples."""
-    if task.headline == "accuracy":
+    if task.metric == "accuracy":
         return matched_shares(before.argmax(1) == targets, after.argmax(1) == targets)
     return _bootstrap(task, before, after, targets)
 
@@ -72,7 +72,7 @@ def _bootstrap(task: Task, before: np.ndarray, after: np.ndarray, targets: np.nd
     random = np.random.default_rng(SEED)
 
     def drop(picked: np.ndarray) -> float:
-        old, new = (task.scores(p[picked], targets[picked])[task.headline] for p in (before, after))
+        old, new = (task.scores(p[picked], targets[picked])[task.metric] for p in (before, after))
         return new - old
 
     everything = np.arange(len(targets))

@@ -273,8 +273,8 @@ class Task(ABC):
     """What is learned and how it is examined. A subclass is the file `tasks/<name>.py`."""
 
     name: ClassVar[str]
-    headline: ClassVar[str]  # key of `scores` by which runs are compared; higher is better
-    tolerance: ClassVar[float]  # the drop of the headline score that the gate accepts
+    metric: ClassVar[str]  # the primary one: key of `scores` by which runs are compared; higher is better
+    tolerance: ClassVar[float]  # the drop of the primary metric that the gate accepts
 
     @abstractmethod
     def loss(
@@ -372,7 +372,7 @@ class MeasuredScore:
     data: str  # the name of a data set
     classes: int
     examples: int  # of its training split
-    score: float  # the headline, on validation data: the mean of three to five seeds, less its standard error
+    score: float  # the primary metric, on validation data: the mean of three to five seeds, less its standard error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class Candidate:
     state: str = "waiting"  # "accepted", "refused", "lost", "impossible", "no time"
     reason: str = ""
     kept: tuple[str, ...] = ()  # nodes that its lower precision left alone
-    score: float | None = None  # the headline, on the examples of the exam
+    score: float | None = None  # the primary metric, on the evaluation examples
     difference: Difference | None = None  # to the reference's
     drift: float | None = None  # mean total variation distance (0 to 1) to the reference's answers
     build_s: float | None = None

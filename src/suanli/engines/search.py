@@ -6,7 +6,7 @@ on validation examples that took no part in calibration. It is refused where
 - the precision that it claims isn't what most of its products and convolutions run in,
 - its answers depend on how many inputs it gets at once,
 - its answers differ from the reference's by more than rounding to its precision explains, whatever the labels say,
-- the headline score is worse than the tolerance, even at the better end of the paired difference's interval.
+- the primary metric is worse than the tolerance, even at the better end of the paired difference's interval.
 
 Where int8 fails by its answers, the layers that were measured to hurt most go back to higher precision, twice as many
 each time, until it passes or half of them are back. What is left is timed by turns, so that what slows the machine
@@ -386,7 +386,7 @@ class EngineSearch:
         if found is not None and found.exceeds(self.tolerance):
             return _refused(
                 candidate,
-                f"{self.subject.task.headline} {100 * found.median:+.2f} points "
+                f"{self.subject.task.metric} {100 * found.median:+.2f} points "
                 f"({100 * found.low:+.2f} to {100 * found.high:+.2f})",
             )
         return replace(candidate, state="accepted")
@@ -405,7 +405,7 @@ class EngineSearch:
         task, targets = self.subject.task, self.subject.targets[: self.count]
         return replace(
             candidate,
-            score=task.scores(answers, targets)[task.headline],
+            score=task.scores(answers, targets)[task.metric],
             difference=compare.difference(task, self.reference, answers, targets),
             drift=drift,
         )

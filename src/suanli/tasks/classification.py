@@ -27,7 +27,7 @@ Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 class Classification(Task):
     name: ClassVar[str] = "classification"
-    headline: ClassVar[str] = "accuracy"
+    metric: ClassVar[str] = "accuracy"
     tolerance: ClassVar[float] = 0.005
 
     def loss(

@@ -79,7 +79,7 @@ def climb(
         rounds=run.rounds,
         steps=run.steps,
         planned_steps=steps,
-        headline=run.task.headline,
+        headline=run.task.metric,
         tolerance=run.task.tolerance,
         validation_examples=len(setup.prepared.splits["val"]),
         price_per_hour=price_per_hour,
@@ -343,7 +343,7 @@ def _loss(task: Task, place: _Place) -> str:
     assert place.again is not None
     found, again = place.difference, place.again
     return (
-        f"it loses {-found.median:.1%} of {task.headline} (95 % interval {-found.high:.1%} to {-found.low:.1%}), "
+        f"it loses {-found.median:.1%} of {task.metric} (95 % interval {-found.high:.1%} to {-found.low:.1%}), "
         f"{-again.median:.1%} with another seed; the task tolerates {task.tolerance:.1%}."
     )
 

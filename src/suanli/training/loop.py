@@ -43,7 +43,7 @@ class Progress:
 
     step: int = 0
     segments: list[float]  # epochs of each stretch: the recipe's, then each continuation's
-    last: float | None = None  # headline score of the newest validation
+    last: float | None = None  # primary metric of the newest validation
     best: float | None = None
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
@@ -341,10 +341,10 @@ class Loop:
             at = self.progress.step
             raise Diverged(f"The model's answers became NaN at step {at}.", fix=_DIVERGED_FIX) from error
         self.phase = before
-        headline, progress = scores[self.task.headline], self.progress
-        progress.last = headline
-        if progress.best is None or headline > progress.best:
-            progress.best, progress.stale = headline, 0
+        score, progress = scores[self.task.metric], self.progress
+        progress.last = score
+        if progress.best is None or score > progress.best:
+            progress.best, progress.stale = score, 0
         else:
             progress.stale += 1
         return scores
@@ -376,7 +376,7 @@ class Loop:
 
     @property
     def validation_score(self) -> float | None:
-        """The headline score on validation of the weights that are kept; None before a validation."""
+        """The primary metric on validation of the weights that are kept; None before a validation."""
         return self.progress.last if self.recipe.early_stop is None else self.progress.best
 
     # --- going on ---

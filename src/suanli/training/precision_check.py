@@ -30,7 +30,7 @@ def low_precision_speedups(plan: Plan) -> list[str]:
 
 
 def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
-    """How the headline score differs from float32's, and on how many inputs; None: there are none."""
+    """How the primary metric differs from float32's, and on how many inputs; None: there are none."""
     order = np.random.default_rng(0).permutation(len(loop.val_feed))[:EXAMINED]  # a split may be sorted by class
     batches = torch.from_numpy(order).split(validation_batch(loop.recipe))  # type: ignore[no-untyped-call]
     exact = replace(loop.compute, compute=None, autocast_dtype=None, settings=())

@@ -209,7 +209,7 @@ class Training:
                     logged_at, since, since_step = now, loop.progress.seconds, step
                 if step % every == 0 or last:
                     self._validate()
-                score = "" if loop.progress.last is None else f"  {loop.task.headline} {loop.progress.last:.1%}"
+                score = "" if loop.progress.last is None else f"  {loop.task.metric} {loop.progress.last:.1%}"
                 bar.update(step, note + score)
                 asked, due = self._agreed(stop.by, now - saved_at >= self.checkpoint_every_s, last)
                 if asked:
@@ -357,11 +357,11 @@ class Training:
         self._summarise(status)
         rate = self.directory.summary["examples_per_s"]
         reached = loop.validation_score
-        score = "" if reached is None else f", validation {loop.task.headline} {reached:.2%}"
+        score = "" if reached is None else f", validation {loop.task.metric} {reached:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
         if self.wanted_score is not None and reached is not None and reached < self.wanted_score:
-            warn(f"The {loop.task.headline} on validation is below the {self.wanted_score:.2%} that was wanted.")
+            warn(f"The {loop.task.metric} on validation is below the {self.wanted_score:.2%} that was wanted.")
 
     def _of_all(self, value: bool) -> list[bool]:
         """A collective where the weights are shared out, since then all finish together."""
@@ -378,7 +378,7 @@ class Training:
         refused = difference.exceeds(task.tolerance)
         self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
         if refused and self.plan.origin not in UNPLANNED and self.group.first:
-            reason = f"it cost {-difference.median:.1%} of validation {task.headline} against float32"
+            reason = f"it cost {-difference.median:.1%} of validation {task.metric} against float32"
             Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
 
@@ -418,9 +418,7 @@ class Training:
                     environment=device.environment(self.device),
                     recipe=self.recipe,
                     variant="+".join(self.plan.speedups) or "none",
-                    scores={}
-                    if loop.validation_score is None
-                    else {f"val_{loop.task.headline}": loop.validation_score},
+                    scores={} if loop.validation_score is None else {f"val_{loop.task.metric}": loop.validation_score},
                     count=loop.progress.step,
                 )
             )

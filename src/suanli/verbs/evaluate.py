@@ -81,7 +81,7 @@ def evaluate(
         examples = _other_data(saved, options, data, split)
     target = hardware.detect(device)
     found = _Exam(saved, examples, target).hold(augmented_views)
-    evaluation = Evaluation(split=split, headline=saved.task.headline, seconds=time.perf_counter() - started, **found)
+    evaluation = Evaluation(split=split, headline=saved.task.metric, seconds=time.perf_counter() - started, **found)
     if data is None:
         _write(run, evaluation, target, saved)
     return evaluation

@@ -83,7 +83,7 @@ def optimize(
 
     `subject` is a run, a model folder, an .onnx file of any framework, or "package.module:function", which builds a
     network, with `weights` (.safetensors). `goal` is "latency" (one input), "throughput", "size" or "energy";
-    `tolerance` the loss of the headline score, as a fraction, that is accepted (default: the task's); `time_budget`
+    `tolerance` the loss of the primary metric, as a fraction, that is accepted (default: the task's); `time_budget`
     the time for all of it. Calibration and examination use the data of the run, or `data`; without, only engines that
     keep float32 are tried. `mean` and `std` of each channel (white is 1) and `size` ("224", "224x160") say what a
     foreign network learned with. Engines go into the model folder; for a foreign one into `out`.
@@ -135,7 +135,7 @@ def optimize(
             ) from error
         if max_latency_ms is not None and (speed := found.chosen.latency()) and speed.p95_s * 1000 > max_latency_ms:
             raise TooSlow(
-                OptimizeResult(path=given.engines, search=found, index={"headline": given.task.headline}),
+                OptimizeResult(path=given.engines, search=found, index={"headline": given.task.metric}),
                 f"No engine answers in {max_latency_ms:g} ms here; the best, {found.chosen.name}, takes "
                 f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
                 fix="Allow more, choose a smaller model, or a faster machine.",
@@ -148,7 +148,7 @@ def optimize(
                 "weights": given.weights,
                 "classes": list(given.classes),
                 "preprocess": given.preprocess.to_json(),
-                "headline": given.task.headline,
+                "headline": given.task.metric,
                 "found": found.to_json(),
             },
         )
@@ -232,7 +232,7 @@ def _record(run: Run, given: ResolvedSubject, device: Device, found: SearchResul
                     environment=environment,
                     recipe=given.recipe,
                     variant=candidate.name,
-                    scores={} if score is None else {f"val_{given.task.headline}": score},
+                    scores={} if score is None else {f"val_{given.task.metric}": score},
                     count=speed.calls,
                 )
             )
@@ -248,10 +248,10 @@ def table(optimized: OptimizeResult) -> Group:
     from rich.text import Text
 
     found = optimized.search
-    reference, headline = found.candidates[0], optimized.index["headline"]
+    reference, metric = found.candidates[0], optimized.index["headline"]
     shown = Table(box=None, pad_edge=False, padding=(0, 1))
     shown.add_column("engine", no_wrap=True)
-    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", headline):
+    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", metric):
         shown.add_column(title, justify="right", no_wrap=True)
     for c in sorted((c for c in found.candidates if c.speeds), key=lambda c: c.cost(found.goal)):
         speed, most = c.latency(), c.throughput()
