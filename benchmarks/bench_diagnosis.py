@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from suanli.compute.step_clock import CudaTimeline, DeviceClock, HostClock, StepClock
 from suanli.core.types import Json
 from suanli.machine.device import cores, detect, environment
-from suanli.machine.timing import gain, interleaved, spread
+from suanli.machine.timing import gain, spread, time_interleaved
 from suanli.training.diagnose import Facts, Watch
 
 # Batch, channels, side, width, steps a turn. A turn is longer than the clock's interval, which goes on while the others
@@ -110,7 +110,7 @@ def measured(size: str, device: torch.device, clock: StepClock, rounds: int, bud
     loop = Loop(size, device, clock)
     settle = None if device.type == "cpu" else partial(torch.cuda.synchronize, device)
     sides = {"plain": loop.plain, "clocked": loop.clocked, "plain again": loop.plain}
-    turns = interleaved(sides, rounds=rounds, warm_up=5, budget_s=budget_s, settle=settle)
+    turns = time_interleaved(sides, rounds=rounds, warm_up=5, budget_s=budget_s, settle=settle)
     found, equals = gain(turns["clocked"], turns["plain"]), gain(turns["plain again"], turns["plain"])
     step_s = spread(turns["plain"]).median / loop.turn
     diagnosis = loop.watch.current

@@ -39,8 +39,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import suanli
-from suanli.core.compare import Difference, matched_shares
-from suanli.core.console import quiet
+from suanli.core.compare import Difference, share_difference
+from suanli.core.console import hide_progress
 from suanli.core.run import Run
 from suanli.core.types import Json
 from suanli.engines.candidates import SearchResult
@@ -209,7 +209,7 @@ def openvino_queue(case: Path, way: Way) -> Loaded:
     """Source: "OpenVINO Runtime Python API", AsyncInferQueue. The size of a piece is tried."""
     rows = np.load(case / "rows.npy", mmap_mode="r", allow_pickle=False)[: BATCHES[-1]].copy()
     tried = {piece: queue_of(openvino_compiled(case, way, piece, "THROUGHPUT"), piece) for piece in PIECES}
-    took = timing.interleaved({piece: lambda work=work: work(rows) for piece, work in tried.items()}, rounds=5)
+    took = timing.time_interleaved({piece: lambda work=work: work(rows) for piece, work in tried.items()}, rounds=5)
     best = min(took, key=lambda piece: statistics.median(took[piece]))
     return tried[best], f"pieces of {best}"
 
@@ -477,7 +477,7 @@ class Bench:
         run = (given.runs or self.folder) / name
         if not (run / "model" / "model.json").exists():
             started = time.perf_counter()
-            with quiet():
+            with hide_progress():
                 suanli.train(
                     given.data / net.data,
                     model=net.model,
@@ -501,7 +501,7 @@ class Bench:
             shutil.copytree(run, case / goal, ignore=shutil.ignore_patterns("engines", "checkpoints"))
         shutil.copytree(case / goals[0] / "model", case / "model")
         options = DataOptions.of_run(Run.open(run), cache_dir=self.given.cache)
-        with quiet():
+        with hide_progress():
             recipe = load_model(case / "model", trust_code=True).recipe
             splits = resolve(options, recipe=recipe, settings={}, tell=False)[1].splits
         random = np.random.default_rng(0)  # the same rows in the same order as suanli's own
@@ -520,7 +520,7 @@ class Bench:
     def optimize(self, name: str, case: Path, copy: str, **options: Json) -> tuple[SearchResult, float]:
         """What was found for a copy of the run, and the seconds of all of it."""
         started = time.perf_counter()
-        with quiet():
+        with hide_progress():
             found = suanli.optimize(
                 case / copy,
                 time_budget=self.given.time_budget,
@@ -590,7 +590,7 @@ class Bench:
             else:
                 right = found.argmax(1) == targets[:count]
                 one.accuracy, one.drift = float(right.mean()), distance(found, reference)
-                one.difference = matched_shares(reference.argmax(1) == targets[:count], right)
+                one.difference = share_difference(reference.argmax(1) == targets[:count], right)
             self.keep("exam", net=name, way=one.way.name, examples=count, **one.to_json())
 
     # --- the race ---

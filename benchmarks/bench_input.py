@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from suanli.core.console import quiet
+from suanli.core.console import hide_progress
 from suanli.data.loader import Feed
 from suanli.machine.device import detect, environment
 from suanli.verbs.prepare import prepare
@@ -72,7 +72,7 @@ def pillow_epochs(root: Path, size: int, workers: int) -> Iterator[tuple[int, fl
 
 def suanli_epochs(archive: Path, size: int, *, resident: bool) -> Iterator[tuple[int, float]]:
     device = detect("cpu")
-    with tempfile.TemporaryDirectory() as cache, quiet():
+    with tempfile.TemporaryDirectory() as cache, hide_progress():
         started = time.perf_counter()
         prepared = prepare(archive, settings={"preprocess.size": size}, cache_dir=cache)
         feeds = [Feed(s, device, resident=resident) for s in prepared.splits.values()]

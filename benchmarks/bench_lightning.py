@@ -42,7 +42,7 @@ from record import Record, arguments, start
 from sides import Side, auto_plan, plan_of, settler
 from suanli.core.errors import pip_install
 from suanli.core.types import Batch, Device, Json, Plan, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.machine import timing
 from suanli.training.augment import AugmentationPipeline, compose, parse
 from suanli.training.augments.crop import Crop
@@ -72,7 +72,7 @@ class Network(pl.LightningModule):
     def __init__(
         self,
         recipe: Recipe,
-        prepared: Prepared,
+        prepared: PreparedData,
         module: torch.nn.Module,
         *,
         augment: AugmentationPipeline | None,
@@ -115,7 +115,7 @@ class Network(pl.LightningModule):
 class Rows(Dataset[Any]):
     """Whole batches of uint8 rows by index, already on the device."""
 
-    def __init__(self, prepared: Prepared, device: torch.device) -> None:
+    def __init__(self, prepared: PreparedData, device: torch.device) -> None:
         split = prepared.splits["train"]
         self.rows = torch.from_numpy(np.asarray(split.inputs[split.index])).to(device)
         self.targets = torch.from_numpy(np.asarray(split.targets)).to(device)
@@ -132,7 +132,7 @@ class Images(Dataset[Any]):
     """One decoded image at a time, as tensors of float32, with the recipe's augmentations for one image: what
     torchvision's transforms do."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared) -> None:
+    def __init__(self, recipe: Recipe, prepared: PreparedData) -> None:
         split = prepared.splits["train"]
         self.rows = torch.from_numpy(np.asarray(split.inputs[split.index]))
         self.targets = split.targets.tolist()
@@ -149,11 +149,11 @@ class Images(Dataset[Any]):
         return (image - self.mean) / self.std, self.targets[index]
 
 
-def _mean_of(prepared: Prepared) -> Any:
+def _mean_of(prepared: PreparedData) -> Any:
     return prepared.preprocess.mean  # type: ignore[attr-defined]
 
 
-def _std_of(prepared: Prepared) -> Any:
+def _std_of(prepared: PreparedData) -> Any:
     return prepared.preprocess.std  # type: ignore[attr-defined]
 
 
@@ -247,7 +247,7 @@ def compare(kind: str, name: str, given: argparse.Namespace, device: Device) -> 
 
 def tuned(
     recipe: Recipe,
-    prepared: Prepared,
+    prepared: PreparedData,
     module: torch.nn.Module,
     plan: Plan,
     device: Device,

@@ -21,7 +21,7 @@ import numpy as np
 
 from processes import Processes
 from record import Record, arguments, start
-from suanli.core.console import quiet
+from suanli.core.console import hide_progress
 from suanli.core.registry import names
 from suanli.core.types import Json
 from suanli.machine import timing
@@ -148,7 +148,7 @@ class Bench:
 
 def write_variants(cifar10: Path, folder: Path) -> None:
     """From CIFAR-10: few colour images, all of them grey, and few of them grey, as .npz."""
-    with quiet():
+    with hide_progress():
         whole = prepare(cifar10, cache_dir=folder)
     train, test = whole.splits["train"], whole.splits["test"]
     order = np.random.default_rng(0).permutation(len(train))

@@ -31,7 +31,7 @@ import torch
 from processes import Processes
 from record import Record, arguments, start
 from suanli.core.types import Json
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 
 LIMITS_S = {0.7: 20.0, 0.8: 45.0, 0.9: 480.0}  # to reach on two cores
 MEMORY_LIMIT = 2 << 30  # bytes of the whole process
@@ -108,7 +108,7 @@ def said(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} (sd {spread:{form}}, {len(values)} seeds)"
 
 
-def as_arrays(prepared: Prepared) -> dict[str, np.ndarray]:
+def as_arrays(prepared: PreparedData) -> dict[str, np.ndarray]:
     """All that is not test, as others would train on it, and the test split."""
     splits = {name: (split.inputs[split.index], split.targets) for name, split in prepared.splits.items()}
     rest = [splits[name] for name in splits if name != "test"]

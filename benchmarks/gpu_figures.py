@@ -34,10 +34,10 @@ from record import Record, arguments, start
 from sides import Side, by_turns, half_precision_flops, plan_of
 from suanli.compute import plan as planning
 from suanli.compute.flops import flops
-from suanli.core.console import quiet
+from suanli.core.console import hide_progress
 from suanli.core.errors import SuanliError
 from suanli.core.types import Device, Json, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.machine import timing
 from suanli.training.loop import Loop
 from suanli.training.prepare import DataOptions, resolve
@@ -84,11 +84,11 @@ def prepare(given: argparse.Namespace, device: Device, record: Record) -> None: 
         record.say(f"{name}: {prepared.name}, {len(prepared.splits['train']):,} for training, {shape}")
 
 
-def small(given: argparse.Namespace, settings: dict[str, Json]) -> tuple[Recipe, Prepared]:
+def small(given: argparse.Namespace, settings: dict[str, Json]) -> tuple[Recipe, PreparedData]:
     return _resolve(given, SMALL, "small_images", settings)
 
 
-def photos(given: argparse.Namespace) -> tuple[Recipe, Prepared]:
+def photos(given: argparse.Namespace) -> tuple[Recipe, PreparedData]:
     pixels, batch = (64, 8) if given.tiny else (224, 256)
     settings = {"model": "resnet50", "preprocess.size": pixels, "batch_size": batch}
     return _resolve(given, PHOTOS, "photos", settings)
@@ -96,10 +96,10 @@ def photos(given: argparse.Namespace) -> tuple[Recipe, Prepared]:
 
 def _resolve(
     given: argparse.Namespace, names: tuple[str, str], recipe: str, settings: dict[str, Json]
-) -> tuple[Recipe, Prepared]:
+) -> tuple[Recipe, PreparedData]:
     path = next(p for p in (given.data / name for name in names) if p.exists())
     options = DataOptions.of(path, data_dir=None, cache_dir=given.cache)
-    with quiet():
+    with hide_progress():
         return resolve(options, recipe=recipe, settings={"epochs": ENDLESS, **settings}, tell=False)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from suanli.core import registry
 from suanli.core.types import Batch, Device, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.models import build
 from suanli.training.augment import compose
 from suanli.training.schedule import lr_factor
@@ -34,7 +34,7 @@ class Handwritten:
     suanli's order of examples, which divides an epoch evenly."""
 
     def __init__(
-        self, recipe: Recipe, prepared: Prepared, module: nn.Module, device: Device, means: Collection[str] = ()
+        self, recipe: Recipe, prepared: PreparedData, module: nn.Module, device: Device, means: Collection[str] = ()
     ) -> None:
         if unknown := set(means) - set(MEANS):
             raise ValueError(f"a person doesn't write {', '.join(unknown)} here; known: {', '.join(MEANS)}")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from suanli.core.console import quiet
+from suanli.core.console import hide_progress
 from suanli.core.types import Json
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.machine import device
 from suanli.verbs.prepare import prepare
 
@@ -33,9 +33,9 @@ class Processes:
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self._numbers = count(1)  # of runs; several threads may ask
 
-    def prepare(self, data: Path | str) -> Prepared:
+    def prepare(self, data: Path | str) -> PreparedData:
         """Decodes the data into the cache that all runs share."""
-        with quiet():
+        with hide_progress():
             return prepare(data, cache_dir=self.folder)
 
     def train(self, data: Path | str, options: Sequence[str]) -> tuple[float, dict[str, Json]]:

@@ -19,7 +19,7 @@ from gpu_figures import training_flops
 from processes import standard_error
 from record import arguments, start
 from suanli.compute import plan
-from suanli.core.console import quiet
+from suanli.core.console import hide_progress
 from suanli.core.errors import SuanliError
 from suanli.core.settings import change
 from suanli.training.prepare import DataOptions, resolve
@@ -43,7 +43,7 @@ def main() -> None:
     device = start(given)
     worker, workers = map(int, given.worker.split("/"))
     options = DataOptions.of(given.data / given.file, data_dir=None, cache_dir=given.cache)
-    with quiet():
+    with hide_progress():
         recipe, prepared = resolve(options, recipe=given.recipe, settings={}, tell=False)
     lines = [line for line in given.ways.read_text().splitlines() if line.strip()][worker::workers]
     for line in lines:

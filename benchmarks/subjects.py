@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from suanli.core.console import quiet
+from suanli.core.console import hide_progress
 from suanli.core.types import Json, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.training.prepare import DataOptions, resolve
 
 
@@ -31,13 +31,13 @@ ENDLESS = 100_000.0  # epochs
 
 def load(
     name: str, data: Path, *, cache: Path | None, settings: Mapping[str, Json] | None = None
-) -> tuple[Recipe, Prepared]:
+) -> tuple[Recipe, PreparedData]:
     """The recipe of a subject, with `settings` on top, and its data: below the folder `data`, or in the file
     `data`. Raises DataError where it isn't there."""
     subject = SUBJECTS[name]
     options = DataOptions.of(data if data.is_file() else data / subject.file, data_dir=None, cache_dir=cache)
     chosen = {**subject.settings, **(settings or {})}
-    with quiet():
+    with hide_progress():
         return resolve(options, recipe=subject.recipe, settings=chosen, tell=False)
 
 
@@ -46,5 +46,5 @@ def endless(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"epochs": ENDLESS})
 
 
-def steps_per_epoch(recipe: Recipe, prepared: Prepared) -> int:
+def steps_per_epoch(recipe: Recipe, prepared: PreparedData) -> int:
     return -(-len(prepared.splits["train"]) // recipe.batch_size)

@@ -14,7 +14,7 @@ from suanli.compute.infer import infer
 from suanli.compute.step_runner import active
 from suanli.core.settings import change
 from suanli.core.types import Device, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.data.loader import Order
 from suanli.training.loop import Progress
 from suanli.training.setup import Setup
@@ -32,7 +32,7 @@ class Trained:
 
 
 class Warm:
-    def __init__(self, recipe: Recipe, prepared: Prepared, device: Device, speedups: list[str]) -> None:
+    def __init__(self, recipe: Recipe, prepared: PreparedData, device: Device, speedups: list[str]) -> None:
         self.recipe, self.prepared, self.device = recipe, prepared, device
         setup = Setup(recipe, prepared, device)
         self.plan = plan_of(speedups, setup)

@@ -23,7 +23,7 @@ import suanli.compute.speedups
 from registered import forget
 from suanli.cli import main
 from suanli.core import registry
-from suanli.core.compare import Difference, difference, matched_shares
+from suanli.core.compare import Difference, difference, share_difference
 from suanli.core.types import Plan, Recipe
 from suanli.machine import device
 from suanli.machine.peak import Ceilings
@@ -343,17 +343,17 @@ answers = st.integers(1, 200).flatmap(
 @given(answers)
 def test_an_interval_holds_what_was_measured(pair: tuple[np.ndarray, np.ndarray]) -> None:
     before, after = pair
-    found = matched_shares(before, after)
+    found = share_difference(before, after)
     assert found.median == pytest.approx(after.mean() - before.mean())
     assert -1 <= found.low <= found.median <= found.high <= 1
     assert found.low < found.high
-    back = matched_shares(after, before)
+    back = share_difference(after, before)
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
 
 
 @given(answers, st.integers(2, 5))
 def test_more_examples_of_the_same_kind_narrow_it(pair: tuple[np.ndarray, np.ndarray], times: int) -> None:
-    few, many = matched_shares(*pair), matched_shares(*(np.tile(side, times) for side in pair))
+    few, many = share_difference(*pair), share_difference(*(np.tile(side, times) for side in pair))
     assert many.high - many.low < few.high - few.low
     assert many.median == pytest.approx(few.median)
 
@@ -364,7 +364,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     truth, inside, repeats = 0.03 - 0.06, 0, 600
     for _ in range(repeats):
         drawn = random.choice(4, 150, p=cells)
-        found = matched_shares(drawn < 2, (drawn == 0) | (drawn == 2))
+        found = share_difference(drawn < 2, (drawn == 0) | (drawn == 2))
         inside += found.low <= truth <= found.high
     assert 0.93 <= inside / repeats <= 0.985
 
@@ -381,8 +381,8 @@ def test_few_examples_refuse_nothing_that_looks_bad_by_chance() -> None:
     """Two lost of ten are no proof; 200 of 1,000 are."""
     before = np.ones(10, bool)
     after = np.arange(10) >= 2
-    assert not matched_shares(before, after).exceeds(0.005)
-    assert matched_shares(np.tile(before, 100), np.tile(after, 100)).exceeds(0.005)
+    assert not share_difference(before, after).exceeds(0.005)
+    assert share_difference(np.tile(before, 100), np.tile(after, 100)).exceeds(0.005)
 
 
 class Balanced(Classification):
@@ -410,8 +410,8 @@ def test_another_metric_is_compared_in_pairs_too() -> None:
 
 def test_different_examples_are_the_callers_mistake() -> None:
     with pytest.raises(ValueError, match="not the same examples"):
-        matched_shares(np.ones(3, bool), np.ones(4, bool))
+        share_difference(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(ValueError, match="not the same examples"):
-        matched_shares(np.ones(0, bool), np.ones(0, bool))
+        share_difference(np.ones(0, bool), np.ones(0, bool))
     with pytest.raises(ValueError, match="no examples"):
         difference(Balanced(), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0, np.int64))

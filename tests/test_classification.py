@@ -159,7 +159,7 @@ def test_an_empty_split_is_refused():
     with pytest.raises(DataError, match="no examples"):
         task.scores(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
     with pytest.raises(DataError, match="no examples"):
-        task.examine(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), ["a", "b"])
+        task.evaluate(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), ["a", "b"])
 
 
 def test_broken_probabilities_are_refused():
@@ -173,7 +173,7 @@ def test_broken_probabilities_are_refused():
 def test_examine_agrees_with_scikit_learn():
     probabilities, targets = answers(500, 4)
     predicted = probabilities.argmax(1)
-    found = task.examine(probabilities, targets, ["a", "b", "c", "d"])
+    found = task.evaluate(probabilities, targets, ["a", "b", "c", "d"])
     expected = metrics.precision_recall_fscore_support(targets, predicted)
     for key, values in zip(("precision", "recall", "f1", "count"), expected, strict=True):
         assert [one[key] for one in found["per_class"]] == pytest.approx(list(values))
@@ -183,7 +183,7 @@ def test_examine_agrees_with_scikit_learn():
 
 def test_confused_pairs_are_the_largest_mistakes_in_order():
     probabilities = np.eye(3)[[1, 1, 1, 2, 0, 0]]
-    found = task.examine(probabilities, np.array([0, 0, 1, 0, 2, 0]), ["cat", "dog", "cow"])
+    found = task.evaluate(probabilities, np.array([0, 0, 1, 0, 2, 0]), ["cat", "dog", "cow"])
     assert found["confused"] == [
         {"true": "cat", "predicted": "dog", "count": 2},
         {"true": "cat", "predicted": "cow", "count": 1},
@@ -193,7 +193,7 @@ def test_confused_pairs_are_the_largest_mistakes_in_order():
 
 def test_undefined_figures_are_none_and_all_of_it_is_json():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]], np.float32)
-    found = task.examine(probabilities, np.array([0, 1]), ["a", "b", "c"])
+    found = task.evaluate(probabilities, np.array([0, 1]), ["a", "b", "c"])
     assert found["per_class"][1] == {"name": "b", "count": 1, "precision": None, "recall": 0.0, "f1": 0.0}
     assert found["per_class"][2] == {"name": "c", "count": 0, "precision": None, "recall": None, "f1": None}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -201,7 +201,7 @@ def test_undefined_figures_are_none_and_all_of_it_is_json():
 
 def test_reliability_bins_hold_every_example_and_explain_the_calibration_error():
     probabilities, targets = answers(300, 3)
-    bins = task.examine(probabilities, targets, "abc")["reliability"]
+    bins = task.evaluate(probabilities, targets, "abc")["reliability"]
     assert sum(one["count"] for one in bins) == 300
     error = sum(abs(b["confidence"] - b["accuracy"]) * b["count"] for b in bins if b["count"]) / 300
     assert error == pytest.approx(task.scores(probabilities, targets)["calibration_error"])
@@ -212,7 +212,7 @@ def test_reliability_bins_hold_every_example_and_explain_the_calibration_error()
 
 def test_many_classes_give_the_worst_pairs_instead_of_the_matrix():
     probabilities, targets = answers(3000, 150)
-    found = task.examine(probabilities, targets, [str(i) for i in range(150)])
+    found = task.evaluate(probabilities, targets, [str(i) for i in range(150)])
     assert found["confusion"] is None
     assert len(found["confused"]) == 20
     matrix = confusion_matrix(probabilities, targets)

@@ -65,7 +65,8 @@ def test_digits_are_whole_and_fill_the_grey_scale(tmp_path: Path) -> None:
 
 
 def test_digits_are_read_without_importing_what_carries_them() -> None:
-    code = "import sys; from suanli.data.datasets.digits import DATASET; DATASET.read(None); print('sklearn' in sys.modules)"
+    read = "from suanli.data.datasets.digits import DATASET; DATASET.read(None)"
+    code = f"import sys; {read}; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -316,7 +316,7 @@ assert hardware.available_memory_bytes(cpu) < 8 << 30
 try:
     torch.ones(4 << 30)
 except RuntimeError as error:
-    assert hardware.out_of_memory(error), error
+    assert hardware.is_out_of_memory(error), error
     print("recognised")
 """
     assert in_a_process(code).strip() == "recognised"
@@ -341,7 +341,7 @@ def raised(work: Callable[[], object]) -> BaseException:
     ids=["torch", "numpy", "python"],
 )
 def test_real_failed_allocations_are_recognised(work: Callable[[], object]) -> None:
-    assert hardware.out_of_memory(raised(work))
+    assert hardware.is_out_of_memory(raised(work))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_real_failed_allocations_are_recognised(work: Callable[[], object]) -> N
     ],
 )
 def test_known_words_of_out_of_memory(error: BaseException) -> None:
-    assert hardware.out_of_memory(error)
+    assert hardware.is_out_of_memory(error)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def test_known_words_of_out_of_memory(error: BaseException) -> None:
     ],
 )
 def test_other_errors_are_not_out_of_memory(work: Callable[[], object]) -> None:
-    assert not hardware.out_of_memory(raised(work))
+    assert not hardware.is_out_of_memory(raised(work))
 
 
 @pytest.mark.parametrize(
@@ -380,11 +380,11 @@ def test_other_errors_are_not_out_of_memory(work: Callable[[], object]) -> None:
     ],
 )
 def test_c_code_that_had_no_memory_for_an_exception(said: str, memory: bool) -> None:
-    assert hardware.out_of_memory(SystemError(said)) is memory
+    assert hardware.is_out_of_memory(SystemError(said)) is memory
 
 
 def test_no_space_left_is_not_out_of_memory() -> None:
-    assert not hardware.out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
+    assert not hardware.is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
 
 
 def test_peak_memory_grows_by_what_is_held() -> None:

@@ -12,7 +12,7 @@ import pytest
 import suanli
 from suanli.cli import main
 from suanli.core.registry import load, load_all
-from suanli.core.settings import change, seconds
+from suanli.core.settings import change, parse_duration
 from suanli.training import budget
 from suanli.training.recipes import small_images_grey_few
 from suanli.training.recipes._images import SMALL
@@ -160,10 +160,10 @@ def test_every_shipped_effort_is_a_recipe_and_dearer_ones_reach_more() -> None:
     ("text", "expected"), [("90", 90), ("90s", 90), (" 5m ", 300), ("1.5h", 5400), (12.5, 12.5), (".5m", 30)]
 )
 def test_times_as_people_write_them(text: str | float, expected: float) -> None:
-    assert seconds(text) == expected
+    assert parse_duration(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "m", "5 minutes", "1e3", "-5", "nan", "inf", "0", "0.0h", "5m30s", float("nan")])
 def test_what_is_no_time(text: str | float) -> None:
     with pytest.raises(suanli.UsageError, match="is no time"):
-        seconds(text)
+        parse_duration(text)

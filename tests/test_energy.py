@@ -38,7 +38,7 @@ def test_the_packages_add_up_and_nothing_counts_twice(tmp_path: Path) -> None:
         zone(tmp_path, "intel-rapl:2", "psys", 0),
         zone(tmp_path, "intel-rapl-mmio:0", "package-0", 0),
     ]
-    with energy.metered(CPU, root=tmp_path) as meter:
+    with energy.measure_energy(CPU, root=tmp_path) as meter:
         first.write_text("3500000\n")
         second.write_text("5250000\n")
         for other in others:
@@ -51,7 +51,7 @@ def test_the_packages_add_up_and_nothing_counts_twice(tmp_path: Path) -> None:
 def test_a_counter_that_starts_again(start: int, used: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         counter = zone(Path(folder), "intel-rapl:0", "package-0", start)
-        with energy.metered(CPU, root=Path(folder)) as meter:
+        with energy.measure_energy(CPU, root=Path(folder)) as meter:
             counter.write_text(str((start + used) % RANGE_UJ))
         assert meter.joules == pytest.approx(used / 1e6)
 
@@ -59,7 +59,7 @@ def test_a_counter_that_starts_again(start: int, used: int) -> None:
 def test_a_long_block_misses_no_turn(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     new = tmp_path / "new"
-    with energy.metered(CPU, root=tmp_path, look_s=0.005) as meter:
+    with energy.measure_energy(CPU, root=tmp_path, look_s=0.005) as meter:
         for turn in range(1, 5):
             new.write_text(str(turn * RANGE_UJ * 6 // 10 % RANGE_UJ))
             new.replace(counter)  # never seen half-written
@@ -72,7 +72,7 @@ def test_an_error_in_the_block_passes_and_ends_the_watch(tmp_path: Path) -> None
     meters = []
 
     def fail() -> None:
-        with energy.metered(CPU, root=tmp_path) as meter:
+        with energy.measure_energy(CPU, root=tmp_path) as meter:
             meters.append(meter)
             counter.write_text("2000000")
             raise ZeroDivisionError
@@ -88,14 +88,14 @@ def test_an_error_in_the_block_passes_and_ends_the_watch(tmp_path: Path) -> None
 def test_what_is_no_number_is_unknown(tmp_path: Path, content: str) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0", 1)
     zone(tmp_path, "intel-rapl:1", "package-1", content)
-    with energy.metered(CPU, root=tmp_path) as meter:
+    with energy.measure_energy(CPU, root=tmp_path) as meter:
         pass
     assert meter.joules is None
 
 
 def test_a_counter_that_goes_away_is_unknown(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 1)
-    with energy.metered(CPU, root=tmp_path) as meter:
+    with energy.measure_energy(CPU, root=tmp_path) as meter:
         counter.unlink()
     assert meter.joules is None
 
@@ -103,7 +103,7 @@ def test_a_counter_that_goes_away_is_unknown(tmp_path: Path) -> None:
 def test_going_back_without_a_known_end_is_unknown(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
     (counter.parent / "max_energy_range_uj").unlink()
-    with energy.metered(CPU, root=tmp_path) as meter:
+    with energy.measure_energy(CPU, root=tmp_path) as meter:
         counter.write_text("1000000")
     assert meter.joules is None
 
@@ -111,13 +111,13 @@ def test_going_back_without_a_known_end_is_unknown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torch_name", ["cpu", "mps"])
 def test_a_machine_without_counters_is_unknown(tmp_path: Path, torch_name: str) -> None:
     device = Device(name="", torch_name=torch_name, memory_bytes=None, fast_dtypes=())
-    with energy.metered(device, root=tmp_path) as meter:
+    with energy.measure_energy(device, root=tmp_path) as meter:
         pass
     assert meter.joules is None
 
 
 def test_this_machine_takes_energy_or_does_not_tell() -> None:
-    with energy.metered(detect("cpu")) as meter:
+    with energy.measure_energy(detect("cpu")) as meter:
         time.sleep(0.05)
     assert meter.joules is None or meter.joules > 0
 

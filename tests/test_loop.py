@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from suanli.core.types import Plan, Recipe, Row, Source
-from suanli.data.cache import Prepared, prepare_source
+from suanli.data.cache import PreparedData, prepare_source
 from suanli.machine import device
 from suanli.training import checkpoint
 from suanli.training.loop import Loop
@@ -22,7 +22,7 @@ CPU = device.detect("cpu")
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (150, 9, 11, 3), dtype=np.uint8)
     rows = [
@@ -62,7 +62,7 @@ RECIPES = st.builds(
 )
 
 
-def loop_of(recipe: Recipe, prepared: Prepared, *, fresh: bool = True) -> Loop:
+def loop_of(recipe: Recipe, prepared: PreparedData, *, fresh: bool = True) -> Loop:
     """Computed in another layout, and by the optimizer's fused kernel where there is one."""
     speedups = ("channels_last",) if recipe.optimizer == "muon" else ("channels_last", "fused_optimizer")
     return Setup(recipe, prepared, CPU, fresh=fresh).loop(Plan(device="cpu", speedups=speedups))
@@ -76,7 +76,7 @@ def bits(loop: Loop) -> dict[str, torch.Tensor]:
 @settings(max_examples=15)
 @given(recipe=RECIPES, stops=st.lists(st.integers(1, 20), max_size=3, unique=True))
 def test_going_on_from_any_step_gives_the_same_bits(
-    prepared: Prepared, tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, stops: list[int]
+    prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, stops: list[int]
 ) -> None:
     whole = loop_of(recipe, prepared)
     for _ in whole.run():
@@ -100,7 +100,7 @@ def test_going_on_from_any_step_gives_the_same_bits(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
+def test_measuring_leaves_no_trace(prepared: PreparedData) -> None:
     loop = loop_of(Recipe(batch_size=16), prepared)
     before = bits(loop)
     with loop.preserve_weights():
@@ -110,7 +110,7 @@ def test_measuring_leaves_no_trace(prepared: Prepared) -> None:
     assert all(p.grad is None for p in loop.model.parameters())
 
 
-def test_another_networks_checkpoint_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+def test_another_networks_checkpoint_is_refused(prepared: PreparedData, tmp_path: Path) -> None:
     from suanli.core.errors import DamagedFile
 
     loop = loop_of(Recipe(batch_size=16), prepared)
@@ -120,7 +120,7 @@ def test_another_networks_checkpoint_is_refused(prepared: Prepared, tmp_path: Pa
         other.restore(checkpoint.read(path))
 
 
-def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: Prepared) -> None:
+def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: PreparedData) -> None:
     """Only batch norms see the parts; a network without them computes the same gradient."""
     results = []
     for parts in (1, 4):

@@ -103,14 +103,14 @@ def test_seconds_waits_before_and_after() -> None:
 def test_turns_go_forth_and_back(count: int, rounds: int, warm_up: int) -> None:
     seen: list[int] = []
     works = {key: (lambda key=key: seen.append(key)) for key in range(count)}
-    found = timing.interleaved(works, rounds=rounds, warm_up=warm_up)
+    found = timing.time_interleaved(works, rounds=rounds, warm_up=warm_up)
     keys = list(range(count))
     assert seen == [k for number in range(warm_up + rounds) for k in (keys if number % 2 == 0 else keys[::-1])]
     assert {key: len(values) for key, values in found.items()} == dict.fromkeys(keys, rounds)
 
 
 def test_a_spent_budget_ends_the_turns_after_the_first() -> None:
-    found = timing.interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.0)
+    found = timing.time_interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.0)
     assert len(found["a"]) == 1
-    found = timing.interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.05)
+    found = timing.time_interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.05)
     assert 1 <= len(found["a"]) < 10

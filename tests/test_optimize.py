@@ -310,7 +310,8 @@ def test_every_planted_fault_is_refused(
             "from onnx import numpy_helper\nfrom suanli.engines import onnxruntime as real\n"
             'build, load, PRECISIONS = real.build, real.load, ("float32",)\n'
             f"{FAULTS[name]}\n"
-            f"ENGINE = replace(real.ENGINE, name={name!r}, precisions=PRECISIONS, build=build, load=load, kinds=())\n",
+            f"ENGINE = replace(real.ENGINE, name={name!r}, precisions=PRECISIONS, build=build, load=load,\n"
+            "    quantized_ops=())\n",
         )
     found = suanli.optimize(run, engines=",".join(names), time_budget="5m").search
     states = {c.engine: (c.state, c.reason) for c in found.candidates[1:]}

@@ -246,7 +246,7 @@ def test_what_only_saves_memory_isnt_tried(speedup_room: Put) -> None:
 
 
 def test_what_shows_only_between_processes_is_used_by_name_alone(speedup_room: Put) -> None:
-    speedup_room("quiet", QUICK, between_processes=True)
+    speedup_room("quiet", QUICK, distributed_only=True)
     found = plan()
     assert found.speedups == found.trials == ()
     assert "only by name" in found.dropped["quiet"]

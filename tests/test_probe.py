@@ -17,9 +17,9 @@ from small_works import CPU, measure
 from suanli.core.types import Device
 from suanli.data.decode import decode
 from suanli.machine import microbenchmarks
-from suanli.machine.disk import read_rates
+from suanli.machine.disk import measure_read_rates
 from suanli.machine.microbenchmarks import PRECISIONS, Absent
-from suanli.machine.peak import Ceilings, fingerprint, known, probe, title, unsteady
+from suanli.machine.peak import Ceilings, fingerprint, probe, read_cached, title, unsteady_figures
 from suanli.machine.timing import STEADY
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who had the cores")
@@ -76,9 +76,9 @@ def test_float32_means_float32_whatever_the_process_chose(chosen: str) -> None:
     try:
         torch.set_float32_matmul_precision(chosen)
         was = [place.fp32_precision for place in places]
-        with microbenchmarks.fp32_computed_as("ieee"):
+        with microbenchmarks.set_fp32_precision("ieee"):
             assert {place.fp32_precision for place in places} == {"ieee"}
-        with microbenchmarks.fp32_computed_as("tf32"):
+        with microbenchmarks.set_fp32_precision("tf32"):
             assert [place.fp32_precision for place in places[:2]] == ["tf32", "tf32"]
         assert [place.fp32_precision for place in places] == was
         assert torch.get_float32_matmul_precision() == chosen
@@ -97,7 +97,7 @@ def test_titles_are_for_people(measured: tuple[Ceilings, Path]) -> None:
 def test_a_disk_is_read_and_nothing_is_left(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "yet"
     try:
-        rates = read_rates(folder, 0.5)
+        rates = measure_read_rates(folder, 0.5)
     except Absent as reason:
         pytest.skip(str(reason))
     assert all(1e5 < rate < 1e12 for rate in rates)
@@ -107,7 +107,7 @@ def test_a_disk_is_read_and_nothing_is_left(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
 def test_memory_is_no_disk() -> None:
     with pytest.raises(Absent, match="memory|room"):
-        read_rates(Path("/dev/shm"), 0.5)
+        measure_read_rates(Path("/dev/shm"), 0.5)
 
 
 # --- the cache ------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_what_is_known_is_not_measured_again(
     measured: tuple[Ceilings, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, cache = measured
-    assert known(CPU, cache) == found
+    assert read_cached(CPU, cache) == found
     assert probe(CPU, cache, decode) == found  # the full budget would take seconds
     assert capsys.readouterr().err == ""
     assert [path.name for path in (cache / "probe").glob("*.json")] == [f"{found.fingerprint}.json"]
@@ -129,7 +129,7 @@ def test_another_number_of_threads_is_another_machine(measured: tuple[Ceilings, 
     try:
         torch.set_num_threads(before + 1)
         assert fingerprint(CPU) != found.fingerprint
-        assert known(CPU, cache) is None
+        assert read_cached(CPU, cache) is None
     finally:
         torch.set_num_threads(before)
     assert fingerprint(CPU) == found.fingerprint
@@ -143,7 +143,7 @@ def test_a_cut_entry_is_unknown(
     cache = tmp_path_factory.mktemp("cut")
     entry(cache).parent.mkdir()
     entry(cache).write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
-    assert known(CPU, cache) is None
+    assert read_cached(CPU, cache) is None
 
 
 @pytest.mark.parametrize(
@@ -164,19 +164,19 @@ def test_an_altered_entry_is_unknown(
     entry(tmp_path).parent.mkdir()
     values = measured[0].to_json()
     entry(tmp_path).write_text(json.dumps(values))
-    assert known(CPU, tmp_path) == measured[0]
+    assert read_cached(CPU, tmp_path) == measured[0]
     entry(tmp_path).write_text(json.dumps(values | change))
-    assert known(CPU, tmp_path) is None
+    assert read_cached(CPU, tmp_path) is None
 
 
 def test_a_damaged_entry_is_measured_anew(tmp_path: Path) -> None:
     entry(tmp_path).parent.mkdir()
     entry(tmp_path).write_bytes(b"\xff\x00")
     found = measure(tmp_path)
-    assert known(CPU, tmp_path) == found
+    assert read_cached(CPU, tmp_path) == found
     again = measure(tmp_path, fresh=True)
     assert again != found
-    assert known(CPU, tmp_path) == again
+    assert read_cached(CPU, tmp_path) == again
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +217,7 @@ print(json.dumps(measure(pathlib.Path("shared"), fresh=True).to_json()))
 
 @given(st.dictionaries(st.text(), st.none() | st.floats(0, 10)), st.floats(0, 10))
 def test_wide_or_unknown_is_unsteady(spread: dict[str, float | None], widest: float) -> None:
-    found = unsteady(spread, widest)
+    found = unsteady_figures(spread, widest)
     assert set(found) == {name for name, value in spread.items() if value is None or value > widest}
     worst = [math.inf if spread[name] is None else spread[name] for name in found]
     assert worst == sorted(worst, reverse=True)
@@ -228,7 +228,7 @@ def test_wide_figures_are_said_and_not_kept(tmp_path: Path, capsys: pytest.Captu
     found = measure(tmp_path, widest=0)
     assert not found.steady
     assert "warning: This machine was busy" in capsys.readouterr().err
-    assert known(CPU, tmp_path) is None
+    assert read_cached(CPU, tmp_path) is None
     # Measuring leaves the user's process as it was.
     assert torch.equal(random, torch.random.get_rng_state())
     assert precision == torch.get_float32_matmul_precision()

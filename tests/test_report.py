@@ -659,7 +659,7 @@ def test_colours_have_the_contrast_that_small_text_needs(mode: int) -> None:
     block = re.findall(r":root \{(.*?)\}", CSS, re.DOTALL)[mode]
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
     for ground in ("paper", "raised"):
-        for ink in ("ink", "muted", "first", "second", "good", "bad"):
+        for ink in ("ink", "is_muted", "first", "second", "good", "bad"):
             light, dark = sorted((luminance(colours[ground]), luminance(colours[ink])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (ground, ink)
 

@@ -92,7 +92,7 @@ def test_speedups_work_on_what_is_shared_out():
 
 
 def test_what_does_not_work_says_why():
-    step = Step(model=torch.nn.Linear(2, 2), shared=True, sharded=True)
+    step = Step(model=torch.nn.Linear(2, 2), distributed=True, sharded=True)
     cpu = device.detect("cpu")
     reasons = {
         name: registry.load("speedups", name).needless(step, cpu) for name in ("compile", "graphs", "bf16_gradients")

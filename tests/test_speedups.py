@@ -22,7 +22,7 @@ from suanli.compute.speedups import allocator, bind_threads
 from suanli.compute.step_runner import Learner, active
 from suanli.core import registry
 from suanli.core.types import Device, Plan, Recipe, Row, Source, Speedup, Split, Step
-from suanli.data.cache import Prepared, prepare_source
+from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.loader import Feed
 from suanli.machine.device import detect
 from suanli.parallel.blocks import blocks
@@ -132,15 +132,15 @@ CONV, LINEAR = net(), nn.Linear(4, 2)
         ("graphs", step_of(LINEAR, recomputes=True), CPU, True),
         ("graphs", step_of(LINEAR), CPU, False),
         ("read_ahead", step_of(LINEAR), CPU, True),
-        ("read_ahead", step_of(LINEAR, reads=True), CPU, False),
-        ("read_ahead", step_of(LINEAR, reads=True, resident=True), CPU, True),
+        ("read_ahead", step_of(LINEAR, reads_cache=True), CPU, False),
+        ("read_ahead", step_of(LINEAR, reads_cache=True, resident=True), CPU, True),
         ("bind_threads", step_of(LINEAR, read_ahead=True), CPU, True),
-        ("resident", step_of(LINEAR, reads=True), CPU, True),
-        ("resident", step_of(LINEAR, reads=True, can_reside=True), CPU, False),
+        ("resident", step_of(LINEAR, reads_cache=True), CPU, True),
+        ("resident", step_of(LINEAR, reads_cache=True, can_reside=True), CPU, False),
         ("whole_batch", step_of(LINEAR), CPU, True),
-        ("whole_batch", step_of(LINEAR, parts=2), CPU, False),
-        ("whole_batch", step_of(CONV, parts=2), CPU, True),  # batch norms
-        ("whole_batch", step_of(net(norm=False), parts=2), CPU, False),
+        ("whole_batch", step_of(LINEAR, micro_batches=2), CPU, False),
+        ("whole_batch", step_of(CONV, micro_batches=2), CPU, True),  # batch norms
+        ("whole_batch", step_of(net(norm=False), micro_batches=2), CPU, False),
     ],
 )
 def test_for_what_training_it_is_needless(name: str, step: Step, where: Device, needless: bool) -> None:
@@ -241,7 +241,7 @@ def test_the_whole_batch_is_the_same_as_its_parts() -> None:
     results = []
     for change in (lambda s: s, lambda s: speedup("whole_batch").apply(s, CPU)):
         model = net(norm=False)
-        learner = Learner(change(step_of(model, parts=3)), F.cross_entropy)
+        learner = Learner(change(step_of(model, micro_batches=3)), F.cross_entropy)
         results.append(learner.examine(*batch(7)))
     assert [len(r.outputs) for r in results] == [3, 1]
     torch.testing.assert_close(torch.cat(results[0].outputs), results[1].outputs[0])
@@ -378,14 +378,14 @@ def test_a_reader_that_fails_or_isnt_wanted_ends() -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     pictures = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 3), dtype=np.uint8)
     rows = [Row(name=str(i), label="ab"[i % 2], split=None, read=lambda p=p: p) for i, p in enumerate(pictures)]  # type: ignore[misc]
     source = Source(name="noise", kind="image", rows=rows, classes=("a", "b"), fingerprint="noise", size_bytes=1)
     return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)
 
 
-def test_the_plan_of_one_process_is_not_kept_for_several(prepared: Prepared) -> None:
+def test_the_plan_of_one_process_is_not_kept_for_several(prepared: PreparedData) -> None:
     """It may have what they have no use for, such as a recorded step."""
     alone = Setup(Recipe(), prepared, CPU).key
     keys = {size: Setup(Recipe(), prepared, CPU, group=Group(rank=0, size=size)).key for size in (1, 2, 4)}
@@ -394,7 +394,7 @@ def test_the_plan_of_one_process_is_not_kept_for_several(prepared: Prepared) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
-def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared, optimizer: str) -> None:
+def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: PreparedData, optimizer: str) -> None:
     """On a device without graphs all but the recording is as on a GPU: tensors that stay where they are, and
     learning rates that are read from them."""
     recipe = Recipe(

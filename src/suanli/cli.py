@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suanli.core.console import muted
+from suanli.core.console import is_muted
 from suanli.core.errors import Interrupted, LostProcess, SuanliError, UsageError
 from suanli.parallel import fatal
 
@@ -175,7 +175,7 @@ def _training(verb: str) -> Callable[..., None]:
             else:
                 from suanli.verbs.train import train as work
             made = work(**options, settings=_parsed(settings), track=track or ())
-            if muted():  # another process of the same training tells it
+            if is_muted():  # another process of the same training tells it
                 return
             summary = made.summary
             result.values = {"run": str(made.path), "status": summary["status"], "epochs": summary["epochs"]}
@@ -455,7 +455,7 @@ def _result(as_json: bool) -> Iterator[_Result]:
     started = time.perf_counter()
     result = _Result()
     yield result
-    if muted():  # another process of the same work tells it
+    if is_muted():  # another process of the same work tells it
         return
     if as_json:
         values = result.values | {"seconds": time.perf_counter() - started}
@@ -475,9 +475,9 @@ def _result(as_json: bool) -> Iterator[_Result]:
 def _parsed(settings: list[str] | None) -> dict[str, Any]:
     if not settings:
         return {}
-    from suanli.core.settings import parse
+    from suanli.core.settings import parse_assignment
 
-    return dict(parse(s) for s in settings)
+    return dict(parse_assignment(s) for s in settings)
 
 
 def _only(context: typer.Context, allowed: Collection[str], how: str) -> None:
@@ -592,9 +592,9 @@ def _told(error: Exception) -> bool:
 
 
 def _unforeseen(error: Exception) -> tuple[str, str, int]:
-    from suanli.machine.device import out_of_memory
+    from suanli.machine.device import is_out_of_memory
 
-    if out_of_memory(error):
+    if is_out_of_memory(error):
         return "Memory ran out.", "End other programs, or choose smaller inputs or a smaller model.", 4
     if isinstance(error, OSError):  # a name that is too long, a file that may not be read
         where = str(error.filename or "")

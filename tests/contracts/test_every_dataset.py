@@ -10,7 +10,7 @@ import pytest
 from suanli.core import registry
 from suanli.core.errors import SuanliError
 from suanli.core.types import Dataset
-from suanli.data.download import name_of
+from suanli.data.download import file_name
 
 DATASETS = registry.load_all("datasets")
 LENGTHS = {"sha256": 64, "md5": 32}
@@ -37,7 +37,7 @@ def test_downloads_are_exact_and_encrypted(dataset: Dataset) -> None:
         assert re.fullmatch(rf"[0-9a-f]{{{LENGTHS[algorithm]}}}", digest)
         assert download.url.startswith("https://")
         assert download.size_bytes > 0
-    names = [name_of(download) for download in dataset.downloads]
+    names = [file_name(download) for download in dataset.downloads]
     assert len(set(names)) == len(names)
     checksums = [download.checksum for download in dataset.downloads]
     assert len(set(checksums)) == len(checksums)
@@ -46,7 +46,7 @@ def test_downloads_are_exact_and_encrypted(dataset: Dataset) -> None:
 def test_files_of_noise_are_an_error_with_a_way_out(dataset: Dataset, tmp_path: Path) -> None:
     for content in (b"", b"\x1f\x8b\x08\0 not really", bytes(range(256)) * 4):
         for download in dataset.downloads:
-            (tmp_path / name_of(download)).write_bytes(content)
+            (tmp_path / file_name(download)).write_bytes(content)
         if dataset.downloads:
             with pytest.raises(SuanliError) as error:
                 dataset.read(tmp_path)

@@ -173,7 +173,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 
 @every
 def test_keeps_what_others_have_set(speedup: Speedup) -> None:
-    before = replace(step_of(), parts=2)
+    before = replace(step_of(), micro_batches=2)
     own = {
         f.name for f in fields(Step) if getattr(speedup.apply(copied(before), HERE), f.name) != getattr(before, f.name)
     }
@@ -216,7 +216,7 @@ def test_keeps_the_objects_their_names_and_their_values(speedup: Speedup) -> Non
 @every
 def test_does_something(speedup: Speedup) -> None:
     """On the step, or, as the optimizer's kernels and the blocks' own forward, on what it holds."""
-    step = replace(step_of(), parts=2)
+    step = replace(step_of(), micro_batches=2)
     groups, forwards = _inside(step)
     after = speedup.apply(step, HERE)
     assert after != step or _inside(after) != (groups, forwards)

@@ -64,7 +64,7 @@ def test_going_down_the_loss_makes_it_smaller(task, shares, weights):
 
 
 def test_what_is_examined_is_json(task, exam):
-    found = task.examine(*exam, CLASSES)
+    found = task.evaluate(*exam, CLASSES)
     assert isinstance(found, dict)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -73,7 +73,7 @@ def test_classes_without_examples_are_no_obstacle(task, exam):
     probabilities, targets = exam
     only = targets < 2
     task.scores(probabilities[only], targets[only])
-    json.dumps(task.examine(probabilities[only], targets[only], CLASSES), allow_nan=False)
+    json.dumps(task.evaluate(probabilities[only], targets[only], CLASSES), allow_nan=False)
 
 
 def test_an_empty_split_is_bad_data(task):
@@ -81,4 +81,4 @@ def test_an_empty_split_is_bad_data(task):
     with pytest.raises(DataError):
         task.scores(*empty)
     with pytest.raises(DataError):
-        task.examine(*empty, ("a", "b"))
+        task.evaluate(*empty, ("a", "b"))

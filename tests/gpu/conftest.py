@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from suanli.core.types import Device, Recipe, Row, Source
-from suanli.data.cache import Prepared, prepare_source
+from suanli.data.cache import PreparedData, prepare_source
 from suanli.machine.device import detect
 
 REHEARSAL = os.environ.get("SUANLI_GPU_REHEARSAL") == "1"
@@ -37,7 +37,7 @@ def device() -> Device:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Noisy 16 px colour pictures of three shades that can be told apart."""
     random = np.random.default_rng(0)
     pictures = np.clip(

@@ -20,7 +20,7 @@ from suanli.compute import planner
 from suanli.compute.step_runner import Numbers, active
 from suanli.core.registry import load, names
 from suanli.core.types import Device, Plan, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.data.loader import Feed
 from suanli.engines.backends import eager
 from suanli.training import checkpoint
@@ -91,7 +91,7 @@ def numbers(setup: Setup, plan: Plan) -> Numbers:
 
 
 @pytest.mark.parametrize("name", names("speedups"))
-def test_a_speedup_computes_the_same(name: str, prepared: Prepared, device: Device) -> None:
+def test_a_speedup_computes_the_same(name: str, prepared: PreparedData, device: Device) -> None:
     setup = Setup(RECIPE, prepared, device)
     plan = plan_for(name, setup)
     error = planner.difference(numbers(setup, planning.plain(device)), numbers(setup, plan))
@@ -101,7 +101,7 @@ def test_a_speedup_computes_the_same(name: str, prepared: Prepared, device: Devi
 @pytest.mark.parametrize("recipe", [RECIPE, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("others", ["", "channels_last,"])
 def test_a_recorded_step_learns_what_an_issued_one_does(
-    recipe: Recipe, others: str, prepared: Prepared, device: Device, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, others: str, prepared: PreparedData, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over two epochs, in which the learning rate falls: a graph that kept its first rate would drift away. In full
     float32, since Muon makes a step of what is only rounding."""
@@ -113,7 +113,7 @@ def test_a_recorded_step_learns_what_an_issued_one_does(
         assert_same(trained(setup.trial(plain)), trained(setup.trial(recorded)), tolerance=2e-3)
 
 
-def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Device) -> None:
+def test_a_recorded_step_drops_others_each_time(prepared: PreparedData, device: Device) -> None:
     """A network that doesn't learn, on one batch: only dropout changes its loss."""
     recipe = RECIPE.model_copy(
         update={"model": f"{__name__}:dropping", "lr": 1e-12, "weight_decay": 0.0, "augment": (), "batch_size": 100_000}
@@ -127,7 +127,7 @@ def test_a_recorded_step_drops_others_each_time(prepared: Prepared, device: Devi
     assert len(set(losses[1:])) > 1
 
 
-def test_rows_on_the_device_are_those_of_the_cache(prepared: Prepared, device: Device) -> None:
+def test_rows_on_the_device_are_those_of_the_cache(prepared: PreparedData, device: Device) -> None:
     positions = [torch.randperm(len(prepared.splits["train"]))[:50] for _ in range(5)]
     resident = Feed(prepared.splits["train"], device, resident=True)
     mapped = Feed(prepared.splits["train"], device)
@@ -142,7 +142,9 @@ def test_rows_on_the_device_are_those_of_the_cache(prepared: Prepared, device: D
 
 
 @pytest.mark.parametrize("speedups", ["none", "channels_last,resident", "channels_last,resident,graphs"])
-def test_training_goes_on_where_it_stopped(speedups: str, prepared: Prepared, device: Device, tmp_path: Path) -> None:
+def test_training_goes_on_where_it_stopped(
+    speedups: str, prepared: PreparedData, device: Device, tmp_path: Path
+) -> None:
     setup = Setup(RECIPE, prepared, device)
     plan = planning.plain(device) if speedups == "none" else plan_for(speedups, setup)
     whole = trained(setup.trial(plan))
@@ -157,7 +159,7 @@ def test_training_goes_on_where_it_stopped(speedups: str, prepared: Prepared, de
     assert second.progress.step == second.steps
 
 
-def test_half_precision_with_a_scaled_loss_learns(prepared: Prepared, device: Device) -> None:
+def test_half_precision_with_a_scaled_loss_learns(prepared: PreparedData, device: Device) -> None:
     setup = Setup(RECIPE.model_copy(update={"epochs": 8}), prepared, device)
     loop = setup.trial(plan_for("fp16", setup))
     trained(loop)

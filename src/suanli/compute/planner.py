@@ -35,7 +35,7 @@ from suanli.core.errors import GateError, MachineError, SuanliError
 from suanli.core.registry import load
 from suanli.core.types import Device, Plan, Step, Trial
 from suanli.machine import timing
-from suanli.machine.device import out_of_memory
+from suanli.machine.device import is_out_of_memory
 
 SHARDED = "sharded"  # origin of a plan that couldn't be measured, since no copy of the network would fit
 UNMEASURED = "used without measuring: a network that is shared out has no copies to try them on"
@@ -194,7 +194,7 @@ def _numbers(subject: Subject, plan: Plan) -> Numbers:
     except SuanliError:
         raise
     except Exception as error:  # a compiler or a kernel library may raise anything
-        if out_of_memory(error) or not plan.speedups:
+        if is_out_of_memory(error) or not plan.speedups:
             raise
         raise MachineError(
             f"The speedups {','.join(plan.speedups)} fail here: {first_line(error)}.",
@@ -231,7 +231,7 @@ class _Change:
     name: str  # "+bf16", "+fp16 -bf16", "threads=1"
     plan: Plan
     slow_start: bool = False
-    sets_in_slowly: bool = False
+    delayed_effect: bool = False
 
 
 class _Search:
@@ -243,7 +243,7 @@ class _Search:
             reason = speedup.needless(subject.step, self.device) or refused.get(name)
             if speedup.saves_memory:
                 reason = reason or "only where memory is what limits: it costs time"
-            if speedup.between_processes:
+            if speedup.distributed_only:
                 reason = reason or "only by name: planning computes alone, so it can't tell what this brings"
             if reason is not None:
                 del self.usable[name]
@@ -336,7 +336,7 @@ class _Search:
             count = best.threads or torch.get_num_threads()
             while (count := count // 2) >= 1:
                 fewer = replace(best, threads=count)
-                found.append(_Change(name=f"threads={count}", plan=fewer, sets_in_slowly=True))
+                found.append(_Change(name=f"threads={count}", plan=fewer, delayed_effect=True))
         for name in best.speedups:
             found.append(self._change(f"-{name}", [n for n in best.speedups if n != name]))
         return sorted(found, key=lambda c: c.slow_start)  # what compiles comes last
@@ -347,7 +347,7 @@ class _Search:
             name=name,
             plan=replace(self.best, speedups=planning.in_order(speedups)),
             slow_start=any(self.usable[n].slow_start for n in new if n in speedups),
-            sets_in_slowly=any(self.usable[n].sets_in_slowly for n in new),
+            delayed_effect=any(self.usable[n].delayed_effect for n in new),
         )
 
     def _usual(self) -> tuple[str, ...]:
@@ -360,7 +360,7 @@ class _Search:
 
     def _too_dear(self, change: _Change) -> str | None:
         left = SHARE * self.steps * self.best_s - (time.perf_counter() - self.started)
-        rounds = ROUNDS[0] * 2 * (2 if change.sets_in_slowly else 1)
+        rounds = ROUNDS[0] * 2 * (2 if change.delayed_effect else 1)
         needs = self.best_s * (rounds + 1)
         if change.slow_start:
             parts = sum(1 for m in self.subject.step.model.modules() if any(True for _ in m.parameters(recurse=False)))
@@ -386,7 +386,7 @@ class _Search:
             error = difference(self.reference, numbers)
             if error > (allowed := planning.tolerance(change.plan.speedups, self.device)):
                 return Trial(change=change.name, kept=False, reason=_too_far(error, allowed), error=error)
-            before, after = self._by_turns(candidate, change.sets_in_slowly)
+            before, after = self._by_turns(candidate, change.delayed_effect)
         except MachineError as refused:  # needless beside the others
             return Trial(change=change.name, kept=False, reason=refused.message)
         except Exception as failed:  # noqa: BLE001  # a compiler or a kernel library may raise anything
@@ -414,7 +414,7 @@ class _Search:
             start_s=start_s,
         )
 
-    def _by_turns(self, candidate: Trainee, sets_in_slowly: bool) -> tuple[list[float], list[float]]:
+    def _by_turns(self, candidate: Trainee, delayed_effect: bool) -> tuple[list[float], list[float]]:
         """Seconds of steps of the best plan and of the candidate, round by round."""
         assert self.trainee is not None
         sides = (self.trainee, candidate)
@@ -422,7 +422,7 @@ class _Search:
         for number in range(ROUNDS[1]):
             for which in (0, 1) if number % 2 else (1, 0):
                 with active(sides[which].compute):
-                    if sets_in_slowly or number == 0:
+                    if delayed_effect or number == 0:
                         sides[which].advance()
                     found[which].append(timing.seconds(sides[which].advance))
             ratios = [a / b for a, b in zip(*found, strict=True)]

@@ -80,7 +80,7 @@ class Learner:
         """Forward and backward pass without a step: gradients are added. Gives the mean loss. `whole`: not in
         parts."""
         total = torch.zeros((), device=self.device)
-        parts = list(_parts(inputs, targets, 1 if whole else self.step.parts, self.ends))
+        parts = list(_parts(inputs, targets, 1 if whole else self.step.micro_batches, self.ends))
         for number, (part, aims, share) in enumerate(parts, start=1):
             with self._averaging(number == len(parts)):
                 outputs = self.forward(part)

@@ -49,11 +49,11 @@ def difference(task: Task, before: np.ndarray, after: np.ndarray, targets: np.nd
     """Of the task's primary metric: probabilities (N, K) of both models for the same examples, in the same
     order, and targets (N,). Raises ValueError for no examples."""
     if task.metric == "accuracy":
-        return matched_shares(before.argmax(1) == targets, after.argmax(1) == targets)
+        return share_difference(before.argmax(1) == targets, after.argmax(1) == targets)
     return _bootstrap(task, before, after, targets)
 
 
-def matched_shares(before: np.ndarray, after: np.ndarray) -> Difference:
+def share_difference(before: np.ndarray, after: np.ndarray) -> Difference:
     """Of two shares of the same examples: bool (N,), whether each was right. Raises ValueError for none."""
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"not the same examples: {before.shape} and {after.shape}")

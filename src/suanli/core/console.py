@@ -30,7 +30,7 @@ def console() -> Console:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def hide_progress() -> Iterator[None]:
     """No progress and no remarks inside this block; warnings and errors still come."""
     global _quiet
     before, _quiet = _quiet, True
@@ -46,7 +46,7 @@ def mute() -> None:
     _quiet = _mute = True
 
 
-def muted() -> bool:
+def is_muted() -> bool:
     return _mute
 
 

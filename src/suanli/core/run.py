@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 from suanli.core.errors import DamagedFile, DataError, RunBusy, UsageError
-from suanli.core.storage import json_bytes, read_json, write_json, writing
+from suanli.core.storage import json_bytes, raise_storage_errors, read_json, write_json
 from suanli.core.types import AnyPath, Json, Measurement, Recipe
 
 RUNS = Path("runs")
@@ -51,11 +51,11 @@ class Run:
     def create(cls, name: str, out: AnyPath | None, recipe: Recipe, data: Json, environment: Json) -> Self:
         """A new run in `out`, else in runs/<name>-<n> with the first free n."""
         if out is None:
-            path = next_folder(RUNS, name)
+            path = _create_numbered_folder(RUNS, name)
         else:
             path = Path(out).expanduser()
             refuse_occupied(path)
-            with writing(path):
+            with raise_storage_errors(path):
                 path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         with run.lock():
@@ -87,7 +87,7 @@ class Run:
         if not self._writes:
             yield
             return
-        with writing(self.path):
+        with raise_storage_errors(self.path):
             lock = FileLock(self.path / LOCK, timeout=wait_s)
             try:
                 lock.acquire()
@@ -162,7 +162,7 @@ class Run:
     def _append(self, name: str, value: Json) -> None:
         if not self._writes:
             return
-        with writing(self.path / name), (self.path / name).open("a+b") as stream:
+        with raise_storage_errors(self.path / name), (self.path / name).open("a+b") as stream:
             if stream.tell():  # a crash may have cut the last line short: it must not take this one with it
                 stream.seek(-1, os.SEEK_END)
                 if stream.read(1) != b"\n":
@@ -172,7 +172,7 @@ class Run:
 
 def refuse_occupied(path: Path) -> None:
     """Raises UsageError where a new run would mix with something else."""
-    with writing(path):
+    with raise_storage_errors(path):
         occupied = path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir()))
     if occupied:
         hint = f" To go on with it: suanli train {path}" if (path / "recipe.json").exists() else ""
@@ -240,9 +240,9 @@ def measurement(
     )
 
 
-def next_folder(parent: Path, name: str) -> Path:
+def _create_numbered_folder(parent: Path, name: str) -> Path:
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
-    with writing(parent):
+    with raise_storage_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         taken = [int(m[1]) for p in os.listdir(parent) if (m := re.fullmatch(re.escape(name) + r"-(\d+)", p))]
         number = max(taken, default=0) + 1

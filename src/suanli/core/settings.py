@@ -16,7 +16,7 @@ from suanli.core.types import Json, Recipe
 NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
 
 
-def parse(assignment: str) -> tuple[str, Json]:
+def parse_assignment(assignment: str) -> tuple[str, Json]:
     """ "lr=0.1" to ("lr", 0.1): the value is JSON where it can be read as such, else text."""
     name, equals, text = assignment.partition("=")
     if not equals or not name.strip():
@@ -30,7 +30,7 @@ def parse(assignment: str) -> tuple[str, Json]:
 _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
-def seconds(text: str | float) -> float:
+def parse_duration(text: str | float) -> float:
     """ "90", "90s", "5m", "1.5h", or a number of seconds. Raises UsageError for anything else, and for zero."""
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-z]*)\s*", str(text))
     if match is None or match[2] not in _SECONDS or not float(match[1]):

@@ -46,7 +46,7 @@ def storage_error(error: OSError, path: Path) -> SuanliError:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def raise_storage_errors(path: Path) -> Iterator[None]:
     """Turns an OSError of a write below `path` into a StorageError with the way out."""
     try:
         yield
@@ -59,7 +59,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write the bytes of `path`; the name appears only when the block ends without an error."""
-    with writing(path):
+    with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -78,7 +78,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill, renamed to `path` at the end. If another writer was first, theirs
     stays: callers only use this for folders whose name says what is inside."""
-    with writing(path):
+    with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:

@@ -113,7 +113,7 @@ class Dataset:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Encoded:
+class EncodedInput:
     """One input in the form that the cache holds."""
 
     row: np.ndarray
@@ -151,7 +151,7 @@ class Preprocess(ABC):
         """
 
     @abstractmethod
-    def encode(self, raw: Raw) -> Encoded:
+    def encode(self, raw: Raw) -> EncodedInput:
         """One cached row of shape `row_shape` and dtype `row_dtype`. Raises BadInput."""
 
     @abstractmethod
@@ -227,8 +227,10 @@ class Batch:
     index: torch.Tensor  # (B,) int64, position in the training split, the same every epoch
     epoch: int
     classes: int
-    places: torch.Tensor | None = None  # (B,) int64, of these examples in the batch of all processes; None: it is this
-    whole: int | None = None  # how many examples that batch has
+    global_positions: torch.Tensor | None = (
+        None  # (B,) int64, of these examples in the batch of all processes; None: it is this
+    )
+    global_size: int | None = None  # how many examples that batch has
 
 
 class Augmentation(ABC):
@@ -296,7 +298,7 @@ class Task(ABC):
         """Name to value, fractions: probabilities (N, K), targets (N,)."""
 
     @abstractmethod
-    def examine(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
+    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
         """Everything that the report shows beyond `scores`, as JSON."""
 
 
@@ -427,15 +429,15 @@ class Step:
     autocast_dtype: torch.dtype | None = None
     loss_scaling: bool = False  # for dtypes whose range is too small for gradients
     memory_format: torch.memory_format | None = None  # of inputs with four dimensions
-    parts: int = 1  # in which a batch is computed, one after the other
+    micro_batches: int = 1  # in which a batch is computed, one after the other
     recomputes: bool = False  # blocks compute again in the backward pass what they didn't keep
-    reads: bool = False  # batches come from a cached split, not from the caller
+    reads_cache: bool = False  # batches come from a cached split, not from the caller
     can_reside: bool = False  # the training split fits into the device's memory
     resident: bool = False  # the training split lies on the device as a whole
     read_ahead: bool = False  # the next batches are read and copied while this one is computed
     graph: bool = False  # the whole step is recorded once and replayed
-    shared: bool = False  # with other processes: gradients are averaged in the backward pass
-    asks: bool = False  # layers of the network ask the other processes on the way
+    distributed: bool = False  # with other processes: gradients are averaged in the backward pass
+    communicates: bool = False  # layers of the network ask the other processes on the way
     reduce_dtype: torch.dtype | None = None  # in which gradients are sent and added up; None: in their own
     sharded: bool = False  # each process holds a part of every weight
     settings: tuple[Setting, ...] = ()
@@ -459,9 +461,9 @@ class Speedup:
     risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
     group: str | None = None  # at most one of a group is in use: "precision", "compile"
     slow_start: bool = False  # compiles first: tried only where the run is long enough to win that back
-    sets_in_slowly: bool = False  # shows from the second step on
+    delayed_effect: bool = False  # shows from the second step on
     saves_memory: bool = False  # costs time: used only where memory is what limits
-    between_processes: bool = False  # shows only where they talk, and planning computes alone: used only by name
+    distributed_only: bool = False  # shows only where they talk, and planning computes alone: used only by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -546,14 +548,14 @@ class Engine:
     name: str
     precisions: tuple[str, ...]  # "float32", "bfloat16", "int8"; the most promising first
     packages: tuple[str, ...]  # distributions that it needs to run
-    builds_with: tuple[str, ...] = ()  # and to be built
+    build_packages: tuple[str, ...] = ()  # and to be built
     why_not: Callable[[Device, str], str | None]  # device and precision; None: usable there
     build: Callable[[EngineInputs, str, Path, Placement], None]  # writes files into the folder, which is empty
     load: Callable[[Path, str, Placement], LoadedEngine]  # from that folder
     needs: Literal["model", "onnx"]
     order: int = 50  # tried from the lowest
     portable: bool = True  # its files run on any machine of the same kind; False: only where they were built
-    kinds: tuple[str, ...] = ()  # of nodes in the graph that its int8 covers; empty: it can't keep any out
+    quantized_ops: tuple[str, ...] = ()  # of nodes in the graph that its int8 covers; empty: it can't keep any out
 
 
 class Tracker(ABC):

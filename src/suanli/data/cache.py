@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from suanli.core.console import Progress, say, size
 from suanli.core.errors import BadInput, DamagedFile, StorageError, UsageError
 from suanli.core.registry import load
-from suanli.core.storage import atomic_folder, read_json, write_json, writing
+from suanli.core.storage import atomic_folder, raise_storage_errors, read_json, write_json
 from suanli.core.types import SPLITS, Json, Preprocess, Raw, Recipe, Row, Source, Split
 from suanli.data import checks
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
+class PreparedData:
     """A checked data set, ready to train on."""
 
     name: str
@@ -91,7 +91,7 @@ def content_digest(raw: Raw) -> bytes:
 
 def prepare_source(
     source: Source, recipe: Recipe, cache: Path, *, threads: int, preprocess: Preprocess | None = None
-) -> Prepared:
+) -> PreparedData:
     """The prepared form of `source`: from the cache, or made now. Raises UsageError, StorageError.
 
     With `preprocess`, that of a trained model, inputs are encoded as the model learned to read
@@ -113,7 +113,7 @@ def prepare_source(
     return _load(path, reused=False)
 
 
-def _cached(path: Path) -> Prepared | None:
+def _cached(path: Path) -> PreparedData | None:
     """None: nothing is there, or it is damaged and must be made again."""
     if (path / "meta.json").exists():
         with suppress(DamagedFile):
@@ -124,7 +124,7 @@ def _cached(path: Path) -> Prepared | None:
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Of several processes that want the same data, one decodes and the others wait for it."""
-    with writing(path):
+    with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.parent / f".{path.name}.lock")
         try:
@@ -140,7 +140,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _remove_remains(path: Path) -> None:
     """What a damaged cache, or a process that was killed while decoding, left behind."""
-    with writing(path):
+    with raise_storage_errors(path):
         for remains in (path, *path.parent.glob(f".{glob.escape(path.name)}.*.tmp")):
             if remains.is_dir():
                 shutil.rmtree(remains)
@@ -168,7 +168,7 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
         with atomic_folder(path) as folder:
             _check_space(folder, len(rows) * _row_bytes(fitted))
             seen = _encode(rows, read, fitted, folder / "rows.npy", pool)
-            findings = checks.check(
+            findings = checks.collect_findings(
                 names=[r.name for r in rows],
                 labels=[r.label for r in rows],
                 splits=splits,
@@ -281,23 +281,23 @@ def _encode(
     preprocess: Preprocess,
     path: Path,
     pool: ThreadPoolExecutor,
-) -> list[checks.Seen]:
+) -> list[checks.DecodeResult]:
     """Writes the encoded rows to `path`, an .npy file. A row that can't be decoded stays zero."""
     row_bytes = _row_bytes(preprocess)
     dtype, shape = np.dtype(preprocess.row_dtype), preprocess.row_shape
     offset = np.lib.format.open_memmap(path, "w+", dtype, (len(rows), *shape)).offset
 
-    def encode(i: int, row: np.ndarray) -> checks.Seen:
+    def encode(i: int, row: np.ndarray) -> checks.DecodeResult:
         try:
             encoded = preprocess.encode(read(i))
         except BadInput as error:
-            return checks.Seen(reason=error.message.rstrip("."))
+            return checks.DecodeResult(reason=error.message.rstrip("."))
         except OSError as error:
-            return checks.Seen(reason=error.strerror or str(error))
+            return checks.DecodeResult(reason=error.strerror or str(error))
         row[...] = encoded.row
-        return checks.Seen(digest=encoded.digest, traits=encoded.traits, size=encoded.size)
+        return checks.DecodeResult(digest=encoded.digest, traits=encoded.traits, size=encoded.size)
 
-    def work(chunk: range) -> list[checks.Seen]:
+    def work(chunk: range) -> list[checks.DecodeResult]:
         # Written, not mapped: faster, and a full disk is an error instead of the end of the process.
         block = np.zeros((len(chunk), *shape), dtype)
         seen = [encode(i, row) for i, row in zip(chunk, block, strict=True)]
@@ -327,7 +327,7 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _digest(preprocess: Preprocess, seen: Sequence[checks.Seen], targets: np.ndarray, code: np.ndarray) -> str:
+def _digest(preprocess: Preprocess, seen: Sequence[checks.DecodeResult], targets: np.ndarray, code: np.ndarray) -> str:
     total = hashlib.blake2b(json.dumps(preprocess.settings(), sort_keys=True).encode(), digest_size=10)
     for s in seen:
         total.update(s.digest or b"bad")
@@ -336,7 +336,7 @@ def _digest(preprocess: Preprocess, seen: Sequence[checks.Seen], targets: np.nda
     return total.hexdigest()
 
 
-def _load(path: Path, *, reused: bool) -> Prepared:
+def _load(path: Path, *, reused: bool) -> PreparedData:
     try:
         meta = read_json(path / "meta.json")
         names = read_json(path / "names.json")
@@ -358,7 +358,7 @@ def _load(path: Path, *, reused: bool) -> Prepared:
             names=[names[i] for i in index],
             classes=classes,
         )
-    return Prepared(
+    return PreparedData(
         name=meta["name"],
         kind=meta["kind"],
         licence=meta["licence"],

@@ -21,7 +21,7 @@ LISTED = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Seen:
+class DecodeResult:
     """What decoding found out about one input; `reason` is set where it could not be decoded."""
 
     digest: bytes = b""
@@ -30,12 +30,12 @@ class Seen:
     reason: str | None = None
 
 
-def check(
+def collect_findings(
     *,
     names: Sequence[str],
     labels: Sequence[str],
     splits: Sequence[str],
-    seen: Sequence[Seen],
+    seen: Sequence[DecodeResult],
     classes: Sequence[str],
     notes: Sequence[str],
 ) -> dict[str, Json]:
@@ -69,7 +69,7 @@ def check(
 
 
 def _same_content(
-    names: Sequence[str], labels: Sequence[str], splits: Sequence[str], seen: Sequence[Seen], good: list[int]
+    names: Sequence[str], labels: Sequence[str], splits: Sequence[str], seen: Sequence[DecodeResult], good: list[int]
 ) -> tuple[list[Json], list[Json], list[Json]]:
     """Groups of inputs with equal content: across splits, within one split, with several labels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
@@ -162,7 +162,7 @@ def refuse_unlearnable(findings: Json) -> None:
         )
 
 
-def remarks(findings: Json) -> list[str]:
+def format_findings(findings: Json) -> list[str]:
     """The findings as sentences for a terminal, the most important first."""
     n = findings["counts"]
     lines = []

@@ -51,7 +51,7 @@ _DAMAGE = (
 )
 
 
-class Decoded(NamedTuple):
+class DecodedImage(NamedTuple):
     pixels: np.ndarray  # (H, W, 1) when grey, else (H, W, 3); uint8, contiguous
     traits: tuple[str, ...]
 
@@ -62,7 +62,7 @@ class Header(NamedTuple):
     grey: bool  # by its mode; a colour file may still hold a grey picture
 
 
-def decode(raw: Raw) -> Decoded:
+def decode(raw: Raw) -> DecodedImage:
     """All pixels of one image: file bytes, or an array (H, W), (H, W, 1 | 2 | 3 | 4) of uint8 or
     uint16. Raises BadInput."""
     if isinstance(raw, np.ndarray):
@@ -72,10 +72,10 @@ def decode(raw: Raw) -> Decoded:
     pixels, traits, orientation = found or _decode_other(data)
     if orientation != 1:
         pixels = _upright(pixels, orientation)
-    return Decoded(_without_equal_channels(pixels), traits)
+    return DecodedImage(_without_equal_channels(pixels), traits)
 
 
-def of_pillow(image: Image.Image) -> np.ndarray:
+def decode_pillow(image: Image.Image) -> np.ndarray:
     """The pixels of an open image, as `decode` would give those of its file: upright and opaque. Raises BadInput."""
     try:
         pixels, _ = _to_pixels(image)
@@ -84,7 +84,7 @@ def of_pillow(image: Image.Image) -> np.ndarray:
         raise BadInput(f"The image can't be decoded ({error}).") from error
 
 
-def peek(raw: Raw) -> Header:
+def read_header(raw: Raw) -> Header:
     """Size (upright) and mode of one image without decoding it. Raises BadInput."""
     if isinstance(raw, np.ndarray):
         pixels = _from_array(raw).pixels
@@ -264,7 +264,7 @@ def _from_16_bit(values: np.ndarray) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _from_array(array: np.ndarray) -> Decoded:
+def _from_array(array: np.ndarray) -> DecodedImage:
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4):
@@ -281,7 +281,7 @@ def _from_array(array: np.ndarray) -> Decoded:
         opaque = array[:, :, -1:].astype(np.uint32)
         array = ((array[:, :, :-1] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
         traits += ("alpha",)
-    return Decoded(_without_equal_channels(array), traits)
+    return DecodedImage(_without_equal_channels(array), traits)
 
 
 def _without_equal_channels(pixels: np.ndarray) -> np.ndarray:

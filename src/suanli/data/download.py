@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from suanli.core.console import Progress, say, size, warn
 from suanli.core.errors import DownloadError
-from suanli.core.storage import writing
+from suanli.core.storage import raise_storage_errors
 from suanli.core.types import Download
 
 CHUNK_BYTES = 256 << 10
@@ -56,10 +56,10 @@ def fetch(
     (it doubles), `report` gets the number of bytes so far in place of a progress bar.
     Raises DownloadError where the file can't be had whole, StorageError where it can't be written.
     """
-    target = folder / name_of(download)
+    target = folder / file_name(download)
     if _is_whole(target, download):
         return target
-    with writing(folder):
+    with raise_storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f".{target.name}.lock")
         try:
@@ -77,7 +77,7 @@ def fetch(
         lock.release()
 
 
-def name_of(download: Download) -> str:
+def file_name(download: Download) -> str:
     """The file's name in the folder: the last part of the URL. Raises DownloadError for a bad URL."""
     parts = urlsplit(download.url)
     name = unquote(parts.path).rpartition("/")[2]
@@ -105,7 +105,7 @@ def _fetch_locked(
                 got = _checksum(part, download)
                 if got == download.checksum.casefold():
                     break
-                with writing(part):
+                with raise_storage_errors(part):
                     part.unlink()
                 if not resumed:  # the start of a resumed file may be from an older version
                     raise _Final(f"it has the checksum {got}, expected is {download.checksum}")
@@ -116,7 +116,7 @@ def _fetch_locked(
                 if attempt == attempts:
                     raise _failed(download, target, f"{error} (tried {attempts} times)") from error
                 time.sleep(pause_s * 2 ** (attempt - 1))
-    with writing(target):
+    with raise_storage_errors(target):
         os.replace(part, target)
     return target
 
@@ -125,7 +125,7 @@ def _receive(download: Download, part: Path, timeout_s: float, report: Callable[
     """Fill `part`; True where it continued an earlier attempt."""
     have = part.stat().st_size if part.exists() else 0
     if have > download.size_bytes:
-        with writing(part):
+        with raise_storage_errors(part):
             part.unlink()
         have = 0
     if have == download.size_bytes:
@@ -141,7 +141,7 @@ def _receive(download: Download, part: Path, timeout_s: float, report: Callable[
     except urllib.error.HTTPError as error:
         with error:
             if error.code == 416:  # our part is not one of theirs
-                with writing(part):
+                with raise_storage_errors(part):
                     part.unlink(missing_ok=True)
                 raise _Broken("the server refused to continue") from error
             kind = _Broken if error.code in _WORTH_ANOTHER_TRY else _Final
@@ -175,7 +175,7 @@ def _start_of(response: http.client.HTTPResponse, part: Path, have: int, downloa
         stated = response.headers.get("Content-Range", "")
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", stated.strip())
         if not match or int(match[1]) > have or match[3] not in ("*", str(download.size_bytes)):
-            with writing(part):
+            with raise_storage_errors(part):
                 part.unlink(missing_ok=True)  # the next attempt asks for the whole file
             raise _Broken(f"the server answered with the range {stated!r} to a request from byte {have}")
         return int(match[1])
@@ -194,8 +194,8 @@ def _copy(
 ) -> None:
     """Append the answer to the first `start` bytes of `part`; never more than the stated size."""
     done = start
-    # A network error passes through `writing`: only errors of the disk are its business.
-    with writing(part), open(part, "r+b" if start else "wb") as stream:
+    # A network error passes through `raise_storage_errors`: only errors of the disk are its business.
+    with raise_storage_errors(part), open(part, "r+b" if start else "wb") as stream:
         stream.seek(start)
         stream.truncate()
         while chunk := response.read1(CHUNK_BYTES):

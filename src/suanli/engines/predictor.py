@@ -240,9 +240,9 @@ def encode(preprocess: Preprocess, raw: Any) -> np.ndarray | str:
         elif isinstance(raw, bytearray | memoryview):
             raw = bytes(raw)
         elif hasattr(raw, "getexif"):  # a Pillow image
-            from suanli.data.decode import of_pillow
+            from suanli.data.decode import decode_pillow
 
-            raw = of_pillow(raw)
+            raw = decode_pillow(raw)
         return preprocess.encode(raw).row
     except BadInput as error:
         return error.message

@@ -191,7 +191,7 @@ class _Hosted:
         """Seconds of each call with a batch of rows, for so long and at least so often, after some that don't count."""
         import numpy as np
 
-        from suanli.machine.energy import metered
+        from suanli.machine.energy import measure_energy
 
         assert self._device is not None
         given = np.load(rows, mmap_mode="r", allow_pickle=False)
@@ -201,7 +201,7 @@ class _Hosted:
             work(part)
         took: list[float] = []
         started = time.perf_counter()
-        with metered(self._device) as meter:
+        with measure_energy(self._device) as meter:
             while len(took) < least or (time.perf_counter() - started < for_s and len(took) < TIMES_KEPT):
                 before = time.perf_counter()
                 work(part)

@@ -224,7 +224,7 @@ class EngineSearch:
             return [replace(candidate, state="impossible", reason=impossible)]
         say(f"{candidate.name}: building and examining")
         candidate = self._entered(engine, candidate)
-        if candidate.state == "refused" and engine.kinds and precision == "int8" and self._inexact(candidate):
+        if candidate.state == "refused" and engine.quantized_ops and precision == "int8" and self._inexact(candidate):
             return [candidate, *self._rescued(engine)]
         return [candidate]
 
@@ -284,7 +284,7 @@ class EngineSearch:
     def _why_not(self, engine: Engine, precision: str) -> str | None:
         if reason := engine.why_not(self.device, precision):
             return reason
-        if missing := _missing((*engine.packages, *(engine.builds_with if precision == "int8" else ()))):
+        if missing := _missing((*engine.packages, *(engine.build_packages if precision == "int8" else ()))):
             return missing
         if engine.needs == "onnx" and self.graph is None:
             return f"there is no ONNX graph: {self._no_graph}"

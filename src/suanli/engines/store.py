@@ -26,7 +26,7 @@ from suanli.core import registry
 from suanli.core.errors import DamagedFile, UsageError
 from suanli.core.paths import cache_dir
 from suanli.core.run import now
-from suanli.core.storage import read_json, write_json, writing
+from suanli.core.storage import raise_storage_errors, read_json, write_json
 from suanli.core.types import Device, Json
 from suanli.machine import device as hardware
 from suanli.machine.gpus import nvidia_driver
@@ -100,7 +100,7 @@ def save(folder: Path, engines: Sequence[StoredEngine], *, device: Device, about
     reference. `about` goes into the index as it is."""
     entries: dict[str, Json] = {}
     before = _names_of(folder)
-    with writing(folder):
+    with raise_storage_errors(folder):
         for kept in engines:
             files = _files(kept.folder)
             name = f"{kept.engine}-{kept.precision}-{_digest(files, 4)}"

@@ -27,7 +27,7 @@ from pathlib import Path
 from suanli.core import console
 from suanli.core.errors import MachineError, UsageError
 from suanli.core.types import Device, Json
-from suanli.machine.gpus import Gpu, gpus, hidden, nvidia_driver
+from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
 
 # --- devices --------------------------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def detect(name: str | None = None) -> Device:
             return _gpu_device(next(iter(usable.values())))
         if found:  # only auto may pass over a GPU, and it says so
             console.warn(f"{found[0].name} is not used: {found[0].why_not} {found[0].fix}")
-        elif not hidden() and (problem := nvidia_driver().problem):
+        elif not are_gpus_hidden() and (problem := nvidia_driver().problem):
             console.warn(f"Running on the CPU: {problem}.")
         return _cpu()
     exact = "cuda:0" if wanted == "cuda" else wanted
@@ -73,7 +73,7 @@ def _impossible(wanted: str, exact: str, found: tuple[Gpu, ...]) -> MachineError
         return MachineError(f"There is no {wanted}.", fix=f"This process sees {', '.join(seen)}.")
     if kind == "mps":
         return MachineError("mps needs a Mac with an Apple GPU, which isn't here.", fix="Use --device cpu.")
-    if hidden():
+    if are_gpus_hidden():
         fix = "Unset CUDA_VISIBLE_DEVICES, or use --device cpu."
         return MachineError("CUDA_VISIBLE_DEVICES hides every GPU from this process.", fix=fix)
     reason = nvidia_driver().problem or "no NVIDIA GPU was found"
@@ -306,7 +306,7 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, main memory or the GPU's, in whichever way Python, NumPy, the operating
     system or torch say so. Only torch's GPU allocators have a class for it."""
     if isinstance(error, OSError):

@@ -22,7 +22,7 @@ BLOCK_BYTES = 8 << 20
 ROUNDS = 7
 
 
-def read_rates(folder: Path, budget_s: float) -> list[float]:
+def measure_read_rates(folder: Path, budget_s: float) -> list[float]:
     """Bytes per second of reading a file of `folder` from its disk, a few times. Raises Absent where it isn't
     known that the disk was read and not memory, or the file can't be written.
 

@@ -32,16 +32,16 @@ class Counter:
 
 
 class Meter:
-    """The energy of one block. Filled in by `metered`."""
+    """The energy of one block. Filled in by `measure_energy`."""
 
     joules: float | None = None  # of the whole block, once it has ended; None: unknown
 
 
 @contextmanager
-def metered(device: Device, *, root: Path = Path("/"), look_s: float = LOOK_S) -> Iterator[Meter]:
+def measure_energy(device: Device, *, root: Path = Path("/"), look_s: float = LOOK_S) -> Iterator[Meter]:
     """Measures what `device` takes while the block runs; the caller waits for the device before the block ends.
 
-        with metered(device) as meter:
+        with measure_energy(device) as meter:
             work()
         print(meter.joules)
 

@@ -55,14 +55,14 @@ def gpus() -> tuple[Gpu, ...]:
         found = [_cuda_gpu(index) for index in range(count)]
     if torch.backends.mps.is_available():
         found.append(_mps_gpu())
-    if found or hidden():
+    if found or are_gpus_hidden():
         return tuple(found)
     driver = nvidia_driver()
     refusal = str(caught[0].message).split(".")[0] if caught else None
     return tuple(_unseen(name, memory, capability, driver, refusal) for name, memory, capability in driver.gpus)
 
 
-def hidden() -> bool:
+def are_gpus_hidden() -> bool:
     """Whether the user hides every NVIDIA GPU from this process."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
 

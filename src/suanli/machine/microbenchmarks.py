@@ -27,7 +27,7 @@ import torch
 
 from suanli.core.types import Device
 from suanli.machine.device import available_memory_bytes, cores, instruction_sets
-from suanli.machine.switches import switched
+from suanli.machine.switches import set_attributes
 from suanli.machine.timing import seconds
 
 PRECISIONS = ("float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "int8")
@@ -43,7 +43,7 @@ class Absent(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class Workload:
     """Something to time."""
 
     amount: float  # of operations, bytes, images or launches in one call
@@ -57,12 +57,12 @@ class Clock:
     settle: Callable[[], None] | None  # waits for the device
     call_s: float  # a call takes about so long, or a few times as long where sizes grow in steps
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: Workload) -> float:
         """Of one call, after another one."""
         work.call()
         return seconds(work.call, self.settle)
 
-    def grown(self, make: Callable[[int], Work], sizes: tuple[int, ...]) -> Work:
+    def grow(self, make: Callable[[int], Workload], sizes: tuple[int, ...]) -> Workload:
         """The work of the first size that takes about long enough, or of the largest."""
         for size in sizes:
             work = make(size)
@@ -70,7 +70,7 @@ class Clock:
                 break
         return work
 
-    def repeated(self, work: Work) -> Work:
+    def repeat(self, work: Workload) -> Workload:
         """The same, as often in one call as it takes."""
         times = math.ceil(self.call_s / max(self.seconds(work), self.call_s / 1000))
 
@@ -78,20 +78,20 @@ class Clock:
             for _ in range(times):
                 work.call()
 
-        return work if times == 1 else Work(amount=work.amount * times, call=call)
+        return work if times == 1 else Workload(amount=work.amount * times, call=call)
 
 
-def works(
+def build_workloads(
     device: Device, resources: ExitStack, call_s: float, decode: Callable[[bytes], object]
-) -> tuple[dict[str, Work], dict[str, str]]:
+) -> tuple[dict[str, Workload], dict[str, str]]:
     """Everything to time on this device, by the name of its figure, each warmed up; and why the rest is absent.
     Threads that a work needs live as long as `resources`."""
-    clock = Clock(settle=settling(device), call_s=call_s)
-    found: dict[str, Work] = {}
+    clock = Clock(settle=synchronizer(device), call_s=call_s)
+    found: dict[str, Workload] = {}
     absent: dict[str, str] = {}
     for name, build in _builders(device, resources, clock, decode).items():
         try:
-            found[name] = clock.repeated(build())
+            found[name] = clock.repeat(build())
         except Absent as reason:
             absent[name] = str(reason)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
@@ -100,7 +100,7 @@ def works(
     return found, absent
 
 
-def settling(device: Device) -> Callable[[], None] | None:
+def synchronizer(device: Device) -> Callable[[], None] | None:
     """Waits until the device has done all it was told; None: it never runs on its own time."""
     if device.type == "cpu":
         return None
@@ -111,8 +111,8 @@ def settling(device: Device) -> Callable[[], None] | None:
 
 def _builders(
     device: Device, resources: ExitStack, clock: Clock, decode: Callable[[bytes], object]
-) -> dict[str, Callable[[], Work]]:
-    found: dict[str, Callable[[], Work]] = {}
+) -> dict[str, Callable[[], Workload]]:
+    found: dict[str, Callable[[], Workload]] = {}
     for precision in PRECISIONS:
         found[f"matmul_flops.{precision}"] = partial(_matmul, device, precision, clock)
     for precision in PRECISIONS[:4]:  # torch convolves in these only
@@ -144,17 +144,17 @@ def _cpu_multiplies_int8(device: Device) -> bool:
     return device.type == "cpu" and not _FAST_INT8.isdisjoint(instruction_sets())
 
 
-def _matmul(device: Device, precision: str, clock: Clock) -> Work:
+def _matmul(device: Device, precision: str, clock: Clock) -> Workload:
     """Of two square matrices; the second is stored by columns, as linear layers store weights and as the 8-bit
     operators demand."""
     if reason := why_not(device, precision):
         raise Absent(reason)
     make = partial(_matmul_of, device, precision)
     on_cpu = device.type == "cpu"
-    return clock.grown(make, (512, 1024, 2048) if on_cpu else (2048, 4096, 8192))
+    return clock.grow(make, (512, 1024, 2048) if on_cpu else (2048, 4096, 8192))
 
 
-def _matmul_of(device: Device, precision: str, n: int) -> Work:
+def _matmul_of(device: Device, precision: str, n: int) -> Workload:
     left, right = (_random(device, (n, n), precision) for _ in range(2))
     right = right.t()
     if precision == "int8":
@@ -164,19 +164,19 @@ def _matmul_of(device: Device, precision: str, n: int) -> Work:
         call = partial(torch._scaled_mm, left, right, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
     else:
         call = partial(torch.mm, left, right, out=torch.empty_like(left))
-    return Work(amount=2.0 * n**3, call=_in_precision(precision, call))
+    return Workload(amount=2.0 * n**3, call=_in_precision(precision, call))
 
 
-def _convolution(device: Device, precision: str, clock: Clock) -> Work:
+def _convolution(device: Device, precision: str, clock: Clock) -> Workload:
     """3x3, channels last, forward and both gradients: three times the operations of the forward pass."""
     if reason := why_not(device, precision):
         raise Absent(reason)
     make = partial(_convolution_of, device, precision)
     on_cpu = device.type == "cpu"
-    return clock.grown(make, (1, 4, 16) if on_cpu else (512,))
+    return clock.grow(make, (1, 4, 16) if on_cpu else (512,))
 
 
-def _convolution_of(device: Device, precision: str, batch: int) -> Work:
+def _convolution_of(device: Device, precision: str, batch: int) -> Workload:
     image = (batch, CHANNELS, PIXELS, PIXELS)
     inputs, weights, gradient = (
         _random(device, shape, precision).to(memory_format=torch.channels_last)
@@ -190,7 +190,7 @@ def _convolution_of(device: Device, precision: str, batch: int) -> Work:
             outputs = torch.nn.functional.conv2d(inputs, weights, padding=1)
             torch.autograd.grad(outputs, (inputs, weights), gradient)
 
-    return Work(amount=3 * 2.0 * batch * PIXELS**2 * CHANNELS**2 * 9, call=_in_precision(precision, call))
+    return Workload(amount=3 * 2.0 * batch * PIXELS**2 * CHANNELS**2 * 9, call=_in_precision(precision, call))
 
 
 def _random(device: Device, shape: tuple[int, ...], precision: str) -> torch.Tensor:
@@ -206,24 +206,24 @@ def _in_precision(precision: str, call: Callable[[], object]) -> Callable[[], ob
         return call
 
     def exact() -> None:
-        with fp32_computed_as("ieee" if precision == "float32" else "tf32"):
+        with set_fp32_precision("ieee" if precision == "float32" else "tf32"):
             call()
 
     return exact
 
 
-def fp32_computed_as(what: str) -> AbstractContextManager[None]:
+def set_fp32_precision(what: str) -> AbstractContextManager[None]:
     """In full ("ieee") or in NVIDIA's "tf32" inside the block, whatever the user chose for the process."""
     switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     if what == "ieee":
         switches += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]  # type: ignore[attr-defined]
-    return switched(switches, "fp32_precision", what)
+    return set_attributes(switches, "fp32_precision", what)
 
 
 # --- movement and launches ----------------------------------------------------------------------
 
 
-def _copy(device: Device) -> Work:
+def _copy(device: Device) -> Workload:
     """From memory to memory, several times as much as the caches hold; what is read and what is written count."""
     wanted = max(COPY_BYTES, 4 * _cache_bytes()) if device.type == "cpu" else 4 * COPY_BYTES
     room = available_memory_bytes(device)
@@ -231,7 +231,7 @@ def _copy(device: Device) -> Work:
         raise Absent("too little free memory for a copy that no cache holds")
     source = _bytes(device.torch_name, wanted if room is None else min(wanted, room // 4))
     target = torch.empty_like(source)
-    return Work(amount=2.0 * source.nbytes, call=lambda: target.copy_(source))
+    return Workload(amount=2.0 * source.nbytes, call=lambda: target.copy_(source))
 
 
 def _cache_bytes(root: Path = Path("/")) -> int:
@@ -252,13 +252,13 @@ def _bytes(place: str, count: int) -> torch.Tensor:
     return block.to(place).repeat(max(1, count // block.nbytes))
 
 
-def _host_to_device(device: Device) -> Work:
+def _host_to_device(device: Device) -> Workload:
     source = _bytes("cpu", COPY_BYTES).pin_memory()
     target = torch.empty_like(source, device=device.torch_name)
-    return Work(amount=float(source.nbytes), call=lambda: target.copy_(source, non_blocking=True))
+    return Workload(amount=float(source.nbytes), call=lambda: target.copy_(source, non_blocking=True))
 
 
-def _all_reduce() -> Work:
+def _all_reduce() -> Workload:
     """Sum over all GPUs that this process sees. The amount is the bytes that each holds, so that bytes over rate
     is the time that gradients of that size take."""
     from torch.cuda import nccl
@@ -273,17 +273,17 @@ def _all_reduce() -> Work:
         for place in places:
             torch.cuda.synchronize(place)
 
-    return Work(amount=float(COPY_BYTES), call=call)
+    return Workload(amount=float(COPY_BYTES), call=call)
 
 
-def _launch(device: Device, clock: Clock) -> Work:
+def _launch(device: Device, clock: Clock) -> Workload:
     """One tiny operation after another, in a place: what each costs beside its arithmetic."""
     tiny = torch.ones(1, device=device.torch_name)
 
     return _launches(lambda: tiny.add_(1), clock)
 
 
-def _graph_launch(device: Device, clock: Clock) -> Work:
+def _graph_launch(device: Device, clock: Clock) -> Workload:
     """A CUDA graph of one tiny kernel, replayed again and again."""
     tiny = torch.ones(1, device=device.torch_name)
     graph = torch.cuda.CUDAGraph()
@@ -293,33 +293,33 @@ def _graph_launch(device: Device, clock: Clock) -> Work:
     return _launches(graph.replay, clock)
 
 
-def _launches(launch: Callable[[], object], clock: Clock) -> Work:
+def _launches(launch: Callable[[], object], clock: Clock) -> Workload:
     def call() -> None:
         for _ in range(LAUNCHES):
             launch()
         if clock.settle is not None:
             clock.settle()
 
-    return Work(amount=LAUNCHES, call=call)
+    return Workload(amount=LAUNCHES, call=call)
 
 
 # --- input --------------------------------------------------------------------------------------
 
 
-def _jpeg(resources: ExitStack, decode: Callable[[bytes], object]) -> Work:
+def _jpeg(resources: ExitStack, decode: Callable[[bytes], object]) -> Workload:
     """Photos decoded by all cores."""
     each, threads = 16, cores()
-    photo = photo_like(JPEG_PIXELS)
+    photo = synthetic_photo(JPEG_PIXELS)
     pool = resources.enter_context(ThreadPoolExecutor(threads))
 
     def decode_some(_: int) -> None:
         for _ in range(each):
             decode(photo)
 
-    return Work(amount=each * threads, call=lambda: list(pool.map(decode_some, range(threads))))
+    return Workload(amount=each * threads, call=lambda: list(pool.map(decode_some, range(threads))))
 
 
-def photo_like(pixels: int) -> bytes:
+def synthetic_photo(pixels: int) -> bytes:
     """A square JPEG that costs as much to decode as a photo: smooth shapes in noisy colours."""
     random = np.random.default_rng(0)
     shapes = torch.from_numpy(random.random((1, 3, 14, 14), np.float32))

@@ -32,9 +32,9 @@ from suanli.core.storage import write_json
 from suanli.core.types import Device, Json
 from suanli.machine import timing
 from suanli.machine.device import cores, cpu_name, instruction_sets
-from suanli.machine.disk import read_rates
+from suanli.machine.disk import measure_read_rates
 from suanli.machine.gpus import nvidia_driver
-from suanli.machine.microbenchmarks import Absent, settling, works
+from suanli.machine.microbenchmarks import Absent, build_workloads, synchronizer
 
 FORMAT = 1  # raise when a figure changes its meaning
 BUDGET_S = 12.0
@@ -93,10 +93,10 @@ def probe(
     wait for the first and take its answer. Raises nothing for what can't be measured: that is in `absent`.
     `decode` is the decoder of JPEG files, whose rate is one of the figures.
     """
-    if not fresh and (found := known(device, cache)) is not None:
+    if not fresh and (found := read_cached(device, cache)) is not None:
         return found
     with _alone(_path(device, cache)) as waited:
-        if (waited or not fresh) and (found := known(device, cache)) is not None:
+        if (waited or not fresh) and (found := read_cached(device, cache)) is not None:
             return found  # another process has measured meanwhile
         console.say(f"measuring what {device.name} ({device.torch_name}) can do: about {console.duration(budget_s)}")
         ceilings = _measured(device, cache, decode, budget_s, widest)
@@ -107,7 +107,7 @@ def probe(
     return ceilings
 
 
-def known(device: Device, cache: Path) -> Ceilings | None:
+def read_cached(device: Device, cache: Path) -> Ceilings | None:
     """The cached ceilings of `device`. None: never measured with this hardware and software, or damaged."""
     with suppress(OSError, ValueError):
         found = TypeAdapter(Ceilings).validate_json(_path(device, cache).read_bytes(), strict=True)
@@ -128,7 +128,7 @@ def fingerprint(device: Device) -> str:
     return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
 
-def unsteady(spread: Mapping[str, float | None], widest: float = timing.STEADY) -> list[str]:
+def unsteady_figures(spread: Mapping[str, float | None], widest: float = timing.STEADY) -> list[str]:
     """The figures whose relative spread is unknown or above `widest`, the worst first."""
     worst = {name: math.inf if value is None else value for name, value in spread.items()}
     return sorted((name for name, value in worst.items() if not value <= widest), key=lambda name: -worst[name])
@@ -164,7 +164,7 @@ def _keep(ceilings: Ceilings, path: Path) -> None:
 
 
 def _busy(ceilings: Ceilings, widest: float) -> str:
-    wide = unsteady(ceilings.spread, widest)
+    wide = unsteady_figures(ceilings.spread, widest)
     if ceilings.waiting is not None and ceilings.waiting > widest:
         how = f"for {ceilings.waiting:.0%} of the time, something else had the cores"
     elif (value := ceilings.spread[wide[0]]) is None:
@@ -204,7 +204,7 @@ def _measured(
     started = time.perf_counter()
     rates, absent, waiting = _rates(device, decode, budget_s / CALLS, budget_s * 0.6)  # making the works takes the rest
     try:
-        rates["disk_read_bytes_per_s"] = read_rates(cache, budget_s * 0.2)
+        rates["disk_read_bytes_per_s"] = measure_read_rates(cache, budget_s * 0.2)
     except Absent as reason:
         absent["disk_read_bytes_per_s"] = str(reason)
     found = {name: timing.spread(values) for name, values in rates.items()}
@@ -238,7 +238,7 @@ def _measured(
         disk_read_bytes_per_s=rate("disk_read_bytes_per_s"),
         spread=spread,
         waiting=waiting,
-        steady=not unsteady(spread, widest) and (waiting or 0) <= widest,
+        steady=not unsteady_figures(spread, widest) and (waiting or 0) <= widest,
     )
 
 
@@ -250,10 +250,10 @@ def _rates(
     try:
         torch.backends.cudnn.benchmark = True  # a ceiling is what the best algorithm reaches
         with ExitStack() as resources, torch.no_grad():
-            found, absent = works(device, resources, call_s, decode)
+            found, absent = build_workloads(device, resources, call_s, decode)
             calls = {name: work.call for name, work in found.items()}
             before = _core_time()
-            times = timing.interleaved(calls, rounds=ROUNDS, budget_s=budget_s, settle=settling(device))
+            times = timing.time_interleaved(calls, rounds=ROUNDS, budget_s=budget_s, settle=synchronizer(device))
             ran, waited = (now - then for now, then in zip(_core_time(), before, strict=True))
     finally:
         torch.backends.cudnn.benchmark = benchmark

@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def switched(places: Iterable[Any], name: str, value: object) -> Iterator[None]:
+def set_attributes(places: Iterable[Any], name: str, value: object) -> Iterator[None]:
     """The attribute `name` of each place has `value` while the block runs."""
     before = [(place, getattr(place, name)) for place in places]
     try:

@@ -87,7 +87,7 @@ def seconds(work: Callable[[], object], settle: Callable[[], object] | None = No
     return time.perf_counter() - started
 
 
-def interleaved(
+def time_interleaved(
     works: Mapping[Key, Callable[[], object]],
     *,
     rounds: int,

@@ -137,7 +137,7 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
     try:
         module = model.build(**args)
     except Exception as error:  # a user's function may raise anything
-        if device.out_of_memory(error):
+        if device.is_out_of_memory(error):
             raise
         raise UsageError(
             f"Model {model.name!r} can't be built: {type(error).__name__}: {error}.",
@@ -212,7 +212,7 @@ def _try(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) 
         with torch.inference_mode():
             out = module(inputs)
     except Exception as error:  # a user's network may raise anything
-        if device.out_of_memory(error):
+        if device.is_out_of_memory(error):
             raise
         raise UsageError(
             f"Model {model.name!r} fails on a batch of shape {tuple(inputs.shape)}: {error}.",

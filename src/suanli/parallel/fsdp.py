@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from suanli.core.errors import UsageError, first_line
-from suanli.machine.device import out_of_memory
+from suanli.machine.device import is_out_of_memory
 from suanli.parallel import dtensor
 from suanli.parallel.blocks import blocks
 from suanli.parallel.group import Group
@@ -49,7 +49,7 @@ def shard(module: nn.Module, group: Group, device: torch.device) -> None:
                 # The rest, too, is let go after the forward pass: it may be most of a network.
                 fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         except (ValueError, TypeError, NotImplementedError, RuntimeError, AssertionError) as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             raise UsageError(
                 f"This network can't be shared out: {first_line(error, 200)}", fix="Train without --shard."

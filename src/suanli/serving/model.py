@@ -366,10 +366,10 @@ class ServedModel:
 
     def _encode_one(self, raw: object) -> np.ndarray | str:
         if self.preprocess.kind == "image" and isinstance(raw, bytes):
-            from suanli.data.decode import peek
+            from suanli.data.decode import read_header
 
             try:
-                header = peek(raw)
+                header = read_header(raw)
             except BadInput as error:
                 return error.message
             if header.height * header.width > self._settings.max_pixels:

@@ -78,7 +78,7 @@ class Classification(Task):
         found["calibration_error"] = _calibration_error(_bins(probabilities, targets))
         return {name: float(value) for name, value in found.items()}
 
-    def examine(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
+    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
         """`interval` (95 %, of the accuracy), `per_class`, `confusion` (rows true, columns predicted;
         None for more than 100 classes), `confused` (the most frequent mistakes), `reliability`.
 

@@ -351,7 +351,7 @@ def _loss(task: Task, place: _Place) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, SuanliError):
         return error.message
-    if device.out_of_memory(error):
+    if device.is_out_of_memory(error):
         return "memory ran out."
     told = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {told.strip()[:200]}"

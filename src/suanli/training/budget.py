@@ -23,7 +23,7 @@ from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.registry import load_all
 from suanli.core.settings import change
 from suanli.core.types import Budget, Device, Json, Recipe, RecipeChoice
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.machine import timing
 from suanli.training.forecast import check_memory, explain_out_of_memory, validation_steps
 from suanli.training.setup import Setup
@@ -38,7 +38,7 @@ ALIKE = 0.05  # of the examples more or fewer: the same data in another encoding
 WIDER = 2.0  # times as fast, at most, a wider network computes each operation
 
 
-def choose_for_score(recipe: Recipe, prepared: Prepared, wanted: float) -> Recipe:
+def choose_for_score(recipe: Recipe, prepared: PreparedData, wanted: float) -> Recipe:
     """The cheapest effort that reached `wanted` (a fraction) on this data. Raises UsageError where none did, or
     nothing is known."""
     if not 0 < wanted < 1:
@@ -61,7 +61,9 @@ def choose_for_score(recipe: Recipe, prepared: Prepared, wanted: float) -> Recip
     )
 
 
-def choose_for_time(recipe: Recipe, prepared: Prepared, device: Device, threads: int | None, left_s: float) -> Recipe:
+def choose_for_time(
+    recipe: Recipe, prepared: PreparedData, device: Device, threads: int | None, left_s: float
+) -> Recipe:
     """The dearest effort that fits into `left_s` seconds from now, its epochs stretched or cut to fill them."""
     until = time.perf_counter() + left_s
     efforts: list[Mapping[str, Json]] = [effort.changes for effort in _efforts(recipe)] or [{}]
@@ -89,7 +91,7 @@ class _Subject:
     """One effort on this data and device, computed with the usual speedups."""
 
     def __init__(
-        self, recipe: Recipe, changes: Mapping[str, Json], prepared: Prepared, device: Device, threads: int | None
+        self, recipe: Recipe, changes: Mapping[str, Json], prepared: PreparedData, device: Device, threads: int | None
     ) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
         with explain_out_of_memory(device):
@@ -141,7 +143,7 @@ def _efforts(recipe: Recipe) -> tuple[Budget, ...]:
     return choice.budgets if choice is not None else ()
 
 
-def _reached(effort: Budget, prepared: Prepared) -> float | None:
+def _reached(effort: Budget, prepared: PreparedData) -> float | None:
     """The score that was measured on this data; None: it wasn't, or not on this data."""
     examples = len(prepared.splits["train"])
     for reached in effort.scores:

@@ -25,7 +25,7 @@ import torch
 
 from suanli.core.console import warn
 from suanli.core.errors import DamagedFile, MachineError
-from suanli.core.storage import atomic_file, read_json, write_json, writing
+from suanli.core.storage import atomic_file, raise_storage_errors, read_json, write_json
 from suanli.core.types import Json
 from suanli.models import safetensors_io
 from suanli.models.safetensors_io import Stored
@@ -210,7 +210,7 @@ def _keep(folder: Path, step: int, path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with writing(path):
+    with raise_storage_errors(path):
         path.unlink(missing_ok=True)
 
 

@@ -88,7 +88,7 @@ def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        if hardware.out_of_memory(error):
+        if hardware.is_out_of_memory(error):
             raise
         sizes = "images that grow, " if loop.recipe.progressive_resizing else ""
         raise UsageError(
@@ -103,7 +103,7 @@ def explain_out_of_memory(device: Device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError, SystemError) as error:
-        if not hardware.out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold what was built so far, and saying so takes memory
         available = hardware.available_memory_bytes(device)
@@ -145,7 +145,7 @@ def measure_step_s(loop: Loop, memory_bytes: int) -> float:
             loop.try_step(loop.batch_size)
             return timing.seconds(lambda: loop.try_step(loop.batch_size), settle)
     except (RuntimeError, MemoryError, SystemError) as error:
-        if not hardware.out_of_memory(error):
+        if not hardware.is_out_of_memory(error):
             raise
         raise out_of_memory_error(loop, memory_bytes, None, loop.order.batch_size // 2) from error
 

@@ -135,7 +135,7 @@ class Loop:
         if self.group.alone:
             return None
         if self._places is None or self._shares != self.group.shares:
-            parts = min(self.compute.parts, self.order.batch_size)
+            parts = min(self.compute.micro_batches, self.order.batch_size)
             ends = [self.order.batch_size * i // parts for i in range(parts + 1)]
             own = [torch.arange(a, b)[self.group.share(b - a)] for a, b in pairwise(ends)]
             self._places = torch.cat(own)
@@ -199,8 +199,8 @@ class Loop:
             index=index,
             epoch=self.order.epoch(step),
             classes=self.classes,
-            places=None if self.places is None else self.places[: len(index)].to(index.device),
-            whole=self.order.batch_size,
+            global_positions=None if self.places is None else self.places[: len(index)].to(index.device),
+            global_size=self.order.batch_size,
         )
         batch = self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
         return batch if scale == 1 else replace(batch, inputs=shrink(batch.inputs, scale))

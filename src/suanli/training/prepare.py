@@ -20,7 +20,7 @@ from suanli.core.run import Run
 from suanli.core.settings import change
 from suanli.core.types import AnyPath, Columns, Json, Recipe
 from suanli.data import checks
-from suanli.data.cache import Prepared, prepare_source
+from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.loader import choose_recipe, find_source
 from suanli.machine import device
 from suanli.models import build
@@ -68,7 +68,7 @@ def _absolute(path: AnyPath | None) -> str | None:
 
 def resolve(
     options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], tell: bool = True
-) -> tuple[Recipe, Prepared]:
+) -> tuple[Recipe, PreparedData]:
     """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
     one that suits the data, with `settings` on top."""
     started = time.perf_counter()
@@ -116,12 +116,12 @@ def _check_names(recipe: Recipe, kind: str) -> None:
     registry.load("tasks", recipe.task)
 
 
-def _tell(prepared: Prepared, seconds: float) -> None:
+def _tell(prepared: PreparedData, seconds: float) -> None:
     counts = {name: len(split) for name, split in prepared.splits.items()}
     how = "from the cache" if prepared.reused else f"decoded in {duration(seconds)}"
     say(
         f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
         f"{len(prepared.classes)} classes, input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
     )
-    for remark in checks.remarks(prepared.findings):
+    for remark in checks.format_findings(prepared.findings):
         warn(remark)

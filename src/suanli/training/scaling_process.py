@@ -18,7 +18,7 @@ from suanli.core.registry import load, names
 from suanli.core.types import Json, Recipe
 from suanli.engines import sandbox
 from suanli.machine.device import detect
-from suanli.machine.microbenchmarks import settling
+from suanli.machine.microbenchmarks import synchronizer
 from suanli.machine.timing import seconds
 from suanli.parallel import group
 from suanli.parallel.sync_batchnorm import norms
@@ -111,14 +111,14 @@ class Member:
         values, found = torch.zeros(count, dtype=dtype, device=self.device.torch_name), []
         for _ in range(REPEATS):
             self.group.sum(values[:1])  # all begin now
-            found.append(seconds(partial(self.group.sum, values), settling(self.device)))
+            found.append(seconds(partial(self.group.sum, values), synchronizer(self.device)))
         return median(found)
 
 
 def _for_one(speedups: str) -> str:
     """The names in a list that one process has a use for."""
     chosen, known = [name.strip() for name in speedups.split(",")], names("speedups")
-    return ",".join(n for n in chosen if n not in known or not load("speedups", n).between_processes) or "none"
+    return ",".join(n for n in chosen if n not in known or not load("speedups", n).distributed_only) or "none"
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from suanli.compute.plan_cache import Store
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.core.registry import names
 from suanli.core.types import Device, Json, Plan, Recipe, Trial
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.machine import peak
-from suanli.machine.device import out_of_memory
+from suanli.machine.device import is_out_of_memory
 from suanli.parallel import group as distributed
 from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
@@ -43,7 +43,7 @@ class Start:
     """What is trained, where, and how it is computed at present."""
 
     recipe: Recipe
-    prepared: Prepared
+    prepared: PreparedData
     device: Device
     cache: Path
     requested: str | Plan  # "auto", "none", names, or the plan of a run that goes on
@@ -69,7 +69,7 @@ class Start:
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
         needed = self._ready_sharded() if self.shard else self._ready_whole()
-        self.ceilings = peak.known(self.device, self.cache)
+        self.ceilings = peak.read_cached(self.device, self.cache)
         if self.ceilings is not None and not self.shard:
             self.ideal_step_s = utilization.ideal_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
@@ -228,7 +228,7 @@ def _plan_from(values: Mapping[str, Json], device: Device) -> Plan:
 
 def _risk(error: Exception) -> tuple[str, str]:
     """Which risk of a speedup has come true, and what to call it."""
-    if out_of_memory(error):
+    if is_out_of_memory(error):
         return "memory", "memory ran out"
     if isinstance(error, Diverged):
         return "numerics", error.message.rstrip(".")

@@ -21,7 +21,7 @@ from suanli.core.console import say
 from suanli.core.registry import load
 from suanli.core.types import Device, Plan, Recipe, Step
 from suanli.data import loader
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.data.loader import Feed, mix
 from suanli.machine import peak
 from suanli.models import build as building
@@ -48,7 +48,7 @@ class Setup:
     def __init__(
         self,
         recipe: Recipe,
-        prepared: Prepared,
+        prepared: PreparedData,
         device: Device,
         *,
         fresh: bool = True,
@@ -104,11 +104,11 @@ class Setup:
             model=self.module,
             optimizer=self.optimizer,
             memory_format=torch.contiguous_format,  # or the layout of the cached rows would go on through the network
-            parts=self.recipe.accumulate,
-            reads=True,
+            micro_batches=self.recipe.accumulate,
+            reads_cache=True,
             can_reside=self.can_reside,
-            shared=not self.group.alone,
-            asks=not self.group.alone and bool(norms(self.module)),
+            distributed=not self.group.alone,
+            communicates=not self.group.alone and bool(norms(self.module)),
             sharded=self.sharded,
         )
 

@@ -113,7 +113,7 @@ class Way:
         with active(self.loop.compute):
             self._settle()
             watched = not timed and _watch_peak(self.device)
-            with energy.metered(self.device) if timed else nullcontext() as meter:
+            with energy.measure_energy(self.device) if timed else nullcontext() as meter:
                 started = time.perf_counter()
                 marks = _Marks(self.loop.device)
                 for _ in range(times):

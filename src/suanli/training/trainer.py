@@ -23,7 +23,7 @@ from suanli.compute.step_runner import active
 from suanli.core.console import Progress, duration, plural, say, warn
 from suanli.core.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
 from suanli.core.run import FINISHED, Run, measurement
-from suanli.core.signals import Stop, stop_requests
+from suanli.core.signals import StopRequest, catch_stop_signals
 from suanli.core.types import Json, Plan, Recipe, Tracker
 from suanli.engines import store
 from suanli.machine import device
@@ -97,7 +97,7 @@ class Training:
             self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
             for tracker in self.trackers:
                 stack.callback(tracker.close)
-            stop = stack.enter_context(stop_requests())
+            stop = stack.enter_context(catch_stop_signals())
             watchdog = Watchdog(self.group, self._position, self.hang_s)
             watchdog.start()
             stack.callback(watchdog.stop)
@@ -122,7 +122,7 @@ class Training:
         forecast = self.start.forecast.to_json()
         self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
 
-    def _through(self, stop: Stop) -> str:
+    def _through(self, stop: StopRequest) -> str:
         """All steps; a plan that fails is followed by a weaker one, where the user leaves the choice."""
         while True:
             try:
@@ -159,7 +159,7 @@ class Training:
             self.fallbacks.append({"step": failed_at, "said": said, **now})
             self._write_running()
             return
-        if device.out_of_memory(error):
+        if device.is_out_of_memory(error):
             half = self.loop.order.batch_size // 2
             raise out_of_memory_error(self.loop, self.start.forecast.memory_bytes, None, half) from error
         if isinstance(error, Diverged):
@@ -189,7 +189,7 @@ class Training:
 
     # --- the steps ---
 
-    def _steps(self, stop: Stop) -> str:
+    def _steps(self, stop: StopRequest) -> str:
         loop, per_epoch = self.loop, self.loop.order.steps_per_epoch
         every = max(1, round(self.recipe.validate_every * per_epoch))
         saved_at = logged_at = time.monotonic()
@@ -211,7 +211,7 @@ class Training:
                     self._validate()
                 score = "" if loop.progress.last is None else f"  {loop.task.metric} {loop.progress.last:.1%}"
                 bar.update(step, note + score)
-                asked, due = self._agreed(stop.by, now - saved_at >= self.checkpoint_every_s, last)
+                asked, due = self._agreed(stop.signal, now - saved_at >= self.checkpoint_every_s, last)
                 if asked:
                     self._save()
                     self._interrupt(asked, stop)
@@ -312,7 +312,7 @@ class Training:
                 self.writer.complete()
         self.loop.phase = before
 
-    def _interrupt(self, number: int, stop: Stop) -> None:
+    def _interrupt(self, number: int, stop: StopRequest) -> None:
         self._summarise("interrupted")
         self.loop.phase = "end"
         self.group.wait()  # nobody ends, and ends the others, before the checkpoint is on disk

@@ -21,8 +21,8 @@ from suanli.core.paths import data_dir
 from suanli.core.types import AnyPath, Json
 from suanli.data.decode import decode
 from suanli.machine import device as hardware
-from suanli.machine.gpus import Gpu, gpus, hidden, nvidia_driver
-from suanli.machine.peak import Ceilings, known, title
+from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
+from suanli.machine.peak import Ceilings, read_cached, title
 from suanli.machine.peak import probe as measured
 
 
@@ -103,7 +103,7 @@ def device(
     automatic = device is None or device.strip().lower() == "auto"  # the headline tells why a GPU isn't used
     asked = hardware.detect(runs_on[0] if automatic else device)
     cache = cache_dir_of(cache_dir)
-    ceilings = measured(asked, cache, decode, fresh=fresh) if probe or fresh else known(asked, cache)
+    ceilings = measured(asked, cache, decode, fresh=fresh) if probe or fresh else read_cached(asked, cache)
     headline, fix = _headline(found, driver.problem)
     cpu = hardware.detect("cpu")
     return DeviceReport(
@@ -138,7 +138,7 @@ def _headline(found: tuple[Gpu, ...], problem: str | None) -> tuple[str, str | N
     if found:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         return f"Work runs on {found[0].torch_name} ({found[0].name}){more}.", None
-    if hidden():
+    if are_gpus_hidden():
         return "Work runs on the CPU: CUDA_VISIBLE_DEVICES hides every GPU.", None
     if problem:
         return (

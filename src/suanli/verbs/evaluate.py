@@ -159,7 +159,7 @@ class _Exam:
             "count": len(split),
             "scores": task.scores(probabilities, split.targets),
             "with_augmentation": self._augmented() if augmented_views else None,
-            "details": task.examine(probabilities, split.targets, classes),
+            "details": task.evaluate(probabilities, split.targets, classes),
             "mistakes": [self._shown(int(i), probabilities[i]) for i in wrong],
             "samples": [self._shown(int(i), probabilities[i]) for i in spread],
         }

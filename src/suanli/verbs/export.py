@@ -39,7 +39,7 @@ import numpy as np
 from suanli.core.console import size
 from suanli.core.errors import GateError, MachineError, UsageError, pip_install, unknown
 from suanli.core.run import is_run
-from suanli.core.storage import json_bytes, read_json, writing
+from suanli.core.storage import json_bytes, raise_storage_errors, read_json
 from suanli.core.types import AnyPath, Json
 from suanli.machine import device
 from suanli.models import build
@@ -173,7 +173,7 @@ def _name(folder: Path) -> str:
 
 
 def _refuse_taken(target: Path, form: Form) -> None:
-    with writing(target):
+    with raise_storage_errors(target):
         empty_folder = target.is_dir() and not any(target.iterdir())
         if os.path.lexists(target) and not (form.folder and empty_folder):
             what = " and is not an empty directory" if form.folder else ""
@@ -191,7 +191,7 @@ def _refuse_missing(to: str, form: Form) -> None:
 def _work(target: Path) -> Iterator[Path]:
     """A folder on the target's file system that is gone afterwards. The target's own folder may still have to be
     made, and is made last."""
-    with writing(target):
+    with raise_storage_errors(target):
         place = next(parent for parent in target.absolute().parents if parent.exists())
         with tempfile.TemporaryDirectory(dir=place, prefix=".suanli-export-", suffix=".tmp") as work:
             yield Path(work)
@@ -277,7 +277,7 @@ def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> No
             extra = {f"{name}.json": text for name, text in metadata.items()}
             torch.export.save(program, stream, extra_files=extra)
     except Exception as error:  # a user's network may raise anything while it is traced
-        if device.out_of_memory(error):
+        if device.is_out_of_memory(error):
             raise
         raise MachineError(
             f"This network can't be written as a program of torch.export ({innermost_cause(error)}).",

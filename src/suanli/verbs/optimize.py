@@ -19,8 +19,8 @@ from suanli.core import registry
 from suanli.core.console import duration
 from suanli.core.errors import MachineError, RunBusy, UsageError, unknown
 from suanli.core.run import Run, measurement
-from suanli.core.settings import seconds
-from suanli.core.storage import writing
+from suanli.core.settings import parse_duration
+from suanli.core.storage import raise_storage_errors
 from suanli.core.types import AnyPath, Device, Engine, Json
 from suanli.engines import store
 from suanli.engines.candidates import GOALS, Candidate, SearchResult
@@ -100,7 +100,7 @@ def optimize(
         raise UsageError(f"A latency of {max_latency_ms} ms can't be met.", fix="Give milliseconds above 0.")
     started = time.monotonic()
     names = _names(engines)
-    budget_s = seconds(time_budget)
+    budget_s = parse_duration(time_budget)
     target = hardware.detect(device)
     meters = counters(target) if goal == "energy" else []
     if goal == "energy" and (not meters or any(meter.read_j() is None for meter in meters)):
@@ -173,7 +173,7 @@ def _work(folder: Path) -> Iterator[Path]:
     """An empty folder beside the engines; only one process makes engines there at a time."""
     from filelock import FileLock, Timeout
 
-    with writing(folder):
+    with raise_storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from suanli.core.types import AnyPath, Json, Recipe
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.training.prepare import DataOptions, resolve
 
 
@@ -19,7 +19,7 @@ def prepare(
     max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
-) -> Prepared:
+) -> PreparedData:
     """Check a data set and decode it into the cache; nothing is decoded twice.
 
     `data` is a built-in name, a folder of class folders, an archive of one, a table file or an
@@ -37,7 +37,7 @@ def prepare(
     return resolve(options, recipe=recipe, settings=settings or {})[1]
 
 
-def summary(prepared: Prepared) -> str:
+def summary(prepared: PreparedData) -> str:
     """The class counts as a text table."""
     width = max(len(c) for c in (*prepared.classes, "class"))
     lines = [f"{'class':<{width}}  {'train':>8}  {'val':>8}  {'test':>8}"]

@@ -18,9 +18,9 @@ from suanli.core.errors import DataError, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.registry import load
 from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
-from suanli.core.settings import seconds
+from suanli.core.settings import parse_duration
 from suanli.core.types import AnyPath, Device, Json, Plan, Recipe, Tracker
-from suanli.data.cache import Prepared
+from suanli.data.cache import PreparedData
 from suanli.machine import device as hardware
 from suanli.machine.gpus import gpus
 from suanli.models.model_folder import refuse_foreign_code, weights_of
@@ -180,7 +180,7 @@ def train(
         max_bad=max_bad,
         preprocess=preprocess,
     )
-    budget_s = None if time_budget is None else seconds(time_budget)
+    budget_s = None if time_budget is None else parse_duration(time_budget)
     full, prepared = resolve(options, recipe=recipe, settings=network | changes)
     if target_accuracy is not None or budget_s is not None:
         _refuse_deciding_twice(full, changes, target_accuracy, budget_s)
@@ -237,7 +237,7 @@ def train(
     return run
 
 
-def _meet(where: _Where, recipe: Recipe, prepared: Prepared, folder: Path) -> dict[str, Json] | None:
+def _meet(where: _Where, recipe: Recipe, prepared: PreparedData, folder: Path) -> dict[str, Json] | None:
     """A collective: the processes that train together look at each other. None: there is one."""
     if where.group.alone:
         return None

@@ -83,4 +83,4 @@ def _replaced() -> str | None:
     return next((name for name in _OTHERS if name in maps), None)
 
 
-SPEEDUP = Speedup(name="allocator", stage=4, apply=apply, why_not=why_not, sets_in_slowly=True)
+SPEEDUP = Speedup(name="allocator", stage=4, apply=apply, why_not=why_not, delayed_effect=True)

@@ -28,7 +28,7 @@ def why_not(device: Device) -> str | None:
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.sharded:
         return "gradients of a network that is shared out are sent as they are"
-    return None if step.shared else "there is no other process to send gradients to"
+    return None if step.distributed else "there is no other process to send gradients to"
 
 
 SPEEDUP = Speedup(
@@ -37,7 +37,7 @@ SPEEDUP = Speedup(
     apply=apply,
     why_not=why_not,
     needless=needless,
-    between_processes=True,
+    distributed_only=True,
     tolerance=0.01,
     risks=("numerics",),
 )

@@ -18,7 +18,7 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
-    if step.asks:
+    if step.communicates:
         return _inductor.ASKS
     return None if blocks(step.model) else "the network has no repeated blocks"
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 
 from suanli.core.types import Device, Speedup, Step
-from suanli.machine.switches import switched
+from suanli.machine.switches import set_attributes
 
 
 def timed_algorithms() -> AbstractContextManager[None]:
-    return switched((torch.backends.cudnn,), "benchmark", True)
+    return set_attributes((torch.backends.cudnn,), "benchmark", True)
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001

@@ -18,7 +18,7 @@ def why_not(device: Device) -> str | None:
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
-    if step.shared:
+    if step.distributed:
         return "the other processes are asked in the middle of the step, which a graph would not wait for"
     if step.loss_scaling:
         return "a scaled loss makes each step look at its gradients, which a graph can't"

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from suanli.core.types import Device, Speedup, Step
-from suanli.machine.switches import switched
+from suanli.machine.switches import set_attributes
 
 
 def bfloat16_inside() -> AbstractContextManager[None]:
     onednn = torch.backends.mkldnn
     places = (onednn.matmul, onednn.conv)  # type: ignore[attr-defined]
-    return switched(places, "fp32_precision", "bf16")
+    return set_attributes(places, "fp32_precision", "bf16")
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001

@@ -17,7 +17,7 @@ def why_not(device: Device) -> str | None:  # noqa: ARG001
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
-    if not step.reads:
+    if not step.reads_cache:
         return "the batches come from the caller"
     if step.resident:
         return "nothing is read: the split lies on the device"

@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 
 from suanli.core.types import Device, Speedup, Step
-from suanli.machine.switches import switched
+from suanli.machine.switches import set_attributes
 
 
 def tensor_float() -> AbstractContextManager[None]:
     backends = torch.backends
     places = (backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
-    return switched(places, "fp32_precision", "tf32")
+    return set_attributes(places, "fp32_precision", "tf32")
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001

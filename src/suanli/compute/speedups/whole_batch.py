@@ -14,7 +14,7 @@ from suanli.core.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    return replace(step, parts=1)
+    return replace(step, micro_batches=1)
 
 
 def why_not(device: Device) -> str | None:  # noqa: ARG001
@@ -22,7 +22,7 @@ def why_not(device: Device) -> str | None:  # noqa: ARG001
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
-    if step.parts == 1:
+    if step.micro_batches == 1:
         return "the batch isn't computed in parts"
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in step.model.modules()):
         return "batch norms would see other batches"

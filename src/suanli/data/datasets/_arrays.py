@@ -66,18 +66,18 @@ def read_idx(path: Path, dimensions: int) -> Pixels:
         with gzip.open(path) as stream:
             header = stream.read(4 + 4 * dimensions)
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
-                raise damaged(path, f"it doesn't begin as an IDX file of {dimensions} dimensions")
+                raise damage_error(path, f"it doesn't begin as an IDX file of {dimensions} dimensions")
             shape = struct.unpack_from(f">{dimensions}I", header, 4)
             count = 1
             for length in shape:
                 count *= length
             if not 0 < count <= MAX_BYTES:
-                raise damaged(path, f"it says that it has the shape {shape}")
+                raise damage_error(path, f"it says that it has the shape {shape}")
             content = stream.read(count + 1)
     except (*_DAMAGED, OSError) as error:
-        raise damaged(path, str(error)) from error
+        raise damage_error(path, str(error)) from error
     if len(content) != count:
-        raise damaged(path, f"it doesn't have the {count} values that its header says")
+        raise damage_error(path, f"it doesn't have the {count} values that its header says")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -90,7 +90,7 @@ def read_idx_dataset(dataset: Dataset, classes: Sequence[str], folder: Path) -> 
     for split, images_path, labels_path in zip(("train", "test"), files[::2], files[1::2], strict=True):
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
         if len(images) != len(labels) or labels.max() >= len(classes):
-            raise damaged(labels_path, "its labels don't fit the images")
+            raise damage_error(labels_path, "its labels don't fit the images")
         rows += rows_of(images, labels, classes, split)
         size_bytes += images.size
     return source_of(dataset.name, rows, classes, size_bytes, dataset.licence, files)
@@ -115,11 +115,11 @@ def read_cifar(
     for split, members in (("train", train), ("test", test)):
         packed = b"".join(content.pop(member) for member in members)
         if not packed or len(packed) % record_bytes:
-            raise damaged(path, f"its {split} files aren't whole records of {record_bytes} bytes")
+            raise damage_error(path, f"its {split} files aren't whole records of {record_bytes} bytes")
         records = np.frombuffer(packed, np.uint8).reshape(-1, record_bytes)
         labels = records[:, label_bytes - 1]
         if labels.max() >= len(classes):
-            raise damaged(path, f"it has class {labels.max()} but {len(classes)} class names")
+            raise damage_error(path, f"it has class {labels.max()} but {len(classes)} class names")
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         rows += rows_of(images, labels, classes, split)
         size_bytes += images.size
@@ -136,12 +136,12 @@ def _members(path: Path, names: Sequence[str]) -> dict[str, bytes]:
                     stream = archive.extractfile(info)
                     found[info.name] = stream.read() if stream else b""
     except (*_DAMAGED, OSError) as error:
-        raise damaged(path, str(error)) from error
+        raise damage_error(path, str(error)) from error
     missing = [name for name in names if name not in found]
     if missing:
-        raise damaged(path, f"{', '.join(missing)} is missing in it")
+        raise damage_error(path, f"{', '.join(missing)} is missing in it")
     return found
 
 
-def damaged(path: Path, reason: str) -> DataError:
+def damage_error(path: Path, reason: str) -> DataError:
     return DataError(f"The file {path} is damaged: {reason}.", fix="Delete it, so that it is downloaded again.")

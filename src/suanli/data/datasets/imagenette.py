@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from suanli.core.types import Columns, Dataset, Download, Source
-from suanli.data.datasets._arrays import damaged
+from suanli.data.datasets._arrays import damage_error
 from suanli.data.readers.archive import READER as ARCHIVE
 
 CLASSES = {  # WordNet number, by which the folders are called, to the publisher's name
@@ -32,7 +32,7 @@ def _read(folder: Path) -> Source:
     found = ARCHIVE.read(path, Columns())
     odd = set(found.classes) - set(CLASSES)
     if odd or {row.split for row in found.rows} != {"train", "val"}:
-        raise damaged(path, f"it isn't laid out as its publisher does ({', '.join(sorted(odd)[:3])})")
+        raise damage_error(path, f"it isn't laid out as its publisher does ({', '.join(sorted(odd)[:3])})")
     rows = [
         replace(row, label=CLASSES[row.label], split="test" if row.split == "val" else row.split) for row in found.rows
     ]

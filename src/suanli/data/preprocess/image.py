@@ -26,8 +26,8 @@ import numpy as np
 from PIL import Image
 
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
-from suanli.core.types import Encoded, Json, Preprocess, Preview, Raw
-from suanli.data.decode import decode, peek
+from suanli.core.types import EncodedInput, Json, Preprocess, Preview, Raw
+from suanli.data.decode import decode, read_header
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class ImagePreprocess(Preprocess):
         channels = given.get("channels") or (1 if grey else 3)
         return cls(height=size[0], width=size[1], channels=channels, resize=given.get("resize", "crop"))
 
-    def encode(self, raw: Raw) -> Encoded:
+    def encode(self, raw: Raw) -> EncodedInput:
         """Safe to call from several threads at once."""
         pixels, traits = decode(raw)
         height, width, found = pixels.shape
@@ -98,7 +98,7 @@ class ImagePreprocess(Preprocess):
         # the fastest in hashlib.
         digest = hashlib.sha256(b"%d,%d:" % (height, width), usedforsecurity=False)
         digest.update(np.ascontiguousarray(row).data)
-        return Encoded(row=row, digest=digest.digest()[:16], traits=traits, size=(height, width))
+        return EncodedInput(row=row, digest=digest.digest()[:16], traits=traits, size=(height, width))
 
     def measure(self, rows: np.ndarray) -> Self:
         """Reads at most about 256 MB of `rows`, evenly spread, a few MB at a time."""
@@ -215,7 +215,7 @@ def _look(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
     grey = True
     for raw in raws:
         try:
-            header = peek(raw)
+            header = read_header(raw)
             if grey and not header.grey:
                 grey = decode(raw).pixels.shape[2] == 1
         except BadInput:

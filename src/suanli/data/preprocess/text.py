@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
-from suanli.core.types import Encoded, Json, Preprocess, Preview, Raw
+from suanli.core.types import EncodedInput, Json, Preprocess, Preview, Raw
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class TextPreprocess(Preprocess):
         size = chosen["vocabulary_size"] - 2
         return cls(vocabulary=tuple(frequent[:size]), length=length, lowercase=chosen["lowercase"])
 
-    def encode(self, raw: Raw) -> Encoded:
+    def encode(self, raw: Raw) -> EncodedInput:
         """Row (L,) int32. Traits: "truncated", "no known word". Raises BadInput for what isn't
         text and for a text without a single token."""
         text = normalise(raw)
@@ -143,7 +143,7 @@ class TextPreprocess(Preprocess):
         if max(ids) == UNKNOWN:
             traits.append("no known word")
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return Encoded(row=row, digest=digest, traits=tuple(traits), size=(len(ids),))
+        return EncodedInput(row=row, digest=digest, traits=tuple(traits), size=(len(ids),))
 
     def measure(self, rows: np.ndarray) -> Self:  # noqa: ARG002  # ids have no mean or spread
         return self

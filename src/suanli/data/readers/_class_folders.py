@@ -67,7 +67,7 @@ def suffix_of(name: str) -> str:
     return name.rpartition(".")[2].casefold() if "." in name else ""
 
 
-def is_passed_over(part: str) -> bool:
+def is_ignored(part: str) -> bool:
     """Hidden files and what file managers leave behind."""
     return part.startswith(".") or part.casefold() in _LITTER
 
@@ -155,7 +155,7 @@ def _tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
     def folder_at(path: str) -> _Folder | None:
         if path not in known:
             parts = PurePosixPath(path).parts
-            known[path] = None if any(map(is_passed_over, parts)) else root.at(parts)
+            known[path] = None if any(map(is_ignored, parts)) else root.at(parts)
         return known[path]
 
     for path in folders:
@@ -163,7 +163,7 @@ def _tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
     for member in members:
         parent, _, file_name = member.path.rpartition("/")
         folder = folder_at(parent)
-        if folder is None or is_passed_over(file_name):
+        if folder is None or is_ignored(file_name):
             continue
         found = folder.images if suffix_of(file_name) in IMAGE_SUFFIXES else folder.others
         found.append(member)

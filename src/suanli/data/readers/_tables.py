@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from suanli.core.errors import DataError
-from suanli.data.readers._class_folders import TABLE_SUFFIXES, is_passed_over, split_of, suffix_of
+from suanli.data.readers._class_folders import TABLE_SUFFIXES, is_ignored, split_of, suffix_of
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
 MAX_CELL_CHARACTERS = 16 << 20  # a longer one is a quote that was never closed
@@ -78,7 +78,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 def _folders(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
-        yield from [entry for entry in entries if entry.is_dir() and not is_passed_over(entry.name)]
+        yield from [entry for entry in entries if entry.is_dir() and not is_ignored(entry.name)]
 
 
 def _holds_image(folder: str) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from suanli.core.errors import BadInput, DataError
-from suanli.core.storage import writing
+from suanli.core.storage import raise_storage_errors
 from suanli.data.readers._archives import BytesAt, Listing, check_count, check_size, check_total, checked_name
 from suanli.data.readers._class_folders import Member, count_and_examples
 
@@ -83,19 +83,19 @@ class UnpackedAt:
         return self._unpacked(offset, count)
 
     def _unpack(self) -> BytesAt:
-        with writing(Path(os.environ.get("TMPDIR", "/tmp"))):  # where there is no such directory at all
+        with raise_storage_errors(Path(os.environ.get("TMPDIR", "/tmp"))):  # where there is no such directory at all
             temporary = Path(tempfile.gettempdir())
         try:
             with ExitStack() as stack:
                 if _stamp(self.path) != self._stamp:
                     raise tarfile.ReadError("it is another file than before")
                 stream = stack.enter_context(_opened(self.path, self._suffix))
-                with writing(temporary):
+                with raise_storage_errors(temporary):
                     unpacked = stack.enter_context(tempfile.TemporaryFile(dir=temporary))
                 while chunk := stream.take(_CHUNK_BYTES):
-                    with writing(temporary):
+                    with raise_storage_errors(temporary):
                         unpacked.write(chunk)
-                with writing(temporary):
+                with raise_storage_errors(temporary):
                     unpacked.flush()
                 return BytesAt(self.path, os.dup(unpacked.fileno()))
         except DAMAGED as error:

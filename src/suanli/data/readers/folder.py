@@ -12,7 +12,7 @@ from pathlib import Path
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
-from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, is_passed_over, source_of
+from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, is_ignored, source_of
 from suanli.data.readers._files import read_file
 from suanli.data.readers._tables import tables_in
 
@@ -58,7 +58,7 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
         folder, relative, above = waiting.pop()
         inside = above | {_identity(os.stat(folder))}
         for entry in _entries(folder):
-            if is_passed_over(entry.name):
+            if is_ignored(entry.name):
                 continue
             path = _shown(relative + entry.name)
             try:

@@ -28,7 +28,7 @@ from torch import nn
 from suanli.core.types import Device, Engine, LoadedEngine, Placement
 from suanli.engines.backends import eager
 from suanli.engines.inference_module import InferenceModule, example_rows
-from suanli.machine.device import out_of_memory
+from suanli.machine.device import is_out_of_memory
 from suanli.models.model_folder import SavedModel, load_model
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # of batches that are recorded: each keeps the memory of its own pass
@@ -102,7 +102,7 @@ def prepare_model(saved: SavedModel, precision: str, where: torch.device) -> nn.
             with torch.inference_mode():
                 found(example_rows(saved.preprocess, SIZES[1]).to(where))
         except RuntimeError as error:  # of two dtypes that meet in one operation
-            if kind is kinds[-1] or out_of_memory(error):
+            if kind is kinds[-1] or is_out_of_memory(error):
                 raise
         else:
             break

@@ -20,7 +20,7 @@ from torch import nn
 from suanli.compute.plan import threads
 from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.inference_module import InferenceModule
-from suanli.machine.switches import switched
+from suanli.machine.switches import set_attributes
 from suanli.models.model_folder import WEIGHTS, load_model
 
 DTYPES = {
@@ -71,7 +71,7 @@ def tf32_switch(precision: str, device_type: str) -> AbstractContextManager[None
         return nullcontext()
     backends = torch.backends
     places = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)  # type: ignore[attr-defined]
-    return switched(places, "fp32_precision", "tf32" if precision == "tfloat32" else "ieee")
+    return set_attributes(places, "fp32_precision", "tf32" if precision == "tfloat32" else "ieee")
 
 
 def network_precision(network: nn.Module, work: Callable[[], object]) -> str | None:

@@ -205,11 +205,11 @@ ENGINE = Engine(
     name="onnxruntime",
     precisions=("int8", "tfloat32", "float32"),
     packages=(package(),),
-    builds_with=("onnx", "onnxscript"),
+    build_packages=("onnx", "onnxscript"),
     why_not=why_not,
     build=build,
     load=load,
     needs="onnx",
     order=20,
-    kinds=QUANTIZED,
+    quantized_ops=QUANTIZED,
 )

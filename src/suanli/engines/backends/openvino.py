@@ -124,11 +124,11 @@ ENGINE = Engine(
     name="openvino",
     precisions=("int8", "bfloat16", "float32"),
     packages=("openvino",),
-    builds_with=("nncf", "onnx", "onnxscript"),
+    build_packages=("nncf", "onnx", "onnxscript"),
     why_not=_cpu.why_not,
     build=build,
     load=load,
     needs="onnx",
     order=10,
-    kinds=("Conv", "MatMul", "Gemm"),
+    quantized_ops=("Conv", "MatMul", "Gemm"),
 )

@@ -21,9 +21,9 @@ from suanli.core.types import Batch
 
 def draw_for_batch(batch: Batch, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """The numbers of this batch's examples: `draw(count)` gives them for all that the step learns from."""
-    if batch.places is None or batch.whole is None:
+    if batch.global_positions is None or batch.global_size is None:
         return draw(len(batch.inputs))
-    return draw(batch.whole)[batch.places]
+    return draw(batch.global_size)[batch.global_positions]
 
 
 def uniform(batch: Batch, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
