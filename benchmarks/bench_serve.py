@@ -93,7 +93,7 @@ def trivial(folder: Path) -> Path:
     save(parser.parse_model(graph), built / "model.onnx")
     name, engine = "onnxruntime", load_plugin("engines", "onnxruntime")
     about = {"packages": engine.packages, "portable": engine.portable}
-    kept = store.Kept(engine=name, precision="float32", folder=built, threads=1, **about)
+    kept = store.StoredEngine(engine=name, precision="float32", folder=built, threads=1, **about)
     preprocess = load_plugin("preprocess", "image")(height=SHAPE[1], width=SHAPE[2], channels=SHAPE[3])
     model = {"weights": "none", "classes": [f"class {n}" for n in range(CLASSES)], "preprocess": preprocess.to_json()}
     store.save(engines, [kept], device=device.detect("cpu"), about=model)

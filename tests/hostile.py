@@ -25,7 +25,7 @@ from registered import forget
 from suanli.core import registry
 from suanli.core.types import Preprocess
 from suanli.data.preprocess.image import ImagePreprocess
-from suanli.engines.store import Kept, save
+from suanli.engines.store import StoredEngine, save
 from suanli.machine import device
 
 SIDE = 2  # px
@@ -136,7 +136,9 @@ def engines(
     try:
         (made / "files").mkdir()
         (made / "files" / "settings.json").write_text(json.dumps(settings))
-        kept = Kept(engine="hostile", precision="float32", folder=made / "files", threads=1, packages=(), portable=True)
+        kept = StoredEngine(
+            engine="hostile", precision="float32", folder=made / "files", threads=1, packages=(), portable=True
+        )
         reads = preprocess or ImagePreprocess(height=side, width=side, channels=3)
         about = {"classes": list(classes), "preprocess": reads.to_json()}
         folder.mkdir(parents=True, exist_ok=True)
