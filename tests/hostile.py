@@ -136,13 +136,13 @@ def engines(
     try:
         (made / "files").mkdir()
         (made / "files" / "settings.json").write_text(json.dumps(settings))
-        kept = StoredEngine(
+        stored = StoredEngine(
             engine="hostile", precision="float32", folder=made / "files", threads=1, packages=(), portable=True
         )
         reads = preprocess or ImagePreprocess(height=side, width=side, channels=3)
         about = {"classes": list(classes), "preprocess": reads.to_json()}
         folder.mkdir(parents=True, exist_ok=True)
-        save(folder, [kept], device=device.detect("cpu"), about=about)
+        save(folder, [stored], device=device.detect("cpu"), about=about)
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder

@@ -323,7 +323,7 @@ def test_an_engine_ends_with_a_server_that_is_killed(tmp_path: Path, environment
 # --- a model that keeps its engine alive ---
 
 
-class StoredEngine:
+class Kept:
     """A served model, and the log it wrote."""
 
     def __init__(self, served: ServedModel, text: io.StringIO) -> None:
@@ -354,15 +354,15 @@ class StoredEngine:
 
 
 @pytest.fixture
-def keep(run: Run) -> Iterator[Callable[..., StoredEngine]]:
+def keep(run: Run) -> Iterator[Callable[..., Kept]]:
     """Makes a model; it is started by the test, and closed at the end."""
-    made: list[StoredEngine] = []
+    made: list[Kept] = []
     with ThreadPoolExecutor(2) as pool:
 
-        def make(subject: Path, **options: Any) -> StoredEngine:
+        def make(subject: Path, **options: Any) -> Kept:
             text = io.StringIO()
             log = Log("json", stream=text)
-            kept = StoredEngine(ServedModel("odd", "1", subject, Settings(**options), pool=pool, log=log), text)
+            kept = Kept(ServedModel("odd", "1", subject, Settings(**options), pool=pool, log=log), text)
             made.append(kept)
             return kept
 
@@ -383,9 +383,7 @@ def children() -> set[int]:
     return {pid for pid in engines if is_there(pid)}
 
 
-def test_an_engine_that_ends_while_nobody_asks_is_replaced(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path
-) -> None:
+def test_an_engine_that_ends_while_nobody_asks_is_replaced(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     """As when the system is short of memory. Meanwhile the model is not ready, and who asks waits or is refused."""
     kept = keep(engines(tmp_path / "odd", load="time.sleep(0.3)"))
 
@@ -406,7 +404,7 @@ def test_an_engine_that_ends_while_nobody_asks_is_replaced(
 
 
 def test_a_bad_input_costs_only_itself_and_a_crash_only_time(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path
+    run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd", batch_ms=20))
 
@@ -435,7 +433,7 @@ def test_a_bad_input_costs_only_itself_and_a_crash_only_time(
 
 
 def test_a_model_without_an_engine_says_so_and_refuses(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, keep: Callable[..., Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash loop: pauses, no busy restarts, a refusal at once, and all is well when it stops."""
     monkeypatch.setattr(model, "PAUSES_S", (0.0, 0.0, 0.7, 0.7))
@@ -469,7 +467,7 @@ def test_a_model_without_an_engine_says_so_and_refuses(
 
 
 def test_a_hanging_engine_is_replaced(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, keep: Callable[..., Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batching, "HANGS_S", 0.6)
     monkeypatch.setattr(batching, "HANGS_TIMES", 1)
@@ -487,7 +485,7 @@ def test_a_hanging_engine_is_replaced(
 
 
 def test_a_leaking_engine_is_replaced_without_a_lost_request(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, keep: Callable[..., Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "GROWN_BYTES", 20 << 20)
     monkeypatch.setattr(model, "GROWN", 1.1)
@@ -522,7 +520,7 @@ def test_a_leaking_engine_is_replaced_without_a_lost_request(
 
 
 def test_an_engine_that_dies_while_it_is_being_replaced_leaves_one(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, keep: Callable[..., Kept], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It leaks, its successor is on its way, and then it is killed: two successors, one of which must go."""
     monkeypatch.setattr(model, "GROWN_BYTES", 20 << 20)
@@ -549,7 +547,7 @@ def test_an_engine_that_dies_while_it_is_being_replaced_leaves_one(
 
 
 def test_draining_waits_for_requests_and_for_a_crash_in_their_midst(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path
+    run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd"))
 
@@ -570,7 +568,7 @@ def test_draining_waits_for_requests_and_for_a_crash_in_their_midst(
     run(work())
 
 
-def test_a_model_can_be_closed_while_it_comes_up(run: Run, keep: Callable[..., StoredEngine], tmp_path: Path) -> None:
+def test_a_model_can_be_closed_while_it_comes_up(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     kept = keep(engines(tmp_path / "odd", load="time.sleep(5)"))
 
     async def work() -> None:
@@ -587,7 +585,7 @@ def test_a_model_can_be_closed_while_it_comes_up(run: Run, keep: Callable[..., S
 
 @pytest.mark.parametrize("change", ["classes", "side"])
 def test_an_engine_is_not_started_again_as_another_one(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path, change: str
+    run: Run, keep: Callable[..., Kept], tmp_path: Path, change: str
 ) -> None:
     """Who asked knows the classes and sizes of the model that was there."""
     kept = keep(engines(tmp_path / "odd"))
@@ -606,7 +604,7 @@ def test_an_engine_is_not_started_again_as_another_one(
     run(work())
 
 
-def test_a_deadline_passes(run: Run, keep: Callable[..., StoredEngine], tmp_path: Path) -> None:
+def test_a_deadline_passes(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
@@ -623,7 +621,7 @@ def test_a_deadline_passes(run: Run, keep: Callable[..., StoredEngine], tmp_path
     run(work())
 
 
-def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., StoredEngine], tmp_path: Path) -> None:
+def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     """Ids of words that aren't there would lead an engine to memory that isn't its own."""
     kept = keep(engines(tmp_path / "odd", preprocess=TextPreprocess(vocabulary=("a", "b", "c"), length=4)))
 
@@ -650,7 +648,7 @@ def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., StoredEng
 
 
 def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path
+    run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     """A few kilobytes can be 25 million pixels, and the engine's own time says nothing of that."""
     kept = keep(engines(tmp_path / "odd"), p99_s=0.05)
@@ -682,7 +680,7 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
 
 
 def test_a_full_house_refuses_at_once_and_says_when_to_come_again(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path
+    run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd", input_ms=20), p99_s=0.3)
 
@@ -710,7 +708,7 @@ def test_a_full_house_refuses_at_once_and_says_when_to_come_again(
 
 
 def test_a_target_that_cannot_be_kept_is_told_and_one_at_a_time_is_answered(
-    run: Run, keep: Callable[..., StoredEngine], tmp_path: Path
+    run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd", batch_ms=20), p99_s=0.001)
 
@@ -725,7 +723,7 @@ def test_a_target_that_cannot_be_kept_is_told_and_one_at_a_time_is_answered(
     run(work())
 
 
-def test_who_leaves_is_withdrawn(run: Run, keep: Callable[..., StoredEngine], tmp_path: Path) -> None:
+def test_who_leaves_is_withdrawn(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
