@@ -6,7 +6,7 @@ A case is a valid request, JSON or binary, of any datatype, that was changed one
 spliced with another, a piece repeated or lost, a number replaced by one that nobody expects, a value of the JSON by one
 of another type, the length of a BYTES element or the header by a lie. Whatever comes, the reader either gives tensors
 whose shapes, datatypes and data agree, and which an answer can be made of, or says in one sentence why not
-(`Refused`, 400). Anything else is a failure: it is printed with its seed and its bytes, and the exit code is 1.
+(`Refusal`, 400). Anything else is a failure: it is printed with its seed and its bytes, and the exit code is 1.
 
 The cases of a seed are the same everywhere, one by one: case N of seed S is `case(S, N)`. What this doesn't do: sockets
 and HTTP headers (the tests of the server have those), or coverage guidance.
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, join_bytes, parse, render
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes, parse, render
 
 EVERY = 50_000  # cases, how far it has come is told
 SLOW_MS = 500.0  # of CPU; a case that takes longer is a failure: bodies here are of at most some kilobytes
@@ -250,7 +250,7 @@ def agrees(request: InferRequest) -> None:
             body = b"".join(parts).replace(b'"outputs":', b'"inputs":', 1)
             try:
                 back = parse(body, head - 1)
-            except Refused as error:
+            except Refusal as error:
                 raise Broken(f"what was answered is refused: {error.message}") from error
             same(request.inputs, back.inputs)
 
@@ -283,10 +283,10 @@ class Outcomes:
         try:
             request = parse(body, header)
             agrees(request)
-        except Refused as error:
+        except Refusal as error:
             self.longest_message = max(self.longest_message, len(error.message))
             if error.status != 400 or not error.message.endswith((".", "]")) or len(error.message) > 2000:
-                wrong = f"Refused({error.status}, {error.message[:300]!r})"
+                wrong = f"Refusal({error.status}, {error.message[:300]!r})"
             reason = sentence(error.message)
         except Exception as error:  # noqa: BLE001  # that none comes is what is tested
             wrong = repr(error)[:500]

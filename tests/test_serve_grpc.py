@@ -35,7 +35,7 @@ from served import Served, digits_run, serving
 from suanli.core.errors import MachineError, UsageError, pip_install
 from suanli.serving import messages
 from suanli.serving.log import Log
-from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, bad, join_bytes
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, bad_request, join_bytes
 
 for package in ("uvicorn", "httptools", "starlette"):
     pytest.importorskip(package, reason=f"needs: {pip_install('suanli[serve]')}")
@@ -43,7 +43,7 @@ grpc = pytest.importorskip("grpc", reason=f"needs: {pip_install('suanli[serve]')
 pytest.importorskip("google.protobuf", reason=f"needs: {pip_install('suanli[serve]')}")
 
 from suanli.serving.grpc import SERVICE, GrpcServer, serve_grpc  # noqa: E402  # after the check
-from suanli.serving.messages import HEALTH, message, to_message, to_request  # noqa: E402
+from suanli.serving.messages import HEALTH, message_class, to_message, to_request  # noqa: E402
 
 CODE = grpc.StatusCode
 
@@ -98,7 +98,7 @@ class OneModel:
 
     def find(self, name: str, version: str | None = None) -> Any:
         if name != "model" or version not in (None, "1"):
-            raise Refused(404, f"There is no model {name}.")
+            raise Refusal(404, f"There is no model {name}.")
         return self.model
 
 
@@ -142,12 +142,12 @@ def ask(
 
 
 def infer(server: GrpcServer, request: Any, **options: Any) -> Any:
-    return ask(server, f"/{SERVICE}/ModelInfer", request, message("ModelInferResponse"), **options)
+    return ask(server, f"/{SERVICE}/ModelInfer", request, message_class("ModelInferResponse"), **options)
 
 
 def inputs(**tensors: tuple[str, list[int], bytes | None]) -> Any:
     """A request with an input for each name: datatype, shape and raw bytes."""
-    request = message("ModelInferRequest")(model_name="model")
+    request = message_class("ModelInferRequest")(model_name="model")
     for name, (datatype, shape, raw) in tensors.items():
         request.inputs.add(name=name, datatype=datatype, shape=shape)
         if raw is not None:
@@ -423,8 +423,8 @@ def test_triton_reads_our_messages_and_we_read_its() -> None:
     from google.protobuf.json_format import ParseDict
     from tritonclient.grpc import model_config_pb2, service_pb2
 
-    for name in message("ModelInferRequest").DESCRIPTOR.file.message_types_by_name:
-        ours = message(name)
+    for name in message_class("ModelInferRequest").DESCRIPTOR.file.message_types_by_name:
+        ours = message_class(name)
         theirs = getattr(service_pb2, name, None) or getattr(model_config_pb2, name)
         for values in samples(ours.DESCRIPTOR):
             our, their = ParseDict(values, ours()), ParseDict(values, theirs())
@@ -465,7 +465,7 @@ def same(found: Tensor, tensor: Tensor) -> None:
 
 @given(st.lists(tensors(), min_size=1, max_size=4, unique_by=lambda tensor: tensor.name), st.booleans())
 def test_tensors_come_through_raw_and_typed(sent: list[Tensor], raw: bool) -> None:
-    request = message("ModelInferRequest")(id="7")
+    request = message_class("ModelInferRequest")(id="7")
     response = to_message(InferResponse(id="7", model_name="m", model_version="1", outputs=tuple(sent)))
     if not raw:
         sent = [tensor for tensor in sent if tensor.datatype != "FP16"] or [
@@ -589,8 +589,8 @@ def test_what_contradicts_itself_is_refused(serve: Callable[..., tuple[GrpcServe
 def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
     from google.protobuf.message import DecodeError
 
-    with contextlib.suppress(DecodeError, Refused):
-        to_request(message("ModelInferRequest").FromString(body))
+    with contextlib.suppress(DecodeError, Refusal):
+        to_request(message_class("ModelInferRequest").FromString(body))
 
 
 # --- calls ---
@@ -598,7 +598,7 @@ def test_any_bytes_are_a_request_or_refused(body: bytes) -> None:
 
 def test_every_refusal_has_its_status(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     async def refuse(request: InferRequest, _: float | None) -> InferResponse:
-        raise Refused(int(request.parameters["status"]), "The reason.", retry_after_s=0.25)
+        raise Refusal(int(request.parameters["status"]), "The reason.", retry_after_s=0.25)
 
     server, _ = serve(refuse)
     statuses = {
@@ -647,7 +647,7 @@ def test_requests_are_told_to_the_log_that_wants_them(serve: Callable[..., tuple
 
 def test_a_long_reason_fits_into_a_header(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     async def refuse(_: InferRequest, __: float | None) -> InferResponse:
-        raise bad("不" * 100_000)
+        raise bad_request("不" * 100_000)
 
     server, _ = serve(refuse)
     refused(CODE.INVALID_ARGUMENT, lambda: infer(server, inputs(x=("UINT8", [1], b"a"))), "不不不")
@@ -708,8 +708,12 @@ def test_a_key_is_asked_for(serve: Callable[..., tuple[GrpcServer, OneModel]]) -
     assert repository.asked == []
     for metadata in ((("x-api-key", "open sesame"),), (("authorization", "bearer open sesame"),)):
         assert infer(server, request, metadata=metadata).raw_output_contents == [b"a"]
-    live = ask(server, f"/{SERVICE}/ServerLive", message("ServerLiveRequest")(), message("ServerLiveResponse"))
-    ready = ask(server, f"/{SERVICE}/ServerReady", message("ServerReadyRequest")(), message("ServerReadyResponse"))
+    live = ask(
+        server, f"/{SERVICE}/ServerLive", message_class("ServerLiveRequest")(), message_class("ServerLiveResponse")
+    )
+    ready = ask(
+        server, f"/{SERVICE}/ServerReady", message_class("ServerReadyRequest")(), message_class("ServerReadyResponse")
+    )
     assert (live.live, ready.ready) == (True, True)
     assert health(server) == "SERVING"
 
@@ -783,8 +787,8 @@ def health(server: GrpcServer, service: str = "") -> str:
     answer = ask(
         server,
         f"/{HEALTH}.Health/Check",
-        message("HealthCheckRequest", HEALTH)(service=service),
-        message("HealthCheckResponse", HEALTH),
+        message_class("HealthCheckRequest", HEALTH)(service=service),
+        message_class("HealthCheckResponse", HEALTH),
     )
     return str(answer.DESCRIPTOR.fields_by_name["status"].enum_type.values_by_number[answer.status].name)
 
@@ -838,8 +842,8 @@ def test_stopping_answers_what_was_asked(serve: Callable[..., tuple[GrpcServer, 
         started = time.monotonic()
         loop.run(server.stop(20))
         assert time.monotonic() - started < 5  # a stream that a client leaves open is ended, not waited for
-        assert message("ModelInferResponse").FromString(answer.result()).raw_output_contents == [b"a"]
-        last = message("ModelStreamInferResponse").FromString(next(stream))
+        assert message_class("ModelInferResponse").FromString(answer.result()).raw_output_contents == [b"a"]
+        last = message_class("ModelStreamInferResponse").FromString(next(stream))
         assert last.infer_response.raw_output_contents == [b"a"]
         refused(CODE.UNAVAILABLE, lambda: next(stream), "is stopping")
         requests.put(b"")

@@ -24,7 +24,7 @@ for package in ("uvicorn", "httptools", "starlette"):
 
 from suanli.serving.http import App  # noqa: E402  # after the check
 from suanli.serving.log import Log  # noqa: E402
-from suanli.serving.model import Settings  # noqa: E402
+from suanli.serving.model import ModelOptions  # noqa: E402
 from suanli.serving.openapi import REASONS, document  # noqa: E402
 from suanli.serving.repository import Repository  # noqa: E402
 
@@ -47,7 +47,7 @@ def parts(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("key_needed", [False, True])
 def test_the_document_holds_together(key_needed: bool, tmp_path: Path) -> None:
     (tmp_path / "model.json").touch()
-    app = App(Repository(tmp_path, Settings(), Log("none")), log=Log("none"), max_body_bytes=1)
+    app = App(Repository(tmp_path, ModelOptions(), Log("none")), log=Log("none"), max_body_bytes=1)
     said = json.loads(json.dumps(document(app.operations, key_needed=key_needed, models={"digits": ["1", "2"]})))
     refs = {node["$ref"] for _, node in parts(said) if isinstance(node, dict) and "$ref" in node}
     kept = {

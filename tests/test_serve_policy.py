@@ -21,7 +21,7 @@ from suanli.serving import batching
 from suanli.serving.batching import Batcher
 from suanli.serving.figures import BUCKETS_S, LAST, Figures, Times
 from suanli.serving.policy import AS_GOOD, Curve, Policy
-from suanli.serving.protocol import Refused
+from suanli.serving.protocol import Refusal
 from suanli.serving.shared_memory import Layout
 from suanli.serving.worker import Worker
 
@@ -93,19 +93,19 @@ def test_an_engine_for_which_batches_are_free_gets_large_ones() -> None:
 
 @given(policies, st.integers(1, 5000))
 def test_an_empty_house_takes_whatever_comes(policy: Policy, more: int) -> None:
-    assert policy.full(0, more) is None
+    assert policy.retry_after_s(0, more) is None
 
 
 @given(policies, st.integers(1, 500), st.integers(1, 64), st.integers(0, 100))
 def test_who_is_turned_away_would_be_with_more_before_him_too(
     policy: Policy, rows: int, more: int, further: int
 ) -> None:
-    again_s = policy.full(rows, more)
+    again_s = policy.retry_after_s(rows, more)
     if again_s is None:
         assert policy.predicted_s(rows + more) <= policy.target_s
     else:
         assert 0 < again_s < math.inf
-        assert policy.full(rows + further, more) is not None
+        assert policy.retry_after_s(rows + further, more) is not None
 
 
 @given(policies, st.integers(0, 500))
@@ -116,7 +116,7 @@ def test_one_more_input_is_never_answered_sooner(policy: Policy, rows: int) -> N
 @given(policies, st.integers(1, 64), st.floats(0.1, 10.0))
 def test_the_pace_follows_what_is_observed(policy: Policy, size: int, times: float) -> None:
     for _ in range(200):
-        policy.took(size, times * policy.curve.seconds(size))
+        policy.add_batch_time(size, times * policy.curve.seconds(size))
     assert policy.pace == pytest.approx(times, rel=0.01)
     one = policy.curve.seconds(min(1, policy.batch))
     assert policy.predicted_s(1) == pytest.approx(one * times, rel=0.01)
@@ -125,39 +125,39 @@ def test_the_pace_follows_what_is_observed(policy: Policy, size: int, times: flo
 @given(policies, st.lists(st.tuples(st.integers(1, 64), st.floats(0, 100.0)), max_size=20))
 def test_no_observation_makes_nonsense(policy: Policy, observed: list[tuple[int, float]]) -> None:
     for size, took in observed:
-        policy.took(size, took)
+        policy.add_batch_time(size, took)
     assert 0 <= policy.pace < math.inf
-    assert policy.full(0, 1) is None
+    assert policy.retry_after_s(0, 1) is None
 
 
 @given(policies, st.lists(st.floats(0, 100.0), max_size=20), st.integers(1, 500))
 def test_time_outside_turns_away_more_and_never_lets_in_what_the_curve_refuses(
     policy: Policy, outside: list[float], rows: int
 ) -> None:
-    refused = policy.full(rows, 1) is not None
+    refused = policy.retry_after_s(rows, 1) is not None
     for seconds in outside:
-        policy.outside(seconds)
-    assert policy.full(0, 1) is None
-    assert policy.full(rows, 1) is not None or not refused
+        policy.add_outside_time(seconds)
+    assert policy.retry_after_s(0, 1) is None
+    assert policy.retry_after_s(rows, 1) is not None or not refused
 
 
 def test_time_outside_is_left_room_for_and_more_of_it_where_it_varies() -> None:
     """In a target of 100 ms, with a batch of 10 ms for each: 20 ms of decoding, or now 10 and now 30."""
     steady, varying = (Policy(Curve({1: 0.01}), p99_s=0.1, most=1) for _ in range(2))
     for number in range(100):
-        steady.outside(0.02)
-        varying.outside(0.03 if number % 2 else 0.01)
-    assert [steady.full(rows, 1) is None for rows in (6, 8)] == [True, False]
-    assert [varying.full(rows, 1) is None for rows in (3, 6)] == [True, False]
+        steady.add_outside_time(0.02)
+        varying.add_outside_time(0.03 if number % 2 else 0.01)
+    assert [steady.retry_after_s(rows, 1) is None for rows in (6, 8)] == [True, False]
+    assert [varying.retry_after_s(rows, 1) is None for rows in (3, 6)] == [True, False]
 
 
 def test_one_hang_is_forgotten() -> None:
     policy = Policy(Curve({1: 0.01}), p99_s=0.1, most=1)
-    policy.outside(10.0)
-    assert policy.full(1, 1) is not None
+    policy.add_outside_time(10.0)
+    assert policy.retry_after_s(1, 1) is not None
     for _ in range(100):
-        policy.outside(0.0)
-    assert policy.full(8, 1) is None
+        policy.add_outside_time(0.0)
+    assert policy.retry_after_s(8, 1) is None
 
 
 # --- waiting for one more ---
@@ -166,9 +166,9 @@ def test_one_hang_is_forgotten() -> None:
 @given(policies, st.integers(1, 64), st.lists(st.floats(0, 1.0), max_size=30), st.floats(0, 1.0))
 def test_waiting_leaves_time_to_answer(policy: Policy, rows: int, gaps: list[float], waited: float) -> None:
     now = 1.0
-    policy.arrived(now)
+    policy.add_arrival(now)
     for gap in gaps:
-        policy.arrived(now := now + gap)
+        policy.add_arrival(now := now + gap)
     pause = policy.pause_s(rows, waited)
     assert pause >= 0
     if pause:
@@ -179,28 +179,28 @@ def test_waiting_leaves_time_to_answer(policy: Policy, rows: int, gaps: list[flo
 @given(policies, st.integers(1, 64))
 def test_the_first_request_waits_for_nobody(policy: Policy, rows: int) -> None:
     assert policy.pause_s(rows, 0.0) == 0
-    policy.arrived(5.0)
+    policy.add_arrival(5.0)
     assert policy.pause_s(rows, 0.0) == 0
 
 
 def test_one_client_that_waits_for_its_answers_is_not_delayed() -> None:
     policy = Policy(Curve({1: 0.005, 2: 0.0055, 64: 0.03}), p99_s=0.25, most=64)
     for i in range(100):
-        policy.arrived(1 + 0.0051 * i)
+        policy.add_arrival(1 + 0.0051 * i)
     assert policy.pause_s(1, 0.0) == 0
 
 
 def test_under_load_a_batch_waits_for_one_more() -> None:
     policy = Policy(Curve({1: 0.005, 2: 0.0055, 64: 0.03}), p99_s=0.25, most=64)
     for i in range(100):
-        policy.arrived(1 + 0.0005 * i)
+        policy.add_arrival(1 + 0.0005 * i)
     assert 0 < policy.pause_s(1, 0.0) < 0.001
 
 
 def test_an_engine_that_gains_nothing_never_waits() -> None:
     policy = Policy(Curve({size: 0.004 * size for size in (1, 2, 4, 8, 16)}), p99_s=1.0, most=64)
     for i in range(100):
-        policy.arrived(1 + 0.0001 * i)
+        policy.add_arrival(1 + 0.0001 * i)
     assert policy.pause_s(1, 0.0) == 0
 
 
@@ -224,7 +224,7 @@ def test_percentiles_are_of_the_last_answers(took: list[float]) -> None:
     figures = Figures()
     assert figures.percentile_ms(0.99) is None
     for value in took:
-        figures.done(value, 3)
+        figures.count_answer(value, 3)
     for share in (0.5, 0.99):
         assert figures.percentile_ms(share) == pytest.approx(1e3 * np.percentile(took[-LAST:], 100 * share))
     assert figures.answered.count == len(took)
@@ -234,7 +234,7 @@ def test_percentiles_are_of_the_last_answers(took: list[float]) -> None:
 def test_requests_without_an_answer_are_counted_by_status() -> None:
     figures = Figures()
     for status in (503, 503, 400):
-        figures.not_done(0.1, status)
+        figures.count_failure(0.1, status)
     assert figures.refused == {503: 2, 400: 1}
     assert figures.failed.count == 3
     assert figures.answered.count == 0
@@ -265,7 +265,7 @@ class House:
                 await self.start()
             measured = curve.get("measured") or {1: 0.001, most: 0.0011}
             policy = Policy(Curve(measured), p99_s=curve.get("p99_s", 60.0), most=most)
-            batcher = Batcher(policy, Figures(), died=lambda _, reason: self.lost(batcher, reason))
+            batcher = Batcher(policy, Figures(), on_death=lambda _, reason: self.lost(batcher, reason))
             batcher.use(self.worker)
             async with asyncio.timeout(60):
                 try:
@@ -316,7 +316,7 @@ async def answered(batcher: Batcher, orders: list[tuple[int, ...]], deadline: fl
     """Classes of the answer, or the status of the refusal."""
     try:
         found = await batcher.submit(pictures(*orders), deadline)
-    except Refused as error:
+    except Refusal as error:
         return error.status
     assert found.dtype == np.float32
     assert (found.sum(1) == 1).all()
@@ -467,7 +467,7 @@ def test_the_last_of_a_burst_does_not_wait_for_more_that_never_come(house: House
 
     async def work(batcher: Batcher) -> float:
         for i in range(50):
-            batcher.policy.arrived(time.monotonic() - 0.05 + i * 0.001)
+            batcher.policy.add_arrival(time.monotonic() - 0.05 + i * 0.001)
         before = time.monotonic()
         assert await answered(batcher, [(GOOD, 7)]) == [7]
         return time.monotonic() - before
@@ -507,7 +507,7 @@ def test_waiting_requests_can_be_refused_together(house: House) -> None:
         asked = [asyncio.ensure_future(answered(batcher, [(GOOD, i)])) for i in range(5)]
         await asyncio.sleep(0.01)
         assert batcher.waiting == 5
-        batcher.fail_waiting(Refused(503, "no"))
+        batcher.fail_waiting(Refusal(503, "no"))
         assert batcher.waiting == 0
         assert await asyncio.gather(*asked) == [503] * 5
         batcher.use(worker)

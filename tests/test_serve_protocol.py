@@ -18,7 +18,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refused, Tensor, join_bytes, parse, render
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes, parse, render
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_protocol.py"
 FUZZ_CASES = 20_000
@@ -219,7 +219,7 @@ def sized(size: Any, data: bytes = b"1234", **changes: Any) -> tuple[bytes, int]
 
 def refused(sent: bytes, header: int | None = None) -> str:
     """The sentence that a request gets which can't be right."""
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refusal) as caught:
         parse(sent, header)
     assert caught.value.status == 400
     assert caught.value.message.endswith(".")

@@ -41,10 +41,10 @@ from suanli.data.preprocess.text import TextPreprocess
 from suanli.machine import device
 from suanli.serving import batching, describe, model, worker
 from suanli.serving.log import Log
-from suanli.serving.model import ServedModel, Settings
-from suanli.serving.protocol import InferRequest, Refused, Tensor
+from suanli.serving.model import ModelOptions, ServedModel
+from suanli.serving.protocol import InferRequest, Refusal, Tensor
 from suanli.serving.shared_memory import Layout
-from suanli.serving.worker import Died, EngineFailed, Worker
+from suanli.serving.worker import EngineDied, EngineError, Worker
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -137,7 +137,7 @@ def test_an_engine_says_what_it_is_and_answers(run: Run, tmp_path: Path) -> None
         made.close()
         made.close()
         assert not is_there(pid)
-        with pytest.raises(Died):
+        with pytest.raises(EngineDied):
             await made.compute(0, 1)
 
     run(work())
@@ -152,9 +152,9 @@ def test_an_engine_that_fails_goes_on(run: Run, tmp_path: Path, what: int, reaso
         made = await up(engines(tmp_path / "odd"))
         pid = made.pid
         for _ in range(2):
-            with pytest.raises(EngineFailed, match=reason) as caught:
+            with pytest.raises(EngineError, match=reason) as caught:
                 await ask(made, (what,))
-            assert not isinstance(caught.value, Died)
+            assert not isinstance(caught.value, EngineDied)
             assert await ask(made, (GOOD, 5)) == [5]
         assert made.pid == pid
         made.close()
@@ -172,12 +172,12 @@ def test_an_engine_that_dies_is_noticed_at_once(run: Run, tmp_path: Path, what: 
         before = time.monotonic()
         found = await both
         assert time.monotonic() - before < 10
-        assert isinstance(found[0], Died)
-        assert isinstance(found[1], Died)
-        with pytest.raises(Died, match=reason):
+        assert isinstance(found[0], EngineDied)
+        assert isinstance(found[1], EngineDied)
+        with pytest.raises(EngineDied, match=reason):
             raise found[0]
         assert not is_there(pid)
-        with pytest.raises(Died):
+        with pytest.raises(EngineDied):
             await made.compute(1, 1)
 
     run(work())
@@ -208,7 +208,7 @@ def test_an_engine_that_does_not_come_up_says_why(
     run: Run, tmp_path: Path, options: dict[str, str], reason: str
 ) -> None:
     async def work() -> None:
-        with pytest.raises(Died, match=reason):
+        with pytest.raises(EngineDied, match=reason):
             await up(engines(tmp_path / "odd", **options))  # type: ignore[arg-type]
 
     run(work())
@@ -221,7 +221,7 @@ def test_an_engine_that_hangs_while_it_comes_up_is_given_up(
 
     async def work() -> None:
         made = new(engines(tmp_path / "odd", load="time.sleep(3600)"))
-        with pytest.raises(Died, match="did not come up"):
+        with pytest.raises(EngineDied, match="did not come up"):
             await made.start()
         pid = made.pid
         assert pid is not None
@@ -245,7 +245,7 @@ def test_damaged_files_are_refused_with_a_reason(run: Run, tmp_path: Path, damag
         (folder / "engines.json").write_text("{")
 
     async def work() -> None:
-        with pytest.raises(Died, match=r"checksum|has no settings\.json|engines\.json"):
+        with pytest.raises(EngineDied, match=r"checksum|has no settings\.json|engines\.json"):
             await up(folder)
 
     run(work())
@@ -259,10 +259,10 @@ def test_nothing_is_left_of_engines_that_ended(run: Run, tmp_path: Path) -> None
             made = await up(good)
             assert await ask(made, (GOOD, 3)) == [3]
             if turn % 2:
-                with pytest.raises(Died):
+                with pytest.raises(EngineDied):
                     await ask(made, (DIES,))
             made.close()
-            with pytest.raises(Died):
+            with pytest.raises(EngineDied):
                 await up(bad)
             del made
             gc.collect()
@@ -339,7 +339,7 @@ class Kept:
         tensor = Tensor(name="image", datatype="UINT8", shape=rows.shape, data=rows)
         try:
             response = await self.served.infer(InferRequest(inputs=(tensor,), parameters=parameters))
-        except Refused as error:
+        except Refusal as error:
             return error.status
         named = {output.name: output for output in response.outputs}
         assert isinstance(named["probabilities"].data, np.ndarray)
@@ -362,7 +362,7 @@ def keep(run: Run) -> Iterator[Callable[..., Kept]]:
         def make(subject: Path, **options: Any) -> Kept:
             text = io.StringIO()
             log = Log("json", stream=text)
-            kept = Kept(ServedModel("odd", "1", subject, Settings(**options), pool=pool, log=log), text)
+            kept = Kept(ServedModel("odd", "1", subject, ModelOptions(**options), pool=pool, log=log), text)
             made.append(kept)
             return kept
 
@@ -455,7 +455,7 @@ def test_a_model_without_an_engine_says_so_and_refuses(
         for _ in range(20):
             assert await kept.ask((GOOD, 1)) == 503
         assert time.monotonic() - before < 1
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(Refusal) as caught:
             kept.served.admit()
         assert caught.value.retry_after_s
         assert kept.served.figures.restarts < 8  # it isn't started all the time
@@ -629,7 +629,7 @@ def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tm
         tensor = Tensor(name="text", datatype=datatype, shape=shape, data=data)
         try:
             response = await kept.served.infer(InferRequest(inputs=(tensor,)))
-        except Refused as error:
+        except Refusal as error:
             return error.status
         found = response.outputs[1].data
         assert isinstance(found, list)
@@ -660,7 +660,7 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
     async def ask(count: int) -> int:
         try:
             found = await kept.served.predict([""] * count, [picture] * count, top=1)
-        except Refused as error:
+        except Refusal as error:
             return error.status if error.retry_after_s else 0
         assert [one.label for one in found] == ["class0"] * count
         return 200
@@ -692,7 +692,7 @@ def test_a_full_house_refuses_at_once_and_says_when_to_come_again(
         refused = [task for task in asked if task.done()]
         assert time.monotonic() - before < 0.2
         assert len(refused) > 150
-        with pytest.raises(Refused) as caught:
+        with pytest.raises(Refusal) as caught:
             kept.served.admit()
         assert caught.value.status == 503
         assert caught.value.retry_after_s is not None

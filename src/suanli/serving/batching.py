@@ -20,8 +20,8 @@ import numpy as np
 
 from suanli.serving.figures import Figures
 from suanli.serving.policy import Policy
-from suanli.serving.protocol import Refused
-from suanli.serving.worker import Died, EngineFailed, Worker
+from suanli.serving.protocol import Refusal
+from suanli.serving.worker import EngineDied, EngineError, Worker
 
 IN_FLIGHT = 2  # batches that the engine has: one that it computes, one that it finds next
 HANGS_S = 10.0  # without an answer, and
@@ -43,22 +43,22 @@ class _Entry:
 class Batcher:
     """The queue of one model. `use` gives it an engine; `submit` is what requests call."""
 
-    def __init__(self, policy: Policy, figures: Figures, *, died: Callable[[Worker, str], None]) -> None:
-        """`died` is called when the engine's process is gone."""
+    def __init__(self, policy: Policy, figures: Figures, *, on_death: Callable[[Worker, str], None]) -> None:
+        """`on_death` is called when the engine's process is gone."""
         self.policy, self.figures = policy, figures
         self.waiting = 0  # inputs that no engine has yet
         self.in_flight = 0  # inputs that it has
-        self._died = died
+        self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Entry] = deque()
         self._worker: Worker | None = None
         self._free: list[int] = []
         self._batches = 0  # in flight
         self._alone = False  # what is in flight is a suspect, tried alone
-        self.answered = 0.0  # when the last batch came back
-        self.way_s = 0.0  # that it took beyond computing: there and back, and until this loop looked
-        self._soon: asyncio.Handle | None = None
-        self._at_once = False  # that is when it is, and not after a pause
+        self.last_answer_s = 0.0  # when the last batch came back
+        self.overhead_s = 0.0  # that it took beyond computing: there and back, and until this loop looked
+        self._next_dispatch: asyncio.Handle | None = None
+        self._is_immediate = False  # that is when it is, and not after a pause
 
     @property
     def rows(self) -> int:
@@ -68,19 +68,19 @@ class Batcher:
         """From now on batches go to `worker`; the one before is returned, and ends what it has."""
         before, self._worker = self._worker, worker
         if worker is not None:
-            worker.gone = self._gone
+            worker.on_exit = self._handle_exit
         self._free = [] if worker is None else list(range(len(worker.slots)))
         self._batches, self._alone = 0, False
         self._dispatch_soon()
         return before
 
-    def _gone(self, worker: Worker, reason: str) -> None:
+    def _handle_exit(self, worker: Worker, reason: str) -> None:
         if worker is self._worker and not self._batches:  # else what it had comes back as lost
             self._worker, self._free = None, []
-            self._died(worker, reason)
+            self._on_death(worker, reason)
 
     async def submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
-        """Probabilities (B, K) of rows (B, *row_shape). Raises Refused. Cancelling withdraws the rows.
+        """Probabilities (B, K) of rows (B, *row_shape). Raises Refusal. Cancelling withdraws the rows.
 
         Of a request that is larger than a batch the queue has as much as keeps the engine busy, so that others don't
         wait for all of it.
@@ -105,8 +105,8 @@ class Batcher:
         now = time.monotonic()  # the loop's own clock may count whole milliseconds
         entry = _Entry(rows, self._loop.create_future(), now)
         if deadline is not None:
-            entry.timer = self._loop.call_at(deadline, self._too_late, entry)
-        self.policy.arrived(now)
+            entry.timer = self._loop.call_at(deadline, self._expire, entry)
+        self.policy.add_arrival(now)
         self._queue.append(entry)
         self.waiting += len(rows)
         self._dispatch_soon()
@@ -125,11 +125,11 @@ class Batcher:
             with contextlib.suppress(ValueError):
                 self._queue.remove(entry)
 
-    def _too_late(self, entry: _Entry) -> None:
+    def _expire(self, entry: _Entry) -> None:
         if not entry.future.done():
-            entry.future.set_exception(Refused(504, "The deadline of the request has passed."))
+            entry.future.set_exception(Refusal(504, "The deadline of the request has passed."))
 
-    def fail_waiting(self, error: Refused) -> None:
+    def fail_waiting(self, error: Refusal) -> None:
         """All that no engine has yet is refused."""
         queue, self._queue = self._queue, deque()
         for entry in queue:
@@ -139,19 +139,19 @@ class Batcher:
 
     def _dispatch_soon(self, delay_s: float = 0.0) -> None:
         """After whatever else has arrived by now: requests that come together go together."""
-        if self._soon is not None:
-            if self._at_once:
+        if self._next_dispatch is not None:
+            if self._is_immediate:
                 return
-            self._soon.cancel()
-        self._at_once = not delay_s
+            self._next_dispatch.cancel()
+        self._is_immediate = not delay_s
         if delay_s:
-            self._soon = self._loop.call_later(delay_s, self._dispatch, True)
+            self._next_dispatch = self._loop.call_later(delay_s, self._dispatch, True)
         else:
-            self._soon = self._loop.call_soon(self._dispatch)
+            self._next_dispatch = self._loop.call_soon(self._dispatch)
 
     def _dispatch(self, nobody_came: bool = False) -> None:
         """`nobody_came`: it has waited for one more already, in vain."""
-        self._soon = None
+        self._next_dispatch = None
         while self._worker is not None and self._free and self._batches < IN_FLIGHT:
             while self._queue and self._queue[0].future.done():  # withdrawn, or too late
                 self._withdraw(self._queue.popleft())
@@ -198,15 +198,15 @@ class Batcher:
         for entry in entries:
             rows[count : count + len(entry.rows)] = entry.rows
             count += len(entry.rows)
-            self.figures.queued(now - entry.arrived)
+            self.figures.add_queue_time(now - entry.arrived)
         self._batches += 1
         self._alone = entries[0].alone
         limit_s = max(HANGS_S, HANGS_TIMES * self.policy.curve.seconds(count) * max(1.0, self.policy.pace))
         watchdog = self._loop.call_later(limit_s, worker.close, f"the engine did not answer in {limit_s:.0f} s")
         answer = worker.compute(slot, count)
-        answer.add_done_callback(lambda done: self._back(worker, slot, entries, count, now, watchdog, done))
+        answer.add_done_callback(lambda done: self._receive(worker, slot, entries, count, now, watchdog, done))
 
-    def _back(
+    def _receive(
         self,
         worker: Worker,
         slot: int,
@@ -225,11 +225,11 @@ class Batcher:
         error = answer.exception()
         if error is None:
             now = time.monotonic()
-            took, computing_s = now - max(sent, self.answered), answer.result()
-            self.policy.took(count, took)
-            self.way_s = max(0.0, took - computing_s)
-            self.answered = now
-            self.figures.computed(count, computing_s)
+            took, computing_s = now - max(sent, self.last_answer_s), answer.result()
+            self.policy.add_batch_time(count, took)
+            self.overhead_s = max(0.0, took - computing_s)
+            self.last_answer_s = now
+            self.figures.count_batch(count, computing_s)
             _, found = worker.slots[slot]
             at = 0
             for entry in entries:
@@ -237,23 +237,23 @@ class Batcher:
                     entry.future.set_result(found[at : at + len(entry.rows)].copy())
                 at += len(entry.rows)
         else:
-            assert isinstance(error, EngineFailed)
-            self._again(entries, error)
-        if ours and isinstance(error, Died):
+            assert isinstance(error, EngineError)
+            self._retry(entries, error)
+        if ours and isinstance(error, EngineDied):
             self._worker, self._free, self._batches, self._alone = None, [], 0, False
-            self._died(worker, str(error))
+            self._on_death(worker, str(error))
         elif ours:
             self._free.append(slot)
         if self._queue:
             self._dispatch()
 
-    def _again(self, entries: list[_Entry], error: EngineFailed) -> None:
+    def _retry(self, entries: list[_Entry], error: EngineError) -> None:
         """Each alone; one that was alone already is the reason."""
         for entry in reversed(entries):
             if entry.future.done():
                 continue
-            if entry.alone or (len(entries) == 1 and not isinstance(error, Died)):
-                entry.future.set_exception(Refused(500, f"The engine failed: {error}."))
+            if entry.alone or (len(entries) == 1 and not isinstance(error, EngineDied)):
+                entry.future.set_exception(Refusal(500, f"The engine failed: {error}."))
                 continue
             entry.alone = entry.queued = True
             self._queue.appendleft(entry)

@@ -3,7 +3,7 @@
 A body is collected until it is complete instead of being handed over in pieces, so that a request wakes its task once;
 its size is known to be allowed from its first header on. Who sends too slowly, sends half of a request, headers without
 an end or one request after the other, or doesn't read the answers, is cut off. When the client leaves, the request is
-told at once through `scope["suanli.left"]`, a function that the request puts there.
+told at once through `scope["suanli.on_disconnect"]`, a function that the request puts there.
 
 What this doesn't do: a limit for the number of connections, which is uvicorn's `limit_concurrency`.
 """
@@ -26,40 +26,40 @@ PIPELINED = 64  # requests of a connection that wait for the one before them
 BODIES = 16  # times the largest body: what all connections together may have sent without an answer
 
 
-class Shared:
+class SharedState:
     """What all connections of a server have together."""
 
-    __slots__ = ("held_bytes", "last", "max_body_bytes")
+    __slots__ = ("closing", "held_bytes", "max_body_bytes")
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
-        self.last = False  # the server ends: no further request after the one that is there
+        self.closing = False  # the server ends: no further request after the one that is there
         self.held_bytes = 0  # of bodies that came and aren't answered
 
 
 class Connection(HttpToolsProtocol):
-    shared = Shared(1 << 26)  # set in a subclass for each server, since uvicorn makes the objects
+    shared = SharedState(1 << 26)  # set in a subclass for each server, since uvicorn makes the objects
 
     # --- from uvicorn and the transport ---
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._clock: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._running: Any = None  # the cycle that is being answered; `cycle` is the one that came last
         self._in_head = self._head_is_new = False
         self._head_bytes = 0
         self._held_bytes = 0
         self._body_bytes, self._body_since = 0, 0.0
-        self._within(HEADERS_S)
+        self._start_timer(HEADERS_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_clock()
+        self._stop_timer()
         self.resume_writing()
         self._release()
         cycle = self._running
         if cycle is not None and not cycle.response_complete:
-            left = cycle.scope.get("suanli.left")
+            left = cycle.scope.get("suanli.on_disconnect")
             if left is not None:
                 left()
             cycle.disconnected = True
@@ -72,7 +72,7 @@ class Connection(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
-            self._pass_over(data[offer.args[0] :])
+            self._ignore_upgrade(data[offer.args[0] :])
         except httptools.HttpParserError:
             self._refuse(400, "This is not HTTP/1.1.")
         if self._in_head and not self._head_is_new and not self.transport.is_closing():
@@ -95,7 +95,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
         super().timeout_keep_alive_handler()
 
-    def _pass_over(self, rest: bytes) -> None:
+    def _ignore_upgrade(self, rest: bytes) -> None:
         """Goes on in HTTP/1.1 after the offer of another protocol, with which Java's own client begins. The parser
         takes nothing after such headers, so another one is told how long the body is; it is the last request."""
         framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
@@ -110,14 +110,14 @@ class Connection(HttpToolsProtocol):
         super().on_message_begin()
         self._in_head = self._head_is_new = True
         self._head_bytes = 0
-        self._within(HEADERS_S)
+        self._start_timer(HEADERS_S)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._body_bytes, self._body_since = 0, self.loop.time()
-        self._within(BODY_S)
+        self._start_timer(BODY_S)
         super().on_headers_complete()
-        if self.shared.last or self.parser.should_upgrade():
+        if self.shared.closing or self.parser.should_upgrade():
             self.cycle.keep_alive = False
         if len(self.pipeline) > PIPELINED:
             self.transport.abort()
@@ -142,7 +142,7 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():  # its body comes yet
             return
-        self._stop_clock()
+        self._stop_timer()
         super().on_message_complete()
 
     # --- answers ---
@@ -169,20 +169,20 @@ class Connection(HttpToolsProtocol):
 
     # --- who is too slow ---
 
-    def _within(self, seconds: float) -> None:
-        self._stop_clock()
-        self._clock = self.loop.call_later(seconds, self._too_slow)
+    def _start_timer(self, seconds: float) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self._end_if_slow)
 
-    def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _too_slow(self) -> None:
+    def _end_if_slow(self) -> None:
         if not self._in_head and self.cycle is not None and not self.cycle.response_complete:
             due = self._body_since + BODY_S + self._body_bytes / SLOWEST_BYTES_PER_S
             if due > self.loop.time():  # what has come meanwhile was quick enough
-                self._within(due - self.loop.time())
+                self._start_timer(due - self.loop.time())
                 return
         if not self.transport.is_closing():
             self.transport.abort()

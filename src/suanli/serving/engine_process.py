@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING
 from suanli.core.errors import first_line
 from suanli.core.types import Json
 from suanli.engines.sandbox import exit_with_parent
-from suanli.serving.shared_memory import ASK, REPLY, Layout
+from suanli.serving.shared_memory import REPLY, REQUEST, Layout
 
 if TYPE_CHECKING:
     import numpy as np
 
     from suanli.engines.predictor import Predictor
 
-LADDER = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are warmed up
+WARM_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are warmed up
 WARM_S = 2.0  # of timing them
 NICE = 5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -59,7 +59,7 @@ def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
     return predictor, about
 
 
-def _answers(predictor: Predictor, rows: np.ndarray) -> np.ndarray:
+def _compute(predictor: Predictor, rows: np.ndarray) -> np.ndarray:
     """Probabilities (B, K). Raises what the engine raises, and ValueError for another shape."""
     import numpy as np
 
@@ -72,13 +72,13 @@ def _answers(predictor: Predictor, rows: np.ndarray) -> np.ndarray:
 def _warm(predictor: Predictor, layout: Layout, slots: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
     """Every batch size once, since some engines compile for each; then a few of each are timed."""
     rows, _ = slots[0]
-    sizes = [size for size in LADDER if size < layout.batch] + [layout.batch]
+    sizes = [size for size in WARM_SIZES if size < layout.batch] + [layout.batch]
     seconds: dict[int, float] = {}
     spent = 0.0
     for size in sizes:
         if spent + 3 * size * min((s / b for b, s in seconds.items()), default=0.0) > WARM_S:
             break  # a slow network: larger batches are inferred
-        _answers(predictor, rows[:size])
+        _compute(predictor, rows[:size])
         took = []
         for _ in range(3):
             before = time.perf_counter()
@@ -99,7 +99,7 @@ def _resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _end_soon_after_parent() -> None:
+def _end_with_parent() -> None:
     """Linux: for when a library lets no other thread run. The kernel sends SIGHUP when the server is gone, and the
     handler is the C library's alarm(), to which the signal's number, 1, is seconds."""
     with contextlib.suppress(AttributeError):
@@ -108,7 +108,7 @@ def _end_soon_after_parent() -> None:
         library.signal(signal.SIGHUP, ctypes.cast(library.alarm, ctypes.c_void_p))
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes | None:
+def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
     found = b""
     while len(found) < size:
         part = connection.recv(size - len(found))
@@ -118,7 +118,7 @@ def _exactly(connection: socket.socket, size: int) -> bytes | None:
     return found
 
 
-def _line(connection: socket.socket) -> dict[str, Json]:
+def _receive_line(connection: socket.socket) -> dict[str, Json]:
     found = b""
     while not found.endswith(b"\n"):
         part = connection.recv(1)
@@ -132,11 +132,11 @@ def _line(connection: socket.socket) -> dict[str, Json]:
 def _serve(connection: socket.socket) -> None:
     import numpy as np
 
-    predictor, about = _load(_line(connection))
+    predictor, about = _load(_receive_line(connection))
     connection.sendall(json.dumps(about).encode() + b"\n")
     _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_LEN(array.array("i").itemsize))
     descriptor = array.array("i", ancillary[0][2])[0]
-    agreed = _line(connection)
+    agreed = _receive_line(connection)
     layout = Layout(
         slots=agreed["slots"],
         batch=agreed["batch"],
@@ -149,13 +149,13 @@ def _serve(connection: socket.socket) -> None:
     seconds = _warm(predictor, layout, slots) | dict(about["measured"])
     ready = {"seconds": seconds, "memory_bytes": _resident_bytes()}
     connection.sendall(json.dumps(ready).encode() + b"\n")
-    while (asked := _exactly(connection, ASK.size)) is not None:
-        slot, count = ASK.unpack(asked)
+    while (asked := _receive_exactly(connection, REQUEST.size)) is not None:
+        slot, count = REQUEST.unpack(asked)
         rows, answers = slots[slot]
         before = time.perf_counter()
         reason = b""
         try:
-            answers[:count] = _answers(predictor, rows[:count])
+            answers[:count] = _compute(predictor, rows[:count])
             if not np.isfinite(answers[:count]).all():
                 raise ValueError("the answer is not a number")
         except Exception as error:  # noqa: BLE001  # told to who asked, who decides
@@ -172,7 +172,7 @@ def main() -> None:
     # times the capacity, the 99th percentile of refusals fell from 10.8 to 8.6 ms.
     os.nice(NICE)
     threading.Thread(target=exit_with_parent, args=(os.getppid(),), kwargs={"look_s": 0.3}, daemon=True).start()
-    _end_soon_after_parent()
+    _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         _serve(connection)

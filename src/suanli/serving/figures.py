@@ -47,21 +47,21 @@ class Figures:
         self.last_s = 0.0  # of the last answer, since 1970
         self._recent: deque[float] = deque(maxlen=LAST)
 
-    def done(self, seconds: float, inputs: int) -> None:
+    def count_answer(self, seconds: float, inputs: int) -> None:
         """A request was answered."""
         self.answered.add(seconds)
         self.inputs += inputs
         self.last_s = time.time()
         self._recent.append(seconds)
 
-    def not_done(self, seconds: float, status: int) -> None:
+    def count_failure(self, seconds: float, status: int) -> None:
         self.failed.add(seconds)
         self.refused[status] += 1
 
-    def queued(self, seconds: float) -> None:
+    def add_queue_time(self, seconds: float) -> None:
         self.queue.add(seconds)
 
-    def computed(self, size: int, seconds: float) -> None:
+    def count_batch(self, size: int, seconds: float) -> None:
         """A batch came back, after so long in the engine."""
         if size not in self.batches:
             self.batches[size] = Times()

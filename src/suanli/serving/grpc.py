@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from suanli.core.errors import MachineError, UsageError, pip_install
 from suanli.serving import describe
-from suanli.serving.grpc_calls import DETAILS, Answer, Calls
+from suanli.serving.grpc_calls import DETAILS, Calls, Method
 from suanli.serving.log import Log
-from suanli.serving.messages import HEALTH, INFERENCE, filled, message, to_message, to_request
-from suanli.serving.protocol import Refused, bad
+from suanli.serving.messages import HEALTH, INFERENCE, fill_message, message_class, to_message, to_request
+from suanli.serving.protocol import Refusal, bad_request
 
 if TYPE_CHECKING:
     from suanli.serving.repository import Repository
@@ -77,7 +77,7 @@ async def serve_grpc(
     try:
         from grpc import aio, ssl_server_credentials
 
-        message("ModelInferRequest")
+        message_class("ModelInferRequest")
     except ImportError as error:
         fix = f"Install them: {pip_install('suanli[serve]')}"
         raise MachineError(f"gRPC needs grpcio and protobuf ({error}).", fix=fix) from None
@@ -119,12 +119,12 @@ async def serve_grpc(
 
 
 class _Service:
-    """The methods: each takes the request's message and gRPC's context, and raises Refused."""
+    """The methods: each takes the request's message and gRPC's context, and raises Refusal."""
 
     def __init__(self, repository: Repository, calls: Calls) -> None:
         self.repository, self.calls = repository, calls
         self.stopping = asyncio.Event()
-        answers: dict[str, Answer] = {
+        answers: dict[str, Method] = {
             "ServerLive": self._live,
             "ServerReady": self._ready,
             "ServerMetadata": self._server_metadata,
@@ -139,11 +139,11 @@ class _Service:
         }
         for name, answer in answers.items():
             keyed = name not in ("ServerLive", "ServerReady")
-            calls.add(f"/{SERVICE}/{name}", message(f"{name}Request"), answer, keyed=keyed)
+            calls.add(f"/{SERVICE}/{name}", message_class(f"{name}Request"), answer, keyed=keyed)
         calls.add_stream(STREAM, self._model_stream_infer)
         for name, reason in _NOT_OFFERED.items():
             calls.add_refused(f"/{SERVICE}/{name}", reason)
-        calls.add(f"/{HEALTH}.Health/Check", message("HealthCheckRequest", HEALTH), self._check, keyed=False)
+        calls.add(f"/{HEALTH}.Health/Check", message_class("HealthCheckRequest", HEALTH), self._check, keyed=False)
         calls.add_stream(f"/{HEALTH}.Health/Watch", self._watch, keyed=False)
 
     # --- the server ---
@@ -153,13 +153,13 @@ class _Service:
         return self.repository.ready and not self.stopping.is_set()  # a repository that drains isn't ready
 
     async def _live(self, *_: Any) -> Any:
-        return message("ServerLiveResponse")(live=True)
+        return message_class("ServerLiveResponse")(live=True)
 
     async def _ready(self, *_: Any) -> Any:
-        return message("ServerReadyResponse")(ready=self._is_ready)
+        return message_class("ServerReadyResponse")(ready=self._is_ready)
 
     async def _server_metadata(self, *_: Any) -> Any:
-        return message("ServerMetadataResponse")(**describe.server())
+        return message_class("ServerMetadataResponse")(**describe.server())
 
     def _health(self, service: str) -> str:
         if service not in ("", SERVICE):
@@ -169,17 +169,17 @@ class _Service:
     async def _check(self, asked: Any, _: Any) -> Any:
         status = self._health(asked.service)
         if status == "SERVICE_UNKNOWN":
-            raise Refused(404, f"There is no service {asked.service[:200]!r}; there is {SERVICE}.")
-        return message("HealthCheckResponse", HEALTH)(status=status)
+            raise Refusal(404, f"There is no service {asked.service[:200]!r}; there is {SERVICE}.")
+        return message_class("HealthCheckResponse", HEALTH)(status=status)
 
     async def _watch(self, context: Any) -> None:
-        asked = await self.calls.parsed(await context.read(), message("HealthCheckRequest", HEALTH))
+        asked = await self.calls.parse(await context.read(), message_class("HealthCheckRequest", HEALTH))
         told = ""
         while True:
             last = self.stopping.is_set()  # before the status, which is then the one of a server that stops
             status = self._health(asked.service)
             if status != told:
-                await context.write(message("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
+                await context.write(message_class("HealthCheckResponse", HEALTH)(status=status).SerializeToString())
             if last:
                 return
             told = status
@@ -191,18 +191,18 @@ class _Service:
 
     async def _model_ready(self, asked: Any, _: Any) -> Any:
         ready = False  # also of a model that isn't there, as Triton answers
-        with contextlib.suppress(Refused):
+        with contextlib.suppress(Refusal):
             ready = self.repository.find(asked.name, asked.version or None).ready and not self.repository.draining
-        return message("ModelReadyResponse")(ready=ready)
+        return message_class("ModelReadyResponse")(ready=ready)
 
     async def _model_metadata(self, asked: Any, _: Any) -> Any:
         model = self.repository.find(asked.name, asked.version or None)
         versions = [asked.version] if asked.version else self.repository.versions(model.name)
-        return filled("ModelMetadataResponse", describe.metadata(model, versions))
+        return fill_message("ModelMetadataResponse", describe.metadata(model, versions))
 
     async def _model_config(self, asked: Any, _: Any) -> Any:
         model = self.repository.find(asked.name, asked.version or None)
-        return filled("ModelConfigResponse", {"config": describe.config(model)})
+        return fill_message("ModelConfigResponse", {"config": describe.config(model)})
 
     async def _model_statistics(self, asked: Any, _: Any) -> Any:
         """Of all models where none is named, of all its versions where none is."""
@@ -210,7 +210,7 @@ class _Service:
         for name in (asked.name,) if asked.name else repository.names():
             for version in (asked.version,) if asked.version else repository.versions(name):
                 found.append(describe.stats(repository.find(name, version)))
-        return filled("ModelStatisticsResponse", {"model_stats": found})
+        return fill_message("ModelStatisticsResponse", {"model_stats": found})
 
     async def _model_infer(self, asked: Any, context: Any) -> Any:
         model = self.repository.find(asked.model_name, asked.model_version or None)
@@ -234,7 +234,7 @@ class _Service:
             while (answer := await answers.get()) is not None:
                 await context.write(await answer)
         if self.stopping.is_set():
-            raise Refused(503, "The server is stopping; what it had of this stream is answered.", retry_after_s=1.0)
+            raise Refusal(503, "The server is stopping; what it had of this stream is answered.", retry_after_s=1.0)
 
     async def _next(self, context: Any) -> Any:
         """The next request of a stream; something else where it ends, or the server does."""
@@ -248,14 +248,14 @@ class _Service:
             stopping.cancel()
 
     async def _answer_in_stream(self, body: bytes, context: Any) -> bytes:
-        answer = message("ModelStreamInferResponse")()
+        answer = message_class("ModelStreamInferResponse")()
         try:
-            with self.calls.told(STREAM) as identity:
-                asked = await self.calls.parsed(body, message("ModelInferRequest"))
+            with self.calls.log_request(STREAM) as identity:
+                asked = await self.calls.parse(body, message_class("ModelInferRequest"))
                 identity.append(asked.id)
                 answer.infer_response.id = asked.id  # an error says whose it is, too
                 answer.infer_response.CopyFrom(await self._model_infer(asked, context))
-        except Refused as refused:
+        except Refusal as refused:
             answer.error_message = refused.message[:DETAILS]
         answer.infer_response.parameters["triton_final_response"].bool_param = True
         return bytes(answer.SerializeToString())
@@ -265,21 +265,21 @@ class _Service:
     async def _repository_index(self, asked: Any, _: Any) -> Any:
         _only_repository(asked)
         listed = [model for model in self.repository.index() if model["state"] == "READY" or not asked.ready]
-        return filled("RepositoryIndexResponse", {"models": listed})
+        return fill_message("RepositoryIndexResponse", {"models": listed})
 
     async def _repository_model_load(self, asked: Any, _: Any) -> Any:
         _only_repository(asked)
         if asked.parameters:
-            raise bad("A model is loaded as its folder says: parameters can't be given.")
+            raise bad_request("A model is loaded as its folder says: parameters can't be given.")
         await self.repository.load(asked.model_name)
-        return message("RepositoryModelLoadResponse")()
+        return message_class("RepositoryModelLoadResponse")()
 
     async def _repository_model_unload(self, asked: Any, _: Any) -> Any:
         _only_repository(asked)
         await self.repository.unload(asked.model_name)
-        return message("RepositoryModelUnloadResponse")()
+        return message_class("RepositoryModelUnloadResponse")()
 
 
 def _only_repository(asked: Any) -> None:
     if asked.repository_name:
-        raise bad("There is one repository, without a name: leave repository_name out.")
+        raise bad_request("There is one repository, without a name: leave repository_name out.")

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from suanli.serving.log import Log
-from suanli.serving.protocol import Refused, bad, inflated
+from suanli.serving.protocol import Refusal, bad_request, decompress
 
 DETAILS = 400  # characters of a message: in a header, where one may take 12 bytes and 8 KiB are the most
 _STATUS = {  # HTTP's to gRPC's; others of 400 to 499 are INVALID_ARGUMENT, the rest INTERNAL
@@ -34,7 +34,7 @@ _STATUS = {  # HTTP's to gRPC's; others of 400 to 499 are INVALID_ARGUMENT, the 
     504: "DEADLINE_EXCEEDED",
 }
 
-Answer = Callable[[Any, Any], Awaitable[Any]]  # from the request's message and gRPC's context to the answer's message
+Method = Callable[[Any, Any], Awaitable[Any]]  # from the request's message and gRPC's context to the answer's message
 
 
 class Calls:
@@ -44,7 +44,9 @@ class Calls:
         self._log = log
         self._api_key = None if api_key is None else api_key.encode()
         self._max_message_bytes, self._receive_s = max_message_bytes, receive_s
-        self._no_key = _refusing(Refused(401, "A key is needed: authorization: Bearer KEY, or x-api-key: KEY."))
+        self._no_key = _make_refusing_handler(
+            Refusal(401, "A key is needed: authorization: Bearer KEY, or x-api-key: KEY.")
+        )
         self._handlers: dict[str, Any] = {}
         self._open: set[str] = set()  # methods that need no key
 
@@ -60,17 +62,17 @@ class Calls:
         given = token.strip() if scheme.lower() == "bearer" else str(metadata.get("x-api-key", ""))
         return hmac.compare_digest(given.encode("utf-8", "replace"), key)
 
-    def add(self, method: str, request: Any, answer: Answer, *, keyed: bool = True) -> None:
+    def add(self, method: str, request: Any, answer: Method, *, keyed: bool = True) -> None:
         """A method with one request, whose class is given, and one answer."""
         from grpc import stream_unary_rpc_method_handler
 
         async def handle(_: Any, context: Any) -> Any:  # a stream to gRPC, which would read one request without a limit
             try:
-                with self.told(method) as identity:
-                    asked = await self.parsed(await self._body(context), request)
+                with self.log_request(method) as identity:
+                    asked = await self.parse(await self._body(context), request)
                     identity.append(getattr(asked, "id", ""))
                     return await answer(asked, context)
-            except Refused as refused:
+            except Refusal as refused:
                 await _abort(context, refused)
 
         write = operator.methodcaller("SerializeToString")
@@ -83,14 +85,14 @@ class Calls:
         async def guarded(_: Any, context: Any) -> None:
             try:
                 await handle(context)
-            except Refused as refused:
+            except Refusal as refused:
                 await _abort(context, refused)
 
         self._register(method, stream_stream_rpc_method_handler(guarded), keyed)
 
     def add_refused(self, method: str, reason: str) -> None:
         """A method that clients know and that isn't offered."""
-        self._register(method, _refusing(Refused(501, reason)), keyed=True)
+        self._register(method, _make_refusing_handler(Refusal(501, reason)), keyed=True)
 
     def _register(self, method: str, handler: Any, keyed: bool) -> None:
         self._handlers[method] = handler
@@ -98,30 +100,30 @@ class Calls:
             self._open.add(method)
 
     @contextlib.contextmanager
-    def told(self, method: str) -> Iterator[list[str]]:
+    def log_request(self, method: str) -> Iterator[list[str]]:
         """Around the work on one request, whose identity is put into the list: a line in the log where it wants one.
-        What nobody foresaw becomes Refused(500), and its reason is for the log only."""
+        What nobody foresaw becomes Refusal(500), and its reason is for the log only."""
         from grpc import aio
 
         started = time.perf_counter()
         identity: list[str] = []
         try:
             yield identity
-        except Refused as error:
-            self._tell(method, identity, started, _code(error), error.message)
+        except Refusal as error:
+            self._write_log_line(method, identity, started, _status_name(error), error.message)
             raise
         except asyncio.CancelledError:
-            self._tell(method, identity, started, "CANCELLED")
+            self._write_log_line(method, identity, started, "CANCELLED")
             raise
         except aio.BaseError:  # of a call that is over
             raise
         except Exception as error:  # one request must not harm the others; the log has the reason
-            self._tell(method, identity, started, "INTERNAL", repr(error))
-            raise Refused(500, "This was not foreseen; the server's log says more.") from error
+            self._write_log_line(method, identity, started, "INTERNAL", repr(error))
+            raise Refusal(500, "This was not foreseen; the server's log says more.") from error
         else:
-            self._tell(method, identity, started, "OK")
+            self._write_log_line(method, identity, started, "OK")
 
-    def _tell(self, method: str, identity: list[str], started: float, status: str, reason: str = "") -> None:
+    def _write_log_line(self, method: str, identity: list[str], started: float, status: str, reason: str = "") -> None:
         if status != "INTERNAL" and not self._log.requests:
             return
         say = self._log.error if status == "INTERNAL" else self._log.event
@@ -134,32 +136,32 @@ class Calls:
             async with asyncio.timeout(self._receive_s):
                 return await context.read()
         except TimeoutError:
-            raise Refused(408, f"The request was not here after {self._receive_s:g} s.") from None
+            raise Refusal(408, f"The request was not here after {self._receive_s:g} s.") from None
 
-    async def parsed(self, body: Any, kind: Any) -> Any:
-        """The message of a class in what was read, which is gRPC's EOF where nothing came. Raises Refused."""
+    async def parse(self, body: Any, kind: Any) -> Any:
+        """The message of a class in what was read, which is gRPC's EOF where nothing came. Raises Refusal."""
         from google.protobuf.message import DecodeError
 
         if not isinstance(body, bytes):
-            raise bad("The call ended before its request.")
+            raise bad_request("The call ended before its request.")
         if body[:2] == b"\x1f\x8b" or (body[:1] == b"\x78" and int.from_bytes(body[:2]) % 31 == 0):
-            body = await asyncio.to_thread(_inflated, body, self._max_message_bytes)
+            body = await asyncio.to_thread(_decompress, body, self._max_message_bytes)
         try:
             return kind.FromString(body)
         except DecodeError as error:
-            raise bad(f"The request is not a {kind.DESCRIPTOR.name}: {error}.") from None
+            raise bad_request(f"The request is not a {kind.DESCRIPTOR.name}: {error}.") from None
 
 
-def _inflated(body: bytes, most_bytes: int) -> bytes:
+def _decompress(body: bytes, most_bytes: int) -> bytes:
     """A body that was compressed with gzip or deflate. No message of ours begins like one, so a look at it is enough:
     where gRPC doesn't inflate, it doesn't tell how a body was sent either."""
     try:
-        return inflated(body, most_bytes, wbits=zlib.MAX_WBITS | 32)
+        return decompress(body, most_bytes, wbits=zlib.MAX_WBITS | 32)
     except zlib.error:
-        raise bad("The request is neither a message of protocol buffers nor compressed.") from None
+        raise bad_request("The request is neither a message of protocol buffers nor compressed.") from None
 
 
-def _refusing(refused: Refused) -> Any:
+def _make_refusing_handler(refused: Refusal) -> Any:
     """A handler that refuses without reading a body."""
     from grpc import stream_stream_rpc_method_handler
 
@@ -169,15 +171,15 @@ def _refusing(refused: Refused) -> Any:
     return stream_stream_rpc_method_handler(refuse)
 
 
-def _code(refused: Refused) -> str:
+def _status_name(refused: Refusal) -> str:
     return _STATUS.get(refused.status, "INVALID_ARGUMENT" if 400 <= refused.status < 500 else "INTERNAL")
 
 
-async def _abort(context: Any, refused: Refused) -> NoReturn:
+async def _abort(context: Any, refused: Refusal) -> NoReturn:
     """Ends the call, by an exception of gRPC's. When to try again is told as its clients read it (gRPC proposal A6)."""
     from grpc import StatusCode
 
     after_s = refused.retry_after_s
     trailing = () if after_s is None else (("grpc-retry-pushback-ms", str(math.ceil(after_s * 1000))),)
-    await context.abort(StatusCode[_code(refused)], refused.message[:DETAILS], trailing)
+    await context.abort(StatusCode[_status_name(refused)], refused.message[:DETAILS], trailing)
     raise AssertionError("abort raises")

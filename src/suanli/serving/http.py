@@ -25,13 +25,12 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
-from suanli.core.types import Json as AnyJson
 from suanli.serving import bodies, describe, metrics, pages, protocol
-from suanli.serving.forms import inputs
+from suanli.serving.forms import read_inputs
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel
-from suanli.serving.openapi import Json, Operation, WrongMethod, document
-from suanli.serving.protocol import HEADER_LENGTH, Refused, bad
+from suanli.serving.openapi import JsonResponse, Operation, WrongMethod, document
+from suanli.serving.protocol import HEADER_LENGTH, Refusal, bad_request
 from suanli.serving.repository import Repository
 
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
@@ -68,11 +67,11 @@ class App:
         self._numbers = count(1)
         self._prefix = f"{time.time_ns() // 1000:x}"
         self._started = time.monotonic()
-        self.operations = self._described()
+        self.operations = self._list_operations()
         self._open = {operation.path for operation in self.operations if operation.open_to_all}
-        self._router = Router(self.operations, redirect_slashes=False, default=_no_such_path)
+        self._router = Router(self.operations, redirect_slashes=False, default=_refuse_path)
 
-    def _described(self) -> list[Operation]:
+    def _list_operations(self) -> list[Operation]:
         """All that can be asked. A path of models is there with a version and without."""
         models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
         page: dict[str, Any] = {"open_to_all": True, "include_in_schema": False}
@@ -111,40 +110,42 @@ class App:
             return
         started = time.perf_counter()
         headers = scope["suanli.headers"] = dict(scope["headers"])
-        identity = self._identity(headers)
+        identity = self._request_id(headers)
         reason = ""
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"x-request-id", identity.encode()))
-                self._tell(scope, identity, started, message["status"], reason)
+                self._log_request(scope, identity, started, message["status"], reason)
             await send(message)
 
         try:
             path = scope["path"]
-            self._guard(path, scope["method"], headers)
+            self._check_access(path, scope["method"], headers)
             if path.startswith("/v2/"):
                 scope["path"] = path.rstrip("/")
             await self._router(scope, receive, answer)
-        except Refused as error:
+        except Refusal as error:
             reason = error.message
-            await _refusal(error)(scope, receive, answer)
+            await _error_response(error)(scope, receive, answer)
         except asyncio.CancelledError:
-            if not scope.get("suanli.gone"):
+            if not scope.get("suanli.disconnected"):
                 raise
-            self._tell(scope, identity, started, 499)
+            self._log_request(scope, identity, started, 499)
         except Exception as error:  # noqa: BLE001  # one request must not harm the others; the log has the reason
             self.log.error("request failed", request_id=identity, path=scope["path"], reason=repr(error)[:500])
-            await _refusal(Refused(500, "This was not foreseen; the server's log says more."))(scope, receive, answer)
+            await _error_response(Refusal(500, "This was not foreseen; the server's log says more."))(
+                scope, receive, answer
+            )
 
-    def _identity(self, headers: Mapping[bytes, bytes]) -> str:
+    def _request_id(self, headers: Mapping[bytes, bytes]) -> str:
         """Of a request, in its answer and in the log: the client's, if it is a plain word."""
         given = headers.get(b"x-request-id", b"")
         if given and len(given) <= 128 and given.isascii() and given.replace(b"-", b"").replace(b"_", b"").isalnum():
             return given.decode()
         return f"{self._prefix}-{next(self._numbers)}"
 
-    def _tell(self, scope: Scope, identity: str, started: float, status: int, reason: str = "") -> None:
+    def _log_request(self, scope: Scope, identity: str, started: float, status: int, reason: str = "") -> None:
         """A line in the log: for an engine that failed, and for each request where that is wanted."""
         failed = status == 500 and reason != ""
         if not failed and not self.log.requests:
@@ -154,8 +155,8 @@ class App:
         more = {"reason": reason[:500]} if reason else {}
         say("request", request_id=identity, method=scope["method"], path=scope["path"], status=status, ms=ms, **more)
 
-    def _guard(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> None:
-        """Raises Refused for who may not ask: without the key, or by a foreign page in the user's browser."""
+    def _check_access(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> None:
+        """Raises Refusal for who may not ask: without the key, or by a foreign page in the user's browser."""
         if self._hosts is not None:
             host = headers.get(b"host", b"").decode("latin-1")
             try:
@@ -163,11 +164,11 @@ class App:
             except ValueError:  # half an IPv6 address
                 name = ""
             if name not in self._hosts:
-                raise Refused(421, "This server is addressed by another name. Its owner can allow it with --host.")
+                raise Refusal(421, "This server is addressed by another name. Its owner can allow it with --host.")
         origin = headers.get(b"origin")
         own = headers.get(b"host", b"")
         if origin is not None and method not in ("GET", "HEAD") and origin.partition(b"://")[2] != own:
-            raise Refused(403, "Pages of other sites can't ask this server.")
+            raise Refusal(403, "Pages of other sites can't ask this server.")
         if self._key is None or path in self._open:
             return
         given = headers.get(b"x-api-key", b"")
@@ -175,48 +176,48 @@ class App:
         if scheme.lower() == b"bearer":
             given = rest.strip()
         if not hmac.compare_digest(given, self._key):
-            raise Refused(401, "An API key is needed: Authorization: Bearer KEY.")
+            raise Refusal(401, "An API key is needed: Authorization: Bearer KEY.")
 
     # --- the protocol ---
 
-    async def server_metadata(self, _: Request) -> Json[bodies.ServerMetadata]:
+    async def server_metadata(self, _: Request) -> JsonResponse[bodies.ServerMetadata]:
         """About the server."""
-        return Json(describe.server())
+        return JsonResponse(describe.server())
 
-    async def server_live(self, _: Request) -> Json[bodies.ServerLive]:
+    async def server_live(self, _: Request) -> JsonResponse[bodies.ServerLive]:
         """Whether the server runs."""
-        return Json({"live": True})
+        return JsonResponse({"live": True})
 
-    async def server_ready(self, _: Request) -> Json[bodies.ServerReady]:
+    async def server_ready(self, _: Request) -> JsonResponse[bodies.ServerReady]:
         """Whether every model answers."""
         ready = self.repository.ready
-        return Json({"ready": ready}, 200 if ready else 503)
+        return JsonResponse({"ready": ready}, 200 if ready else 503)
 
-    async def all_stats(self, _: Request) -> Json[bodies.Statistics]:
+    async def all_stats(self, _: Request) -> JsonResponse[bodies.Statistics]:
         """Statistics of every model."""
-        return Json({"model_stats": [describe.stats(model) for model in self.repository.models()]})
+        return JsonResponse({"model_stats": [describe.stats(model) for model in self.repository.models()]})
 
     def _model(self, request: Request) -> ServedModel:
         return self.repository.find(request.path_params["name"], request.path_params.get("version"))
 
-    async def model_metadata(self, request: Request) -> Json[bodies.ModelMetadata]:
+    async def model_metadata(self, request: Request) -> JsonResponse[bodies.ModelMetadata]:
         """Names, datatypes and shapes."""
         model, version = self._model(request), request.path_params.get("version")
-        return Json(describe.metadata(model, [version] if version else self.repository.versions(model.name)))
+        return JsonResponse(describe.metadata(model, [version] if version else self.repository.versions(model.name)))
 
-    async def model_ready(self, request: Request) -> Json[bodies.ModelReady]:
+    async def model_ready(self, request: Request) -> JsonResponse[bodies.ModelReady]:
         """Whether the model answers."""
         model = self._model(request)
         ready = model.ready and not self.repository.draining
-        return Json({"name": model.name, "ready": ready}, 200 if ready else 503)
+        return JsonResponse({"name": model.name, "ready": ready}, 200 if ready else 503)
 
-    async def model_config(self, request: Request) -> Json[bodies.ModelConfig]:
+    async def model_config(self, request: Request) -> JsonResponse[bodies.ModelConfig]:
         """Triton's model configuration."""
-        return Json(describe.config(self._model(request)))
+        return JsonResponse(describe.config(self._model(request)))
 
-    async def model_stats(self, request: Request) -> Json[bodies.Statistics]:
+    async def model_stats(self, request: Request) -> JsonResponse[bodies.Statistics]:
         """Statistics."""
-        return Json({"model_stats": [describe.stats(self._model(request))]})
+        return JsonResponse({"model_stats": [describe.stats(self._model(request))]})
 
     async def infer(self, request: Request) -> Response:
         """Answers for tensors."""
@@ -226,14 +227,14 @@ class App:
         length = None
         if given is not None:
             if not given.isdigit() or len(given) > 12:
-                raise bad(f"{HEADER_LENGTH} is a number of bytes.")
+                raise bad_request(f"{HEADER_LENGTH} is a number of bytes.")
             length = int(given)
         if (len(body) if length is None else length) > LARGE_JSON:
             asked = await asyncio.to_thread(protocol.parse, body, length)
         else:
             asked = protocol.parse(body, length)
         model = self._model(request)  # again: another may have taken its place meanwhile
-        with _leaving(request.scope):
+        with _cancel_on_disconnect(request.scope):
             answer = await model.infer(asked)
         parts, head = protocol.render(answer, asked)
         if head is None:
@@ -243,52 +244,52 @@ class App:
     def _admit(self, model: ServedModel) -> None:
         try:
             model.admit()
-        except Refused as error:
-            model.figures.not_done(0.0, error.status)
+        except Refusal as error:
+            model.figures.count_failure(0.0, error.status)
             raise
 
-    async def repository_index(self, request: Request) -> Json[list[bodies.ModelState]]:
+    async def repository_index(self, request: Request) -> JsonResponse[list[bodies.ModelState]]:
         """Models and states."""
         ready = (await self._object(request)).get("ready", False)
         if not isinstance(ready, bool):
-            raise bad("ready is true or false.")
-        return Json([entry for entry in self.repository.index() if not ready or entry["state"] == "READY"])
+            raise bad_request("ready is true or false.")
+        return JsonResponse([entry for entry in self.repository.index() if not ready or entry["state"] == "READY"])
 
-    async def model_load(self, request: Request) -> Json[bodies.Nothing]:
+    async def model_load(self, request: Request) -> JsonResponse[bodies.Nothing]:
         """Load a model, or load it again."""
         if (await self._object(request)).get("parameters"):
-            raise bad("A model is loaded as its folder says: parameters can't be given.")
+            raise bad_request("A model is loaded as its folder says: parameters can't be given.")
         await self.repository.load(request.path_params["name"])
-        return Json({})
+        return JsonResponse({})
 
-    async def model_unload(self, request: Request) -> Json[bodies.Nothing]:
+    async def model_unload(self, request: Request) -> JsonResponse[bodies.Nothing]:
         """Answer what was asked, and unload."""
         await self._object(request)
         await self.repository.unload(request.path_params["name"])
-        return Json({})
+        return JsonResponse({})
 
     # --- for people ---
 
-    async def predict(self, request: Request) -> Json[bodies.Predictions]:
+    async def predict(self, request: Request) -> JsonResponse[bodies.Predictions]:
         """Names what is in pictures or texts."""
         started = time.perf_counter()
         top = request.query_params.get("top") or "5"
         if not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000:
-            raise bad("top is a number of 1 or more.")
+            raise bad_request("top is a number of 1 or more.")
         named = request.query_params.get("model")
 
         def find() -> ServedModel:
             version = request.query_params.get("version") or None
-            return self.repository.find(named, version) if named else self.repository.only()
+            return self.repository.find(named, version) if named else self.repository.single()
 
         model = find()
         self._admit(model)
         body = await self._body(request)
-        names, raws = await inputs(body, request.headers.get("content-type", ""), model.preprocess.kind)
+        names, raws = await read_inputs(body, request.headers.get("content-type", ""), model.preprocess.kind)
         model = find()  # again: another may have taken its place meanwhile
-        with _leaving(request.scope):
+        with _cancel_on_disconnect(request.scope):
             found = await model.predict(names, raws, top=int(top[:9]))
-        return Json(
+        return JsonResponse(
             {
                 "model": model.name,
                 "version": model.version,
@@ -299,7 +300,7 @@ class App:
             }
         )
 
-    async def status(self, _: Request) -> Json[bodies.Status]:
+    async def status(self, _: Request) -> JsonResponse[bodies.Status]:
         """What the pages show."""
         repository = self.repository
         models = [describe.status(model) for model in repository.models()]
@@ -309,7 +310,7 @@ class App:
                 state: bodies.State = "loading" if entry["state"] == "LOADING" else "failed"
                 name, version, reason = entry["name"], entry["version"], entry["reason"]
                 models.append({"name": name, "version": version, "state": state, "reason": reason, "classes": []})
-        return Json(
+        return JsonResponse(
             {
                 "name": "suanli",
                 "version": describe.version(),
@@ -325,12 +326,12 @@ class App:
         """Figures for Prometheus."""
         return Response(metrics.text(self.repository), headers={"content-type": metrics.CONTENT_TYPE})
 
-    async def openapi(self, _: Request) -> Json[dict[str, AnyJson]]:
+    async def openapi(self, _: Request) -> JsonResponse[dict[str, object]]:
         """This document."""
         models = {name: self.repository.versions(name) for name in self.repository.names()}
         key_needed = self._key is not None
         found = await asyncio.to_thread(document, self.operations, key_needed=key_needed, models=models)
-        return Json(found)
+        return JsonResponse(found)
 
     async def page(self, request: Request) -> Response:
         """A page, or what it loads."""
@@ -338,60 +339,60 @@ class App:
 
     # --- bodies ---
 
-    async def _object(self, request: Request) -> dict[str, AnyJson]:
+    async def _object(self, request: Request) -> dict[str, object]:
         """What a body says that may be left out."""
         body = await self._body(request)
         values = protocol.parse_json(body) if body else {}
         if not isinstance(values, dict):
-            raise bad("The body is a JSON object, or empty.")
+            raise bad_request("The body is a JSON object, or empty.")
         return values
 
     async def _body(self, request: Request) -> bytes:
-        """All of it. Raises Refused(413) for one that is too large, or (499) where it doesn't come. It isn't read with
+        """All of it. Raises Refusal(413) for one that is too large, or (499) where it doesn't come. It isn't read with
         Starlette's `stream`, which costs as much as reading a small request."""
         headers, limit = request.scope["suanli.headers"], self._max_body_bytes
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:15]) > limit:
-            raise Refused(413, f"The body is larger than {limit} bytes.")
+            raise Refusal(413, f"The body is larger than {limit} bytes.")
         parts: list[bytes] = []
         more = True
         while more:
             message = await request.receive()
             if message["type"] == "http.disconnect":
-                raise Refused(499, "The client has left.")
+                raise Refusal(499, "The client has left.")
             parts.append(message["body"])
             if request.scope.get("suanli.too_large") or sum(map(len, parts)) > limit:
-                raise Refused(413, f"The body is larger than {limit} bytes.")
+                raise Refusal(413, f"The body is larger than {limit} bytes.")
             more = message["more_body"]
         body = b"".join(parts)
         coding = headers.get(b"content-encoding", b"identity").lower()
-        return body if coding == b"identity" else _unpacked(body, coding.decode("latin-1"), limit)
+        return body if coding == b"identity" else _decompress(body, coding.decode("latin-1"), limit)
 
 
 @contextlib.contextmanager
-def _leaving(scope: Scope) -> Iterator[None]:
+def _cancel_on_disconnect(scope: Scope) -> Iterator[None]:
     """While a request waits for its answer: when its client leaves, it is withdrawn."""
     task = asyncio.current_task()
     assert task is not None
 
     def left() -> None:
-        scope["suanli.gone"] = True
+        scope["suanli.disconnected"] = True
         task.cancel()
 
-    scope["suanli.left"] = left
+    scope["suanli.on_disconnect"] = left
     try:
         yield
     finally:
-        scope["suanli.left"] = None
+        scope["suanli.on_disconnect"] = None
 
 
-async def _no_such_path(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
+async def _refuse_path(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
     if scope["path"].startswith("/v2/"):
-        raise Refused(404, "The protocol has no such path.")
-    raise Refused(404, "There is nothing here. See / and /v2.")
+        raise Refusal(404, "The protocol has no such path.")
+    raise Refusal(404, "There is nothing here. See / and /v2.")
 
 
-def _refusal(error: Refused) -> Json[bodies.Error]:
+def _error_response(error: Refusal) -> JsonResponse[bodies.Error]:
     headers = {}
     if error.retry_after_s is not None:  # whole seconds, since the header has no others
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -399,15 +400,15 @@ def _refusal(error: Refused) -> Json[bodies.Error]:
         headers["www-authenticate"] = "Bearer"
     if isinstance(error, WrongMethod):
         headers["allow"] = error.allowed
-    return Json({"error": error.message}, error.status, headers)
+    return JsonResponse({"error": error.message}, error.status, headers)
 
 
-def _unpacked(body: bytes, coding: str, limit: int) -> bytes:
-    """A compressed body. Raises Refused(413) for one that grows beyond the limit."""
+def _decompress(body: bytes, coding: str, limit: int) -> bytes:
+    """A compressed body. Raises Refusal(413) for one that grows beyond the limit."""
     modes = {"gzip": 31, "deflate": 15}
     if coding not in modes:
-        raise Refused(415, f"The content encoding {coding[:40]} can't be read here.")
+        raise Refusal(415, f"The content encoding {coding[:40]} can't be read here.")
     try:
-        return protocol.inflated(body, limit, wbits=modes[coding])
+        return protocol.decompress(body, limit, wbits=modes[coding])
     except zlib.error as error:
-        raise bad(f"The body can't be decompressed: {error}.") from None
+        raise bad_request(f"The body can't be decompressed: {error}.") from None

@@ -48,7 +48,7 @@ class Log:
             if not line.isprintable():  # what a client sent could move a terminal's cursor, or begin a line of its own
                 line = json.dumps(values, default=str)
         else:
-            told = " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
+            told = " ".join(f"{key}={_quote(value)}" for key, value in fields.items())
             line = f"{now:%H:%M:%S} {'' if level == 'info' else level + ': '}{what} {told}".rstrip()
         with self._lock:
             try:
@@ -58,7 +58,7 @@ class Log:
                 self._style = "none"
 
 
-class _Heard(logging.Handler):
+class _LibraryErrors(logging.Handler):
     def __init__(self, log: Log) -> None:
         super().__init__(logging.ERROR)  # warnings are about what clients sent
         self._log = log
@@ -70,9 +70,9 @@ class _Heard(logging.Handler):
 
 
 @contextlib.contextmanager
-def hearing(log: Log) -> Iterator[None]:
+def log_library_errors(log: Log) -> Iterator[None]:
     """What goes wrong in the libraries of a server is told in its log, and nothing of them beside it."""
-    handler = _Heard(log)
+    handler = _LibraryErrors(log)
     logging.getLogger().addHandler(handler)
     try:
         yield
@@ -80,7 +80,7 @@ def hearing(log: Log) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _quoted(value: Json) -> str:
+def _quote(value: Json) -> str:
     """On one line, whatever a client put into it."""
     text = str(value)
     return text if text and text.isprintable() and " " not in text else json.dumps(text, ensure_ascii=True)

@@ -27,9 +27,9 @@ from suanli.serving.protocol import (
     MAX_TENSORS,
     InferRequest,
     InferResponse,
+    RequestedOutput,
     Tensor,
-    Wanted,
-    bad,
+    bad_request,
     from_bytes,
     to_bytes,
 )
@@ -53,7 +53,7 @@ _CONTENTS = {
 # --- the classes ---
 
 
-def message(name: str, package: str = INFERENCE) -> Any:
+def message_class(name: str, package: str = INFERENCE) -> Any:
     """The class of a message, such as "ModelInferRequest". Needs protobuf."""
     return _classes()[f"{package}.{name}"]
 
@@ -68,40 +68,44 @@ def _classes() -> dict[str, Any]:
     return dict(GetMessages(FileDescriptorSet.FromString(compiled).file, DescriptorPool()))
 
 
-def filled(name: str, values: Mapping[str, Any]) -> Any:
+def fill_message(name: str, values: Mapping[str, Any]) -> Any:
     """A message with the values of a JSON object."""
     from google.protobuf.json_format import ParseDict
 
-    return ParseDict(values, message(name)())
+    return ParseDict(values, message_class(name)())
 
 
 # --- from messages, and to them ---
 
 
 def to_request(asked: Any) -> InferRequest:
-    """What a ModelInferRequest asks. Raw bytes are not copied. Raises Refused(400) where it contradicts itself."""
+    """What a ModelInferRequest asks. Raw bytes are not copied. Raises Refusal(400) where it contradicts itself."""
     tensors, raws = asked.inputs, asked.raw_input_contents
     if not tensors:
-        raise bad("inputs is missing: at least one tensor.")
+        raise bad_request("inputs is missing: at least one tensor.")
     if len(tensors) > MAX_TENSORS or len(asked.outputs) > MAX_TENSORS:
-        raise bad(f"There are {len(tensors)} inputs and {len(asked.outputs)} outputs; {MAX_TENSORS} are the most.")
+        raise bad_request(
+            f"There are {len(tensors)} inputs and {len(asked.outputs)} outputs; {MAX_TENSORS} are the most."
+        )
     if raws and len(raws) != len(tensors):
-        raise bad(f"raw_input_contents has {len(raws)} elements for {len(tensors)} inputs.")
-    inputs = tuple(_tensor(tensor, raw) for tensor, raw in zip(tensors, raws or [None] * len(tensors), strict=True))
+        raise bad_request(f"raw_input_contents has {len(raws)} elements for {len(tensors)} inputs.")
+    inputs = tuple(
+        _read_tensor(tensor, raw) for tensor, raw in zip(tensors, raws or [None] * len(tensors), strict=True)
+    )
     if len({tensor.name for tensor in inputs}) < len(inputs):
-        raise bad("Two inputs have one name.")
+        raise bad_request("Two inputs have one name.")
     return InferRequest(
         id=asked.id or None,
         inputs=inputs,
-        outputs=tuple(map(_wanted, asked.outputs)),
-        parameters=_values(asked.parameters),
+        outputs=tuple(map(_read_output, asked.outputs)),
+        parameters=_read_parameters(asked.parameters),
         binary_output=True,
     )
 
 
 def to_message(response: InferResponse) -> Any:
     """The ModelInferResponse of an answer."""
-    answer = message("ModelInferResponse")(
+    answer = message_class("ModelInferResponse")(
         id=response.id or "", model_name=response.model_name, model_version=response.model_version
     )
     for tensor in response.outputs:
@@ -110,41 +114,41 @@ def to_message(response: InferResponse) -> Any:
     return answer
 
 
-def _tensor(sent: Any, raw: bytes | None) -> Tensor:
+def _read_tensor(sent: Any, raw: bytes | None) -> Tensor:
     name, datatype, shape = sent.name, sent.datatype, tuple(sent.shape)
     if not name:
-        raise bad("An input has no name.")
+        raise bad_request("An input has no name.")
     if datatype not in DATATYPES and datatype != "BYTES":
         known = ", ".join((*DATATYPES, "BYTES"))
-        raise bad(f"The datatype of input {name[:200]!r} is {datatype[:40]!r}; there are {known}.")
+        raise bad_request(f"The datatype of input {name[:200]!r} is {datatype[:40]!r}; there are {known}.")
     if len(shape) > MAX_RANK or min(shape, default=0) < 0:
-        raise bad(
+        raise bad_request(
             f"The shape of input {name[:200]!r} is {list(shape[:MAX_RANK])}: 0 or more, {MAX_RANK} of them at most."
         )
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
-        raise bad(f"The shape of input {name[:200]!r} is {list(shape)}: larger than any request.")
-    parameters = _values(sent.parameters)
+        raise bad_request(f"The shape of input {name[:200]!r} is {list(shape)}: larger than any request.")
+    parameters = _read_parameters(sent.parameters)
     data: np.ndarray | list[bytes]
     if raw is None:
-        data = _typed(name, datatype, shape, sent.contents)
+        data = _read_contents(name, datatype, shape, sent.contents)
     elif sent.HasField("contents") and sent.contents.ByteSize():
-        raise bad(f"Input {name[:200]!r} has contents, and raw_input_contents too: only one of them.")
+        raise bad_request(f"Input {name[:200]!r} has contents, and raw_input_contents too: only one of them.")
     else:
         data = from_bytes(name, datatype, shape, raw)
     return Tensor(name=name, datatype=datatype, shape=shape, data=data, parameters=parameters)
 
 
-def _typed(name: str, datatype: str, shape: tuple[int, ...], contents: Any) -> np.ndarray | list[bytes]:
+def _read_contents(name: str, datatype: str, shape: tuple[int, ...], contents: Any) -> np.ndarray | list[bytes]:
     """The data of a tensor from the field of its datatype."""
     field = _CONTENTS.get(datatype)
     if field is None:
-        raise bad(f"Input {name!r} is {datatype}, which has no field in contents: use raw_input_contents.")
+        raise bad_request(f"Input {name!r} is {datatype}, which has no field in contents: use raw_input_contents.")
     values = getattr(contents, field)
     if len(values) != math.prod(shape):
-        raise bad(f"Input {name!r} of {datatype} {list(shape)} has {len(values)} elements in {field}.")
+        raise bad_request(f"Input {name!r} of {datatype} {list(shape)} has {len(values)} elements in {field}.")
     if datatype == "BYTES":
         if len(values) > MAX_STRINGS:
-            raise bad(f"Input {name!r} has {len(values)} elements; {MAX_STRINGS} of BYTES are the most.")
+            raise bad_request(f"Input {name!r} has {len(values)} elements; {MAX_STRINGS} of BYTES are the most.")
         return list(values)
     dtype = DATATYPES[datatype]
     if dtype.kind not in "iu" or dtype.itemsize >= 4:  # the field is as wide as the datatype
@@ -152,24 +156,24 @@ def _typed(name: str, datatype: str, shape: tuple[int, ...], contents: Any) -> n
     limits = np.iinfo(dtype)
     wide = np.fromiter(values, np.int64, len(values))
     if wide.size and (wide.min() < limits.min or wide.max() > limits.max):
-        raise bad(f"{field} of input {name!r} doesn't fit into {datatype} ({limits.min} to {limits.max}).")
+        raise bad_request(f"{field} of input {name!r} doesn't fit into {datatype} ({limits.min} to {limits.max}).")
     return wide.astype(dtype).reshape(shape)
 
 
-def _wanted(asked: Any) -> Wanted:
-    classes = _values(asked.parameters).get("classification", 0)
+def _read_output(asked: Any) -> RequestedOutput:
+    classes = _read_parameters(asked.parameters).get("classification", 0)
     if not asked.name:
-        raise bad("An output has no name.")
+        raise bad_request("An output has no name.")
     if type(classes) is not int or classes < 0:
-        raise bad(f"classification of output {asked.name[:200]!r} is a number of 0 or more.")
-    return Wanted(name=asked.name, binary=True, class_count=classes)
+        raise bad_request(f"classification of output {asked.name[:200]!r} is a number of 0 or more.")
+    return RequestedOutput(name=asked.name, binary=True, class_count=classes)
 
 
-def _values(parameters: Mapping[str, Any]) -> dict[str, Json]:
+def _read_parameters(parameters: Mapping[str, Any]) -> dict[str, Json]:
     """A map of InferParameter as plain values; one that says nothing is None."""
     if not parameters:
         return {}
     if "shared_memory_region" in parameters:
-        raise bad("Shared memory is not supported: send the bytes of a tensor in raw_input_contents.")
+        raise bad_request("Shared memory is not supported: send the bytes of a tensor in raw_input_contents.")
     chosen = {key: value.WhichOneof("parameter_choice") for key, value in parameters.items()}
     return {key: getattr(parameters[key], choice) if choice else None for key, choice in chosen.items()}

@@ -57,11 +57,13 @@ class _Collector:
             family = HistogramMetricFamily(name, about, labels=LABELS)
             for model in models:
                 times: Times = getattr(model.figures, pick)
-                family.add_metric((model.name, model.version), buckets=_cumulative(times), sum_value=times.total_s)
+                family.add_metric(
+                    (model.name, model.version), buckets=_cumulative_buckets(times), sum_value=times.total_s
+                )
             yield family
 
 
-def _cumulative(times: Times) -> list[tuple[str, float]]:
+def _cumulative_buckets(times: Times) -> list[tuple[str, float]]:
     total, found = 0, []
     for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), times.buckets, strict=True):
         total += count

@@ -31,9 +31,9 @@ from suanli.serving.batching import Batcher
 from suanli.serving.bodies import State
 from suanli.serving.figures import Figures
 from suanli.serving.policy import NEWEST, Curve, Policy
-from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refused, Tensor, bad
+from suanli.serving.protocol import NAMES, InferRequest, InferResponse, Refusal, Tensor, bad_request
 from suanli.serving.shared_memory import Layout
-from suanli.serving.worker import About, Died, Worker
+from suanli.serving.worker import EngineDied, EngineInfo, Worker
 
 if TYPE_CHECKING:
     from suanli.serving.log import Log
@@ -50,7 +50,7 @@ WATCH_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ModelOptions:
     """How models are served; see `suanli serve --help`."""
 
     engine: str = "auto"
@@ -64,7 +64,9 @@ class Settings:
 class ServedModel:
     """`start` it, then `infer` or `predict`; `drain` and `close` it at the end. All on one asyncio loop."""
 
-    def __init__(self, name: str, version: str, subject: Path, settings: Settings, *, pool: Executor, log: Log) -> None:
+    def __init__(
+        self, name: str, version: str, subject: Path, settings: ModelOptions, *, pool: Executor, log: Log
+    ) -> None:
         self.name, self.version, self.subject = name, version, subject
         self.state: State = "loading"
         self.reason = ""
@@ -78,17 +80,17 @@ class ServedModel:
         self._crashed = -math.inf
         self._up_bytes = 0  # memory of the engine when it was warm
         self._tasks: set[asyncio.Task[None]] = set()
-        self.about: About
+        self.about: EngineInfo
         self.preprocess: Preprocess
         self.batcher: Batcher
 
     # --- life ---
 
     async def start(self) -> None:
-        """Brings an engine up. Raises Died with the reason."""
+        """Brings an engine up. Raises EngineDied with the reason."""
         try:
             worker, about = await self._new()
-        except Died as error:
+        except EngineDied as error:
             self._fail(str(error))
             raise
         self._task(self._watch())
@@ -103,7 +105,7 @@ class ServedModel:
                 target_ms=round(1e3 * self.policy.target_s, 3),
             )
 
-    async def _new(self) -> tuple[Worker, About]:
+    async def _new(self) -> tuple[Worker, EngineInfo]:
         """A warm engine, in use."""
         options = self._settings
         worker = Worker(
@@ -130,9 +132,9 @@ class ServedModel:
             if not self.known:
                 self.about, self.preprocess = about, preprocess_of(about.preprocess)
                 self.policy = Policy(Curve(seconds), p99_s=options.p99_s, most=most)
-                self.batcher = Batcher(self.policy, self.figures, died=self._died)
+                self.batcher = Batcher(self.policy, self.figures, on_death=self._died)
             elif (about.classes, about.preprocess) != (self.about.classes, self.about.preprocess):
-                raise Died("the model on disk is another one now")
+                raise EngineDied("the model on disk is another one now")
         except BaseException:
             worker.close()
             raise
@@ -169,7 +171,7 @@ class ServedModel:
         self.figures.restarts += 1
         try:
             await self._new()
-        except Died as error:
+        except EngineDied as error:
             self._crashes += 1
             self._crashed = time.monotonic()
             pause_s = PAUSES_S[min(self._crashes, len(PAUSES_S) - 1)]
@@ -196,7 +198,7 @@ class ServedModel:
                 self.figures.restarts += 1
                 try:
                     await self._new()
-                except Died as error:
+                except EngineDied as error:
                     self._log.error("engine not replaced", model=self.name, reason=str(error))
                     await asyncio.sleep(STEADY_S)
 
@@ -228,7 +230,7 @@ class ServedModel:
             task.cancel()
         if self.known:
             self.batcher.use(None)
-            self.batcher.fail_waiting(Refused(503, f"Model {self.name} was unloaded."))
+            self.batcher.fail_waiting(Refusal(503, f"Model {self.name} was unloaded."))
         if self._worker is not None:
             self._worker.close()
             self._worker = None  # and its memory, which would else stay until the next search for cycles
@@ -240,26 +242,26 @@ class ServedModel:
         return self.state == "ready"
 
     def admit(self, inputs: int = 1) -> None:
-        """Raises Refused(503) where a request can't be answered in time. Cheap: before its body is read."""
+        """Raises Refusal(503) where a request can't be answered in time. Cheap: before its body is read."""
         if self.state not in ("ready", "draining"):
             raise self._unready()
-        again_s = self.policy.full(self.batcher.rows + self._encoding, inputs)
+        again_s = self.policy.retry_after_s(self.batcher.rows + self._encoding, inputs)
         if again_s is not None:
-            raise Refused(503, f"Model {self.name} has as much to do as it can answer in time.", retry_after_s=again_s)
+            raise Refusal(503, f"Model {self.name} has as much to do as it can answer in time.", retry_after_s=again_s)
 
-    def _unready(self) -> Refused:
+    def _unready(self) -> Refusal:
         told = {"loading": "is being loaded", "closed": "was unloaded"}.get(self.state, f"is not ready: {self.reason}")
-        return Refused(503, f"Model {self.name} {told}.", retry_after_s=1.0)
+        return Refusal(503, f"Model {self.name} {told}.", retry_after_s=1.0)
 
     async def infer(self, request: InferRequest, *, deadline: float | None = None) -> InferResponse:
-        """The answer to a request of the protocol. `deadline` is a time of the loop's clock. Raises Refused."""
+        """The answer to a request of the protocol. `deadline` is a time of the loop's clock. Raises Refusal."""
         with self._counted() as count:
             tensor = self._only(request)
             count[0] = inputs = self._inputs(tensor)
             self._check_outputs(request)
             timeout = request.parameters.get("timeout")
             if timeout is not None and (type(timeout) is not int or not 0 <= timeout < 1 << 62):
-                raise bad("timeout is a number of microseconds; 0: none.")
+                raise bad_request("timeout is a number of microseconds; 0: none.")
             if timeout:
                 until = asyncio.get_running_loop().time() + timeout / 1e6
                 deadline = until if deadline is None else min(until, deadline)
@@ -272,7 +274,7 @@ class ServedModel:
             return response
 
     async def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
-        """For each input its label and the likeliest classes, or an error. Raises Refused."""
+        """For each input its label and the likeliest classes, or an error. Raises Refusal."""
         with self._counted() as count:
             count[0] = len(raws)
             self.admit(len(raws))
@@ -289,14 +291,14 @@ class ServedModel:
         self._users += 1
         try:
             yield count
-        except Refused as error:
-            self.figures.not_done(time.perf_counter() - started, error.status)
+        except Refusal as error:
+            self.figures.count_failure(time.perf_counter() - started, error.status)
             raise
         except asyncio.CancelledError:
-            self.figures.not_done(time.perf_counter() - started, 499)
+            self.figures.count_failure(time.perf_counter() - started, 499)
             raise
         else:
-            self.figures.done(time.perf_counter() - started, count[0])
+            self.figures.count_answer(time.perf_counter() - started, count[0])
         finally:
             self._users -= 1
 
@@ -307,16 +309,16 @@ class ServedModel:
     def _only(self, request: InferRequest) -> Tensor:
         if len(request.inputs) != 1 or request.inputs[0].name not in (self.input_name, ""):
             given = ", ".join(tensor.name[:40] for tensor in request.inputs)
-            raise bad(f"Model {self.name} has one input, {self.input_name!r}; the request has {given!r}.")
+            raise bad_request(f"Model {self.name} has one input, {self.input_name!r}; the request has {given!r}.")
         return request.inputs[0]
 
     def _inputs(self, tensor: Tensor) -> int:
         """How many inputs a tensor holds."""
         if not tensor.shape or not tensor.shape[0]:
-            raise bad(f"Input {tensor.name!r} holds nothing: its shape is {list(tensor.shape)}.")
+            raise bad_request(f"Input {tensor.name!r} holds nothing: its shape is {list(tensor.shape)}.")
         inputs = math.prod(tensor.shape) if tensor.datatype == "BYTES" else tensor.shape[0]
         if inputs > MAX_INPUTS:
-            raise bad(f"{inputs} inputs are more than the {MAX_INPUTS} that one request may have.")
+            raise bad_request(f"{inputs} inputs are more than the {MAX_INPUTS} that one request may have.")
         return inputs
 
     async def _rows(self, tensor: Tensor, inputs: int) -> np.ndarray:
@@ -325,15 +327,17 @@ class ServedModel:
         if not isinstance(data, list):
             if data.dtype == about.row_dtype and data.shape[1:] == about.row_shape and self._takes_rows:
                 if data.dtype.kind == "f" and not np.isfinite(data).all():
-                    raise bad(f"Input {tensor.name!r} has values that are not numbers.")
+                    raise bad_request(f"Input {tensor.name!r} has values that are not numbers.")
                 return data
             if self.preprocess.kind != "image" or data.dtype != np.uint8 or data.ndim != 4:
                 wanted = f"{NAMES[np.dtype(about.row_dtype)]} {[-1, *about.row_shape]} or " if self._takes_rows else ""
-                raise bad(f"Input {tensor.name!r} is {wanted}BYTES [-1], not {tensor.datatype} {list(tensor.shape)}.")
+                raise bad_request(
+                    f"Input {tensor.name!r} is {wanted}BYTES [-1], not {tensor.datatype} {list(tensor.shape)}."
+                )
         found = await self._encoded(list(data))
         for i, row in enumerate(found):
             if isinstance(row, str):
-                raise bad(f"Input {i} can't be read: {row}")
+                raise bad_request(f"Input {i} can't be read: {row}")
         assert len(found) == inputs
         return np.stack([row for row in found if isinstance(row, np.ndarray)])
 
@@ -343,10 +347,10 @@ class ServedModel:
         return np.dtype(self.about.row_dtype).kind == "f" or self.about.row_dtype == "uint8"
 
     async def _encoded(self, raws: Sequence[object]) -> list[np.ndarray | str]:
-        """Rows, or why there is none, in threads. Raises Refused where those have too much to do already."""
+        """Rows, or why there is none, in threads. Raises Refusal where those have too much to do already."""
         behind_s = self._encoding * self._encode_s / cores()
         if behind_s > self.policy.target_s:
-            raise Refused(503, f"Model {self.name} has too much to decode.", retry_after_s=behind_s)
+            raise Refusal(503, f"Model {self.name} has too much to decode.", retry_after_s=behind_s)
         loop = asyncio.get_running_loop()
         started = time.perf_counter()
         self._encoding += len(raws)
@@ -387,13 +391,15 @@ class ServedModel:
         found = await self.batcher.submit(rows, deadline)
         # A request waits for this process before it is read, too. Nobody sees that, but what comes back from the
         # engine waits for the same.
-        self.policy.outside(before_s + time.monotonic() - self.batcher.answered + self.batcher.way_s)
+        self.policy.add_outside_time(before_s + time.monotonic() - self.batcher.last_answer_s + self.batcher.overhead_s)
         return found
 
     def _check_outputs(self, request: InferRequest) -> None:
         for wanted in request.outputs:
             if wanted.name not in ("probabilities", "label"):
-                raise bad(f"Model {self.name} has the outputs 'probabilities' and 'label', not {wanted.name!r}.")
+                raise bad_request(
+                    f"Model {self.name} has the outputs 'probabilities' and 'label', not {wanted.name!r}."
+                )
 
     def _response(self, request: InferRequest, probabilities: np.ndarray) -> InferResponse:
         outputs = []

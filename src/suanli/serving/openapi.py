@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from suanli.core.types import Json as AnyJson
 from suanli.serving import bodies, describe
 from suanli.serving.bodies import Count, Text
-from suanli.serving.protocol import Refused
+from suanli.serving.protocol import Refusal
 
 ABOUT = """The [Open Inference Protocol](https://github.com/kserve/open-inference-protocol), version 2, with the \
 extensions of Triton Inference Server for binary tensors, classification, model configuration, statistics and the \
@@ -51,7 +51,7 @@ Node = dict[str, AnyJson]  # a part of the document
 Types = Mapping[str, Any]  # by media type, or by name
 
 
-class Json(Response, Generic[T]):
+class JsonResponse(Response, Generic[T]):
     """An answer in JSON. T is its type, from which the document has its schema."""
 
     media_type = "application/json"
@@ -61,7 +61,7 @@ class Json(Response, Generic[T]):
         super().__init__(content.encode("utf-8", "replace"), status, headers)
 
 
-class WrongMethod(Refused):
+class WrongMethod(Refusal):
     def __init__(self, allowed: str) -> None:
         super().__init__(405, f"This takes {allowed}.")
         self.allowed = "GET, HEAD" if allowed == "GET" else allowed
@@ -83,7 +83,7 @@ class Operation(Route):
         parameters: Mapping[tuple[str, str], Any] | None = None,
     ) -> None:
         """`way` is "GET /path". `open_to_all`: without a key. `body` and `answer` are types by media type; an answer
-        that isn't given is the T of the endpoint's Json[T]. `parameters` are types by place ("query", "header") and
+        is by default the T of the endpoint's JsonResponse[T]. `parameters` are types by place ("query", "header") and
         name; a header is in the answer, too."""
         self.method, _, path = way.partition(" ")
         super().__init__(path, endpoint, methods=[self.method], include_in_schema=include_in_schema)

@@ -46,13 +46,13 @@ class Curve:
 class _Mean:
     """A running mean of observations, and of how far they are off it."""
 
-    __slots__ = ("off", "value")
+    __slots__ = ("deviation", "value")
 
     def __init__(self, value: float) -> None:
-        self.value, self.off = value, 0.0
+        self.value, self.deviation = value, 0.0
 
     def add(self, observed: float) -> None:
-        self.off = (1 - NEWEST) * self.off + NEWEST * abs(observed - self.value)
+        self.deviation = (1 - NEWEST) * self.deviation + NEWEST * abs(observed - self.value)
         self.value = (1 - NEWEST) * self.value + NEWEST * observed
 
 
@@ -80,17 +80,17 @@ class Policy:
         """Observed seconds of a batch, as a multiple of the curve's."""
         return self._pace.value
 
-    def arrived(self, now: float) -> None:
+    def add_arrival(self, now: float) -> None:
         if self._last:
             gap = now - self._last
             self._gap_s = gap if self._gap_s is None else (1 - NEWEST) * self._gap_s + NEWEST * gap
         self._last = now
 
-    def took(self, size: int, seconds: float) -> None:
+    def add_batch_time(self, size: int, seconds: float) -> None:
         """A batch of `size` came back after so long, the way there and back included."""
         self._pace.add(seconds / max(self.curve.seconds(size), 1e-9))
 
-    def outside(self, seconds: float) -> None:
+    def add_outside_time(self, seconds: float) -> None:
         """A request took so long beside the queue and its batch: to be read, decoded and answered."""
         self._outside_s.add(seconds)
 
@@ -100,14 +100,14 @@ class Policy:
         seconds = full * self.curve.seconds(self.batch) + (self.curve.seconds(rest) if rest else 0.0)
         return seconds * self.pace
 
-    def full(self, rows: int, more: int) -> float | None:
+    def retry_after_s(self, rows: int, more: int) -> float | None:
         """Seconds until there is room again, where `more` would be answered too late behind `rows`; None: come in.
 
         An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
         fit, but the mean and `TAIL` times what observations are off it.
         """
-        late = 1 + TAIL * self._pace.off / max(self.pace, 1e-9)
-        outside_s = self._outside_s.value + TAIL * self._outside_s.off
+        late = 1 + TAIL * self._pace.deviation / max(self.pace, 1e-9)
+        outside_s = self._outside_s.value + TAIL * self._outside_s.deviation
         if not rows or late * self.predicted_s(rows + more) + outside_s <= self.target_s:
             return None
         return self.predicted_s(rows)

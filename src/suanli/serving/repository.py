@@ -21,12 +21,12 @@ from suanli.engines.store import INDEX
 from suanli.machine import device
 from suanli.serving.bodies import Availability, ModelState
 from suanli.serving.log import Log
-from suanli.serving.model import ServedModel, Settings
-from suanli.serving.protocol import Refused
-from suanli.serving.worker import Died
+from suanli.serving.model import ModelOptions, ServedModel
+from suanli.serving.protocol import Refusal
+from suanli.serving.worker import EngineDied
 
 LOOK_S = 1.0
-CARDS = ("model.json", INDEX, f"engines/{INDEX}", "model/model.json", f"model/engines/{INDEX}")
+MODEL_FILES = ("model.json", INDEX, f"engines/{INDEX}", "model/model.json", f"model/engines/{INDEX}")
 
 Key = tuple[str, str]  # name and version
 Stamp = tuple[tuple[int, int, int], ...]
@@ -35,7 +35,7 @@ Stamp = tuple[tuple[int, int, int], ...]
 class Repository:
     """`start` it on the loop that answers requests; `close` at the end."""
 
-    def __init__(self, subject: Path, settings: Settings, log: Log) -> None:
+    def __init__(self, subject: Path, settings: ModelOptions, log: Log) -> None:
         """Raises DataError where there is no model."""
         self.subject = subject
         self.draining = False
@@ -49,8 +49,8 @@ class Repository:
         self._locks: dict[Key, asyncio.Lock] = {}
         self._watching: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(device.cores(), "encode")
-        self.alone = _is_model(subject)
-        if not self.alone and not scan(subject):
+        self.is_single = _is_model(subject)
+        if not self.is_single and not scan(subject):
             raise DataError(
                 f"There is no model in {subject}.",
                 fix="Name a run directory, a model/ folder, or a folder of them (NAME/ or NAME/1/).",
@@ -59,16 +59,16 @@ class Repository:
     # --- life ---
 
     async def start(self) -> None:
-        """Loads what there is. Raises Died where that is one model, and it doesn't come up."""
+        """Loads what there is. Raises EngineDied where that is one model, and it doesn't come up."""
         there = scan(self.subject)
         self._loading |= there.keys()
         for key, path in there.items():
             try:
                 await self._load(key, path)
-            except Died:
-                if self.alone:
+            except EngineDied:
+                if self.is_single:
                     raise
-        if not self.alone:
+        if not self.is_single:
             self._watching = asyncio.create_task(self._watch())
 
     async def drain(self) -> None:
@@ -88,14 +88,14 @@ class Repository:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self, key: Key, path: Path) -> None:
-        """Brings one up beside the one that is there, then swaps. Raises Died, and changes nothing."""
+        """Brings one up beside the one that is there, then swaps. Raises EngineDied, and changes nothing."""
         async with self._locks.setdefault(key, asyncio.Lock()):
             self._stamps[key] = stamp(path)
             self._loading.add(key)
             model = ServedModel(*key, path, self._settings, pool=self._pool, log=self._log)
             try:
                 await model.start()
-            except Died as error:
+            except EngineDied as error:
                 self._failed[key] = str(error)
                 model.close()
                 self._log.error("model not loaded", model=key[0], version=key[1], reason=str(error))
@@ -136,7 +136,7 @@ class Repository:
             for key, found in stamps.items():
                 known = key[0] in self._unloaded or found == self._stamps.get(key)
                 if not known and found == before.get(key):
-                    with contextlib.suppress(Died):
+                    with contextlib.suppress(EngineDied):
                         await self._load(key, there[key])
             before = stamps
 
@@ -151,36 +151,36 @@ class Repository:
         return bool(models) and not self.draining and not waiting and not new and all(m.ready for m in models)
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
-        """Without a version the newest that is ready. Raises Refused(404)."""
+        """Without a version the newest that is ready. Raises Refusal(404)."""
         if version is not None:
             found = self._models.get((name, version))
         else:
-            ours = [self._models[key] for key in sorted(self._models, key=_order) if key[0] == name]
+            ours = [self._models[key] for key in sorted(self._models, key=_sort_key) if key[0] == name]
             found = next((model for model in reversed(ours) if model.ready), ours[-1] if ours else None)
         if found is None:
             if any(key[0] == name and version in (None, key[1]) for key in self._loading):
-                raise Refused(503, f"Model {name} is being loaded.", retry_after_s=1.0)
+                raise Refusal(503, f"Model {name} is being loaded.", retry_after_s=1.0)
             label = name[:100] if version is None else f"{name[:100]} version {version[:40]}"
-            raise Refused(404, f"There is no model {label}; there are: {', '.join(self.names()) or 'none'}.")
+            raise Refusal(404, f"There is no model {label}; there are: {', '.join(self.names()) or 'none'}.")
         return found
 
-    def only(self) -> ServedModel:
-        """The model of a server that has one. Raises Refused(400) where the name must be said."""
+    def single(self) -> ServedModel:
+        """The model of a server that has one. Raises Refusal(400) where the name must be said."""
         names = self.names()
         if len(names) == 1:
             return self.find(names[0])
         if not names:
-            raise Refused(503, "No model is loaded.", retry_after_s=1.0)
-        raise Refused(400, f"Say which model: {', '.join(names)}.")
+            raise Refusal(503, "No model is loaded.", retry_after_s=1.0)
+        raise Refusal(400, f"Say which model: {', '.join(names)}.")
 
     def names(self) -> list[str]:
         return sorted({name for name, _ in self._models})
 
     def versions(self, name: str) -> list[str]:
-        return [version for key in sorted(self._models, key=_order) for version in key[1:] if key[0] == name]
+        return [version for key in sorted(self._models, key=_sort_key) for version in key[1:] if key[0] == name]
 
     def models(self) -> list[ServedModel]:
-        return [self._models[key] for key in sorted(self._models, key=_order)]
+        return [self._models[key] for key in sorted(self._models, key=_sort_key)]
 
     def index(self) -> list[ModelState]:
         """Every model and version with its state, as the repository extension has it."""
@@ -190,26 +190,26 @@ class Repository:
             states[key] = ("READY", "") if model.ready else ("UNAVAILABLE", model.reason)
         return [
             {"name": key[0], "version": key[1], "state": states[key][0], "reason": states[key][1]}
-            for key in sorted(states, key=_order)
+            for key in sorted(states, key=_sort_key)
         ]
 
     async def load(self, name: str) -> None:
-        """Loads, or loads again, all versions of a model. Raises Refused(404), or (400) with the reason."""
+        """Loads, or loads again, all versions of a model. Raises Refusal(404), or (400) with the reason."""
         there = {key: path for key, path in (await asyncio.to_thread(scan, self.subject)).items() if key[0] == name}
         if not there:
-            raise Refused(404, f"There is no model {name[:100]} in {self.subject.name}.")
+            raise Refusal(404, f"There is no model {name[:100]} in {self.subject.name}.")
         self._unloaded.discard(name)
         for key, path in there.items():
             try:
                 await self._load(key, path)
-            except Died as error:
-                raise Refused(400, f"Model {name} version {key[1]} can't be loaded: {error}.") from error
+            except EngineDied as error:
+                raise Refusal(400, f"Model {name} version {key[1]} can't be loaded: {error}.") from error
 
     async def unload(self, name: str) -> None:
-        """Answers what was asked, then closes. Raises Refused(404)."""
+        """Answers what was asked, then closes. Raises Refusal(404)."""
         keys = [key for key in self._models if key[0] == name]
         if not keys:
-            raise Refused(404, f"There is no model {name[:100]}.")
+            raise Refusal(404, f"There is no model {name[:100]}.")
         self._unloaded.add(name)
         for key in keys:
             self._stamps.pop(key, None)
@@ -217,14 +217,14 @@ class Repository:
             self._retire(self._models.pop(key))
 
 
-def _order(key: Key) -> tuple[str, int, str]:
+def _sort_key(key: Key) -> tuple[str, int, str]:
     name, version = key
     return name, int(version) if version.isdecimal() else -1, version
 
 
 def _is_model(path: Path) -> bool:
     try:
-        return any((path / card).is_file() for card in CARDS)
+        return any((path / card).is_file() for card in MODEL_FILES)
     except OSError:  # not ours to look into
         return False
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from suanli.core.errors import MachineError, UsageError
-from suanli.serving.connection import Connection, Shared
+from suanli.serving.connection import Connection, SharedState
 from suanli.serving.http import App
-from suanli.serving.log import Log, hearing
-from suanli.serving.model import Settings
+from suanli.serving.log import Log, log_library_errors
+from suanli.serving.model import ModelOptions
 from suanli.serving.repository import Repository
-from suanli.serving.worker import Died
+from suanli.serving.worker import EngineDied
 
 if TYPE_CHECKING:
     from suanli.serving.grpc import GrpcServer
@@ -36,7 +36,7 @@ LAST_S = 0.25  # in which clients with a connection are told that the answer is 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listening:
+class ServerOptions:
     """Where and how a server listens."""
 
     host: str = "127.0.0.1"
@@ -59,36 +59,41 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    subject: Path, settings: Settings, listening: Listening, log: Log, *, started: Callable[[int, int | None], None]
+    subject: Path,
+    settings: ModelOptions,
+    options: ServerOptions,
+    log: Log,
+    *,
+    on_start: Callable[[int, int | None], None],
 ) -> None:
-    """Serves until a signal ends it. `started` is told the ports once it listens. Raises MachineError where a port is
+    """Serves until a signal ends it. `on_start` is told the ports once it listens. Raises MachineError where a port is
     in use or the model's engine doesn't come up, DataError where there is no model."""
     loop = asyncio.get_running_loop()
     repository = Repository(subject, settings, log)
-    loopback = listening.host in LOOPBACK
+    loopback = options.host in LOOPBACK
     app = App(
         repository,
         log=log,
-        max_body_bytes=listening.max_body_bytes,
-        api_key=listening.api_key,
+        max_body_bytes=options.max_body_bytes,
+        api_key=options.api_key,
         host_names=LOOPBACK if loopback else None,
     )
-    with _bound(listening.host, listening.port) as listener, hearing(log):
-        server = _Server(_config(app, listening))
+    with _bind(options.host, options.port) as listener, log_library_errors(log):
+        server = _Server(_make_config(app, options))
         stop, now = asyncio.Event(), asyncio.Event()  # a first signal, and a second
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _stop, stop, now)
+            loop.add_signal_handler(number, _request_stop, stop, now)
         running = asyncio.create_task(server.serve(sockets=[listener]))
         grpc = None
         try:
-            if listening.grpc_port is not None:
-                grpc = await _grpc(repository, listening, log)
+            if options.grpc_port is not None:
+                grpc = await _start_grpc(repository, options, log)
             loading = asyncio.create_task(repository.start())
             while not server.started and not running.done():
                 await asyncio.sleep(0.005)
             gc.collect()
             gc.freeze()  # what was imported stays: else each collection of old garbage halts all answers to look at it
-            started(listener.getsockname()[1], None if grpc is None else grpc.port)
+            on_start(listener.getsockname()[1], None if grpc is None else grpc.port)
             stopped = asyncio.create_task(stop.wait())
             await asyncio.wait({loading, stopped, running}, return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
@@ -96,12 +101,12 @@ async def serve(
                 await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
             loading.cancel()
             log.event("stopping", requests="those that were accepted are answered")
-            ending = asyncio.create_task(_end(server, running, grpc, repository, listening.shutdown_delay_s))
+            ending = asyncio.create_task(_shut_down(server, running, grpc, repository, options.shutdown_delay_s))
             at_once = asyncio.create_task(now.wait())
-            limit_s = listening.shutdown_delay_s + DRAIN_S
+            limit_s = options.shutdown_delay_s + DRAIN_S
             await asyncio.wait({ending, at_once}, return_when=asyncio.FIRST_COMPLETED, timeout=limit_s)
             ending.cancel()
-        except Died as error:
+        except EngineDied as error:
             raise MachineError(f"The model can't be served: {error}", fix="See suanli predict for the same.") from error
         finally:
             server.should_exit = server.force_exit = True
@@ -115,7 +120,7 @@ async def serve(
                 loop.remove_signal_handler(number)
 
 
-async def _end(
+async def _shut_down(
     server: uvicorn.Server, running: asyncio.Task[None], grpc: GrpcServer | None, repository: Repository, delay_s: float
 ) -> None:
     """Takes nothing new, and returns when what was accepted is answered.
@@ -125,7 +130,7 @@ async def _end(
     """
     repository.draining = True
     await asyncio.sleep(delay_s)
-    server.config.http_protocol_class.shared.last = True  # type: ignore[attr-defined]  # a Connection
+    server.config.http_protocol_class.shared.closing = True  # type: ignore[attr-defined]  # a Connection
     for listener in server.servers:
         listener.close()
     await asyncio.sleep(LAST_S)
@@ -136,31 +141,31 @@ async def _end(
     await repository.drain()
 
 
-async def _grpc(repository: Repository, listening: Listening, log: Log) -> GrpcServer:
+async def _start_grpc(repository: Repository, options: ServerOptions, log: Log) -> GrpcServer:
     from suanli.serving.grpc import serve_grpc
 
-    assert listening.grpc_port is not None
+    assert options.grpc_port is not None
     return await serve_grpc(
         repository,
-        host=listening.host,
-        port=listening.grpc_port,
-        api_key=listening.api_key,
-        max_message_bytes=listening.max_body_bytes,
-        tls_cert=listening.tls_cert,
-        tls_key=listening.tls_key,
+        host=options.host,
+        port=options.grpc_port,
+        api_key=options.api_key,
+        max_message_bytes=options.max_body_bytes,
+        tls_cert=options.tls_cert,
+        tls_key=options.tls_key,
         log=log,
     )
 
 
-def _stop(stop: asyncio.Event, now: asyncio.Event) -> None:
+def _request_stop(stop: asyncio.Event, now: asyncio.Event) -> None:
     if stop.is_set():
         now.set()
     stop.set()
 
 
-def _config(app: App, listening: Listening) -> uvicorn.Config:
-    protocol = type("Bounded", (Connection,), {"shared": Shared(listening.max_body_bytes)})
-    tls = listening.tls_cert is not None
+def _make_config(app: App, options: ServerOptions) -> uvicorn.Config:
+    protocol = type("Bounded", (Connection,), {"shared": SharedState(options.max_body_bytes)})
+    tls = options.tls_cert is not None
     try:
         config = uvicorn.Config(
             app,
@@ -173,9 +178,9 @@ def _config(app: App, listening: Listening) -> uvicorn.Config:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(DRAIN_S),
-            limit_concurrency=listening.max_connections,
-            ssl_certfile=str(listening.tls_cert) if tls else None,
-            ssl_keyfile=str(listening.tls_key) if tls else None,
+            limit_concurrency=options.max_connections,
+            ssl_certfile=str(options.tls_cert) if tls else None,
+            ssl_keyfile=str(options.tls_key) if tls else None,
         )
         config.load()
     except OSError as error:  # ssl.SSLError is one
@@ -184,7 +189,7 @@ def _config(app: App, listening: Listening) -> uvicorn.Config:
 
 
 @contextlib.contextmanager
-def _bound(host: str, port: int) -> Iterator[socket.socket]:
+def _bind(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family, kind, number, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,7 +1,7 @@
-"""Memory that the server and an engine's process both have, and the few bytes that they send beside it.
+"""The memory that the server shares with an engine's process, and the two small messages that go with it.
 
-The serving side writes rows into a slot, sends `ASK`, and finds probabilities in the same slot when `REPLY` comes back;
-nothing else is copied. What this doesn't do: Windows, where descriptors can't be passed.
+The server writes rows into a slot and sends `REQUEST`; when `REPLY` comes back, the probabilities are in the same slot.
+Nothing else is copied. Not supported: Windows, which can't pass file descriptors over a socket.
 """
 
 from __future__ import annotations
@@ -17,52 +17,58 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-ASK = struct.Struct("<II")  # slot, rows
-REPLY = struct.Struct("<IIdQ")  # slot, length of the reason that follows (0: done), seconds, bytes of main memory
+REQUEST = struct.Struct("<II")  # slot, number of rows
+# Slot, length of the error text that follows (0: no error), seconds of computing, resident bytes of the process.
+REPLY = struct.Struct("<IIdQ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The shared memory: for each slot rows, then probabilities."""
+    """Where things are in the shared memory: for each slot its rows, then its probabilities."""
 
     slots: int
-    batch: int
+    batch: int  # rows of a slot
     row_shape: tuple[int, ...]
     row_dtype: str
     classes: int
 
     def arrays(self, memory: mmap.mmap) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each slot its rows (batch, *row_shape) and its probabilities (batch, classes), as views of the memory."""
         import numpy as np
 
-        found, at = [], 0
+        slots, offset = [], 0
         for _ in range(self.slots):
-            rows = np.frombuffer(memory, self.row_dtype, self.batch * math.prod(self.row_shape), at)
-            answers = np.frombuffer(memory, np.float32, self.batch * self.classes, at + self._rows_bytes)
-            found.append((rows.reshape(self.batch, *self.row_shape), answers.reshape(self.batch, self.classes)))
-            at += self._slot_bytes
-        return found
+            rows = np.frombuffer(memory, self.row_dtype, self.batch * math.prod(self.row_shape), offset)
+            answers = np.frombuffer(memory, np.float32, self.batch * self.classes, offset + self._rows_bytes)
+            slots.append((rows.reshape(self.batch, *self.row_shape), answers.reshape(self.batch, self.classes)))
+            offset += self._slot_bytes
+        return slots
 
     @property
     def _rows_bytes(self) -> int:
-        import numpy as np
-
-        return _up(self.batch * math.prod(self.row_shape) * np.dtype(self.row_dtype).itemsize)
+        return _round_up(self.batch * row_bytes(self.row_shape, self.row_dtype))
 
     @property
     def _slot_bytes(self) -> int:
-        return self._rows_bytes + _up(self.batch * self.classes * 4)
+        return self._rows_bytes + _round_up(self.batch * self.classes * 4)
 
     @property
     def size_bytes(self) -> int:
         return self.slots * self._slot_bytes
 
 
-def _up(size: int) -> int:
-    return -(-size // 64) * 64  # whole cache lines
+def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    import numpy as np
+
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _round_up(size: int) -> int:
+    return -(-size // 64) * 64  # to whole cache lines
 
 
 def new_memory(size_bytes: int) -> int:
-    """A descriptor of memory without a name, which is gone with its last user."""
+    """A file descriptor of unnamed memory, which is freed when its last user closes it."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("suanli")
     else:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli.core.types import Json
-from suanli.serving.shared_memory import ASK, REPLY, Layout, new_memory
+from suanli.serving.shared_memory import REPLY, REQUEST, Layout, new_memory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,16 +34,16 @@ START_S = 180.0  # that an engine may take to come up: some compile
 SAID_KEPT = 40  # last lines of what its libraries print
 
 
-class EngineFailed(Exception):
+class EngineError(Exception):
     """A batch that got no answer; the engine is still there. The message is the reason."""
 
 
-class Died(EngineFailed):
+class EngineDied(EngineError):
     """The process is gone, or had to be ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class About:
+class EngineInfo:
     """What an engine said of itself once it was loaded."""
 
     engine: str
@@ -58,7 +58,7 @@ class About:
 
 
 class Worker:
-    """One process with one engine. `start`, `attach`, then `compute`; after Died only `close` is left."""
+    """One process with one engine. `start`, `attach`, then `compute`; after EngineDied only `close` is left."""
 
     def __init__(self, subject: Path, *, engine: str, device: str, threads: int | None, trust_code: bool) -> None:
         self._options: dict[str, Json] = {
@@ -71,7 +71,7 @@ class Worker:
         self.slots: list[tuple[np.ndarray, np.ndarray]] = []  # rows and probabilities of each
         self.memory_bytes = 0  # of the process, as it said last
         self.said: deque[str] = deque(maxlen=SAID_KEPT)
-        self.gone: Callable[[Worker, str], None] | None = None  # is called when the process ends by itself
+        self.on_exit: Callable[[Worker, str], None] | None = None  # is called when the process ends by itself
         self._waiting: dict[int, asyncio.Future[float]] = {}
         self._pending = b""
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,16 +82,16 @@ class Worker:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    async def start(self) -> About:
-        """Brings the process up and loads the engine. Raises Died with the reason."""
+    async def start(self) -> EngineInfo:
+        """Brings the process up and loads the engine. Raises EngineDied with the reason."""
         try:
             self._begin()
         except OSError as error:  # no process, no memory, no descriptor to be had
-            raise Died(f"the engine's process can't be started ({error.strerror or error})") from error
+            raise EngineDied(f"the engine's process can't be started ({error.strerror or error})") from error
         values = await self._agree(self._options)
         values["classes"], values["row_shape"] = tuple(values["classes"]), tuple(values["row_shape"])
         values["measured"] = tuple((int(batch), float(s)) for batch, s in values["measured"])
-        return About(**values)
+        return EngineInfo(**values)
 
     def _begin(self) -> None:
         ours, theirs = socket.socketpair()
@@ -114,14 +114,16 @@ class Worker:
 
     async def attach(self, layout: Layout) -> dict[int, float]:
         """Shares memory and warms up. Seconds that each batch size took; where optimize measured, its figures. Raises
-        Died with the reason."""
+        EngineDied with the reason."""
         assert self._socket is not None
         try:
             memory = self._share(self._socket, layout.size_bytes)
         except ConnectionError:
-            raise Died(self._why_ended()) from None
+            raise EngineDied(self._why_ended()) from None
         except OSError as error:
-            raise Died(f"no memory can be shared with the engine's process ({error.strerror or error})") from error
+            raise EngineDied(
+                f"no memory can be shared with the engine's process ({error.strerror or error})"
+            ) from error
         values = await self._agree({"slots": layout.slots, "batch": layout.batch})
         self.slots = layout.arrays(memory)
         asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
@@ -150,29 +152,29 @@ class Worker:
                 while not line.endswith(b"\n"):
                     part = await loop.sock_recv(self._socket, 1 << 16)
                     if not part:
-                        raise Died(self._why_ended())
+                        raise EngineDied(self._why_ended())
                     line += part
         except TimeoutError:
-            raise Died(f"the engine did not come up in {START_S:.0f} s") from None
+            raise EngineDied(f"the engine did not come up in {START_S:.0f} s") from None
         except ConnectionError:
-            raise Died(self._why_ended()) from None
+            raise EngineDied(self._why_ended()) from None
         reply: dict[str, Json] = json.loads(line)
         if "error" in reply:
-            raise Died(reply["error"])
+            raise EngineDied(reply["error"])
         return reply
 
     def compute(self, slot: int, rows: int) -> asyncio.Future[float]:
         """Seconds that the engine took for the first rows of a slot, whose answers are there then. The future raises
-        EngineFailed or Died."""
+        EngineError or EngineDied."""
         future = asyncio.get_running_loop().create_future()
         if self._socket is None:  # it ended a moment ago, and who asks hasn't been told yet
-            future.set_exception(Died("the engine was stopped"))
+            future.set_exception(EngineDied("the engine was stopped"))
             return future
         self._waiting[slot] = future
         try:
-            self._socket.send(ASK.pack(slot, rows))  # eight bytes always fit: there are few slots
+            self._socket.send(REQUEST.pack(slot, rows))  # eight bytes always fit: there are few slots
         except OSError:
-            self._gone()
+            self._handle_exit()
         return future
 
     async def idle(self) -> None:
@@ -189,7 +191,7 @@ class Worker:
         except OSError:
             part = b""
         if not part:
-            self._gone()
+            self._handle_exit()
             return
         self._pending += part
         while len(self._pending) >= REPLY.size:
@@ -202,15 +204,15 @@ class Worker:
             if future is None or future.done():
                 continue
             if length:
-                future.set_exception(EngineFailed(reason.decode(errors="replace")))
+                future.set_exception(EngineError(reason.decode(errors="replace")))
             else:
                 future.set_result(seconds)
 
-    def _gone(self) -> None:
+    def _handle_exit(self) -> None:
         reason = self._why_ended()
         self.close(reason)
-        if self.gone is not None:
-            self.gone(self, reason)
+        if self.on_exit is not None:
+            self.on_exit(self, reason)
 
     def _hear(self) -> None:
         """What libraries print: its last lines are kept for the log and as a reason."""
@@ -239,7 +241,7 @@ class Worker:
         return f"the engine's process ended ({self.said[-1][:200] if self.said else f'exit code {code}'})"
 
     def close(self, reason: str = "the engine was stopped") -> None:
-        """Ends the process and what it started; batches that wait for it raise Died."""
+        """Ends the process and what it started; batches that wait for it raise EngineDied."""
         loop = asyncio.get_running_loop()
         if self._socket is not None:
             if self._reading:
@@ -257,4 +259,4 @@ class Worker:
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             if not future.done():
-                future.set_exception(Died(reason))
+                future.set_exception(EngineDied(reason))

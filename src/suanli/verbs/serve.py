@@ -55,14 +55,14 @@ def serve(
         raise DataError(f"There is no folder {path}.", fix="Name a run, a model/ folder, or a folder of them.")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise MachineError(f"Serving needs {', '.join(missing)}.", fix=f"Install it: {pip_install('suanli[serve]')}")
-    from suanli.serving.model import Settings
-    from suanli.serving.server import LOOPBACK, Listening
+    from suanli.serving.model import ModelOptions
+    from suanli.serving.server import LOOPBACK, ServerOptions
     from suanli.serving.server import serve as work
 
     key = _key(api_key_file)
     if host not in LOOPBACK and key is None:
         warn(f"Whoever reaches {host} can use this server. Set a key: --api-key-file, or ${KEY}.")
-    settings = Settings(
+    settings = ModelOptions(
         engine=engine,
         device=device,
         threads=threads,
@@ -70,7 +70,7 @@ def serve(
         p99_s=None if p99_ms is None else p99_ms / 1e3,
         max_pixels=int(max_image_megapixels * 1e6),
     )
-    listening = Listening(
+    listening = ServerOptions(
         host=host,
         port=port,
         grpc_port=grpc_port,
@@ -88,7 +88,7 @@ def serve(
         say("Ctrl-C ends it.")
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(work(path, settings, listening, Log(log, requests=log_requests), started=started))
+        runner.run(work(path, settings, listening, Log(log, requests=log_requests), on_start=started))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
