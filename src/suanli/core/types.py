@@ -1,8 +1,14 @@
-"""The words of suanli: frozen records that the rooms export and the verbs pass on.
+"""The records and abstract classes that the packages of suanli exchange, in the order in which a run meets them.
 
-A record only holds what it was given; nothing here touches the disk, the network or a device.
-Shapes are written with single letters: B batch, C channels, H height, W width, L tokens,
-K classes, N examples.
+    data        Reader or Dataset -> Source, a list of Row -> Preprocess -> Split -> Batch
+    learning    Model, Task, Augmentation and Optimizer, chosen by a Recipe: what is learned
+    computing   Step, changed by each Speedup of a Plan: how it is computed
+    running     Engine: how a trained model answers
+
+What is learned and how it is computed never mix: a Recipe has no field for speed, and a Speedup changes no result
+by more than rounding. Records are frozen and only hold values; nothing here touches the disk, the network or a
+device. Shapes are written with single letters: B batch, C channels, H height, W width, L tokens, K classes,
+N examples of a split.
 """
 
 from __future__ import annotations
@@ -24,119 +30,120 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-AnyPath: TypeAlias = "str | os.PathLike[str]"  # a Run is one, too
-Json: TypeAlias = Any  # what json.dumps takes: dict, list, str, int, float, bool or None
+AnyPath: TypeAlias = "str | os.PathLike[str]"  # a `core.run.Run` is one too
+Json: TypeAlias = Any  # any value that json.dumps takes, where no narrower type holds
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Where work runs. What it can reach is not here: ceilings are measurements."""
+    """Where work runs. How fast it is isn't here: that is measured (`machine/peak.py`)."""
 
     name: str  # "AMD EPYC 9R14", "NVIDIA H100 80GB HBM3"
     torch_name: str  # "cpu", "cuda:0", "mps"
-    memory_bytes: int | None
-    fast_dtypes: tuple[str, ...]  # dtypes with hardware support: "float32", "bfloat16", ...
+    memory_bytes: int | None  # None: unknown
+    fast_dtypes: tuple[str, ...]  # with hardware support: "float32", "bfloat16", …
 
     @property
     def type(self) -> str:
+        """ "cpu", "cuda" or "mps"."""
         return self.torch_name.partition(":")[0]
 
 
 # --- data -----------------------------------------------------------------------------------
 
-Raw: TypeAlias = "bytes | str | np.ndarray"  # one input as its publisher wrote it: file bytes, text, pixels
+Raw: TypeAlias = "bytes | str | np.ndarray"  # one input before decoding: file bytes, a text, or an array of pixels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
     """One labelled input, not read yet."""
 
-    name: str  # by which a person finds it again: "train/cat/001.jpg", "reviews.csv:17"
-    label: str  # a class name, one of Source.classes
-    split: str | None  # "train", "val", "test"; None: suanli decides by content
+    name: str  # where a person finds it: "train/cat/001.jpg", "reviews.csv:17"
+    label: str  # one of Source.classes
+    split: str | None  # one of SPLITS; None: decided by a digest of the content
     read: Callable[[], Raw]  # raises OSError or BadInput
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a reader finds at a path, or a built-in data set in its files. Nothing is decoded yet."""
+    """A labelled data set: what a reader finds at a path, or the files of a built-in one. Nothing is decoded yet."""
 
-    name: str  # short, fit for a directory name: "cifar10"
-    kind: str  # which file of preprocess/ reads the inputs: "image", "text"
+    name: str  # short, valid as a directory name: "cifar10"
+    kind: str  # of the inputs, the name of a file in data/preprocess/: "image", "text"
     rows: Sequence[Row]
     classes: tuple[str, ...]  # in the order of the model's outputs; a class may have no rows
-    fingerprint: str  # changes when the files change; cheap (names, sizes, times or a checksum)
+    fingerprint: str  # changes when the files do; cheap: from names, sizes, times or a checksum
     size_bytes: int | None = None  # of all raw inputs, uncompressed; None: unknown
     licence: str | None = None
-    notes: tuple[str, ...] = ()  # what the reader passed over, for the data check
+    notes: tuple[str, ...] = ()  # what the reader skipped, for the data check
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a table file to read; None: found by name."""
+    """Which columns of a table to read. None: the reader looks for the usual names."""
 
-    input: str | None = None  # --input-column: the text, or the path of the file
+    input: str | None = None  # --input-column: a text, or the path of a file
     label: str | None = None  # --label-column
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """One way to read what lies at a path."""
+    """One format of data on disk: `data/readers/<name>.py`. The first reader with no reason against a path reads it."""
 
     name: str
-    why_not: Callable[[Path], str | None]  # None: this reader reads that path
+    why_not: Callable[[Path], str | None]  # the reason against reading this path; None: it can be read
     read: Callable[[Path, Columns], Source]
-    order: int = 50  # asked from the lowest; the first without a reason reads
+    order: int = 50  # readers are tried from the lowest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """One file of a publisher."""
+    """One file that a publisher offers."""
 
     url: str
-    checksum: str  # "sha256:…" or "md5:…", as the publisher states it
+    checksum: str  # as the publisher states it: "sha256:…" or "md5:…"
     size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A data set with a name. `read` gets the directory that holds the downloaded files."""
+    """A data set that suanli knows by name: `data/datasets/<name>.py`."""
 
     name: str
     kind: str
     licence: str
     homepage: str
-    downloads: tuple[Download, ...]  # empty: comes with an installed package
-    read: Callable[[Path], Source]
+    downloads: tuple[Download, ...]  # empty: it comes with an installed package
+    read: Callable[[Path], Source]  # from the directory of the downloaded files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedInput:
-    """One input in the form that the cache holds."""
+    """One input as the cache holds it."""
 
-    row: np.ndarray
-    digest: bytes  # 16 bytes; equal for the same picture or text, however it was stored
-    traits: tuple[str, ...] = ()  # what is odd about it: "grey", "palette", "alpha", "16-bit", …
-    size: tuple[int, ...] = ()  # before preprocessing: (H, W), or (tokens,)
+    row: np.ndarray  # (*row_shape)
+    digest: bytes  # 16 bytes, equal for the same picture or text in any file format
+    traits: tuple[str, ...] = ()  # what the data check reports: "grey", "palette", "alpha", "16-bit", …
+    size: tuple[int, ...] = ()  # before preprocessing: (H, W), or (L,)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """How one input is shown to a person."""
+    """One input in a form that a browser shows."""
 
     media_type: str  # "image/png", "text/plain"
     content: bytes
 
 
 class Preprocess(ABC):
-    """From raw input to model input. One object serves train, evaluate, predict, optimize and
-    serve, and is saved with the model; a subclass is a frozen dataclass whose fields are plain
-    values, and is the file `preprocess/<kind>.py`.
+    """Turns a raw input into a model input, in two halves: `encode` runs once per input on the CPU and its rows are
+    cached; `to_model` runs on every batch on the device.
 
-    Two halves: `encode` runs once per input on the CPU, its rows are cached; `to_model` runs on
-    each batch on the device.
+    Training, evaluation, prediction and serving use one object, which is saved with the model, so none of them can
+    read an input in another way. A subclass is a frozen dataclass whose fields are plain values:
+    `data/preprocess/<kind>.py`.
     """
 
     kind: ClassVar[str]
@@ -144,23 +151,23 @@ class Preprocess(ABC):
     @classmethod
     @abstractmethod
     def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
-        """Decide what depends on the training inputs (size, channels, vocabulary).
+        """Decides what depends on the training inputs: size, channels, vocabulary.
 
-        `raws()` starts a pass over the raw training inputs (bad ones included); `settings` are
-        the recipe's, and win. Raises UsageError for an unknown or impossible setting.
+        Each call of `raws` starts a pass over the raw training inputs, bad ones included. `settings` are the
+        recipe's and take precedence. Raises UsageError for an unknown or impossible setting.
         """
 
     @abstractmethod
     def encode(self, raw: Raw) -> EncodedInput:
-        """One cached row of shape `row_shape` and dtype `row_dtype`. Raises BadInput."""
+        """The row to cache, of shape `row_shape` and dtype `row_dtype`. Raises BadInput."""
 
     @abstractmethod
     def measure(self, rows: np.ndarray) -> Self:
-        """A copy that knows the statistics (mean, spread) of the training rows (N, *row_shape)."""
+        """A copy with the statistics (mean, spread) of these training rows (N, *row_shape)."""
 
     @abstractmethod
     def to_model(self, rows: torch.Tensor) -> torch.Tensor:
-        """A batch of cached rows (B, *row_shape) to the model's input (B, *input_shape)."""
+        """The model's inputs (B, *input_shape) from a batch of cached rows (B, *row_shape), on the same device."""
 
     @property
     @abstractmethod
@@ -173,44 +180,44 @@ class Preprocess(ABC):
     @property
     @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
-        """Of one model input, without the batch: (C, H, W) for images, (L,) for text."""
+        """The shape of one model input, without the batch: (C, H, W) for images, (L,) for text."""
 
     @property
     @abstractmethod
     def model_args(self) -> dict[str, Json]:
-        """What a model builder must know of the input: {"in_channels": 3, "image_size": (32, 32)}
-        for images, {"vocabulary_size": 20000} for text."""
+        """What `Model.build` must know of the inputs: {"in_channels": 3, "image_size": [32, 32]} for images,
+        {"vocabulary_size": 20000} for text."""
 
     @abstractmethod
     def preview(self, row: np.ndarray) -> Preview:
-        """How a cached row is shown."""
+        """A cached row for people to look at."""
 
     @classmethod
     @abstractmethod
     def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
-        """The unlabelled inputs at a path (a file or a folder), for `predict`: name and reader.
-        `Path("-")` is standard input."""
+        """The unlabelled inputs of a file or folder, for `predict`: the name of each and a function that reads it.
+        `Path("-")` is standard input. Raises DataError where there are none."""
 
     def settings(self) -> dict[str, Json]:
-        """Every field as plain values: `type(self)(**settings)` is an equal object."""
+        """Every field as a plain value: `type(self)(**settings)` makes an equal object."""
         from dataclasses import asdict
 
         values: dict[str, Json] = asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
         return values
 
-    def to_json(self) -> dict[str, Json]:
-        """As `model.json` has it; `saved.preprocess_of` makes an equal object of it."""
+    def to_json(self) -> dict[str, object]:
+        """What `model.json` holds; `models.model_folder` makes an equal object of it."""
         return {"kind": self.kind, "settings": self.settings()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """The examples of one split: columns, on disk or in memory."""
+    """The examples of one split, by columns."""
 
-    inputs: np.ndarray  # cached rows of the whole data set (a memory map), (M, *row_shape)
-    index: np.ndarray  # which of them are in this split, (N,) int64
+    inputs: np.ndarray  # (M, *row_shape), a memory map: the cached rows of all splits
+    index: np.ndarray  # (N,) int64, which rows of `inputs` belong to this split
     targets: np.ndarray  # (N,) int64
-    names: Sequence[str]  # (N,)
+    names: Sequence[str]  # (N,), each a Row.name
     classes: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -219,35 +226,32 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What an augmentation gets and gives. `inputs` (B, *input_shape) are model inputs on the
-    device; `targets` are (B,) int64, or (B, K) class shares once pictures were mixed."""
+    """The examples of one step in this process, as augmentations receive and return them, on the device."""
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    index: torch.Tensor  # (B,) int64, position in the training split, the same every epoch
+    inputs: torch.Tensor  # (B, *input_shape)
+    targets: torch.Tensor  # (B,) int64; or (B, K) shares of the classes, once inputs were mixed
+    index: torch.Tensor  # (B,) int64, positions in the training split, the same in every epoch
     epoch: int
-    classes: int
-    global_positions: torch.Tensor | None = (
-        None  # (B,) int64, of these examples in the batch of all processes; None: it is this
-    )
-    global_size: int | None = None  # how many examples that batch has
+    classes: int  # K
+    # Where several processes train together: the positions (B,) of these examples in the batch of all processes, and
+    # its size. None: there is only one process.
+    global_positions: torch.Tensor | None = None
+    global_size: int | None = None
 
 
 class Augmentation(ABC):
-    """Changes training inputs at random. A subclass is a frozen keyword-only dataclass whose
-    fields are its settings, and is the file `augments/<name>.py`.
+    """Changes training inputs at random. A subclass is a frozen keyword-only dataclass whose fields are its
+    settings: `training/augments/<name>.py`."""
 
-    `generator` lives on the device of the batch; all randomness comes from it, so the same
-    generator state gives the same batch. Never changes the batch in place.
-    """
-
-    kinds: ClassVar[tuple[str, ...]]  # kinds of Preprocess whose inputs it can change
+    kinds: ClassVar[tuple[str, ...]]  # of Preprocess, whose inputs it can change
 
     @abstractmethod
-    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch: ...
+    def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """A changed batch; the one that was passed stays as it is. All randomness comes from `generator`, which is
+        on the device of the batch: the same state gives the same result."""
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """The deterministic views that test-time augmentation averages over, `inputs` first."""
+        """The deterministic variants over which test-time augmentation averages, `inputs` first."""
         return [inputs]
 
 
@@ -256,27 +260,26 @@ class Augmentation(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A named network. `build(classes=K, **preprocess.model_args, **recipe.model_args)` returns
-    a module that maps (B, *input_shape) to logits (B, K).
+    """A network that suanli knows by name: `models/networks/<name>.py`.
 
-    A module may have `initialize(inputs)`, called once before the first step with some training
-    inputs, for initialisation that depends on data; and a parameter may be frozen with
-    `requires_grad_(False)`.
+    `build(classes=K, **preprocess.model_args, **recipe.model_args)` returns a module that maps (B, *input_shape) to
+    logits (B, K). The module may have a method `initialize(inputs)` for weights that depend on data: it is called
+    once, with some training inputs, before the first step. It may freeze a parameter with `requires_grad_(False)`.
     """
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...]  # of Preprocess, whose inputs it takes
     build: Callable[..., nn.Module]
-    head: str  # name of the submodule with the output layer: what a new set of classes replaces
-    source: str  # paper or repository that describes it
+    head: str  # name of the submodule with the output layer, which other classes replace
+    source: str  # the paper or repository that describes it
 
 
 class Task(ABC):
-    """What is learned and how it is examined. A subclass is the file `tasks/<name>.py`."""
+    """What is learned, and how well: the loss, the scores and the tolerance of the gate. `tasks/<name>.py`."""
 
     name: ClassVar[str]
-    metric: ClassVar[str]  # the primary one: key of `scores` by which runs are compared; higher is better
-    tolerance: ClassVar[float]  # the drop of the primary metric that the gate accepts
+    metric: ClassVar[str]  # the primary metric, a key of `scores`: runs are compared by it; higher is better
+    tolerance: ClassVar[float]  # how much of the primary metric the gate lets a speedup or an engine cost
 
     @abstractmethod
     def loss(
@@ -287,28 +290,28 @@ class Task(ABC):
         label_smoothing: float = 0.0,
         class_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean loss of a batch: logits (B, K), targets (B,) int64 or (B, K) shares."""
+        """The mean loss of a batch, a scalar: logits (B, K), targets (B,) int64 or (B, K) shares of the classes."""
 
     @abstractmethod
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """(B, K) logits to (B, K) float32."""
+        """float32 (B, K) from logits (B, K)."""
 
     @abstractmethod
     def scores(self, probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Name to value, fractions: probabilities (N, K), targets (N,)."""
+        """Every score by its name, as a fraction: probabilities (N, K), targets (N,)."""
 
     @abstractmethod
-    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
-        """Everything that the report shows beyond `scores`, as JSON."""
+    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
+        """What the report shows beyond `scores`, as plain values for JSON."""
 
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Recipe(BaseModel):
-    """Everything that decides what is learned; plain values. `digest` names the experiment.
+    """Everything that decides what is learned, as plain values; `digest` identifies the experiment.
 
-    `batch_size` is global: the number of processes cannot change the experiment.
+    `batch_size` is that of all processes together, so their number doesn't change the experiment.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
@@ -319,18 +322,18 @@ class Recipe(BaseModel):
     weights: str | None = None
     task: str = "classification"
     preprocess: dict[str, Json] = Field(default_factory=dict)
-    augment: tuple[str, ...] = ()  # "crop(padding=2)", in order
-    progressive_resizing: tuple[tuple[Share, Share], ...] = ()  # (share of the steps, scale of each side until there)
+    augment: tuple[str, ...] = ()  # in order: "crop(padding=2)"
+    progressive_resizing: tuple[tuple[Share, Share], ...] = ()  # (until this share of the steps, scale of each side)
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
     epochs: float = Field(default=10.0, gt=0)
     batch_size: int = Field(default=128, ge=1)
-    accumulate: int = Field(default=1, ge=1)
+    accumulate: int = Field(default=1, ge=1)  # micro-batches that a batch is computed in
     optimizer: str = "sgd"
     lr: float = Field(default=0.1, gt=0)
     optimizer_args: dict[str, Json] = Field(default_factory=dict)
     weight_decay: float = Field(default=0.0, ge=0)
-    backbone_lr_scale: float = Field(default=1.0, ge=0)  # all but the head; 0 freezes it
+    backbone_lr_scale: float = Field(default=1.0, ge=0)  # for all but the head; 0 freezes it
     schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
@@ -357,19 +360,19 @@ class Recipe(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What is known of the data before a recipe is chosen."""
+    """What is known before a recipe is chosen."""
 
     kind: str
     input_shape: tuple[int, ...]  # of one model input: (C, H, W) for images, (L,) for text
     examples: int
     classes: int
-    weights: bool  # training starts from given weights
+    weights: bool  # training starts from pretrained weights
     model: str | None  # the model that the user named
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredScore:
-    """What a recipe was measured to reach."""
+    """A score that a recipe was measured to reach."""
 
     data: str  # the name of a data set
     classes: int
@@ -379,7 +382,7 @@ class MeasuredScore:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """One size of a recipe: another network, another length."""
+    """A recipe with another network or length, for less or more time."""
 
     changes: Mapping[str, Json]  # of the recipe's fields, "epochs" among them
     scores: tuple[MeasuredScore, ...] = ()
@@ -387,60 +390,60 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeChoice:
-    """A shipped recipe and when it suits: the highest `suits(traits)` wins; None: not at all."""
+    """A shipped recipe and the data that it suits: `training/recipes/<name>.py`."""
 
     recipe: Recipe
-    suits: Callable[[Traits], int | None]
-    budgets: tuple[Budget, ...] = ()  # from the cheapest to the dearest, for a wanted score or a given time
+    suits: Callable[[Traits], int | None]  # the recipe with the highest value is chosen; None: never this one
+    budgets: tuple[Budget, ...] = ()  # from the cheapest to the most expensive
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """Builds a torch optimizer from named parameters.
+    """Builds a torch optimizer: `training/optimizers/<name>.py`.
 
-    `build(named_parameters, head=…, lr=…, weight_decay=…, backbone_lr_scale=…, **args)`; every
-    parameter group has `initial_lr`, which the schedule scales. `lr` of a group may become a tensor of no
-    dimensions, where a recorded step must be able to change it.
+    `build(named_parameters, head=…, lr=…, weight_decay=…, backbone_lr_scale=…, **args)` sets `initial_lr` in every
+    parameter group; the schedule scales it. The `lr` of a group may become a scalar tensor, so that a captured
+    graph sees it change.
     """
 
     name: str
     build: Callable[..., torch.optim.Optimizer]
     source: str
-    usual_lr: float = 1e-3  # where a user names this optimizer and no learning rate
+    usual_lr: float = 1e-3  # where the user chooses this optimizer without a learning rate
 
 
 # --- computing ------------------------------------------------------------------------------
 
 
-Setting: TypeAlias = "Callable[[], AbstractContextManager[object]]"  # a switch of the whole process
+Setting: TypeAlias = "Callable[[], AbstractContextManager[object]]"  # changes a flag of the process for a while
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a training step is computed: what speedups may change.
+    """How a training step is computed; the default is plain PyTorch. A speedup returns a changed copy.
 
-    `model` and `optimizer` stay the objects that own weights and state; a speedup may change their layout
-    and flags, never their values. `settings` are on while the step computes and are put back afterwards.
+    `model` and `optimizer` stay the objects that own weights and state: a speedup may change their memory layout and
+    flags, never their values.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer | None = None  # None: only to ask, not to learn
-    compute: Callable[..., Any] | None = None  # what maps inputs to outputs in training; None: the model itself
+    optimizer: torch.optim.Optimizer | None = None  # None: the step is only inspected, not run
+    compute: Callable[..., Any] | None = None  # maps inputs to outputs in training; None: the model itself
     autocast_dtype: torch.dtype | None = None
     loss_scaling: bool = False  # for dtypes whose range is too small for gradients
     memory_format: torch.memory_format | None = None  # of inputs with four dimensions
-    micro_batches: int = 1  # in which a batch is computed, one after the other
-    recomputes: bool = False  # blocks compute again in the backward pass what they didn't keep
-    reads_cache: bool = False  # batches come from a cached split, not from the caller
-    can_reside: bool = False  # the training split fits into the device's memory
-    resident: bool = False  # the training split lies on the device as a whole
-    read_ahead: bool = False  # the next batches are read and copied while this one is computed
-    graph: bool = False  # the whole step is recorded once and replayed
-    distributed: bool = False  # with other processes: gradients are averaged in the backward pass
-    communicates: bool = False  # layers of the network ask the other processes on the way
-    reduce_dtype: torch.dtype | None = None  # in which gradients are sent and added up; None: in their own
-    sharded: bool = False  # each process holds a part of every weight
-    settings: tuple[Setting, ...] = ()
+    micro_batches: int = 1  # that a batch is computed in, one after another
+    recomputes: bool = False  # blocks recompute their activations in the backward pass (activation checkpointing)
+    reads_cache: bool = False  # batches come from a cached split; else the caller passes them
+    can_reside: bool = False  # the device's memory has room for the training split
+    resident: bool = False  # the training split is in the device's memory
+    read_ahead: bool = False  # a thread reads the next batches while this one is computed
+    graph: bool = False  # the whole step is captured as a CUDA graph and replayed
+    distributed: bool = False  # several processes train together: gradients are averaged in the backward pass
+    communicates: bool = False  # layers exchange data with the other processes in the forward pass
+    reduce_dtype: torch.dtype | None = None  # in which gradients are summed over the processes; None: their own
+    sharded: bool = False  # each process holds a shard of every weight
+    settings: tuple[Setting, ...] = ()  # on while the step computes
 
 
 def _always(step: Step, device: Device) -> str | None:  # noqa: ARG001
@@ -449,21 +452,21 @@ def _always(step: Step, device: Device) -> str | None:  # noqa: ARG001
 
 @dataclass(frozen=True, kw_only=True)
 class Speedup:
-    """One way to compute faster that leaves what is learned unchanged up to rounding."""
+    """One way to compute faster that changes what is learned by rounding at most: `compute/speedups/<name>.py`."""
 
     name: str
-    stage: int  # applied from the lowest
+    stage: int  # speedups are applied from the lowest
     apply: Callable[[Step, Device], Step]
-    why_not: Callable[[Device], str | None]  # None: usable there
-    needless: Callable[[Step, Device], str | None] = _always  # why this training can't gain; None: try it
-    usual: bool = False  # used where a run is too short to measure, and tried first where it isn't
-    tolerance: float = 1e-3  # relative error (L2) that outputs may show; gradients four times as much
+    why_not: Callable[[Device], str | None]  # the reason why it can't run there; None: it can
+    needless: Callable[[Step, Device], str | None] = _always  # the reason why this training can't gain; None: it may
+    usual: bool = False  # used where a run is too short to measure; elsewhere tried first
+    tolerance: float = 1e-3  # relative error (L2) of outputs that is accepted; of gradients, four times as much
     risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
-    group: str | None = None  # at most one of a group is in use: "precision", "compile"
-    slow_start: bool = False  # compiles first: tried only where the run is long enough to win that back
-    delayed_effect: bool = False  # shows from the second step on
-    saves_memory: bool = False  # costs time: used only where memory is what limits
-    distributed_only: bool = False  # shows only where they talk, and planning computes alone: used only by name
+    group: str | None = None  # "precision", "compile": at most one speedup of a group is used
+    slow_start: bool = False  # compiles first: tried only where the run is long enough to win that time back
+    delayed_effect: bool = False  # the gain shows only from the second step on
+    saves_memory: bool = False  # costs time: used only where memory runs out
+    distributed_only: bool = False  # gains only between processes, and planning runs in one: used only by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,40 +474,40 @@ class Trial:
     """One change that the planner measured against the best plan so far."""
 
     change: str  # "+bf16", "-channels_last", "threads=1", or several joined by spaces
-    kept: bool
+    kept: bool  # the change became part of the best plan
     reason: str  # "1.42 times as fast (spread 0.03, 5 rounds)"
-    ratio: float | None = None  # None: it was refused before it was timed
+    ratio: float | None = None  # time before over time after; None: it was refused before it was timed
     spread: float | None = None
     rounds: int = 0
     error: float | None = None  # largest relative error of outputs and gradients against plain PyTorch
     step_s: float | None = None  # median seconds of a step with the change
-    start_s: float = 0.0  # that its first step took longer (compiling)
+    start_s: float = 0.0  # seconds that its first step took longer than that: compiling
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The speedups in use, the measurements that chose them, and why others aren't in use."""
+    """The speedups in use, the measurements that chose them, and the reasons against the others."""
 
     device: str
     speedups: tuple[str, ...]
-    threads: int | None = None  # of operations on the CPU; None: torch's default
-    dropped: Mapping[str, str] = field(default_factory=dict)  # name to reason
+    threads: int | None = None  # that an operation on the CPU uses; None: torch's default
+    dropped: Mapping[str, str] = field(default_factory=dict)  # speedups that aren't in use, with the reason
     trials: tuple[Trial, ...] = ()
-    origin: str = "named"  # "plain", "named", "measured", "cached", "short list" (a run too short to measure)
-    seconds: float = 0.0  # that planning took
+    origin: str = "named"  # "plain", "named", "measured", "cached", or "short list": the run is too short to measure
+    seconds: float = 0.0  # spent on planning
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One measured figure; an uplift is derived from a pair of them, never stored."""
+    """One measured figure, a line of ledger.jsonl. A speed-up is computed from a pair of them and never stored."""
 
-    metric: str  # with its unit's name: "examples_per_s"
+    metric: str  # ends in its unit: "examples_per_s"
     value: float
     unit: str
-    spread: float | None  # half the interquartile range, same unit
-    count: int
+    spread: float | None  # half the interquartile range, in the same unit
+    count: int  # of measurements
     scores: Mapping[str, float]
-    variant: str  # what was measured: the plan's speedups, or a peer's name
+    variant: str  # what was measured: the speedups of a plan, or the name of another program
     device: str
     versions: Mapping[str, str]
     recipe: str  # digest
@@ -519,55 +522,55 @@ class Placement:
     """Where and how an engine runs."""
 
     device: Device
-    threads: int  # of operations on the CPU
-    trust_code: bool = False  # the network may be built by code that isn't suanli's
+    threads: int  # that an operation on the CPU uses
+    trust_code: bool = False  # code that isn't suanli's may build the network
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInputs:
     """What an engine is built from."""
 
-    model: Path | None  # the model folder; None: there is nothing but the graph
+    model: Path | None  # the model folder; None: there is only the graph
     onnx: Path | None  # a float32 graph from cached rows to probabilities; None: the network can't be exported
     calibration: np.ndarray | None  # cached training rows (N, *row_shape); None: there is no data
-    kept: tuple[str, ...] = ()  # nodes of the graph that a lower precision must leave alone
+    kept: tuple[str, ...] = ()  # nodes of the graph that stay in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedEngine:
-    """An engine that is ready: `answer` maps cached rows (B, *row_shape) to probabilities (B, K) float32."""
+    """An engine that is ready to answer."""
 
-    answer: Callable[[np.ndarray], np.ndarray]
-    find_precision: Callable[[np.ndarray], str]  # the precision of most of its products and convolutions: looked up
+    answer: Callable[[np.ndarray], np.ndarray]  # cached rows (B, *row_shape) to probabilities (B, K) float32
+    find_precision: Callable[[np.ndarray], str]  # of most products and convolutions, as they really ran
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One way to run a trained model. `build` and `load` are called in a process of their own."""
+    """One way to run a trained model: `engines/backends/<name>.py`. `build` and `load` run in a sandbox process."""
 
     name: str
-    precisions: tuple[str, ...]  # "float32", "bfloat16", "int8"; the most promising first
+    precisions: tuple[str, ...]  # "float32", "bfloat16", "int8": the most promising first
     packages: tuple[str, ...]  # distributions that it needs to run
-    build_packages: tuple[str, ...] = ()  # and to be built
-    why_not: Callable[[Device, str], str | None]  # device and precision; None: usable there
-    build: Callable[[EngineInputs, str, Path, Placement], None]  # writes files into the folder, which is empty
+    build_packages: tuple[str, ...] = ()  # distributions that it needs besides to be built
+    why_not: Callable[[Device, str], str | None]  # the reason against this device and precision; None: it can run
+    build: Callable[[EngineInputs, str, Path, Placement], None]  # for a precision, writes files into an empty folder
     load: Callable[[Path, str, Placement], LoadedEngine]  # from that folder
-    needs: Literal["model", "onnx"]
-    order: int = 50  # tried from the lowest
+    needs: Literal["model", "onnx"]  # which of its inputs can't be missing
+    order: int = 50  # engines are tried from the lowest
     portable: bool = True  # its files run on any machine of the same kind; False: only where they were built
-    quantized_ops: tuple[str, ...] = ()  # of nodes in the graph that its int8 covers; empty: it can't keep any out
+    quantized_ops: tuple[str, ...] = ()  # ONNX operators that its int8 covers; empty: it can't exclude single nodes
 
 
 class Tracker(ABC):
-    """An optional writer of metrics to a place of the user's. `trackers/<name>.py`."""
+    """Sends metrics to a tracking tool that the user names: `training/trackers/<name>.py`."""
 
     @classmethod
     @abstractmethod
     def why_not(cls) -> str | None:
-        """None: its package is installed; else the command that installs it."""
+        """The command that installs its package; None: it is installed."""
 
     @abstractmethod
-    def __init__(self, run_path: Path, config: Mapping[str, Json]) -> None: ...
+    def __init__(self, run_path: Path, config: Mapping[str, object]) -> None: ...
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from suanli.core.errors import DataError, Diverged
-from suanli.core.types import Json, Task
+from suanli.core.types import Task
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +78,7 @@ class Classification(Task):
         found["calibration_error"] = _calibration_error(_bins(probabilities, targets))
         return {name: float(value) for name, value in found.items()}
 
-    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, Json]:
+    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
         """`interval` (95 %, of the accuracy), `per_class`, `confusion` (rows true, columns predicted;
         None for more than 100 classes), `confused` (the most frequent mistakes), `reliability`.
 
@@ -186,7 +186,7 @@ def _calibration_error(bins: Sequence[tuple[float | None, float | None, int]]) -
 
 def _per_class(
     classes: Sequence[str], right: np.ndarray, occurring: np.ndarray, predicted: np.ndarray
-) -> list[dict[str, Json]]:
+) -> list[dict[str, object]]:
     def share(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
         return [float(p / w) if w else None for p, w in zip(part, whole, strict=True)]
 
@@ -198,7 +198,7 @@ def _per_class(
     ]
 
 
-def _confused(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> list[dict[str, Json]]:
+def _confused(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> list[dict[str, object]]:
     """The most frequent mistakes, at most 20; equal counts in the order of the classes."""
     cells = _cells(probabilities, targets)
     wrong = cells[probabilities.argmax(1) != targets]
