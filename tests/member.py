@@ -26,7 +26,7 @@ from suanli.parallel import dtensor
 from suanli.parallel.group import Group, join, leave
 from suanli.training import checkpoint
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.session import Start
+from suanli.training.session import Session, TrainingSpec
 
 
 def main(every: list[dict]) -> list[dict]:
@@ -62,20 +62,20 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
     group.shares = () if group.alone else tuple(wanted.get("shares", ()))
     options = DataOptions.of(wanted["data"], data_dir=None, cache_dir=None)
     recipe, prepared = resolve(options, recipe=wanted.get("recipe"), settings=wanted["settings"], tell=False)
-    start = Start(
+    spec = TrainingSpec(
         recipe=recipe,
         prepared=prepared,
         device=device.detect("cpu"),
         cache=Path("unused"),
         requested=wanted.get("speedups", "none"),
         threads=1,
-        saved=checkpoint.read_newest(Path(wanted["resume"])) if "resume" in wanted else None,
+        checkpoint=checkpoint.read_newest(Path(wanted["resume"])) if "resume" in wanted else None,
         group=group,
         shard=wanted.get("shard", False) and not group.alone,
     )
-    start.ready()
-    loop, losses = start.loop, []
-    writer = checkpoint.ShardWriter(group) if start.shard else checkpoint.Writer()
+    session = Session(spec)
+    loop, losses = session.loop, []
+    writer = checkpoint.ShardWriter(group) if spec.shard else checkpoint.Writer()
     found = {}
     with active(loop.compute):
         if wanted.get("examine"):
@@ -86,7 +86,7 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
             losses.append(loss)
             if len(losses) in wanted.get("save_at", ()):
                 state = loop.state()
-                if start.shard or group.first:
+                if spec.shard or group.first:
                     writer.save(Path(wanted["save"]), loop.progress.step, *state)
                     writer.complete()
                 group.wait()
@@ -102,7 +102,7 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
         "scores": scores,
         "parameters": sum(p.numel() for p in parameters),
         "held": sum(dtensor.local(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
-        "speedups": start.plan.speedups,
+        "speedups": session.plan.speedups,
         "validated": len(loop.val_feed),
         "mine": loop.batch_size,
         "whole": loop.order.batch_size,

@@ -740,7 +740,7 @@ def test_data_that_changes_while_it_is_prepared(
     picture_folder: Folder, refused: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file that goes away between listing and reading is a bad input, and the next time is right."""
-    from suanli.data.loader import cache
+    from suanli.data import cache
 
     root = picture_folder()
     build = cache._build

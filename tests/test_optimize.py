@@ -307,7 +307,7 @@ def test_every_planted_fault_is_refused(
         engine_room(
             name,
             "import errno, os, signal\nfrom dataclasses import replace\nimport numpy as np, onnx\n"
-            "from onnx import numpy_helper\nfrom suanli.engines import onnxruntime as real\n"
+            "from onnx import numpy_helper\nfrom suanli.engines.backends import onnxruntime as real\n"
             'build, load, PRECISIONS = real.build, real.load, ("float32",)\n'
             f"{FAULTS[name]}\n"
             f"ENGINE = replace(real.ENGINE, name={name!r}, precisions=PRECISIONS, build=build, load=load,\n"
@@ -331,7 +331,7 @@ def test_one_that_dies_while_it_is_timed_is_lost_alone(run: Path, engine_room: C
         """
 import os
 from dataclasses import replace
-from suanli.engines import onnxruntime as real
+from suanli.engines.backends import onnxruntime as real
 def load(folder, precision, placement):
     loaded, calls = real.load(folder, precision, placement), []
     def answer(rows):
@@ -656,7 +656,7 @@ def test_a_backend_that_hangs_costs_what_was_left(run: Path, engine_room: Callab
         """
 import time
 from dataclasses import replace
-from suanli.engines import onnxruntime as real
+from suanli.engines.backends import onnxruntime as real
 def load(folder, precision, placement):
     time.sleep(600)
 ENGINE = replace(real.ENGINE, name="hangs", precisions=("float32",), load=load)

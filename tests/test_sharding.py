@@ -24,7 +24,7 @@ from suanli.core.run import Run
 from suanli.core.types import Step
 from suanli.machine import device
 from suanli.models.model_folder import load_model
-from suanli.training.trainer import checkpoint
+from suanli.training import checkpoint
 from test_cli import call
 from test_launch import SETTINGS, members, said, started, train
 

@@ -6,7 +6,6 @@ object. Everything else goes to standard error. Nothing heavy is imported until 
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import os
@@ -14,16 +13,19 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from suanli.core.console import is_muted
 from suanli.core.errors import Interrupted, LostProcess, SuanliError, UsageError
 from suanli.parallel import fatal
+
+if TYPE_CHECKING:
+    from suanli.core.run import Run
 
 app = typer.Typer(
     name="suanli",
@@ -37,7 +39,11 @@ app = typer.Typer(
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="A built-in name, folder, archive, table file or .npz.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Model = Annotated[str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")]
 Recipe = Annotated[str | None, typer.Option(help="A shipped recipe; without it, the one that suits the data.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples of one step, over all processes.")]
+Speedups = Annotated[str, typer.Option(help="auto, none, or names separated by commas.")]
+Engine = Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe; repeatable."),
@@ -90,7 +96,7 @@ def _prepare(
         prepared = prepare(
             data,
             recipe=recipe,
-            settings=_parsed(settings),
+            settings=_parse_settings(settings),
             input_column=input_column,
             label_column=label_column,
             max_bad=max_bad,
@@ -101,59 +107,65 @@ def _prepare(
         result.shown = lambda: summary(prepared)
 
 
+# Options of `train` and `run`.
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same machine, same result.")]
+Weights = Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors).")]
+TargetAccuracy = Annotated[float | None, typer.Option(help="Train the least that is known to reach it (0 to 1).")]
+TimeBudget = Annotated[str | None, typer.Option(help="Train the best that fits: 90s, 5m, 1.5h.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")]
+Processes = Annotated[str | None, typer.Option("--nproc", help="Processes that share each batch: a number, or auto.")]
+Balance = Annotated[bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")]
+Shard = Annotated[
+    bool | None,
+    typer.Option("--shard/--no-shard", help="Each process holds a part of the network; default: as the run did."),
+]
+MaxRestarts = Annotated[int, typer.Option(min=0, help="How often several processes restart after one died.")]
+HangTimeout = Annotated[float, typer.Option(min=1, help="Seconds without a step until several processes restart.")]
+RunOut = Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-<n>.")]
+MoreEpochs = Annotated[float | None, typer.Option(help="Continue a finished run for so long.")]
+CheckpointEvery = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")]
+Track = Annotated[list[str] | None, typer.Option(help="tensorboard, mlflow or wandb; repeatable.")]
+Emit = Annotated[str | None, typer.Option(help="Train nothing; print a file for a cluster: slurm or kubernetes.")]
+Submit = Annotated[bool, typer.Option("--submit", help="With --emit: submit that file, too.")]
+Nodes = Annotated[int, typer.Option(min=1, help="With --emit: machines, each with --nproc processes.")]
+Image = Annotated[str | None, typer.Option(help="With --emit kubernetes: a container image with suanli.")]
 CLUSTER_OPTIONS = ("emit", "submit", "nodes", "image")  # of train, for a file instead of a training
 
 
 def _training(verb: str) -> Callable[..., None]:
-    """The commands `train` and `run` take the same options."""
+    """The command `train`, or `run`, which takes the same options."""
 
     def command(
+        context: typer.Context,
         data: Annotated[str, typer.Argument(metavar="DATA", help="A data set, or an interrupted run to go on with.")],
-        model: Annotated[
-            str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")
-        ] = None,
-        weights: Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors).")] = None,
+        model: Model = None,
+        weights: Weights = None,
         recipe: Recipe = None,
-        epochs: Annotated[float | None, typer.Option(help="Passes over the training data.")] = None,
-        batch_size: Annotated[int | None, typer.Option(help="Examples of one step, over all processes.")] = None,
-        lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Same seed, same machine, same result.")] = None,
+        epochs: Epochs = None,
+        batch_size: BatchSize = None,
+        lr: LearningRate = None,
+        seed: Seed = None,
         settings: Settings = None,
-        target_accuracy: Annotated[
-            float | None, typer.Option(help="Train the least that is known to reach it (0 to 1).")
-        ] = None,
-        time_budget: Annotated[str | None, typer.Option(help="Train the best that fits: 90s, 5m, 1.5h.")] = None,
+        target_accuracy: TargetAccuracy = None,
+        time_budget: TimeBudget = None,
         device: DeviceName = "auto",
-        speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
-        threads: Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")] = None,
-        nproc: Annotated[str | None, typer.Option(help="Processes that share each batch: a number, or auto.")] = None,
-        balance: Annotated[
-            bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")
-        ] = False,
-        shard: Annotated[
-            bool | None,
-            typer.Option(
-                "--shard/--no-shard", help="Each process holds a part of the network; default: as the run did."
-            ),
-        ] = None,
-        max_restarts: Annotated[
-            int, typer.Option(min=0, help="How often several processes start anew after one died.")
-        ] = 3,
-        hang_timeout_s: Annotated[
-            float, typer.Option(min=1, help="Seconds without a step until several processes start anew.")
-        ] = 300.0,
-        out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-<n>.")] = None,
-        more_epochs: Annotated[float | None, typer.Option(help="Continue a finished run for so long.")] = None,
-        checkpoint_every_s: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 60.0,
-        track: Annotated[list[str] | None, typer.Option(help="tensorboard, mlflow or wandb; repeatable.")] = None,
-        emit: Annotated[
-            str | None, typer.Option(help="Train nothing; print a file for a cluster: slurm or kubernetes.")
-        ] = None,
-        submit: Annotated[bool, typer.Option("--submit", help="With --emit: submit that file, too.")] = False,
-        nodes: Annotated[int, typer.Option(min=1, help="With --emit: machines, each with --nproc processes.")] = 1,
-        image: Annotated[
-            str | None, typer.Option(help="With --emit kubernetes: a container image with suanli.")
-        ] = None,
+        speedups: Speedups = "auto",
+        threads: Threads = None,
+        nproc: Processes = None,
+        balance: Balance = False,
+        shard: Shard = None,
+        max_restarts: MaxRestarts = 3,
+        hang_timeout_s: HangTimeout = 300.0,
+        out: RunOut = None,
+        more_epochs: MoreEpochs = None,
+        checkpoint_every_s: CheckpointEvery = 60.0,
+        track: Track = None,
+        emit: Emit = None,
+        submit: Submit = False,
+        nodes: Nodes = 1,
+        image: Image = None,
         input_column: InputColumn = None,
         label_column: LabelColumn = None,
         max_bad: MaxBad = 0.01,
@@ -162,45 +174,68 @@ def _training(verb: str) -> Callable[..., None]:
         trust_code: TrustCode = False,
         as_json: AsJson = False,
     ) -> None:
-        apart = ("as_json", "verb", "command", "settings", "track", *CLUSTER_OPTIONS)
-        options = {k: v for k, v in locals().items() if k not in (*apart, "apart")}
         with _result(as_json) as result:
             if emit or submit or nodes != 1 or image:
-                usual = {name: p.default for name, p in inspect.signature(command).parameters.items()}
-                asked = {k: v for k, v in options.items() if v != usual[k]} | {"settings": settings, "track": track}
-                _emit(result, verb, asked, emit, submit, nodes, image)
-                return
-            if verb == "run":
-                from suanli.verbs.run import run as work
+                _emit(result, verb, context)
+            elif verb == "run":
+                _run(result, _options(context, *CLUSTER_OPTIONS))
             else:
-                from suanli.verbs.train import train as work
-            made = work(**options, settings=_parsed(settings), track=track or ())
-            if is_muted():  # another process of the same training tells it
-                return
-            summary = made.summary
-            result.values = {"run": str(made.path), "status": summary["status"], "epochs": summary["epochs"]}
-            if verb == "run":
-                result.values["scores"] = made.scores
-                result.shown = lambda: _run_shown(made)
-            else:
-                result.values["scores"] = {f"val_{k}": v for k, v in _last_validation(made).items()}
-                result.shown = lambda: f"Run: {made.path}\nNext: suanli evaluate {made.path}"
+                _train(result, _options(context, *CLUSTER_OPTIONS))
 
     return command
 
 
-def _emit(
-    result: _Result, verb: str, asked: dict[str, Any], kind: str | None, submitting: bool, nodes: int, image: str | None
-) -> None:
+def _train(result: _Result, options: dict[str, Any]) -> None:
+    from suanli.verbs.train import train
+
+    run = train(**options)
+    if is_muted():  # another process of the same training prints the result
+        return
+    scores = {f"val_{name}": value for name, value in _last_validation(run).items()}
+    result.values = _describe(run) | {"scores": scores}
+    result.shown = lambda: f"Run: {run.path}\nNext: suanli evaluate {run.path}"
+
+
+def _run(result: _Result, options: dict[str, Any]) -> None:
+    from suanli.verbs.run import run
+
+    made = run(**options)
+    if is_muted():
+        return
+    result.values = _describe(made) | {"scores": made.scores}
+    metric, value = next(iter(made.scores.items()))
+    lines = {"Run": made.path, "Model": made.model_path, "Report": made.path / "report.html"}
+    text = "".join(f"\n{name + ':':<8}{path}" for name, path in lines.items())
+    result.shown = lambda: f"Test {metric}: {value:.2%}{text}"
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    return {"run": str(run.path), "status": run.summary["status"], "epochs": run.summary["epochs"]}
+
+
+def _last_validation(run: Run) -> dict[str, float]:
+    """Scores of the weights that were kept."""
+    scores = [m["scores"] for m in run.metrics if m.get("split") == "val"]
+    if run.recipe.early_stop is None:
+        return scores[-1] if scores else {}
+    return max(scores, key=lambda s: next(iter(s.values())), default={})
+
+
+def _emit(result: _Result, verb: str, context: typer.Context) -> None:
     from suanli.core.console import say
     from suanli.parallel.submission import emit
 
     if verb != "train":
         raise UsageError("--emit is for suanli train.", fix="Evaluate and report when the run is there.")
-    result.values = emit(asked, kind=kind, nodes=nodes, image=image, submitting=submitting)
-    result.shown = lambda: result.values["emitted"].rstrip("\n")
-    if result.values["submitted"] is not None:
-        say(result.values["submitted"])
+    cluster = {name: context.params[name] for name in CLUSTER_OPTIONS}
+    asked = {k: v for k, v in context.params.items() if _is_given(context, k) and k not in (*cluster, "as_json")}
+    emitted = emit(
+        asked, kind=cluster["emit"], nodes=cluster["nodes"], image=cluster["image"], submitting=cluster["submit"]
+    )
+    result.values = emitted
+    result.shown = lambda: emitted["emitted"].rstrip("\n")
+    if emitted["submitted"] is not None:
+        say(emitted["submitted"])
 
 
 app.command("train", help="Train a model into a run directory.")(_training("train"))
@@ -251,7 +286,7 @@ def _predict(
         str | None, typer.Option(help="Ask this server instead, and name no MODEL: http://127.0.0.1:8000.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
-    engine: Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")] = "auto",
+    engine: Engine = "auto",
     device: DeviceName = "auto",
     trust_code: TrustCode = False,
     csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
@@ -272,7 +307,6 @@ def _predict(
             result.exit_code = 3
 
 
-SCALING_OPTIONS = ("scaling", "processes")  # of bench, with --scaling
 NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # what --scaling has no use for
 
 
@@ -280,13 +314,13 @@ NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # what --
 def _bench(
     context: typer.Context,
     data: Data,
-    model: Annotated[str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")] = None,
+    model: Model = None,
     recipe: Recipe = None,
     epochs: Annotated[float | None, typer.Option(help="Of the training that is planned.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples of one step, over all processes.")] = None,
+    batch_size: BatchSize = None,
     settings: Settings = None,
     device: DeviceName = "auto",
-    speedups: Annotated[str, typer.Option(help="auto, none, or names separated by commas.")] = "auto",
+    speedups: Speedups = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the full plan; default: measured.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of each rung; default: what time allows.")] = None,
     rounds: Annotated[int, typer.Option(help="Turns in which the rungs are timed.")] = 5,
@@ -302,33 +336,38 @@ def _bench(
     processes: Annotated[str | None, typer.Option(help="With --scaling: 1,2,4; default: powers of two.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    given = {k: v for k, v in locals().items() if k not in ("as_json", "context", "settings")}
-    options = {k: v for k, v in given.items() if k not in SCALING_OPTIONS}
     with _result(as_json) as result:
-        scaled = {k: v for k, v in given.items() if k not in (*NOT_SCALED, "scaling")}
         if scaling:
-            _only(context, scaled.keys() | {"settings", "scaling"}, "with --scaling")
-            from suanli.verbs._bench_scaling import bench_scaling
-            from suanli.verbs._bench_scaling import table as scaling_table
+            _refuse_given(context, NOT_SCALED, "with --scaling")
+            _bench_processes(result, _options(context, "scaling", *NOT_SCALED))
+        else:
+            _refuse_given(context, ("processes",), "without --scaling")
+            _bench_speedups(result, _options(context, "scaling", "processes"))
 
-            measured = bench_scaling(**scaled, settings=_parsed(settings))
-            result.values = measured.to_json()
-            result.shown = lambda: scaling_table(measured)
-            return
-        _only(context, options.keys() | {"settings"}, "without --scaling")
-        from suanli.verbs.bench import Refused, bench, table
 
-        try:
-            found = bench(**options, settings=_parsed(settings))
-            result.values = found.to_json()
-        except Refused as error:  # the figures are shown all the same
-            found = error.found
-            result.fail(error, found.to_json())
-        result.shown = lambda: table(found)
+def _bench_speedups(result: _Result, options: dict[str, Any]) -> None:
+    from suanli.verbs.bench import Refused, bench, table
+
+    try:
+        measured = bench(**options)
+        result.values = measured.to_json()
+    except Refused as error:  # the figures are shown all the same
+        measured = error.found
+        result.fail(error, measured.to_json())
+    result.shown = lambda: table(measured)
+
+
+def _bench_processes(result: _Result, options: dict[str, Any]) -> None:
+    from suanli.verbs._bench_scaling import bench_scaling, table
+
+    measured = bench_scaling(**options)
+    result.values = measured.to_json()
+    result.shown = lambda: table(measured)
 
 
 @app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")
 def _optimize(
+    context: typer.Context,
     subject: Annotated[
         str,
         typer.Argument(metavar="SUBJECT", help="A run, a model/ folder, an .onnx file, or package.module:function."),
@@ -353,18 +392,17 @@ def _optimize(
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    options = {k: v for k, v in locals().items() if k not in ("as_json", "mean", "std")}
-    options |= {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
     with _result(as_json) as result:
         from suanli.verbs.optimize import TooSlow, optimize, table
 
+        options = _options(context) | {"mean": _parse_numbers("--mean", mean), "std": _parse_numbers("--std", std)}
         try:
-            found = optimize(**options)
-            result.values = found.to_json()
+            optimized = optimize(**options)
+            result.values = optimized.to_json()
         except TooSlow as error:  # the figures are shown all the same
-            found = error.result
-            result.fail(error, found.to_json())
-        result.shown = lambda: table(found)
+            optimized = error.result
+            result.fail(error, optimized.to_json())
+        result.shown = lambda: table(optimized)
 
 
 @app.command("export", help="Write a trained model as a plain file, for use without suanli.")
@@ -385,6 +423,7 @@ def _export(
 
 @app.command("serve", help="Answer requests over HTTP and gRPC, and on a web page.")
 def _serve(
+    context: typer.Context,
     subject: Annotated[
         str, typer.Argument(metavar="SUBJECT", help="A run, a model/ folder, or a folder of models (NAME/ or NAME/1/).")
     ],
@@ -394,7 +433,7 @@ def _serve(
     p99_ms: Annotated[
         float | None, typer.Option("--p99-ms", help="What a request may take; who comes when it can't is refused.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")] = "auto",
+    engine: Engine = "auto",
     device: DeviceName = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: as optimize chose.")] = None,
     max_body_mb: Annotated[float, typer.Option(help="Of one request.")] = 64,
@@ -411,10 +450,9 @@ def _serve(
     log_requests: Annotated[bool, typer.Option("--log-requests", help="Log every request, too.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
-    options = locals()
     from suanli.verbs.serve import serve
 
-    serve(**options)
+    serve(**_options(context))
 
 
 @app.command("report", help="Write the run's report, one HTML page.")
@@ -472,7 +510,21 @@ def _result(as_json: bool) -> Iterator[_Result]:
         raise typer.Exit(result.exit_code)
 
 
-def _parsed(settings: list[str] | None) -> dict[str, Any]:
+def _options(context: typer.Context, *without: str) -> dict[str, Any]:
+    """The arguments of the verb's function: all options but those of the command line itself and `without`."""
+    options = {k: v for k, v in context.params.items() if k not in ("as_json", *without)}
+    if "settings" in options:
+        options["settings"] = _parse_settings(options["settings"])
+    return options
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the user wrote the option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
     if not settings:
         return {}
     from suanli.core.settings import parse_assignment
@@ -480,15 +532,14 @@ def _parsed(settings: list[str] | None) -> dict[str, Any]:
     return dict(parse_assignment(s) for s in settings)
 
 
-def _only(context: typer.Context, allowed: Collection[str], how: str) -> None:
+def _refuse_given(context: typer.Context, names: Sequence[str], how: str) -> None:
     """Raises UsageError for an option of bench that makes no sense with --scaling, or without."""
-    for name in context.params.keys() - {"data", "out", "as_json", *allowed}:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+    for name in names:
+        if _is_given(context, name):
             raise UsageError(f"--{name.replace('_', '-')} can't be used {how}.", fix="Leave it out.")
 
 
-def _numbers(option: str, text: str | None) -> list[float] | None:
+def _parse_numbers(option: str, text: str | None) -> list[float] | None:
     """ "0.5,0.4,0.3" as numbers."""
     try:
         return None if text is None else [float(part) for part in text.split(",")]
@@ -498,24 +549,10 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
         ) from error
 
 
-def _last_validation(run: Any) -> dict[str, float]:
-    """Scores of the weights that were kept."""
-    scores = [m["scores"] for m in run.metrics if m.get("split") == "val"]
-    if run.recipe.early_stop is None:
-        return scores[-1] if scores else {}
-    return max(scores, key=lambda s: next(iter(s.values())), default={})
-
-
-def _run_shown(run: Any) -> str:
-    metric, value = next(iter(run.scores.items()))
-    report = run.path / "report.html"
-    return f"Test {metric}: {value:.2%}\nRun:    {run.path}\nModel:  {run.model_path}\nReport: {report}"
-
-
 @app.callback(invoke_without_command=True)
-def _options(
+def _global_options(
     version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if version:
         from suanli import __version__

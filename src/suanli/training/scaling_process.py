@@ -23,7 +23,7 @@ from suanli.machine.timing import seconds
 from suanli.parallel import group
 from suanli.parallel.sync_batchnorm import norms
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.session import Start
+from suanli.training.session import Session, TrainingSpec
 from suanli.training.setup import Setup
 from suanli.training.timed_run import Way
 
@@ -61,7 +61,7 @@ class Member:
         """Every step costs the same: pictures have their full size, and nothing can diverge."""
         recipe, prepared = resolve(options, recipe=recipe, settings={}, tell=False)
         recipe = recipe.model_copy(update={"lr": RATE, "progressive_resizing": (), "early_stop": None})
-        start = Start(
+        spec = TrainingSpec(
             recipe=recipe,
             prepared=prepared,
             device=self.device,
@@ -70,10 +70,10 @@ class Member:
             threads=threads,
             group=self.group,
         )
-        start.ready()
-        self.plan, loops = start.plan, [start.loop]
+        session = Session(spec)
+        self.plan, loops = session.plan, [session.loop]
         if not self.group.alone:  # a copy that asks no other process
-            loops.append(Setup(recipe, prepared, self.device, group=self.group).trial(start.plan))
+            loops.append(Setup(recipe, prepared, self.device, group=self.group).trial(session.plan))
         for loop in loops:
             loop.progress.segments = [ENDLESS]
         self.ways = [Way(loop, self.device) for loop in loops]

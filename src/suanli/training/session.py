@@ -1,5 +1,5 @@
-"""A training made ready for its first step: it fits, it is planned, it is forecast; and made ready again with a
-weaker plan when that fails on the way.
+"""A training that is ready for its next step: it fits the device, has a plan and a forecast. Where the plan fails on
+the way, the session goes back to the last checkpoint with a weaker one.
 
 Nothing is written here but the plan in the cache directory.
 """
@@ -22,14 +22,7 @@ from suanli.machine.device import is_out_of_memory
 from suanli.parallel import group as distributed
 from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
-from suanli.training.forecast import (
-    Forecast,
-    check_memory,
-    estimate_memory,
-    explain_out_of_memory,
-    forecast,
-    measure_step_s,
-)
+from suanli.training.forecast import check_memory, estimate_memory, explain_out_of_memory, forecast, measure_step_s
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 
@@ -38,126 +31,142 @@ UNPLANNED = ("named", planning.PLAIN)  # origins of plans that the user insists 
 LOWER_RATE = 1 / 3  # of the recipe's, after it was too high
 
 
-@dataclass(kw_only=True)
-class Start:
-    """What is trained, where, and how it is computed at present."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingSpec:
+    """What to train, on which device, and how to compute it."""
 
     recipe: Recipe
     prepared: PreparedData
     device: Device
     cache: Path
-    requested: str | Plan  # "auto", "none", names, or the plan of a run that goes on
+    requested: str | Plan  # "auto", "none", names, or the plan of a run that is resumed
     threads: int | None = None
-    saved: checkpoint.Checkpoint | None = None
+    checkpoint: checkpoint.Checkpoint | None = None  # to go on from
     more_epochs: float | None = None
     group: Group = ALONE
-    balance: bool = False  # the shares of a batch follow the measured speed of each process
+    balance: bool = False  # a process's share of a batch follows its measured speed
     shard: bool = False  # each process holds a part of the network
 
-    loop: Loop = None  # type: ignore[assignment]  # made by `ready`
-    plan: Plan = None  # type: ignore[assignment]
-    first_plan: Plan = None  # type: ignore[assignment]  # before anything failed
-    forecast: Forecast = None  # type: ignore[assignment]
-    key: str = ""
-    ceilings: peak.Ceilings | None = None  # as measured before; None: they weren't
-    ideal_step_s: float | None = None  # that a step would take at the device's measured ceiling
 
-    def ready(self) -> None:
-        """A collective. Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't
-        fit."""
-        planning.check_threads(self.threads)
+class Session:
+    """Opening one is a collective. Raises UsageError for a recipe that can't be trained and OutOfMemory for one that
+    doesn't fit."""
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        self.spec, self.recipe, self.group, self.device = spec, spec.recipe, spec.group, spec.device
+        planning.check_threads(spec.threads)
+        self.threads = spec.threads
         if self.threads is None and not self.group.alone and self.device.type == "cpu":
             self.threads = distributed.threads(self.group)
-        needed = self._ready_sharded() if self.shard else self._ready_whole()
-        self.ceilings = peak.read_cached(self.device, self.cache)
-        if self.ceilings is not None and not self.shard:
+        self._loop: Loop | None = None
+        self.plan, needed_bytes, self.key = self._open_sharded() if spec.shard else self._open_whole()
+        self._first_plan = self.plan  # before anything failed
+        self.ceilings = peak.read_cached(self.device, spec.cache)  # None: they weren't measured
+        self.ideal_step_s: float | None = None  # that a step would take at the device's measured ceiling
+        if self.ceilings is not None and not spec.shard:
             self.ideal_step_s = utilization.ideal_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
-        self.forecast = forecast(self.loop, needed, timed[-1] if timed else None)
+        self.forecast = forecast(self.loop, needed_bytes, timed[-1] if timed else None)
 
-    def _ready_whole(self) -> int:
-        """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the memory
-        that this takes, in bytes."""
+    @property
+    def loop(self) -> Loop:
+        assert self._loop is not None, "there is no loop between two plans"
+        return self._loop
+
+    @property
+    def position(self) -> tuple[int, str]:
+        """The step and the phase in it; other threads may ask at any time."""
+        loop = self._loop
+        return (0, "start") if loop is None else (loop.progress.step, loop.phase)
+
+    def _open_whole(self) -> tuple[Plan, int, str]:
+        """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the plan,
+        the memory that it takes in bytes, and the key of the plan in the cache."""
         with explain_out_of_memory(self.device):
-            setup = self._setup(fresh=self.saved is None)
-        self.key = setup.key
+            setup = self._setup(fresh=self.spec.checkpoint is None)
+        plan, needed_bytes = self._choose_plan(setup)
+        with explain_out_of_memory(self.device):
+            self._loop = setup.loop(plan)
+        self._restore(self._loop, self.spec.checkpoint)
+        if self.spec.balance and not self.group.alone:
+            self._share_by_speed(needed_bytes)
+        return plan, needed_bytes, setup.key
+
+    def _choose_plan(self, setup: Setup) -> tuple[Plan, int]:
+        """A collective: the plan, and the memory that it takes in bytes."""
         with explain_out_of_memory(self.device):
             plain = setup.trial(planning.plain(self.device, self.threads))
-        self._put_back(plain, self.saved)
+        self._restore(plain, self.spec.checkpoint)
         steps = round(plain.full_size_steps_left)
-        failed: OutOfMemory | None = None
+        refusal: OutOfMemory | None = None
         try:
-            memory = check_memory(plain, self.device)
+            needed_bytes = check_memory(plain, self.device)
         except OutOfMemory as error:
-            failed = error
-        if any(self.group.each(failed is not None)):
-            other = OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
-            memory, self.plan = self._smaller(setup, failed or other)
-            if not self.group.alone:
-                self.plan = _plan_from(self.group.of_first(asdict(self.plan)), self.device)
-        else:
-            del plain  # the planner wants the room
-            self.plan = self._planned(setup, steps)
-        self.first_plan = self.plan
-        with explain_out_of_memory(self.device):
-            self.loop = setup.loop(self.plan)
-        self._put_back(self.loop, self.saved)
-        if self.balance and not self.group.alone:
-            self._share_by_speed(memory)
-        return memory
+            refusal = error
+        if not any(self.group.each(refusal is not None)):
+            del plain  # the planner needs its memory
+            return self._plan(setup, steps), needed_bytes
+        other = OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
+        plan, needed_bytes = self._plan_smaller(setup, refusal or other)
+        return self._share(plan), needed_bytes
 
-    def _ready_sharded(self) -> int:
-        """A collective: a loop on a network that is shared out. It may fit nowhere else, so nothing is tried on copies:
-        the plan is the usual one, with recomputed activations where it needs too much memory otherwise. Gives what it
-        takes, in bytes."""
-        tries = ((), (CHECKPOINTING,)) if self.requested == "auto" else ((),)
-        for extra in tries:
-            with explain_out_of_memory(self.device):
-                setup = self._setup(fresh=self.saved is None)
-                found = planner.unmeasured(setup, self.requested, threads=self.threads, extra=extra)
-                self.plan = self.first_plan = _plan_from(self.group.of_first(asdict(found)), self.device)
-                self.loop = setup.loop(self.plan)
-            self.key = setup.key
-            del setup  # its memory is needed
-            self._put_back(self.loop, self.saved)
-            needed, refusal = estimate_memory(self.loop, self.device)
-            if not any(self.group.each(refusal is not None)):
-                return needed
-            self.loop = None  # type: ignore[assignment]
-            planner.free(self.device)
-        raise refusal or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
-
-    def _setup(self, *, fresh: bool) -> Setup:
-        return Setup(self.recipe, self.prepared, self.device, fresh=fresh, group=self.group, shard=self.shard)
-
-    def _planned(self, setup: Setup, steps: int) -> Plan:
-        """The first process plans for all: they must compute alike."""
-        if isinstance(self.requested, Plan):
-            return self.requested
-        found: Plan | None = None
+    def _plan(self, setup: Setup, steps: int) -> Plan:
+        """A collective: the first process plans for all, since they must compute alike."""
+        spec = self.spec
+        if isinstance(spec.requested, Plan):
+            return spec.requested
+        plan: Plan | None = None
         if self.group.first:
             with explain_out_of_memory(self.device):
-                found = planner.plan(setup, self.requested, steps=steps, threads=self.threads, cache=self.cache)
-        if self.group.alone:
-            assert found is not None
-            return found
-        return _plan_from(self.group.of_first(asdict(found) if found else None), self.device)
+                plan = planner.plan(setup, spec.requested, steps=steps, threads=self.threads, cache=spec.cache)
+        return self._share(plan)
 
-    def _smaller(self, setup: Setup, error: OutOfMemory) -> tuple[int, Plan]:
-        """A plan that fits where plain PyTorch doesn't: with half-precision activations, then with recomputed
-        ones too. Raises `error` where none does, or where the user insists on another plan."""
-        if self.requested != "auto":
-            plan = self.requested if isinstance(self.requested, Plan) else None
-            plan = plan or planning.named(str(self.requested), self.device, self.threads)
-            return check_memory(setup.trial(plan), self.device), plan
+    def _plan_smaller(self, setup: Setup, error: OutOfMemory) -> tuple[Plan, int]:
+        """A plan that fits where plain PyTorch doesn't, and its memory in bytes: with half-precision activations, then
+        with recomputed ones too. Raises `error` where none fits, or where the user insists on another plan."""
+        requested = self.spec.requested
+        if requested != "auto":
+            named = requested if isinstance(requested, Plan) else None
+            plan = named or planning.named(str(requested), self.device, self.threads)
+            return plan, check_memory(setup.trial(plan), self.device)
         usual = planner.short_list(setup, self.threads)
         for extra in ((), (CHECKPOINTING,)):
             plan = replace(usual, speedups=planning.in_order((*usual.speedups, *extra)))
             try:
-                return check_memory(setup.trial(plan), self.device), plan
+                return plan, check_memory(setup.trial(plan), self.device)
             except (OutOfMemory, MachineError):
                 continue
         raise error
+
+    def _open_sharded(self) -> tuple[Plan, int, str]:
+        """As `_open_whole`, for a sharded network. It may fit nowhere else, so nothing is tried on copies: the plan is
+        the usual one, with recomputed activations where it needs too much memory otherwise."""
+        tries = ((), (CHECKPOINTING,)) if self.spec.requested == "auto" else ((),)
+        for extra in tries:
+            with explain_out_of_memory(self.device):
+                setup = self._setup(fresh=self.spec.checkpoint is None)
+                unmeasured = planner.unmeasured(setup, self.spec.requested, threads=self.threads, extra=extra)
+                plan = self._share(unmeasured)
+                self._loop = setup.loop(plan)
+            key = setup.key
+            del setup  # its memory is needed
+            self._restore(self._loop, self.spec.checkpoint)
+            needed_bytes, refusal = estimate_memory(self._loop, self.device)
+            if not any(self.group.each(refusal is not None)):
+                return plan, needed_bytes, key
+            self._free()
+        raise refusal or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
+
+    def _setup(self, *, fresh: bool) -> Setup:
+        prepared, shard = self.spec.prepared, self.spec.shard
+        return Setup(self.recipe, prepared, self.device, fresh=fresh, group=self.group, shard=shard)
+
+    def _share(self, plan: Plan | None) -> Plan:
+        """A collective: the first process's plan, for this one's device."""
+        if self.group.alone:
+            assert plan is not None
+            return plan
+        return _plan_from(self.group.of_first(asdict(plan) if plan else None), self.device)
 
     def _share_by_speed(self, memory_bytes: int) -> None:
         """A collective: all compute at once, as they will in training, without waiting for each other."""
@@ -165,63 +174,71 @@ class Start:
         rates = self.group.each(self.loop.batch_size / measure_step_s(self.loop, memory_bytes))
         self.group.shares = tuple(rate / sum(rates) for rate in rates)
 
-    def _put_back(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
+    def _restore(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
         if saved is not None:
             loop.restore(saved)
-        if self.more_epochs is not None and (saved is None or loop.progress.step >= loop.steps):
-            loop.extend(self.more_epochs)
+        more_epochs = self.spec.more_epochs
+        if more_epochs is not None and (saved is None or loop.progress.step >= loop.steps):
+            loop.extend(more_epochs)
+
+    def _free(self) -> None:
+        self._loop = None  # its memory is needed
+        planner.free(self.device)
 
     # --- when a plan fails on the way ---
 
     def fall_back(self, error: Exception, checkpoints: Path) -> str | None:
-        """One step back from a plan that has failed with `error`, from the last good state: its step is then the
-        loop's. Gives what was changed, in words; None where no change can help, or the user wants no other plan."""
+        """Replace a plan that failed with `error` by a weaker one, from the last good checkpoint. Gives what changed,
+        in words; None where no change can help, or the user wants no other plan."""
         if self.plan.origin in UNPLANNED or (isinstance(error, SuanliError) and not isinstance(error, Diverged)):
             return None
         if not self.group.alone and not isinstance(error, Diverged):
             return None  # what failed here did not fail in every process
-        risk, what = _risk(error)
-        found = planner.weaker(self.plan, risk)
-        if found is not None:
-            plan, dropped = found
-            change = f"without {dropped}"
-            plan = replace(plan, dropped={**plan.dropped, dropped: f"it failed in training: {what}"})
-            if risk != "numerics":  # a rate that is too high gives NaN with any plan
-                Store(self.cache, self.key, self.threads).refuse({dropped: f"it failed in training: {what}"})
-        elif risk == "memory" and CHECKPOINTING not in self.plan.speedups and CHECKPOINTING in names("speedups"):
-            plan = replace(self.plan, speedups=planning.in_order((*self.plan.speedups, CHECKPOINTING)))
-            change = f"with {CHECKPOINTING}"
-        else:
+        risk, reason = _risk(error)
+        weaker = self._weaken(risk, reason)
+        if weaker is None:
             return None
+        plan, change = weaker
         self.group.wait()  # the first process may still be writing
         try:
             saved = checkpoint.read_newest(checkpoints)
         except DamagedFile:
             return None
-        self.loop = None  # type: ignore[assignment]  # its memory is needed
-        planner.free(self.device)
+        self._free()
         try:
-            self.loop = self._setup(fresh=saved is None).loop(plan)
+            self._loop = self._setup(fresh=saved is None).loop(plan)
         except MachineError:  # checkpointing has nothing to act on
-            self.loop = self._setup(fresh=saved is None).loop(self.plan)
+            self._loop = self._setup(fresh=saved is None).loop(self.plan)
             return None
-        self._put_back(self.loop, saved)
+        self._restore(self._loop, saved)
         self.plan = plan
-        return f"{what}; going on from step {self.loop.progress.step} {change}"
+        return f"{reason}; going on from step {self.loop.progress.step} {change}"
+
+    def _weaken(self, risk: str, reason: str) -> tuple[Plan, str] | None:
+        """A plan without the speedup that is most likely to blame, or with less memory; and the change in words."""
+        weaker = planner.weaker(self.plan, risk)
+        if weaker is not None:
+            plan, dropped = weaker
+            refusal = {dropped: f"it failed in training: {reason}"}
+            if risk != "numerics":  # a rate that is too high gives NaN with any plan
+                Store(self.spec.cache, self.key, self.threads).refuse(refusal)
+            return replace(plan, dropped={**plan.dropped, **refusal}), f"without {dropped}"
+        if risk == "memory" and CHECKPOINTING not in self.plan.speedups and CHECKPOINTING in names("speedups"):
+            speedups = planning.in_order((*self.plan.speedups, CHECKPOINTING))
+            return replace(self.plan, speedups=speedups), f"with {CHECKPOINTING}"
+        return None
 
     def begin_again(self) -> str:
-        """From the first step with a lower rate; gives that in words. The plan is again what it was at first: it
-        was not to blame."""
+        """Go back to the first step with a lower learning rate; gives that in words. The plan is the first one again:
+        it was not to blame."""
         self.recipe = self.recipe.model_copy(update={"lr": self.recipe.lr * LOWER_RATE})
-        self.plan, self.saved = self.first_plan, None
-        self.loop = None  # type: ignore[assignment]  # its memory is needed
-        planner.free(self.device)
-        self.loop = self._setup(fresh=True).loop(self.plan)
+        self.plan = self._first_plan
+        self._free()
+        self._loop = self._setup(fresh=True).loop(self.plan)
         return f"beginning again at a learning rate of {self.recipe.lr:.2g}"
 
 
 def _plan_from(values: Mapping[str, Json], device: Device) -> Plan:
-    """The first process's plan, for this one's device."""
     trials = tuple(Trial(**t) for t in values["trials"])
     return Plan(**{**values, "device": device.torch_name, "speedups": tuple(values["speedups"]), "trials": trials})
 

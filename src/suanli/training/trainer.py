@@ -1,6 +1,6 @@
 """One training in one run directory: when to log, validate, save and stop, and what is left at the end.
 
-What a step does is in `loop.py`; which data, recipe and directory it is about, in `verbs/train.py`.
+`loop.py` makes a step, `session.py` gets the training ready, `runs.py` finds data, recipe and directory.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn, cast
 
 import torch
 
@@ -35,135 +36,157 @@ from suanli.training import checkpoint, precision_check, utilization
 from suanli.training.diagnose import Facts, Watch
 from suanli.training.forecast import out_of_memory_error
 from suanli.training.loop import EARLY, LOSSES_HELD, Loop
-from suanli.training.session import UNPLANNED, Start
+from suanli.training.session import UNPLANNED, Session
 
 LOG_EVERY_S = 1.0
-HANG_S = 300.0  # without a step, until processes that wait for each other are ended
+CHECKPOINT_EVERY_S = 60.0
+HANG_S = 300.0
 ASKED_S = 5.0  # until a stop that another process was asked for comes to this one, too
 FEW_STEPS = 20  # to begin again after so few costs nothing
 
 
-class Training:
-    """Ready for its first step, or for the one after the last saved. Nothing is written before `run`.
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How often to save, whom to report to, and what the summary keeps of before."""
 
-    Raises UsageError for a recipe that can't be trained and OutOfMemory for one that doesn't fit.
-    """
+    trackers: Sequence[type[Tracker]] = ()
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    hang_s: float = HANG_S  # without a step, until processes that wait for each other are ended
+    target_score: float | None = None  # that the user asked for
+    shard: bool = False  # was requested, also where there is one process now
+    processes: dict[str, Json] | None = None  # that train together, as preflight saw them; None: there is one
+    prepare_s: float | None = None  # that preparing the data took; None: unknown
+    earlier_s: float = 0.0  # of training before an interruption
+    fallbacks: Sequence[Mapping[str, Json]] = ()  # before an interruption
 
-    def __init__(self, start: Start, hang_s: float = HANG_S) -> None:
-        self.start = start
-        self.prepared, self.device, self.group = start.prepared, start.device, start.group
-        self.seconds: dict[str, float] = {}
-        self.earlier_s = 0.0  # of training before an interruption
-        self.fallbacks: list[dict[str, Json]] = []
-        self.wanted_score: float | None = None  # that the user named
-        self.writer = checkpoint.ShardWriter(self.group) if start.shard else checkpoint.Writer()
-        self.hang_s = hang_s
-        self.shard = start.shard  # wanted, also where there is one process now
-        self.processes: dict[str, Json] | None = None  # that train together, as found before the first step
-        self.gate: dict[str, Json] | None = None  # the final score against float32
+
+class Trainer:
+    """Trains an open session in a run directory. In the first of several processes it writes, in the others not."""
+
+    def __init__(self, session: Session, run: Run, options: TrainerOptions) -> None:
+        self.session, self.directory, self.options = session, run, options
+        self.prepared, self.device, self.group = session.spec.prepared, session.device, session.group
+        self.seconds = {} if options.prepare_s is None else {"prepare": options.prepare_s}
+        self.fallbacks: list[Mapping[str, Json]] = list(options.fallbacks)
+        self.processes = options.processes
+        if self.processes is not None:
+            self.processes = self.processes | {"shares": list(self.group.shares) or None}
+        self.writer = checkpoint.ShardWriter(self.group) if session.spec.shard else checkpoint.Writer()
+        self.trackers: list[Tracker] = []
+        self.gate: dict[str, Json] | None = None  # the final score compared with float32
         self.watch: Watch | None = None
-        start.ready()
-        if start.saved is not None:
-            say(f"going on from step {self.loop.progress.step}")
-        if (told := _planning(start.plan)) is not None:
-            say(told)
-        say(f"{self._title()}: {start.forecast}")
-        if self.group.shares:
-            say("shares of a batch: " + ", ".join(f"{share:.0%}" for share in self.group.shares))
+        self.started = time.perf_counter()
 
     @property
     def loop(self) -> Loop:
-        return self.start.loop
+        return self.session.loop
 
     @property
     def plan(self) -> Plan:
-        return self.start.plan
+        return self.session.plan
 
     @property
     def recipe(self) -> Recipe:
-        return self.start.recipe
+        return self.session.recipe
 
-    def run(self, run: Run, trackers: Sequence[type[Tracker]], checkpoint_every_s: float) -> None:
-        """A collective; the first process writes."""
-        self.directory, self.checkpoint_every_s = run, checkpoint_every_s
+    def train(self) -> None:
+        """A collective. Raises Interrupted, with the checkpoint saved; Diverged; OutOfMemory; LostProcess."""
+        self._announce()
         if self.processes is not None:
-            self.processes["shares"] = list(self.group.shares) or None
-            preflight.refuse_full_disk(self.processes["each"][0], self.start.forecast.disk_bytes)
-        run.write("check.json", self.prepared.findings)
-        if self.start.more_epochs is not None:
+            preflight.refuse_full_disk(self.processes["each"][0], self.session.forecast.disk_bytes)
+        self.directory.write("check.json", self.prepared.findings)
+        if self.session.spec.more_epochs is not None:
             self._save()  # from here on the run is a longer one
         self._write_running()
         with ExitStack() as stack:
-            self.trackers = [t(run.path, self.recipe.model_dump(mode="json")) for t in trackers]
-            for tracker in self.trackers:
-                stack.callback(tracker.close)
+            for tracker in self.options.trackers:
+                self.trackers.append(tracker(self.directory.path, self.recipe.model_dump(mode="json")))
+                stack.callback(self.trackers[-1].close)
             stop = stack.enter_context(catch_stop_signals())
-            watchdog = Watchdog(self.group, self._position, self.hang_s)
+            watchdog = Watchdog(self.group, lambda: self.session.position, self.options.hang_s)
             watchdog.start()
             stack.callback(watchdog.stop)
             self.started = time.perf_counter()
-            status = self._through(stop)
+            status = self._train_to_the_end(stop)
             self._finish(status)
         self.group.finish()  # what follows may read what the first has written
 
-    def _position(self) -> tuple[int, str]:
-        """The step and the phase in it; asked from another thread."""
-        loop: Loop | None = self.loop
-        return (0, "start") if loop is None else (loop.progress.step, loop.phase)
+    def _announce(self) -> None:
+        session = self.session
+        if session.spec.checkpoint is not None:
+            say(f"going on from step {self.loop.progress.step}")
+        if (sentence := _describe_planning(session.plan)) is not None:
+            say(sentence)
+        say(f"{self._title()}: {session.forecast}")
+        if self.group.shares:
+            say("shares of a batch: " + ", ".join(f"{share:.0%}" for share in self.group.shares))
 
     def _write_running(self) -> None:
-        """What a run that is cut short goes on with."""
+        """Write what a run goes on with if it is cut short."""
         values: dict[str, Json] = {
+            "status": "running",
+            "forecast": self.session.forecast.to_json(),
             "plan": asdict(self.plan),
             "fallbacks": self.fallbacks,
-            "wanted_score": self.wanted_score,
+            "wanted_score": self.options.target_score,
+            "processes": self.processes,
+            "shard": self.options.shard,
         }
-        values |= {"processes": self.processes, "shard": self.shard}
-        forecast = self.start.forecast.to_json()
-        self.directory.write("summary.json", {"status": "running", "forecast": forecast, **values})
+        self.directory.write("summary.json", values)
 
-    def _through(self, stop: StopRequest) -> str:
-        """All steps; a plan that fails is followed by a weaker one, where the user leaves the choice."""
+    def _train_to_the_end(self, stop: StopRequest) -> str:
+        """Make all steps. Where a plan fails and the user leaves the choice, a weaker one goes on."""
         while True:
             try:
                 with active(self.loop.compute):
                     return self._steps(stop)
-            except Exception as error:  # noqa: BLE001  # compilers and kernel libraries may raise anything; judged there
-                self._go_on_or_raise(error)
+            except Exception as error:  # noqa: BLE001  # compilers and kernel libraries may raise anything
+                self._recover(error)
 
-    def _go_on_or_raise(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> None:
+        """Get ready to go on after `error`, or raise it, in words that help the user where there are such."""
         self.writer.abandon()
         failed_at = self.loop.progress.step
-        if not self.group.alone and "finished reduction" in str(error):  # so DistributedDataParallel says it
+        if not self.group.alone:
+            self._explain_loss(error, failed_at)
+        change = self.session.fall_back(error, self.directory.checkpoints)
+        begin_again = change is None and isinstance(error, Diverged) and self._may_begin_again(failed_at)
+        if begin_again:
+            change = self._begin_again(cast(Diverged, error))
+        if change is None:
+            self._give_up(error)
+        warn(f"Step {failed_at + 1} failed: {change}.")
+        now = {"speedups": list(self.plan.speedups), "began_again": begin_again}
+        self.fallbacks.append({"step": failed_at, "said": change, **now})
+        self._write_running()
+
+    def _explain_loss(self, error: Exception, failed_at: int) -> None:
+        """Raise what an error means that only several processes see."""
+        if "finished reduction" in str(error):  # in the words of DistributedDataParallel
             raise UsageError(
                 f"Some weights of {self.recipe.model!r} get no gradient, so several processes can't share it.",
                 fix="Freeze them with requires_grad_(False), or train with one process.",
             ) from error
-        if not self.group.alone and lost(error):
+        if lost(error):
             raise LostProcess(
                 f"Process {self.group.rank} has lost another one at step {failed_at}: {first_line(error, 200)}",
                 fix=f"To go on from the last checkpoint: suanli train {self.directory.path}",
             ) from error
-        said = self.start.fall_back(error, self.directory.checkpoints)
-        begins = False
-        if said is None and isinstance(error, Diverged) and self._may_begin_again(failed_at):
-            begins = True
-            # Without its checkpoints first: a run that is cut short now must not go on from them.
-            if self.group.first:
-                checkpoint.remove_all(self.directory.checkpoints)
-            said = f"{error.message.rstrip('.')}; {self.start.begin_again()}"
-            self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
-        if said is not None:
-            warn(f"Step {failed_at + 1} failed: {said}.")
-            now = {"speedups": list(self.plan.speedups), "began_again": begins}
-            self.fallbacks.append({"step": failed_at, "said": said, **now})
-            self._write_running()
-            return
+
+    def _begin_again(self, error: Diverged) -> str:
+        # Without its checkpoints first: a run that is cut short now must not go on from them.
+        if self.group.first:
+            checkpoint.remove_all(self.directory.checkpoints)
+        change = f"{error.message.rstrip('.')}; {self.session.begin_again()}"
+        self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
+        return change
+
+    def _give_up(self, error: Exception) -> NoReturn:
         if device.is_out_of_memory(error):
             half = self.loop.order.batch_size // 2
-            raise out_of_memory_error(self.loop, self.start.forecast.memory_bytes, None, half) from error
+            raise out_of_memory_error(self.loop, self.session.forecast.memory_bytes, None, half) from error
         if isinstance(error, Diverged):
-            self._summarise("diverged")
+            self._summarize("diverged")
             self.group.wait()
             saved = checkpoint.last_step(self.directory.checkpoints)
             kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
@@ -190,49 +213,45 @@ class Training:
     # --- the steps ---
 
     def _steps(self, stop: StopRequest) -> str:
-        loop, per_epoch = self.loop, self.loop.order.steps_per_epoch
-        every = max(1, round(self.recipe.validate_every * per_epoch))
-        saved_at = logged_at = time.monotonic()
-        since, since_step = loop.progress.seconds, loop.progress.step
-        note = ""
+        loop, every_s = self.loop, self.options.checkpoint_every_s
+        validate_every = max(1, round(self.recipe.validate_every * loop.order.steps_per_epoch))
+        saved_at = time.monotonic()
+        log = _RateLog(loop)
         self.watch = Watch(loop.learner.clock, self._facts, loop.steps)
         with Progress("Training", loop.steps) as bar:
             for loss in loop.run():
-                step, now = loop.progress.step, time.monotonic()
-                if (found := self.watch.after_step(step)) is not None:
-                    say(str(found))
-                last = step == loop.steps
-                if now - logged_at >= LOG_EVERY_S or step % every == 0 or last or step == 1:
-                    rate = (step - since_step) * loop.order.batch_size / max(loop.progress.seconds - since, 1e-9)
-                    self._log(loss, rate)
-                    note = f"{rate:,.0f}/s  loss {loss:.3f}"
-                    logged_at, since, since_step = now, loop.progress.seconds, step
-                if step % every == 0 or last:
+                step = loop.progress.step
+                if (diagnosis := self.watch.after_step(step)) is not None:
+                    say(str(diagnosis))
+                last, validates = step == loop.steps, step % validate_every == 0
+                if log.is_due() or validates or last or step == 1:
+                    self._log(loss, log.take(loss))
+                if validates or last:
                     self._validate()
                 score = "" if loop.progress.last is None else f"  {loop.task.metric} {loop.progress.last:.1%}"
-                bar.update(step, note + score)
-                asked, due = self._agreed(stop.signal, now - saved_at >= self.checkpoint_every_s, last)
-                if asked:
+                bar.update(step, log.note + score)
+                signal_number, save_is_due = self._agree(stop.signal, time.monotonic() - saved_at >= every_s, last)
+                if signal_number:
                     self._save()
-                    self._interrupt(asked, stop)
+                    self._interrupt(signal_number, stop)
                 if loop.should_stop_early:
                     self._save()
                     return "stopped early"
-                if due:
+                if save_is_due:
                     self._save(beside=True)
                     saved_at = time.monotonic()
         self._save()
         return "finished"
 
-    def _agreed(self, asked: int | None, due: bool, last: bool) -> tuple[int, bool]:
-        """A collective: the signal that asked any process to stop, and whether the first one's clock says that it is
-        time to save. On a GPU only as often as losses are read, since to ask means to wait."""
+    def _agree(self, signal_number: int | None, save_is_due: bool, last: bool) -> tuple[int, bool]:
+        """A collective: the signal that any process got (0: none), and whether a checkpoint is due by the clock of the
+        first one. On a GPU only as often as losses are read, since asking means waiting for the device."""
         group, step = self.group, self.loop.progress.step
         if group.alone:
-            return asked or 0, due
+            return signal_number or 0, save_is_due
         if self.device.type != "cpu" and step % LOSSES_HELD and not last:
             return 0, False
-        most = group.most(asked or 0, float(due and group.first), float(self.writer.busy))
+        most = group.most(signal_number or 0, float(save_is_due and group.first), float(self.writer.busy))
         if self.writer.unfinished and not most[2]:
             self.writer.complete()
         return int(most[0]), bool(most[1])
@@ -260,7 +279,7 @@ class Training:
 
     def _share_of_ceiling(self) -> float | None:
         """Of what the device was measured to reach; None: it wasn't measured."""
-        least = self.start.ideal_step_s
+        least = self.session.ideal_step_s
         progress = self.loop.progress
         if least is None or not progress.seconds:
             return None
@@ -313,7 +332,7 @@ class Training:
         self.loop.phase = before
 
     def _interrupt(self, number: int, stop: StopRequest) -> None:
-        self._summarise("interrupted")
+        self._summarize("interrupted")
         self.loop.phase = "end"
         self.group.wait()  # nobody ends, and ends the others, before the checkpoint is on disk
         if not self.group.alone:
@@ -330,62 +349,68 @@ class Training:
         self.loop.phase = "end"
         if not self.group.first and not self.loop.compute.sharded:
             return
-        loop, prepared = self.loop, self.prepared
-        if self.recipe.early_stop is not None and any(self._of_all(self._best.exists())):
+        loop = self.loop
+        if self.recipe.early_stop is not None and any(self._ask_writers(self._best.exists())):
             loop.load_tensors(checkpoint.read(self._best).tensors)
-        if self.group.first:  # they speak of the model that is replaced now
-            path = self.directory.path
-            for outdated in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
-                outdated.unlink(missing_ok=True)
-            shutil.rmtree(self.directory.model_path / store.FOLDER, ignore_errors=True)
+        if self.group.first:
+            self._remove_outdated()
         with loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():
-            self._hold_against_plain()
+            self._compare_with_float32()
             save_model(
                 self.directory.model_path,
                 loop.model,
                 recipe=self.recipe,
-                preprocess=prepared.preprocess,
-                classes=prepared.classes,
-                data=prepared.to_json() | {"cache": None},
+                preprocess=self.prepared.preprocess,
+                classes=self.prepared.classes,
+                data=self.prepared.to_json() | {"cache": None},
                 writes=self.group.first,
             )
-        self.directory.write(
-            "roofline.json", utilization.measure_roofline(loop, self.device, self.start.ceilings).to_json()
-        )
-        if not self.group.first:
-            return
-        self._summarise(status)
+        roofline = utilization.measure_roofline(loop, self.device, self.session.ceilings)
+        self.directory.write("roofline.json", roofline.to_json())
+        if self.group.first:
+            self._summarize(status)
+            self._announce_end(status)
+
+    def _remove_outdated(self) -> None:
+        """Remove what speaks of the model that is replaced now."""
+        path = self.directory.path
+        for file in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.directory.model_path / store.FOLDER, ignore_errors=True)
+
+    def _announce_end(self, status: str) -> None:
+        loop, target = self.loop, self.options.target_score
         rate = self.directory.summary["examples_per_s"]
-        reached = loop.validation_score
-        score = "" if reached is None else f", validation {loop.task.metric} {reached:.2%}"
+        score = "" if loop.validation_score is None else f", validation {loop.task.metric} {loop.validation_score:.2%}"
         took = duration(self.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
-        if self.wanted_score is not None and reached is not None and reached < self.wanted_score:
-            warn(f"The {loop.task.metric} on validation is below the {self.wanted_score:.2%} that was wanted.")
+        if target is not None and loop.validation_score is not None and loop.validation_score < target:
+            warn(f"The {loop.task.metric} on validation is below the {target:.2%} that was asked for.")
 
-    def _of_all(self, value: bool) -> list[bool]:
-        """A collective where the weights are shared out, since then all finish together."""
+    def _ask_writers(self, value: bool) -> list[bool]:
+        """A collective where the network is sharded, since then all processes finish together."""
         return self.group.each(value) if self.loop.compute.sharded else [value]
 
-    def _hold_against_plain(self) -> None:
-        """The final score as the plan computes it against float32, with the same weights on the same validation
-        inputs. What costs more than the task tolerates is refused from the next plan on."""
+    def _compare_with_float32(self) -> None:
+        """Compare the final score as the plan computes it with float32's, on the same weights and validation inputs.
+        The next plan does without what costs more than the task tolerates."""
         rounding = precision_check.low_precision_speedups(self.plan)
-        if not rounding or (found := precision_check.compare_with_float32(self.loop)) is None:
+        if not rounding or (comparison := precision_check.compare_with_float32(self.loop)) is None:
             return
-        difference, examples = found
+        difference, examples = comparison
         task = self.loop.task
         refused = difference.exceeds(task.tolerance)
         self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
         if refused and self.plan.origin not in UNPLANNED and self.group.first:
             reason = f"it cost {-difference.median:.1%} of validation {task.metric} against float32"
-            Store(self.start.cache, self.start.key, self.start.threads).refuse(dict.fromkeys(rounding, reason))
+            session = self.session
+            Store(session.spec.cache, session.key, session.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
 
-    def _summarise(self, status: str) -> None:
+    def _summarize(self, status: str) -> None:
         loop = self.loop
         seconds = loop.progress.seconds
-        self.seconds["train"] = self.earlier_s + time.perf_counter() - self.started
+        self.seconds["train"] = self.options.earlier_s + time.perf_counter() - self.started
         rate = loop.progress.step * loop.order.batch_size / seconds if seconds else None
         diagnosis = self.watch.current if self.watch else None
         self.directory.write(
@@ -400,13 +425,13 @@ class Training:
                 "peak_memory_bytes": device.peak_memory_bytes(self.device),
                 "limited_by": diagnosis.verdict if diagnosis else None,
                 "diagnosis": diagnosis.to_json() if diagnosis else None,
-                "forecast": self.start.forecast.to_json(),
+                "forecast": self.session.forecast.to_json(),
                 "plan": asdict(self.plan),
                 "fallbacks": self.fallbacks,
-                "wanted_score": self.wanted_score,
+                "wanted_score": self.options.target_score,
                 "gate": self.gate,
                 "processes": self.processes,
-                "shard": self.shard,
+                "shard": self.options.shard,
             },
         )
         if status in FINISHED and rate is not None:
@@ -418,13 +443,35 @@ class Training:
                     environment=device.environment(self.device),
                     recipe=self.recipe,
                     variant="+".join(self.plan.speedups) or "none",
-                    scores={} if loop.validation_score is None else {f"val_{loop.task.metric}": loop.validation_score},
+                    scores={f"val_{loop.task.metric}": loop.validation_score}
+                    if loop.validation_score is not None
+                    else {},
                     count=loop.progress.step,
                 )
             )
 
 
-def _planning(plan: Plan) -> str | None:
+class _RateLog:
+    """Examples per second since the last line of the log."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.note = loop, ""
+        self._at, self._seconds, self._step = time.monotonic(), loop.progress.seconds, loop.progress.step
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._at >= LOG_EVERY_S
+
+    def take(self, loss: float) -> float:
+        """The rate, from which on the next one counts; `note` says it with the loss."""
+        progress = self.loop.progress
+        seconds = max(progress.seconds - self._seconds, 1e-9)
+        rate = (progress.step - self._step) * self.loop.order.batch_size / seconds
+        self._at, self._seconds, self._step = time.monotonic(), progress.seconds, progress.step
+        self.note = f"{rate:,.0f}/s  loss {loss:.3f}"
+        return rate
+
+
+def _describe_planning(plan: Plan) -> str | None:
     """What planning has found, in a sentence; None where nothing was measured."""
     if plan.origin == SHARDED and plan.speedups:
         return "plan: the usual speedups; a network that is shared out has no copies to measure more on"

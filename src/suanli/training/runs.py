@@ -1,0 +1,389 @@
+"""The three ways into a training: a new run, a run that is resumed, and a process that joins a run which has begun.
+
+This file decides what is trained, where, and by how many processes; `trainer.py` trains it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from suanli.compute import plan as planning
+from suanli.core.console import say
+from suanli.core.errors import DataError, MachineError, UsageError
+from suanli.core.paths import cache_dir as cache_dir_of
+from suanli.core.registry import load
+from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
+from suanli.core.settings import parse_duration
+from suanli.core.types import AnyPath, Device, Json, Plan, Recipe, Tracker
+from suanli.data.cache import PreparedData
+from suanli.machine.device import detect, environment
+from suanli.machine.gpus import gpus
+from suanli.models.model_folder import refuse_foreign_code, weights_of
+from suanli.parallel import launch, preflight, submission
+from suanli.parallel.group import Group, join, place, too_many
+from suanli.training import budget, checkpoint
+from suanli.training.options import ComputeOptions, RecipeOptions
+from suanli.training.prepare import DataOptions, resolve
+from suanli.training.session import Session, TrainingSpec
+from suanli.training.trainer import Trainer, TrainerOptions
+
+ENDING_S = 30.0  # that an earlier process of the same run may take to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """The device and the processes that compute, as the options and this machine decide."""
+
+    options: ComputeOptions
+    device: Device
+    group: Group
+    count: int  # processes that this one starts to train; 1: it trains itself
+    shard: bool  # the network is sharded now
+    shard_requested: bool  # it is sharded wherever there are several processes
+    trackers: Sequence[type[Tracker]]
+
+    def train(self, session: Session, run: Run, options: TrainerOptions) -> None:
+        ours = self.options
+        options = replace(
+            options,
+            trackers=self.trackers,
+            checkpoint_every_s=ours.checkpoint_every_s,
+            hang_s=ours.hang_timeout_s,
+            shard=self.shard_requested,
+        )
+        Trainer(session, run, options).train()
+
+    def start_processes(self, run: Run, data: DataOptions, *, resumed: bool, **more: Json) -> None:
+        """Train `run` by processes of this machine, each `suanli train RUN`."""
+        names = ("device", "speedups", "threads", "balance", "hang_timeout_s", "checkpoint_every_s", "track")
+        values = {name: getattr(self.options, name) for name in names}
+        values["shard"] = self.shard if self.shard_requested or resumed else None
+        values |= {"data_dir": data.data_dir, "cache_dir": data.cache_dir} | more
+        launch.train_together(run, self.count, submission.arguments(values), restarts=self.options.max_restarts)
+
+
+def find_resources(options: ComputeOptions, run: Run | None) -> Resources:
+    """A collective, where others started this process. `run` is the one that is resumed. Raises UsageError and
+    MachineError for what this machine can't do."""
+    device = detect(_own_device(options.device))
+    group = join(device.torch_name)
+    if not group.alone and options.nproc is not None:
+        raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
+    count = launch.processes(options.nproc, device)
+    if count > 1 and ":" in options.device:
+        raise UsageError(f"{count} processes can't share {options.device}.", fix="Use --device cuda: each takes a GPU.")
+    requested = bool(run is not None and run.summary.get("shard")) if options.shard is None else options.shard
+    shard = requested and (count > 1 or not group.alone)
+    if requested and not shard:
+        _check_one_process(options.nproc, resumed=run is not None)
+    if shard and options.balance:
+        raise UsageError(
+            "--balance measures each process alone, and with --shard none can compute alone.", fix="Leave one out."
+        )
+    return Resources(
+        options=options,
+        device=device,
+        group=group,
+        count=count,
+        shard=shard,
+        shard_requested=requested,
+        trackers=_find_trackers(options.track if group.first else ()),
+    )
+
+
+# --- the three ways --------------------------------------------------------------------------
+
+
+def start_run(
+    data: DataOptions, learned: RecipeOptions, resources: Resources, *, out: AnyPath | None, trust_code: bool
+) -> Run:
+    """Train a new run in `out` (None: a new folder below `runs/`). What can't be trained leaves no folder behind."""
+    started = time.perf_counter()
+    if out is not None:
+        refuse_occupied(Path(out).expanduser())
+    data, recipe, prepared = _prepare(data, learned, resources, out=out, trust_code=trust_code, begun=None)
+    about = prepared.to_json() | {"source": data.subject, "options": asdict(data)}
+    group, count = resources.group, resources.count
+    if count > 1:
+        if count > recipe.batch_size:
+            raise too_many(count, recipe.batch_size)
+        run = Run.create(prepared.name, out, recipe, about, environment(resources.device))
+        run.write("summary.json", {"status": "running", "wanted_score": learned.target_accuracy})
+        resources.start_processes(run, data, resumed=False, trust_code=True)  # its code was named here
+        return run
+    processes = _preflight(resources, recipe, prepared, Path(out or RUNS))
+    session = Session(_spec(recipe, prepared, data, resources))
+    options = TrainerOptions(
+        target_score=learned.target_accuracy, processes=processes, prepare_s=time.perf_counter() - started
+    )
+    path: str | None = None
+    if group.first:
+        path = str(Run.create(prepared.name, out, recipe, about, environment(resources.device)).path)
+    run = Run(group.of_first(path), writes=group.first)
+    with run.lock():
+        resources.train(session, run, options)
+    return run
+
+
+def resume_run(
+    run: Run,
+    data: DataOptions,
+    resources: Resources,
+    *,
+    given: Sequence[str],
+    more_epochs: float | None,
+    trust_code: bool,
+) -> Run:
+    """Go on with a run: from its last checkpoint, or, where it is finished, for `more_epochs`. Of `data` only the two
+    directories count. `given` are the options that the user gave and that a run can't change."""
+    started = time.perf_counter()
+    run = Run(run.path, writes=resources.group.first)
+    restarted = bool(resources.group.restarts)
+    finished = run.summary.get("status") in FINISHED
+    if restarted and not finished:
+        more_epochs = None  # these have begun
+    if restarted and finished and more_epochs is None:
+        return run  # one of the processes died when all was done
+    with run.lock(ENDING_S if restarted else 0):
+        _refuse_resuming(run, given, more_epochs, trust_code)
+        if resources.count == 1:
+            data = DataOptions.of_run(run, data_dir=data.data_dir, cache_dir=data.cache_dir)
+            _resume(run, data, resources, more_epochs, started=started)
+    if resources.count > 1:
+        resources.start_processes(run, data, resumed=True, more_epochs=more_epochs, trust_code=True)
+    return run
+
+
+def join_run(data: DataOptions, learned: RecipeOptions, resources: Resources, *, out: AnyPath, trust_code: bool) -> Run:
+    """Go on with the run in `out`, which an earlier start of the same command has begun: a job that a cluster put back
+    into its queue, or one of several processes that were started again."""
+    run = Run(Run.open(out).path, writes=resources.group.first)
+    data, recipe, _ = _prepare(data, learned, resources, out=out, trust_code=trust_code, begun=run)
+    if resources.group.restarts and run.summary.get("status") in FINISHED:
+        return run  # one of the processes died when all was done
+    _refuse_another(run, recipe)
+    with run.lock(ENDING_S):
+        _resume(run, data, resources, None)
+    return run
+
+
+def has_begun(out: AnyPath | None, group: Group) -> bool:
+    """A collective: whether this process was started again, by a launcher or a cluster, after its run had begun."""
+    again = place() is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return again and bool(group.of_first(out is not None and is_run(out)))
+
+
+# --- steps that they share -------------------------------------------------------------------
+
+
+def _prepare(
+    data: DataOptions,
+    learned: RecipeOptions,
+    resources: Resources,
+    *,
+    out: AnyPath | None,
+    trust_code: bool,
+    begun: Run | None,
+) -> tuple[DataOptions, Recipe, PreparedData]:
+    """A collective: the complete recipe and the prepared data."""
+    started = time.perf_counter()
+    refuse_inside(data.subject, out)
+    network, preprocess = _read_weights(learned.weights, learned.changes, trust_code)
+    data = replace(data, preprocess=preprocess)
+    time_budget, target = learned.time_budget, learned.target_accuracy
+    budget_s = None if time_budget is None else parse_duration(time_budget)
+    recipe, prepared = resolve(data, recipe=learned.recipe, settings={**network, **learned.changes})
+    if target is not None or budget_s is not None:
+        _refuse_two_choices(recipe, learned.changes, target, budget_s)
+    if target is not None:
+        recipe = budget.choose_for_score(recipe, prepared, target)
+    if budget_s is not None and begun is not None:
+        recipe = begun.recipe  # it was chosen when the run began
+    elif budget_s is not None:
+        if resources.group.first:
+            left_s = budget_s - (time.perf_counter() - started)
+            recipe = budget.choose_for_time(recipe, prepared, resources.device, resources.options.threads, left_s)
+        recipe = Recipe.model_validate(resources.group.of_first(recipe.model_dump(mode="json")))
+    return data, recipe, prepared
+
+
+def _resume(
+    run: Run, data: DataOptions, resources: Resources, more_epochs: float | None, *, started: float | None = None
+) -> None:
+    """A collective: train a run from its newest checkpoint. `started`: when preparing began, to keep in the summary."""
+    recipe, prepared = resolve(data, recipe=run.recipe, settings={})
+    if prepared.digest != run.data["digest"]:
+        raise DataError(
+            f"The data of {run.path} has changed since it was trained.",
+            fix="Put the data back as it was, or train anew.",
+        )
+    processes = _preflight(resources, recipe, prepared, run.path)
+    spec = _spec(recipe, prepared, data, resources)
+    saved = checkpoint.read_newest(run.checkpoints)
+    steps = resources.group.each(None if saved is None else saved.step)
+    if len(set(steps)) > 1:
+        raise MachineError(
+            f"The processes see different checkpoints of {run.path}: of steps {', '.join(map(str, steps))}.",
+            fix="Keep the run on storage that all hosts share.",
+        )
+    summary = run.summary
+    session = Session(
+        replace(spec, requested=_resumed_plan(summary, resources), checkpoint=saved, more_epochs=more_epochs)
+    )
+    options = TrainerOptions(
+        target_score=summary.get("wanted_score"),
+        processes=processes,
+        prepare_s=None if started is None else time.perf_counter() - started,
+        earlier_s=summary.get("seconds", {}).get("train", 0.0),
+        fallbacks=summary.get("fallbacks", []),
+    )
+    resources.train(session, run, options)
+
+
+def _spec(recipe: Recipe, prepared: PreparedData, data: DataOptions, resources: Resources) -> TrainingSpec:
+    return TrainingSpec(
+        recipe=recipe,
+        prepared=prepared,
+        device=resources.device,
+        cache=cache_dir_of(data.cache_dir),
+        requested=resources.options.speedups,
+        threads=resources.options.threads,
+        group=resources.group,
+        balance=resources.options.balance,
+        shard=resources.shard,
+    )
+
+
+def _preflight(resources: Resources, recipe: Recipe, prepared: PreparedData, folder: Path) -> dict[str, Json] | None:
+    """A collective: what the processes that train together know of each other. None: there is one."""
+    if resources.group.alone:
+        return None
+    return preflight.check(
+        resources.group,
+        resources.device,
+        folder=folder,
+        recipe=recipe.digest,
+        data=prepared.digest,
+        shard=resources.shard,
+    )
+
+
+def _resumed_plan(summary: Mapping[str, Json], resources: Resources) -> str | Plan:
+    """The plan that the run began with, unless the user names another: other ways of computing round differently.
+    Raises MachineError for a speedup that this machine can't use."""
+    before, speedups = summary.get("plan"), resources.options.speedups
+    if speedups != "auto" or before is None:
+        return speedups
+    threads = resources.options.threads
+    processes_before = len((summary.get("processes") or {}).get("each", [None]))
+    if threads is None and processes_before == resources.group.size:
+        threads = before.get("threads")
+    plan = planning.named(",".join(before["speedups"]) or "none", resources.device, threads)
+    return replace(plan, origin=before.get("origin", plan.origin), dropped=before.get("dropped", {}))
+
+
+def _read_weights(
+    weights: AnyPath | None, changes: Mapping[str, Json], trust_code: bool
+) -> tuple[dict[str, Json], Mapping[str, Json] | None]:
+    """What given weights bring along: fields of the recipe, and the preprocessing that they were trained with, which
+    stays unless the user changes it."""
+    if weights is None:
+        return {}, None
+    file, card = weights_of(Path(weights).expanduser())
+    network: dict[str, Json] = {"weights": str(file)}
+    if card is None:
+        return network, None
+    if "model" not in changes:
+        if not trust_code:
+            refuse_foreign_code(card["recipe"]["model"], file)
+        network |= {name: card["recipe"][name] for name in ("model", "model_args")}
+    changed = any(name.partition(".")[0] == "preprocess" for name in changes)
+    return network, None if changed else card["preprocess"]
+
+
+def _own_device(device: str) -> str:
+    """Of several processes on one machine each has a GPU of its own."""
+    here = place()
+    if here is None or device not in ("auto", "cuda"):
+        return device
+    visible = [gpu.torch_name for gpu in gpus() if gpu.torch_name and gpu.torch_name.startswith("cuda")]
+    if not visible:
+        return device
+    return "cuda:0" if len(visible) == 1 else f"cuda:{here.local_rank}"  # one: it was given to this process alone
+
+
+def _find_trackers(names: Sequence[str]) -> list[type[Tracker]]:
+    trackers = []
+    for name in names:
+        tracker: type[Tracker] = load("trackers", name)
+        reason = tracker.why_not()
+        if reason is not None:
+            raise UsageError(f"The tracker {name!r} needs its package: {reason}", fix="Or leave --track out.")
+        trackers.append(tracker)
+    return trackers
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def _check_one_process(nproc: str | int | None, *, resumed: bool) -> None:
+    """One process can't shard a network. Raises UsageError where the user asked for no more than one."""
+    if nproc in (None, "1", 1) and place() is None and not resumed:
+        raise UsageError("--shard divides a network between processes, and this is one.", fix="Add --nproc 2, or more.")
+    say("there is one process, so the network is not sharded")
+
+
+def _refuse_another(run: Run, recipe: Recipe) -> None:
+    before = run.recipe
+    if any(fallback.get("began_again") for fallback in run.summary.get("fallbacks", [])):
+        before = before.model_copy(update={"lr": recipe.lr})  # suanli lowered it
+    if before.digest != recipe.digest:
+        raise UsageError(f"{run.path} is a run with another recipe.", fix="Choose a new --out, or the same options.")
+    if run.summary.get("status") in FINISHED:
+        raise UsageError(f"{run.path} is finished.", fix="Choose a new --out.")
+
+
+def _refuse_two_choices(
+    recipe: Recipe, changes: Mapping[str, Json], target_accuracy: float | None, budget_s: float | None
+) -> None:
+    if target_accuracy is not None and budget_s is not None:
+        raise UsageError("--target-accuracy and --time-budget both choose the training.", fix="Give one of them.")
+    fields = {name.partition(".")[0] for name in changes}
+    if target_accuracy is not None and (fixed := fields - {"seed"}):
+        raise UsageError(
+            f"--target-accuracy takes a recipe as it was measured, so {', '.join(sorted(fixed))} can't be changed.",
+            fix="Leave one or the other out, or use --time-budget.",
+        )
+    if chosen := fields & budget.budget_fields(recipe):
+        raise UsageError(
+            f"--time-budget chooses {', '.join(sorted(chosen))} itself.", fix="Leave one or the other out."
+        )
+
+
+def _refuse_resuming(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:
+    if any((run.path / name).exists() for name in ("bench.json", "scaling.json")):
+        raise UsageError(
+            f"{run.path} holds the figures of a bench, and no training to go on with.",
+            fix="Name a run of suanli train, or train anew on the data set.",
+        )
+    if given:
+        raise UsageError(
+            f"{run.path} is a run; it goes on with its own recipe, so {', '.join(sorted(given))} can't be changed.",
+            fix="Leave these options out, or train anew on the data set.",
+        )
+    finished = run.summary.get("status") in FINISHED
+    if finished and more_epochs is None:
+        raise UsageError(
+            f"{run.path} is finished.", fix=f"To train it further: suanli train {run.path} --more-epochs 5"
+        )
+    if more_epochs is not None and not finished:
+        raise UsageError(
+            "--more-epochs continues a finished run, and this one isn't.",
+            fix=f"First let it finish: suanli train {run.path}",
+        )
+    if not trust_code:
+        refuse_foreign_code(run.recipe.model, run.path)
