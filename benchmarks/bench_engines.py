@@ -39,10 +39,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import suanli
-from suanli.core.compare import Difference, share_difference
+from suanli.core.compare import share_difference
 from suanli.core.console import hide_progress
 from suanli.core.run import Run
-from suanli.core.types import Json
+from suanli.core.types import Difference, Json
 from suanli.engines.candidates import SearchResult
 from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.machine import device, timing

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 if TYPE_CHECKING:
-    from suanli.machine.peak import Ceilings
+    from suanli.machine.ceilings import Ceilings
 
 # A busy machine is not a failure, and a property that touches the disk needs no hundred examples.
 settings.register_profile("suanli", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])

@@ -23,10 +23,10 @@ import suanli.compute.speedups
 from registered import forget
 from suanli.cli import main
 from suanli.core import registry
-from suanli.core.compare import Difference, difference, share_difference
-from suanli.core.types import Plan, Recipe
+from suanli.core.compare import difference, share_difference
+from suanli.core.types import Difference, Plan, Recipe
 from suanli.machine import device
-from suanli.machine.peak import Ceilings
+from suanli.machine.ceilings import Ceilings
 from suanli.tasks.classification import Classification
 from suanli.training.ablation import check
 from suanli.training.ablation_records import Ladder, Rung, rungs, shortened, visits

@@ -20,7 +20,8 @@ from suanli.cli import main
 from suanli.core.errors import MachineError, UsageError
 from suanli.machine import device as hardware
 from suanli.machine import gpus
-from suanli.machine.peak import Ceilings, title
+from suanli.machine.ceilings import Ceilings
+from suanli.machine.peak import title
 from suanli.verbs.device import device, table
 
 needs_cpu_build = pytest.mark.skipif(

@@ -17,9 +17,10 @@ from small_works import CPU, measure
 from suanli.core.types import Device
 from suanli.data.decode import decode
 from suanli.machine import microbenchmarks
+from suanli.machine.ceilings import Ceilings
 from suanli.machine.disk import measure_read_rates
 from suanli.machine.microbenchmarks import PRECISIONS, Absent
-from suanli.machine.peak import Ceilings, fingerprint, probe, read_cached, title, unsteady_figures
+from suanli.machine.peak import fingerprint, probe, read_cached, title, unsteady_figures
 from suanli.machine.timing import STEADY
 
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux who had the cores")

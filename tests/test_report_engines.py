@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from report_runs import HOSTILE, hostile_engines, write
-from suanli.core.compare import Difference
 from suanli.core.errors import DamagedFile
+from suanli.core.types import Difference
 from suanli.engines.candidates import Candidate, SearchResult, Speed
 from suanli.verbs.report import report
 from test_report import Page, circles, page

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli.compute.roofline import Layer, Roofline, flops, measure_layers
+from suanli.compute.roofline import flops, measure_layers
+from suanli.compute.roofline_records import Layer, Roofline
 from suanli.core.types import Device
 
 CPU = Device(name="a CPU", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",))

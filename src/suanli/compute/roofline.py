@@ -17,7 +17,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,64 +25,13 @@ from torch import nn
 
 from suanli.compute.flops import counting, unfused
 from suanli.compute.flops import flops as flops
-from suanli.core.types import Device, Json
+from suanli.compute.roofline_records import Layer
+from suanli.core.types import Device
 
 PASSES = 5  # that are timed
-SHOWN = 40  # layers in the record; the others are summed
-TRIFLE = 0.01  # of the time: what a container does itself below this is the price of calling its layers
 BUSY_S = 0.2  # at most, that a GPU is kept busy while a pass is issued
 CLOCK_HZ = 2e9  # about that of a GPU: too slow a one is kept busy longer
-ROOT, REST = "(model)", "…"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """One module in one forward pass, all its calls together, without the modules inside it."""
-
-    name: str  # as in `named_modules`; "(model)" is the whole
-    kind: str  # its class
-    flops: int
-    bytes: int | None  # moved at least; None: unknown, for what a container does between its layers
-    seconds: float  # median of some passes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roofline:
-    """The layers of a model on one device, and what that device can do."""
-
-    device: str
-    dtype: str  # in which most operations are computed: "float32", "bfloat16"
-    batch: int
-    layers: tuple[Layer, ...]
-    ceilings: Json = None  # as the probe wrote them; None: not measured
-
-    @property
-    def flops_per_example(self) -> float:
-        """Of the forward pass."""
-        return sum(layer.flops for layer in self.layers) / self.batch
-
-    def to_json(self) -> dict[str, Json]:
-        """The layers that take longest first; the others are summed under the name "…"."""
-        least = TRIFLE * sum(layer.seconds for layer in self.layers)
-        ranked = sorted(self.layers, key=lambda layer: (-layer.seconds, layer.name))
-        worth = [layer for layer in ranked if layer.bytes is not None or layer.flops or layer.seconds > least]
-        shown, rest = worth[:SHOWN], [*worth[SHOWN:], *(layer for layer in ranked if layer not in worth)]
-        if rest:
-            shown.append(_summed(rest))
-        told: dict[str, Json] = {"device": self.device, "dtype": self.dtype, "batch": self.batch}
-        told |= {"ceilings": self.ceilings, "flops_per_example": self.flops_per_example}
-        return told | {"layers": [asdict(layer) for layer in shown]}
-
-
-def _summed(layers: list[Layer]) -> Layer:
-    known = [layer.bytes for layer in layers if layer.bytes is not None]
-    return Layer(
-        name=REST,
-        kind=f"{len(layers)} more",
-        flops=sum(layer.flops for layer in layers),
-        bytes=sum(known) if known else None,
-        seconds=sum(layer.seconds for layer in layers),
-    )
+ROOT = "(model)"
 
 
 # --- the layers -----------------------------------------------------------------------------

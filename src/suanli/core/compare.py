@@ -14,35 +14,14 @@ the examples with a fixed seed.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from suanli.core.types import Json, Task
+from suanli.core.types import Difference, Task
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 RESAMPLES = 1000
 SEED = 0  # of the bootstrap: the same answers get the same interval
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Of one score between two ways, fractions; negative: the second is worse. The interval is a 95 % one."""
-
-    median: float  # as measured; the middle of a bootstrap differs from it by rounding only
-    low: float
-    high: float
-
-    def exceeds(self, tolerance: float) -> bool:
-        """Whether the loss is larger than tolerated even at the interval's better end."""
-        return self.high < -tolerance
-
-    def resolves(self, tolerance: float) -> bool:
-        """Whether the interval is narrow enough to see a loss of `tolerance`."""
-        return (self.high - self.low) / 2 <= tolerance
-
-    def to_json(self) -> dict[str, Json]:
-        return asdict(self)
 
 
 def difference(task: Task, before: np.ndarray, after: np.ndarray, targets: np.ndarray) -> Difference:

@@ -19,7 +19,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"  # a `core.run.Run` is one too
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
+PositiveCount: TypeAlias = Annotated[int, Field(ge=1, lt=1 << 63)]
 Json: TypeAlias = Any  # any value that json.dumps takes, where no narrower type holds
 
 SPLITS = ("train", "val", "test")
@@ -495,6 +498,26 @@ class Plan:
     trials: tuple[Trial, ...] = ()
     origin: str = "named"  # "plain", "named", "measured", "cached", or "short list": the run is too short to measure
     seconds: float = 0.0  # spent on planning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Of one score between two ways, fractions; negative: the second is worse. The interval is a 95 % one."""
+
+    median: float  # as measured; the middle of a bootstrap differs from it by rounding only
+    low: float
+    high: float
+
+    def exceeds(self, tolerance: float) -> bool:
+        """Whether the loss is larger than tolerated even at the interval's better end."""
+        return self.high < -tolerance
+
+    def resolves(self, tolerance: float) -> bool:
+        """Whether the interval is narrow enough to see a loss of `tolerance`."""
+        return (self.high - self.low) / 2 <= tolerance
+
+    def to_json(self) -> dict[str, Json]:
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)

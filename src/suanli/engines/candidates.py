@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from suanli.core.compare import Difference
-from suanli.core.types import Json
+from suanli.core.types import Difference, Json
 from suanli.machine.timing import percentile
 
 GOALS = ("latency", "throughput", "size", "energy")

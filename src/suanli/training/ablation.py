@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 from suanli.compute import plan as planning
-from suanli.core.compare import Difference, difference
+from suanli.core.compare import difference
 from suanli.core.console import Progress, say
 from suanli.core.errors import SuanliError, UsageError
-from suanli.core.types import Plan, Recipe, Task
+from suanli.core.types import Difference, Plan, Recipe, Task
 from suanli.machine import device
-from suanli.machine.peak import Ceilings
+from suanli.machine.ceilings import Ceilings
 from suanli.machine.timing import gain, percentile, spread
 from suanli.training.ablation_records import Ladder, Phase, Rung, rungs, shortened, visits
 from suanli.training.setup import Setup

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from suanli.compute.plan import PLAIN
-from suanli.core.compare import Difference
 from suanli.core.console import plural
-from suanli.core.types import Json, Plan, Recipe
+from suanli.core.types import Difference, Json, Plan, Recipe
 from suanli.machine.timing import STEADY, Gain, Spread
 
 WARM_UP = 10  # steps at most; compiling and recording are over by then

@@ -17,9 +17,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
-from suanli.compute.step_clock import Shares, StepClock
 from suanli.core.types import Json
+
+if TYPE_CHECKING:
+    from suanli.compute.step_clock import Shares, StepClock
 
 # Without an overhead of this size a step is 1 / 0.75 = 1.33 times as fast, about what one good speedup brings; where
 # all are smaller, computing is the better place to look.

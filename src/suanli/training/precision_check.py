@@ -15,9 +15,8 @@ import torch
 from suanli.compute.infer import infer
 from suanli.compute.step_runner import active
 from suanli.core import compare
-from suanli.core.compare import Difference
 from suanli.core.registry import load
-from suanli.core.types import Plan, Step
+from suanli.core.types import Difference, Plan, Step
 from suanli.training.loop import Loop, validation_batch
 
 EXAMINED = 2_000  # inputs at most: enough to see a loss of a point

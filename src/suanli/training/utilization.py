@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from suanli.compute.flops import flops
-from suanli.compute.roofline import Roofline, measure_layers
+from suanli.compute.roofline import measure_layers
+from suanli.compute.roofline_records import Roofline
 from suanli.compute.step_runner import active, call, eager
 from suanli.core.types import Device, Step
-from suanli.machine.peak import Ceilings
+from suanli.machine.ceilings import Ceilings
 from suanli.training.loop import Loop
 
 COUNTED = 4  # examples whose operations are counted; others take as many
@@ -80,5 +81,5 @@ def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> R
         dtype=step_precision(step, device),
         batch=len(inputs),
         layers=tuple(layers),
-        ceilings=None if ceilings is None else ceilings.to_json(),
+        ceilings=ceilings,
     )

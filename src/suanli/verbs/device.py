@@ -21,9 +21,10 @@ from suanli.core.paths import data_dir
 from suanli.core.types import AnyPath, Json
 from suanli.data.decode import decode
 from suanli.machine import device as hardware
+from suanli.machine.ceilings import Ceilings
 from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
-from suanli.machine.peak import Ceilings, read_cached, title
 from suanli.machine.peak import probe as measured
+from suanli.machine.peak import read_cached, title
 
 
 @dataclass(frozen=True, kw_only=True)
