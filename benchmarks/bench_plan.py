@@ -23,8 +23,8 @@ from handwritten import Handwritten
 from record import Record, arguments, start
 from sides import Side, auto_plan, by_turns
 from suanli.compute.infer import infer
-from suanli.compute.plan import plain
-from suanli.compute.step_runner import active
+from suanli.compute.plan import plain_plan
+from suanli.compute.step_runner import apply_settings
 from suanli.core.types import Device, Json, Plan
 from suanli.machine import timing
 from suanli.tasks.classification import Z_95, wilson_interval
@@ -61,7 +61,7 @@ def speed(record: Record, name: str, given: argparse.Namespace, device: Device) 
     plan = auto_plan(Setup(recipe, prepared, device), given.cache)
     setup = Setup(endless(recipe), prepared, device)
     record.say(f"\n{name}: the plan is {', '.join(plan.speedups) or 'plain'}, {plan.threads} threads; {plan.origin}")
-    none, fast = setup.trial(plain(device)), setup.trial(plan)
+    none, fast = setup.trial(plain_plan(device)), setup.trial(plan)
     hand = Handwritten(setup.recipe, prepared, copy.deepcopy(none.model), device)
     count = given.steps or SUBJECTS[name].block
     sides = {"plain": Side(steps=hand.steps()), "none": Side.of(none), "plan": Side.of(fast)}
@@ -88,7 +88,7 @@ def scores(
     record: Record, name: str, given: argparse.Namespace, device: Device, plan: Plan, count: int
 ) -> dict[str, Json]:
     """Of both sides after `count` steps from the same start, for each seed."""
-    sides = {"none": plain(device), "plan": plan}
+    sides = {"none": plain_plan(device), "plan": plan}
     right: dict[str, list[np.ndarray]] = {side: [] for side in sides}
     for seed in range(given.seeds):
         recipe, prepared = load(name, given.data, cache=given.cache, settings={"seed": seed})
@@ -96,7 +96,7 @@ def scores(
         setup = Setup(recipe, prepared, device)
         for side, chosen in sides.items():
             loop = setup.trial(chosen)
-            with active(loop.compute):
+            with apply_settings(loop.compute):
                 for _ in loop.run():
                     pass
                 right[side].append(answers(loop))

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from handwritten import MEANS, Handwritten
 from record import Record, arguments, start
 from sides import Side, by_turns, half_precision_flops, plan_of
-from suanli.compute import plan as planning
 from suanli.compute.flops import flops
+from suanli.compute.plan import plain_plan
 from suanli.core.console import hide_progress
 from suanli.core.errors import SuanliError
 from suanli.core.types import Device, Json, Recipe
@@ -147,7 +147,7 @@ def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
     for name, settings in NETWORKS.items():
         recipe, prepared = small(given, {**settings, **({"batch_size": 50} if given.tiny else {})})
         setup = Setup(recipe, prepared, device)
-        plain = setup.trial(planning.plain(device))
+        plain = setup.trial(plain_plan(device))
         work, batch = training_flops(plain), plain.order.batch_size
         record.say(f"\n{name}: {work / 1e9:,.1f} GFLOP a step of {batch}")
         sides = {"plain": Side.of(plain), **running(record, setup, WAYS)}
@@ -185,7 +185,7 @@ def training_flops(loop: Loop) -> int:
     """Of the matrix products and convolutions in one forward and backward pass, as PyTorch counts them; the
     optimizer's are not among them."""
     batch = loop.first_batch()
-    found = flops(lambda: F.cross_entropy(loop.learner.forward(batch.inputs), batch.targets).backward())
+    found = flops(lambda: F.cross_entropy(loop.runner.forward(batch.inputs), batch.targets).backward())
     loop.model.zero_grad(set_to_none=True)
     return found
 

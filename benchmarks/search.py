@@ -18,7 +18,7 @@ from pathlib import Path
 from gpu_figures import training_flops
 from processes import standard_error
 from record import arguments, start
-from suanli.compute import plan
+from suanli.compute.plan import plain_plan
 from suanli.core.console import hide_progress
 from suanli.core.errors import SuanliError
 from suanli.core.settings import change
@@ -56,7 +56,7 @@ def main() -> None:
             warm = Warm(subject, prepared, device, given.speedups.split(","))
             runs = [warm.train(seed) for seed in range(given.seeds)]
             single = [run.single for run in runs]
-            plain = Setup(subject, prepared, device).trial(plan.plain(device))
+            plain = Setup(subject, prepared, device).trial(plain_plan(device))
             found |= {
                 "single": statistics.mean(single),
                 "standard_error": standard_error(single),

@@ -15,8 +15,9 @@ from functools import partial
 
 import torch
 
-from suanli.compute import plan, planner
-from suanli.compute.step_runner import active
+from suanli.compute import planner
+from suanli.compute.plan import plain_plan, plan_of_names, sort_speedups
+from suanli.compute.step_runner import apply_settings
 from suanli.core import paths
 from suanli.core.registry import load
 from suanli.core.types import AnyPath, Device, Plan, Step
@@ -41,7 +42,7 @@ class Side:
 
     def block(self, count: int, settle: Callable[[], object] | None = None, *, untimed: int = 1) -> float:
         """Seconds of `count` steps after some that aren't timed, with the switches set."""
-        with nullcontext() if self.step is None else active(self.step):
+        with nullcontext() if self.step is None else apply_settings(self.step):
             self.advance(untimed)
             return seconds(partial(self.advance, count), settle)
 
@@ -72,17 +73,17 @@ def plan_of(wanted: Collection[str], setup: Setup) -> Plan:
     device = setup.device
     model, optimizer = copy.deepcopy((setup.module, setup.optimizer))
     step, used = replace(setup.step, model=model, optimizer=optimizer), []
-    for name in plan.in_order(wanted):
+    for name in sort_speedups(wanted):
         speedup = load("speedups", name)
         if speedup.why_not(device) is None and speedup.needless(step, device) is None:
             step = speedup.apply(step, device)
             used.append(name)
-    return plan.named(",".join(used) or "none", device)
+    return plan_of_names(",".join(used) or "none", device)
 
 
 def auto_plan(setup: Setup, cache: AnyPath | None) -> Plan:
     """What `--speedups auto` chooses for this training, measured now or cached."""
-    steps = round(setup.trial(plan.plain(setup.device)).full_size_steps_left)
+    steps = round(setup.trial(plain_plan(setup.device)).full_size_steps_left)
     return planner.plan(setup, "auto", steps=steps, cache=paths.cache_dir(cache))
 
 

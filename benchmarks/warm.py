@@ -11,7 +11,7 @@ import torch
 
 from sides import plan_of, settler
 from suanli.compute.infer import infer
-from suanli.compute.step_runner import active
+from suanli.compute.step_runner import apply_settings
 from suanli.core.settings import change
 from suanli.core.types import Device, Recipe
 from suanli.data.cache import PreparedData
@@ -57,7 +57,7 @@ class Warm:
         loop.order = Order(len(loop.train_feed), recipe.batch_size, seed)
         start_s = self._fit(fresh)
         began = self._now()
-        with active(loop.compute):
+        with apply_settings(loop.compute):
             for _ in loop.run():
                 pass
             loop.read_losses()
@@ -79,7 +79,7 @@ class Warm:
         loop = self.loop
         feed = loop.val_feed
         began = self._now()
-        with loop.use_averaged_weights(), active(loop.compute):
+        with loop.use_averaged_weights(), apply_settings(loop.compute):
             batches = (rows for rows, _, _ in feed.in_order(EXAMINED))
             shown = loop.augment.views if views else None
             found = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown)

@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from suanli.compute import planner
-from suanli.compute.step_runner import Numbers, active
+from suanli.compute.step_runner import Numbers, apply_settings
 from suanli.machine import device
 from suanli.parallel import dtensor
-from suanli.parallel.group import Group, join, leave
+from suanli.parallel.group import Group, join_group, leave_group
 from suanli.training import checkpoint
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.session import Session, TrainingSpec
@@ -31,14 +31,14 @@ from suanli.training.session import Session, TrainingSpec
 
 def main(every: list[dict]) -> list[dict]:
     torch.set_num_threads(1)
-    group = join("cpu")
+    group = join_group("cpu")
     numbers: list[Numbers] = []  # of each training that is to be examined
     found = []
     for wanted in every:
         with double() if wanted.get("double") else nullcontext():
             found.append(learn(wanted, group, numbers))
-    group.wait()
-    leave()
+    group.barrier()
+    leave_group()
     return found
 
 
@@ -59,7 +59,7 @@ def double() -> Iterator[None]:
 
 
 def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
-    group.shares = () if group.alone else tuple(wanted.get("shares", ()))
+    group.shares = () if group.is_alone else tuple(wanted.get("shares", ()))
     options = DataOptions.of(wanted["data"], data_dir=None, cache_dir=None)
     recipe, prepared = resolve(options, recipe=wanted.get("recipe"), settings=wanted["settings"], tell=False)
     spec = TrainingSpec(
@@ -71,37 +71,37 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
         threads=1,
         checkpoint=checkpoint.read_newest(Path(wanted["resume"])) if "resume" in wanted else None,
         group=group,
-        shard=wanted.get("shard", False) and not group.alone,
+        shard=wanted.get("shard", False) and not group.is_alone,
     )
     session = Session(spec)
     loop, losses = session.loop, []
     writer = checkpoint.ShardWriter(group) if spec.shard else checkpoint.Writer()
     found = {}
-    with active(loop.compute):
+    with apply_settings(loop.compute):
         if wanted.get("examine"):
-            numbers.append(loop.examine())
+            numbers.append(loop.compute_numbers())
             found["difference"] = planner.difference(numbers[-2:][0], numbers[-1])  # to the training before
         before = received_bytes(group)
         for loss in loop.run():
             losses.append(loss)
             if len(losses) in wanted.get("save_at", ()):
                 state = loop.state()
-                if spec.shard or group.first:
+                if spec.shard or group.is_first:
                     writer.save(Path(wanted["save"]), loop.progress.step, *state)
                     writer.complete()
-                group.wait()
+                group.barrier()
             if len(losses) == wanted["steps"]:
                 break
         found["received_bytes"] = received_bytes(group) - before
     scores = loop.validate()
-    every = (dtensor.whole(t) for t in loop.model.state_dict().values())
+    every = (dtensor.gather(t) for t in loop.model.state_dict().values())
     weights = b"".join(t.contiguous().numpy().tobytes() for t in every)
     parameters = list(loop.model.parameters())
     return found | {
         "losses": losses,
         "scores": scores,
         "parameters": sum(p.numel() for p in parameters),
-        "held": sum(dtensor.local(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
+        "held": sum(dtensor.local_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters),
         "speedups": session.plan.speedups,
         "validated": len(loop.val_feed),
         "mine": loop.batch_size,
@@ -112,7 +112,7 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
 
 def received_bytes(group: Group) -> int:
     """By all processes of this machine's loopback so far."""
-    group.wait()
+    group.barrier()
     lines = Path("/proc/net/dev").read_text().splitlines() if sys.platform == "linux" else []
     return sum(int(line.split()[1]) for line in lines if line.lstrip().startswith("lo:"))
 

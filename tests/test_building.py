@@ -77,8 +77,8 @@ def test_builds_what_is_built_in(name: str) -> None:
 def test_an_outline_of_what_is_built_in_has_all_but_values(name: str) -> None:
     model = building.resolve(name)
     preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
-    args = building.arguments(recipe(name), preprocess, 7)
-    outline, whole = building.outline(model, args), building.construct(model, args)
+    args = building.builder_arguments(recipe(name), preprocess, 7)
+    outline, whole = building.build_on_meta(model, args), building.construct(model, args)
     if callable(getattr(whole, "initialize", None)):
         assert outline is None
         return
@@ -107,7 +107,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 )
 def test_what_needs_values_has_no_outline(user_module: Callable[[str, str], str], line: str, outlined: bool) -> None:
     user_module("mine_o", f"def build(classes):\n    net = Net(classes)\n    {line}\n    return net\n")
-    module = building.build(recipe("mine_o:build"), SMALL, classes=4, outlined=True)
+    module = building.build(recipe("mine_o:build"), SMALL, classes=4, on_meta=True)
     assert all(p.is_meta == outlined for p in module.parameters())
 
 
@@ -149,7 +149,7 @@ def test_a_users_function_gets_what_it_asks_for(user_module: Callable[[str, str]
     module = building.build(recipe("mine_a:build", wide=3), SMALL, classes=4)
     assert module(torch.zeros(1, 3, 12, 16)).shape == (1, 4)
     assert building.head_of(module, building.resolve("mine_a:build")) == "top"
-    args = building.arguments(recipe("mine_a:build", wide=3), SMALL, 4)
+    args = building.builder_arguments(recipe("mine_a:build", wide=3), SMALL, 4)
     assert args == {"classes": 4, "in_channels": 3, "wide": 3}
 
 

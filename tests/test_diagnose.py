@@ -23,7 +23,7 @@ from suanli.compute.step_clock import (
     HostClock,
     Shares,
     StepClock,
-    attribute,
+    attribute_time,
 )
 from suanli.training.diagnose import COMPUTING, OVERHEADS, Facts, Watch, diagnose
 
@@ -224,18 +224,18 @@ def test_every_second_of_a_step_goes_somewhere(phases: list[tuple[str, float, fl
         issued.append(issued[-1] + host_s)
         reached.append(max(reached[-1] + device_s, issued[-1]))
         cpu.append(cpu[-1] + cpu_s)
-    parts = attribute([name for name, *_ in phases], issued, reached, cpu)
+    parts = attribute_time([name for name, *_ in phases], issued, reached, cpu)
     assert all(took >= 0 for _, took in parts)
     assert sum(took for _, took in parts) == pytest.approx(reached[-1] - reached[0], abs=1e-12)
 
 
 def test_who_sets_the_pace_decides_whose_the_time_is() -> None:
     behind = 100 * CAUGHT_UP_S
-    ahead_of_host = attribute(["forward"], [0.0, 0.003], [0.0, 0.003], [0.0, 0.002])
+    ahead_of_host = attribute_time(["forward"], [0.0, 0.003], [0.0, 0.003], [0.0, 0.002])
     assert dict(ahead_of_host) == pytest.approx({"forward": 0.0, "host": 0.002, "idle": 0.001})
-    at_work = attribute(["forward"], [0.0, 0.003], [0.0, 0.003 + behind], [0.0, 0.003])
+    at_work = attribute_time(["forward"], [0.0, 0.003], [0.0, 0.003 + behind], [0.0, 0.003])
     assert dict(at_work) == pytest.approx({"forward": 0.003 + behind})
-    waits = attribute(["input"], [0.0, 0.003], [0.0, 0.003], [0.0, 0.0])
+    waits = attribute_time(["input"], [0.0, 0.003], [0.0, 0.003], [0.0, 0.0])
     assert dict(waits) == pytest.approx({"input": 0.003})
 
 

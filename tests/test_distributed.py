@@ -14,7 +14,7 @@ from torch import distributed as dist
 
 from groups import MEMBER, answers, together
 from member import main
-from suanli.compute import plan
+from suanli.compute.plan import use_threads
 from suanli.core.errors import UsageError
 from suanli.parallel import group
 from suanli.parallel.group import Group
@@ -33,7 +33,7 @@ def learned(tmp_path_factory) -> dict[tuple[str, int], list[tuple[dict, dict]]]:
     """By case and number of processes, what each of them found in float64 and in float32. Starting processes takes
     most of the time, so each group learns all of its cases."""
     found = {}
-    with pytest.MonkeyPatch.context() as patched, plan.threads(1):
+    with pytest.MonkeyPatch.context() as patched, use_threads(1):
         folder = tmp_path_factory.mktemp("learned")
         patched.chdir(folder)
         patched.setenv("SUANLI_CACHE", str(folder / "cache"))
@@ -71,9 +71,9 @@ def test_every_example_of_a_batch_is_computed_once(size, count, data):
     groups = [Group(rank=r, size=size, shares=tuple(shares or ())) for r in range(size)]
     if count < size:
         with pytest.raises(UsageError, match="can't be shared"):
-            groups[0].share(count)
+            groups[0].batch_share(count)
         return
-    parts = [g.share(count) for g in groups]
+    parts = [g.batch_share(count) for g in groups]
     assert parts[0].start == 0
     assert parts[-1].stop == count
     assert all(a.stop == b.start for a, b in pairwise(parts))
@@ -87,7 +87,7 @@ def test_every_example_of_a_batch_is_computed_once(size, count, data):
 
 @given(st.integers(1, 64), st.integers(0, 1000))
 def test_every_example_of_a_split_is_examined_once(size, count):
-    seen = [i for r in range(size) for i in range(count)[Group(rank=r, size=size).stretch(count)]]
+    seen = [i for r in range(size) for i in range(count)[Group(rank=r, size=size).even_share(count)]]
     assert seen == list(range(count))
 
 
@@ -112,15 +112,15 @@ SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3",
 
 
 def test_who_a_process_is():
-    assert group.place({}) is None
+    assert group.process_place({}) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    found = group.place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
-    assert found == group.Place(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
+    found = group.process_place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert found == group.ProcessPlace(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
     nodes = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1", "SLURM_RESTART_COUNT": "1"}
-    found = group.place(SLURM | nodes)
-    assert found == group.Place(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
+    found = group.process_place(SLURM | nodes)
+    assert found == group.ProcessPlace(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
     # The shell of a batch script has the variables of its job, but is no step of it.
-    assert group.place({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
+    assert group.process_place({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
 
 
 @pytest.mark.parametrize(
@@ -134,4 +134,4 @@ def test_who_a_process_is():
 )
 def test_variables_that_say_nothing_are_refused(wrong):
     with pytest.raises(UsageError, match="incomplete"):
-        group.place(wrong)
+        group.process_place(wrong)

@@ -204,12 +204,12 @@ FACTS = {
 def test_who_differs_is_named(key, error):
     facts = [FACTS, FACTS, FACTS | {"host": "b", key: "other"}]
     with pytest.raises(error, match=r"Process 2 on b differs .*: other, where the others have"):
-        preflight.compare(facts)
-    preflight.compare([FACTS, FACTS])
+        preflight.compare_facts(facts)
+    preflight.compare_facts([FACTS, FACTS])
 
 
 def test_clocks_that_are_apart_are_told(capsys):
-    preflight.compare([FACTS, FACTS, FACTS | {"host": "b", "clock": 1100.0}])
+    preflight.compare_facts([FACTS, FACTS, FACTS | {"host": "b", "clock": 1100.0}])
     assert "clock of process 2 on b is off by +100 s" in capsys.readouterr().err
 
 

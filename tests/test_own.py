@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import suanli
-from suanli.compute.plan import ORDER_OF_SUMS, tolerance
+from suanli.compute.plan import ORDER_OF_SUMS, error_tolerance
 from suanli.compute.speed_up import FastStep
 from suanli.core.types import Plan
 from suanli.machine import device
@@ -111,7 +111,7 @@ def test_it_trains_as_the_plain_loop(kind: str, speedups: str, clip_norm: float 
         for number in range(STEPS):
             losses.append(float(step(*batches[number % len(batches)])))
             scheduler.step()
-    rounding = tolerance(plan.speedups, device.detect("cpu"))
+    rounding = error_tolerance(plan.speedups, device.detect("cpu"))
     if speedups == "none":
         assert losses == expected
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
@@ -139,8 +139,8 @@ def test_planning_measures_and_leaves_no_trace() -> None:
 def test_switches_are_on_until_close(speedup_room: Callable[..., str]) -> None:
     speedup_room(
         "other_threads",
-        "from suanli.compute.plan import threads\n"
-        "step = replace(step, settings=(*step.settings, lambda: threads(torch.get_num_threads() + 1)))",
+        "from suanli.compute.plan import use_threads\n"
+        "step = replace(step, settings=(*step.settings, lambda: use_threads(torch.get_num_threads() + 1)))",
     )
     before = torch.get_num_threads()
     model, optimizer, _ = made("two inputs")

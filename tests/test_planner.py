@@ -26,8 +26,8 @@ from torch import nn
 
 import suanli
 from suanli.compute import plan_cache, planner
-from suanli.compute.plan import ORDER_OF_SUMS, check_threads, plain
-from suanli.compute.plan_cache import Store
+from suanli.compute.plan import ORDER_OF_SUMS, check_threads, plain_plan
+from suanli.compute.plan_cache import PlanCache
 from suanli.compute.speed_up import _OwnLoop
 from suanli.compute.step_runner import Numbers
 from suanli.core.types import Plan
@@ -358,7 +358,7 @@ def test_a_kept_plan_is_the_measured_one(speedup_room: Put, tmp_path: Path) -> N
 )
 def test_a_damaged_plan_is_measured_anew(speedup_room: Put, tmp_path: Path, content: bytes) -> None:
     speedup_room("quick", QUICK)
-    path = Store(tmp_path, key(), None).path
+    path = PlanCache(tmp_path, key(), None).path
     assert path is not None
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
@@ -377,11 +377,11 @@ def test_a_cache_that_cant_be_written_costs_only_measuring(speedup_room: Put, tm
 def test_what_the_gate_has_refused_isnt_used_again(speedup_room: Put, tmp_path: Path) -> None:
     speedup_room("quick", QUICK)
     speedup_room("half", "model.pause_s /= 2", usual=False, stage=1)
-    Store(tmp_path, key(), None).refuse({"quick": "it cost 2 %"})
+    PlanCache(tmp_path, key(), None).refuse({"quick": "it cost 2 %"})
     found = plan(cache=tmp_path)
     assert found.speedups == ("half",)
     assert found.dropped["quick"] == "it cost 2 %"
-    Store(tmp_path, key(), None).refuse({"half": "this one too"})
+    PlanCache(tmp_path, key(), None).refuse({"half": "this one too"})
     again = plan(cache=tmp_path)
     assert again.speedups == ()
     assert again.dropped == {"quick": "it cost 2 %", "half": "this one too"}
@@ -393,7 +393,7 @@ def test_while_another_measures_nothing_is_measured(
 ) -> None:
     monkeypatch.setattr(plan_cache, "PATIENCE_S", 0.1)
     speedup_room("quick", QUICK)
-    with Store(tmp_path, "of another training", None).alone() as mine:
+    with PlanCache(tmp_path, "of another training", None).lock() as mine:
         assert mine
         found = plan(cache=tmp_path)
     assert (found.origin, found.speedups, Sleeper.steps) == ("short list", ("quick",), 0)
@@ -446,7 +446,7 @@ def test_a_named_plan_is_checked_not_measured(speedup_room: Put) -> None:
     assert Sleeper.steps == 2  # a step of each
     assert found.trials[0].error == 0
     assert found.trials[0].ratio is None
-    assert plan(speedups="none") == plain(device.detect("cpu"))
+    assert plan(speedups="none") == plain_plan(device.detect("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import suanli
-from suanli.compute.plan import plain
+from suanli.compute.plan import plain_plan
 from suanli.core.run import Run
 from suanli.core.types import Recipe
 from suanli.machine.device import detect
@@ -65,7 +65,7 @@ def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folde
     recipe, prepared = resolve(DataOptions.of(root, data_dir=None, cache_dir=None), recipe=None, settings=settings)
     cpu = detect("cpu")
     setup = Setup(recipe, prepared, cpu)
-    trial, loop = setup.trial(plain(cpu)), setup.loop(plain(cpu))
+    trial, loop = setup.trial(plain_plan(cpu)), setup.loop(plain_plan(cpu))
     seen: list[tuple[int, ...]] = []
     loop.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     for _ in loop.run():
@@ -81,7 +81,7 @@ def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folde
     assert loop.first_batch(3).inputs.shape[2:] == (32, 24)  # memory is measured at full size
     seen.clear()
     trial.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
-    trial.examine()
+    trial.compute_numbers()
     trial.advance()
     assert set(seen) == {(32, 24)}  # so is the plan
     assert trial.full_size_steps(0, trial.steps) == pytest.approx(

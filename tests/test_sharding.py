@@ -17,7 +17,7 @@ import torch
 import member
 from groups import MEMBER, answers, together
 from served import until
-from suanli.compute import plan
+from suanli.compute.plan import use_threads
 from suanli.core import registry
 from suanli.core.errors import DamagedFile
 from suanli.core.run import Run
@@ -49,7 +49,7 @@ def group(count: int, settings: dict, *trainings: dict) -> list[list[dict]]:
     """What each of `count` processes found in each of the trainings, one after the other."""
     wanted = [{"data": "digits", "settings": settings, "double": True} | training for training in trainings]
     if count == 1:
-        with plan.threads(1):
+        with use_threads(1):
             return [[found] for found in member.main(wanted)]
     every = answers(together(count, [str(MEMBER), json.dumps(wanted)]))
     return [list(found) for found in zip(*every, strict=True)]
@@ -151,22 +151,24 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
 BUILT = """
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 from pathlib import Path
-from suanli.parallel import group as distributed, dtensor as pieces; from suanli.machine import device as hardware
+from suanli.machine.device import detect
+from suanli.parallel import dtensor
+from suanli.parallel.group import join_group, leave_group
 from suanli.training.setup import Setup
 from suanli.training.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)
 settings = {"model": "NET", "optimizer": "adamw"}
 recipe, prepared = resolve(options, recipe=None, settings=settings, tell=False)
-group = distributed.join("cpu")
+group = join_group("cpu")
 def resident(name):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS:")
-module = Setup(recipe, prepared, hardware.detect("cpu"), group=group, shard=not group.alone).module
+module = Setup(recipe, prepared, detect("cpu"), group=group, shard=not group.is_alone).module
 print(resident("VmHWM:") - before)
-print(sum(float(pieces.whole(p.detach()).double().abs().sum()) for p in module.parameters()))
+print(sum(float(dtensor.gather(p.detach()).double().abs().sum()) for p in module.parameters()))
 group.finish()
-distributed.leave()
+leave_group()
 """
 
 

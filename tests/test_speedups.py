@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from suanli.compute import cuda_graph, planner
-from suanli.compute import plan as planning
-from suanli.compute.cuda_graph import Recorded
+from suanli.compute.cuda_graph import CapturedStep
+from suanli.compute.plan import apply_plan, error_tolerance, sort_speedups, usable_speedups
 from suanli.compute.speedups import allocator, bind_threads
-from suanli.compute.step_runner import Learner, active
+from suanli.compute.step_runner import StepRunner, apply_settings
 from suanli.core import registry
 from suanli.core.types import Device, Plan, Recipe, Row, Source, Speedup, Split, Step
 from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.loader import Feed
 from suanli.machine.device import detect
-from suanli.parallel.blocks import blocks
+from suanli.parallel.blocks import repeated_blocks
 from suanli.parallel.group import Group
 from suanli.training.setup import Setup
 
@@ -52,10 +52,10 @@ def test_a_loss_scale_that_overflows_at_first_is_no_error_of_float16() -> None:
         return 100 * F.cross_entropy(outputs.float(), targets)  # its gradients fit float16, 2^16 times them don't
 
     plain_step = Step(model=plain, optimizer=torch.optim.SGD(plain.parameters(), lr=0.1))
-    expected = Learner(plain_step, loss).examine(inputs, targets)
-    learner = Learner(speedup("fp16").apply(step, CPU), loss)
-    assert planner.difference(expected, learner.examine(inputs, targets)) <= speedup("fp16").tolerance
-    assert learner.scaler.get_scale() < 1 << 16
+    expected = StepRunner(plain_step, loss).compute_numbers(inputs, targets)
+    runner = StepRunner(speedup("fp16").apply(step, CPU), loss)
+    assert planner.difference(expected, runner.compute_numbers(inputs, targets)) <= speedup("fp16").tolerance
+    assert runner.scaler.get_scale() < 1 << 16
 
 
 # --- where ----------------------------------------------------------------------------------------
@@ -167,13 +167,13 @@ def test_channels_last_lays_out_filters_and_leaves_matrices() -> None:
 
 def test_blocks_are_the_repeated_parts_and_none_is_inside_another() -> None:
     model = net()
-    assert blocks(model) == list(model[1])
-    assert blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == []
+    assert repeated_blocks(model) == list(model[1])
+    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU())) == []
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 3, enable_nested_tensor=False)
-    assert blocks(layers) == list(layers.layers)
+    assert repeated_blocks(layers) == list(layers.layers)
     for name in ("resnet18", "speednet"):
         built = registry.load("models", name).build(classes=3, in_channels=3, image_size=(32, 32))
-        found = blocks(built)
+        found = repeated_blocks(built)
         inside = [id(m) for outer in found for m in outer.modules()]
         assert len(inside) == len(set(inside))
 
@@ -192,10 +192,10 @@ def test_recomputing_gives_the_same_bits_and_counts_statistics_once() -> None:
     for change in (lambda s: s, lambda s: speedup("activation_checkpointing").apply(s, CPU)):
         step = change(step_of(nn.Sequential(net(), nn.Identity())))
         step.model[0][1][1].add_module("dropout", nn.Dropout(0.3))
-        learner = Learner(step, F.cross_entropy)
+        runner = StepRunner(step, F.cross_entropy)
         for number in range(3):
             torch.manual_seed(number)
-            learner(*batch())
+            runner(*batch())
         grads = {name: p.grad for name, p in step.model.named_parameters()}
         results.append((dict(step.model.state_dict()), grads))
     (state, grads), (other_state, other_grads) = results
@@ -241,8 +241,8 @@ def test_the_whole_batch_is_the_same_as_its_parts() -> None:
     results = []
     for change in (lambda s: s, lambda s: speedup("whole_batch").apply(s, CPU)):
         model = net(norm=False)
-        learner = Learner(change(step_of(model, micro_batches=3)), F.cross_entropy)
-        results.append(learner.examine(*batch(7)))
+        runner = StepRunner(change(step_of(model, micro_batches=3)), F.cross_entropy)
+        results.append(runner.compute_numbers(*batch(7)))
     assert [len(r.outputs) for r in results] == [3, 1]
     torch.testing.assert_close(torch.cat(results[0].outputs), results[1].outputs[0])
     for one, other in zip(results[0].gradients, results[1].gradients, strict=True):
@@ -251,7 +251,7 @@ def test_the_whole_batch_is_the_same_as_its_parts() -> None:
 
 def test_dropout_is_as_it_was_after_an_exam() -> None:
     model = net()
-    Learner(step_of(model), F.cross_entropy).examine(*batch())
+    StepRunner(step_of(model), F.cross_entropy).compute_numbers(*batch())
     assert model[3].p == 0.3
 
 
@@ -264,7 +264,7 @@ def test_the_fused_kernel_is_really_asked_for(monkeypatch: pytest.MonkeyPatch) -
     calls: list[int] = []
     real = torch._fused_sgd_
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *a, **k: calls.append(1) or real(*a, **k))
-    Learner(step, F.cross_entropy)(*batch())
+    StepRunner(step, F.cross_entropy)(*batch())
     assert calls
     assert all(g["fused"] for g in step.optimizer.state_dict()["param_groups"])
 
@@ -283,12 +283,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(2)
 torch.ones(1 << 22).exp_()
-from suanli.compute.speedups.bind_threads import bound
+from suanli.compute.speedups.bind_threads import bind_threads
 allowed = os.sched_getaffinity(0)
 def affinities():
     return sorted(len(os.sched_getaffinity(int(t.name))) for t in Path("/proc/self/task").iterdir())
 before = affinities()
-with bound():
+with bind_threads():
     own = os.sched_getaffinity(0)
     inside = affinities()
 assert len(own) == 1, own
@@ -311,7 +311,7 @@ def test_threads_are_set_free_after_an_error_too() -> None:
     other.start()
     try:
         assert other.native_id is not None
-        with pytest.raises(KeyError) as left, bind_threads.bound():
+        with pytest.raises(KeyError) as left, bind_threads.bind_threads():
             raise KeyError((len(os.sched_getaffinity(0)), os.sched_getaffinity(other.native_id)))
     finally:
         idle.set()
@@ -333,7 +333,7 @@ def from_the_heap():
     libc.free(place)
     return not chunk_size & 2  # malloc(3): IS_MMAPPED
 
-with allocator.kept_heap():
+with allocator.keep_heap():
     assert from_the_heap()
 assert not from_the_heap()
 """
@@ -411,7 +411,7 @@ def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared
         setup = Setup(recipe, prepared, CPU)
         loop = setup.loop(Plan(device="cpu", speedups=()))
         if graph:
-            loop.learner = Learner(replace(loop.compute, graph=True), loop._loss, clip_norm=recipe.clip_norm)
+            loop.runner = StepRunner(replace(loop.compute, graph=True), loop._loss, clip_norm=recipe.clip_norm)
         seen = []
         for _ in loop.run():
             seen.append([float(g["lr"]) for g in loop.optimizer.param_groups])
@@ -436,7 +436,7 @@ def test_a_recorded_step_reads_from_fixed_places_one_for_each_shape() -> None:
         seen.append((inputs["x"].data_ptr(), float(inputs["x"].sum() + targets.sum())))
         return torch.zeros(())
 
-    recorded = Recorded(model, optimizer, learn)
+    recorded = CapturedStep(model, optimizer, learn)
     sizes = [4, 4, 3, 4, 3, 5, 6]  # SHAPES of them
     batches = [({"x": torch.full((size, 2), float(n))}, torch.full((size,), n)) for n, size in enumerate(sizes)]
     for inputs, targets in batches:
@@ -458,22 +458,22 @@ def test_a_recorded_step_reads_from_fixed_places_one_for_each_shape() -> None:
 def test_all_that_is_usual_here_computes_the_same_together() -> None:
     plain = step_of(net())
     chosen: dict[str, str] = {}
-    for name, found in planning.usable(CPU)[0].items():
+    for name, found in usable_speedups(CPU)[0].items():
         if found.usual and found.needless(plain, CPU) is None:
             chosen.setdefault(found.group or name, name)
-    plan = Plan(device="cpu", speedups=planning.in_order(chosen.values()), threads=1)
+    plan = Plan(device="cpu", speedups=sort_speedups(chosen.values()), threads=1)
     model, optimizer = copy.deepcopy((plain.model, plain.optimizer))
-    together = planning.apply(plan, replace(plain, model=model, optimizer=optimizer), CPU)
-    numbers = Learner(plain, F.cross_entropy).examine(*batch())
-    with active(together):
-        found_numbers = Learner(together, F.cross_entropy).examine(*batch())
-    assert planner.difference(numbers, found_numbers) <= planning.tolerance(plan.speedups, CPU)
+    together = apply_plan(plan, replace(plain, model=model, optimizer=optimizer), CPU)
+    numbers = StepRunner(plain, F.cross_entropy).compute_numbers(*batch())
+    with apply_settings(together):
+        found_numbers = StepRunner(together, F.cross_entropy).compute_numbers(*batch())
+    assert planner.difference(numbers, found_numbers) <= error_tolerance(plan.speedups, CPU)
 
 
 def test_the_number_of_threads_holds_while_the_step_computes() -> None:
     before = torch.get_num_threads()
-    step = planning.apply(Plan(device="cpu", speedups=(), threads=before + 1), step_of(LINEAR), CPU)
-    with active(step):
+    step = apply_plan(Plan(device="cpu", speedups=(), threads=before + 1), step_of(LINEAR), CPU)
+    with apply_settings(step):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 

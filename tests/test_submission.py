@@ -22,8 +22,8 @@ from suanli.core import errors
 from suanli.core.errors import Interrupted, MachineError, pip_install
 from suanli.machine import device
 from suanli.parallel import fatal, submission
-from suanli.parallel.fatal import VERDICT
-from suanli.parallel.submission import Job, label, render
+from suanli.parallel.fatal import REPORT_VARIABLE
+from suanli.parallel.submission import Job, cluster_name, render
 from test_cli import call
 
 CONTAINERFILE = Path(__file__).parents[1] / "containers" / "Containerfile"
@@ -113,7 +113,9 @@ def test_any_argument_survives_the_shell(
     assert sorted(p.name for p in folder.parent.rglob("*")) == sorted([place, "told"])
     plain = render("slurm", Job(name="plain", arguments=()))
     for_sbatch = [line for line in text.splitlines() if line.startswith("#SBATCH")]
-    assert for_sbatch == [line.replace("plain", label(name)) for line in plain.splitlines() if line[:7] == "#SBATCH"]
+    assert for_sbatch == [
+        line.replace("plain", cluster_name(name)) for line in plain.splitlines() if line[:7] == "#SBATCH"
+    ]
     assert text.replace("\n", "").isprintable()  # what it does can be seen
 
 
@@ -145,8 +147,8 @@ def test_any_argument_survives_yaml_and_torchrun(arguments: list[str], name: str
 @given(words)
 @example("a" * 50)
 def test_names_are_taken_by_every_cluster(name: str) -> None:
-    assert re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", label(name))
-    assert label("digits-1") == "digits-1"
+    assert re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", cluster_name(name))
+    assert cluster_name("digits-1") == "digits-1"
 
 
 # --- a job starts again where that helps, and only there ---
@@ -171,8 +173,8 @@ def test_when_a_job_is_put_back(case: str, cluster: Path, tmp_path: Path, monkey
     word: Path | str = ""
     if error is not None:  # in the very form in which processes leave it
         word = tmp_path / "word"
-        monkeypatch.setenv(VERDICT, str(word))
-        assert fatal.tell(error) == (not isinstance(error, Interrupted))  # which a new start may follow
+        monkeypatch.setenv(REPORT_VARIABLE, str(word))
+        assert fatal.report(error) == (not isinstance(error, Interrupted))  # which a new start may follow
     script = render("slurm", Job(name="x", arguments=(), folder=str(tmp_path)))
     done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word)
     assert requeued == ("requeue 7\n" if again else "")

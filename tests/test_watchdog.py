@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from suanli.parallel.watchdog import behind
+from suanli.parallel.watchdog import find_hanging
 
 
 def beat(beats: int, step: int, phase: str) -> dict[str, object]:
@@ -27,4 +27,4 @@ def beat(beats: int, step: int, phase: str) -> dict[str, object]:
     ],
 )
 def test_the_one_that_the_others_wait_for_is_found(before, now, expected):
-    assert behind({r: beat(*b) for r, b in before.items()}, {r: beat(*b) for r, b in now.items()}, 2) == expected
+    assert find_hanging({r: beat(*b) for r, b in before.items()}, {r: beat(*b) for r, b in now.items()}, 2) == expected

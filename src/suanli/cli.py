@@ -569,14 +569,14 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal can't show
     # Accepted anywhere on the line: who needs it has just typed the rest.
     debug = "--debug" in arguments
-    if fatal.expected():
-        fatal.end_when_told()
+    if fatal.is_supervised():
+        fatal.exit_when_reported()
     code = _main([a for a in arguments if a != "--debug"], debug)
-    if any(name in os.environ for name in (fatal.VERDICT, "WORLD_SIZE", "SLURM_STEP_ID")):
+    if any(name in os.environ for name in (fatal.REPORT_VARIABLE, "WORLD_SIZE", "SLURM_STEP_ID")):
         # Who started several processes may end this one while it is ending: no more than it does anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         distributed = sys.modules.get("suanli.parallel.group")
-        if code == 0 and distributed is not None and not fatal.told():  # else it could wait for who is gone
+        if code == 0 and distributed is not None and not fatal.is_reported():  # else it could wait for who is gone
             distributed.leave()  # or NCCL warns of what is left
     sys.exit(code)
 
@@ -593,7 +593,7 @@ def _main(arguments: list[str], debug: bool) -> int:
     except SuanliError as error:
         if debug:
             raise
-        if fatal.expected() and (_told(error) or isinstance(error, Interrupted)):
+        if fatal.is_supervised() and (_told(error) or isinstance(error, Interrupted)):
             return 130 if isinstance(error, Interrupted) else 0
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # wrong words on the command line
@@ -612,7 +612,7 @@ def _main(arguments: list[str], debug: bool) -> int:
     except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
         if debug:
             raise
-        if fatal.expected() and _told(error):
+        if fatal.is_supervised() and _told(error):
             return 0
         message, fix, code = _unforeseen(error)
     if "--json" in arguments:
@@ -624,8 +624,8 @@ def _main(arguments: list[str], debug: bool) -> int:
 def _told(error: Exception) -> bool:
     """In one of several processes: whether who started them knows why it ends."""
     if isinstance(error, SuanliError) and not isinstance(error, LostProcess):
-        return fatal.tell(error)
-    return fatal.told()
+        return fatal.report(error)
+    return fatal.is_reported()
 
 
 def _unforeseen(error: Exception) -> tuple[str, str, int]:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from suanli.compute import planner
-from suanli.compute.plan import ORDER_OF_SUMS, apply
-from suanli.compute.step_runner import Learner, active
+from suanli.compute.plan import ORDER_OF_SUMS, apply_plan
+from suanli.compute.step_runner import StepRunner, apply_settings
 from suanli.core import registry
 from suanli.core.types import Device, Plan, Speedup, Step
 from suanli.machine.device import detect
@@ -80,9 +80,9 @@ def step_of(optimizer: str = "adamw") -> Step:
         nn.Linear(8 * 64, 4),
     )
     step = Step(model=model, optimizer=OPTIMIZERS[optimizer](model))
-    learner = Learner(step, F.cross_entropy)
+    runner = StepRunner(step, F.cross_entropy)
     for number in range(STEPS):
-        learner(*batch(100 + number))
+        runner(*batch(100 + number))
     return step
 
 
@@ -149,18 +149,18 @@ def test_learns_the_same_up_to_its_tolerance(speedup: Speedup, optimizer: str) -
     plain = step_of(optimizer)
     only_where_used(speedup, plain)
     plan = Plan(device="cpu", speedups=(speedup.name,))
-    model, faster = plain.model, apply(plan, copied(plain), HERE)
-    learners = Learner(plain, F.cross_entropy), Learner(faster, F.cross_entropy)
+    model, faster = plain.model, apply_plan(plan, copied(plain), HERE)
+    runners = StepRunner(plain, F.cross_entropy), StepRunner(faster, F.cross_entropy)
     before = process_settings()
-    with active(faster):
-        numbers = learners[1].examine(*batch(0))
+    with apply_settings(faster):
+        numbers = runners[1].compute_numbers(*batch(0))
     assert process_settings() == before
-    error = planner.difference(learners[0].examine(*batch(0)), numbers)
+    error = planner.difference(runners[0].compute_numbers(*batch(0)), numbers)
     assert error <= speedup.tolerance
     for seed in range(1, STEPS):
-        learners[0](*batch(seed))
-        with active(faster):
-            learners[1](*batch(seed))
+        runners[0](*batch(seed))
+        with apply_settings(faster):
+            runners[1](*batch(seed))
     start, expected, got = (flat(m) for m in (step_of(optimizer).model, model, faster.model))
     # Errors grow from step to step; they stay a small part of the way that the weights went.
     assert (got - expected).norm() <= max(0.01, 2 * speedup.tolerance) * (expected - start).norm()
@@ -227,11 +227,11 @@ def test_its_settings_are_put_back_after_an_error_too(speedup: Speedup) -> None:
     if speedup.name == "allocator" and speedup.why_not(HERE) is not None:
         pytest.skip("its settings are the C library's")
     step, before = speedup.apply(step_of(), HERE), process_settings()
-    with active(step):
+    with apply_settings(step):
         pass
     assert process_settings() == before
     error = pytest.raises(KeyError)
-    with error, active(step):
+    with error, apply_settings(step):
         raise KeyError
     assert process_settings() == before
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 import suanli
-from suanli.compute import plan as planning
 from suanli.compute import planner
-from suanli.compute.step_runner import Numbers, active
+from suanli.compute.plan import error_tolerance, plain_plan, plan_of_names
+from suanli.compute.step_runner import Numbers, apply_settings
 from suanli.core.registry import load, names
 from suanli.core.types import Device, Plan, Recipe
 from suanli.data.cache import PreparedData
@@ -66,12 +66,12 @@ def plan_for(speedups: str, setup: Setup) -> Plan:
         reason = reason or load("speedups", name).needless(setup.step, setup.device)
         if reason is not None:
             pytest.skip(f"{name}: {reason}")
-    return planning.named(speedups, setup.device)
+    return plan_of_names(speedups, setup.device)
 
 
 def trained(loop: Loop, steps: int | None = None) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds after so many steps."""
-    with active(loop.compute):
+    with apply_settings(loop.compute):
         for _ in islice(loop.run(), steps):
             pass
     return {name: tensor.detach().cpu().clone() for name, tensor in loop.state()[0].items()}
@@ -86,16 +86,16 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], to
 
 def numbers(setup: Setup, plan: Plan) -> Numbers:
     loop = setup.trial(plan)
-    with active(loop.compute):
-        return loop.examine()
+    with apply_settings(loop.compute):
+        return loop.compute_numbers()
 
 
 @pytest.mark.parametrize("name", names("speedups"))
 def test_a_speedup_computes_the_same(name: str, prepared: PreparedData, device: Device) -> None:
     setup = Setup(RECIPE, prepared, device)
     plan = plan_for(name, setup)
-    error = planner.difference(numbers(setup, planning.plain(device)), numbers(setup, plan))
-    assert error <= planning.tolerance((name,), device)
+    error = planner.difference(numbers(setup, plain_plan(device)), numbers(setup, plan))
+    assert error <= error_tolerance((name,), device)
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, MUON], ids=["adamw", "muon"])
@@ -108,7 +108,7 @@ def test_a_recorded_step_learns_what_an_issued_one_does(
     monkeypatch.setattr(muon, "fast_dtype", lambda _device: torch.float32)
     setup = Setup(recipe, prepared, device)
     recorded = plan_for(f"{others}graphs", setup)
-    plain = planning.named(others.rstrip(",") or "none", device)
+    plain = plan_of_names(others.rstrip(",") or "none", device)
     with eager.tf32_switch("float32", device.type):
         assert_same(trained(setup.trial(plain)), trained(setup.trial(recorded)), tolerance=2e-3)
 
@@ -121,7 +121,7 @@ def test_a_recorded_step_drops_others_each_time(prepared: PreparedData, device: 
     setup = Setup(recipe.model_copy(update={"epochs": 6}), prepared, device)
     loop = setup.trial(plan_for("graphs", setup))
     losses = []
-    with active(loop.compute):
+    with apply_settings(loop.compute):
         for _ in loop.run():
             losses.append(loop.read_losses())
     assert len(set(losses[1:])) > 1
@@ -146,7 +146,7 @@ def test_training_goes_on_where_it_stopped(
     speedups: str, prepared: PreparedData, device: Device, tmp_path: Path
 ) -> None:
     setup = Setup(RECIPE, prepared, device)
-    plan = planning.plain(device) if speedups == "none" else plan_for(speedups, setup)
+    plan = plain_plan(device) if speedups == "none" else plan_for(speedups, setup)
     whole = trained(setup.trial(plan))
     first = setup.trial(plan)
     trained(first, 7)

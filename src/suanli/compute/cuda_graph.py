@@ -32,7 +32,7 @@ class _Recording:
     replay: Callable[[], torch.Tensor]
 
 
-class Recorded:
+class CapturedStep:
     """`learn(inputs, targets)` with the same results, replayed. On a device without graphs the same fixed
     tensors are used and `learn` is called, so that all but the recording is tested without a GPU."""
 
@@ -52,7 +52,7 @@ class Recorded:
         return recording.replay()
 
     def _record(self, inputs: Any, targets: Any) -> _Recording:
-        rates_in_tensors(self._optimizer)  # only now: a checkpoint may have replaced them
+        convert_rates_to_tensors(self._optimizer)  # only now: a checkpoint may have replaced them
         fixed = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs, targets))
         device = _leaves(fixed)[0].device
         if device.type != "cuda":
@@ -76,7 +76,7 @@ class Recorded:
         return _Recording(fixed=fixed, replay=replay)
 
 
-def rates_in_tensors(optimizer: torch.optim.Optimizer) -> None:
+def convert_rates_to_tensors(optimizer: torch.optim.Optimizer) -> None:
     """Learning rates as tensors on the parameters' device, and step counts too: a graph reads them from
     there."""
     optimizer._warned_capturable_if_run_uncaptured = True  # or torch warns of the steps before a recording

@@ -21,14 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 def flops(work: Callable[[], object]) -> int:
     """Operations of one call of `work`, forward and backward alike: see the top of this file for what
     counts. Causal attention counts in full."""
-    with counting() as counter:
+    with count_flops() as counter:
         work()
     return counter.total
 
 
 @contextmanager
-def counting() -> Iterator[Counter]:
-    with unfused(), Counter() as counter:
+def count_flops() -> Iterator[Counter]:
+    with disable_fastpath(), Counter() as counter:
         yield counter
 
 
@@ -78,7 +78,7 @@ class Counter(_Counts, TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def unfused() -> Iterator[None]:
+def disable_fastpath() -> Iterator[None]:
     """In inference, torch computes a whole encoder layer or attention layer in one call that has no
     formula and hides the layers inside. The other way computes the same."""
     was_on = torch.backends.mha.get_fastpath_enabled()

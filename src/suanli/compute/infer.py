@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from suanli.compute.step_runner import call, eager
+from suanli.compute.step_runner import call, force_eager
 from suanli.core.types import Preprocess, Step, Task
 
 Views = Callable[[torch.Tensor], list[torch.Tensor]]
@@ -30,7 +30,7 @@ def infer(
     step.model.eval()
     found = []
     try:
-        with torch.inference_mode(), eager(step):
+        with torch.inference_mode(), force_eager(step):
             for rows in batches:
                 inputs = preprocess.to_model(rows)
                 shown = views(inputs) if views else [inputs]

@@ -24,19 +24,19 @@ ORDER_OF_SUMS = 1e-3  # relative error that float32 shows where only the order o
 ORDER_IN_TF32 = 1e-2
 
 
-def plain(device: Device, threads: int | None = None) -> Plan:
+def plain_plan(device: Device, threads: int | None = None) -> Plan:
     """PyTorch as it comes."""
     return Plan(device=device.torch_name, speedups=(), threads=threads, origin=PLAIN)
 
 
-def named(requested: str, device: Device, threads: int | None = None) -> Plan:
+def plan_of_names(requested: str, device: Device, threads: int | None = None) -> Plan:
     """The plan for "none" or a list "bf16,channels_last".
 
     Raises UsageError for an unknown name or two that exclude each other, and MachineError for one that is
     unusable here: only "auto" may pass one over, and it writes down why.
     """
     if requested == "none":
-        return plain(device, threads)
+        return plain_plan(device, threads)
     chosen = [n.strip() for n in requested.split(",") if n.strip()]
     for name in chosen:
         if name not in names("speedups"):
@@ -45,7 +45,7 @@ def named(requested: str, device: Device, threads: int | None = None) -> Plan:
     for name in chosen:
         if (reason := load("speedups", name).why_not(device)) is not None:
             raise _unusable(name, device, reason)
-    return Plan(device=device.torch_name, speedups=in_order(chosen), threads=threads)
+    return Plan(device=device.torch_name, speedups=sort_speedups(chosen), threads=threads)
 
 
 def check_threads(threads: int | None) -> None:
@@ -54,7 +54,7 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"--threads can't be {threads}.", fix=f"This machine has {cores()} cores.")
 
 
-def usable(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
+def usable_speedups(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
     """The speedups that could be tried here, in order, and why the others can't."""
     found = {s.name: s for s in sorted(load_all("speedups").values(), key=lambda s: (s.stage, s.name))}
     reasons = {name: s.why_not(device) for name, s in found.items()}
@@ -64,7 +64,7 @@ def usable(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
     )
 
 
-def apply(plan: Plan, step: Step, device: Device) -> Step:
+def apply_plan(plan: Plan, step: Step, device: Device) -> Step:
     """The step as the plan wants it computed. Raises MachineError for a speedup that has nothing to do
     there; a planner asks first."""
     for name in plan.speedups:
@@ -73,22 +73,22 @@ def apply(plan: Plan, step: Step, device: Device) -> Step:
             raise _unusable(name, device, reason)
         step = speedup.apply(step, device)
     if plan.threads is not None:
-        step = replace(step, settings=(partial(threads, plan.threads), *step.settings))
+        step = replace(step, settings=(partial(use_threads, plan.threads), *step.settings))
     return step
 
 
-def tolerance(speedups: Iterable[str], device: Device) -> float:
+def error_tolerance(speedups: Iterable[str], device: Device) -> float:
     """The relative error that these together may cause."""
     order = ORDER_IN_TF32 if "tfloat32" in device.fast_dtypes else ORDER_OF_SUMS
     return max([order, *(float(load("speedups", name).tolerance) for name in speedups)])
 
 
-def in_order(chosen: Iterable[str]) -> tuple[str, ...]:
+def sort_speedups(chosen: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(set(chosen), key=lambda n: (load("speedups", n).stage, n)))
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
+def use_threads(count: int) -> Iterator[None]:
     """So many threads for operations on the CPU while the block runs."""
     before = torch.get_num_threads()
     try:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from suanli.compute.plan import in_order
+from suanli.compute.plan import sort_speedups
 from suanli.core.errors import DamagedFile, StorageError
 from suanli.core.registry import names
 from suanli.core.storage import read_json, write_json
@@ -21,13 +21,13 @@ PATIENCE_S = 5.0  # that a second process waits for the first to end its measuri
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept:
+class CachedPlan:
     plan: Plan
     complete: bool  # nothing is left to try
     refused: Mapping[str, str] = field(default_factory=dict)  # by the gate, after its exam: speedup to reason
 
 
-class Store:
+class PlanCache:
     """Where the plan of one kind of training is kept; `cache` None keeps nothing."""
 
     def __init__(self, cache: Path | None, key: str, threads: int | None) -> None:
@@ -38,7 +38,7 @@ class Store:
     def path(self) -> Path | None:
         return self._folder / self._name if self._folder is not None else None
 
-    def read(self) -> Kept | None:
+    def read(self) -> CachedPlan | None:
         """None: nothing is kept, or nothing that this version understands."""
         if self.path is None:
             return None
@@ -46,13 +46,13 @@ class Store:
             return _kept(read_json(self.path))
         return None
 
-    def write(self, kept: Kept) -> None:
+    def write(self, kept: CachedPlan) -> None:
         if self.path is not None:
             with suppress(StorageError):
                 write_json(self.path, asdict(kept))
 
     @contextmanager
-    def alone(self) -> Iterator[bool]:
+    def lock(self) -> Iterator[bool]:
         """Whether this is the only process that measures plans with this cache directory; False after some
         seconds of waiting for another: two that measure at once would disturb each other."""
         from filelock import FileLock, Timeout
@@ -79,11 +79,11 @@ class Store:
         """Keeps that the gate has refused these, each with its reason; the next plan does without."""
         known = self.read()
         if known is None:
-            known = Kept(plan=Plan(device="", speedups=()), complete=False)
+            known = CachedPlan(plan=Plan(device="", speedups=()), complete=False)
         plan = known.plan
         left = tuple(n for n in plan.speedups if n not in speedups)
         self.write(
-            Kept(
+            CachedPlan(
                 plan=Plan(**{**_fields(plan), "speedups": left, "dropped": {**plan.dropped, **speedups}}),
                 complete=known.complete,
                 refused={**known.refused, **speedups},
@@ -95,7 +95,7 @@ def _fields(plan: Plan) -> dict[str, Json]:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
-def _kept(values: Json) -> Kept:
+def _kept(values: Json) -> CachedPlan:
     """Raises KeyError, TypeError or ValueError for what is no kept plan of this version."""
     found = values["plan"]
     if not set(found["speedups"]) <= set(names("speedups")):
@@ -103,10 +103,10 @@ def _kept(values: Json) -> Kept:
     plan = Plan(
         **{
             **found,
-            "speedups": in_order(found["speedups"]),
+            "speedups": sort_speedups(found["speedups"]),
             "trials": tuple(Trial(**trial) for trial in found["trials"]),
         }
     )
     if not (plan.threads is None or plan.threads >= 1):
         raise ValueError("not a number of threads")
-    return Kept(plan=plan, complete=bool(values["complete"]), refused=dict(values["refused"]))
+    return CachedPlan(plan=plan, complete=bool(values["complete"]), refused=dict(values["refused"]))

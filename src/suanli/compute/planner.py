@@ -27,9 +27,16 @@ from typing import Protocol
 
 import torch
 
-from suanli.compute import plan as planning
-from suanli.compute.plan_cache import Kept, Store
-from suanli.compute.step_runner import Numbers, active
+from suanli.compute.plan import (
+    check_threads,
+    error_tolerance,
+    plain_plan,
+    plan_of_names,
+    sort_speedups,
+    usable_speedups,
+)
+from suanli.compute.plan_cache import CachedPlan, PlanCache
+from suanli.compute.step_runner import Numbers, apply_settings
 from suanli.core.console import say
 from suanli.core.errors import GateError, MachineError, SuanliError
 from suanli.core.registry import load
@@ -59,7 +66,7 @@ class Trainee(Protocol):
     def advance(self) -> None:
         """One whole step, its input included, waited for."""
 
-    def examine(self) -> Numbers:
+    def compute_numbers(self) -> Numbers:
         """One step on the first batch, and what it computed."""
 
 
@@ -85,14 +92,14 @@ def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = 
     Raises UsageError for an unknown name, MachineError for a named speedup that is unusable, and GateError
     for one whose numbers are wrong. `cache` None: nothing is kept.
     """
-    planning.check_threads(threads)
+    check_threads(threads)
     if requested != "auto":
-        return _checked(subject, planning.named(requested, subject.device, threads))
-    store = Store(cache, subject.key, threads)
+        return _checked(subject, plan_of_names(requested, subject.device, threads))
+    store = PlanCache(cache, subject.key, threads)
     known = store.read()
     if known is not None and known.complete:
         return _known(known, subject, steps)
-    with store.alone() as mine:
+    with store.lock() as mine:
         known = store.read()  # another process may have gone on with it
         if not mine:
             say("another process is planning on this machine, so nothing is measured now")
@@ -102,7 +109,7 @@ def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = 
         search = _Search(subject, steps, threads, known)
         found = search.run()
         if search.measured:
-            store.write(Kept(plan=found, complete=search.complete, refused=dict(known.refused) if known else {}))
+            store.write(CachedPlan(plan=found, complete=search.complete, refused=dict(known.refused) if known else {}))
     return found
 
 
@@ -111,17 +118,19 @@ def short_list(subject: Subject, threads: int | None) -> Plan:
     return _Search(subject, 0, threads, None).short_list()
 
 
-def unmeasured(subject: Subject, requested: str | Plan, *, threads: int | None, extra: Sequence[str] = ()) -> Plan:
+def plan_without_trials(
+    subject: Subject, requested: str | Plan, *, threads: int | None, extra: Sequence[str] = ()
+) -> Plan:
     """A plan for a network of which no copies can be tried: what is requested ("auto": all usual speedups, and
     `extra`), as far as `subject` has a use for it. Raises UsageError and MachineError for a name that can't be used."""
     if requested == "auto":
         usual = short_list(subject, threads)
         names = [n for n in (*usual.speedups, *extra) if _useful(n, subject) is None]
         trials = (Trial(change=_sum(names), kept=True, reason=UNMEASURED),) if names else ()
-        found = replace(usual, speedups=planning.in_order(names), trials=trials, origin=SHARDED)
+        found = replace(usual, speedups=sort_speedups(names), trials=trials, origin=SHARDED)
         return replace(found, dropped={n: r for n, r in found.dropped.items() if n not in names})
     if isinstance(requested, str):
-        return planning.named(requested, subject.device, threads)
+        return plan_of_names(requested, subject.device, threads)
     # The plan of a run that goes on, perhaps with a network that was whole before.
     reasons = {n: r for n in requested.speedups if (r := _useful(n, subject)) is not None}
     left = tuple(n for n in requested.speedups if n not in reasons)
@@ -133,7 +142,7 @@ def _useful(name: str, subject: Subject) -> str | None:
     return reason
 
 
-def weaker(plan: Plan, risk: str) -> tuple[Plan, str] | None:
+def drop_risky_speedup(plan: Plan, risk: str) -> tuple[Plan, str] | None:
     """The plan without the last speedup that brings this risk ("memory", "numerics", "backend"), and that
     speedup's name. None: none does."""
     risky = [n for n in plan.speedups if risk in load("speedups", n).risks]
@@ -173,9 +182,9 @@ def _checked(subject: Subject, named: Plan) -> Plan:
     """The user's own list, after one step that shows that it computes the same."""
     if not named.speedups:
         return named
-    reference = _numbers(subject, planning.plain(subject.device, named.threads))
+    reference = _numbers(subject, plain_plan(subject.device, named.threads))
     error = difference(reference, _numbers(subject, named))
-    allowed = planning.tolerance(named.speedups, subject.device)
+    allowed = error_tolerance(named.speedups, subject.device)
     if error > allowed:
         raise GateError(
             f"With --speedups {','.join(named.speedups)}, outputs or gradients differ from plain PyTorch's by "
@@ -189,8 +198,8 @@ def _numbers(subject: Subject, plan: Plan) -> Numbers:
     try:
         with _time_limit(COMPILING_LIMIT_S):
             trainee = subject.trial(plan)
-            with active(trainee.compute):
-                return trainee.examine()
+            with apply_settings(trainee.compute):
+                return trainee.compute_numbers()
     except SuanliError:
         raise
     except Exception as error:  # a compiler or a kernel library may raise anything
@@ -201,10 +210,10 @@ def _numbers(subject: Subject, plan: Plan) -> Numbers:
             fix="Leave out the one that is named there, or use --speedups auto.",
         ) from error
     finally:
-        free(subject.device)
+        free_memory(subject.device)
 
 
-def _known(known: Kept, subject: Subject, steps: int) -> Plan:
+def _known(known: CachedPlan, subject: Subject, steps: int) -> Plan:
     """The kept plan, without what takes longer to start than a run so short would win."""
     kept = replace(known.plan, origin="cached", seconds=0.0)
     for name in kept.speedups:
@@ -235,9 +244,9 @@ class _Change:
 
 
 class _Search:
-    def __init__(self, subject: Subject, steps: int, threads: int | None, known: Kept | None) -> None:
+    def __init__(self, subject: Subject, steps: int, threads: int | None, known: CachedPlan | None) -> None:
         self.subject, self.device, self.steps, self.fixed_threads = subject, subject.device, steps, threads
-        self.usable, self.dropped = planning.usable(self.device)
+        self.usable, self.dropped = usable_speedups(self.device)
         refused = dict(known.refused) if known else {}
         for name, speedup in list(self.usable.items()):
             reason = speedup.needless(subject.step, self.device) or refused.get(name)
@@ -248,7 +257,7 @@ class _Search:
             if reason is not None:
                 del self.usable[name]
                 self.dropped[name] = reason
-        start = planning.plain(self.device, threads)
+        start = plain_plan(self.device, threads)
         self.best = replace(start, speedups=known.plan.speedups, threads=known.plan.threads) if known else start
         self.trials = list(known.plan.trials) if known else []
         self.untried: dict[str, str] = {}  # changes that had no time, and why
@@ -267,14 +276,14 @@ class _Search:
             if self.trials:
                 return self._plan(self.best, tuple(self.trials), "cached")
             return self.short_list()
-        trainee = self.subject.trial(planning.plain(self.device, self.fixed_threads))
-        with active(trainee.compute):
-            self.reference = trainee.examine()
+        trainee = self.subject.trial(plain_plan(self.device, self.fixed_threads))
+        with apply_settings(trainee.compute):
+            self.reference = trainee.compute_numbers()
             self.best_s = timing.seconds(trainee.advance)
         if self.best.speedups or self.best.threads != self.fixed_threads:  # go on where a run before has stopped
             del trainee
             trainee = self.subject.trial(self.best)
-            with active(trainee.compute):
+            with apply_settings(trainee.compute):
                 trainee.advance()
                 self.best_s = timing.seconds(trainee.advance)
         self.trainee: Trainee | None = trainee
@@ -282,7 +291,7 @@ class _Search:
         self.complete = self.measured = True
         self._measure_all()
         self.trainee = None
-        free(self.device)
+        free_memory(self.device)
         if not self.trials and (names := self._usual()):
             return self._checked_short_list(names)
         return self._plan(self.best, tuple(self.trials), "measured")
@@ -296,7 +305,7 @@ class _Search:
         except MachineError as failed:
             trial = Trial(change=_sum(names), kept=False, reason=failed.message)
             return self._plan(self.best, (trial,), "short list")
-        kept = error <= (allowed := planning.tolerance(names, self.device))
+        kept = error <= (allowed := error_tolerance(names, self.device))
         reason = "computes the same; the run is too short to time it" if kept else _too_far(error, allowed)
         trial = Trial(change=_sum(names), kept=kept, reason=reason, error=error)
         return self._plan(plan if kept else self.best, (trial,), "short list")
@@ -345,7 +354,7 @@ class _Search:
         new = set(speedups) ^ set(self.best.speedups)
         return _Change(
             name=name,
-            plan=replace(self.best, speedups=planning.in_order(speedups)),
+            plan=replace(self.best, speedups=sort_speedups(speedups)),
             slow_start=any(self.usable[n].slow_start for n in new if n in speedups),
             delayed_effect=any(self.usable[n].delayed_effect for n in new),
         )
@@ -356,7 +365,7 @@ class _Search:
         for name, speedup in self.usable.items():
             if speedup.usual:
                 found.setdefault(speedup.group or name, name)
-        return planning.in_order(found.values())
+        return sort_speedups(found.values())
 
     def _too_dear(self, change: _Change) -> str | None:
         left = SHARE * self.steps * self.best_s - (time.perf_counter() - self.started)
@@ -380,11 +389,11 @@ class _Search:
             with _time_limit(limit):
                 candidate = self.subject.trial(change.plan)
                 started = time.perf_counter()
-                with active(candidate.compute):
-                    numbers = candidate.examine()
+                with apply_settings(candidate.compute):
+                    numbers = candidate.compute_numbers()
                 first_s = time.perf_counter() - started
             error = difference(self.reference, numbers)
-            if error > (allowed := planning.tolerance(change.plan.speedups, self.device)):
+            if error > (allowed := error_tolerance(change.plan.speedups, self.device)):
                 return Trial(change=change.name, kept=False, reason=_too_far(error, allowed), error=error)
             before, after = self._by_turns(candidate, change.delayed_effect)
         except MachineError as refused:  # needless beside the others
@@ -392,7 +401,7 @@ class _Search:
         except Exception as failed:  # noqa: BLE001  # a compiler or a kernel library may raise anything
             return Trial(change=change.name, kept=False, reason=f"failed: {first_line(failed)}")
         finally:
-            free(self.device)
+            free_memory(self.device)
         gain = timing.gain(before, after)
         after_s = timing.spread(after).median
         start_s = max(0.0, first_s - after_s) if change.slow_start else 0.0
@@ -421,7 +430,7 @@ class _Search:
         found: tuple[list[float], list[float]] = ([], [])
         for number in range(ROUNDS[1]):
             for which in (0, 1) if number % 2 else (1, 0):
-                with active(sides[which].compute):
+                with apply_settings(sides[which].compute):
                     if delayed_effect or number == 0:
                         sides[which].advance()
                     found[which].append(timing.seconds(sides[which].advance))
@@ -474,7 +483,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
-def free(device: Device) -> None:
+def free_memory(device: Device) -> None:
     """Gives memory back that nothing holds any more."""
     gc.collect()
     if device.type == "cuda":

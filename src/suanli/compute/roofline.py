@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suanli.compute.flops import counting, unfused
+from suanli.compute.flops import count_flops, disable_fastpath
 from suanli.compute.flops import flops as flops
 from suanli.compute.roofline_records import Layer
 from suanli.core.types import Device
@@ -53,8 +53,8 @@ def measure_layers(
     def see(name: str, inputs: object, outputs: object) -> None:
         activations.setdefault(name, []).append(_traffic(inputs, outputs))
 
-    with unfused():
-        with counting() as counter:
+    with disable_fastpath():
+        with count_flops() as counter:
             counted = _calls(modules, forward, lambda: counter.total, see)
         operations = _own(counted, lambda start, end: end - start)
         timed = _timed(modules, forward, device, passes)

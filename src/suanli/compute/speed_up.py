@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from suanli.compute import planner
-from suanli.compute.plan import apply
-from suanli.compute.step_runner import Learner, Loss, Numbers, active, call, each, tensors
+from suanli.compute.plan import apply_plan
+from suanli.compute.step_runner import Loss, Numbers, StepRunner, apply_settings, call, list_tensors, map_tensors
 from suanli.core.errors import UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.types import AnyPath, Device, Plan, Step
@@ -41,12 +41,12 @@ class FastStep:
 
     def __init__(self, step: Step, loss: Loss, clip_norm: float | None) -> None:
         self._step = step
-        self._learner = Learner(step, _of_float32(step, loss), clip_norm=clip_norm)
+        self._runner = StepRunner(step, _of_float32(step, loss), clip_norm=clip_norm)
         self._on = ExitStack()
-        self._on.enter_context(active(step))
+        self._on.enter_context(apply_settings(step))
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
-        return self._learner(inputs, targets)
+        return self._runner(inputs, targets)
 
     def forward(self, inputs: Any) -> Any:
         """Outputs of the network in the precision and layout of the plan, for validation: call `model.eval()`
@@ -90,7 +90,7 @@ def speed_up(
     devices = [subject.device.torch_name] if subject.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # the caller's own draws are what they would have been
         found = planner.plan(subject, speedups, steps=steps, threads=threads, cache=cache_dir_of(cache_dir))
-    return FastStep(apply(found, subject.step, subject.device), loss, clip_norm), found
+    return FastStep(apply_plan(found, subject.step, subject.device), loss, clip_norm), found
 
 
 class _OwnLoop:
@@ -119,7 +119,7 @@ class _OwnLoop:
                 f"{type(optimizer).__name__} computes the loss several times in a step, which can't be sped up as one.",
                 fix="Use an optimizer whose step needs no closure, such as AdamW.",
             )
-        if not tensors(batch[0]):
+        if not list_tensors(batch[0]):
             raise UsageError("The example batch holds no tensor.", fix="Give (inputs, targets) as training will.")
         self.device: Device = device.detect(str(given[0].device))
         self.step = Step(model=model, optimizer=optimizer)
@@ -133,9 +133,9 @@ class _OwnLoop:
                 f"The model or its optimizer can't be copied ({error}), so nothing can be tried on a copy.",
                 fix='Give a model that copy.deepcopy can copy, or speedups="none".',
             ) from error
-        step = apply(plan, replace(self.step, model=model, optimizer=optimizer), self.device)
-        learner = Learner(step, _of_float32(step, self._loss), clip_norm=self._clip_norm)
-        return _OwnTrial(learner, self._batch)
+        step = apply_plan(plan, replace(self.step, model=model, optimizer=optimizer), self.device)
+        runner = StepRunner(step, _of_float32(step, self._loss), clip_norm=self._clip_norm)
+        return _OwnTrial(runner, self._batch)
 
     @property
     def key(self) -> str:
@@ -144,7 +144,7 @@ class _OwnLoop:
             repr(self.step.model),
             [list(p.shape) for p in self.step.model.parameters()],
             type(optimizer).__qualname__,
-            [(list(t.shape), str(t.dtype)) for t in tensors(self._batch)],
+            [(list(t.shape), str(t.dtype)) for t in list_tensors(self._batch)],
             self._clip_norm,
             peak.fingerprint(self.device),
         ]
@@ -157,24 +157,24 @@ def _of_float32(step: Step, loss: Loss) -> Loss:
         return loss
 
     def of_float32(outputs: Any, targets: Any) -> torch.Tensor:
-        return loss(each(outputs, lambda t: t.float() if t.dtype == step.autocast_dtype else t), targets)
+        return loss(map_tensors(outputs, lambda t: t.float() if t.dtype == step.autocast_dtype else t), targets)
 
     return of_float32
 
 
 class _OwnTrial:
-    def __init__(self, learner: Learner, batch: tuple[Any, Any]) -> None:
-        self._learner, self._batch = learner, batch
+    def __init__(self, runner: StepRunner, batch: tuple[Any, Any]) -> None:
+        self._runner, self._batch = runner, batch
 
     @property
     def compute(self) -> Step:
-        return self._learner.step
+        return self._runner.step
 
     def advance(self) -> None:
-        self._learner(*self._batch)
-        if self._learner.device.type == "cuda":
-            torch.cuda.synchronize(self._learner.device)
+        self._runner(*self._batch)
+        if self._runner.device.type == "cuda":
+            torch.cuda.synchronize(self._runner.device)
 
-    def examine(self) -> Numbers:
+    def compute_numbers(self) -> Numbers:
         torch.manual_seed(0)
-        return self._learner.examine(*self._batch)
+        return self._runner.compute_numbers(*self._batch)

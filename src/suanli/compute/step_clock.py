@@ -277,12 +277,12 @@ class DeviceClock(HostClock):
         total: dict[str, float] = defaultdict(float)
         for step in steps:
             issued, busy = [ns / 1e9 for ns in step.wall_ns], [ns / 1e9 for ns in step.cpu_ns]
-            for name, took in attribute(step.names, issued, step.device_s, busy):
+            for name, took in attribute_time(step.names, issued, step.device_s, busy):
                 total[name] += took
         return total
 
 
-def attribute(
+def attribute_time(
     names: Sequence[str], issued_s: Sequence[float], reached_s: Sequence[float], cpu_s: Sequence[float]
 ) -> list[tuple[str, float]]:
     """Seconds of one step's phases on a device with a queue, by the rules in the module's docstring.

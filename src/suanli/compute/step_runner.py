@@ -21,7 +21,7 @@ from torch import nn
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
-from suanli.compute.cuda_graph import Recorded
+from suanli.compute.cuda_graph import CapturedStep
 from suanli.compute.step_clock import StepClock
 from suanli.core.types import Step
 from suanli.parallel.group import ALONE, Group
@@ -39,7 +39,7 @@ class Numbers:
     gradients: tuple[torch.Tensor, ...]
 
 
-class Learner:
+class StepRunner:
     """Calling it with inputs and targets trains one step and gives the loss (a tensor of no dimensions,
     not waited for). Inputs are a tensor, a sequence of positional arguments or a mapping of named ones."""
 
@@ -59,9 +59,9 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
         self._group, self._batch_size = group, batch_size
         self.ends: list[int] | None = None  # of the parts of a batch here, where they aren't of equal size
-        self._spread = None if group.alone or step.sharded else spread(step, self.device)
-        self._recorded = Recorded(step.model, step.optimizer, self._learn) if step.graph else None
-        self._kept: list[torch.Tensor] | None = None  # outputs, while `examine` wants them
+        self._spread = None if group.is_alone or step.sharded else wrap_in_ddp(step, self.device)
+        self._recorded = CapturedStep(step.model, step.optimizer, self._learn) if step.graph else None
+        self._kept: list[torch.Tensor] | None = None  # outputs, while `compute_numbers` wants them
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
         if self._recorded is None:
@@ -72,7 +72,7 @@ class Learner:
 
     def forward(self, inputs: Any) -> Any:
         """Outputs of the network in training, in the precision and layout of the step."""
-        if self._spread is not None and self._group.talks:
+        if self._spread is not None and self._group.in_joint_step:
             return call(self.step, self._spread, inputs)
         return call(self.step, self.step.model if self.step.compute is None else self.step.compute, inputs)
 
@@ -90,14 +90,14 @@ class Learner:
             self.clock.mark("backward")
             total += loss.detach()
             if self._kept is not None:
-                self._kept += tensors(outputs)
+                self._kept += list_tensors(outputs)
         return total
 
     def _weight(self, inputs: Any) -> float:
         """Of the loss here in the mean over all processes: by examples, so that shares of unequal size are right."""
-        if not self._group.talks:
+        if not self._group.in_joint_step:
             return 1.0
-        return self._group.size * len(next(iter(tensors(inputs)))) / self._batch_size
+        return self._group.size * len(next(iter(list_tensors(inputs)))) / self._batch_size
 
     def _averaging(self, last: bool) -> AbstractContextManager[None]:
         """The gradients are averaged over the processes in the backward pass of the last part."""
@@ -108,7 +108,7 @@ class Learner:
         optimizer.zero_grad(set_to_none=True)
         if self._kept is not None:
             self._kept.clear()  # of the steps before a recording
-        with self._group.together():
+        with self._group.joint_step():
             total = self.backward(inputs, targets)
         if self._clip_norm is not None:
             self.scaler.unscale_(optimizer)
@@ -118,7 +118,7 @@ class Learner:
         self.clock.mark("optimizer")
         return total
 
-    def examine(self, inputs: Any, targets: Any) -> Numbers:
+    def compute_numbers(self, inputs: Any, targets: Any) -> Numbers:
         """Trains one step and tells what it computed. Dropout is off, since compiled code draws other
         random numbers. A scaled loss begins with a scale that is too large by design, and steps whose gradients
         overflow are left out: then it is the first step that counts."""
@@ -139,7 +139,7 @@ class Learner:
         return Numbers(outputs=outputs, gradients=_plain(gradients))
 
 
-class _Computing(nn.Module):
+class _ComputeModule(nn.Module):
     """The network as its step computes it, as a module: what DistributedDataParallel wants."""
 
     def __init__(self, step: Step) -> None:
@@ -151,14 +151,14 @@ class _Computing(nn.Module):
         return self._compute[0](*args, **kwargs)
 
 
-def spread(step: Step, device: torch.device) -> DistributedDataParallel:
+def wrap_in_ddp(step: Step, device: torch.device) -> DistributedDataParallel:
     """A collective: the network with gradients that are averaged over all processes, in buckets, while the backward
     pass goes on. Every process gets the first one's weights."""
     # Not the buffers at each step: batch norms see the whole batch, so they agree. torch 2.13 has renamed the switch.
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     made = DistributedDataParallel(
-        _Computing(step),
+        _ComputeModule(step),
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **buffers,  # type: ignore[arg-type]
@@ -183,10 +183,10 @@ def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
     """`function` on inputs in the precision and layout of the step."""
     if step.memory_format is not None:
         layout = step.memory_format
-        inputs = each(inputs, lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
+        inputs = map_tensors(inputs, lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
     if step.autocast_dtype is None:
         return _unpacked(function, inputs)
-    device = next((t.device.type for t in tensors(inputs)), "cpu")
+    device = next((t.device.type for t in list_tensors(inputs)), "cpu")
     with torch.autocast(device, dtype=step.autocast_dtype):
         return _unpacked(function, inputs)
 
@@ -200,7 +200,7 @@ def _unpacked(function: Callable[..., Any], inputs: Any) -> Any:
 
 
 @contextmanager
-def active(step: Step) -> Iterator[None]:
+def apply_settings(step: Step) -> Iterator[None]:
     """The step's switches of the whole process are on while the block runs."""
     with ExitStack() as stack:
         for setting in step.settings:
@@ -209,7 +209,7 @@ def active(step: Step) -> Iterator[None]:
 
 
 @contextmanager
-def eager(step: Step) -> Iterator[None]:
+def force_eager(step: Step) -> Iterator[None]:
     """Compiled code gives way to the network itself while the block runs: in evaluation it would be compiled
     once more, for every size of batch."""
     if step.compute is None:
@@ -234,7 +234,7 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 def _parts(inputs: Any, targets: Any, parts: int, ends: list[int] | None = None) -> Iterator[tuple[Any, Any, float]]:
     """The batch in `parts`, each with its share of the examples."""
-    examples = len(next(iter(tensors(inputs))))
+    examples = len(next(iter(list_tensors(inputs))))
     if parts == 1:
         yield inputs, targets, 1.0
         return
@@ -243,17 +243,17 @@ def _parts(inputs: Any, targets: Any, parts: int, ends: list[int] | None = None)
         ends = [examples * i // count for i in range(count + 1)]
     for first, last in pairwise(ends):
         take = itemgetter(slice(first, last))
-        yield each(inputs, take), each(targets, take), (last - first) / examples
+        yield map_tensors(inputs, take), map_tensors(targets, take), (last - first) / examples
 
 
-def each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`change` of every tensor inside, the containers as they are."""
     if isinstance(value, torch.Tensor):  # nearly always, and walking a tree costs more than some kernels
         return change(value)
     return torch.utils._pytree.tree_map_only(torch.Tensor, change, value)
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
+def list_tensors(value: Any) -> list[torch.Tensor]:
     """All tensors inside, however they are nested."""
     if isinstance(value, torch.Tensor):
         return [value]

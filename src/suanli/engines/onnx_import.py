@@ -18,7 +18,7 @@ import numpy as np
 from suanli.core.errors import DamagedFile, DataError, MachineError, UsageError, first_line, pip_install
 from suanli.core.registry import load as load_plugin
 from suanli.core.types import Preprocess
-from suanli.models.model_folder import preprocess_of
+from suanli.models.model_folder import build_preprocess
 
 CHANNELS = (1, 3)
 SHAPERS = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Clip")  # keep probabilities as they are
@@ -239,7 +239,7 @@ def _in_front(
 
 def _own_preprocess(path: Path, about: dict[str, str], shape: Sequence[int | None]) -> Preprocess:
     try:
-        preprocess = preprocess_of(json.loads(about["preprocess"]))
+        preprocess = build_preprocess(json.loads(about["preprocess"]))
         if list(preprocess.row_shape) != list(shape[1:]) or max(preprocess.row_shape) > MOST:
             raise ValueError(f"rows of {preprocess.row_shape}, the input is {_told(shape)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:

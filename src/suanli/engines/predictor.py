@@ -23,7 +23,7 @@ from suanli.core.registry import load as load_plugin
 from suanli.core.types import AnyPath, Json, LoadedEngine, Placement, Preprocess
 from suanli.engines import store
 from suanli.machine.device import cores, detect
-from suanli.models.model_folder import model_folder, preprocess_of, read_card
+from suanli.models.model_folder import build_preprocess, find_model_folder, read_card
 
 BATCH = 64
 
@@ -136,7 +136,7 @@ def load(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads can't compute.", fix="Give 1 or more.")
-    folder = model_folder(model)
+    folder = find_model_folder(model)
     there = _engines(folder)
     own = (folder / "model.json").exists()  # else there are engines alone
     index = None if engine == "reference" and own else store.read(there)
@@ -152,7 +152,7 @@ def load(
             engine=entry["engine"],
             precision=entry["precision"],
             threads=placement.threads,
-            preprocess=preprocess_of(index["preprocess"]),
+            preprocess=build_preprocess(index["preprocess"]),
             classes=index["classes"],
             loaded=load_plugin("engines", entry["engine"]).load(there / name, entry["precision"], placement),
         )
@@ -165,7 +165,7 @@ def load(
         engine="eager",
         precision="float32",
         threads=placement.threads,
-        preprocess=preprocess_of(card["preprocess"]),
+        preprocess=build_preprocess(card["preprocess"]),
         classes=card["classes"],
         loaded=load_plugin("engines", "eager").load(folder, "float32", placement),
     )
@@ -174,7 +174,7 @@ def load(
 def read_batch_times(model: AnyPath, predictor: Predictor) -> list[tuple[int, float]]:
     """Batch sizes and the median seconds that `suanli optimize` measured for the engine of `predictor`, with as many
     threads; empty where it measured another, or none."""
-    index = store.read(_engines(model_folder(model)))
+    index = store.read(_engines(find_model_folder(model)))
     try:
         chosen = (index or {})["found"]["chosen"]
         if (chosen["engine"], chosen["precision"]) != (predictor.engine, predictor.precision):

@@ -98,9 +98,9 @@ def _timm(spec: str) -> Model:
 # --- building -------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, outlined: bool = False) -> nn.Module:
+def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, on_meta: bool = False) -> nn.Module:
     """The recipe's network for inputs of `preprocess`, tried on a tiny batch. Raises UsageError where the
-    model is for another kind of data, an argument is wrong or the output isn't (B, classes). `outlined`: its values
+    model is for another kind of data, an argument is wrong or the output isn't (B, classes). `on_meta`: its values
     come from elsewhere, so that an outline will do, untried."""
     model = resolve(recipe.model)
     if preprocess.kind not in model.kinds:
@@ -109,15 +109,15 @@ def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, outlined: boo
             f"Model {recipe.model!r} is for {', '.join(model.kinds)} data, not {preprocess.kind}.",
             fix=f"Models for {preprocess.kind} data: {', '.join(fitting)}.",
         )
-    args = arguments(recipe, preprocess, classes)
-    if outlined and (found := outline(model, args)) is not None:
+    args = builder_arguments(recipe, preprocess, classes)
+    if on_meta and (found := build_on_meta(model, args)) is not None:
         return found
     module = construct(model, args)
     _try(model, module, preprocess, classes)
     return module
 
 
-def arguments(recipe: Recipe, preprocess: Preprocess, classes: int) -> dict[str, Json]:
+def builder_arguments(recipe: Recipe, preprocess: Preprocess, classes: int) -> dict[str, Json]:
     """What the model builder is called with; plain values, so that a saved model can be built again.
     Raises UsageError for a model argument that the builder doesn't take."""
     taken = _accepted(resolve(recipe.model).build)
@@ -151,14 +151,14 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
     return module
 
 
-def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
+def build_on_meta(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
     """The network with shapes and no values, which takes no memory. None where something needs values: its builder, its
     `initialize`, or a tensor that is kept beside parameters and buffers."""
     import torch
     from torch.nn.parameter import is_lazy
     from torch.utils._pytree import tree_leaves
 
-    before = _outlined_tensors()
+    before = _meta_tensors()
     try:
         with torch.device("meta"):
             module = construct(model, args)
@@ -172,18 +172,18 @@ def outline(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
     if any(isinstance(value, torch.Tensor) and value.is_meta for value in beside):
         return None
     # Also where no attribute leads, such as in what a function remembers.
-    strays = _outlined_tensors().keys() - before.keys() - set(map(id, held))
+    strays = _meta_tensors().keys() - before.keys() - set(map(id, held))
     return None if strays else module
 
 
-def _outlined_tensors() -> dict[int, torch.Tensor]:
+def _meta_tensors() -> dict[int, torch.Tensor]:
     import torch
 
     gc.collect()
     return {id(o): o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.is_meta}
 
 
-def facts(module: nn.Module) -> list[Json]:
+def describe_tensors(module: nn.Module) -> list[Json]:
     """Each parameter and buffer, without its values: networks that agree in these can have each other's."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in tensors]

@@ -57,10 +57,10 @@ def save_model(
 
     state = module.state_dict()
     if not writes:
-        safetensors_io.follow(state, dtensor.whole)
+        safetensors_io.gather_only(state, dtensor.gather)
         return
     with atomic_file(folder / WEIGHTS) as stream:
-        safetensors_io.write(stream, state, of=dtensor.whole)
+        safetensors_io.write_tensors(stream, state, of=dtensor.gather)
     content = (folder / WEIGHTS).read_bytes()
     write_json(
         folder / "model.json",
@@ -102,13 +102,13 @@ def read_card(folder: Path) -> dict[str, Json]:
     return card
 
 
-def preprocess_of(values: Mapping[str, Json]) -> Preprocess:
+def build_preprocess(values: Mapping[str, Json]) -> Preprocess:
     """From its kind and settings. Raises KeyError, TypeError or what the kind itself raises for others."""
     preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
     return preprocess
 
 
-def model_folder(subject: AnyPath) -> Path:
+def find_model_folder(subject: AnyPath) -> Path:
     """The model folder of a run directory, or the folder itself."""
     path = Path(subject).expanduser()
     if not path.exists():
@@ -124,9 +124,9 @@ def refuse_foreign_code(model: str, path: Path) -> None:
         )
 
 
-def weights_of(path: Path) -> tuple[Path, dict[str, Json] | None]:
+def find_weights(path: Path) -> tuple[Path, dict[str, Json] | None]:
     """The weights file behind a run, a model folder or a weights file, and its model.json if any."""
-    folder = model_folder(path) if path.is_dir() else path.parent
+    folder = find_model_folder(path) if path.is_dir() else path.parent
     file = folder / WEIGHTS if path.is_dir() else path
     if file.name != WEIGHTS or not (folder / "model.json").exists():
         return file.absolute(), None
@@ -152,7 +152,7 @@ def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
         recipe = Recipe.model_validate(card["recipe"])
         if not trust_code:
             refuse_foreign_code(recipe.model, folder)
-        preprocess = preprocess_of(card["preprocess"])
+        preprocess = build_preprocess(card["preprocess"])
         classes = tuple(card["classes"])
         module = build.build(recipe, preprocess, len(classes))
         module.load_state_dict(load(content))

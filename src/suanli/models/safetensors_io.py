@@ -39,13 +39,13 @@ _NAMES = {  # in the order in which their tensors lie in a file
 }
 
 
-def order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+def file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names as `write` takes them: the widest numbers first, so that all lie at multiples of their width."""
     kinds = list(_NAMES)
     return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
 
 
-def write(
+def write_tensors(
     stream: IO[bytes],
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
@@ -55,7 +55,7 @@ def write(
     """`of` gives the values of a tensor, of the same shape and dtype, when it is its turn. Raises ValueError
     for a dtype that the format doesn't have."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    names, end = order(tensors), 0
+    names, end = file_order(tensors), 0
     for name in names:
         tensor = tensors[name]
         first, end = end, end + tensor.numel() * tensor.element_size()
@@ -69,9 +69,9 @@ def write(
             stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def follow(tensors: Mapping[str, torch.Tensor], of: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def gather_only(tensors: Mapping[str, torch.Tensor], of: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Takes part in `of` where another process writes."""
-    for name in order(tensors):
+    for name in file_order(tensors):
         of(tensors[name])
 
 
@@ -84,7 +84,7 @@ class _Stretch:
     count: int
 
 
-class Stored(Mapping[str, torch.Tensor]):
+class StoredTensors(Mapping[str, torch.Tensor]):
     """The tensors of files, by name, read each time that one is asked for. The rows of one may lie in several files."""
 
     def __init__(self, files: list[Path]) -> None:

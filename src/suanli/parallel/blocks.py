@@ -7,7 +7,7 @@ from torch import nn
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     """The outermost members of containers that hold parts of their own: residual blocks, transformer
     layers, groups of convolutions. None is inside another."""
     found: list[nn.Module] = []

@@ -11,21 +11,21 @@ from __future__ import annotations
 import torch
 
 
-def shared(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds: the same memory."""
-    if not shared(tensor):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
 
 
-def rows(tensor: torch.Tensor) -> slice | None:
+def local_rows(tensor: torch.Tensor) -> slice | None:
     """The places in the first dimension that this process holds; None: the tensor is whole here."""
-    if not shared(tensor):
+    if not is_sharded(tensor):
         return None
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
     each = -(-len(tensor) // mesh.size())
@@ -33,17 +33,17 @@ def rows(tensor: torch.Tensor) -> slice | None:
     return slice(first, min(first + each, len(tensor)))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather(tensor: torch.Tensor) -> torch.Tensor:
     """A collective for a shared tensor: all of it, in memory of its own."""
-    if not shared(tensor):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
-def piece(held: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def from_local_part(held: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The shared tensor of which this process holds `held`, as it holds its rows of `like`."""
-    if not shared(like):
+    if not is_sharded(like):
         return held
     from torch.distributed.tensor import DTensor
 

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from suanli.core.errors import UsageError, first_line
 from suanli.machine.device import is_out_of_memory
 from suanli.parallel import dtensor
-from suanli.parallel.blocks import blocks
+from suanli.parallel.blocks import repeated_blocks
 from suanli.parallel.group import Group
 
 GATHERED_BLOCKS = 4  # at once at most: a block, the one before it, its gradients, and these on their way to the parts
@@ -41,7 +41,7 @@ def shard(module: nn.Module, group: Group, device: torch.device) -> None:
     _fill(module, module.named_buffers)
     torch.zeros((), device=device)  # a mesh takes a device of its own choice unless one is in use
     mesh = init_device_mesh(device.type, (group.size,))
-    for unit in (*separable(module), module):
+    for unit in (*separable_blocks(module), module):
         _fill(unit, unit.named_parameters)
         try:
             with warnings.catch_warnings():
@@ -69,15 +69,15 @@ def _fill(module: nn.Module, named: Callable[..., Iterable[tuple[str, Tensor]]])
         place, _, name = path.rpartition(".")
         setattr(module.get_submodule(place), name, made[id(tensor)])
     for _, tensor in named():
-        if not dtensor.shared(tensor):
+        if not dtensor.is_sharded(tensor):
             tensor.data = tensor.data.contiguous()
             dist.broadcast(tensor.detach(), 0)
 
 
-def separable(module: nn.Module) -> list[nn.Module]:
+def separable_blocks(module: nn.Module) -> list[nn.Module]:
     """The blocks that can be gathered by themselves: none of their weights is used outside."""
     found = []
-    for block in blocks(module):
+    for block in repeated_blocks(module):
         own = {id(p) for p in block.parameters()}
         inside = {id(m) for m in block.modules()}
         others = (p for m in module.modules() if id(m) not in inside for p in m.parameters(recurse=False))
@@ -86,17 +86,17 @@ def separable(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def held_bytes(module: nn.Module) -> int:
+def local_bytes(module: nn.Module) -> int:
     """Of weights and buffers that lie in this process all the time."""
-    return sum(_bytes(dtensor.local(t)) for t in module.state_dict().values())
+    return sum(_bytes(dtensor.local_part(t)) for t in module.state_dict().values())
 
 
 def gathered_bytes(module: nn.Module) -> int:
     """The most that the weights and gradients of whole parts of the network take, beside what is held; 0 for a
     network that isn't shared out."""
-    if not any(dtensor.shared(p) for p in module.parameters()):
+    if not any(dtensor.is_sharded(p) for p in module.parameters()):
         return 0
-    units = separable(module)
+    units = separable_blocks(module)
     sizes = [sum(map(_bytes, unit.parameters())) for unit in units]
     inside = {id(p) for unit in units for p in unit.parameters()}
     rest = sum(_bytes(p) for p in module.parameters() if id(p) not in inside)

@@ -41,7 +41,7 @@ ALIGNED = 2  # shares of a batch begin at multiples of it: augmentations that bl
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ProcessPlace:
     """Where a process stands among those that were started together."""
 
     rank: int
@@ -51,7 +51,7 @@ class Place:
     restarts: int = 0  # of the whole group so far
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Place | None:
+def process_place(environment: Mapping[str, str] = os.environ) -> ProcessPlace | None:
     """From the variables of torchrun or of a step of Slurm; None: this process is alone.
 
     Raises UsageError where a variable is missing or no number.
@@ -60,7 +60,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
         if "WORLD_SIZE" in environment:
             local_size = environment.get("LOCAL_WORLD_SIZE")
             return _checked(
-                Place(
+                ProcessPlace(
                     rank=int(environment["RANK"]),
                     size=int(environment["WORLD_SIZE"]),
                     local_rank=int(environment.get("LOCAL_RANK", 0)),
@@ -70,7 +70,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
             )
         if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             return _checked(
-                Place(
+                ProcessPlace(
                     rank=int(environment["SLURM_PROCID"]),
                     size=int(environment["SLURM_STEP_NUM_TASKS"]),
                     local_rank=int(environment["SLURM_LOCALID"]),
@@ -86,7 +86,7 @@ def place(environment: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
-def _checked(found: Place) -> Place:
+def _checked(found: ProcessPlace) -> ProcessPlace:
     if not 0 <= found.rank < found.size:
         raise ValueError(f"rank {found.rank} of {found.size}")
     return found
@@ -126,30 +126,30 @@ class Group:
     restarts: int = 0
     store: Store | None = None
     shares: tuple[float, ...] = ()  # of a batch, one for each process; empty: all alike
-    talks: bool = False  # inside a training step: batch norms ask the others
-    _said: int = field(default=0, repr=False)  # facts exchanged so far
+    in_joint_step: bool = False  # inside a training step: batch norms ask the others
+    _exchanges: int = field(default=0, repr=False)  # facts exchanged so far
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is the process that writes."""
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_alone(self) -> bool:
         return self.size == 1
 
     # --- the shares of a batch ---
 
-    def share(self, count: int) -> slice:
+    def batch_share(self, count: int) -> slice:
         """The places of a batch of `count` that this process computes. Raises UsageError where some process would
         have none."""
-        ends = self.ends(count)
+        ends = self.batch_ends(count)
         return slice(ends[self.rank], ends[self.rank + 1])
 
-    def ends(self, count: int) -> list[int]:
+    def batch_ends(self, count: int) -> list[int]:
         """Where each process's part of `count` begins, and `count`. Parts begin at even places where they can."""
         if count < self.size:
-            raise too_many(self.size, count)
+            raise too_many_processes(self.size, count)
         shares = self.shares or (1 / self.size,) * self.size
         aligned = ALIGNED if count >= ALIGNED * self.size else 1
         places = count // aligned
@@ -158,7 +158,7 @@ class Group:
             ends[i] = min(max(ends[i], ends[i - 1] + 1), places - (self.size - i))
         return [*(int(end) * aligned for end in ends[:-1]), count]
 
-    def stretch(self, count: int) -> slice:
+    def even_share(self, count: int) -> slice:
         """Of `count` things in order, those that this process does; it may be none."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
@@ -166,21 +166,21 @@ class Group:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """A collective: the sum over all processes, in place."""
-        if not self.alone:
+        if not self.is_alone:
             dist.all_reduce(values)
         return values
 
-    def most(self, *values: float) -> list[float]:
+    def max(self, *values: float) -> list[float]:
         """A collective: the largest of each value over all processes."""
-        if self.alone:
+        if self.is_alone:
             return list(values)
         found = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return [float(v) for v in found]
 
-    def whole(self, rows: np.ndarray, first: int, count: int, width: int) -> np.ndarray:
+    def gather_rows(self, rows: np.ndarray, first: int, count: int, width: int) -> np.ndarray:
         """A collective: the (n, K) float32 rows of every process, here those from place `first` on, as (count, K)."""
-        if self.alone:
+        if self.is_alone:
             return rows
         found = torch.zeros(count, width)
         if len(rows):
@@ -188,49 +188,49 @@ class Group:
         dist.all_reduce(found)  # each place has one term that isn't zero: nothing is rounded
         return found.numpy()
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """A collective: until all are here."""
-        self.each(None)
+        self.gather(None)
 
     def finish(self) -> None:
         """A collective, and the last one: nobody goes before all have what they wait for. The first process may hold
         the store."""
-        self.wait()
+        self.barrier()
         if self.store is not None:
             self.store.set(f"left/{self.rank}", "")
-            if self.first:
+            if self.is_first:
                 self.store.wait([f"left/{rank}" for rank in range(self.size)])
 
-    def each(self, value: Json) -> list[Json]:
+    def gather(self, value: Json) -> list[Json]:
         """A collective: what every process said, by rank."""
         if self.store is None:
             return [value]
-        self._said += 1
-        self.store.set(f"suanli/{self._said}/{self.rank}", json.dumps(value))
-        keys = [f"suanli/{self._said}/{rank}" for rank in range(self.size)]
+        self._exchanges += 1
+        self.store.set(f"suanli/{self._exchanges}/{self.rank}", json.dumps(value))
+        keys = [f"suanli/{self._exchanges}/{rank}" for rank in range(self.size)]
         return [json.loads(self.store.get(key)) for key in keys]
 
-    def of_first(self, value: Json) -> Json:
+    def broadcast(self, value: Json) -> Json:
         """A collective: what the first process said."""
         if self.store is None:
             return value
-        self._said += 1
-        key = f"suanli/{self._said}"
-        if self.first:
+        self._exchanges += 1
+        key = f"suanli/{self._exchanges}"
+        if self.is_first:
             self.store.set(key, json.dumps(value))
         return json.loads(self.store.get(key))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def joint_step(self) -> Iterator[None]:
         """Inside, the network asks the other processes: every process computes the same step now."""
-        before, self.talks = self.talks, not self.alone
+        before, self.in_joint_step = self.in_joint_step, not self.is_alone
         try:
             yield
         finally:
-            self.talks = before
+            self.in_joint_step = before
 
 
-def too_many(processes: int, examples: int) -> UsageError:
+def too_many_processes(processes: int, examples: int) -> UsageError:
     """For fewer examples in a batch than there are processes."""
     return UsageError(
         f"A batch of {examples} can't be shared by {processes} processes.",
@@ -242,17 +242,17 @@ ALONE = Group()
 _current = ALONE
 
 
-def current() -> Group:
+def current_group() -> Group:
     """The group of this process: ALONE before `join` and where nobody started others."""
     return _current
 
 
-def join(device: str) -> Group:
+def join_group(device: str) -> Group:
     """Meets the others that were started together with this process, and gives the group; ALONE where there are
     none. `device` is torch's name of the one that this process computes on. Later calls give the same group. Raises
     MachineError where they can't be met."""
     global _current
-    here = place()
+    here = process_place()
     if here is None or _current is not ALONE:
         return _current
     if device == "mps" and here.size > 1:
@@ -308,7 +308,7 @@ def _agree_on_attempt(store: Store, rank: int, size: int) -> str:
     return own
 
 
-def threads(group: Group) -> int:
+def threads_per_process(group: Group) -> int:
     """Of operations on the CPU in this process: what who started it has set, else its share of the cores."""
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
         if os.environ.get(name, "").isdecimal():
@@ -316,13 +316,13 @@ def threads(group: Group) -> int:
     return max(1, cores() // group.local_size)
 
 
-def lost(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether an error of a collective says that another process is gone."""
     # gloo has no class of its own for it.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
-def leave() -> None:
+def leave_group() -> None:
     """The process group ends: after the last collective of every process."""
     global _current
     if _current is not ALONE:

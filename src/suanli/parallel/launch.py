@@ -35,7 +35,7 @@ RESTARTS = 3
 SHUTDOWN_S = 20  # for a process that was asked to end, before it is ended
 
 
-def processes(wanted: str | int | None, device: Device) -> int:
+def process_count(wanted: str | int | None, device: Device) -> int:
     """How many processes "auto" or a number is: a GPU each, and one where there are none, since one process uses all
     cores of a CPU. Raises UsageError."""
     if wanted is None:
@@ -43,30 +43,30 @@ def processes(wanted: str | int | None, device: Device) -> int:
     if device.type == "mps" and wanted not in ("auto", "1", 1):
         raise UsageError("Several processes can't share an Apple GPU.", fix="Use --device cpu.")
     if wanted == "auto":
-        most, what = most_processes(device)
+        most, what = max_processes(device)
         return most if what == GPU else 1
     try:
         count = int(wanted)
     except ValueError:
         raise UsageError(f"--nproc can't be {wanted!r}.", fix="Give a number, or auto.") from None
-    return checked_count("--nproc", count, device)
+    return check_count("--nproc", count, device)
 
 
-def most_processes(device: Device) -> tuple[int, str]:
+def max_processes(device: Device) -> tuple[int, str]:
     """How many processes make sense on this machine, and what they are counted by: usable GPUs, else cores."""
     usable = sum(gpu.why_not is None for gpu in gpus()) if device.type == "cuda" else 0
     return (usable, GPU) if usable else (cores(), "core")
 
 
-def checked_count(option: str, count: int, device: Device) -> int:
+def check_count(option: str, count: int, device: Device) -> int:
     """`count`, if this machine can have so many processes. Raises UsageError that names the option."""
-    most, what = most_processes(device)
+    most, what = max_processes(device)
     if not 1 <= count <= most:
         raise UsageError(f"{option} can't be {count}.", fix=f"This machine has {plural(most, what)}: give 1 to {most}.")
     return count
 
 
-def train_together(run: Run, count: int, arguments: Sequence[str], *, restarts: int = RESTARTS) -> None:
+def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts: int = RESTARTS) -> None:
     """Trains `run` from its newest checkpoint with `count` processes of `suanli train RUN`.
 
     Raises what a process raised that no new start can mend; MachineError where they were started anew `restarts`
@@ -80,7 +80,7 @@ def train_together(run: Run, count: int, arguments: Sequence[str], *, restarts: 
     problem: SuanliError | None = None
     with tempfile.TemporaryDirectory(prefix="suanli-", ignore_cleanup_errors=True) as folder, _put_back():
         file = Path(folder) / "verdict.json"
-        os.environ |= {fatal.VERDICT: str(file), "OMP_NUM_THREADS": threads}
+        os.environ |= {fatal.REPORT_VARIABLE: str(file), "OMP_NUM_THREADS": threads}
         os.environ.setdefault(LOG_LEVEL, "ERROR")
         say(f"{plural(count, 'process', 'processes')}, {threads} CPU threads each")
         try:
@@ -95,9 +95,9 @@ def train_together(run: Run, count: int, arguments: Sequence[str], *, restarts: 
         except SignalException as error:
             name = signal.Signals(error.sigval).name
             problem = Interrupted(f"Stopped by {name}.", fix=f"Go on with: suanli train {run.path}")
-        word = fatal.read(file, interrupted=isinstance(problem, Interrupted))
+        word = fatal.read_report(file, interrupted=isinstance(problem, Interrupted))
     if word is not None:
-        raise fatal.error(word)
+        raise fatal.restore_error(word)
     if problem is not None:
         raise problem
 

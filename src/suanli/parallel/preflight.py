@@ -49,9 +49,9 @@ def check(
 
     Raises MachineError, UsageError or DataError that names the process that doesn't fit.
     """
-    group.wait()
-    facts = group.each(facts_here(device, recipe=recipe, data=data, folder=folder, shard=shard))
-    compare(facts)
+    group.barrier()
+    facts = group.gather(local_facts(device, recipe=recipe, data=data, folder=folder, shard=shard))
+    compare_facts(facts)
     rate = _sum_of_all(group, device)
     hosts = sorted({f["host"] for f in facts})
     kept = ("host", "device", "memory_bytes", "disk_bytes")
@@ -61,7 +61,7 @@ def check(
     return found
 
 
-def facts_here(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
+def local_facts(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -79,7 +79,7 @@ def facts_here(device: Device, *, recipe: str, data: str, folder: Path, shard: b
     }
 
 
-def compare(facts: Sequence[Mapping[str, Json]]) -> None:
+def compare_facts(facts: Sequence[Mapping[str, Json]]) -> None:
     """Raises the error for what differs between processes, by rank; warns of clocks that are apart."""
     for key, called, error, fix in ALIKE:
         usual = statistics.mode(f[key] for f in facts)
@@ -135,7 +135,7 @@ def _sum_of_all(group: Group, device: Device) -> float:
     seconds = []
     for _ in range(SUMS):
         values = torch.full((SUMMED,), float(group.rank + 1), device=device.torch_name)
-        group.wait()
+        group.barrier()
         started = time.perf_counter()
         group.sum(values)
         low, high = float(values.min()), float(values.max())

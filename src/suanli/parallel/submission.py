@@ -68,7 +68,7 @@ def emit(
     count = _processes(asked.get("nproc"))
     job = Job(
         name=Path(data if out is None else out).name,
-        arguments=arguments(asked),
+        arguments=train_arguments(asked),
         nodes=nodes,
         processes_per_node=count,
         gpus_per_node=count if _on_gpus(str(asked.get("device", "auto"))) else 0,
@@ -88,7 +88,7 @@ def _refuse_lost(data: str, out: Json, kind: str) -> None:
     if out is None and not is_run(data):
         raise UsageError(
             "--emit needs --out: a job that is started again goes on with the run that it finds there.",
-            fix=f"Add it, such as --out runs/{label(Path(data).name)}.",
+            fix=f"Add it, such as --out runs/{cluster_name(Path(data).name)}.",
         )
     if kind == "kubernetes" and not PurePosixPath(out or data).is_absolute():
         raise UsageError(
@@ -131,7 +131,7 @@ def _refuse_unfit(image: str | None, arguments: Sequence[str]) -> None:
             raise UsageError(f"{argument!r} is not UTF-8.", fix="Rename it: Kubernetes takes nothing else.")
 
 
-def arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
+def train_arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
     """Options by name as words for `suanli train`, the subject first if there is one."""
     line = []
     for name, value in asked.items():
@@ -151,7 +151,7 @@ def arguments(asked: Mapping[str, Json]) -> tuple[str, ...]:
     return (*line, "--", data) if data.startswith("-") else (data, *line)
 
 
-def label(name: str) -> str:
+def cluster_name(name: str) -> str:
     """A name that every cluster takes (RFC 1035): up to 40 small letters, digits and hyphens, a letter first."""
     found = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     return (found if found[:1].isalpha() else f"suanli-{found}")[:NAME_LENGTH].strip("-")
@@ -170,7 +170,7 @@ def render(kind: str, job: Job) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    values = {"name": label(job.name), "python": sys.executable, "grace_s": GRACE_S, "wait_s": WAIT_S}
+    values = {"name": cluster_name(job.name), "python": sys.executable, "grace_s": GRACE_S, "wait_s": WAIT_S}
     return templates.get_template(file).render(asdict(job) | values)
 
 

@@ -22,19 +22,19 @@ from suanli.parallel.group import Group
 Norm = nn.modules.batchnorm._BatchNorm
 
 
-def norms(model: nn.Module) -> list[Norm]:
+def batch_norms(model: nn.Module) -> list[Norm]:
     """The layers whose output depends on the other examples of a batch in training."""
     return [m for m in model.modules() if isinstance(m, Norm)]
 
 
-def synchronise(model: nn.Module, group: Group) -> None:
-    """From now on the batch norms of `model` ask the other processes, inside `group.together()` and in training."""
-    for norm in norms(model):
+def synchronize_batch_norms(model: nn.Module, group: Group) -> None:
+    """From now on the batch norms of `model` ask the other processes, inside `group.joint_step()` and in training."""
+    for norm in batch_norms(model):
         norm.forward = partial(_forward, norm, norm.forward, group)  # type: ignore[method-assign]
 
 
 def _forward(norm: Norm, alone: Any, group: Group, x: torch.Tensor) -> torch.Tensor:
-    if not (group.talks and norm.training):
+    if not (group.in_joint_step and norm.training):
         return alone(x)  # type: ignore[no-any-return]
     weight = norm.weight if norm.affine else torch.ones(x.shape[1], device=x.device)
     bias = norm.bias if norm.affine else torch.zeros(x.shape[1], device=x.device)

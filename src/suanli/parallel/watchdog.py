@@ -63,7 +63,7 @@ class Watchdog:
             if not before:  # whose beat doesn't go on shows at the next look
                 before = seen
                 continue
-            hanging = behind(before, seen, self._group.size)
+            hanging = find_hanging(before, seen, self._group.size)
             if hanging:
                 self._end(hanging, seen, still_s)
             before = {}
@@ -102,7 +102,9 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
 
-def behind(before: Mapping[int, Mapping[str, object]], now: Mapping[int, Mapping[str, object]], size: int) -> list[int]:
+def find_hanging(
+    before: Mapping[int, Mapping[str, object]], now: Mapping[int, Mapping[str, object]], size: int
+) -> list[int]:
     """Ranks of the processes that the others wait for: those whose beat has stopped or never came, else those that are
     furthest behind. None, where one is busy with something that isn't a step."""
     silent = [r for r in range(size) if r not in now or (r in before and now[r]["beats"] == before[r]["beats"])]

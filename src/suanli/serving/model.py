@@ -26,7 +26,7 @@ from suanli.core.errors import BadInput
 from suanli.core.types import Preprocess
 from suanli.engines.predictor import Prediction, encode, predictions
 from suanli.machine.device import cores
-from suanli.models.model_folder import preprocess_of
+from suanli.models.model_folder import build_preprocess
 from suanli.serving.batching import Batcher
 from suanli.serving.bodies import State
 from suanli.serving.figures import Figures
@@ -130,7 +130,7 @@ class ServedModel:
             )
             seconds = await worker.attach(layout)
             if not self.known:
-                self.about, self.preprocess = about, preprocess_of(about.preprocess)
+                self.about, self.preprocess = about, build_preprocess(about.preprocess)
                 self.policy = Policy(Curve(seconds), p99_s=options.p99_s, most=most)
                 self.batcher = Batcher(self.policy, self.figures, on_death=self._died)
             elif (about.classes, about.preprocess) != (self.about.classes, self.about.preprocess):

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from suanli.compute import plan as planning
+from suanli.compute.plan import plain_plan
 from suanli.core.compare import difference
 from suanli.core.console import Progress, say
 from suanli.core.errors import SuanliError, UsageError
@@ -125,7 +125,7 @@ class _Survey:
 
 
 def _survey(setup: Setup) -> _Survey:
-    plain = planning.plain(setup.device)
+    plain = plain_plan(setup.device)
     loop = setup.trial(plain)
     order, whole = loop.order, loop.steps
     if whole < SURVEYED + 1:

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from suanli.compute import planner
 from suanli.compute.flops import flops
-from suanli.compute.step_runner import active
+from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, plural, say
 from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.registry import load_all
@@ -105,7 +105,7 @@ class _Subject:
         """Operations of the whole training."""
         loop = self._loop
         examples = min(COUNTED, loop.order.batch_size)
-        with active(loop.compute), loop.preserve_weights():
+        with apply_settings(loop.compute), loop.preserve_weights():
             counted = flops(lambda: loop.try_step(examples, whole=True))
         return counted / examples * loop.order.batch_size * self._work
 
@@ -122,7 +122,7 @@ class _Subject:
     def seconds(self) -> float:
         """Of the whole training, from a few of its steps."""
         loop = self._loop
-        with explain_out_of_memory(self._device), active(loop.compute):
+        with explain_out_of_memory(self._device), apply_settings(loop.compute):
             loop.advance()
             took = timing.spread([timing.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
         return took * self._work

@@ -28,7 +28,7 @@ from suanli.core.errors import DamagedFile, MachineError
 from suanli.core.storage import atomic_file, raise_storage_errors, read_json, write_json
 from suanli.core.types import Json
 from suanli.models import safetensors_io
-from suanli.models.safetensors_io import Stored
+from suanli.models.safetensors_io import StoredTensors
 from suanli.parallel import dtensor
 from suanli.parallel.group import Group
 
@@ -42,7 +42,7 @@ Tensors = dict[str, torch.Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     step: int
-    tensors: Stored
+    tensors: StoredTensors
     progress: dict[str, Json]  # plain values of the loop
     path: Path
 
@@ -51,10 +51,10 @@ def write(path: Path, tensors: Tensors, progress: Json, *, writes: bool = True) 
     """A collective where processes share the tensors: these are gathered one after the other, and are whole in the file
     of who `writes`."""
     if not writes:
-        safetensors_io.follow(tensors, dtensor.whole)
+        safetensors_io.gather_only(tensors, dtensor.gather)
         return
     with atomic_file(path) as stream:
-        safetensors_io.write(stream, tensors, {"progress": json.dumps(progress)}, of=dtensor.whole)
+        safetensors_io.write_tensors(stream, tensors, {"progress": json.dumps(progress)}, of=dtensor.gather)
 
 
 def _copies(tensors: Tensors) -> Tensors:
@@ -129,17 +129,17 @@ class ShardWriter(Writer):
     def save(self, folder: Path, step: int, tensors: Tensors, progress: Json, *, beside: bool = True) -> None:
         """A collective; what was saved before is made whole first."""
         self.complete()
-        group, name = self._group, str(self._group.of_first(secrets.token_hex(4)))
+        group, name = self._group, str(self._group.broadcast(secrets.token_hex(4)))
         self._open = folder, step, name, json.loads(json.dumps(progress))
-        held = {n: (dtensor.local(t), dtensor.rows(t)) for n, t in tensors.items()}
+        held = {n: (dtensor.local_part(t), dtensor.local_rows(t)) for n, t in tensors.items()}
         # What all have alike, and what has no rows, is the first one's.
-        own = {n: t for n, (t, rows) in held.items() if group.first or (rows is not None and len(t))}
+        own = {n: t for n, (t, rows) in held.items() if group.is_first or (rows is not None and len(t))}
         places = {n: {"shape": list(tensors[n].shape), "first": rows.start} for n in own if (rows := held[n][1])}
         path = _part(folder, step, name, group.rank, group.size)
 
         def write(own: Tensors) -> None:
             with atomic_file(path) as stream:
-                safetensors_io.write(stream, own, {safetensors_io.PLACES: json.dumps(places)})
+                safetensors_io.write_tensors(stream, own, {safetensors_io.PLACES: json.dumps(places)})
 
         self._write(own, beside, write)
 
@@ -156,8 +156,8 @@ class ShardWriter(Writer):
         (folder, step, name, progress), self._open = self._open, None
         size = self._group.size
         paths = [_part(folder, step, name, rank, size) for rank in range(size)]
-        sizes = self._group.each(paths[self._group.rank].stat().st_size)
-        if not self._group.first:
+        sizes = self._group.gather(paths[self._group.rank].stat().st_size)
+        if not self._group.is_first:
             return
         for rank, (path, written) in enumerate(zip(paths, sizes, strict=True)):
             if _size(path) != written:
@@ -233,9 +233,9 @@ def read(path: Path) -> Checkpoint:
             for part, size_bytes in parts:
                 if _size(part) != size_bytes:
                     raise ValueError(f"{part.name} has {_size(part) or 0} of {size_bytes} bytes")
-            tensors, progress = Stored([part for part, _ in parts]), index["progress"]
+            tensors, progress = StoredTensors([part for part, _ in parts]), index["progress"]
         else:
-            tensors = Stored([path])
+            tensors = StoredTensors([path])
             progress = json.loads(tensors.metadata[0]["progress"])
     except (DamagedFile, KeyError, ValueError, TypeError, OSError) as error:
         raise DamagedFile(
@@ -305,7 +305,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[Tensors, Json]:
     return tensors, {"values": values, "groups": groups}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Stored, plain: Json) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: StoredTensors, plain: Json) -> None:
     """The inverse of `optimizer_state`, bit by bit; of what this process shares with others, its rows."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Json]] = {int(i): dict(v) for i, v in plain["values"].items()}
@@ -314,11 +314,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Stored, plain: Jso
             _, index, key = name.split(".", 2)
             parameter = parameters[int(index)].detach()
             if tensors.shape(name) == parameter.shape:
-                held = tensors.rows(name, dtensor.rows(parameter))
+                held = tensors.rows(name, dtensor.local_rows(parameter))
                 # In the memory layout of its parameter (channels_last): fused kernels walk both in
                 # the order of memory and would pair the wrong elements.
-                held = torch.empty_like(dtensor.local(parameter), dtype=held.dtype).copy_(held)
-                state.setdefault(int(index), {})[key] = dtensor.piece(held, parameter)
+                held = torch.empty_like(dtensor.local_part(parameter), dtype=held.dtype).copy_(held)
+                state.setdefault(int(index), {})[key] = dtensor.from_local_part(held, parameter)
             else:
                 state.setdefault(int(index), {})[key] = tensors[name]
     # JSON has no tuples; torch's own groups have (betas). How the step is computed is the new plan's.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from suanli.compute.step_runner import active
+from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, size
 from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.types import Device, Json
@@ -62,13 +62,18 @@ def estimate_memory(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None
     batch = -(-loop.batch_size // loop.recipe.accumulate)
     # What is shared out is there already, and its averages; of a whole network a copy is measured.
     copies = STATE_COPIES - 1 if loop.compute.sharded else STATE_COPIES + (loop.ema is not None)
-    states = fsdp.held_bytes(loop.model) * copies + fsdp.gathered_bytes(loop.model)
+    states = fsdp.local_bytes(loop.model) * copies + fsdp.gathered_bytes(loop.model)
     available = hardware.available_memory_bytes(device, loop.group.local_size)
     if loop.compute.sharded:  # measuring is a collective, so nobody may fail in it
         short = available is not None and states > available
-        if any(loop.group.each(short)):
+        if any(loop.group.gather(short)):
             return held + states, out_of_memory_error(loop, states, available if short else None, 0)
-    with explain_out_of_memory(device), _able_to_learn(loop, batch), active(loop.compute), loop.preserve_weights():
+    with (
+        explain_out_of_memory(device),
+        _able_to_learn(loop, batch),
+        apply_settings(loop.compute),
+        loop.preserve_weights(),
+    ):
         per_example, once = _activation_bytes(loop, batch)
         if (first := loop.image_scale(0)) != 1:
             loop.try_step(min(PROBE_BATCHES[0], batch), scale=first)  # some networks take one size only
@@ -141,7 +146,7 @@ def measure_step_s(loop: Loop, memory_bytes: int) -> float:
             torch.cuda.synchronize(loop.device)
 
     try:
-        with active(loop.compute), loop.preserve_weights():
+        with apply_settings(loop.compute), loop.preserve_weights():
             loop.try_step(loop.batch_size)
             return timing.seconds(lambda: loop.try_step(loop.batch_size), settle)
     except (RuntimeError, MemoryError, SystemError) as error:
@@ -179,7 +184,7 @@ def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
 
 
 def _kept_bytes(loop: Loop, batch: int) -> int:
-    own = {dtensor.local(p).untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
+    own = {dtensor.local_part(p).untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from suanli.compute.infer import infer
-from suanli.compute.step_runner import Learner, Numbers
+from suanli.compute.step_runner import Numbers, StepRunner
 from suanli.core.errors import DamagedFile, Diverged, UsageError
 from suanli.core.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
 from suanli.data.loader import Feed, Order, mix
-from suanli.models.safetensors_io import Stored
+from suanli.models.safetensors_io import StoredTensors
 from suanli.parallel import dtensor
 from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint
@@ -78,7 +78,7 @@ class Loop:
         self.class_weights = self._class_weights()
         self._places: torch.Tensor | None = None
         self._shares: tuple[float, ...] | None = None  # of which `_places` are
-        self.learner = Learner(
+        self.runner = StepRunner(
             step, self._loss, clip_norm=recipe.clip_norm, group=self._partners, batch_size=self.order.batch_size
         )
         self.progress = Progress(segments=[recipe.epochs])
@@ -86,8 +86,8 @@ class Loop:
         self._own = step.model.state_dict()  # the tensors themselves: they stay the same while values change
         self._counted = [n for n, t in self._own.items() if not t.is_floating_point()]
         floats = [n for n, t in self._own.items() if t.is_floating_point()]
-        self._averaged = [dtensor.local(self._own[n]) for n in floats]
-        self._averages = [dtensor.local(self.ema[n]) for n in floats] if self.ema else []
+        self._averaged = [dtensor.local_part(self._own[n]) for n in floats]
+        self._averages = [dtensor.local_part(self.ema[n]) for n in floats] if self.ema else []
         self.phase = "start"  # of a step: "input", "learn", "settle"; or what is done between two
         self.rate = 0.0  # the recipe's learning rate as the schedule has it now
         self._losses: list[torch.Tensor] = []
@@ -132,14 +132,14 @@ class Loop:
         """(n,) int64: the places of a batch that this process computes; None: all. Of each part in which a batch is
         computed it has its share, so that batch norms see the same parts however many processes there are.
         Raises UsageError for more processes than examples."""
-        if self.group.alone:
+        if self.group.is_alone:
             return None
         if self._places is None or self._shares != self.group.shares:
             parts = min(self.compute.micro_batches, self.order.batch_size)
             ends = [self.order.batch_size * i // parts for i in range(parts + 1)]
-            own = [torch.arange(a, b)[self.group.share(b - a)] for a, b in pairwise(ends)]
+            own = [torch.arange(a, b)[self.group.batch_share(b - a)] for a, b in pairwise(ends)]
             self._places = torch.cat(own)
-            self.learner.ends = [sum(map(len, own[:i])) for i in range(parts + 1)]
+            self.runner.ends = [sum(map(len, own[:i])) for i in range(parts + 1)]
             self._shares = self.group.shares
         return self._places
 
@@ -163,7 +163,7 @@ class Loop:
         positions = (self._positions(s) for s in range(self.progress.step, self.steps))
         batches = self.train_feed.batches(positions, read_ahead=self.compute.read_ahead)
         self.model.train()
-        clock = self.learner.clock
+        clock = self.runner.clock
         loss = math.nan
         while self.progress.step < self.steps:
             started = time.perf_counter()
@@ -210,7 +210,7 @@ class Loop:
         step = self.progress.step
         self._seed(step)
         self._set_rate(step)
-        loss = self.learner(batch.inputs, batch.targets)
+        loss = self.runner(batch.inputs, batch.targets)
         if self.ema is not None:
             self._average(step)
         return loss
@@ -243,15 +243,15 @@ class Loop:
         back."""
         self.model.train()
         batch = self.first_batch(examples, scale)
-        self.learner.backward(batch.inputs, batch.targets, whole=whole)
+        self.runner.backward(batch.inputs, batch.targets, whole=whole)
 
-    def examine(self) -> Numbers:
+    def compute_numbers(self) -> Numbers:
         """Trains one step on the first batch and tells what it computed."""
         self.model.train()
         batch = self.first_batch()
         self._seed(0)
         self._set_rate(self.progress.step)
-        return self.learner.examine(batch.inputs, batch.targets)
+        return self.runner.compute_numbers(batch.inputs, batch.targets)
 
     @contextmanager
     def preserve_weights(self) -> Iterator[None]:
@@ -331,10 +331,10 @@ class Loop:
         answers for a stretch of it."""
         before, self.phase = self.phase, "validate"
         count, group = len(self.val_feed), self._partners
-        mine = range(count)[group.stretch(count)]
+        mine = range(count)[group.even_share(count)]
         with self.use_averaged_weights():
             found = infer(self.compute, self.preprocess, self.task, self._validation_rows(mine))[: len(mine)]
-        found = group.whole(found, mine.start, count, self.classes)
+        found = group.gather_rows(found, mine.start, count, self.classes)
         try:
             scores = self.task.scores(found.astype(np.float32), self.val_feed.split.targets)
         except Diverged as error:
@@ -395,9 +395,9 @@ class Loop:
         """A collective: everything that `restore` needs. Raises Diverged rather than give away broken weights."""
         self.read_losses()
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        broken = [n for n, t in tensors.items() if t.is_floating_point() and not dtensor.local(t).isfinite().all()]
+        broken = [n for n, t in tensors.items() if t.is_floating_point() and not dtensor.local_part(t).isfinite().all()]
         if self.compute.sharded:  # no other process may see it, and all must know
-            broken = [name for said in self.group.each(broken[:1]) for name in said]
+            broken = [name for said in self.group.gather(broken[:1]) for name in said]
         if broken:
             raise Diverged(
                 f"The weights {broken[0].removeprefix('model.')} became NaN at step {self.progress.step}.",
@@ -406,7 +406,7 @@ class Loop:
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
         optimizer_tensors, plain = checkpoint.optimizer_state(self.optimizer)
-        values = {"loop": asdict(self.progress), "optimizer": plain, "scaler": self.learner.scaler.state_dict()}
+        values = {"loop": asdict(self.progress), "optimizer": plain, "scaler": self.runner.scaler.state_dict()}
         return tensors | optimizer_tensors, values
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
@@ -417,8 +417,8 @@ class Loop:
             if self.ema is not None:
                 self.load_tensors(tensors, "ema.", self.ema)
             checkpoint.load_optimizer(self.optimizer, tensors, plain["optimizer"])
-            if self.learner.scaler.is_enabled() and plain.get("scaler"):
-                self.learner.scaler.load_state_dict(plain["scaler"])
+            if self.runner.scaler.is_enabled() and plain.get("scaler"):
+                self.runner.scaler.load_state_dict(plain["scaler"])
             self.progress = Progress(**plain["loop"])
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise DamagedFile(
@@ -426,7 +426,9 @@ class Loop:
                 fix="Put their code back as it was, or train anew.",
             ) from error
 
-    def load_tensors(self, stored: Stored, prefix: str = "", into: Mapping[str, torch.Tensor] | None = None) -> None:
+    def load_tensors(
+        self, stored: StoredTensors, prefix: str = "", into: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """The values of the network's tensors, or of others by these names, from a file; of those that are shared out
         this process's rows. Raises ValueError for another network's."""
         into = self.model.state_dict() if into is None else into
@@ -437,7 +439,7 @@ class Loop:
             for name, tensor in into.items():
                 if stored.shape(prefix + name) != tensor.shape:
                     raise ValueError(f"{name} has shape {stored.shape(prefix + name)}, not {tuple(tensor.shape)}")
-                dtensor.local(tensor).copy_(stored.rows(prefix + name, dtensor.rows(tensor)))
+                dtensor.local_part(tensor).copy_(stored.rows(prefix + name, dtensor.local_rows(tensor)))
 
     def _class_weights(self) -> torch.Tensor | None:
         if self.recipe.class_weights == "none":

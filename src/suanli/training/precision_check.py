@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from suanli.compute.infer import infer
-from suanli.compute.step_runner import active
+from suanli.compute.step_runner import apply_settings
 from suanli.core import compare
 from suanli.core.registry import load
 from suanli.core.types import Difference, Plan, Step
@@ -38,7 +38,7 @@ def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
     for positions in batches:
         expected.append(_answers(loop, exact, positions))
         late = time.perf_counter() > until
-        if loop.group.most(late)[0] if loop.compute.sharded else late:  # all answer, or none can
+        if loop.group.max(late)[0] if loop.compute.sharded else late:  # all answer, or none can
             break
     if not expected:
         return None
@@ -50,5 +50,5 @@ def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
 
 def _answers(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:
     """Probabilities (B, K) of validation inputs at these positions, computed as `step` says."""
-    with active(step):
+    with apply_settings(step):
         return infer(step, loop.preprocess, loop.task, [loop.val_feed.rows(positions)])

@@ -24,7 +24,7 @@ from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.loader import choose_recipe, find_source
 from suanli.machine import device
 from suanli.models import build
-from suanli.models.model_folder import preprocess_of
+from suanli.models.model_folder import build_preprocess
 from suanli.training.augment import compose
 
 
@@ -95,7 +95,7 @@ def resolve(
                 f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
                 fix="Choose weights, or data, of the other kind.",
             )
-        preprocess = preprocess_of(options.preprocess)
+        preprocess = build_preprocess(options.preprocess)
     prepared = prepare_source(
         source, recipe, default_cache_dir(options.cache_dir), threads=device.cores(), preprocess=preprocess
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli.compute import plan as planning
+from suanli.compute.plan import plan_of_names
 from suanli.core.console import say
 from suanli.core.errors import DataError, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
@@ -22,9 +22,9 @@ from suanli.core.types import AnyPath, Device, Json, Plan, Recipe, Tracker
 from suanli.data.cache import PreparedData
 from suanli.machine.device import detect, environment
 from suanli.machine.gpus import gpus
-from suanli.models.model_folder import refuse_foreign_code, weights_of
+from suanli.models.model_folder import find_weights, refuse_foreign_code
 from suanli.parallel import launch, preflight, submission
-from suanli.parallel.group import Group, join, place, too_many
+from suanli.parallel.group import Group, join_group, process_place, too_many_processes
 from suanli.training import budget, checkpoint
 from suanli.training.options import ComputeOptions, RecipeOptions
 from suanli.training.prepare import DataOptions, resolve
@@ -63,21 +63,21 @@ class Resources:
         values = {name: getattr(self.options, name) for name in names}
         values["shard"] = self.shard if self.shard_requested or resumed else None
         values |= {"data_dir": data.data_dir, "cache_dir": data.cache_dir} | more
-        launch.train_together(run, self.count, submission.arguments(values), restarts=self.options.max_restarts)
+        launch.launch_training(run, self.count, submission.train_arguments(values), restarts=self.options.max_restarts)
 
 
 def find_resources(options: ComputeOptions, run: Run | None) -> Resources:
     """A collective, where others started this process. `run` is the one that is resumed. Raises UsageError and
     MachineError for what this machine can't do."""
     device = detect(_own_device(options.device))
-    group = join(device.torch_name)
-    if not group.alone and options.nproc is not None:
+    group = join_group(device.torch_name)
+    if not group.is_alone and options.nproc is not None:
         raise UsageError("--nproc starts processes, and this is one of several.", fix="Leave it out.")
-    count = launch.processes(options.nproc, device)
+    count = launch.process_count(options.nproc, device)
     if count > 1 and ":" in options.device:
         raise UsageError(f"{count} processes can't share {options.device}.", fix="Use --device cuda: each takes a GPU.")
     requested = bool(run is not None and run.summary.get("shard")) if options.shard is None else options.shard
-    shard = requested and (count > 1 or not group.alone)
+    shard = requested and (count > 1 or not group.is_alone)
     if requested and not shard:
         _check_one_process(options.nproc, resumed=run is not None)
     if shard and options.balance:
@@ -91,7 +91,7 @@ def find_resources(options: ComputeOptions, run: Run | None) -> Resources:
         count=count,
         shard=shard,
         shard_requested=requested,
-        trackers=_find_trackers(options.track if group.first else ()),
+        trackers=_find_trackers(options.track if group.is_first else ()),
     )
 
 
@@ -110,7 +110,7 @@ def start_run(
     group, count = resources.group, resources.count
     if count > 1:
         if count > recipe.batch_size:
-            raise too_many(count, recipe.batch_size)
+            raise too_many_processes(count, recipe.batch_size)
         run = Run.create(prepared.name, out, recipe, about, environment(resources.device))
         run.write("summary.json", {"status": "running", "wanted_score": learned.target_accuracy})
         resources.start_processes(run, data, resumed=False, trust_code=True)  # its code was named here
@@ -121,9 +121,9 @@ def start_run(
         target_score=learned.target_accuracy, processes=processes, prepare_s=time.perf_counter() - started
     )
     path: str | None = None
-    if group.first:
+    if group.is_first:
         path = str(Run.create(prepared.name, out, recipe, about, environment(resources.device)).path)
-    run = Run(group.of_first(path), writes=group.first)
+    run = Run(group.broadcast(path), writes=group.is_first)
     with run.lock():
         resources.train(session, run, options)
     return run
@@ -141,7 +141,7 @@ def resume_run(
     """Go on with a run: from its last checkpoint, or, where it is finished, for `more_epochs`. Of `data` only the two
     directories count. `given` are the options that the user gave and that a run can't change."""
     started = time.perf_counter()
-    run = Run(run.path, writes=resources.group.first)
+    run = Run(run.path, writes=resources.group.is_first)
     restarted = bool(resources.group.restarts)
     finished = run.summary.get("status") in FINISHED
     if restarted and not finished:
@@ -161,7 +161,7 @@ def resume_run(
 def join_run(data: DataOptions, learned: RecipeOptions, resources: Resources, *, out: AnyPath, trust_code: bool) -> Run:
     """Go on with the run in `out`, which an earlier start of the same command has begun: a job that a cluster put back
     into its queue, or one of several processes that were started again."""
-    run = Run(Run.open(out).path, writes=resources.group.first)
+    run = Run(Run.open(out).path, writes=resources.group.is_first)
     data, recipe, _ = _prepare(data, learned, resources, out=out, trust_code=trust_code, begun=run)
     if resources.group.restarts and run.summary.get("status") in FINISHED:
         return run  # one of the processes died when all was done
@@ -173,8 +173,8 @@ def join_run(data: DataOptions, learned: RecipeOptions, resources: Resources, *,
 
 def has_begun(out: AnyPath | None, group: Group) -> bool:
     """A collective: whether this process was started again, by a launcher or a cluster, after its run had begun."""
-    again = place() is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    return again and bool(group.of_first(out is not None and is_run(out)))
+    again = process_place() is not None or os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return again and bool(group.broadcast(out is not None and is_run(out)))
 
 
 # --- steps that they share -------------------------------------------------------------------
@@ -204,10 +204,10 @@ def _prepare(
     if budget_s is not None and begun is not None:
         recipe = begun.recipe  # it was chosen when the run began
     elif budget_s is not None:
-        if resources.group.first:
+        if resources.group.is_first:
             left_s = budget_s - (time.perf_counter() - started)
             recipe = budget.choose_for_time(recipe, prepared, resources.device, resources.options.threads, left_s)
-        recipe = Recipe.model_validate(resources.group.of_first(recipe.model_dump(mode="json")))
+        recipe = Recipe.model_validate(resources.group.broadcast(recipe.model_dump(mode="json")))
     return data, recipe, prepared
 
 
@@ -224,7 +224,7 @@ def _resume(
     processes = _preflight(resources, recipe, prepared, run.path)
     spec = _spec(recipe, prepared, data, resources)
     saved = checkpoint.read_newest(run.checkpoints)
-    steps = resources.group.each(None if saved is None else saved.step)
+    steps = resources.group.gather(None if saved is None else saved.step)
     if len(set(steps)) > 1:
         raise MachineError(
             f"The processes see different checkpoints of {run.path}: of steps {', '.join(map(str, steps))}.",
@@ -260,7 +260,7 @@ def _spec(recipe: Recipe, prepared: PreparedData, data: DataOptions, resources: 
 
 def _preflight(resources: Resources, recipe: Recipe, prepared: PreparedData, folder: Path) -> dict[str, Json] | None:
     """A collective: what the processes that train together know of each other. None: there is one."""
-    if resources.group.alone:
+    if resources.group.is_alone:
         return None
     return preflight.check(
         resources.group,
@@ -282,7 +282,7 @@ def _resumed_plan(summary: Mapping[str, Json], resources: Resources) -> str | Pl
     processes_before = len((summary.get("processes") or {}).get("each", [None]))
     if threads is None and processes_before == resources.group.size:
         threads = before.get("threads")
-    plan = planning.named(",".join(before["speedups"]) or "none", resources.device, threads)
+    plan = plan_of_names(",".join(before["speedups"]) or "none", resources.device, threads)
     return replace(plan, origin=before.get("origin", plan.origin), dropped=before.get("dropped", {}))
 
 
@@ -293,7 +293,7 @@ def _read_weights(
     stays unless the user changes it."""
     if weights is None:
         return {}, None
-    file, card = weights_of(Path(weights).expanduser())
+    file, card = find_weights(Path(weights).expanduser())
     network: dict[str, Json] = {"weights": str(file)}
     if card is None:
         return network, None
@@ -307,7 +307,7 @@ def _read_weights(
 
 def _own_device(device: str) -> str:
     """Of several processes on one machine each has a GPU of its own."""
-    here = place()
+    here = process_place()
     if here is None or device not in ("auto", "cuda"):
         return device
     visible = [gpu.torch_name for gpu in gpus() if gpu.torch_name and gpu.torch_name.startswith("cuda")]
@@ -332,7 +332,7 @@ def _find_trackers(names: Sequence[str]) -> list[type[Tracker]]:
 
 def _check_one_process(nproc: str | int | None, *, resumed: bool) -> None:
     """One process can't shard a network. Raises UsageError where the user asked for no more than one."""
-    if nproc in (None, "1", 1) and place() is None and not resumed:
+    if nproc in (None, "1", 1) and process_place() is None and not resumed:
         raise UsageError("--shard divides a network between processes, and this is one.", fix="Add --nproc 2, or more.")
     say("there is one process, so the network is not sharded")
 

@@ -117,7 +117,7 @@ def ask(group: Sequence[Sandbox], do: str, **request: Json) -> dict[str, Json]:
                     fix="If memory ran out, give fewer --processes or a smaller --batch-size.",
                 ) from error
             if "kind" in replies[host]:
-                raise fatal.error(replies[host])
+                raise fatal.restore_error(replies[host])
     return replies[group[0]]
 
 

@@ -21,7 +21,7 @@ from suanli.machine.device import detect
 from suanli.machine.microbenchmarks import synchronizer
 from suanli.machine.timing import seconds
 from suanli.parallel import group
-from suanli.parallel.sync_batchnorm import norms
+from suanli.parallel.sync_batchnorm import batch_norms
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.session import Session, TrainingSpec
 from suanli.training.setup import Setup
@@ -42,17 +42,17 @@ class Member:
         """Meets the others and gets ready to train. Gives an error of suanli as its kind, message and fix."""
         torch.set_num_threads(how["threads"])
         try:
-            here = group.place()
+            here = group.process_place()
             self.device = detect(f"cuda:{here.local_rank}" if here and device == "cuda" else device)
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device.torch_name)
-            self.group = group.join(self.device.type)
+            self.group = group.join_group(self.device.type)
             self._get_ready(DataOptions(**options), Recipe.model_validate(recipe), **how)
         except SuanliError as error:
             return {"kind": type(error).__name__, "message": error.message, "fix": error.fix}
         for way in self.ways:
             way.train(WARM_UP, timed=False)
-        (pace_s,) = self.group.most(self.ways[0].training.pace_s)
+        (pace_s,) = self.group.max(self.ways[0].training.pace_s)
         self.steps = steps or min(MOST, max(FEWEST, round(BLOCK_S / pace_s)))
         self.rounds = 0
         return {}
@@ -66,13 +66,13 @@ class Member:
             prepared=prepared,
             device=self.device,
             cache=Path(cache),
-            requested=_for_one(speedups) if self.group.alone else speedups,
+            requested=_for_one(speedups) if self.group.is_alone else speedups,
             threads=threads,
             group=self.group,
         )
         session = Session(spec)
         self.plan, loops = session.plan, [session.loop]
-        if not self.group.alone:  # a copy that asks no other process
+        if not self.group.is_alone:  # a copy that asks no other process
             loops.append(Setup(recipe, prepared, self.device, group=self.group).trial(session.plan))
         for loop in loops:
             loop.progress.segments = [ENDLESS]
@@ -82,7 +82,7 @@ class Member:
         """One round: what every process measured, by rank."""
         for way in self.ways if self.rounds % 2 == 0 else self.ways[::-1]:
             way.train(1, timed=False)  # the caches hold another network's data
-            self.group.wait()
+            self.group.barrier()
             way.train(self.steps)
         self.rounds += 1
         loop = self.ways[0].loop
@@ -94,19 +94,19 @@ class Member:
             "local_batch": loop.batch_size,
             "threads": torch.get_num_threads(),
             "speedups": list(self.plan.speedups),
-            "norms": 0 if self.group.alone else len(norms(loop.model)),
+            "norms": 0 if self.group.is_alone else len(batch_norms(loop.model)),
             "gradient_bytes": gradients * dtype.itemsize,
             "all_reduce_s": self._all_reduce_s(gradients, dtype),
             "latency_s": self._all_reduce_s(1, dtype),
         }
-        every = self.group.each(own)
+        every = self.group.gather(own)
         if self.device.type == "cuda":  # other groups use this GPU, too
             torch.cuda.empty_cache()
         return {"processes": every}
 
     def _all_reduce_s(self, count: int, dtype: torch.dtype) -> float:
         """Of so many values, by itself."""
-        if self.group.alone:
+        if self.group.is_alone:
             return 0.0
         values, found = torch.zeros(count, dtype=dtype, device=self.device.torch_name), []
         for _ in range(REPEATS):

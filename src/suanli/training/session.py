@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli.compute import plan as planning
 from suanli.compute import planner
-from suanli.compute.plan_cache import Store
+from suanli.compute.plan import PLAIN, check_threads, plain_plan, plan_of_names, sort_speedups
+from suanli.compute.plan_cache import PlanCache
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.core.registry import names
 from suanli.core.types import Device, Json, Plan, Recipe, Trial
@@ -27,7 +27,7 @@ from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 
 CHECKPOINTING = "activation_checkpointing"
-UNPLANNED = ("named", planning.PLAIN)  # origins of plans that the user insists on
+UNPLANNED = ("named", PLAIN)  # origins of plans that the user insists on
 LOWER_RATE = 1 / 3  # of the recipe's, after it was too high
 
 
@@ -54,10 +54,10 @@ class Session:
 
     def __init__(self, spec: TrainingSpec) -> None:
         self.spec, self.recipe, self.group, self.device = spec, spec.recipe, spec.group, spec.device
-        planning.check_threads(spec.threads)
+        check_threads(spec.threads)
         self.threads = spec.threads
-        if self.threads is None and not self.group.alone and self.device.type == "cpu":
-            self.threads = distributed.threads(self.group)
+        if self.threads is None and not self.group.is_alone and self.device.type == "cpu":
+            self.threads = distributed.threads_per_process(self.group)
         self._loop: Loop | None = None
         self.plan, needed_bytes, self.key = self._open_sharded() if spec.shard else self._open_whole()
         self._first_plan = self.plan  # before anything failed
@@ -88,14 +88,14 @@ class Session:
         with explain_out_of_memory(self.device):
             self._loop = setup.loop(plan)
         self._restore(self._loop, self.spec.checkpoint)
-        if self.spec.balance and not self.group.alone:
+        if self.spec.balance and not self.group.is_alone:
             self._share_by_speed(needed_bytes)
         return plan, needed_bytes, setup.key
 
     def _choose_plan(self, setup: Setup) -> tuple[Plan, int]:
         """A collective: the plan, and the memory that it takes in bytes."""
         with explain_out_of_memory(self.device):
-            plain = setup.trial(planning.plain(self.device, self.threads))
+            plain = setup.trial(plain_plan(self.device, self.threads))
         self._restore(plain, self.spec.checkpoint)
         steps = round(plain.full_size_steps_left)
         refusal: OutOfMemory | None = None
@@ -103,7 +103,7 @@ class Session:
             needed_bytes = check_memory(plain, self.device)
         except OutOfMemory as error:
             refusal = error
-        if not any(self.group.each(refusal is not None)):
+        if not any(self.group.gather(refusal is not None)):
             del plain  # the planner needs its memory
             return self._plan(setup, steps), needed_bytes
         other = OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
@@ -116,7 +116,7 @@ class Session:
         if isinstance(spec.requested, Plan):
             return spec.requested
         plan: Plan | None = None
-        if self.group.first:
+        if self.group.is_first:
             with explain_out_of_memory(self.device):
                 plan = planner.plan(setup, spec.requested, steps=steps, threads=self.threads, cache=spec.cache)
         return self._share(plan)
@@ -127,11 +127,11 @@ class Session:
         requested = self.spec.requested
         if requested != "auto":
             named = requested if isinstance(requested, Plan) else None
-            plan = named or planning.named(str(requested), self.device, self.threads)
+            plan = named or plan_of_names(str(requested), self.device, self.threads)
             return plan, check_memory(setup.trial(plan), self.device)
         usual = planner.short_list(setup, self.threads)
         for extra in ((), (CHECKPOINTING,)):
-            plan = replace(usual, speedups=planning.in_order((*usual.speedups, *extra)))
+            plan = replace(usual, speedups=sort_speedups((*usual.speedups, *extra)))
             try:
                 return plan, check_memory(setup.trial(plan), self.device)
             except (OutOfMemory, MachineError):
@@ -145,14 +145,14 @@ class Session:
         for extra in tries:
             with explain_out_of_memory(self.device):
                 setup = self._setup(fresh=self.spec.checkpoint is None)
-                unmeasured = planner.unmeasured(setup, self.spec.requested, threads=self.threads, extra=extra)
+                unmeasured = planner.plan_without_trials(setup, self.spec.requested, threads=self.threads, extra=extra)
                 plan = self._share(unmeasured)
                 self._loop = setup.loop(plan)
             key = setup.key
             del setup  # its memory is needed
             self._restore(self._loop, self.spec.checkpoint)
             needed_bytes, refusal = estimate_memory(self._loop, self.device)
-            if not any(self.group.each(refusal is not None)):
+            if not any(self.group.gather(refusal is not None)):
                 return plan, needed_bytes, key
             self._free()
         raise refusal or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
@@ -163,15 +163,15 @@ class Session:
 
     def _share(self, plan: Plan | None) -> Plan:
         """A collective: the first process's plan, for this one's device."""
-        if self.group.alone:
+        if self.group.is_alone:
             assert plan is not None
             return plan
-        return _plan_from(self.group.of_first(asdict(plan) if plan else None), self.device)
+        return _plan_from(self.group.broadcast(asdict(plan) if plan else None), self.device)
 
     def _share_by_speed(self, memory_bytes: int) -> None:
         """A collective: all compute at once, as they will in training, without waiting for each other."""
-        self.group.wait()
-        rates = self.group.each(self.loop.batch_size / measure_step_s(self.loop, memory_bytes))
+        self.group.barrier()
+        rates = self.group.gather(self.loop.batch_size / measure_step_s(self.loop, memory_bytes))
         self.group.shares = tuple(rate / sum(rates) for rate in rates)
 
     def _restore(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
@@ -183,7 +183,7 @@ class Session:
 
     def _free(self) -> None:
         self._loop = None  # its memory is needed
-        planner.free(self.device)
+        planner.free_memory(self.device)
 
     # --- when a plan fails on the way ---
 
@@ -192,14 +192,14 @@ class Session:
         in words; None where no change can help, or the user wants no other plan."""
         if self.plan.origin in UNPLANNED or (isinstance(error, SuanliError) and not isinstance(error, Diverged)):
             return None
-        if not self.group.alone and not isinstance(error, Diverged):
+        if not self.group.is_alone and not isinstance(error, Diverged):
             return None  # what failed here did not fail in every process
         risk, reason = _risk(error)
         weaker = self._weaken(risk, reason)
         if weaker is None:
             return None
         plan, change = weaker
-        self.group.wait()  # the first process may still be writing
+        self.group.barrier()  # the first process may still be writing
         try:
             saved = checkpoint.read_newest(checkpoints)
         except DamagedFile:
@@ -216,15 +216,15 @@ class Session:
 
     def _weaken(self, risk: str, reason: str) -> tuple[Plan, str] | None:
         """A plan without the speedup that is most likely to blame, or with less memory; and the change in words."""
-        weaker = planner.weaker(self.plan, risk)
+        weaker = planner.drop_risky_speedup(self.plan, risk)
         if weaker is not None:
             plan, dropped = weaker
             refusal = {dropped: f"it failed in training: {reason}"}
             if risk != "numerics":  # a rate that is too high gives NaN with any plan
-                Store(self.spec.cache, self.key, self.threads).refuse(refusal)
+                PlanCache(self.spec.cache, self.key, self.threads).refuse(refusal)
             return replace(plan, dropped={**plan.dropped, **refusal}), f"without {dropped}"
         if risk == "memory" and CHECKPOINTING not in self.plan.speedups and CHECKPOINTING in names("speedups"):
-            speedups = planning.in_order((*self.plan.speedups, CHECKPOINTING))
+            speedups = sort_speedups((*self.plan.speedups, CHECKPOINTING))
             return replace(self.plan, speedups=speedups), f"with {CHECKPOINTING}"
         return None
 

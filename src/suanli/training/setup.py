@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from suanli.compute.plan import apply
+from suanli.compute.plan import apply_plan
 from suanli.core.console import say
 from suanli.core.registry import load
 from suanli.core.types import Device, Plan, Recipe, Step
@@ -25,10 +25,10 @@ from suanli.data.cache import PreparedData
 from suanli.data.loader import Feed, mix
 from suanli.machine import peak
 from suanli.models import build as building
-from suanli.models.model_folder import weights_of
+from suanli.models.model_folder import find_weights
 from suanli.parallel import fsdp
 from suanli.parallel.group import ALONE, Group
-from suanli.parallel.sync_batchnorm import norms, synchronise
+from suanli.parallel.sync_batchnorm import batch_norms, synchronize_batch_norms
 from suanli.training.loop import Loop
 
 INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
@@ -57,14 +57,14 @@ class Setup:
     ) -> None:
         self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
-        module = self._built(outlined=shard and not group.first)
+        module = self._built(on_meta=shard and not group.is_first)
         head = building.head_of(module, building.resolve(recipe.model))
         if fresh and recipe.weights is not None:
-            file, card = weights_of(Path(recipe.weights).expanduser())
+            file, card = find_weights(Path(recipe.weights).expanduser())
             other_classes = card is not None and tuple(card["classes"]) != prepared.classes
             say(str(building.load_weights(module, file, head, new_head=other_classes)))
         fits = device.type != "cpu" and loader.fits(prepared.splits["train"], device)
-        self.can_reside = all(group.each(fits))  # or one plan would not do for all
+        self.can_reside = all(group.gather(fits))  # or one plan would not do for all
         self._feed = cache(lambda split, resident: Feed(prepared.splits[split], device, resident=resident))
         if not shard:
             module.to(device.torch_name)
@@ -85,17 +85,17 @@ class Setup:
             **recipe.optimizer_args,
         )
 
-    def _built(self, *, outlined: bool) -> torch.nn.Module:
+    def _built(self, *, on_meta: bool) -> torch.nn.Module:
         """A collective where it is shared out. The first process has the values, and the memory of a host room for one
         network; the others begin with an outline, unless trying it made more of the first one's."""
         torch.manual_seed(mix(self.recipe.seed, 0))
         build = partial(building.build, self.recipe, self.prepared.preprocess, len(self.prepared.classes))
-        module = build(outlined=outlined)
+        module = build(on_meta=on_meta)
         if not self.sharded:
             return module
-        facts = building.facts(module)
-        first = self.group.of_first(facts)
-        return build() if outlined and facts != first else module
+        facts = building.describe_tensors(module)
+        first = self.group.broadcast(facts)
+        return build() if on_meta and facts != first else module
 
     @property
     def step(self) -> Step:
@@ -107,15 +107,15 @@ class Setup:
             micro_batches=self.recipe.accumulate,
             reads_cache=True,
             can_reside=self.can_reside,
-            distributed=not self.group.alone,
-            communicates=not self.group.alone and bool(norms(self.module)),
+            distributed=not self.group.is_alone,
+            communicates=not self.group.is_alone and bool(batch_norms(self.module)),
             sharded=self.sharded,
         )
 
     def loop(self, plan: Plan) -> Loop:
         """A collective: the loop that trains the network itself. Once: a speedup may change it for good."""
-        if not self.group.alone:
-            synchronise(self.module, self.group)
+        if not self.group.is_alone:
+            synchronize_batch_norms(self.module, self.group)
         return self._loop(self.step, plan)
 
     def trial(self, plan: Plan) -> Loop:
@@ -124,7 +124,7 @@ class Setup:
         return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, measuring=True)
 
     def _loop(self, step: Step, plan: Plan, *, measuring: bool = False) -> Loop:
-        step = apply(plan, step, self.device)
+        step = apply_plan(plan, step, self.device)
         return Loop(
             recipe=self.recipe,
             step=step,
@@ -148,7 +148,7 @@ class Setup:
             len(self.prepared.classes),
             peak.fingerprint(self.device),
         ]
-        if not self.group.alone:  # a share of the batch, and no speedup that the processes have no use for
+        if not self.group.is_alone:  # a share of the batch, and no speedup that the processes have no use for
             facts.append(self.group.size)
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()

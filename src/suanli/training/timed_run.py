@@ -29,7 +29,7 @@ import torch
 
 from suanli.compute import roofline
 from suanli.compute.infer import infer
-from suanli.compute.step_runner import active
+from suanli.compute.step_runner import apply_settings
 from suanli.core.types import Device
 from suanli.machine import energy
 from suanli.machine.timing import percentile
@@ -75,12 +75,12 @@ class Way:
         """(N, K) of the whole validation split, with the weights that would be kept now."""
         loop = self.loop
         rows = (rows for rows, _, _ in loop.val_feed.in_order(self.evaluated))
-        with active(loop.compute), loop.use_averaged_weights():
+        with apply_settings(loop.compute), loop.use_averaged_weights():
             return infer(loop.compute, loop.preprocess, loop.task, rows)
 
     def flops(self) -> tuple[int, int]:
         """Of one training step, which is done, and of one validation batch."""
-        with active(self.loop.compute):
+        with apply_settings(self.loop.compute):
             return roofline.flops(self._step), roofline.flops(self._batch)
 
     def precision(self) -> str:
@@ -110,7 +110,7 @@ class Way:
     def _visit(
         self, record: Record, work: Callable[[], None], times: int, examples: int, timed: bool, elsewhere_bytes: int
     ) -> None:
-        with active(self.loop.compute):
+        with apply_settings(self.loop.compute):
             self._settle()
             watched = not timed and _watch_peak(self.device)
             with energy.measure_energy(self.device) if timed else nullcontext() as meter:

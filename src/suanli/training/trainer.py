@@ -17,10 +17,10 @@ from typing import NoReturn, cast
 
 import torch
 
-from suanli.compute.plan import usable
-from suanli.compute.plan_cache import Store
+from suanli.compute.plan import usable_speedups
+from suanli.compute.plan_cache import PlanCache
 from suanli.compute.planner import SHARDED
-from suanli.compute.step_runner import active
+from suanli.compute.step_runner import apply_settings
 from suanli.core.console import Progress, duration, plural, say, warn
 from suanli.core.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
 from suanli.core.run import FINISHED, Run, measurement
@@ -30,7 +30,7 @@ from suanli.engines import store
 from suanli.machine import device
 from suanli.models.model_folder import save_model
 from suanli.parallel import dtensor, preflight
-from suanli.parallel.group import lost
+from suanli.parallel.group import is_lost_process
 from suanli.parallel.watchdog import Watchdog
 from suanli.training import checkpoint, precision_check, utilization
 from suanli.training.diagnose import Facts, Watch
@@ -138,7 +138,7 @@ class Trainer:
         """Make all steps. Where a plan fails and the user leaves the choice, a weaker one goes on."""
         while True:
             try:
-                with active(self.loop.compute):
+                with apply_settings(self.loop.compute):
                     return self._steps(stop)
             except Exception as error:  # noqa: BLE001  # compilers and kernel libraries may raise anything
                 self._recover(error)
@@ -147,7 +147,7 @@ class Trainer:
         """Get ready to go on after `error`, or raise it, in words that help the user where there are such."""
         self.writer.abandon()
         failed_at = self.loop.progress.step
-        if not self.group.alone:
+        if not self.group.is_alone:
             self._explain_loss(error, failed_at)
         change = self.session.fall_back(error, self.directory.checkpoints)
         begin_again = change is None and isinstance(error, Diverged) and self._may_begin_again(failed_at)
@@ -167,7 +167,7 @@ class Trainer:
                 f"Some weights of {self.recipe.model!r} get no gradient, so several processes can't share it.",
                 fix="Freeze them with requires_grad_(False), or train with one process.",
             ) from error
-        if lost(error):
+        if is_lost_process(error):
             raise LostProcess(
                 f"Process {self.group.rank} has lost another one at step {failed_at}: {first_line(error, 200)}",
                 fix=f"To go on from the last checkpoint: suanli train {self.directory.path}",
@@ -175,7 +175,7 @@ class Trainer:
 
     def _begin_again(self, error: Diverged) -> str:
         # Without its checkpoints first: a run that is cut short now must not go on from them.
-        if self.group.first:
+        if self.group.is_first:
             checkpoint.remove_all(self.directory.checkpoints)
         change = f"{error.message.rstrip('.')}; {self.session.begin_again()}"
         self.directory.write("recipe.json", self.recipe.model_dump(mode="json"))
@@ -187,7 +187,7 @@ class Trainer:
             raise out_of_memory_error(self.loop, self.session.forecast.memory_bytes, None, half) from error
         if isinstance(error, Diverged):
             self._summarize("diverged")
-            self.group.wait()
+            self.group.barrier()
             saved = checkpoint.last_step(self.directory.checkpoints)
             kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
             raise Diverged(f"{error.message} {kept}", fix=error.fix) from error
@@ -217,7 +217,7 @@ class Trainer:
         validate_every = max(1, round(self.recipe.validate_every * loop.order.steps_per_epoch))
         saved_at = time.monotonic()
         log = _RateLog(loop)
-        self.watch = Watch(loop.learner.clock, self._facts, loop.steps)
+        self.watch = Watch(loop.runner.clock, self._facts, loop.steps)
         with Progress("Training", loop.steps) as bar:
             for loss in loop.run():
                 step = loop.progress.step
@@ -247,18 +247,18 @@ class Trainer:
         """A collective: the signal that any process got (0: none), and whether a checkpoint is due by the clock of the
         first one. On a GPU only as often as losses are read, since asking means waiting for the device."""
         group, step = self.group, self.loop.progress.step
-        if group.alone:
+        if group.is_alone:
             return signal_number or 0, save_is_due
         if self.device.type != "cpu" and step % LOSSES_HELD and not last:
             return 0, False
-        most = group.most(signal_number or 0, float(save_is_due and group.first), float(self.writer.busy))
+        most = group.max(signal_number or 0, float(save_is_due and group.is_first), float(self.writer.busy))
         if self.writer.unfinished and not most[2]:
             self.writer.complete()
         return int(most[0]), bool(most[1])
 
     def _facts(self) -> Facts:
         step, plan = self.loop.compute, self.plan
-        possible = {n: s for n, s in usable(self.device)[0].items() if s.needless(step, self.device) is None}
+        possible = {n: s for n, s in usable_speedups(self.device)[0].items() if s.needless(step, self.device) is None}
         groups = {possible[n].group for n in plan.speedups if n in possible}
         untried = (n for n, s in possible.items() if n not in plan.speedups and n not in plan.dropped)
         sized = "size" in self.prepared.preprocess.settings() or self.prepared.preprocess.kind == "image"
@@ -306,11 +306,11 @@ class Trainer:
         )
         for tracker in self.trackers:
             tracker.log({f"val/{name}": value for name, value in scores.items()}, loop.progress.step)
-        here = self.group.first or loop.compute.sharded
+        here = self.group.is_first or loop.compute.sharded
         if self.recipe.early_stop is not None and loop.progress.stale == 0 and here:
             with loop.use_averaged_weights():
                 tensors = dict(loop.model.state_dict())
-                checkpoint.write(self._best, tensors, {"step": loop.progress.step}, writes=self.group.first)
+                checkpoint.write(self._best, tensors, {"step": loop.progress.step}, writes=self.group.is_first)
 
     @property
     def _best(self) -> Path:
@@ -321,8 +321,8 @@ class Trainer:
         when this returns."""
         before, self.loop.phase = self.loop.phase, "save"
         tensors, progress = self.loop.state()
-        if self.group.first or self.loop.compute.sharded:
-            size_bytes = sum(t.numel() * t.element_size() for t in map(dtensor.local, tensors.values()))
+        if self.group.is_first or self.loop.compute.sharded:
+            size_bytes = sum(t.numel() * t.element_size() for t in map(dtensor.local_part, tensors.values()))
             writers = self.group.local_size if self.loop.compute.sharded else 1
             room = device.available_memory_bytes(device.detect("cpu"), writers)
             copied = beside and (room is None or room >= size_bytes)
@@ -334,8 +334,8 @@ class Trainer:
     def _interrupt(self, number: int, stop: StopRequest) -> None:
         self._summarize("interrupted")
         self.loop.phase = "end"
-        self.group.wait()  # nobody ends, and ends the others, before the checkpoint is on disk
-        if not self.group.alone:
+        self.group.barrier()  # nobody ends, and ends the others, before the checkpoint is on disk
+        if not self.group.is_alone:
             stop.wait(ASKED_S)  # one that ends before it is asked to would count as having failed
         raise Interrupted(
             f"Stopped by {signal.Signals(number).name} at step {self.loop.progress.step} of {self.loop.steps}; "
@@ -347,12 +347,12 @@ class Trainer:
 
     def _finish(self, status: str) -> None:
         self.loop.phase = "end"
-        if not self.group.first and not self.loop.compute.sharded:
+        if not self.group.is_first and not self.loop.compute.sharded:
             return
         loop = self.loop
         if self.recipe.early_stop is not None and any(self._ask_writers(self._best.exists())):
             loop.load_tensors(checkpoint.read(self._best).tensors)
-        if self.group.first:
+        if self.group.is_first:
             self._remove_outdated()
         with loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():
             self._compare_with_float32()
@@ -363,11 +363,11 @@ class Trainer:
                 preprocess=self.prepared.preprocess,
                 classes=self.prepared.classes,
                 data=self.prepared.to_json() | {"cache": None},
-                writes=self.group.first,
+                writes=self.group.is_first,
             )
         roofline = utilization.measure_roofline(loop, self.device, self.session.ceilings)
         self.directory.write("roofline.json", roofline.to_json())
-        if self.group.first:
+        if self.group.is_first:
             self._summarize(status)
             self._announce_end(status)
 
@@ -389,7 +389,7 @@ class Trainer:
 
     def _ask_writers(self, value: bool) -> list[bool]:
         """A collective where the network is sharded, since then all processes finish together."""
-        return self.group.each(value) if self.loop.compute.sharded else [value]
+        return self.group.gather(value) if self.loop.compute.sharded else [value]
 
     def _compare_with_float32(self) -> None:
         """Compare the final score as the plan computes it with float32's, on the same weights and validation inputs.
@@ -401,10 +401,10 @@ class Trainer:
         task = self.loop.task
         refused = difference.exceeds(task.tolerance)
         self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
-        if refused and self.plan.origin not in UNPLANNED and self.group.first:
+        if refused and self.plan.origin not in UNPLANNED and self.group.is_first:
             reason = f"it cost {-difference.median:.1%} of validation {task.metric} against float32"
             session = self.session
-            Store(session.spec.cache, session.key, session.threads).refuse(dict.fromkeys(rounding, reason))
+            PlanCache(session.spec.cache, session.key, session.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
 
     def _summarize(self, status: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from suanli.compute.flops import flops
 from suanli.compute.roofline import measure_layers
 from suanli.compute.roofline_records import Roofline
-from suanli.compute.step_runner import active, call, eager
+from suanli.compute.step_runner import apply_settings, call, force_eager
 from suanli.core.types import Device, Step
 from suanli.machine.ceilings import Ceilings
 from suanli.training.loop import Loop
@@ -23,7 +23,7 @@ def step_precision(step: Step, device: Device) -> str:
     """The name of the dtype that most products and convolutions of a step are computed in."""
     if step.autocast_dtype is not None:
         return str(step.autocast_dtype).removeprefix("torch.")
-    with active(step):
+    with apply_settings(step):
         return _float32_precision(device)
 
 
@@ -60,7 +60,7 @@ def ideal_step_s(loop: Loop, device: Device, ceilings: Ceilings) -> float | None
     if ceiling is None:
         return None
     examples = min(COUNTED, loop.batch_size)
-    with active(loop.compute), loop.preserve_weights():
+    with apply_settings(loop.compute), loop.preserve_weights():
         counted = flops(lambda: loop.try_step(examples, whole=True))
     return counted / examples * loop.batch_size / ceiling
 
@@ -72,7 +72,7 @@ def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> R
     was_training = loop.model.training
     loop.model.eval()
     try:
-        with active(step), torch.no_grad(), eager(step):
+        with apply_settings(step), torch.no_grad(), force_eager(step):
             layers = measure_layers(loop.model, lambda: call(step, loop.model, inputs), device=device, passes=PASSES)
     finally:
         loop.model.train(was_training)

@@ -78,7 +78,7 @@ def bench_scaling(
     if processes is None:
         counts = [n for n in counts if n <= batch]
     if max(counts) > batch:
-        raise group.too_many(max(counts), batch)
+        raise group.too_many_processes(max(counts), batch)
     job = {
         "options": asdict(options),
         "recipe": full.model_dump(mode="json"),
@@ -120,14 +120,14 @@ def _check(processes: str | Sequence[int] | None, steps: int | None, rounds: int
     if steps is not None and steps < 2:
         raise UsageError(f"--steps can't be {steps}.", fix="Give 2 or more.")
     if processes is None:
-        most, what = launch.most_processes(target)
+        most, what = launch.max_processes(target)
         most = most if what == launch.GPU else min(most, MOST_UNASKED)
         return [1 << power for power in range(most.bit_length())]
     try:
         given = [int(part) for part in (processes.split(",") if isinstance(processes, str) else processes)]
     except ValueError:
         raise UsageError(f"--processes can't be {processes!r}.", fix="Give numbers, such as 1,2,4.") from None
-    return sorted({1, *(launch.checked_count("--processes", count, target) for count in given)})
+    return sorted({1, *(launch.check_count("--processes", count, target) for count in given)})
 
 
 def _line(size: Size, environment: Mapping[str, Json], recipe: Recipe) -> Measurement:

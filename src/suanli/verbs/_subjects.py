@@ -22,7 +22,7 @@ from suanli.data.loader import row_bytes
 from suanli.engines import onnx_import, store
 from suanli.engines.search import Subject
 from suanli.models import build
-from suanli.models.model_folder import load_model, model_folder, read_card, save_model
+from suanli.models.model_folder import find_model_folder, load_model, read_card, save_model
 from suanli.training.prepare import DataOptions, resolve
 
 CALIBRATION = 300  # training examples
@@ -101,7 +101,7 @@ def resolve_subject(subject: AnyPath, options: Options) -> ResolvedSubject:
 
 def _of_model(subject: AnyPath, options: Options) -> ResolvedSubject:
     options.refuse("a trained model", "weights", "size", "mean", "std", "out")
-    folder = model_folder(subject)
+    folder = find_model_folder(subject)
     saved = load_model(folder, trust_code=options.trust_code)
     run = Run.open(subject) if is_run(subject) else None
     if options.data is not None:

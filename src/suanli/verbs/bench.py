@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli.compute import planner
-from suanli.compute.plan import plain
-from suanli.compute.plan_cache import Store
+from suanli.compute.plan import plain_plan
+from suanli.compute.plan_cache import PlanCache
 from suanli.core.console import size, warn
 from suanli.core.errors import GateError, MachineError
 from suanli.core.paths import cache_dir as cache_dir_of
@@ -112,7 +112,7 @@ def bench(
     cache = cache_dir_of(options.cache_dir)
     with explain_out_of_memory(target):
         setup = Setup(full, prepared, target)
-        steps_ahead = round(setup.trial(plain(target)).full_size_steps_left)
+        steps_ahead = round(setup.trial(plain_plan(target)).full_size_steps_left)
         plan = planner.plan(setup, speedups, steps=steps_ahead, threads=threads, cache=cache)
         ladder = climb(
             setup,
@@ -137,7 +137,7 @@ def bench(
     if ladder.full.refused is not None:
         if speedups == "auto":  # the next training does without
             reason = f"the gate refused it in {run.path}: {ladder.full.refused}"
-            Store(cache, setup.key, threads).refuse(dict.fromkeys(ladder.guilty(), reason))
+            PlanCache(cache, setup.key, threads).refuse(dict.fromkeys(ladder.guilty(), reason))
         raise Refused(found)
     _refuse_failed(ladder, speedups)
     return found

@@ -43,7 +43,7 @@ from suanli.core.storage import json_bytes, raise_storage_errors, read_json
 from suanli.core.types import AnyPath, Json
 from suanli.machine import device
 from suanli.models import build
-from suanli.models.model_folder import SavedModel, load_model, model_folder
+from suanli.models.model_folder import SavedModel, find_model_folder, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +145,7 @@ def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code:
     if to not in FORMS:
         raise unknown("form to export to", to, FORMS)
     form = FORMS[to]
-    folder = model_folder(subject)
+    folder = find_model_folder(subject)
     target = Path(f"{_name(folder)}{form.suffix}") if out is None else Path(out).expanduser()
     _refuse_taken(target, form)
     _refuse_missing(to, form)
@@ -213,7 +213,7 @@ def _metadata(saved: SavedModel, to: str) -> dict[str, str]:
             "about": ROW,
         }
     else:
-        about["model_args"] = build.arguments(saved.recipe, saved.preprocess, len(saved.classes))
+        about["model_args"] = build.builder_arguments(saved.recipe, saved.preprocess, len(saved.classes))
     texts = {name: json_bytes(value).decode().strip() for name, value in about.items()}
     return texts if to != "safetensors" else texts | {"model": saved.recipe.model, "format": "pt"}
 

@@ -42,7 +42,7 @@ def run(data: Any, **options: Any) -> Run:
         made, trust = Run.open(data), options.get("trust_code", False)
     else:
         made, trust = train(data, **options), True  # its code has just run here
-        if not group.current().first:
+        if not group.current_group().is_first:
             return made
     exam = evaluate(made, device=options.get("device", "auto"), cache_dir=options.get("cache_dir"), trust_code=trust)
     summary = made.summary

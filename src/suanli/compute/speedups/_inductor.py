@@ -30,7 +30,7 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-def quiet() -> None:
+def silence_tf32_advice() -> None:
     """TorchInductor's advice to compute in TF32 is not shown: that is a speedup of its own."""
     warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores", category=UserWarning)
 

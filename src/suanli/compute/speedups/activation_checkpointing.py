@@ -17,11 +17,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from suanli.core.types import Device, Speedup, Step
-from suanli.parallel.blocks import blocks
+from suanli.parallel.blocks import repeated_blocks
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    for block in blocks(step.model):
+    for block in repeated_blocks(step.model):
         _keep_inputs_only(block)
     return replace(step, recomputes=True)
 
@@ -59,7 +59,7 @@ def why_not(device: Device) -> str | None:  # noqa: ARG001
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
-    return None if blocks(step.model) else "the network has no repeated blocks"
+    return None if repeated_blocks(step.model) else "the network has no repeated blocks"
 
 
 SPEEDUP = Speedup(

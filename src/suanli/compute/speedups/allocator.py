@@ -26,7 +26,7 @@ _OTHERS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
 @contextmanager
-def kept_heap() -> Iterator[None]:
+def keep_heap() -> Iterator[None]:
     library = _glibc()
     assert library is not None
     library.mallopt(_MMAP_MAX, 0)
@@ -42,7 +42,7 @@ def kept_heap() -> Iterator[None]:
 
 
 @contextmanager
-def growing_segments() -> Iterator[None]:
+def use_expandable_segments() -> Iterator[None]:
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     try:
         yield
@@ -51,7 +51,7 @@ def growing_segments() -> Iterator[None]:
 
 
 def apply(step: Step, device: Device) -> Step:
-    setting = kept_heap if device.type == "cpu" else growing_segments
+    setting = keep_heap if device.type == "cpu" else use_expandable_segments
     return replace(step, settings=(*step.settings, setting))
 
 

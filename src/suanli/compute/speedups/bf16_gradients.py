@@ -4,8 +4,8 @@ itself, stay float32.
 bfloat16 has the range of float32 and 8 bits: every gradient is rounded before it is sent, and so is every sum on the
 way, so the error grows with the root of the number of processes. The average is the same in all of them.
 
-Source: the communication hooks of torch's DistributedDataParallel, of which `learner` has its own: theirs for bfloat16
-refuses CPUs.
+Source: the communication hooks of torch's DistributedDataParallel, of which `step_runner` has its own: torch's for
+bfloat16 refuses CPUs.
 """
 
 from __future__ import annotations

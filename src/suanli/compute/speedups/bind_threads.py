@@ -25,7 +25,7 @@ _MOST_WORK = 1_000
 
 
 @contextmanager
-def bound() -> Iterator[None]:
+def bind_threads() -> Iterator[None]:
     allowed = os.sched_getaffinity(0)
     cores = sorted(allowed)
     workers = _workers(torch.get_num_threads())
@@ -67,7 +67,7 @@ def _cpu_ticks() -> dict[int, int]:
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    return replace(step, settings=(*step.settings, bound))
+    return replace(step, settings=(*step.settings, bind_threads))
 
 
 def why_not(device: Device) -> str | None:

@@ -15,7 +15,7 @@ from suanli.core.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    _inductor.quiet()
+    _inductor.silence_tf32_advice()
     compiled = torch.compile(step.model, dynamic=False, options=_inductor.options(step.model))
     return replace(step, compute=compiled)
 

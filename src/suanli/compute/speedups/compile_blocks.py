@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from suanli.compute.speedups import _inductor
 from suanli.core.types import Device, Speedup, Step
-from suanli.parallel.blocks import blocks
+from suanli.parallel.blocks import repeated_blocks
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    _inductor.quiet()
-    for block in blocks(step.model):
+    _inductor.silence_tf32_advice()
+    for block in repeated_blocks(step.model):
         block.compile(dynamic=False, options=_inductor.options(step.model))
     return replace(step, compute=step.model.__call__)
 
@@ -20,7 +20,7 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.communicates:
         return _inductor.ASKS
-    return None if blocks(step.model) else "the network has no repeated blocks"
+    return None if repeated_blocks(step.model) else "the network has no repeated blocks"
 
 
 SPEEDUP = Speedup(

@@ -11,12 +11,12 @@ from suanli.core.types import Device, Speedup, Step
 from suanli.machine.switches import set_attributes
 
 
-def timed_algorithms() -> AbstractContextManager[None]:
+def benchmark_algorithms() -> AbstractContextManager[None]:
     return set_attributes((torch.backends.cudnn,), "benchmark", True)
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    return replace(step, settings=(*step.settings, timed_algorithms))
+    return replace(step, settings=(*step.settings, benchmark_algorithms))
 
 
 def why_not(device: Device) -> str | None:

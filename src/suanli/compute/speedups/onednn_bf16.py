@@ -17,14 +17,14 @@ from suanli.core.types import Device, Speedup, Step
 from suanli.machine.switches import set_attributes
 
 
-def bfloat16_inside() -> AbstractContextManager[None]:
+def use_bf16_in_onednn() -> AbstractContextManager[None]:
     onednn = torch.backends.mkldnn
     places = (onednn.matmul, onednn.conv)  # type: ignore[attr-defined]
     return set_attributes(places, "fp32_precision", "bf16")
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    return replace(step, settings=(*step.settings, bfloat16_inside))
+    return replace(step, settings=(*step.settings, use_bf16_in_onednn))
 
 
 def why_not(device: Device) -> str | None:
@@ -43,7 +43,7 @@ def _rounds() -> bool:
     generator = torch.Generator().manual_seed(0)
     images, filters = (torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator))
     exact = F.conv2d(images, filters)
-    with bfloat16_inside():
+    with use_bf16_in_onednn():
         rounded = F.conv2d(images, filters)
     return bool((rounded - exact).norm() > 1e-4 * exact.norm())
 

@@ -14,14 +14,14 @@ from suanli.core.types import Device, Speedup, Step
 from suanli.machine.switches import set_attributes
 
 
-def tensor_float() -> AbstractContextManager[None]:
+def use_tf32() -> AbstractContextManager[None]:
     backends = torch.backends
     places = (backends.cuda.matmul, backends.cudnn.conv)  # type: ignore[attr-defined]
     return set_attributes(places, "fp32_precision", "tf32")
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    return replace(step, settings=(*step.settings, tensor_float))
+    return replace(step, settings=(*step.settings, use_tf32))
 
 
 def why_not(device: Device) -> str | None:

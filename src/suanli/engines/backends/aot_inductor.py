@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from suanli.compute.plan import threads
+from suanli.compute.plan import use_threads
 from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.backends import _compiled, _cpu
 from suanli.engines.inference_module import MAX_BATCH, InferenceModule, example_rows
@@ -77,7 +77,7 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:  #
     one, many = (torch._inductor.aoti_load_package(str(folder / name)) for name in (ONE, MANY))
 
     def answer(rows: np.ndarray) -> np.ndarray:
-        with threads(placement.threads), torch.inference_mode():
+        with use_threads(placement.threads), torch.inference_mode():
             run = one if len(rows) == 1 else many
             return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
 

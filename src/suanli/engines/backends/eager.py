@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from suanli.compute.plan import threads
+from suanli.compute.plan import use_threads
 from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.inference_module import InferenceModule
 from suanli.machine.switches import set_attributes
@@ -55,7 +55,7 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
 
     def answer(rows: np.ndarray) -> np.ndarray:
         autocast = torch.autocast(where.type, DTYPES[precision], enabled=lower)
-        with threads(placement.threads), torch.inference_mode(), autocast, tf32_switch(precision, where.type):
+        with use_threads(placement.threads), torch.inference_mode(), autocast, tf32_switch(precision, where.type):
             return whole(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
 
     def find_precision(rows: np.ndarray) -> str:

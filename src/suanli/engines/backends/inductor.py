@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch._inductor.config
 
-from suanli.compute.plan import threads
+from suanli.compute.plan import use_threads
 from suanli.core.types import Engine, LoadedEngine, Placement
 from suanli.engines.backends import _compiled, _cpu, eager
 from suanli.engines.inference_module import InferenceModule, example_rows
@@ -26,7 +26,7 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
 
     def answer(rows: np.ndarray) -> np.ndarray:
         lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
-        with threads(placement.threads), torch.inference_mode(), lower:
+        with use_threads(placement.threads), torch.inference_mode(), lower:
             run = one if len(rows) == 1 else many
             return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
 

@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             momentum = group["momentum"] if group["muon"] else group["other_momentum"]
             updates = self._nesterov(given, momentum)
-            parameters = [dtensor.local(p) for p in given]
+            parameters = [dtensor.local_part(p) for p in given]
             if group["muon"]:
                 self._prepare(given, group)
                 updates = _orthogonalized_pieces(updates, given, group["steps"])
@@ -98,13 +98,13 @@ class Muon(torch.optim.Optimizer):
 
     def _nesterov(self, parameters: list[torch.Tensor], momentum: float) -> list[torch.Tensor]:
         """The gradients plus the momentum that they leave, as new tensors."""
-        gradients = [dtensor.local(p.grad) for p in parameters if p.grad is not None]
+        gradients = [dtensor.local_part(p.grad) for p in parameters if p.grad is not None]
         buffers = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
-            buffers.append(dtensor.local(state["momentum"]))
+            buffers.append(dtensor.local_part(state["momentum"]))
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, gradients)
         return list(torch._foreach_add(gradients, buffers, alpha=momentum))
@@ -114,21 +114,21 @@ class Muon(torch.optim.Optimizer):
         if group["normalize_filters"]:
             for parameter in parameters:
                 if parameter.ndim > 2:
-                    norm = dtensor.whole(parameter.norm())
-                    dtensor.local(parameter).mul_(len(parameter) ** 0.5 / (norm + 1e-7))
+                    norm = dtensor.gather(parameter.norm())
+                    dtensor.local_part(parameter).mul_(len(parameter) ** 0.5 / (norm + 1e-7))
         if group["weight_decay"]:
-            held = [dtensor.local(p) for p in parameters]
+            held = [dtensor.local_part(p) for p in parameters]
             torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
 
 
 def _orthogonalized_pieces(updates: list[torch.Tensor], like: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
     """Of matrices that processes share each computes all, one after the other, and keeps its rows."""
-    if not any(dtensor.shared(p) for p in like):
+    if not any(dtensor.is_sharded(p) for p in like):
         return _orthogonalized(updates, steps)
     found = []
     for update, parameter in zip(updates, like, strict=True):
-        (step,) = _orthogonalized([dtensor.whole(dtensor.piece(update, parameter))], steps)
-        found.append(step[dtensor.rows(parameter) or slice(None)])
+        (step,) = _orthogonalized([dtensor.gather(dtensor.from_local_part(update, parameter))], steps)
+        found.append(step[dtensor.local_rows(parameter) or slice(None)])
     return found
 
 
