@@ -731,9 +731,9 @@ def test_a_run_inside_its_own_data(
 ) -> None:
     """It would be one more class the next time."""
     root = picture_folder()
-    refused("run", root, *tiny, "--out", root / "a", code=2, says=("count as data", "--out outside"))
+    refused("run", root, *tiny, "--out", root / "a", code=2, says=("be read as data", "--out outside"))
     monkeypatch.chdir(root)
-    refused("train", ".", *tiny, code=2, says="count as data")
+    refused("train", ".", *tiny, code=2, says="be read as data")
 
 
 def test_data_that_changes_while_it_is_prepared(

@@ -1,7 +1,7 @@
-"""What people read while a verb works. All of it goes to standard error: standard output belongs
-to the verb's result, so that `--json` and pipes stay clean.
+"""Messages and progress while a verb works. All of it goes to standard error: standard output is for the verb's
+result, so that `--json` and pipes stay clean.
 
-On a terminal: colours and a live progress bar. In a pipe: plain lines, one now and then.
+A terminal gets colours and a live progress bar, a pipe a plain line now and then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def console() -> Console:
 
 @contextmanager
 def hide_progress() -> Iterator[None]:
-    """No progress and no remarks inside this block; warnings and errors still come."""
+    """Prints no progress and no remarks while the block runs; warnings and errors are still printed."""
     global _quiet
     before, _quiet = _quiet, True
     try:
@@ -41,7 +41,7 @@ def hide_progress() -> Iterator[None]:
 
 
 def mute() -> None:
-    """From now on only errors are told: another process of the same work speaks."""
+    """Prints only errors from now on, in a process whose training another process reports."""
     global _quiet, _mute
     _quiet = _mute = True
 
@@ -51,13 +51,13 @@ def is_muted() -> bool:
 
 
 def say(text: str) -> None:
-    """One remark about what is being done."""
+    """Prints a remark about what is being done."""
     if not _quiet:
         console().print(text, markup=False)
 
 
 def warn(text: str) -> None:
-    """Something that the user should know and may want to change."""
+    """Prints what the user should know and may want to change."""
     from rich.text import Text
 
     if _mute:
@@ -66,7 +66,7 @@ def warn(text: str) -> None:
 
 
 class Progress:
-    """How far one long piece of work is: `update(done, note)`; use as a context manager."""
+    """Shows how far a long piece of work is. A context manager; `update(done, note)` reports progress."""
 
     PLAIN_INTERVAL_S = 5.0
 
@@ -110,7 +110,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: '0.4 s', '48 s', '3 min 05 s', '2 h 10 min'."""
+    """Seconds for people: '0.4 s', '48 s', '3 min 05 s', '2 h 10 min'."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 60:
@@ -127,7 +127,7 @@ def plural(count: int, noun: str, many: str | None = None) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes as people say them: '512 B', '1.2 MB', '3.4 GB' (powers of ten)."""
+    """Bytes for people, in powers of ten: '512 B', '1.2 MB', '3.4 GB'."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -4,19 +4,19 @@
     ├── UsageError           exit 2   an option, a name or a value that can't be used
     ├── DataError            exit 3   the data (or a file that suanli reads) is bad
     │   ├── BadInput                  one input that can't be decoded; the caller counts these
-    │   ├── DownloadError             the publisher's file could not be had whole
+    │   ├── DownloadError             a file could not be downloaded
     │   └── DamagedFile               a checkpoint, model or cache that is cut short or altered
     ├── MachineError         exit 4   not possible on this machine
     │   ├── OutOfMemory               says which batch size would fit
     │   ├── StorageError              no space left, read-only, not a directory
     │   ├── RunBusy                   another process is writing this run
-    │   └── LostProcess               one of those that train together is gone; a new start mends it
+    │   └── LostProcess               one of the processes of a training is gone; a restart resumes it
     ├── GateError            exit 5   refused: it costs more accuracy than the task tolerates
     ├── Diverged             exit 1   the loss became NaN or infinite
-    └── Interrupted          exit 130 stopped by the user, the checkpoint is saved
+    └── Interrupted          exit 130 stopped by the user; the checkpoint is saved
 
-Each carries two sentences: what is wrong (with what was given and what is allowed) and `fix`, the
-way out. The command line prints both as one paragraph; a traceback is shown only with --debug.
+Each error has a `message`, which says what is wrong, what was given and what is allowed, and a `fix`, which says what
+to do next. The command line prints both as one paragraph; a traceback is shown only with --debug.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 
 class SuanliError(Exception):
-    """Base of the tree. `message` says what is wrong, `fix` what to do next."""
+    """Base of the tree."""
 
     exit_code = 1
 
@@ -94,7 +94,7 @@ class Interrupted(SuanliError):
 
 
 def unknown(what: str, given: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError) -> SuanliError:
-    """The error for a name that isn't one of `allowed`: lists them and suggests the nearest."""
+    """The error for a name that isn't one of `allowed`. It lists them and suggests the nearest."""
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
     listed = ", ".join(names)
@@ -103,14 +103,13 @@ def unknown(what: str, given: str, allowed: Iterable[str], *, error: type[Suanli
 
 
 def first_line(error: BaseException, length: int) -> str:
-    """Of its message, which in libraries may be a page; its type where there is none."""
+    """The first line of an error's message, which in libraries may fill a page; the error's type if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:length] if lines else type(error).__name__
 
 
 def pip_install(*requirements: str) -> str:
-    """The command that installs into the very Python that runs now, for a `fix`: a bare `pip` may
-    belong to another one."""
+    """The command that installs into the Python that is running, for a `fix`; plain `pip` may belong to another one."""
     python = sys.executable or "python"
     with contextlib.suppress(ValueError):
         python = str(Path(python).relative_to(Path.cwd()))

@@ -1,4 +1,4 @@
-"""Where suanli keeps what it can make or fetch again."""
+"""Where downloads and prepared data are kept. All of it can be made again, so it may be deleted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from suanli.core.types import AnyPath
 
 
-def data_dir(given: AnyPath | None = None) -> Path:
-    """Where downloaded data sets live: `given`, else $SUANLI_DATA, else below the user's cache."""
-    if given is not None:
-        return Path(given).expanduser()
+def data_dir(path: AnyPath | None = None) -> Path:
+    """The directory of downloaded data sets: `path`, else $SUANLI_DATA, else below `cache_dir()`."""
+    if path is not None:
+        return Path(path).expanduser()
     if os.environ.get("SUANLI_DATA"):
         return Path(os.environ["SUANLI_DATA"]).expanduser()
     return cache_dir() / "datasets"
 
 
-def cache_dir(given: AnyPath | None = None) -> Path:
-    """Where prepared data lives: `given`, else $SUANLI_CACHE, else the platform's cache directory."""
-    if given is not None:
-        return Path(given).expanduser()
+def cache_dir(path: AnyPath | None = None) -> Path:
+    """The directory of prepared data: `path`, else $SUANLI_CACHE, else below the user's cache directory."""
+    if path is not None:
+        return Path(path).expanduser()
     if os.environ.get("SUANLI_CACHE"):
         return Path(os.environ["SUANLI_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "suanli"

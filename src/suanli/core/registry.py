@@ -1,8 +1,8 @@
-"""From a name to the file that defines it: the only dynamic import.
+"""Finds the file that defines a name, such as the model `resnet18`. This is the only dynamic import.
 
-Some folders hold interchangeable things, one a file. The file is the registration: its module exports one record or
+Some folders hold interchangeable things, one per file. The file is the registration: its module exports one record or
 class under the folder's constant, for example `MODEL` in `models/networks/resnet18.py`. A file whose name starts with
-an underscore is shared by the files of its folder and registers nothing.
+an underscore is a helper of its folder and registers nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from suanli.core.errors import unknown
 
-FOLDERS = {  # what is registered -> its package below suanli, the constant that a file exports
+FOLDERS = {  # kind -> its package below suanli, and the constant that each file exports
     "augments": ("training.augments", "AUGMENT"),
     "datasets": ("data.datasets", "DATASET"),
     "engines": ("engines.backends", "ENGINE"),
@@ -31,13 +31,13 @@ FOLDERS = {  # what is registered -> its package below suanli, the constant that
 
 @cache
 def names(kind: str) -> tuple[str, ...]:
-    """What is registered of a kind (a key of `FOLDERS`), without importing any of it."""
+    """The registered names of a kind (a key of `FOLDERS`). Imports none of them."""
     package = importlib.import_module(f"suanli.{FOLDERS[kind][0]}")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")))
 
 
 def load(kind: str, name: str) -> Any:
-    """The record or class called `name`. Raises UsageError that lists what there is, nearest first."""
+    """The record or class called `name`. Raises UsageError that suggests the nearest name and lists all."""
     if name not in names(kind):
         raise unknown(kind.rstrip("s").replace("preproces", "kind of data"), name, names(kind))
     package, constant = FOLDERS[kind]

@@ -1,14 +1,14 @@
-"""The run directory: the only thing that one verb hands to the next.
+"""The run directory: the only thing that one verb passes to the next.
 
-    recipe.json  environment.json  data.json  check.json     what, where, on which data
+    recipe.json  environment.json  data.json  check.json     what is learned, where, from which data
     metrics.jsonl  ledger.jsonl  summary.json                what happened
-    checkpoints/                                              enough to go on exactly
-    model/                                                    enough to predict anywhere
-    evaluation/<split>.json                                   the exam
+    checkpoints/                                              all that an exact resume needs
+    model/                                                    all that a prediction needs, on any machine
+    evaluation/<split>.json                                   scores
     report.html  README.md                                    for people
 
-One process writes a run at a time; a lock file says so to the others. Lines are appended whole, so
-a crash can cut short at most the last line, which readers skip.
+A lock file lets only one process write a run at a time. A crash can cut short at most the last line of a .jsonl file,
+which readers skip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Self
 
 from suanli.core.errors import DamagedFile, DataError, RunBusy, UsageError
 from suanli.core.storage import json_bytes, raise_storage_errors, read_json, write_json
-from suanli.core.types import AnyPath, Json, Measurement, Recipe
+from suanli.core.types import AnyPath, Environment, Json, Measurement, Recipe
 
 RUNS = Path("runs")
 LOCK = ".lock"
@@ -36,7 +36,7 @@ class Run:
     """A run on disk. Creating the object touches nothing."""
 
     def __init__(self, path: AnyPath, *, writes: bool = True) -> None:
-        """Not `writes`: another process of the same training does; what is written through this object isn't."""
+        """With `writes=False`, in all processes of a training but the first, the methods that write do nothing."""
         self.path, self._writes = Path(path), writes
 
     def __repr__(self) -> str:
@@ -45,11 +45,14 @@ class Run:
     def __fspath__(self) -> str:
         return str(self.path)
 
-    # --- making and finding ---
+    # --- creating and opening ---
 
     @classmethod
-    def create(cls, name: str, out: AnyPath | None, recipe: Recipe, data: Json, environment: Json) -> Self:
-        """A new run in `out`, else in runs/<name>-<n> with the first free n."""
+    def create(
+        cls, name: str, out: AnyPath | None, recipe: Recipe, data: Mapping[str, object], environment: Environment
+    ) -> Self:
+        """A new run in `out`, or else in runs/<name>-<n> with the first free n. Raises UsageError where `out` has
+        files."""
         if out is None:
             path = _create_numbered_folder(RUNS, name)
         else:
@@ -59,7 +62,7 @@ class Run:
                 path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         with run.lock():
-            refuse_occupied(path)  # again: of two at once, one was first
+            refuse_occupied(path)  # again: another process may have been faster
             write_json(path / "environment.json", environment)
             write_json(path / "data.json", data)
             write_json(path / "recipe.json", recipe.model_dump(mode="json"))
@@ -81,7 +84,8 @@ class Run:
 
     @contextmanager
     def lock(self, wait_s: float = 0) -> Iterator[None]:
-        """Only this process writes while the block runs. Raises RunBusy if another does, and goes on for `wait_s`."""
+        """Only this process writes the run while the block runs. Raises RunBusy if another one still does after
+        `wait_s` seconds."""
         from filelock import FileLock, Timeout
 
         if not self._writes:
@@ -133,7 +137,7 @@ class Run:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Of the test split, once it was evaluated; empty before."""
+        """The scores on the test split; empty before it is evaluated."""
         path = self.path / "evaluation" / "test.json"
         return dict(read_json(path)["scores"]) if path.exists() else {}
 
@@ -149,21 +153,21 @@ class Run:
 
     # --- writing ---
 
-    def write(self, name: str, value: Json) -> None:
+    def write(self, name: str, value: object) -> None:
         if self._writes:
             write_json(self.path / name, value)
 
-    def log(self, **metrics: Json) -> None:
+    def log(self, **metrics: object) -> None:
         self._append("metrics.jsonl", metrics)
 
     def record(self, measurement: Measurement) -> None:
         self._append("ledger.jsonl", asdict(measurement))
 
-    def _append(self, name: str, value: Json) -> None:
+    def _append(self, name: str, value: object) -> None:
         if not self._writes:
             return
         with raise_storage_errors(self.path / name), (self.path / name).open("a+b") as stream:
-            if stream.tell():  # a crash may have cut the last line short: it must not take this one with it
+            if stream.tell():  # a crash may have cut the last line short: this one must not be joined to it
                 stream.seek(-1, os.SEEK_END)
                 if stream.read(1) != b"\n":
                     stream.write(b"\n")
@@ -171,20 +175,20 @@ class Run:
 
 
 def refuse_occupied(path: Path) -> None:
-    """Raises UsageError where a new run would mix with something else."""
+    """Raises UsageError where `path` has files of something else."""
     with raise_storage_errors(path):
         occupied = path.exists() and (not path.is_dir() or any(p.name != LOCK for p in path.iterdir()))
     if occupied:
-        hint = f" To go on with it: suanli train {path}" if (path / "recipe.json").exists() else ""
+        hint = f" To resume it: suanli train {path}" if (path / "recipe.json").exists() else ""
         raise UsageError(f"{path} exists and is not an empty directory.", fix=f"Choose a new --out.{hint}")
 
 
 def refuse_inside(data: AnyPath, out: AnyPath | None) -> None:
-    """Raises UsageError where a new run would lie in a folder of data: it would look like one more class."""
+    """Raises UsageError where a new run would be in the folder of the data: it would look like one more class."""
     folder = Path(data).expanduser()
     if folder.is_dir() and Path(out or RUNS).expanduser().resolve().is_relative_to(folder.resolve()):
         raise UsageError(
-            f"The run would be written into {folder}, and count as data from then on.",
+            f"The run would be written into {folder} and then be read as data.",
             fix="Choose an --out outside of it.",
         )
 
@@ -196,6 +200,7 @@ def is_run(path: AnyPath) -> bool:
 
 
 def now() -> str:
+    """The time in UTC: "2026-11-30T13:28:00+00:00"."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -218,13 +223,14 @@ def measurement(
     value: float,
     unit: str,
     *,
-    environment: Mapping[str, Json],
+    environment: Environment,
     recipe: Recipe,
     variant: str,
     scores: Mapping[str, float],
     spread: float | None = None,
     count: int = 1,
 ) -> Measurement:
+    """A measurement that was taken now, with this environment and recipe."""
     return Measurement(
         metric=metric,
         value=value,
@@ -233,7 +239,7 @@ def measurement(
         count=count,
         scores=scores,
         variant=variant,
-        device=environment["device"]["name"],
+        device=str(environment["device"]["name"]),
         versions=environment["versions"],
         recipe=recipe.digest,
         time=now(),
@@ -241,15 +247,16 @@ def measurement(
 
 
 def _create_numbered_folder(parent: Path, name: str) -> Path:
+    """A new folder <name>-<n> in `parent`, with the first n after those that exist."""
     name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
     with raise_storage_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        taken = [int(m[1]) for p in os.listdir(parent) if (m := re.fullmatch(re.escape(name) + r"-(\d+)", p))]
-        number = max(taken, default=0) + 1
+        numbers = [int(m[1]) for p in os.listdir(parent) if (m := re.fullmatch(re.escape(name) + r"-(\d+)", p))]
+        number = max(numbers, default=0) + 1
         while True:
             path = parent / f"{name}-{number}"
             try:
-                path.mkdir()  # of two at once, one gets this number and one the next
+                path.mkdir()  # fails if another process was faster
                 return path
             except FileExistsError:
                 number += 1

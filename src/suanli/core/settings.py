@@ -1,4 +1,4 @@
-"""From what the user asked to a complete `Recipe`: a shipped one with changes on top."""
+"""Reads what a user writes for settings and times, and applies settings to a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(f
 
 
 def parse_assignment(assignment: str) -> tuple[str, Json]:
-    """ "lr=0.1" to ("lr", 0.1): the value is JSON where it can be read as such, else text."""
+    """("lr", 0.1) from "lr=0.1". The value is read as JSON; what isn't JSON is text. Raises UsageError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name.strip():
         raise UsageError(f"--set takes field=value, not {assignment!r}.", fix="For example: --set lr=0.01.")
@@ -31,22 +31,23 @@ _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
 def parse_duration(text: str | float) -> float:
-    """ "90", "90s", "5m", "1.5h", or a number of seconds. Raises UsageError for anything else, and for zero."""
+    """Seconds from "90", "90s", "5m", "1.5h" or a number. Raises UsageError for anything else, and for zero."""
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-z]*)\s*", str(text))
     if match is None or match[2] not in _SECONDS or not float(match[1]):
-        raise UsageError(f"{text!r} is no time.", fix="Write it like 90s, 5m or 1.5h.")
+        raise UsageError(f"{text!r} is not a time.", fix="Write it like 90s, 5m or 1.5h.")
     return float(match[1]) * _SECONDS[match[2]]
 
 
 def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
-    """`recipe` with fields replaced. "preprocess.size" sets one entry of a mapping.
+    """A copy of `recipe` with fields replaced; "preprocess.size" replaces one entry of the mapping `preprocess`.
 
-    Raises UsageError for an unknown field (the nearest is suggested) or an impossible value.
+    With another model or optimizer, the arguments of the old one are dropped; with another optimizer, `lr` becomes the
+    new one's usual value. Raises UsageError for an unknown field (it suggests the nearest) or an impossible value.
     """
     values: dict[str, Any] = recipe.model_dump()
     for name in ("model", "optimizer"):
         if changes.get(name, values[name]) != values[name]:
-            values[f"{name}_args"] = {}  # they belonged to the other one
+            values[f"{name}_args"] = {}
             if name == "optimizer":
                 values["lr"] = load("optimizers", str(changes[name])).usual_lr
     for name, value in changes.items():
@@ -55,10 +56,10 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
             raise unknown("recipe field", field, Recipe.model_fields)
         if dot:
             if field not in NESTED:
-                raise UsageError(f"{field!r} is a single value, {name!r} can't be set.", fix=f"Set {field} itself.")
+                raise UsageError(f"{name!r} can't be set: {field!r} has no entries.", fix=f"Set {field} itself.")
             values[field] = {**values[field], entry: value}
         elif field == "augment" and isinstance(value, str):
-            values[field] = _listed(value)
+            values[field] = _split_augmentations(value)
         else:
             values[field] = value
     try:
@@ -72,8 +73,8 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
         ) from error
 
 
-def _listed(text: str) -> list[str]:
-    """ "crop(padding=2),flip" to its parts: commas inside parentheses belong to an augmentation."""
+def _split_augmentations(text: str) -> list[str]:
+    """The parts of "crop(padding=2),flip". Commas inside parentheses don't separate."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([") - (character in ")]")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that is granted at the next safe place."""
+"""Ctrl-C and SIGTERM become a request to stop, which the training follows at the next safe point."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from types import FrameType
 
 
 class StopRequest:
-    """`by` is the signal that asked to stop, once one did."""
+    """Whether the user or the system asked to stop."""
 
-    signal: int | None = None
+    signal: int | None = None  # that asked; None: none yet
 
     def wait(self, seconds: float) -> None:
-        """Until it is asked for, at most so long."""
+        """Waits until a stop is requested, at most `seconds`."""
         end = time.monotonic() + seconds
         while self.signal is None and time.monotonic() < end:
             time.sleep(0.05)
@@ -25,7 +25,7 @@ class StopRequest:
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Collects SIGINT and SIGTERM while the block runs; a second Ctrl-C stops at once."""
+    """Turns SIGINT and SIGTERM into a stop request while the block runs. After one, Ctrl-C raises KeyboardInterrupt."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals

@@ -1,7 +1,7 @@
-"""Writing to disk so that a crash, a full disk or a second writer leaves no half-written file.
+"""Writes files so that a crash, a full disk or a second writer leaves no half-written file.
 
-A file or folder is written under a temporary name beside its place and then renamed; what has the
-final name is whole.
+A file or folder is written under a temporary name beside its final one and then renamed. What has its final name is
+complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from suanli.core.errors import DamagedFile, StorageError, SuanliError
 
 _STORAGE_ERRORS = {
     errno.EEXIST,
-    errno.ENOENT,  # /proc lets nobody make a folder in it
+    errno.ENOENT,  # a new folder below /proc
     errno.ENAMETOOLONG,
     errno.ELOOP,
     errno.EIO,
@@ -39,7 +39,7 @@ def storage_error(error: OSError, path: Path) -> SuanliError:
     """The suanli error for a failed write to `path`."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "Free some space or choose another place; nothing half-written was left behind."
+        fix = "Free some space or choose another directory; no half-written file was left."
     else:
         fix = "Choose a directory that you may write to."
     return StorageError(f"Can't write {path}: {reason}.", fix=fix)
@@ -47,7 +47,7 @@ def storage_error(error: OSError, path: Path) -> SuanliError:
 
 @contextmanager
 def raise_storage_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError of a write below `path` into a StorageError with the way out."""
+    """Raises StorageError, which says what to do, for an OSError of writing to `path` in the block."""
     try:
         yield
     except OSError as error:
@@ -58,7 +58,7 @@ def raise_storage_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write the bytes of `path`; the name appears only when the block ends without an error."""
+    """A stream for the bytes of `path`. The file appears only when the block ends without an error."""
     with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -76,8 +76,8 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, renamed to `path` at the end. If another writer was first, theirs
-    stays: callers only use this for folders whose name says what is inside."""
+    """A new folder to fill, renamed to `path` at the end. If another writer was first, its folder stays: use this only
+    where the name determines the content."""
     with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -99,18 +99,18 @@ def _umask() -> int:
     return mask
 
 
-def json_bytes(value: Any, *, indent: int | None = None) -> bytes:
-    """JSON in UTF-8. File names that are not UTF-8 (lone surrogates) become JSON escapes."""
+def json_bytes(value: object, *, indent: int | None = None) -> bytes:
+    """A line of JSON in UTF-8. File names that are not UTF-8 (lone surrogates) become JSON escapes."""
     return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     with atomic_file(path) as stream:
         stream.write(json_bytes(value, indent=1))
 
 
 def read_json(path: Path) -> Any:
-    """Raises DamagedFile for what isn't JSON, FileNotFoundError where nothing is."""
+    """Raises DamagedFile for a file that isn't JSON, FileNotFoundError for none."""
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeAlias, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -52,6 +52,24 @@ class Device:
     def type(self) -> str:
         """ "cpu", "cuda" or "mps"."""
         return self.torch_name.partition(":")[0]
+
+
+class Environment(TypedDict):
+    """Where a run was computed: environment.json. It has no host or user names and no environment variables."""
+
+    command: list[str]  # a home directory in it is written as ~
+    time: str  # ISO 8601, UTC
+    python: str
+    os: str
+    versions: dict[str, str]  # of packages
+    device: dict[str, object]  # the fields of Device
+    cpu: str
+    instruction_sets: list[str]
+    cores: int
+    threads: int
+    cuda: NotRequired[str | None]  # these three on NVIDIA and AMD GPUs only
+    cudnn: NotRequired[int | None]
+    driver: NotRequired[str | None]
 
 
 # --- data -----------------------------------------------------------------------------------
@@ -502,21 +520,22 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of one score between two ways, fractions; negative: the second is worse. The interval is a 95 % one."""
+    """The difference of a score between two models, with its 95 % interval, as fractions. Negative: the second is
+    worse."""
 
-    median: float  # as measured; the middle of a bootstrap differs from it by rounding only
+    median: float  # as measured
     low: float
     high: float
 
     def exceeds(self, tolerance: float) -> bool:
-        """Whether the loss is larger than tolerated even at the interval's better end."""
+        """Whether the score dropped by more than `tolerance` even at the better end of the interval."""
         return self.high < -tolerance
 
     def resolves(self, tolerance: float) -> bool:
-        """Whether the interval is narrow enough to see a loss of `tolerance`."""
+        """Whether the interval is narrow enough to detect a drop of `tolerance`."""
         return (self.high - self.low) / 2 <= tolerance
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, float]:
         return asdict(self)
 
 

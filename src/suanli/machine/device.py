@@ -26,7 +26,7 @@ from pathlib import Path
 
 from suanli.core import console
 from suanli.core.errors import MachineError, UsageError
-from suanli.core.types import Device, Json
+from suanli.core.types import Device, Environment, Json
 from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
 
 # --- devices --------------------------------------------------------------------------------
@@ -344,13 +344,12 @@ def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def environment(device: Device | None = None) -> dict[str, Json]:
-    """What a person needs to repeat a run elsewhere, for environment.json. No host name, no user
-    name, no environment variables; a home directory in the command line becomes ~."""
+def environment(device: Device | None = None) -> Environment:
+    """What a person needs to repeat a run elsewhere."""
     import torch
 
     device = device or detect()
-    record: dict[str, Json] = {
+    record: Environment = {
         "command": [Path(sys.argv[0]).name, *(_without_home(argument) for argument in sys.argv[1:])],
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -1,1 +1,1 @@
-"""What is learned and how it is examined: one a file, each exporting TASK."""
+"""Tasks: what is learned and how it is scored, one per file, each exporting TASK."""

@@ -1,8 +1,8 @@
-"""One class per input: cross-entropy to learn by, accuracy to compare by.
+"""Classification with one class per input: cross-entropy is the loss, accuracy the primary metric.
 
-Most figures come from three counts per class, in NumPy: scores are taken at every validation, and
-`predict` must stay light. Tests hold them against scikit-learn. What this does not
-do: several labels per input, ordered classes, or costs that differ between mistakes.
+Scores are computed at every validation, so most come from three counts per class, in NumPy (`predict` must not import
+more); tests compare them with scikit-learn. Not supported: several labels per input, ordered classes, or mistakes of
+different cost.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from suanli.core.compare import Z_95
 from suanli.core.errors import DataError, Diverged
 from suanli.core.types import Task
 
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 CALIBRATION_BINS = 15
-MATRIX_CLASSES = 100  # a larger confusion matrix is neither read nor small: only its worst cells are kept
+MATRIX_CLASSES = 100  # of a larger confusion matrix only the most frequent mistakes are kept
 CONFUSED_PAIRS = 20
-Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Classification(Task):
@@ -40,8 +40,8 @@ class Classification(Task):
     ) -> torch.Tensor:
         """Cross-entropy in float32 or better: logits (B, K), targets (B,) int64 or (B, K) shares.
 
-        With `class_weights` (K,) it is the weighted sum over B, unlike torch's mean over the weights:
-        so the mean over parts of a batch is the loss of the batch, and shares count as labels do.
+        With `class_weights` (K,) it is the weighted sum over B, not divided by the sum of the weights as torch does:
+        so the mean over micro-batches is the loss of the batch, and targets may be shares.
         """
         import torch
         from torch.nn import functional as F
@@ -60,7 +60,7 @@ class Classification(Task):
         return logits.float().softmax(dim=1)
 
     def scores(self, probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Fractions, and `log_loss` in nats. `top5_accuracy` only where there are more than 5 classes.
+        """Every score as a fraction, but `log_loss` in nats. `top5_accuracy` where there are more than 5 classes.
 
         `balanced_accuracy` is the mean recall over the classes that occur; `macro_f1` the mean F1
         over those that occur or were predicted, as in scikit-learn. Raises DataError for an empty
@@ -68,19 +68,19 @@ class Classification(Task):
         """
         _check(probabilities, targets)
         right, occurring, predicted = _counts(probabilities, targets)
-        seen, involved = occurring > 0, occurring + predicted > 0
-        found = {"accuracy": right.sum() / len(targets)}
+        present, involved = occurring > 0, occurring + predicted > 0
+        scores = {"accuracy": right.sum() / len(targets)}
         if probabilities.shape[1] > 5:
-            found["top5_accuracy"] = np.mean(_rank(probabilities, targets) < 5)
-        found["balanced_accuracy"] = np.mean(right[seen] / occurring[seen])
-        found["macro_f1"] = np.mean(2 * right[involved] / (occurring + predicted)[involved])
-        found["log_loss"] = _log_loss(probabilities, targets)
-        found["calibration_error"] = _calibration_error(_bins(probabilities, targets))
-        return {name: float(value) for name, value in found.items()}
+            scores["top5_accuracy"] = np.mean(_rank(probabilities, targets) < 5)
+        scores["balanced_accuracy"] = np.mean(right[present] / occurring[present])
+        scores["macro_f1"] = np.mean(2 * right[involved] / (occurring + predicted)[involved])
+        scores["log_loss"] = _log_loss(probabilities, targets)
+        scores["calibration_error"] = _calibration_error(_bins(probabilities, targets))
+        return {name: float(value) for name, value in scores.items()}
 
     def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
-        """`interval` (95 %, of the accuracy), `per_class`, `confusion` (rows true, columns predicted;
-        None for more than 100 classes), `confused` (the most frequent mistakes), `reliability`.
+        """`interval` (95 %, of the accuracy), `per_class`, `confusion` (rows are true classes, columns predicted ones;
+        None for more than 100 classes), `confused` (the most frequent mistakes) and `reliability`.
 
         A figure that isn't defined, such as the recall of a class without examples, is None.
         Raises as `scores` does.
@@ -101,8 +101,8 @@ class Classification(Task):
 
 
 def confusion_matrix(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Counts (K, K): rows are true classes, columns predicted ones. Of equal probabilities the first
-    class is the prediction."""
+    """Counts (K, K): rows are true classes, columns predicted ones. Of equal probabilities the lowest class is the
+    prediction."""
     classes = probabilities.shape[1]
     counts = np.bincount(_cells(probabilities, targets), minlength=classes * classes)
     return counts.reshape(classes, classes)
@@ -115,8 +115,8 @@ def _cells(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _counts(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per class (K,): right answers, examples, predictions. The diagonal and the sums of the
-    confusion matrix, which for very many classes would not fit."""
+    """Right answers, examples and predictions of each class (K,): the diagonal and the sums of the confusion matrix,
+    which itself would need too much memory for very many classes."""
     answers = probabilities.argmax(1)
     right, occurring, predicted = (
         np.bincount(which, minlength=probabilities.shape[1])
@@ -126,9 +126,8 @@ def _counts(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray,
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a share, sound for few examples and near 0 and 1, where the usual
-    plus-minus isn't. Source: E. B. Wilson, "Probable Inference, the Law of Succession, and
-    Statistical Inference", JASA 22 (1927)."""
+    """95 % interval of the share `right` of `count`; unlike the normal one it is valid for few examples and near 0 and
+    1. Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927)."""
     share, z2 = right / count, Z_95**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
@@ -138,7 +137,7 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
 
 def _check(probabilities: np.ndarray, targets: np.ndarray) -> None:
     if not len(targets):
-        raise DataError("The split has no examples to examine.", fix="Give one with labelled inputs.")
+        raise DataError("The split has no examples to evaluate.", fix="Give one with labelled inputs.")
     assert probabilities.ndim == 2, probabilities.shape
     assert targets.shape == probabilities.shape[:1], (targets.shape, probabilities.shape)
     assert 0 <= targets.min() <= targets.max() < probabilities.shape[1], "targets out of range"
@@ -147,8 +146,8 @@ def _check(probabilities: np.ndarray, targets: np.ndarray) -> None:
 
 
 def _rank(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """How many classes come before the true one, (N,). Ties go to the lower class, as in argmax: a
-    model that always says the same must not score full marks."""
+    """How many classes rank before the true one, (N,). Of equal probabilities the lower class ranks first, as in
+    argmax: a model that gives all classes the same must not score 100 %."""
     own = np.take_along_axis(probabilities, targets[:, None], 1)
     lower = np.arange(probabilities.shape[1]) < targets[:, None]
     ahead: np.ndarray = ((probabilities > own) | ((probabilities == own) & lower)).sum(1)
@@ -156,8 +155,8 @@ def _rank(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _log_loss(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Clipped by the rounding unit of the probabilities, as in scikit-learn: one hopeless answer
-    must not make the mean infinite."""
+    """Mean log loss in nats. Probabilities are clipped by their rounding unit, as in scikit-learn, so that one zero
+    doesn't make the mean infinite."""
     own = np.take_along_axis(probabilities, targets[:, None], 1).astype(np.float64)
     unit = np.finfo(probabilities.dtype).eps
     return float(-np.log(own.clip(unit, 1 - unit)).mean())
@@ -166,20 +165,20 @@ def _log_loss(probabilities: np.ndarray, targets: np.ndarray) -> float:
 def _bins(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float | None, float | None, int]]:
     """Mean confidence, accuracy and count of each of 15 equally wide bins of confidence."""
     confidence = probabilities.max(1).astype(np.float64).clip(0, 1)
-    place = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64).clip(1) - 1
+    bins = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64).clip(1) - 1
     right = probabilities.argmax(1) == targets
-    counts = np.bincount(place, minlength=CALIBRATION_BINS)
-    stated = np.bincount(place, weights=confidence, minlength=CALIBRATION_BINS)
-    correct = np.bincount(place, weights=right, minlength=CALIBRATION_BINS)
+    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
+    confidences = np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS)
+    correct = np.bincount(bins, weights=right, minlength=CALIBRATION_BINS)
     return [
         (float(s / n), float(c / n), int(n)) if n else (None, None, 0)
-        for s, c, n in zip(stated, correct, counts, strict=True)
+        for s, c, n in zip(confidences, correct, counts, strict=True)
     ]
 
 
 def _calibration_error(bins: Sequence[tuple[float | None, float | None, int]]) -> float:
-    """Expected calibration error: the mean gap between confidence and accuracy. Source: C. Guo et
-    al., "On Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599."""
+    """Expected calibration error: the mean difference between confidence and accuracy. Source: C. Guo et al., "On
+    Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599."""
     gaps = [abs(c - a) * n for c, a, n in bins if c is not None and a is not None]
     return sum(gaps) / sum(n for _, _, n in bins)
 

@@ -15,7 +15,7 @@ from suanli.core.console import plural
 from suanli.core.errors import MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement, refuse_inside, refuse_occupied
-from suanli.core.types import AnyPath, Device, Json, Measurement, Recipe
+from suanli.core.types import AnyPath, Device, Environment, Json, Measurement, Recipe
 from suanli.machine import device as hardware
 from suanli.parallel import group, launch
 from suanli.reporting import scaling_views, speed_records
@@ -130,7 +130,7 @@ def _check(processes: str | Sequence[int] | None, steps: int | None, rounds: int
     return sorted({1, *(launch.check_count("--processes", count, target) for count in given)})
 
 
-def _line(size: Size, environment: Mapping[str, Json], recipe: Recipe) -> Measurement:
+def _line(size: Size, environment: Environment, recipe: Recipe) -> Measurement:
     rate = size.images_per_s
     return measurement(
         "examples_per_s",

@@ -19,7 +19,7 @@ from suanli.core.console import size, warn
 from suanli.core.errors import GateError, MachineError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement, refuse_inside, refuse_occupied
-from suanli.core.types import AnyPath, Json, Recipe
+from suanli.core.types import AnyPath, Environment, Json, Recipe
 from suanli.data.decode import decode
 from suanli.machine import device as hardware
 from suanli.machine import peak
@@ -153,7 +153,7 @@ def _refuse_failed(ladder: Ladder, requested: str) -> None:
             )
 
 
-def _record(run: Run, ladder: Ladder, environment: Mapping[str, Json]) -> None:
+def _record(run: Run, ladder: Ladder, environment: Environment) -> None:
     for rung in ladder.rungs:
         scores = {f"val_{name}": value for name, value in rung.scores.items()}
         for metric, phase in (("examples_per_s", rung.train), ("evaluated_per_s", rung.evaluate)):
