@@ -503,7 +503,7 @@ class Bench:
         options = DataOptions.of_run(Run.open(run), cache_dir=self.given.cache)
         with hide_progress():
             recipe = load_model(case / "model", trust_code=True).recipe
-            splits = resolve(options, recipe=recipe, settings={}, tell=False)[1].splits
+            splits = resolve(options, recipe=recipe, settings={}, announce=False)[1].splits
         random = np.random.default_rng(0)  # the same rows in the same order as suanli's own
         order, training = random.permutation(len(splits["val"])), random.permutation(len(splits["train"]))
         validation = splits["val"].index[order]

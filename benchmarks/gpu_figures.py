@@ -100,7 +100,7 @@ def _resolve(
     path = next(p for p in (given.data / name for name in names) if p.exists())
     options = DataOptions.of(path, data_dir=None, cache_dir=given.cache)
     with hide_progress():
-        return resolve(options, recipe=recipe, settings={"epochs": ENDLESS, **settings}, tell=False)
+        return resolve(options, recipe=recipe, settings={"epochs": ENDLESS, **settings}, announce=False)
 
 
 def make_small(path: Path, count: int) -> None:

@@ -44,7 +44,7 @@ def main() -> None:
     worker, workers = map(int, given.worker.split("/"))
     options = DataOptions.of(given.data / given.file, data_dir=None, cache_dir=given.cache)
     with hide_progress():
-        recipe, prepared = resolve(options, recipe=given.recipe, settings={}, tell=False)
+        recipe, prepared = resolve(options, recipe=given.recipe, settings={}, announce=False)
     lines = [line for line in given.ways.read_text().splitlines() if line.strip()][worker::workers]
     for line in lines:
         if time.perf_counter() - began > given.until_s:

@@ -38,7 +38,7 @@ def load(
     options = DataOptions.of(data if data.is_file() else data / subject.file, data_dir=None, cache_dir=cache)
     chosen = {**subject.settings, **(settings or {})}
     with hide_progress():
-        return resolve(options, recipe=subject.recipe, settings=chosen, tell=False)
+        return resolve(options, recipe=subject.recipe, settings=chosen, announce=False)
 
 
 def endless(recipe: Recipe) -> Recipe:

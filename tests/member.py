@@ -61,7 +61,7 @@ def double() -> Iterator[None]:
 def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
     group.shares = () if group.is_alone else tuple(wanted.get("shares", ()))
     options = DataOptions.of(wanted["data"], data_dir=None, cache_dir=None)
-    recipe, prepared = resolve(options, recipe=wanted.get("recipe"), settings=wanted["settings"], tell=False)
+    recipe, prepared = resolve(options, recipe=wanted.get("recipe"), settings=wanted["settings"], announce=False)
     spec = TrainingSpec(
         recipe=recipe,
         prepared=prepared,

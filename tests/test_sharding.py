@@ -158,7 +158,7 @@ from suanli.training.setup import Setup
 from suanli.training.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)
 settings = {"model": "NET", "optimizer": "adamw"}
-recipe, prepared = resolve(options, recipe=None, settings=settings, tell=False)
+recipe, prepared = resolve(options, recipe=None, settings=settings, announce=False)
 group = join_group("cpu")
 def resident(name):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
@@ -315,9 +315,9 @@ def test_a_run_by_two_processes(tmp_path, capsys):
     assert run.summary["plan"]["origin"] == "sharded"
     assert list((tmp_path / "run" / "checkpoints").glob("*.json"))
     load_model(run.model_path)
-    # One process goes on, and still knows that others would share the network out.
+    # One process goes on, and still knows that several would shard the network.
     assert call("train", "run", "--more-epochs=0.5", "--device=cpu", "--speedups=none") == 0
-    assert "not shared out" in capsys.readouterr().err
+    assert "not sharded" in capsys.readouterr().err
     assert run.summary["shard"] is True
     assert not list((tmp_path / "run" / "checkpoints").glob("*-of-*"))
 

@@ -157,7 +157,7 @@ CASES = {
     "done": (0, None, 0, False),
     "a process was killed": (137, None, 137, True),
     "a signal before the first step": (130, None, 130, True),
-    "not foreseen": (1, None, 1, True),
+    "unexpected": (1, None, 1, True),
     "the others are gone": (4, None, 4, True),
     "words that it doesn't know": (2, None, 2, False),
     "an error that stays": (0, errors.DataError("No data.", fix="Look."), 1, False),

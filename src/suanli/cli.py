@@ -63,6 +63,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 
 @app.command("device", help="Show this machine, what torch can use of it, what it reaches, and what is missing.")
 def _device(
+    context: typer.Context,
     probe: Annotated[bool, typer.Option("--probe", help="Measure what the device reaches (under 20 s), once.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure it anew.")] = False,
     device: DeviceName = "auto",
@@ -73,13 +74,14 @@ def _device(
         from suanli.verbs.device import device as describe
         from suanli.verbs.device import table
 
-        found = describe(probe=probe, fresh=fresh, device=device, cache_dir=cache_dir)
-        result.values = found.to_json()
-        result.shown = lambda: table(found)
+        report = describe(**_options(context))
+        result.values = report.to_json()
+        result.render = lambda: table(report)
 
 
 @app.command("prepare", help="Check a data set and decode it into the cache.")
 def _prepare(
+    context: typer.Context,
     data: Data,
     recipe: Recipe = None,
     settings: Settings = None,
@@ -93,18 +95,9 @@ def _prepare(
     with _result(as_json) as result:
         from suanli.verbs.prepare import prepare, summary
 
-        prepared = prepare(
-            data,
-            recipe=recipe,
-            settings=_parse_settings(settings),
-            input_column=input_column,
-            label_column=label_column,
-            max_bad=max_bad,
-            data_dir=data_dir,
-            cache_dir=cache_dir,
-        )
+        prepared = prepare(**_options(context))
         result.values = prepared.to_json() | {"check": prepared.findings}
-        result.shown = lambda: summary(prepared)
+        result.render = lambda: summary(prepared)
 
 
 # Options of `train` and `run`.
@@ -193,7 +186,7 @@ def _train(result: _Result, options: dict[str, Any]) -> None:
         return
     scores = {f"val_{name}": value for name, value in _last_validation(run).items()}
     result.values = _describe(run) | {"scores": scores}
-    result.shown = lambda: f"Run: {run.path}\nNext: suanli evaluate {run.path}"
+    result.render = lambda: f"Run: {run.path}\nNext: suanli evaluate {run.path}"
 
 
 def _run(result: _Result, options: dict[str, Any]) -> None:
@@ -206,7 +199,7 @@ def _run(result: _Result, options: dict[str, Any]) -> None:
     metric, value = next(iter(made.scores.items()))
     lines = {"Run": made.path, "Model": made.model_path, "Report": made.path / "report.html"}
     text = "".join(f"\n{name + ':':<8}{path}" for name, path in lines.items())
-    result.shown = lambda: f"Test {metric}: {value:.2%}{text}"
+    result.render = lambda: f"Test {metric}: {value:.2%}{text}"
 
 
 def _describe(run: Run) -> dict[str, Any]:
@@ -233,7 +226,7 @@ def _emit(result: _Result, verb: str, context: typer.Context) -> None:
         asked, kind=cluster["emit"], nodes=cluster["nodes"], image=cluster["image"], submitting=cluster["submit"]
     )
     result.values = emitted
-    result.shown = lambda: emitted["emitted"].rstrip("\n")
+    result.render = lambda: emitted["emitted"].rstrip("\n")
     if emitted["submitted"] is not None:
         say(emitted["submitted"])
 
@@ -241,11 +234,12 @@ def _emit(result: _Result, verb: str, context: typer.Context) -> None:
 app.command("train", help="Train a model into a run directory.")(_training("train"))
 
 
-@app.command("evaluate", help="Examine the model of a run.")
+@app.command("evaluate", help="Evaluate the model of a run.")
 def _evaluate(
+    context: typer.Context,
     run: RunDir,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
-    data: Annotated[Path | None, typer.Option(help="Examine on other data with the same classes.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Evaluate on other data with the same classes.")] = None,
     device: DeviceName = "auto",
     augmented_views: Annotated[bool, typer.Option(help="Also score with test-time augmentation.")] = True,
     cache_dir: CacheDir = None,
@@ -255,26 +249,18 @@ def _evaluate(
     with _result(as_json) as result:
         from suanli.verbs.evaluate import evaluate, table
 
-        found = evaluate(
-            run,
-            split=split,
-            data=data,
-            device=device,
-            augmented_views=augmented_views,
-            cache_dir=cache_dir,
-            trust_code=trust_code,
-        )
-        values = found.to_json()
-        for shown_in_report in ("mistakes", "samples"):
-            for example in values[shown_in_report]:
-                del example["preview"]
+        evaluation = evaluate(**_options(context))
+        values = evaluation.to_json()
+        for examples in (values["mistakes"], values["samples"]):
+            for example in examples:
+                del example["preview"]  # the report's
         if split != "test":
             values["scores"] = {f"{split}_{name}": value for name, value in values["scores"].items()}
         result.values = values | {"run": str(run)}
-        result.shown = lambda: table(found)
+        result.render = lambda: table(evaluation)
 
 
-@app.command("predict", help="Name what is in files, folders or standard input.")
+@app.command("predict", help="Predict the labels of files, folders or standard input.")
 def _predict(
     words: Annotated[
         list[str],
@@ -300,14 +286,14 @@ def _predict(
         model, inputs = (words[0], words[1:]) if url is None else (None, words)
         if not inputs:
             raise UsageError("There is nothing to predict.", fix="Name files, folders, a quoted pattern, or -.")
-        found = predict(model, inputs, top=top, engine=engine, device=device, trust_code=trust_code, url=url)
-        result.values = {"model": model or url, "predictions": [p.to_json() for p in found]}
-        result.shown = lambda: as_csv(found) if csv else table(found)
-        if found and all(p.error for p in found):
+        answers = predict(model, inputs, top=top, engine=engine, device=device, trust_code=trust_code, url=url)
+        result.values = {"model": model or url, "predictions": [p.to_json() for p in answers]}
+        result.render = lambda: as_csv(answers) if csv else table(answers)
+        if answers and all(p.error for p in answers):
             result.exit_code = 3
 
 
-NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # what --scaling has no use for
+NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # options that --scaling does not take
 
 
 @app.command("bench", help="Measure what each change of the plan brings; --scaling: processes.")
@@ -322,9 +308,11 @@ def _bench(
     device: DeviceName = "auto",
     speedups: Speedups = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of the full plan; default: measured.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each rung; default: what time allows.")] = None,
-    rounds: Annotated[int, typer.Option(help="Turns in which the rungs are timed.")] = 5,
-    time_budget_s: Annotated[float | None, typer.Option(help="Seconds for all rungs together.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of each measurement; default: what time allows.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds; each times every variant once.")] = 5,
+    time_budget_s: Annotated[float | None, typer.Option(help="Seconds for all measurements together.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, in any currency.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-bench-<n>.")] = None,
     input_column: InputColumn = None,
@@ -354,7 +342,7 @@ def _bench_speedups(result: _Result, options: dict[str, Any]) -> None:
     except Refused as error:  # the figures are shown all the same
         measured = error.found
         result.fail(error, measured.to_json())
-    result.shown = lambda: table(measured)
+    result.render = lambda: table(measured)
 
 
 def _bench_processes(result: _Result, options: dict[str, Any]) -> None:
@@ -362,7 +350,7 @@ def _bench_processes(result: _Result, options: dict[str, Any]) -> None:
 
     measured = bench_scaling(**options)
     result.values = measured.to_json()
-    result.shown = lambda: table(measured)
+    result.render = lambda: table(measured)
 
 
 @app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")
@@ -380,13 +368,13 @@ def _optimize(
     time_budget: Annotated[str, typer.Option(help="For all of it: 90s, 5m, 1.5h.")] = "3m",
     engines: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled data to calibrate with and to examine on; default: the run's.")
+        Path | None, typer.Option(help="Labelled data for calibration and evaluation; default: the run's.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a function's network (.safetensors).")] = None,
-    size: Annotated[str | None, typer.Option(help="Pixels of a foreign network's pictures: 224, or 224x160.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels of an ONNX file's input: 224, or 224x160.")] = None,
     mean: Annotated[str | None, typer.Option(help="Of each channel, white is 1: 0.485,0.456,0.406.")] = None,
     std: Annotated[str | None, typer.Option(help="Of each channel: 0.229,0.224,0.225.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the engines of a foreign network go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the engines of an ONNX file or a function go.")] = None,
     device: DeviceName = "auto",
     cache_dir: CacheDir = None,
     trust_code: TrustCode = False,
@@ -402,7 +390,7 @@ def _optimize(
         except TooSlow as error:  # the figures are shown all the same
             optimized = error.result
             result.fail(error, optimized.to_json())
-        result.shown = lambda: table(optimized)
+        result.render = lambda: table(optimized)
 
 
 @app.command("export", help="Write a trained model as a plain file, for use without suanli.")
@@ -416,9 +404,9 @@ def _export(
     with _result(as_json) as result:
         from suanli.verbs.export import export, summarize
 
-        made = export(run, to=to, out=out, trust_code=trust_code)
-        result.values = {"run": str(run)} | made.to_json()
-        result.shown = lambda: summarize(made)
+        exported = export(run, to=to, out=out, trust_code=trust_code)
+        result.values = {"run": str(run)} | exported.to_json()
+        result.render = lambda: summarize(exported)
 
 
 @app.command("serve", help="Answer requests over HTTP and gRPC, and on a web page.")
@@ -431,7 +419,7 @@ def _serve(
     port: Annotated[int, typer.Option(help="For HTTP; 0: a free one.")] = 8000,
     grpc_port: Annotated[int | None, typer.Option(help="For gRPC too; usual is 8001.")] = None,
     p99_ms: Annotated[
-        float | None, typer.Option("--p99-ms", help="What a request may take; who comes when it can't is refused.")
+        float | None, typer.Option("--p99-ms", help="The longest that a request may take; others are refused at once.")
     ] = None,
     engine: Engine = "auto",
     device: DeviceName = "auto",
@@ -439,7 +427,7 @@ def _serve(
     max_body_mb: Annotated[float, typer.Option(help="Of one request.")] = 64,
     max_image_megapixels: Annotated[float, typer.Option(help="Of one picture.")] = 50,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="Who asks must send this key; default: $SUANLI_API_KEY, if set.")
+        Path | None, typer.Option(help="Clients must send the key in this file; default: $SUANLI_API_KEY, if set.")
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate (PEM), for https.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
@@ -466,7 +454,7 @@ def _report(
 
         path = report(run, out=out)
         result.values = {"run": str(run), "report": str(path)}
-        result.shown = lambda: f"Report: {path}"
+        result.render = lambda: f"Report: {path}"
 
 
 app.command("run", help="Prepare, train, evaluate and report in one go.")(_training("run"))
@@ -477,11 +465,11 @@ app.command("run", help="Prepare, train, evaluate and report in one go.")(_train
 
 class _Result:
     values: dict[str, Any]
-    shown: Callable[[], Any]  # what a person sees: text, or something that rich prints
+    render: Callable[[], Any]  # what a person sees: text, or something that rich prints
     exit_code = 0
 
     def fail(self, error: SuanliError, figures: dict[str, Any]) -> None:
-        """An error that comes with figures: both are told."""
+        """Report an error together with the figures that it comes with."""
         failure = {"error": error.message, "fix": error.fix, "exit_code": error.exit_code}
         self.values, self.exit_code = figures | failure, error.exit_code
         print(f"suanli: {error}", file=sys.stderr)
@@ -489,23 +477,23 @@ class _Result:
 
 @contextmanager
 def _result(as_json: bool) -> Iterator[_Result]:
-    """Prints what the verb filled in, and how long it took."""
+    """Prints what the verb filled in and, with --json, how long it took."""
     started = time.perf_counter()
     result = _Result()
     yield result
-    if is_muted():  # another process of the same work tells it
+    if is_muted():  # another process of the same training prints the result
         return
     if as_json:
         values = result.values | {"seconds": time.perf_counter() - started}
         print(json.dumps(values, ensure_ascii=False, default=str))
     else:
-        shown = result.shown()
-        if isinstance(shown, str):
-            print(shown)
+        output = result.render()
+        if isinstance(output, str):
+            print(output)
         else:
             from rich.console import Console
 
-            Console(highlight=False).print(shown)
+            Console(highlight=False).print(output)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -567,22 +555,24 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold what the terminal can't show
-    # Accepted anywhere on the line: who needs it has just typed the rest.
+    # Accepted anywhere on the line: people add it to the command that has just failed.
     debug = "--debug" in arguments
     if fatal.is_supervised():
         fatal.exit_when_reported()
     code = _main([a for a in arguments if a != "--debug"], debug)
     if any(name in os.environ for name in (fatal.REPORT_VARIABLE, "WORLD_SIZE", "SLURM_STEP_ID")):
-        # Who started several processes may end this one while it is ending: no more than it does anyway.
+        # The launcher may send SIGTERM while this process is ending anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         distributed = sys.modules.get("suanli.parallel.group")
-        if code == 0 and distributed is not None and not fatal.is_reported():  # else it could wait for who is gone
-            distributed.leave()  # or NCCL warns of what is left
+        if (
+            code == 0 and distributed is not None and not fatal.is_reported()
+        ):  # or it could wait for a process that is gone
+            distributed.leave()  # or NCCL warns of open connections
     sys.exit(code)
 
 
 def _main(arguments: list[str], debug: bool) -> int:
-    # Like Ctrl-C, so that what is half-written is removed. Training handles both in its own way.
+    # SIGTERM acts like Ctrl-C, so that half-written files are removed. Training handles both in its own way.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     if not arguments:
@@ -593,42 +583,42 @@ def _main(arguments: list[str], debug: bool) -> int:
     except SuanliError as error:
         if debug:
             raise
-        if fatal.is_supervised() and (_told(error) or isinstance(error, Interrupted)):
+        if fatal.is_supervised() and (_report_to_launcher(error) or isinstance(error, Interrupted)):
             return 130 if isinstance(error, Interrupted) else 0
         message, fix, code = error.message, error.fix, error.exit_code
-    except typer.TyperException as error:  # wrong words on the command line
-        told = error.format_message() if hasattr(error, "format_message") else str(error)
-        message, fix, code = told.rstrip(".") + ".", "See suanli --help.", 2
+    except typer.TyperException as error:  # a command line that can't be parsed
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        message, fix, code = text.rstrip(".") + ".", "See suanli --help.", 2
     except (KeyboardInterrupt, typer.Abort):
         message, fix, code = "Stopped.", "", 130
     except typer.Exit as error:
         return error.exit_code
     except (BrokenPipeError, SystemExit) as error:
-        # The reader of a pipe (head) has left: that is its good right. Where typer notices it, it exits.
+        # The reader of a pipe (head) has closed it, which is no error. Where typer notices it first, it exits.
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # the last line of defence: a person gets a sentence, not a traceback
+    except Exception as error:  # people get a sentence, not a traceback
         if debug:
             raise
-        if fatal.is_supervised() and _told(error):
+        if fatal.is_supervised() and _report_to_launcher(error):
             return 0
-        message, fix, code = _unforeseen(error)
+        message, fix, code = _explain_unexpected(error)
     if "--json" in arguments:
         print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
     print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)
     return code
 
 
-def _told(error: Exception) -> bool:
-    """In one of several processes: whether who started them knows why it ends."""
+def _report_to_launcher(error: Exception) -> bool:
+    """In one of several processes: report an error that no restart fixes. Gives whether the launcher knows of one."""
     if isinstance(error, SuanliError) and not isinstance(error, LostProcess):
         return fatal.report(error)
     return fatal.is_reported()
 
 
-def _unforeseen(error: Exception) -> tuple[str, str, int]:
+def _explain_unexpected(error: Exception) -> tuple[str, str, int]:
     from suanli.machine.device import is_out_of_memory
 
     if is_out_of_memory(error):
@@ -637,7 +627,7 @@ def _unforeseen(error: Exception) -> tuple[str, str, int]:
         where = str(error.filename or "")
         cut = f"{where[:100]}…" if len(where) > 100 else where
         return f"{error.strerror or error}: {cut}.", "Check that path and who may use it.", 3
-    return f"{type(error).__name__}: {error}.", "This was not foreseen; --debug shows where it happened.", 1
+    return f"{type(error).__name__}: {error}.", "This error was not expected; --debug shows where it happened.", 1
 
 
 if __name__ == "__main__":

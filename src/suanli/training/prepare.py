@@ -30,7 +30,7 @@ from suanli.training.augment import compose
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where data comes from and goes to; saved in a run, so that it finds its data again."""
+    """Where data comes from and where it is cached. A run saves them, to find its data again."""
 
     subject: str  # a built-in name or an absolute path
     input_column: str | None = None
@@ -67,7 +67,7 @@ def _absolute(path: AnyPath | None) -> str | None:
 
 
 def resolve(
-    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], tell: bool = True
+    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], announce: bool = True
 ) -> tuple[Recipe, PreparedData]:
     """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
     one that suits the data, with `settings` on top."""
@@ -99,15 +99,15 @@ def resolve(
     prepared = prepare_source(
         source, recipe, default_cache_dir(options.cache_dir), threads=device.cores(), preprocess=preprocess
     )
-    if tell:
-        _tell(prepared, time.perf_counter() - started)
+    if announce:
+        _announce(prepared, time.perf_counter() - started)
     checks.refuse_bad_share(prepared.findings, options.max_bad)
     checks.refuse_unlearnable(prepared.findings)
     return recipe, prepared
 
 
 def _check_names(recipe: Recipe, kind: str) -> None:
-    """Raises UsageError for what no later step could find: better before decoding than after it."""
+    """Raises UsageError for names in the recipe that don't exist, before time is spent on decoding."""
     build.resolve(recipe.model)
     compose(recipe.augment, kind)
     if recipe.progressive_resizing and kind != "image":
@@ -116,7 +116,7 @@ def _check_names(recipe: Recipe, kind: str) -> None:
     registry.load("tasks", recipe.task)
 
 
-def _tell(prepared: PreparedData, seconds: float) -> None:
+def _announce(prepared: PreparedData, seconds: float) -> None:
     counts = {name: len(split) for name, split in prepared.splits.items()}
     how = "from the cache" if prepared.reused else f"decoded in {duration(seconds)}"
     say(

@@ -59,7 +59,7 @@ class Member:
 
     def _get_ready(self, options: DataOptions, recipe: Recipe, *, speedups: str, threads: int, cache: str) -> None:
         """Every step costs the same: pictures have their full size, and nothing can diverge."""
-        recipe, prepared = resolve(options, recipe=recipe, settings={}, tell=False)
+        recipe, prepared = resolve(options, recipe=recipe, settings={}, announce=False)
         recipe = recipe.model_copy(update={"lr": RATE, "progressive_resizing": (), "early_stop": None})
         spec = TrainingSpec(
             recipe=recipe,

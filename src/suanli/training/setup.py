@@ -1,7 +1,6 @@
-"""All that a training needs, put together once; from it come loops for any plan.
+"""What is trained, before it is decided how to compute it: network, optimizer, and splits on the device.
 
-`Setup` is what is trained, before it is decided how it is computed: network, optimizer, splits on the
-device. `loop` gives the one that trains; `trial` gives as many as the planner wants, on copies.
+`Setup.loop` makes the loop that trains; `Setup.trial` makes loops on copies, as many as the planner needs.
 """
 
 from __future__ import annotations
@@ -41,9 +40,11 @@ _COMPUTED = (
 
 
 class Setup:
-    """Raises UsageError for a name or argument in the recipe that does not exist or fit. Not `fresh`: a
-    checkpoint will replace every weight, so none is loaded or initialised from data. `shard`: a collective, and
-    the network is shared out over the processes; then there are no trials."""
+    """Raises UsageError for a name or argument in the recipe that doesn't exist or fit.
+
+    With `fresh=False` a checkpoint will replace every weight, so none is loaded or initialised from data. With `shard`
+    the network is sharded over the processes: then making a Setup is a collective, and there are no trials.
+    """
 
     def __init__(
         self,
@@ -86,8 +87,8 @@ class Setup:
         )
 
     def _built(self, *, on_meta: bool) -> torch.nn.Module:
-        """A collective where it is shared out. The first process has the values, and the memory of a host room for one
-        network; the others begin with an outline, unless trying it made more of the first one's."""
+        """A collective where the network is sharded. The first process builds it with values, since the memory of a
+        host has room for one; the others build it on the meta device, unless the two then differ."""
         torch.manual_seed(mix(self.recipe.seed, 0))
         build = partial(building.build, self.recipe, self.prepared.preprocess, len(self.prepared.classes))
         module = build(on_meta=on_meta)
@@ -113,13 +114,14 @@ class Setup:
         )
 
     def loop(self, plan: Plan) -> Loop:
-        """A collective: the loop that trains the network itself. Once: a speedup may change it for good."""
+        """A collective: the loop that trains the network itself. Only one is allowed, as a speedup may change the
+        network for good."""
         if not self.group.is_alone:
             synchronize_batch_norms(self.module, self.group)
         return self._loop(self.step, plan)
 
     def trial(self, plan: Plan) -> Loop:
-        """A loop that trains a copy from the same start, for measuring: its pictures don't grow."""
+        """A loop that trains a copy from the same start, for measuring, with pictures of full size."""
         model, optimizer = copy.deepcopy((self.module, self.optimizer))
         return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, measuring=True)
 
@@ -141,7 +143,7 @@ class Setup:
 
     @property
     def key(self) -> str:
-        """Names all that decides which plan is the best: what is computed, on what, with which software."""
+        """A digest of all that decides which plan is the best: what is computed, on what, with which software."""
         facts = [
             {name: self.recipe.model_dump(mode="json")[name] for name in _COMPUTED},
             [self.prepared.preprocess.kind, self.prepared.preprocess.model_args, self.prepared.preprocess.input_shape],

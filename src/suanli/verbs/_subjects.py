@@ -164,7 +164,7 @@ def _of_function(spec: str, options: Options) -> ResolvedSubject:
     if size is not None:
         settings["preprocess"] = {"size": list(size)}
     data = DataOptions.of(options.data, data_dir=None, cache_dir=options.cache_dir)
-    recipe, prepared = resolve(data, recipe=None, settings=settings, tell=False)
+    recipe, prepared = resolve(data, recipe=None, settings=settings, announce=False)
     changes = {k: tuple(v) for k, v in (("mean", options.mean), ("std", options.std)) if v is not None}
     preprocess: Preprocess = replace(prepared.preprocess, **changes) if changes else prepared.preprocess  # type: ignore[type-var]
     module = build.build(recipe, preprocess, len(prepared.classes))
@@ -206,7 +206,7 @@ def _examples(
     options: DataOptions, recipe: Recipe, classes: tuple[str, ...] | None, *, digest: str | None = None
 ) -> tuple[Split, Split]:
     """Training and validation examples."""
-    _, prepared = resolve(options, recipe=recipe, settings={}, tell=False)
+    _, prepared = resolve(options, recipe=recipe, settings={}, announce=False)
     if digest not in (None, prepared.digest):
         raise DataError(
             "The data has changed since this model was trained, so its validation split may hold what it has learned.",

@@ -88,7 +88,7 @@ def evaluate(
 
 
 def _own_split(run: Run, saved: SavedModel, options: DataOptions, split: str) -> Split:
-    _, prepared = resolve(options, recipe=saved.recipe, settings={}, tell=False)
+    _, prepared = resolve(options, recipe=saved.recipe, settings={}, announce=False)
     if prepared.digest != run.data["digest"]:
         raise DataError(
             "The data has changed since this model was trained, so its test split may hold what it has learned.",
