@@ -563,11 +563,9 @@ def main(arguments: list[str] | None = None) -> None:
     if any(name in os.environ for name in (fatal.REPORT_VARIABLE, "WORLD_SIZE", "SLURM_STEP_ID")):
         # The launcher may send SIGTERM while this process is ending anyway.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        distributed = sys.modules.get("suanli.parallel.group")
-        if (
-            code == 0 and distributed is not None and not fatal.is_reported()
-        ):  # or it could wait for a process that is gone
-            distributed.leave()  # or NCCL warns of open connections
+        group = sys.modules.get("suanli.parallel.group")
+        if code == 0 and group is not None and not fatal.is_reported():  # or it could wait for a process that is gone
+            group.leave_group()  # or NCCL warns of open connections
     sys.exit(code)
 
 
