@@ -28,8 +28,9 @@ from suanli.compute.step_runner import apply_settings
 from suanli.core.types import Device, Json, Plan
 from suanli.machine import timing
 from suanli.tasks.classification import Z_95, wilson_interval
-from suanli.training.loop import Loop, validation_batch
+from suanli.training.loop import Loop
 from suanli.training.setup import Setup
+from suanli.training.validation import validation_batch_size
 from subjects import SUBJECTS, endless, load, steps_per_epoch
 
 FLOORS = {"speednet": 2.0, "resnet18": 1.6}  # times plain PyTorch
@@ -117,7 +118,7 @@ def scores(
 def answers(loop: Loop) -> np.ndarray:
     """1.0 for each validation example that is answered rightly, else 0.0."""
     with loop.use_averaged_weights():
-        batches = (rows for rows, _, _ in loop.val_feed.in_order(validation_batch(loop.recipe)))
+        batches = (rows for rows, _, _ in loop.val_feed.in_order(validation_batch_size(loop.recipe)))
         found = infer(loop.compute, loop.preprocess, loop.task, batches)
     return (found.argmax(1) == loop.val_feed.split.targets).astype(float)
 

@@ -52,7 +52,7 @@ class Warm:
                     value.zero_()
         if loop.ema is not None:
             for name, value in loop.model.state_dict().items():
-                loop.ema[name].copy_(value)
+                loop.ema.tensors[name].copy_(value)
         loop.recipe, loop.progress = recipe, Progress(segments=[recipe.epochs])
         loop.order = Order(len(loop.train_feed), recipe.batch_size, seed)
         start_s = self._fit(fresh)

@@ -25,8 +25,10 @@ from suanli.machine import device
 from suanli.parallel import dtensor
 from suanli.parallel.group import Group, join_group, leave_group
 from suanli.training import checkpoint
+from suanli.training.checkpoint_writer import ShardWriter, Writer
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.session import Session, TrainingSpec
+from suanli.training.validation import validate
 
 
 def main(every: list[dict]) -> list[dict]:
@@ -75,7 +77,7 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
     )
     session = Session(spec)
     loop, losses = session.loop, []
-    writer = checkpoint.ShardWriter(group) if spec.shard else checkpoint.Writer()
+    writer = ShardWriter(group) if spec.shard else Writer()
     found = {}
     with apply_settings(loop.compute):
         if wanted.get("examine"):
@@ -88,12 +90,12 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
                 state = loop.state()
                 if spec.shard or group.is_first:
                     writer.save(Path(wanted["save"]), loop.progress.step, *state)
-                    writer.complete()
+                    writer.commit()
                 group.barrier()
             if len(losses) == wanted["steps"]:
                 break
         found["received_bytes"] = received_bytes(group) - before
-    scores = loop.validate()
+    scores = validate(loop)
     every = (dtensor.gather(t) for t in loop.model.state_dict().values())
     weights = b"".join(t.contiguous().numpy().tobytes() for t in every)
     parameters = list(loop.model.parameters())

@@ -411,7 +411,7 @@ def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared
         setup = Setup(recipe, prepared, CPU)
         loop = setup.loop(Plan(device="cpu", speedups=()))
         if graph:
-            loop.runner = StepRunner(replace(loop.compute, graph=True), loop._loss, clip_norm=recipe.clip_norm)
+            loop.runner = StepRunner(replace(loop.compute, graph=True), loop.loss, clip_norm=recipe.clip_norm)
         seen = []
         for _ in loop.run():
             seen.append([float(g["lr"]) for g in loop.optimizer.param_groups])

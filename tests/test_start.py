@@ -104,17 +104,17 @@ def test_with_a_checkpoint_it_goes_on_from_there(
 
     # The same by hand: as far with the speedup, then on without it.
     speedup_room("as_odd", f"step = replace(step, compute=lambda x: {ODD})", tolerance=0.05)
-    real = Loop._learn
+    real = Loop._train_on
 
     def learn(loop: Loop, batch: Batch) -> torch.Tensor:
         if loop.progress.step + 1 == step:
             signal.raise_signal(signal.SIGINT)
         return real(loop, batch)
 
-    monkeypatch.setattr(Loop, "_learn", learn)
+    monkeypatch.setattr(Loop, "_train_on", learn)
     with pytest.raises(suanli.Interrupted):
         suanli.train(root, **SMALL, checkpoint_every_s=0, speedups="as_odd", out="by_hand")
-    monkeypatch.setattr(Loop, "_learn", real)
+    monkeypatch.setattr(Loop, "_train_on", real)
     assert checkpoint.last_step(Path("by_hand/checkpoints")) == step
     by_hand = suanli.train("by_hand", speedups="none")
     assert same(fell, by_hand)

@@ -95,7 +95,7 @@ def stop_after(step: int) -> Iterator[None]:
     """Ctrl-C when that step is reached: a real signal to this process."""
     from suanli.training.loop import Loop
 
-    original = Loop._learn
+    original = Loop._train_on
 
     def learn(self: Loop, batch: object) -> torch.Tensor:
         if self.progress.step + 1 == step:
@@ -103,7 +103,7 @@ def stop_after(step: int) -> Iterator[None]:
         return original(self, batch)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "_learn", learn)
+        patch.setattr(Loop, "_train_on", learn)
         yield
 
 

@@ -15,15 +15,15 @@ def beat(beats: int, step: int, phase: str) -> dict[str, object]:
     ("before", "now", "expected"),
     [
         # One doesn't say anything any more: it was stopped, or a library lets no thread run.
-        ({0: (3, 7, "learn"), 1: (3, 7, "learn")}, {0: (4, 7, "learn"), 1: (3, 7, "learn")}, [1]),
+        ({0: (3, 7, "compute"), 1: (3, 7, "compute")}, {0: (4, 7, "compute"), 1: (3, 7, "compute")}, [1]),
         # One has never said anything.
-        ({0: (3, 7, "learn")}, {0: (4, 7, "learn")}, [1]),
+        ({0: (3, 7, "compute")}, {0: (4, 7, "compute")}, [1]),
         # One reads its batch, and the others wait for its gradients.
-        ({0: (3, 7, "learn"), 1: (3, 7, "input")}, {0: (4, 7, "learn"), 1: (4, 7, "input")}, [1]),
+        ({0: (3, 7, "compute"), 1: (3, 7, "input")}, {0: (4, 7, "compute"), 1: (4, 7, "input")}, [1]),
         # One is a step behind.
-        ({0: (3, 8, "input"), 1: (3, 7, "settle")}, {0: (4, 8, "input"), 1: (4, 7, "settle")}, [1]),
+        ({0: (3, 8, "input"), 1: (3, 7, "loss")}, {0: (4, 8, "input"), 1: (4, 7, "loss")}, [1]),
         # There is no telling: all show their stacks.
-        ({0: (3, 7, "learn"), 1: (3, 7, "learn")}, {0: (4, 7, "learn"), 1: (4, 7, "learn")}, [0, 1]),
+        ({0: (3, 7, "compute"), 1: (3, 7, "compute")}, {0: (4, 7, "compute"), 1: (4, 7, "compute")}, [0, 1]),
     ],
 )
 def test_the_one_that_the_others_wait_for_is_found(before, now, expected):

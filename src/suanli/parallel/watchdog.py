@@ -23,7 +23,7 @@ from suanli.parallel.group import Group
 
 EXIT_CODE = 75  # "try again later" in sysexits.h
 BEAT_S = 2.0
-PHASES = ("input", "learn", "settle")  # of a step, in order; in any other there is no telling who waits for whom
+PHASES = ("input", "compute", "loss")  # of a step, in order; in any other there is no telling who waits for whom
 
 Position = tuple[int, str]  # the step and the phase in it
 

@@ -17,7 +17,8 @@ from suanli.compute.step_runner import apply_settings
 from suanli.core import compare
 from suanli.core.registry import load
 from suanli.core.types import Difference, Plan, Step
-from suanli.training.loop import Loop, validation_batch
+from suanli.training.loop import Loop
+from suanli.training.validation import validation_batch_size
 
 EXAMINED = 2_000  # inputs at most: enough to see a loss of a point
 SHARE = 0.01  # of the training's time that float32 may take for its answers; the first batch is always answered
@@ -31,7 +32,7 @@ def low_precision_speedups(plan: Plan) -> list[str]:
 def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
     """How the primary metric differs from float32's, and on how many inputs; None: there are none."""
     order = np.random.default_rng(0).permutation(len(loop.val_feed))[:EXAMINED]  # a split may be sorted by class
-    batches = torch.from_numpy(order).split(validation_batch(loop.recipe))  # type: ignore[no-untyped-call]
+    batches = torch.from_numpy(order).split(validation_batch_size(loop.recipe))  # type: ignore[no-untyped-call]
     exact = replace(loop.compute, compute=None, autocast_dtype=None, settings=())
     until = time.perf_counter() + SHARE * loop.progress.seconds
     expected: list[np.ndarray] = []

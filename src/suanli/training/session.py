@@ -173,6 +173,7 @@ class Session:
         self.group.barrier()
         rates = self.group.gather(self.loop.batch_size / measure_step_s(self.loop, memory_bytes))
         self.group.shares = tuple(rate / sum(rates) for rate in rates)
+        self.loop.divide_batch()
 
     def _restore(self, loop: Loop, saved: checkpoint.Checkpoint | None) -> None:
         if saved is not None:

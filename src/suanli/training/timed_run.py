@@ -34,7 +34,8 @@ from suanli.core.types import Device
 from suanli.machine import energy
 from suanli.machine.timing import percentile
 from suanli.training import utilization
-from suanli.training.loop import Loop, validation_batch
+from suanli.training.loop import Loop
+from suanli.training.validation import validation_batch_size
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class Way:
         self.training, self.evaluation = Record(), Record()
         self._steps = loop.run()
         # Of equal size, and the same ones for every way: the last ones of a pass would be fewer.
-        self.evaluated = min(validation_batch(loop.recipe), len(loop.val_feed))
+        self.evaluated = min(validation_batch_size(loop.recipe), len(loop.val_feed))
         positions = _positions(len(loop.val_feed), self.evaluated)
         self._rows = loop.val_feed.batches(positions, read_ahead=loop.compute.read_ahead)
 
@@ -90,7 +91,7 @@ class Way:
     def held_bytes(self) -> int:
         """Of the device's memory, by weights, gradients, averages and the optimizer's state."""
         loop = self.loop
-        tensors = [*loop.model.parameters(), *loop.model.buffers(), *(loop.ema or {}).values()]
+        tensors = [*loop.model.parameters(), *loop.model.buffers(), *(loop.ema.tensors.values() if loop.ema else ())]
         tensors += [p.grad for p in loop.model.parameters() if p.grad is not None]
         for state in loop.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]

@@ -33,10 +33,13 @@ from suanli.parallel import dtensor, preflight
 from suanli.parallel.group import is_lost_process
 from suanli.parallel.watchdog import Watchdog
 from suanli.training import checkpoint, precision_check, utilization
+from suanli.training.checkpoint_writer import ShardWriter, Writer
 from suanli.training.diagnose import Facts, Watch
+from suanli.training.divergence import EARLY
 from suanli.training.forecast import out_of_memory_error
-from suanli.training.loop import EARLY, LOSSES_HELD, Loop
+from suanli.training.loop import READ_LOSSES_EVERY, Loop
 from suanli.training.session import UNPLANNED, Session
+from suanli.training.validation import validate
 
 LOG_EVERY_S = 1.0
 CHECKPOINT_EVERY_S = 60.0
@@ -71,7 +74,7 @@ class Trainer:
         self.processes = options.processes
         if self.processes is not None:
             self.processes = self.processes | {"shares": list(self.group.shares) or None}
-        self.writer = checkpoint.ShardWriter(self.group) if session.spec.shard else checkpoint.Writer()
+        self.writer = ShardWriter(self.group) if session.spec.shard else Writer()
         self.trackers: list[Tracker] = []
         self.gate: dict[str, Json] | None = None  # the final score compared with float32
         self.watch: Watch | None = None
@@ -145,7 +148,7 @@ class Trainer:
 
     def _recover(self, error: Exception) -> None:
         """Get ready to go on after `error`, or raise it, in words that help the user where there are such."""
-        self.writer.abandon()
+        self.writer.discard()
         failed_at = self.loop.progress.step
         if not self.group.is_alone:
             self._explain_loss(error, failed_at)
@@ -196,7 +199,7 @@ class Trainer:
     def _may_begin_again(self, failed_at: int) -> bool:
         """Once, in the first tenth of a run: later it would cost too much, and the rate has proven itself."""
         loop = self.loop
-        noticed_late = 0 if self.device.type == "cpu" else LOSSES_HELD
+        noticed_late = 0 if self.device.type == "cpu" else READ_LOSSES_EVERY
         early = failed_at <= max(FEW_STEPS, EARLY * loop.steps) + noticed_late
         again = any(before.get("began_again") for before in self.fallbacks)
         return early and not again and len(loop.progress.segments) == 1
@@ -249,11 +252,11 @@ class Trainer:
         group, step = self.group, self.loop.progress.step
         if group.is_alone:
             return signal_number or 0, save_is_due
-        if self.device.type != "cpu" and step % LOSSES_HELD and not last:
+        if self.device.type != "cpu" and step % READ_LOSSES_EVERY and not last:
             return 0, False
-        most = group.max(signal_number or 0, float(save_is_due and group.is_first), float(self.writer.busy))
-        if self.writer.unfinished and not most[2]:
-            self.writer.complete()
+        most = group.max(signal_number or 0, float(save_is_due and group.is_first), float(self.writer.is_writing))
+        if self.writer.uncommitted and not most[2]:
+            self.writer.commit()
         return int(most[0]), bool(most[1])
 
     def _facts(self) -> Facts:
@@ -287,7 +290,7 @@ class Trainer:
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
-        values = {"loss": loss, "lr": loop.rate, "examples_per_s": rate}
+        values = {"loss": loss, "lr": loop.lr, "examples_per_s": rate}
         if math.isnan(loss):  # on a GPU, not known yet
             del values["loss"]
         self.directory.log(step=loop.progress.step, epoch=loop.epoch, seconds=loop.progress.seconds, **values)
@@ -296,7 +299,7 @@ class Trainer:
 
     def _validate(self) -> None:
         loop = self.loop
-        scores = loop.validate()
+        scores = validate(loop)
         self.directory.log(
             step=loop.progress.step,
             epoch=loop.epoch,
@@ -326,9 +329,11 @@ class Trainer:
             writers = self.group.local_size if self.loop.compute.sharded else 1
             room = device.available_memory_bytes(device.detect("cpu"), writers)
             copied = beside and (room is None or room >= size_bytes)
-            self.writer.save(self.directory.checkpoints, self.loop.progress.step, tensors, progress, beside=copied)
+            self.writer.save(
+                self.directory.checkpoints, self.loop.progress.step, tensors, progress, in_background=copied
+            )
             if not beside:
-                self.writer.complete()
+                self.writer.commit()
         self.loop.phase = before
 
     def _interrupt(self, number: int, stop: StopRequest) -> None:
@@ -351,7 +356,7 @@ class Trainer:
             return
         loop = self.loop
         if self.recipe.early_stop is not None and any(self._ask_writers(self._best.exists())):
-            loop.load_tensors(checkpoint.read(self._best).tensors)
+            checkpoint.load_tensors(checkpoint.read(self._best).tensors, loop.model.state_dict())
         if self.group.is_first:
             self._remove_outdated()
         with loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():

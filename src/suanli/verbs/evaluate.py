@@ -27,8 +27,8 @@ from suanli.data.loader import Feed, find_source
 from suanli.machine import device as hardware
 from suanli.models.model_folder import SavedModel, add_scores, load_model
 from suanli.training.augment import compose
-from suanli.training.loop import validation_batch
 from suanli.training.prepare import DataOptions, resolve
+from suanli.training.validation import validation_batch_size
 
 SHOWN = 24  # samples, and mistakes, that are kept with their pictures
 
@@ -143,7 +143,7 @@ class _Exam:
         self.saved, self.split, self.device = saved, split, device
         self.step = Step(model=saved.module.to(device.torch_name))
         self.feed = Feed(split, device)
-        self.batch_size = validation_batch(saved.recipe)
+        self.batch_size = validation_batch_size(saved.recipe)
 
     def hold(self, augmented_views: bool) -> dict[str, Json]:
         task, split, classes = self.saved.task, self.split, self.saved.classes

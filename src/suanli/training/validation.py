@@ -1,0 +1,50 @@
+"""Scores on the validation split while a training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from suanli.compute.infer import infer
+from suanli.core.errors import Diverged
+from suanli.core.types import Recipe
+from suanli.training import divergence
+from suanli.training.loop import Loop
+
+
+def validate(loop: Loop) -> dict[str, float]:
+    """A collective: the scores of the weights that the run would keep now. Each process answers for a part of the
+    split. Raises Diverged for answers that aren't finite."""
+    phase, loop.phase = loop.phase, "validate"
+    count = len(loop.val_feed)
+    own = range(count)[loop.group.even_share(count)]
+    with loop.use_averaged_weights():
+        probabilities = infer(loop.compute, loop.preprocess, loop.task, _rows(loop, own))[: len(own)]
+    probabilities = loop.group.gather_rows(probabilities, own.start, count, loop.classes)
+    try:
+        scores = loop.task.scores(probabilities.astype(np.float32), loop.val_feed.split.targets)
+    except Diverged as error:
+        step = loop.progress.step
+        raise Diverged(f"The model's answers became NaN at step {step}.", fix=divergence.FIX) from error
+    loop.phase = phase
+    loop.progress.add_score(scores[loop.task.metric])
+    return scores
+
+
+def validation_batch_size(recipe: Recipe) -> int:
+    """A validation needs no gradients, so a larger batch fits; but small batches keep Ctrl-C quick."""
+    return min(max(recipe.batch_size, 64), 512)
+
+
+def _rows(loop: Loop, own: range) -> Iterator[torch.Tensor]:
+    """Batches of the validation rows that this process answers for. With sharded weights every process must compute
+    the same number of batches: one that has fewer adds batches of one row, and their answers are dropped."""
+    size = validation_batch_size(loop.recipe)
+    for rows, _, _ in loop.val_feed.in_order(size, own):
+        yield rows
+    if loop.compute.sharded:
+        longest = -(-len(loop.val_feed) // loop.group.size)
+        for _ in range(-(-longest // size) - -(-len(own) // size)):
+            yield loop.val_feed.rows(torch.zeros(1, dtype=torch.int64))
