@@ -22,8 +22,7 @@ from suanli.serving.batching import Batcher
 from suanli.serving.figures import BUCKETS_S, LAST, Figures, Times
 from suanli.serving.policy import AS_GOOD, Curve, Policy
 from suanli.serving.protocol import Refusal
-from suanli.serving.shared_memory import Layout
-from suanli.serving.worker import Worker
+from suanli.serving.worker import Worker, start_worker
 
 seconds = st.floats(1e-6, 10.0)
 points = st.dictionaries(st.sampled_from((1, 2, 3, 4, 8, 16, 32, 64, 100)), seconds, min_size=1)
@@ -279,12 +278,8 @@ class House:
         return self.runner.run(whole())
 
     async def start(self) -> Worker:
-        worker = Worker(self.subject, engine="auto", device="auto", threads=None, trust_code=False)
-        about = await worker.start()
-        layout = Layout(slots=2, batch=64, row_shape=about.row_shape, row_dtype=about.row_dtype, classes=10)
-        await worker.attach(layout)
-        self.worker = worker
-        return worker
+        self.worker = await start_worker(self.subject, engine="auto", device="auto", threads=None, trust_code=False)
+        return self.worker
 
     def lost(self, batcher: Batcher, reason: str) -> None:
         self.died.append(reason)

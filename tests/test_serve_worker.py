@@ -41,10 +41,9 @@ from suanli.data.preprocess.text import TextPreprocess
 from suanli.machine import device
 from suanli.serving import batching, describe, model, worker
 from suanli.serving.log import Log
-from suanli.serving.model import ModelOptions, ServedModel
+from suanli.serving.model import ModelOptions, ServedModel, load_model
 from suanli.serving.protocol import InferRequest, Refusal, Tensor
-from suanli.serving.shared_memory import Layout
-from suanli.serving.worker import EngineDied, EngineError, Worker
+from suanli.serving.worker import EngineDied, EngineError, Worker, start_worker
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -69,22 +68,8 @@ def run(environment: dict[str, str]) -> Iterator[Run]:  # noqa: ARG001
     gc.collect()
 
 
-def new(subject: Path) -> Worker:
-    return Worker(subject, engine="auto", device="auto", threads=None, trust_code=False)
-
-
-async def up(subject: Path) -> Worker:
-    made = new(subject)
-    try:
-        about = await made.start()
-        layout = Layout(
-            slots=2, batch=4, row_shape=about.row_shape, row_dtype=about.row_dtype, classes=len(about.classes)
-        )
-        await made.attach(layout)
-    except BaseException:
-        made.close()
-        raise
-    return made
+async def start(subject: Path) -> Worker:
+    return await start_worker(subject, engine="auto", device="auto", threads=None, trust_code=False, max_batch=4)
 
 
 async def ask(made: Worker, *orders: tuple[int, ...], slot: int = 0) -> list[int]:
@@ -121,19 +106,17 @@ def descriptors() -> int:
 
 def test_an_engine_says_what_it_is_and_answers(run: Run, tmp_path: Path) -> None:
     async def work() -> None:
-        made = new(engines(tmp_path / "odd"))
-        about = await made.start()
-        assert (about.engine, about.precision, about.classes) == ("hostile", "float32", CLASSES)
-        assert (about.row_shape, about.row_dtype, about.measured) == ((2, 2, 3), "uint8", ())
-        seconds = await made.attach(Layout(slots=2, batch=4, row_shape=(2, 2, 3), row_dtype="uint8", classes=10))
-        assert seconds.keys() == {1, 2, 4}
-        assert all(0 < s < 1 for s in seconds.values())
+        made = await start(engines(tmp_path / "odd"))
+        info = made.info
+        assert (info.engine, info.precision, info.classes) == ("hostile", "float32", CLASSES)
+        assert (info.row_shape, info.row_dtype, info.measured) == ((2, 2, 3), "uint8", ())
+        assert made.seconds.keys() == {1, 2, 4}
+        assert all(0 < s < 1 for s in made.seconds.values())
         first = asyncio.ensure_future(ask(made, (GOOD, 1), (GOOD, 2), slot=0))
         second = asyncio.ensure_future(ask(made, (GOOD, 9), slot=1))
         assert (await first, await second) == ([1, 2], [9])
         assert made.memory_bytes > 1 << 20
         pid = made.pid
-        assert pid is not None
         made.close()
         made.close()
         assert not is_there(pid)
@@ -149,7 +132,7 @@ def test_an_engine_says_what_it_is_and_answers(run: Run, tmp_path: Path) -> None
 )
 def test_an_engine_that_fails_goes_on(run: Run, tmp_path: Path, what: int, reason: str) -> None:
     async def work() -> None:
-        made = await up(engines(tmp_path / "odd"))
+        made = await start(engines(tmp_path / "odd"))
         pid = made.pid
         for _ in range(2):
             with pytest.raises(EngineError, match=reason) as caught:
@@ -165,9 +148,8 @@ def test_an_engine_that_fails_goes_on(run: Run, tmp_path: Path, what: int, reaso
 @pytest.mark.parametrize(("what", "reason"), [(DIES, r"crashed \(SIGSEGV\)"), (EXITS, "a planted end")])
 def test_an_engine_that_dies_is_noticed_at_once(run: Run, tmp_path: Path, what: int, reason: str) -> None:
     async def work() -> None:
-        made = await up(engines(tmp_path / "odd"))
+        made = await start(engines(tmp_path / "odd"))
         pid = made.pid
-        assert pid is not None
         both = asyncio.gather(ask(made, (what,), slot=0), ask(made, (GOOD,), slot=1), return_exceptions=True)
         before = time.monotonic()
         found = await both
@@ -187,7 +169,7 @@ def test_what_an_engine_prints_does_not_stop_it(run: Run, tmp_path: Path) -> Non
     """A megabyte, which is more than a pipe holds."""
 
     async def work() -> None:
-        made = await up(engines(tmp_path / "odd"))
+        made = await start(engines(tmp_path / "odd"))
         assert await ask(made, (CHATTERS, 3), (CHATTERS, 4)) == [3, 4]
         made.close()
 
@@ -209,7 +191,7 @@ def test_an_engine_that_does_not_come_up_says_why(
 ) -> None:
     async def work() -> None:
         with pytest.raises(EngineDied, match=reason):
-            await up(engines(tmp_path / "odd", **options))  # type: ignore[arg-type]
+            await start(engines(tmp_path / "odd", **options))  # type: ignore[arg-type]
 
     run(work())
 
@@ -220,13 +202,10 @@ def test_an_engine_that_hangs_while_it_comes_up_is_given_up(
     monkeypatch.setattr(worker, "START_S", 1.5)
 
     async def work() -> None:
-        made = new(engines(tmp_path / "odd", load="time.sleep(3600)"))
+        before = children()
         with pytest.raises(EngineDied, match="did not come up"):
-            await made.start()
-        pid = made.pid
-        assert pid is not None
-        made.close()
-        assert not is_there(pid)
+            await start(engines(tmp_path / "odd", load="time.sleep(3600)"))
+        assert children() == before
 
     run(work())
 
@@ -246,7 +225,7 @@ def test_damaged_files_are_refused_with_a_reason(run: Run, tmp_path: Path, damag
 
     async def work() -> None:
         with pytest.raises(EngineDied, match=r"checksum|has no settings\.json|engines\.json"):
-            await up(folder)
+            await start(folder)
 
     run(work())
 
@@ -256,14 +235,14 @@ def test_nothing_is_left_of_engines_that_ended(run: Run, tmp_path: Path) -> None
 
     async def work() -> None:
         for turn in range(2):
-            made = await up(good)
+            made = await start(good)
             assert await ask(made, (GOOD, 3)) == [3]
             if turn % 2:
                 with pytest.raises(EngineDied):
                     await ask(made, (DIES,))
             made.close()
             with pytest.raises(EngineDied):
-                await up(bad)
+                await start(bad)
             del made
             gc.collect()
             if turn == 0:
@@ -280,14 +259,10 @@ def test_nothing_is_left_of_engines_that_ended(run: Run, tmp_path: Path) -> None
 ASKS = """
 import asyncio, os, subprocess, sys
 from pathlib import Path
-from suanli.serving.shared_memory import Layout
-from suanli.serving.worker import Worker
-import numpy as np
+from suanli.serving.worker import start_worker
 
 async def work():
-    made = Worker(Path(sys.argv[1]), engine="auto", device="auto", threads=None, trust_code=False)
-    await made.start()
-    await made.attach(Layout(slots=2, batch=4, row_shape=(2, 2, 3), row_dtype="uint8", classes=10))
+    made = await start_worker(Path(sys.argv[1]), engine="auto", device="auto", threads=None, trust_code=False)
     if sys.argv[2] != "idle":
         made.slots[0][0][0, 0, 0, 0] = int(sys.argv[2])
         made.compute(0, 1)
@@ -324,10 +299,16 @@ def test_an_engine_ends_with_a_server_that_is_killed(tmp_path: Path, environment
 
 
 class Kept:
-    """A served model, and the log it wrote."""
+    """A served model, once it is started, and the log it writes."""
 
-    def __init__(self, served: ServedModel, text: io.StringIO) -> None:
-        self.served, self._text = served, text
+    served: ServedModel
+
+    def __init__(self, subject: Path, options: ModelOptions, pool: ThreadPoolExecutor) -> None:
+        self._subject, self._options, self._pool, self._text = subject, options, pool, io.StringIO()
+
+    async def start(self) -> None:
+        log = Log("json", stream=self._text)
+        self.served = await load_model("odd", "1", self._subject, self._options, pool=self._pool, log=log)
 
     def events(self, what: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self._text.getvalue().splitlines()]
@@ -360,9 +341,7 @@ def keep(run: Run) -> Iterator[Callable[..., Kept]]:
     with ThreadPoolExecutor(2) as pool:
 
         def make(subject: Path, **options: Any) -> Kept:
-            text = io.StringIO()
-            log = Log("json", stream=text)
-            kept = Kept(ServedModel("odd", "1", subject, ModelOptions(**options), pool=pool, log=log), text)
+            kept = Kept(subject, ModelOptions(**options), pool)
             made.append(kept)
             return kept
 
@@ -370,7 +349,8 @@ def keep(run: Run) -> Iterator[Callable[..., Kept]]:
 
         async def close() -> None:
             for kept in made:
-                kept.served.close()
+                if hasattr(kept, "served"):
+                    kept.served.close()
             await asyncio.sleep(0)
 
         run(close())
@@ -388,7 +368,7 @@ def test_an_engine_that_ends_while_nobody_asks_is_replaced(run: Run, keep: Calla
     kept = keep(engines(tmp_path / "odd", load="time.sleep(0.3)"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         (pid,) = children()
         os.kill(pid, signal.SIGKILL)
         async with asyncio.timeout(30):
@@ -409,7 +389,7 @@ def test_a_bad_input_costs_only_itself_and_a_crash_only_time(
     kept = keep(engines(tmp_path / "odd", batch_ms=20))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         assert kept.served.ready
         orders = [(GOOD, 1), (THROWS,), (GOOD, 2), (SHAPE,), (NAN,), (GOOD, 3)]
         assert await asyncio.gather(*(kept.ask(order) for order in orders)) == [[1], 500, [2], 500, 500, [3]]
@@ -442,7 +422,7 @@ def test_a_model_without_an_engine_says_so_and_refuses(
     kept = keep(engines(tmp_path / "odd", always=always))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         flag.touch()
         assert await kept.ask((GOOD, 1)) in (500, 503)
         async with asyncio.timeout(30):
@@ -474,7 +454,7 @@ def test_a_hanging_engine_is_replaced(
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         found = await asyncio.gather(*(kept.ask(order) for order in [(HANGS,), (GOOD, 2), (GOOD, 3)]))
         assert found == [500, [2], [3]]
         await kept.ready()
@@ -494,7 +474,7 @@ def test_a_leaking_engine_is_replaced_without_a_lost_request(
     before: set[int] = set()
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         before.update(children())
         ended = False
 
@@ -529,7 +509,7 @@ def test_an_engine_that_dies_while_it_is_being_replaced_leaves_one(
     kept = keep(engines(tmp_path / "odd", load="time.sleep(0.3)"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         (first,) = children()
         assert await kept.ask((LEAKS, 1, 200)) == [1]
         async with asyncio.timeout(30):
@@ -552,7 +532,7 @@ def test_draining_waits_for_requests_and_for_a_crash_in_their_midst(
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         first = asyncio.ensure_future(kept.ask((SLEEPS, 1, 30)))
         await asyncio.sleep(0.1)
         rest = [asyncio.ensure_future(kept.ask(order)) for order in [(GOOD, 2), (EXITS,), (GOOD, 3)]]
@@ -572,12 +552,11 @@ def test_a_model_can_be_closed_while_it_comes_up(run: Run, keep: Callable[..., K
     kept = keep(engines(tmp_path / "odd", load="time.sleep(5)"))
 
     async def work() -> None:
-        starting = asyncio.ensure_future(kept.served.start())
+        starting = asyncio.ensure_future(kept.start())
         await asyncio.sleep(0.3)
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        kept.served.close()
         assert not children()
 
     run(work())
@@ -591,7 +570,7 @@ def test_an_engine_is_not_started_again_as_another_one(
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         options: dict[str, Any] = {"classes": CLASSES[:5]} if change == "classes" else {"side": 4}
         engines(tmp_path / "odd", **options)
         assert await kept.ask((EXITS,)) in (500, 503)
@@ -608,7 +587,7 @@ def test_a_deadline_passes(run: Run, keep: Callable[..., Kept], tmp_path: Path) 
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         first = asyncio.ensure_future(kept.ask((SLEEPS, 1, 50)))
         await asyncio.sleep(0.05)
         before = time.monotonic()
@@ -636,7 +615,7 @@ def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tm
         return found
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         assert await ask("BYTES", [b"a b", b"a b c c"], (2,)) == [b"class3", b"class3"]
         assert await ask("INT32", np.array([[10**6, -5, 1, 0]], np.int32), (1, 4)) == 400
         assert await ask("INT32", np.zeros((1, 4), np.int32), (1, 4)) == 400
@@ -666,7 +645,7 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
         return 200
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         assert await ask(2) == 200
         first = asyncio.ensure_future(ask(many))
         await asyncio.sleep(0.01)
@@ -685,7 +664,7 @@ def test_a_full_house_refuses_at_once_and_says_when_to_come_again(
     kept = keep(engines(tmp_path / "odd", input_ms=20), p99_s=0.3)
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         asked = [asyncio.ensure_future(kept.ask((GOOD, i % 10))) for i in range(200)]
         before = time.monotonic()
         await asyncio.sleep(0)
@@ -713,7 +692,7 @@ def test_a_target_that_cannot_be_kept_is_told_and_one_at_a_time_is_answered(
     kept = keep(engines(tmp_path / "odd", batch_ms=20), p99_s=0.001)
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         assert kept.served.ready
         assert len(kept.events("the latency target can't be kept")) == 1
         found = await asyncio.gather(*(kept.ask((GOOD, i)) for i in range(5)))
@@ -727,7 +706,7 @@ def test_who_leaves_is_withdrawn(run: Run, keep: Callable[..., Kept], tmp_path: 
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:
-        await kept.served.start()
+        await kept.start()
         first = asyncio.ensure_future(kept.ask((SLEEPS, 1, 50)))
         await asyncio.sleep(0.05)
         rest = [asyncio.ensure_future(kept.ask((GOOD, 2))) for _ in range(5)]

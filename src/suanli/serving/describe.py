@@ -1,4 +1,4 @@
-"""What a served model says of itself: the protocol's metadata, Triton's configuration and statistics, status."""
+"""Descriptions of the server and its models: the protocol's metadata, Triton's configuration and statistics, status."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from functools import cache
 import numpy as np
 
 from suanli.serving import bodies
-from suanli.serving.model import MAX_INPUTS, ServedModel
+from suanli.serving.model import ServedModel
 from suanli.serving.protocol import NAMES
+from suanli.serving.tensors import MAX_INPUTS
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 
@@ -25,44 +26,44 @@ def server() -> bodies.ServerMetadata:
 
 
 def metadata(model: ServedModel, versions: Sequence[str]) -> bodies.ModelMetadata:
-    """Every input may also be BYTES: encoded pictures, or texts."""
-    about, name = model.about, model.input_name
-    taken: bodies.TensorMetadata = {"name": name, "datatype": "BYTES", "shape": [-1]}
+    """Inputs and outputs. A client may also send any input as BYTES: encoded pictures, or texts."""
+    info, name = model.info, model.input_name
+    expected: bodies.TensorMetadata = {"name": name, "datatype": "BYTES", "shape": [-1]}
     if model.preprocess.kind == "image":
-        taken = {"name": name, "datatype": NAMES[np.dtype(about.row_dtype)], "shape": [-1, *about.row_shape]}
+        expected = {"name": name, "datatype": NAMES[np.dtype(info.row_dtype)], "shape": [-1, *info.row_shape]}
     return {
         "name": model.name,
         "versions": list(versions),
-        "platform": f"suanli_{about.engine}",
-        "inputs": [taken],
+        "platform": f"suanli_{info.engine}",
+        "inputs": [expected],
         "outputs": [
-            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(about.classes)]},
+            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(info.classes)]},
             {"name": "label", "datatype": "BYTES", "shape": [-1]},
         ],
     }
 
 
 def config(model: ServedModel) -> bodies.ModelConfig:
-    """Shapes are without the batch."""
+    """Triton's model configuration, whose shapes don't include the batch."""
 
     def tensor(values: bodies.TensorMetadata) -> bodies.ConfiguredTensor:
         kind = "STRING" if values["datatype"] == "BYTES" else values["datatype"]
         return {"name": values["name"], "data_type": f"TYPE_{kind}", "dims": values["shape"][1:] or [1]}
 
-    about = metadata(model, [model.version])
+    tensors = metadata(model, [model.version])
     return {
         "name": model.name,
-        "platform": about["platform"],
-        "backend": model.about.engine,
+        "platform": tensors["platform"],
+        "backend": model.info.engine,
         "max_batch_size": MAX_INPUTS,
-        "input": [tensor(values) for values in about["inputs"]],
-        "output": [tensor(values) for values in about["outputs"]],
+        "input": [tensor(values) for values in tensors["inputs"]],
+        "output": [tensor(values) for values in tensors["outputs"]],
         "dynamic_batching": {"preferred_batch_size": [model.policy.batch], "max_queue_delay_microseconds": 0},
     }
 
 
 def stats(model: ServedModel) -> bodies.ModelStats:
-    """Durations in nanoseconds."""
+    """Triton's statistics. Durations are in nanoseconds."""
     figures = model.figures
     return {
         "name": model.name,
@@ -91,21 +92,22 @@ def stats(model: ServedModel) -> bodies.ModelStats:
 
 
 def status(model: ServedModel) -> bodies.ModelStatus:
-    figures, about, settings = model.figures, model.about, model.preprocess.settings()
+    """What the pages show of a model."""
+    figures, info, settings = model.figures, model.info, model.preprocess.settings()
     return {
         "name": model.name,
         "version": model.version,
         "state": model.state,
         "reason": model.reason,
-        "classes": list(about.classes),
-        "engine": about.engine,
-        "precision": about.precision,
-        "threads": about.threads,
+        "classes": list(info.classes),
+        "engine": info.engine,
+        "precision": info.precision,
+        "threads": info.threads,
         "kind": model.preprocess.kind,
         "height": settings.get("height"),
         "width": settings.get("width"),
         "channels": settings.get("channels"),
-        "draws": settings.get("channels") == 1 and set(about.classes) == set("0123456789"),
+        "draws": settings.get("channels") == 1 and set(info.classes) == set("0123456789"),
         "batch_limit": model.policy.batch,
         "target_ms": 1e3 * model.policy.target_s,
         "p50_ms": figures.percentile_ms(0.5),

@@ -2,7 +2,7 @@
 
     python -m suanli.serving.engine_process DESCRIPTOR-OF-A-SOCKET
 
-It reads no file but the model's, and only what the engine needs is imported. See `worker` for the side that asks.
+It reads no files but the model's and imports only what the engine needs. `worker` is the server's side.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli.core.errors import first_line
-from suanli.core.types import Json
 from suanli.engines.sandbox import exit_with_parent
-from suanli.serving.shared_memory import REPLY, REQUEST, Layout
+from suanli.serving.shared_memory import (
+    REPLY,
+    REQUEST,
+    EngineInfo,
+    EngineOptions,
+    Layout,
+    Warmup,
+    from_line,
+    to_line,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,54 +45,59 @@ NICE = 5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _load(options: Mapping[str, Json]) -> tuple[Predictor, dict[str, Json]]:
+def _load(options: EngineOptions) -> tuple[Predictor, EngineInfo]:
     from suanli.engines.predictor import load, read_batch_times
 
-    subject = Path(options["subject"])
-    chosen = {key: options[key] for key in ("engine", "device", "threads", "trust_code")}
-    predictor = load(subject, **chosen)
+    subject = Path(options.subject)
+    predictor = load(
+        subject,
+        engine=options.engine,
+        device=options.device,
+        threads=options.threads,
+        trust_code=options.trust_code,
+    )
     preprocess = predictor.preprocess
-    about: dict[str, Json] = {
-        "engine": predictor.engine,
-        "precision": predictor.precision,
-        "threads": predictor.threads,
-        "preprocess": preprocess.to_json(),
-        "classes": list(predictor.classes),
-        "row_shape": list(preprocess.row_shape),
-        "row_dtype": str(preprocess.row_dtype),
-        "torch": "torch" in sys.modules,
-        "measured": [list(point) for point in read_batch_times(subject, predictor)],
-    }
-    return predictor, about
+    info = EngineInfo(
+        engine=predictor.engine,
+        precision=predictor.precision,
+        threads=predictor.threads,
+        preprocess=preprocess.to_json(),
+        classes=tuple(predictor.classes),
+        row_shape=tuple(preprocess.row_shape),
+        row_dtype=str(preprocess.row_dtype),
+        torch="torch" in sys.modules,
+        measured=tuple(read_batch_times(subject, predictor)),
+    )
+    return predictor, info
 
 
 def _compute(predictor: Predictor, rows: np.ndarray) -> np.ndarray:
-    """Probabilities (B, K). Raises what the engine raises, and ValueError for another shape."""
+    """Probabilities (B, K) of rows (B, *row_shape). Raises what the engine raises, and ValueError for a wrong shape."""
     import numpy as np
 
-    found = np.asarray(predictor.probabilities(rows))
-    if found.shape != (len(rows), len(predictor.classes)):
-        raise ValueError(f"{len(rows)} inputs got answers of shape {found.shape}")
-    return found
+    probabilities = np.asarray(predictor.probabilities(rows))
+    if probabilities.shape != (len(rows), len(predictor.classes)):
+        raise ValueError(f"{len(rows)} inputs got answers of shape {probabilities.shape}")
+    return probabilities
 
 
 def _warm(predictor: Predictor, layout: Layout, slots: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
-    """Every batch size once, since some engines compile for each; then a few of each are timed."""
+    """Median seconds of a batch by its size. Each size runs once untimed, since some engines compile for each."""
     rows, _ = slots[0]
     sizes = [size for size in WARM_SIZES if size < layout.batch] + [layout.batch]
     seconds: dict[int, float] = {}
     spent = 0.0
     for size in sizes:
         if spent + 3 * size * min((s / b for b, s in seconds.items()), default=0.0) > WARM_S:
-            break  # a slow network: larger batches are inferred
+            break  # a slow model: the server extrapolates to larger batches
         _compute(predictor, rows[:size])
-        took = []
+        times = []
         for _ in range(3):
-            before = time.perf_counter()
+            start = time.perf_counter()
             predictor.probabilities(rows[:size])
-            took.append(time.perf_counter() - before)
-        spent += sum(took)
-        seconds[size] = sorted(took)[1]
+            times.append(time.perf_counter() - start)
+        spent += sum(times)
+        seconds[size] = sorted(times)[1]
     return seconds
 
 
@@ -93,15 +105,15 @@ def _resident_bytes() -> int:
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:  # not Linux: the most it ever had
+    except OSError:  # not Linux: the peak instead
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _end_with_parent() -> None:
-    """Linux: for when a library lets no other thread run. The kernel sends SIGHUP when the server is gone, and the
-    handler is the C library's alarm(), to which the signal's number, 1, is seconds."""
+    """On Linux, also ends a process whose library lets no other thread run. The kernel sends SIGHUP when the server
+    ends, and the handler is the C library's alarm(), which takes the signal's number, 1, as seconds."""
     with contextlib.suppress(AttributeError):
         library = ctypes.CDLL(None)
         library.prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
@@ -109,67 +121,64 @@ def _end_with_parent() -> None:
 
 
 def _receive_exactly(connection: socket.socket, size: int) -> bytes | None:
-    found = b""
-    while len(found) < size:
-        part = connection.recv(size - len(found))
+    """None where the server has closed the socket."""
+    received = b""
+    while len(received) < size:
+        part = connection.recv(size - len(received))
         if not part:
             return None
-        found += part
-    return found
+        received += part
+    return received
 
 
-def _receive_line(connection: socket.socket) -> dict[str, Json]:
-    found = b""
-    while not found.endswith(b"\n"):
+def _receive_line(connection: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
         part = connection.recv(1)
         if not part:
             raise SystemExit(0)
-        found += part
-    values: dict[str, Json] = json.loads(found)
-    return values
+        line += part
+    return line
+
+
+def _receive_descriptor(connection: socket.socket) -> int:
+    size = array.array("i").itemsize
+    _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_LEN(size))
+    return array.array("i", ancillary[0][2])[0]
 
 
 def _serve(connection: socket.socket) -> None:
     import numpy as np
 
-    predictor, about = _load(_receive_line(connection))
-    connection.sendall(json.dumps(about).encode() + b"\n")
-    _, ancillary, _, _ = connection.recvmsg(1, socket.CMSG_LEN(array.array("i").itemsize))
-    descriptor = array.array("i", ancillary[0][2])[0]
-    agreed = _receive_line(connection)
-    layout = Layout(
-        slots=agreed["slots"],
-        batch=agreed["batch"],
-        row_shape=tuple(about["row_shape"]),
-        row_dtype=about["row_dtype"],
-        classes=len(about["classes"]),
-    )
+    predictor, info = _load(from_line(_receive_line(connection), EngineOptions))
+    connection.sendall(to_line(info))
+    descriptor = _receive_descriptor(connection)
+    layout = from_line(_receive_line(connection), Layout)
     slots = layout.arrays(mmap.mmap(descriptor, layout.size_bytes))
     os.close(descriptor)
-    seconds = _warm(predictor, layout, slots) | dict(about["measured"])
-    ready = {"seconds": seconds, "memory_bytes": _resident_bytes()}
-    connection.sendall(json.dumps(ready).encode() + b"\n")
-    while (asked := _receive_exactly(connection, REQUEST.size)) is not None:
-        slot, count = REQUEST.unpack(asked)
+    seconds = _warm(predictor, layout, slots) | dict(info.measured)
+    connection.sendall(to_line(Warmup(seconds=seconds, memory_bytes=_resident_bytes())))
+    while (request := _receive_exactly(connection, REQUEST.size)) is not None:
+        slot, count = REQUEST.unpack(request)
         rows, answers = slots[slot]
-        before = time.perf_counter()
+        start = time.perf_counter()
         reason = b""
         try:
             answers[:count] = _compute(predictor, rows[:count])
             if not np.isfinite(answers[:count]).all():
                 raise ValueError("the answer is not a number")
-        except Exception as error:  # noqa: BLE001  # told to who asked, who decides
+        except Exception as error:  # noqa: BLE001  # the server gets the reason and decides
             reason = f"{type(error).__name__}: {first_line(error, 300)}".encode("utf-8", "replace")
-        took = time.perf_counter() - before
-        connection.sendall(REPLY.pack(slot, len(reason), took, _resident_bytes()) + reason)
+        seconds_taken = time.perf_counter() - start
+        connection.sendall(REPLY.pack(slot, len(reason), seconds_taken, _resident_bytes()) + reason)
 
 
 def main() -> None:
-    """Loads an engine and answers until the server closes the socket."""
+    """Loads an engine and computes until the server closes the socket."""
     from suanli.core.errors import SuanliError
 
-    # On a machine whose cores are all computing, the server must still answer, if only to refuse: measured under three
-    # times the capacity, the 99th percentile of refusals fell from 10.8 to 8.6 ms.
+    # While all cores compute, the server must still answer, if only to refuse. With this, at three times the load that
+    # the server can take, the 99th percentile of refusals fell from 10.8 to 8.6 ms.
     os.nice(NICE)
     threading.Thread(target=exit_with_parent, args=(os.getppid(),), kwargs={"look_s": 0.3}, daemon=True).start()
     _end_with_parent()
@@ -180,7 +189,7 @@ def main() -> None:
         pass
     except SuanliError as error:
         connection.sendall(json.dumps({"error": f"{error.message} {error.fix}".strip()}).encode() + b"\n")
-    except Exception as error:  # a reason for who asked
+    except Exception as error:  # the server gets the reason
         with contextlib.suppress(OSError):
             connection.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}).encode() + b"\n")
         raise

@@ -293,8 +293,8 @@ class App:
             {
                 "model": model.name,
                 "version": model.version,
-                "engine": model.about.engine,
-                "precision": model.about.precision,
+                "engine": model.info.engine,
+                "precision": model.info.precision,
                 "seconds": time.perf_counter() - started,
                 "predictions": found,
             }

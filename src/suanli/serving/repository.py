@@ -1,10 +1,11 @@
-"""The models of a server: found in a folder, loaded, swapped for newer ones and unloaded while requests are answered.
+"""The models of a server: finds them in a folder, and loads, replaces and unloads them while requests are answered.
 
     models/digits/            one model: a run, a model/ folder, or a folder of engines; its version is 1
     models/flowers/1/, 2/     versions of one model
 
-A folder is looked at every second. What has changed is loaded beside what is there and takes its place when it is
-ready; what was there answers those that it has and is then closed. A change that can't be loaded changes nothing.
+The folder is checked every second. A model that has changed is loaded beside the old one and takes its place when it is
+ready; the old one answers the requests that it has and is then closed. If the new one can't be loaded, the old one
+stays.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from suanli.engines.store import INDEX
 from suanli.machine import device
 from suanli.serving.bodies import Availability, ModelState
 from suanli.serving.log import Log
-from suanli.serving.model import ModelOptions, ServedModel
+from suanli.serving.model import ModelOptions, ServedModel, load_model
 from suanli.serving.protocol import Refusal
 from suanli.serving.worker import EngineDied
 
@@ -35,14 +36,14 @@ Stamp = tuple[tuple[int, int, int], ...]
 class Repository:
     """`start` it on the loop that answers requests; `close` at the end."""
 
-    def __init__(self, subject: Path, settings: ModelOptions, log: Log) -> None:
+    def __init__(self, subject: Path, options: ModelOptions, log: Log) -> None:
         """Raises DataError where there is no model."""
         self.subject = subject
         self.draining = False
-        self._settings, self._log = settings, log
+        self._options, self._log = options, log
         self._models: dict[Key, ServedModel] = {}
         self._loading: set[Key] = set()
-        self._stamps: dict[Key, Stamp] = {}  # of what was loaded, or tried in vain
+        self._stamps: dict[Key, Stamp] = {}  # of what was loaded, or could not be
         self._failed: dict[Key, str] = {}
         self._unloaded: set[str] = set()  # names that were unloaded on request
         self._closing: set[asyncio.Task[None]] = set()
@@ -59,10 +60,10 @@ class Repository:
     # --- life ---
 
     async def start(self) -> None:
-        """Loads what there is. Raises EngineDied where that is one model, and it doesn't come up."""
-        there = scan(self.subject)
-        self._loading |= there.keys()
-        for key, path in there.items():
+        """Loads every model. Raises EngineDied where there is a single model and its engine doesn't come up."""
+        paths = scan(self.subject)
+        self._loading |= paths.keys()
+        for key, path in paths.items():
             try:
                 await self._load(key, path)
             except EngineDied:
@@ -72,7 +73,7 @@ class Repository:
             self._watching = asyncio.create_task(self._watch())
 
     async def drain(self) -> None:
-        """Returns when all that was asked is answered."""
+        """Returns when all requests are answered."""
         self.draining = True
         if self._watching is not None:
             self._watching.cancel()
@@ -88,90 +89,87 @@ class Repository:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self, key: Key, path: Path) -> None:
-        """Brings one up beside the one that is there, then swaps. Raises EngineDied, and changes nothing."""
+        """Loads a model beside the one that is there, then replaces it. Raises EngineDied, and then nothing changes."""
         async with self._locks.setdefault(key, asyncio.Lock()):
             self._stamps[key] = stamp(path)
             self._loading.add(key)
-            model = ServedModel(*key, path, self._settings, pool=self._pool, log=self._log)
             try:
-                await model.start()
+                model = await load_model(*key, path, self._options, pool=self._pool, log=self._log)
             except EngineDied as error:
                 self._failed[key] = str(error)
-                model.close()
                 self._log.error("model not loaded", model=key[0], version=key[1], reason=str(error))
                 raise
             finally:
                 self._loading.discard(key)
             self._failed.pop(key, None)
-            before = self._models.get(key)
+            previous = self._models.get(key)
             self._models[key] = model
-            if before is not None:
-                self._retire(before)
+            if previous is not None:
+                self._retire(previous)
 
     def _retire(self, model: ServedModel) -> None:
-        async def work() -> None:
+        async def close() -> None:
             await model.drain()
             model.close()
 
-        task = asyncio.create_task(work())
+        task = asyncio.create_task(close())
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
     async def _watch(self) -> None:
-        """Follows the folder: what is new or has changed is loaded once it has been the same for two looks, and what is
-        gone for two is unloaded. So a copy that takes its time is let finish."""
-        before: Mapping[Key, Stamp] = dict.fromkeys(self._models, ())
+        """Follows the folder. A model that is new or has changed is loaded when two checks in a row saw the same files,
+        so that a slow copy can finish; a model that two checks in a row didn't see is unloaded."""
+        previous: Mapping[Key, Stamp] = dict.fromkeys(self._models, ())
         while True:
             await asyncio.sleep(LOOK_S)
-            there = await asyncio.to_thread(scan, self.subject)
-            if not there and not self.subject.is_dir():
-                continue  # a disk that is away, perhaps: what is loaded can still answer
-            stamps = await asyncio.to_thread(lambda: {key: stamp(path) for key, path in there.items()})  # noqa: B023
-            for key in [key for key in {*self._models, *self._failed} if key not in there and key not in before]:
+            paths = await asyncio.to_thread(scan, self.subject)
+            if not paths and not self.subject.is_dir():
+                continue  # perhaps the disk is unmounted: the loaded models can still answer
+            stamps = await asyncio.to_thread(lambda: {key: stamp(path) for key, path in paths.items()})  # noqa: B023
+            for key in [key for key in {*self._models, *self._failed} if key not in paths and key not in previous]:
                 self._failed.pop(key, None)
                 self._stamps.pop(key, None)
-                if (gone := self._models.pop(key, None)) is not None:
+                if (model := self._models.pop(key, None)) is not None:
                     self._log.event("model unloaded", model=key[0], version=key[1], reason="its folder is gone")
-                    self._retire(gone)
-            for key, found in stamps.items():
-                known = key[0] in self._unloaded or found == self._stamps.get(key)
-                if not known and found == before.get(key):
+                    self._retire(model)
+            for key, current in stamps.items():
+                is_new = key[0] not in self._unloaded and current != self._stamps.get(key)
+                if is_new and current == previous.get(key):
                     with contextlib.suppress(EngineDied):
-                        await self._load(key, there[key])
-            before = stamps
+                        await self._load(key, paths[key])
+            previous = stamps
 
-    # --- asking ---
+    # --- the models ---
 
     @property
     def ready(self) -> bool:
-        """Whether every model that is there answers."""
+        """Whether every model answers."""
         models = self._models.values()
-        waiting = self._loading - self._models.keys()  # a swap isn't a reason
-        new = self._failed.keys() - self._models.keys()
-        return bool(models) and not self.draining and not waiting and not new and all(m.ready for m in models)
+        missing = (self._loading | self._failed.keys()) - self._models.keys()  # a failed replacement isn't missing
+        return bool(models) and not self.draining and not missing and all(model.ready for model in models)
 
     def find(self, name: str, version: str | None = None) -> ServedModel:
-        """Without a version the newest that is ready. Raises Refusal(404)."""
+        """A model; without a version its newest that is ready. Raises Refusal(404), or (503) while it loads."""
         if version is not None:
-            found = self._models.get((name, version))
+            model = self._models.get((name, version))
         else:
-            ours = [self._models[key] for key in sorted(self._models, key=_sort_key) if key[0] == name]
-            found = next((model for model in reversed(ours) if model.ready), ours[-1] if ours else None)
-        if found is None:
+            versions = [self._models[key] for key in sorted(self._models, key=_sort_key) if key[0] == name]
+            model = next((model for model in reversed(versions) if model.ready), versions[-1] if versions else None)
+        if model is None:
             if any(key[0] == name and version in (None, key[1]) for key in self._loading):
                 raise Refusal(503, f"Model {name} is being loaded.", retry_after_s=1.0)
             label = name[:100] if version is None else f"{name[:100]} version {version[:40]}"
             raise Refusal(404, f"There is no model {label}; there are: {', '.join(self.names()) or 'none'}.")
-        return found
+        return model
 
     def single(self) -> ServedModel:
-        """The model of a server that has one. Raises Refusal(400) where the name must be said."""
+        """The model of a server that has only one. Raises Refusal(400) where there are several."""
         names = self.names()
         if len(names) == 1:
             return self.find(names[0])
         if not names:
             raise Refusal(503, "No model is loaded.", retry_after_s=1.0)
-        raise Refusal(400, f"Say which model: {', '.join(names)}.")
+        raise Refusal(400, f"Name the model: {', '.join(names)}.")
 
     def names(self) -> list[str]:
         return sorted({name for name, _ in self._models})
@@ -183,7 +181,7 @@ class Repository:
         return [self._models[key] for key in sorted(self._models, key=_sort_key)]
 
     def index(self) -> list[ModelState]:
-        """Every model and version with its state, as the repository extension has it."""
+        """Every model and version with its state, in the form of the model repository extension."""
         states: dict[Key, tuple[Availability, str]] = dict.fromkeys(self._loading, ("LOADING", ""))
         states |= {key: ("UNAVAILABLE", reason) for key, reason in self._failed.items() if key not in self._models}
         for key, model in self._models.items():
@@ -195,25 +193,26 @@ class Repository:
 
     async def load(self, name: str) -> None:
         """Loads, or loads again, all versions of a model. Raises Refusal(404), or (400) with the reason."""
-        there = {key: path for key, path in (await asyncio.to_thread(scan, self.subject)).items() if key[0] == name}
-        if not there:
+        models = await asyncio.to_thread(scan, self.subject)
+        paths = {key: path for key, path in models.items() if key[0] == name}
+        if not paths:
             raise Refusal(404, f"There is no model {name[:100]} in {self.subject.name}.")
         self._unloaded.discard(name)
-        for key, path in there.items():
+        for key, path in paths.items():
             try:
                 await self._load(key, path)
             except EngineDied as error:
                 raise Refusal(400, f"Model {name} version {key[1]} can't be loaded: {error}.") from error
 
     async def unload(self, name: str) -> None:
-        """Answers what was asked, then closes. Raises Refusal(404)."""
+        """Unloads all versions of a model, once their requests are answered. Raises Refusal(404)."""
         keys = [key for key in self._models if key[0] == name]
         if not keys:
             raise Refusal(404, f"There is no model {name[:100]}.")
         self._unloaded.add(name)
         for key in keys:
             self._stamps.pop(key, None)
-            self._log.event("model unloaded", model=key[0], version=key[1], reason="asked to")
+            self._log.event("model unloaded", model=key[0], version=key[1], reason="on request")
             self._retire(self._models.pop(key))
 
 
@@ -225,24 +224,24 @@ def _sort_key(key: Key) -> tuple[str, int, str]:
 def _is_model(path: Path) -> bool:
     try:
         return any((path / card).is_file() for card in MODEL_FILES)
-    except OSError:  # not ours to look into
+    except OSError:  # may not be read
         return False
 
 
 def scan(subject: Path) -> dict[Key, Path]:
-    """The models at `subject`: itself, or what lies in it, version by version."""
+    """The paths of the models at `subject`: itself, or the models in it, each version by itself."""
     if _is_model(subject):
-        own = subject.resolve()
-        name = own.parent.name if own.name in ("model", "engines") else own.name
+        path = subject.resolve()
+        name = path.parent.name if path.name in ("model", "engines") else path.name
         return {(name or "model", "1"): subject}
-    found: dict[Key, Path] = {}
+    models: dict[Key, Path] = {}
     for folder in _folders(subject):
         if _is_model(folder):
-            found[folder.name, "1"] = folder
+            models[folder.name, "1"] = folder
         else:
             versions = [path for path in _folders(folder) if path.name.isdecimal() and _is_model(path)]
-            found |= {(folder.name, path.name): path for path in versions}
-    return found
+            models |= {(folder.name, path.name): path for path in versions}
+    return models
 
 
 def _folders(path: Path) -> Sequence[Path]:
@@ -253,13 +252,13 @@ def _folders(path: Path) -> Sequence[Path]:
 
 
 def stamp(path: Path) -> Stamp:
-    """Changes when a file of the model does. Not of its cards alone: who copies a model may copy the weights last."""
-    found = []
-    model = path / "model"  # of a run, which has large files of its own beside it
-    for place, folders, files in os.walk(model if _is_model(model) else path):
+    """Changes when a file of the model does. It covers all files, since a copy may write the weights last."""
+    stats = []
+    model = path / "model"  # of a run, whose other files may be large and don't matter here
+    for root, folders, files in os.walk(model if _is_model(model) else path):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             with contextlib.suppress(OSError):
-                about = os.stat(os.path.join(place, name))
-                found.append((about.st_mtime_ns, about.st_size, about.st_ino))
-    return tuple(found)
+                info = os.stat(os.path.join(root, name))
+                stats.append((info.st_mtime_ns, info.st_size, info.st_ino))
+    return tuple(stats)

@@ -1,18 +1,23 @@
-"""The memory that the server shares with an engine's process, and the two small messages that go with it.
+"""What the server and an engine's process exchange: messages at the start, then shared memory.
 
-The server writes rows into a slot and sends `REQUEST`; when `REPLY` comes back, the probabilities are in the same slot.
+At the start each side sends JSON lines: `EngineOptions`, `EngineInfo`, `Layout` and `Warmup`, in this order. After that
+the server writes rows into a slot and sends `REQUEST`; when `REPLY` comes back, the probabilities are in the same slot.
 Nothing else is copied. Not supported: Windows, which can't pass file descriptors over a socket.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
 import struct
 import tempfile
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import TypeAdapter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +25,43 @@ if TYPE_CHECKING:
 REQUEST = struct.Struct("<II")  # slot, number of rows
 # Slot, length of the error text that follows (0: no error), seconds of computing, resident bytes of the process.
 REPLY = struct.Struct("<IIdQ")
+
+
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Which engine of which model to load."""
+
+    subject: str  # path of a run or a model folder
+    engine: str
+    device: str
+    threads: int | None
+    trust_code: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine is, once it is loaded."""
+
+    engine: str
+    precision: str
+    threads: int
+    preprocess: Mapping[str, object]  # kind and settings
+    classes: tuple[str, ...]
+    row_shape: tuple[int, ...]
+    row_dtype: str
+    torch: bool  # it computes with torch, so that it resizes pictures by torch too
+    measured: tuple[tuple[int, float], ...]  # batch sizes and seconds that `suanli optimize` measured; may be empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup:
+    """A warm engine: seconds of a batch by its size (from `suanli optimize` where it measured), and its memory."""
+
+    seconds: Mapping[int, float]
+    memory_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +97,15 @@ class Layout:
     @property
     def size_bytes(self) -> int:
         return self.slots * self._slot_bytes
+
+
+def to_line(message: EngineOptions | EngineInfo | Layout | Warmup) -> bytes:
+    return json.dumps(asdict(message)).encode() + b"\n"
+
+
+def from_line(line: bytes, kind: type[Message]) -> Message:
+    """Raises ValueError for a line that is something else."""
+    return TypeAdapter(kind).validate_python(json.loads(line))
 
 
 def row_bytes(shape: tuple[int, ...], dtype: str) -> int:

@@ -1,9 +1,8 @@
-"""An engine in a process of its own: what throws, hangs or leaks there is lost there.
+"""An engine in its own process, so that a crash, a hang or a leak of the engine can't harm the server.
 
-`Worker` is the side that asks, on an asyncio loop; `engine_process` is the one that is asked. At first they agree in
-JSON, one line each, how large the memory is that both have; then eight bytes ask and twenty-four answer, while the next
-rows are written. What this doesn't do: decide what is batched (see `batching`), or when a process is replaced (see
-`model`).
+`Worker` is the server's side, on an asyncio loop; `engine_process` is the other side; `shared_memory` has what they
+exchange. After the start a batch costs a message of eight bytes there and one of twenty-four back, while the server
+writes the next rows. Not here: what makes a batch (`batching`), when a process is replaced (`model`).
 """
 
 from __future__ import annotations
@@ -19,160 +18,92 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-from suanli.core.types import Json
-from suanli.serving.shared_memory import REPLY, REQUEST, Layout, new_memory
+from suanli.serving.shared_memory import (
+    REPLY,
+    REQUEST,
+    EngineInfo,
+    EngineOptions,
+    Layout,
+    Warmup,
+    from_line,
+    new_memory,
+    row_bytes,
+    to_line,
+)
 
-if TYPE_CHECKING:
-    import numpy as np
+START_S = 180.0  # limit for each step of an engine's start: some compile
+OUTPUT_LINES = 40  # last lines of what an engine's libraries print that are kept
+SLOTS = 2  # one is computed while the other is filled
+SLOT_BYTES = 1 << 26  # at most
+MAX_BATCH = 64
 
-START_S = 180.0  # that an engine may take to come up: some compile
-SAID_KEPT = 40  # last lines of what its libraries print
+Reply = TypeVar("Reply")
 
 
 class EngineError(Exception):
-    """A batch that got no answer; the engine is still there. The message is the reason."""
+    """A batch got no answer, but the engine still runs. The message is the reason."""
 
 
 class EngineDied(EngineError):
-    """The process is gone, or had to be ended."""
+    """The engine's process has ended, or had to be ended."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineInfo:
-    """What an engine said of itself once it was loaded."""
-
-    engine: str
-    precision: str
-    threads: int
-    preprocess: Mapping[str, Json]
-    classes: tuple[str, ...]
-    row_shape: tuple[int, ...]
-    row_dtype: str
-    torch: bool  # it computes with torch, so that pictures are resized by torch too
-    measured: tuple[tuple[int, float], ...]  # batch sizes and seconds that optimize measured; may be empty
+async def start_worker(
+    subject: Path, *, engine: str, device: str, threads: int | None, trust_code: bool, max_batch: int = MAX_BATCH
+) -> Worker:
+    """Starts a process, loads the engine there, shares memory with it and lets it warm up. Raises EngineDied with the
+    reason, and then no process is left."""
+    options = EngineOptions(subject=str(subject), engine=engine, device=device, threads=threads, trust_code=trust_code)
+    process = _Process()
+    try:
+        info = await process.exchange(to_line(options), EngineInfo)
+        layout = Layout(
+            slots=SLOTS,
+            batch=max(1, min(max_batch, SLOT_BYTES // max(row_bytes(info.row_shape, info.row_dtype), 1))),
+            row_shape=info.row_shape,
+            row_dtype=info.row_dtype,
+            classes=len(info.classes),
+        )
+        memory = process.share_memory(layout.size_bytes)
+        warmup = await process.exchange(to_line(layout), Warmup)
+        return Worker(process, info, layout, memory, warmup)
+    except BaseException:
+        process.close()
+        raise
 
 
 class Worker:
-    """One process with one engine. `start`, `attach`, then `compute`; after EngineDied only `close` is left."""
+    """A warm engine in its own process, as `start_worker` returns it. After EngineDied only `close` has an effect."""
 
-    def __init__(self, subject: Path, *, engine: str, device: str, threads: int | None, trust_code: bool) -> None:
-        self._options: dict[str, Json] = {
-            "subject": str(subject),
-            "engine": engine,
-            "device": device,
-            "threads": threads,
-            "trust_code": trust_code,
-        }
-        self.slots: list[tuple[np.ndarray, np.ndarray]] = []  # rows and probabilities of each
-        self.memory_bytes = 0  # of the process, as it said last
-        self.said: deque[str] = deque(maxlen=SAID_KEPT)
-        self.on_exit: Callable[[Worker, str], None] | None = None  # is called when the process ends by itself
-        self._waiting: dict[int, asyncio.Future[float]] = {}
-        self._pending = b""
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._reading = False
+    def __init__(self, process: _Process, info: EngineInfo, layout: Layout, memory: mmap.mmap, warmup: Warmup) -> None:
+        self.info, self.layout = info, layout
+        self.seconds = warmup.seconds  # of a batch by its size
+        self.slots = layout.arrays(memory)  # rows and probabilities of each
+        self.memory_bytes = warmup.memory_bytes  # resident memory of the process, as last reported
+        self.on_exit: Callable[[Worker, str], None] | None = None  # called when the process ends by itself
+        self._process = process
+        self._waiting: dict[int, asyncio.Future[float]] = {}  # by slot
+        self._pending = b""  # received, but not yet a whole reply
+        asyncio.get_running_loop().add_reader(process.socket.fileno(), self._receive)
 
     @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
-    async def start(self) -> EngineInfo:
-        """Brings the process up and loads the engine. Raises EngineDied with the reason."""
-        try:
-            self._begin()
-        except OSError as error:  # no process, no memory, no descriptor to be had
-            raise EngineDied(f"the engine's process can't be started ({error.strerror or error})") from error
-        values = await self._agree(self._options)
-        values["classes"], values["row_shape"] = tuple(values["classes"]), tuple(values["row_shape"])
-        values["measured"] = tuple((int(batch), float(s)) for batch, s in values["measured"])
-        return EngineInfo(**values)
-
-    def _begin(self) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._socket = ours
-        paths = os.pathsep.join(p for p in sys.path if p)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "suanli.serving.engine_process", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": paths},
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C is the server's to handle; and what it started ends with it
-            )
-        assert self._process.stdout is not None
-        os.set_blocking(self._process.stdout.fileno(), False)
-        asyncio.get_running_loop().add_reader(self._process.stdout.fileno(), self._hear)
-
-    async def attach(self, layout: Layout) -> dict[int, float]:
-        """Shares memory and warms up. Seconds that each batch size took; where optimize measured, its figures. Raises
-        EngineDied with the reason."""
-        assert self._socket is not None
-        try:
-            memory = self._share(self._socket, layout.size_bytes)
-        except ConnectionError:
-            raise EngineDied(self._why_ended()) from None
-        except OSError as error:
-            raise EngineDied(
-                f"no memory can be shared with the engine's process ({error.strerror or error})"
-            ) from error
-        values = await self._agree({"slots": layout.slots, "batch": layout.batch})
-        self.slots = layout.arrays(memory)
-        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._receive)
-        self._reading = True
-        self.memory_bytes = values["memory_bytes"]
-        return {int(batch): float(s) for batch, s in values["seconds"].items()}
-
-    @staticmethod
-    def _share(connection: socket.socket, size_bytes: int) -> mmap.mmap:
-        descriptor = new_memory(size_bytes)
-        try:
-            memory = mmap.mmap(descriptor, size_bytes)
-            connection.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))])
-        finally:
-            os.close(descriptor)
-        return memory
-
-    async def _agree(self, values: Mapping[str, Json]) -> dict[str, Json]:
-        """A line there, a line back."""
-        loop = asyncio.get_running_loop()
-        assert self._socket is not None
-        line = b""
-        try:
-            async with asyncio.timeout(START_S):
-                await loop.sock_sendall(self._socket, json.dumps(values).encode() + b"\n")
-                while not line.endswith(b"\n"):
-                    part = await loop.sock_recv(self._socket, 1 << 16)
-                    if not part:
-                        raise EngineDied(self._why_ended())
-                    line += part
-        except TimeoutError:
-            raise EngineDied(f"the engine did not come up in {START_S:.0f} s") from None
-        except ConnectionError:
-            raise EngineDied(self._why_ended()) from None
-        reply: dict[str, Json] = json.loads(line)
-        if "error" in reply:
-            raise EngineDied(reply["error"])
-        return reply
+    def pid(self) -> int:
+        return self._process.pid
 
     def compute(self, slot: int, rows: int) -> asyncio.Future[float]:
-        """Seconds that the engine took for the first rows of a slot, whose answers are there then. The future raises
-        EngineError or EngineDied."""
+        """Computes the first `rows` rows of a slot; when the future is done, their answers are in the slot. Its result
+        is the seconds that the engine took. It raises EngineError or EngineDied."""
         future = asyncio.get_running_loop().create_future()
-        if self._socket is None:  # it ended a moment ago, and who asks hasn't been told yet
+        if self._process.is_closed:  # it ended a moment ago, and the caller doesn't know yet
             future.set_exception(EngineDied("the engine was stopped"))
             return future
         self._waiting[slot] = future
         try:
-            self._socket.send(REQUEST.pack(slot, rows))  # eight bytes always fit: there are few slots
+            self._process.socket.send(REQUEST.pack(slot, rows))  # eight bytes always fit: there are few slots
         except OSError:
             self._handle_exit()
         return future
@@ -182,10 +113,17 @@ class Worker:
         while self._waiting:
             await asyncio.sleep(0.01)
 
+    def close(self, reason: str = "the engine was stopped") -> None:
+        """Ends the process and what it started; batches that wait for it raise EngineDied."""
+        self._process.close()
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(EngineDied(reason))
+
     def _receive(self) -> None:
-        assert self._socket is not None
         try:
-            part = self._socket.recv(1 << 16)
+            part = self._process.socket.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError:
@@ -209,54 +147,119 @@ class Worker:
                 future.set_result(seconds)
 
     def _handle_exit(self) -> None:
-        reason = self._why_ended()
+        reason = self._process.exit_reason()
         self.close(reason)
         if self.on_exit is not None:
             self.on_exit(self, reason)
 
-    def _hear(self) -> None:
-        """What libraries print: its last lines are kept for the log and as a reason."""
-        assert self._process is not None
-        assert self._process.stdout is not None
+
+class _Process:
+    """The process of an engine: starts at once; `socket` leads to it, and what it prints is kept for `exit_reason`."""
+
+    def __init__(self) -> None:
+        """Raises EngineDied where there is no process, memory or file descriptor to be had."""
+        self.is_closed = False
+        self._output: deque[str] = deque(maxlen=OUTPUT_LINES)
         try:
-            part = os.read(self._process.stdout.fileno(), 1 << 16)
+            self.socket, theirs = socket.socketpair()
+            with theirs, contextlib.ExitStack() as on_error:
+                on_error.callback(self.socket.close)
+                self._popen = self._spawn(theirs.fileno())
+                on_error.pop_all()
+        except OSError as error:
+            raise EngineDied(f"the engine's process can't be started ({error.strerror or error})") from error
+        self.socket.setblocking(False)
+        self.pid = self._popen.pid
+        assert self._popen.stdout is not None
+        self._stdout = self._popen.stdout
+        os.set_blocking(self._stdout.fileno(), False)
+        asyncio.get_running_loop().add_reader(self._stdout.fileno(), self._read_output)
+
+    @staticmethod
+    def _spawn(descriptor: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "suanli.serving.engine_process", str(descriptor)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            pass_fds=(descriptor,),
+            start_new_session=True,  # the server handles Ctrl-C; and `close` ends what the process started, too
+        )
+
+    async def exchange(self, line: bytes, kind: type[Reply]) -> Reply:
+        """Sends a line and returns the reply to it. Raises EngineDied with the reason."""
+        loop = asyncio.get_running_loop()
+        reply = b""
+        try:
+            async with asyncio.timeout(START_S):
+                await loop.sock_sendall(self.socket, line)
+                while not reply.endswith(b"\n"):
+                    part = await loop.sock_recv(self.socket, 1 << 16)
+                    if not part:
+                        raise EngineDied(self.exit_reason())
+                    reply += part
+        except TimeoutError:
+            raise EngineDied(f"the engine did not come up in {START_S:.0f} s") from None
+        except ConnectionError:
+            raise EngineDied(self.exit_reason()) from None
+        error = json.loads(reply).get("error")
+        if error is not None:
+            raise EngineDied(error)
+        return from_line(reply, kind)
+
+    def share_memory(self, size_bytes: int) -> mmap.mmap:
+        """New memory, whose descriptor is sent to the process. Raises EngineDied."""
+        try:
+            descriptor = new_memory(size_bytes)
+            try:
+                memory = mmap.mmap(descriptor, size_bytes)
+                rights = array.array("i", [descriptor])
+                self.socket.sendmsg([b"\0"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            finally:
+                os.close(descriptor)
+        except ConnectionError:
+            raise EngineDied(self.exit_reason()) from None
+        except OSError as error:
+            raise EngineDied(
+                f"no memory can be shared with the engine's process ({error.strerror or error})"
+            ) from error
+        return memory
+
+    def exit_reason(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(0.2)
+        self._read_output()
+        code = self._popen.poll()
+        if code is not None and code < 0:
+            with contextlib.suppress(ValueError):
+                return f"the engine's process crashed ({signal.Signals(-code).name})"
+        return f"the engine's process ended ({self._output[-1][:200] if self._output else f'exit code {code}'})"
+
+    def close(self) -> None:
+        """Ends the process and all that it started."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.socket.fileno())
+        self.socket.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+        loop.remove_reader(self._stdout.fileno())
+        self._stdout.close()
+
+    def _read_output(self) -> None:
+        """Keeps the last lines of what the engine's libraries print."""
+        try:
+            part = os.read(self._stdout.fileno(), 1 << 16)
         except BlockingIOError:
             return
         except OSError:
             part = b""
         if part:
-            self.said.extend(line.strip()[:500] for line in part.decode(errors="replace").splitlines() if line.strip())
+            lines = (line.strip()[:500] for line in part.decode(errors="replace").splitlines())
+            self._output.extend(line for line in lines if line)
         else:
-            asyncio.get_running_loop().remove_reader(self._process.stdout.fileno())
-
-    def _why_ended(self) -> str:
-        assert self._process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.2)
-        self._hear()
-        code = self._process.poll()
-        if code is not None and code < 0:
-            with contextlib.suppress(ValueError):
-                return f"the engine's process crashed ({signal.Signals(-code).name})"
-        return f"the engine's process ended ({self.said[-1][:200] if self.said else f'exit code {code}'})"
-
-    def close(self, reason: str = "the engine was stopped") -> None:
-        """Ends the process and what it started; batches that wait for it raise EngineDied."""
-        loop = asyncio.get_running_loop()
-        if self._socket is not None:
-            if self._reading:
-                loop.remove_reader(self._socket.fileno())
-            self._socket.close()
-            self._socket, self._reading = None, False
-        if self._process is not None:
-            assert self._process.stdout is not None
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            loop.remove_reader(self._process.stdout.fileno())
-            self._process.stdout.close()
-            self._process = None
-        waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
-            if not future.done():
-                future.set_exception(EngineDied(reason))
+            asyncio.get_running_loop().remove_reader(self._stdout.fileno())
