@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -101,7 +102,8 @@ def room() -> Iterator[dict[str, str]]:
         importlib.invalidate_caches()
         registry.names.cache_clear()
         try:
-            yield {"PYTHONPATH": place}
+            paths = [place, *filter(None, [os.environ.get("PYTHONPATH")])]
+            yield {"PYTHONPATH": os.pathsep.join(paths)}
         finally:
             sys.path.remove(place)
             suanli.engines.backends.__path__ = before
