@@ -59,7 +59,7 @@ def test_a_counter_that_starts_again(start: int, used: int) -> None:
 def test_a_long_block_misses_no_turn(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     new = tmp_path / "new"
-    with energy.measure_energy(CPU, root=tmp_path, look_s=0.005) as meter:
+    with energy.measure_energy(CPU, root=tmp_path, poll_s=0.005) as meter:
         for turn in range(1, 5):
             new.write_text(str(turn * RANGE_UJ * 6 // 10 % RANGE_UJ))
             new.replace(counter)  # never seen half-written

@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert found.disk_read_bytes_per_s is None
     assert "can't be written" in found.absent["disk_read_bytes_per_s"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "warning: The figures are not kept for the next time. Can't write" in said
+    assert "warning: The figures could not be cached. Can't write" in said
 
 
 def test_of_two_processes_one_measures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,8 @@
-"""Which machine is this, and can this torch build really run there?
+"""What this machine is: its devices, cores and memory, and whether this torch build runs on them.
 
-Everything is asked of the machine (the kernel, the driver, torch) at the moment of the call; there is
-no table of product names. What can't be found out is None. Limits of a container (cgroups) and of the
-shell (ulimit) count, because they are what ends a process. How fast the machine is isn't here: that
-is measured.
+Everything is asked of the kernel, the driver or torch at the moment of the call; there is no table of product names.
+What is unknown is None. The limits of a container (cgroups) and of the shell (ulimit) count, since they are what kills
+a process. How fast the machine is isn't here: `peak.py` measures that.
 
 Works on Linux and macOS; elsewhere memory limits are unknown.
 """
@@ -20,57 +19,58 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 from suanli.core import console
 from suanli.core.errors import MachineError, UsageError
-from suanli.core.types import Device, Environment, Json
+from suanli.core.types import Device, Environment
 from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
 
 # --- devices --------------------------------------------------------------------------------
 
 
 def detect(name: str | None = None) -> Device:
-    """Where work runs. `name`: None or "auto" takes the first GPU that works, else Apple's mps,
-    else the CPU; "cpu", "cuda", "cuda:1" and "mps" insist.
+    """The device to use. None or "auto" is the first GPU that works, else Apple's mps, else the CPU; "cpu", "cuda",
+    "cuda:1" and "mps" are that device.
 
-    Raises UsageError for any other name, MachineError where this torch can't run there: always
-    before training starts, with the reason and the way out.
+    Raises UsageError for any other name, and MachineError, with the reason and what to do, where this torch can't run
+    there.
     """
     wanted = (name or "auto").strip().lower()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", wanted):
         raise UsageError(f"Unknown device {name!r}.", fix="Allowed: auto, cpu, cuda, cuda:0, cuda:1, …, mps.")
     if wanted == "cpu":
         return _cpu()
-    found = gpus()
-    usable = {gpu.torch_name: gpu for gpu in found if gpu.torch_name and gpu.why_not is None}
+    present = gpus()
+    usable = {gpu.torch_name: gpu for gpu in present if gpu.torch_name and gpu.why_not is None}
     if wanted == "auto":
         if usable:
             return _gpu_device(next(iter(usable.values())))
-        if found:  # only auto may pass over a GPU, and it says so
-            console.warn(f"{found[0].name} is not used: {found[0].why_not} {found[0].fix}")
+        if present:
+            console.warn(f"{present[0].name} is not used: {present[0].why_not} {present[0].fix}")
         elif not are_gpus_hidden() and (problem := nvidia_driver().problem):
             console.warn(f"Running on the CPU: {problem}.")
         return _cpu()
     exact = "cuda:0" if wanted == "cuda" else wanted
     if exact in usable:
         return _gpu_device(usable[exact])
-    raise _impossible(wanted, exact, found)
+    raise _unusable_error(wanted, exact, present)
 
 
-def _impossible(wanted: str, exact: str, found: tuple[Gpu, ...]) -> MachineError:
+def _unusable_error(wanted: str, exact: str, present: tuple[Gpu, ...]) -> MachineError:
     kind = wanted.partition(":")[0]
-    seen = [gpu.torch_name for gpu in found if gpu.torch_name and gpu.torch_name.startswith(kind)]
-    same = [gpu for gpu in found if gpu.torch_name == exact or (kind == "cuda" and gpu.torch_name is None)]
+    visible = [gpu.torch_name for gpu in present if gpu.torch_name and gpu.torch_name.startswith(kind)]
+    same = [gpu for gpu in present if gpu.torch_name == exact or (kind == "cuda" and gpu.torch_name is None)]
     if same:
         return MachineError(
             f"{wanted} can't be used: {same[0].name}: {same[0].why_not}",
             fix=f"{same[0].fix} Or use --device cpu.",
         )
-    if seen:
-        return MachineError(f"There is no {wanted}.", fix=f"This process sees {', '.join(seen)}.")
+    if visible:
+        return MachineError(f"There is no {wanted}.", fix=f"This process sees {', '.join(visible)}.")
     if kind == "mps":
         return MachineError("mps needs a Mac with an Apple GPU, which isn't here.", fix="Use --device cpu.")
     if are_gpus_hidden():
@@ -93,8 +93,8 @@ def _cpu_fast_dtypes(flags: frozenset[str]) -> tuple[str, ...]:
     fast = ["float32"]
     if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
         fast.append("bfloat16")
-    # Never float16, whatever the flags: torch has no kernels for its gradients there. Seen on a Xeon with avx512_fp16:
-    # convolutions at 0.7 GFLOP/s in training, 229 in float32.
+    # Never float16: torch has no fast kernels for its gradients on any CPU. On a Xeon with avx512_fp16, convolutions
+    # trained at 0.7 GFLOP/s, in float32 at 229.
     return tuple(fast)
 
 
@@ -126,7 +126,7 @@ def _gpu_device(gpu: Gpu) -> Device:
 
 # --- the processor --------------------------------------------------------------------------
 
-# Sets of instructions that decide how fast deep learning is, under the names that Linux gives them.
+# The ones that decide how fast deep learning is, under their names in Linux.
 INSTRUCTION_SETS = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),  # x86-64
@@ -137,8 +137,8 @@ _TORCH_NAMES = {"avx512_f": "avx512f", "fma3": "fma", "neon": "asimd", "dot": "a
 
 def cpu_name(root: Path = Path("/")) -> str:
     text = _read(root / "proc/cpuinfo") or ""
-    if (found := re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", text, re.MULTILINE)) is not None:
-        return " ".join(found[1].split())
+    if (model := re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", text, re.MULTILINE)) is not None:
+        return " ".join(model[1].split())
     if sys.platform == "darwin" and shutil.which("sysctl"):
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "Apple CPU"
@@ -156,16 +156,16 @@ def instruction_sets(root: Path = Path("/")) -> frozenset[str]:
     return frozenset(have & set(INSTRUCTION_SETS))
 
 
-def _torch_capabilities() -> dict[str, Json]:
+def _torch_capabilities() -> dict[str, object]:
     import torch
 
-    ask = getattr(torch.cpu, "get_capabilities", None)  # newer than the oldest torch we accept
-    return dict(ask()) if ask else {}
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # the oldest torch that suanli accepts has none
+    return dict(get_capabilities()) if get_capabilities else {}
 
 
 def cores(root: Path = Path("/")) -> int:
-    """Logical cores that this process may use: its affinity, and the CPU quota of its cgroups. A
-    fraction is rounded down: one thread too many makes all the others wait for it."""
+    """Logical cores that this process may use, by its affinity and the CPU quota of its cgroups. Fractions are rounded
+    down, since one thread too many makes all others wait for it."""
     allowed = float(len(_affinity()))
     for folder, version in _cgroups("cpu", root):
         if version == 2:
@@ -181,13 +181,13 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def physical_cores(root: Path = Path("/")) -> int | None:
-    """Real cores among those that this process may use; None: unknown."""
+    """Physical cores among those that this process may use; None: unknown."""
     siblings = set()
     for cpu in _affinity():
-        listed = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        if listed is None:
+        threads = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        if threads is None:
             return None
-        siblings.add(listed)
+        siblings.add(threads)
     return min(len(siblings), cores(root))
 
 
@@ -201,8 +201,8 @@ def _affinity() -> set[int]:
 
 
 def memory_bytes(root: Path = Path("/")) -> int | None:
-    """Main memory that this process may use: the smallest of what is built in, the limits of its
-    cgroups and its ulimit. None: unknown."""
+    """Main memory that this process may use: the smallest of the installed memory, the limits of its cgroups and its
+    ulimit. None: unknown."""
     limits = [limit for limit, _ in _cgroup_memory(root)]
     if sys.platform != "win32":
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -212,8 +212,8 @@ def memory_bytes(root: Path = Path("/")) -> int | None:
 
 
 def available_memory_bytes(device: Device, sharers: int = 1) -> int | None:
-    """Memory that could still be allocated on the device now; of main memory that so many processes want at the same
-    time, this one's share. None: unknown."""
+    """Memory that could be allocated on the device now. Main memory is divided by `sharers`, the number of processes
+    that need it at the same time. None: unknown."""
     if device.type == "cpu":
         return _available_main_memory(Path("/"), sharers)
     import torch
@@ -233,9 +233,9 @@ def peak_memory_bytes(device: Device) -> int | None:
         return torch.cuda.max_memory_allocated(device.torch_name)
     if device.type == "mps" or sys.platform == "win32":
         return None
-    # Not getrusage where this is there: a new process begins with the peak of the one that started it.
-    if (found := re.search(r"^VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")) or "", re.MULTILINE)) is not None:
-        return int(found[1]) * 1024
+    # Better than getrusage, whose peak a new process inherits from the one that started it.
+    if (peak_kb := re.search(r"^VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")) or "", re.MULTILINE)) is not None:
+        return int(peak_kb[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -244,8 +244,8 @@ def peak_memory_bytes(device: Device) -> int | None:
 
 def _available_main_memory(root: Path, sharers: int = 1) -> int | None:
     free = [max(0, limit - used) for limit, used in _cgroup_memory(root)]
-    if (found := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)) is not None:
-        free.append(int(found[1]) * 1024)
+    if (kb := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)) is not None:
+        free.append(int(kb[1]) * 1024)
     free = [bytes_ // sharers for bytes_ in free]
     if (limit := _address_space_limit()) is not None:  # each process has its own
         pages = (_read(root / "proc/self/statm") or "0").split()[0]
@@ -263,21 +263,21 @@ def _address_space_limit() -> int | None:
 
 
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of every cgroup that limits this process. File cache that the kernel
-    gives up on demand is no use."""
+    """Limit and use, in bytes, of every cgroup that limits this process. File cache that the kernel can drop on demand
+    isn't counted as used."""
     for folder, version in _cgroups("memory", root):
         names = ("memory.max", "memory.current", "inactive_file")
         if version == 1:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         limit, used = _read(folder / names[0]) or "max", _read(folder / names[1]) or "0"
-        if limit.isdecimal() and used.isdecimal() and int(limit) < 1 << 62:  # version 1 has no word for "none"
+        if limit.isdecimal() and used.isdecimal() and int(limit) < 1 << 62:  # larger means no limit in version 1
             stat = re.search(rf"^{names[2]} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
             yield int(limit), max(0, int(used) - (int(stat[1]) if stat else 0))
 
 
 def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
-    """The cgroup folders that bind this process, from its own up to the root, and their version.
-    In a container the own path may not be visible; the mounted root then is the container's."""
+    """The cgroup folders of this process, from its own up to the root, and their version (1 or 2). In a container its
+    own path may be invisible; then the mounted root is the container's."""
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -299,7 +299,7 @@ def _read(path: Path) -> str | None:
 
 
 _OUT_OF_MEMORY = re.compile(
-    # The first is oneDNN's, which says no more than that.
+    # The first is all that oneDNN says.
     r"could not create a (?:primitive|memory)(?! descriptor)|"
     r"can't allocate memory|not enough memory|out of memory|_STATUS_ALLOC_FAILED|Cannot allocate memory",
     re.IGNORECASE,
@@ -307,13 +307,13 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, main memory or the GPU's, in whichever way Python, NumPy, the operating
-    system or torch say so. Only torch's GPU allocators have a class for it."""
+    """Whether an error of Python, NumPy, the operating system or torch means that main memory or the GPU's ran out.
+    Only torch's GPU allocators have a class for it."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    if isinstance(error, SystemError):  # C code without memory for so much as an exception
+    if isinstance(error, SystemError):  # C code that had no memory to make an exception
         return re.search("without (?:exception set|setting an exception)", str(error)) is not None
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
@@ -334,14 +334,12 @@ PACKAGES = (
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
-    """Name to version of those that are installed, without importing them."""
-    found = {}
+    """The versions of those packages that are installed, by name. Imports none of them."""
+    installed = {}
     for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(importlib.metadata.PackageNotFoundError):
+            installed[package] = importlib.metadata.version(package)
+    return installed
 
 
 def environment(device: Device | None = None) -> Environment:

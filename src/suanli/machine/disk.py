@@ -1,7 +1,7 @@
-"""How fast a disk reads, and not the memory that remembers what was read.
+"""How fast a disk is read, without the page cache.
 
-The kernel keeps files in memory, so that a file read twice comes from there. It is told to forget this one, and
-then asked whether it did; where it won't say, there is no figure.
+The kernel keeps files in memory, so a second read doesn't touch the disk. It is asked to drop the file from memory, and
+then whether it did; where it doesn't tell, there is no figure.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ ROUNDS = 7
 
 
 def measure_read_rates(folder: Path, budget_s: float) -> list[float]:
-    """Bytes per second of reading a file of `folder` from its disk, a few times. Raises Absent where it isn't
-    known that the disk was read and not memory, or the file can't be written.
+    """Bytes per second of reading a file in `folder` from its disk, for each of a few rounds. Raises Absent where the
+    read may have come from memory, or the file can't be written.
 
-    The file has no name, so that nothing is left behind, whatever ends this process. A disk that is itself
-    remote or virtual may have caches of its own, which this doesn't see.
+    The file has no name, so nothing is left behind, whatever ends this process. A remote or virtual disk may have
+    caches of its own, which this doesn't see.
     """
     if sys.platform != "linux":
         raise Absent("only Linux tells whether a file is read from the disk or from memory")
@@ -64,7 +64,7 @@ def _read_rounds(file: int, budget_s: float) -> list[float]:
 
 
 def _rate(file: int, block: bytearray, end: float) -> float:
-    """Of one pass over the file, or of what of it can be read until `end`."""
+    """Bytes per second of one pass over the file, which is cut short at `end`."""
     started, done = time.perf_counter(), 0
     while count := os.preadv(file, [block], done):
         done += count
@@ -74,7 +74,7 @@ def _rate(file: int, block: bytearray, end: float) -> float:
 
 
 def _in_memory(file: int) -> bool:
-    """Whether the kernel can answer a read without waiting for the disk, or won't tell."""
+    """Whether the kernel answers a read without waiting for the disk, or doesn't tell."""
     try:
         os.preadv(file, [bytearray(1)], 0, os.RWF_NOWAIT)
     except BlockingIOError:

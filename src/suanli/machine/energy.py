@@ -1,9 +1,9 @@
-"""Joules that a device took while something ran, from the counters that the hardware keeps itself.
+"""The energy in joules that a device uses while something runs, from the counters of the hardware.
 
-A CPU counts the energy of each of its packages (RAPL, which Linux shows below /sys/class/powercap, on most machines
-to root only); an NVIDIA GPU counts its own since its driver was loaded (NVML, through the package nvidia-ml-py).
-Both count all that the device does, other programs' work too, and nothing of fans, disks and power supplies. Nothing
-is estimated from a power rating: where a counter is missing or can't be read, the energy is unknown.
+A CPU counts the energy of each of its packages (RAPL: Linux has it below /sys/class/powercap, on most machines readable
+for root only). An NVIDIA GPU counts its own since its driver was loaded (NVML, through the package nvidia-ml-py). Both
+count everything that the device does, also for other programs, but not fans, disks and power supplies. Nothing is
+estimated from a power rating: where a counter is missing or can't be read, the energy is unknown.
 
 Sources: "Power Capping Framework" in the Linux kernel's documentation; `nvmlDeviceGetTotalEnergyConsumption` in
 NVIDIA's NVML reference.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from suanli.core.types import Device
 
-LOOK_S = 30.0  # a RAPL counter starts again after some minutes at full load; looked at this often, no turn is missed
+POLL_S = 30.0  # a RAPL counter wraps around after some minutes at full load: read this often, no wrap is missed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,57 +28,57 @@ class Counter:
 
     name: str  # "package-0", "GPU-…"
     read_j: Callable[[], float | None]  # joules since an arbitrary moment; None: can't be read
-    wraps_at_j: float | None = None  # starts again from zero there; None: never
+    wraps_at_j: float | None = None  # where it starts again from zero; None: never
 
 
 class Meter:
-    """The energy of one block. Filled in by `measure_energy`."""
+    """The energy of one block, which `measure_energy` fills in at its end."""
 
-    joules: float | None = None  # of the whole block, once it has ended; None: unknown
+    joules: float | None = None  # None: unknown
 
 
 @contextmanager
-def measure_energy(device: Device, *, root: Path = Path("/"), look_s: float = LOOK_S) -> Iterator[Meter]:
-    """Measures what `device` takes while the block runs; the caller waits for the device before the block ends.
+def measure_energy(device: Device, *, root: Path = Path("/"), poll_s: float = POLL_S) -> Iterator[Meter]:
+    """Measures the energy that `device` uses while the block runs. Wait for the device before the block ends.
 
         with measure_energy(device) as meter:
             work()
         print(meter.joules)
 
-    For a CPU all its packages count, for a GPU that GPU alone. `root` is where /sys is looked for.
+    A CPU is all of its packages, a GPU only itself. /sys is looked up below `root`.
     """
     meter, sums = Meter(), [_Sum(counter) for counter in counters(device, root)]
     ended = threading.Event()
 
-    def look() -> None:
-        while not ended.wait(look_s):
+    def poll() -> None:
+        while not ended.wait(poll_s):
             for total in sums:
-                total.look()
+                total.update()
 
-    watch = threading.Thread(target=look, name="suanli-energy", daemon=True)
+    poller = threading.Thread(target=poll, name="suanli-energy", daemon=True)
     if any(total.counter.wraps_at_j for total in sums):
-        watch.start()
+        poller.start()
     try:
         yield meter
     finally:
         ended.set()
-        if watch.is_alive():
-            watch.join()
-        found = [total.look() for total in sums]
-        known = [joules for joules in found if joules is not None]
-        meter.joules = sum(known) if found and len(known) == len(found) else None
+        if poller.is_alive():
+            poller.join()
+        totals = [total.update() for total in sums]
+        known = [joules for joules in totals if joules is not None]
+        meter.joules = sum(known) if totals and len(known) == len(totals) else None
 
 
 class _Sum:
-    """What a counter has counted since this was made."""
+    """The joules that a counter has counted since this object was created."""
 
     def __init__(self, counter: Counter) -> None:
         self.counter = counter
         self._last = counter.read_j()
         self._sum = 0.0
 
-    def look(self) -> float | None:
-        """None for good once the counter couldn't be read, or went back without a known end."""
+    def update(self) -> float | None:
+        """The sum so far. None from then on, once the counter can't be read or goes back without a known wrap."""
         now, wraps_at = self.counter.read_j(), self.counter.wraps_at_j
         if now is None or self._last is None or (now < self._last and wraps_at is None):
             self._last = None
@@ -89,7 +89,7 @@ class _Sum:
 
 
 def counters(device: Device, root: Path = Path("/")) -> list[Counter]:
-    """Those that together count the energy of `device`; empty: it has none, or they aren't shown to this user."""
+    """The counters that together count the energy of `device`; empty: there are none, or this user can't read them."""
     if device.type == "cpu":
         return package_counters(root)
     if device.type == "cuda":
@@ -102,8 +102,8 @@ def counters(device: Device, root: Path = Path("/")) -> list[Counter]:
 
 
 def package_counters(root: Path = Path("/")) -> list[Counter]:
-    """One for each CPU package. Its parts (cores, memory) and the whole board (psys) would count twice."""
-    found = []
+    """One counter for each CPU package. Its parts (cores, memory) and the whole board (psys) would count twice."""
+    packages = []
     for zone in sorted((root / "sys/class/powercap").glob("*-rapl:*")):
         name = _text(zone / "name") or ""
         end = _microjoules(zone / "max_energy_range_uj")
@@ -112,13 +112,13 @@ def package_counters(root: Path = Path("/")) -> list[Counter]:
             def read_j(path: Path = zone / "energy_uj") -> float | None:
                 return _microjoules(path)
 
-            found.append(Counter(name=name, read_j=read_j, wraps_at_j=end))
-    return found
+            packages.append(Counter(name=name, read_j=read_j, wraps_at_j=end))
+    return packages
 
 
 def gpu_counter(uuid: str) -> Counter | None:
-    """Of the NVIDIA GPU with this UUID ("GPU-…"). None without nvidia-ml-py, its driver, or a counter (GPUs
-    before Volta have none, nor has a slice of a GPU)."""
+    """The counter of the NVIDIA GPU with this UUID ("GPU-…"). None without nvidia-ml-py, its driver, or a counter (GPUs
+    before Volta have none, nor have MIG instances)."""
     try:
         import pynvml
     except ImportError:
@@ -140,7 +140,7 @@ def gpu_counter(uuid: str) -> Counter | None:
 
 
 def _microjoules(path: Path) -> float | None:
-    """The number in that file, as joules."""
+    """Joules, from a file with a number of microjoules. None: it can't be read."""
     text = _text(path)
     return int(text) / 1e6 if text is not None and text.isdecimal() else None
 

@@ -1,9 +1,9 @@
-"""The GPUs of this machine: which there are, whether this torch build runs on them, and if not, the
-command that mends it.
+"""The GPUs of this machine: which there are, whether this torch build runs on them, and if not, the command that
+fixes it.
 
-The answer comes from torch, from a tiny kernel that really runs, and from nvidia-smi, which needs
-neither torch nor CUDA libraries and so sees the GPU that a CPU build of torch misses. Nothing here
-changes the driver or installs anything.
+The answer comes from torch, from a tiny kernel that really runs, and from nvidia-smi. That one needs neither torch nor
+CUDA libraries, so it sees the GPU that a CPU build of torch misses. Nothing here changes the driver or installs
+anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import cache
 
 from suanli.core.errors import pip_install
 
-NVIDIA_SMI_TIMEOUT_S = 10.0  # a driver in trouble lets nvidia-smi hang for ever
+NVIDIA_SMI_TIMEOUT_S = 10.0  # with a broken driver, nvidia-smi can hang forever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Gpu:
     torch_name: str | None  # "cuda:0", "mps"; None: torch doesn't see it
     memory_bytes: int | None
     capability: str | None  # "9.0"
-    why_not: str | None  # None: this torch build runs on it, tried with a real kernel
-    fix: str | None  # what to do about `why_not`
+    why_not: str | None  # why this torch can't run on it; None: it can, a kernel really ran
+    fix: str | None  # what to do about that
 
 
 @dataclass(frozen=True, kw_only=True)
 class NvidiaDriver:
-    """What nvidia-smi says; it is asked because it needs neither torch nor CUDA libraries."""
+    """What nvidia-smi reports."""
 
     version: str | None = None
     cuda: str | None = None  # the newest CUDA that this driver runs: "13.0"
@@ -45,21 +45,21 @@ class NvidiaDriver:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """Every GPU of this machine, those first that torch sees. GPUs that CUDA_VISIBLE_DEVICES hides
-    are the user's choice and don't count."""
+    """Every GPU that torch sees, or else those that nvidia-smi lists, which torch can't use. A GPU that the user hides
+    by CUDA_VISIBLE_DEVICES isn't listed."""
     import torch
 
-    with warnings.catch_warnings(record=True) as caught:  # torch warns of what the report then says
+    with warnings.catch_warnings(record=True) as caught:  # what torch warns of becomes the reason
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        found = [_cuda_gpu(index) for index in range(count)]
+        visible = [_cuda_gpu(index) for index in range(count)]
     if torch.backends.mps.is_available():
-        found.append(_mps_gpu())
-    if found or are_gpus_hidden():
-        return tuple(found)
+        visible.append(_mps_gpu())
+    if visible or are_gpus_hidden():
+        return tuple(visible)
     driver = nvidia_driver()
-    refusal = str(caught[0].message).split(".")[0] if caught else None
-    return tuple(_unseen(name, memory, capability, driver, refusal) for name, memory, capability in driver.gpus)
+    warning = str(caught[0].message).split(".")[0] if caught else None
+    return tuple(_invisible_gpu(name, memory, capability, driver, warning) for name, memory, capability in driver.gpus)
 
 
 def are_gpus_hidden() -> bool:
@@ -99,15 +99,17 @@ def _mps_gpu() -> Gpu:
     )
 
 
-def _unseen(name: str, memory: int | None, capability: str | None, driver: NvidiaDriver, refusal: str | None) -> Gpu:
+def _invisible_gpu(
+    name: str, memory: int | None, capability: str | None, driver: NvidiaDriver, warning: str | None
+) -> Gpu:
     """A GPU that nvidia-smi lists and torch doesn't."""
     import torch
 
     if torch.version.cuda is None:
         why_not = f"this torch ({torch.__version__}) was built without CUDA."
         fix = _torch_fix(capability, driver.cuda)
-    elif refusal:
-        why_not, fix = f"torch refuses it: {refusal}.", _torch_fix(capability, driver.cuda)
+    elif warning:
+        why_not, fix = f"torch refuses it: {warning}.", _torch_fix(capability, driver.cuda)
     else:
         why_not = f"torch {torch.__version__} doesn't see it."
         fix = "Check CUDA_VISIBLE_DEVICES, and that the container was started with access to the GPU."
@@ -115,11 +117,11 @@ def _unseen(name: str, memory: int | None, capability: str | None, driver: Nvidi
 
 
 def arch_why_not(capability: str, arch_list: list[str]) -> str | None:
-    """None: code built for one of `arch_list` runs on a GPU of this compute capability.
+    """Why no code built for `arch_list` runs on a GPU of this compute capability; None: some does.
 
-    Machine code (sm_80) runs on the same major version from its minor version on; PTX (compute_80)
-    is compiled by the driver for anything newer. A letter binds: a to that one capability, f to its
-    family. Source: CUDA C++ Programming Guide, "Compute Capability" and "Binary Compatibility".
+    Machine code (sm_80) runs on the same major version, from its minor version on; the driver compiles PTX (compute_80)
+    for anything newer. With the suffix `a`, code runs on that one capability only; with `f`, on its family. Source:
+    CUDA C++ Programming Guide, "Compute Capability" and "Binary Compatibility".
     """
     have = tuple(int(part) for part in capability.split("."))
     for arch in arch_list:
@@ -135,7 +137,7 @@ def arch_why_not(capability: str, arch_list: list[str]) -> str | None:
 
 
 def _kernel_why_not(torch_name: str) -> str | None:
-    """None: a tiny kernel ran there and gave the right result."""
+    """Why a tiny kernel didn't run there; None: it ran and gave the right result."""
     import torch
 
     try:
@@ -146,8 +148,8 @@ def _kernel_why_not(torch_name: str) -> str | None:
 
 
 def _torch_fix(capability: str | None, driver_cuda: str | None) -> str:
-    """The command for a torch wheel that fits. Wheels exist for CUDA 12.6 (capability 5.0 to 9.0) and
-    13.0 (from 7.5 on); source: RELEASE.md of pytorch/pytorch, torch 2.11 to 2.13."""
+    """The command that installs a torch wheel for this GPU and driver. Wheels exist for CUDA 12.6 (capability 5.0 to
+    9.0) and 13.0 (from 7.5 on). Source: RELEASE.md of pytorch/pytorch, torch 2.11 to 2.13."""
     import torch
 
     driver = _version(driver_cuda) or (13, 0)
@@ -170,9 +172,9 @@ def _version(text: str | None) -> tuple[int, ...] | None:
     return tuple(int(part) for part in text.split(".")) if text and re.fullmatch(r"\d+(\.\d+)+", text) else None
 
 
-@cache  # half a second, and what it says doesn't change while a process lives
+@cache  # takes half a second, and the answer doesn't change while a process lives
 def nvidia_driver() -> NvidiaDriver:
-    """Asks nvidia-smi, which may be absent, broken or hang. Never raises for that."""
+    """The report of nvidia-smi; where it is absent, broken or hangs, the report says so."""
     if shutil.which("nvidia-smi") is None:
         return NvidiaDriver()
     rows: str | None = None
@@ -201,7 +203,7 @@ def nvidia_driver() -> NvidiaDriver:
 
 
 def _nvidia_smi(*arguments: str) -> str | None:
-    done = subprocess.run(
+    result = subprocess.run(
         ["nvidia-smi", *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -210,4 +212,4 @@ def _nvidia_smi(*arguments: str) -> str | None:
         timeout=NVIDIA_SMI_TIMEOUT_S,
         check=False,
     )
-    return done.stdout if done.returncode == 0 else None
+    return result.stdout if result.returncode == 0 else None

@@ -1,13 +1,12 @@
-"""The works whose rates are a machine's ceilings: what is computed, copied, launched and decoded, and how much
-of it one call does. The disk is in `disk.py`.
+"""The workloads whose rates are a machine's ceilings: products, convolutions, copies, launches and JPEG decoding. Disk
+reads are in `disk.py`; `peak.py` times them all.
 
-Each work is made of random data (zeros cost a GPU less power, so it clocks higher than it will in training), in
-memory that is allocated once, and grows until one call takes long enough for the clock. A work that fails or isn't
-worth trying is absent with its reason. How often each is called, what is kept and what is cached isn't here but in
-`probe.py`.
+A workload uses random data, since a GPU computes zeros with less power and a higher clock than real data. Its memory is
+allocated once, and it grows until one call takes long enough to be timed. A workload that fails, or isn't worth trying,
+is absent with its reason.
 
-Figures are what a large, well-shaped call reaches through torch, not what a data sheet says; a caller that wants the
-share of a ceiling should count floating-point operations as here: a multiplication and an addition are two.
+A ceiling is what a large, well-shaped call reaches through torch, not what a data sheet says. To compare with it, count
+floating-point operations in the same way: a multiply-add is two.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import numpy as np
 import simplejpeg
 import torch
 
+from suanli.core.errors import first_line
 from suanli.core.types import Device
 from suanli.machine.device import available_memory_bytes, cores, instruction_sets
 from suanli.machine.switches import set_attributes
@@ -33,37 +33,37 @@ from suanli.machine.timing import seconds
 PRECISIONS = ("float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 CHANNELS, PIXELS = 256, 14  # of the 3x3 convolution: the third stage of a ResNet at 224 px
 COPY_BYTES = 256 << 20
-LAUNCHES = 500  # in a row: fewer than a GPU's queue holds, or waiting for room in it would be measured
+LAUNCHES = 500  # in a row: fewer than fit into a GPU's queue, where waiting for room would be measured too
 JPEG_PIXELS = 224
 _FAST_INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 class Absent(Exception):
-    """A figure that this machine doesn't have; the text says why."""
+    """A figure can't be measured on this machine; the text says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """Something to time."""
 
-    amount: float  # of operations, bytes, images or launches in one call
+    amount: float  # operations, bytes, images or launches in one call
     call: Callable[[], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Times calls, and makes works large enough to be timed."""
+    """Times calls, and makes workloads large enough to be timed."""
 
     settle: Callable[[], None] | None  # waits for the device
-    call_s: float  # a call takes about so long, or a few times as long where sizes grow in steps
+    call_s: float  # that a call should take, about; a few times as long where sizes grow in steps
 
     def seconds(self, work: Workload) -> float:
-        """Of one call, after another one."""
+        """How long one call takes, after a call to warm up."""
         work.call()
         return seconds(work.call, self.settle)
 
     def grow(self, make: Callable[[int], Workload], sizes: tuple[int, ...]) -> Workload:
-        """The work of the first size that takes about long enough, or of the largest."""
+        """The workload of the first size that takes about `call_s`, or of the largest."""
         for size in sizes:
             work = make(size)
             if self.seconds(work) >= self.call_s / 2:
@@ -71,7 +71,7 @@ class Clock:
         return work
 
     def repeat(self, work: Workload) -> Workload:
-        """The same, as often in one call as it takes."""
+        """The same workload, as many times in one call as `call_s` needs."""
         times = math.ceil(self.call_s / max(self.seconds(work), self.call_s / 1000))
 
         def call() -> None:
@@ -84,24 +84,24 @@ class Clock:
 def build_workloads(
     device: Device, resources: ExitStack, call_s: float, decode: Callable[[bytes], object]
 ) -> tuple[dict[str, Workload], dict[str, str]]:
-    """Everything to time on this device, by the name of its figure, each warmed up; and why the rest is absent.
-    Threads that a work needs live as long as `resources`."""
+    """The workloads of this device by the name of their figure, each warmed up; and the reasons for what is absent.
+    Threads that a workload needs are stopped when `resources` is closed."""
     clock = Clock(settle=synchronizer(device), call_s=call_s)
-    found: dict[str, Workload] = {}
+    workloads: dict[str, Workload] = {}
     absent: dict[str, str] = {}
     for name, build in _builders(device, resources, clock, decode).items():
         try:
-            found[name] = clock.repeat(build())
+            workloads[name] = clock.repeat(build())
         except Absent as reason:
             absent[name] = str(reason)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            # What torch raises for a dtype or an operator that a backend or an older release lacks.
-            absent[name] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-    return found, absent
+            # What torch raises for a dtype or an operator that a backend or an older release lacks
+            absent[name] = first_line(error, 200)
+    return workloads, absent
 
 
 def synchronizer(device: Device) -> Callable[[], None] | None:
-    """Waits until the device has done all it was told; None: it never runs on its own time."""
+    """The function that waits until the device has finished its work; None: the device runs synchronously."""
     if device.type == "cpu":
         return None
     if device.type == "cuda":
@@ -112,27 +112,27 @@ def synchronizer(device: Device) -> Callable[[], None] | None:
 def _builders(
     device: Device, resources: ExitStack, clock: Clock, decode: Callable[[bytes], object]
 ) -> dict[str, Callable[[], Workload]]:
-    found: dict[str, Callable[[], Workload]] = {}
+    builders: dict[str, Callable[[], Workload]] = {}
     for precision in PRECISIONS:
-        found[f"matmul_flops.{precision}"] = partial(_matmul, device, precision, clock)
-    for precision in PRECISIONS[:4]:  # torch convolves in these only
-        found[f"conv_flops.{precision}"] = partial(_convolution, device, precision, clock)
-    found["memory_bytes_per_s"] = partial(_copy, device)
-    found["launch_s"] = partial(_launch, device, clock)
+        builders[f"matmul_flops.{precision}"] = partial(_matmul, device, precision, clock)
+    for precision in PRECISIONS[:4]:  # the ones in which torch convolves
+        builders[f"conv_flops.{precision}"] = partial(_convolution, device, precision, clock)
+    builders["memory_bytes_per_s"] = partial(_copy, device)
+    builders["launch_s"] = partial(_launch, device, clock)
     if device.type == "cuda":
-        found["host_to_device_bytes_per_s"] = partial(_host_to_device, device)
-        found["graph_launch_s"] = partial(_graph_launch, device, clock)
+        builders["host_to_device_bytes_per_s"] = partial(_host_to_device, device)
+        builders["graph_launch_s"] = partial(_graph_launch, device, clock)
         if torch.cuda.device_count() > 1:
-            found["all_reduce_bytes_per_s"] = _all_reduce
-    found["jpeg_images_per_s"] = partial(_jpeg, resources, decode)
-    return found
+            builders["all_reduce_bytes_per_s"] = _all_reduce
+    builders["jpeg_images_per_s"] = partial(_jpeg, resources, decode)
+    return builders
 
 
 # --- arithmetic ---------------------------------------------------------------------------------
 
 
 def why_not(device: Device, precision: str) -> str | None:
-    """None: this precision is worth measuring here. A slow emulation is no ceiling."""
+    """Why this precision isn't worth measuring here; None: it is. A slow emulation is no ceiling."""
     if precision == "float32" or precision in device.fast_dtypes:
         return None
     if precision == "int8" and (device.type == "cuda" or _cpu_multiplies_int8(device)):
@@ -145,8 +145,8 @@ def _cpu_multiplies_int8(device: Device) -> bool:
 
 
 def _matmul(device: Device, precision: str, clock: Clock) -> Workload:
-    """Of two square matrices; the second is stored by columns, as linear layers store weights and as the 8-bit
-    operators demand."""
+    """The product of two square matrices. The second is stored by columns, as linear layers store weights and as the
+    8-bit operators require."""
     if reason := why_not(device, precision):
         raise Absent(reason)
     make = partial(_matmul_of, device, precision)
@@ -155,7 +155,7 @@ def _matmul(device: Device, precision: str, clock: Clock) -> Workload:
 
 
 def _matmul_of(device: Device, precision: str, n: int) -> Workload:
-    left, right = (_random(device, (n, n), precision) for _ in range(2))
+    left, right = (_random_tensor(device, (n, n), precision) for _ in range(2))
     right = right.t()
     if precision == "int8":
         call: Callable[[], object] = partial(torch._int_mm, left, right)
@@ -168,7 +168,7 @@ def _matmul_of(device: Device, precision: str, n: int) -> Workload:
 
 
 def _convolution(device: Device, precision: str, clock: Clock) -> Workload:
-    """3x3, channels last, forward and both gradients: three times the operations of the forward pass."""
+    """A 3x3 convolution, channels last, forward and both gradients: three times the operations of the forward pass."""
     if reason := why_not(device, precision):
         raise Absent(reason)
     make = partial(_convolution_of, device, precision)
@@ -179,7 +179,7 @@ def _convolution(device: Device, precision: str, clock: Clock) -> Workload:
 def _convolution_of(device: Device, precision: str, batch: int) -> Workload:
     image = (batch, CHANNELS, PIXELS, PIXELS)
     inputs, weights, gradient = (
-        _random(device, shape, precision).to(memory_format=torch.channels_last)
+        _random_tensor(device, shape, precision).to(memory_format=torch.channels_last)
         for shape in (image, (CHANNELS, CHANNELS, 3, 3), image)
     )
     inputs.requires_grad_()
@@ -193,8 +193,8 @@ def _convolution_of(device: Device, precision: str, batch: int) -> Workload:
     return Workload(amount=3 * 2.0 * batch * PIXELS**2 * CHANNELS**2 * 9, call=_in_precision(precision, call))
 
 
-def _random(device: Device, shape: tuple[int, ...], precision: str) -> torch.Tensor:
-    random = torch.Generator(device.torch_name).manual_seed(0)  # the user's random numbers stay as they are
+def _random_tensor(device: Device, shape: tuple[int, ...], precision: str) -> torch.Tensor:
+    random = torch.Generator(device.torch_name).manual_seed(0)  # torch's own generator belongs to the user
     if precision == "int8":
         return torch.randint(-128, 128, shape, dtype=torch.int8, device=device.torch_name, generator=random)
     dtype = torch.float32 if precision == "tfloat32" else getattr(torch, precision)
@@ -205,86 +205,86 @@ def _in_precision(precision: str, call: Callable[[], object]) -> Callable[[], ob
     if precision not in ("float32", "tfloat32"):
         return call
 
-    def exact() -> None:
+    def call_in_precision() -> None:
         with set_fp32_precision("ieee" if precision == "float32" else "tf32"):
             call()
 
-    return exact
+    return call_in_precision
 
 
-def set_fp32_precision(what: str) -> AbstractContextManager[None]:
-    """In full ("ieee") or in NVIDIA's "tf32" inside the block, whatever the user chose for the process."""
+def set_fp32_precision(value: str) -> AbstractContextManager[None]:
+    """Computes float32 in full ("ieee") or in NVIDIA's "tf32" in the block, whatever is set for the process."""
     switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    if what == "ieee":
+    if value == "ieee":
         switches += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]  # type: ignore[attr-defined]
-    return set_attributes(switches, "fp32_precision", what)
+    return set_attributes(switches, "fp32_precision", value)
 
 
 # --- movement and launches ----------------------------------------------------------------------
 
 
 def _copy(device: Device) -> Workload:
-    """From memory to memory, several times as much as the caches hold; what is read and what is written count."""
-    wanted = max(COPY_BYTES, 4 * _cache_bytes()) if device.type == "cpu" else 4 * COPY_BYTES
+    """A copy in memory, several times as large as the caches. Bytes that are read and bytes that are written count."""
+    size = max(COPY_BYTES, 4 * _cache_bytes()) if device.type == "cpu" else 4 * COPY_BYTES
     room = available_memory_bytes(device)
     if room is not None and room < 4 * COPY_BYTES:
         raise Absent("too little free memory for a copy that no cache holds")
-    source = _bytes(device.torch_name, wanted if room is None else min(wanted, room // 4))
+    source = _random_bytes(device.torch_name, size if room is None else min(size, room // 4))
     target = torch.empty_like(source)
     return Workload(amount=2.0 * source.nbytes, call=lambda: target.copy_(source))
 
 
 def _cache_bytes(root: Path = Path("/")) -> int:
-    """Of all last-level caches of the processor; 0: unknown."""
-    found = {}
+    """The size of all last-level caches of the processor; 0: unknown."""
+    sizes = {}
     for cache in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3"):
         try:
             size = re.fullmatch(r"(\d+)K", (cache / "size").read_text().strip())
-            found[(cache / "shared_cpu_list").read_text()] = int(size[1]) << 10 if size else 0
+            sizes[(cache / "shared_cpu_list").read_text()] = int(size[1]) << 10 if size else 0
         except OSError:
             continue
-    return sum(found.values())
+    return sum(sizes.values())
 
 
-def _bytes(place: str, count: int) -> torch.Tensor:
-    """Random ones, of which a block repeats: a page that was never written to isn't read from memory."""
+def _random_bytes(device: str, count: int) -> torch.Tensor:
+    """A block of random bytes, repeated. They are written, since a page that never was isn't read from memory."""
     block = torch.randint(256, (16 << 20,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return block.to(place).repeat(max(1, count // block.nbytes))
+    return block.to(device).repeat(max(1, count // block.nbytes))
 
 
 def _host_to_device(device: Device) -> Workload:
-    source = _bytes("cpu", COPY_BYTES).pin_memory()
+    source = _random_bytes("cpu", COPY_BYTES).pin_memory()
     target = torch.empty_like(source, device=device.torch_name)
     return Workload(amount=float(source.nbytes), call=lambda: target.copy_(source, non_blocking=True))
 
 
 def _all_reduce() -> Workload:
-    """Sum over all GPUs that this process sees. The amount is the bytes that each holds, so that bytes over rate
-    is the time that gradients of that size take."""
+    """A sum over all GPUs that this process sees. The amount is the bytes that each holds, so that bytes over rate is
+    the time that gradients of that size take."""
     from torch.cuda import nccl
 
-    places = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    tensors = [torch.ones(COPY_BYTES // 4, device=place) for place in places]
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    tensors = [torch.ones(COPY_BYTES // 4, device=device) for device in devices]
     if not nccl.is_available(tensors):  # type: ignore[no-untyped-call]
         raise Absent("this torch was built without NCCL")
 
     def call() -> None:
         nccl.all_reduce(tensors)  # type: ignore[no-untyped-call]
-        for place in places:
-            torch.cuda.synchronize(place)
+        for device in devices:
+            torch.cuda.synchronize(device)
 
     return Workload(amount=float(COPY_BYTES), call=call)
 
 
 def _launch(device: Device, clock: Clock) -> Workload:
-    """One tiny operation after another, in a place: what each costs beside its arithmetic."""
+    """Tiny in-place operations in a row: the cost of each beside its arithmetic."""
     tiny = torch.ones(1, device=device.torch_name)
 
     return _launches(lambda: tiny.add_(1), clock)
 
 
 def _graph_launch(device: Device, clock: Clock) -> Workload:
-    """A CUDA graph of one tiny kernel, replayed again and again."""
+    """A CUDA graph of one tiny kernel, replayed many times in a row."""
     tiny = torch.ones(1, device=device.torch_name)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device.torch_name), torch.cuda.graph(graph):
@@ -307,20 +307,20 @@ def _launches(launch: Callable[[], object], clock: Clock) -> Workload:
 
 
 def _jpeg(resources: ExitStack, decode: Callable[[bytes], object]) -> Workload:
-    """Photos decoded by all cores."""
-    each, threads = 16, cores()
+    """Decoding photos on all cores."""
+    photos, threads = 16, cores()
     photo = synthetic_photo(JPEG_PIXELS)
     pool = resources.enter_context(ThreadPoolExecutor(threads))
 
     def decode_some(_: int) -> None:
-        for _ in range(each):
+        for _ in range(photos):
             decode(photo)
 
-    return Workload(amount=each * threads, call=lambda: list(pool.map(decode_some, range(threads))))
+    return Workload(amount=photos * threads, call=lambda: list(pool.map(decode_some, range(threads))))
 
 
 def synthetic_photo(pixels: int) -> bytes:
-    """A square JPEG that costs as much to decode as a photo: smooth shapes in noisy colours."""
+    """A square JPEG file that takes as long to decode as a photo: smooth shapes with noise."""
     random = np.random.default_rng(0)
     shapes = torch.from_numpy(random.random((1, 3, 14, 14), np.float32))
     smooth = torch.nn.functional.interpolate(shapes, size=(pixels, pixels), mode="bicubic")[0]

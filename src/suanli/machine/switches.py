@@ -1,20 +1,19 @@
-"""Settings of torch's libraries that hold for the whole process, on for a while."""
+"""Flags of torch's libraries, which hold for the whole process, set for a while."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 
 @contextmanager
-def set_attributes(places: Iterable[Any], name: str, value: object) -> Iterator[None]:
-    """The attribute `name` of each place has `value` while the block runs."""
-    before = [(place, getattr(place, name)) for place in places]
+def set_attributes(objects: Iterable[object], name: str, value: object) -> Iterator[None]:
+    """Gives the attribute `name` of all objects this value while the block runs."""
+    before = [(each, getattr(each, name)) for each in objects]
     try:
-        for place, _ in before:
-            setattr(place, name, value)
+        for each, _ in before:
+            setattr(each, name, value)
         yield
     finally:
-        for place, old in before:
-            setattr(place, name, old)
+        for each, old in before:
+            setattr(each, name, old)

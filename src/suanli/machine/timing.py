@@ -1,8 +1,8 @@
-"""How long something takes, and whether one thing is faster than another: timing in pairs.
+"""How long something takes, and whether one thing is faster than another: timing in interleaved pairs.
 
-A machine is never quiet, so two things are compared by turns, a round at a time, and each round gives one
-ratio. What slows both sides of a round cancels out. Spread is half the interquartile range, which a few
-wild values don't move.
+Other programs always use the machine too. So two things are timed in turn, round by round, and each round gives one
+ratio: what slows down both sides of a round cancels out. The spread is half the interquartile range, which a few
+outliers don't change.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-STEADY = 0.1  # a relative spread above this means that something else used the machine
+STEADY = 0.1  # a larger relative spread means that something else used the machine
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """Repeated values of one figure, in its unit."""
+    """The distribution of repeated measurements, in their unit."""
 
     median: float
     half_iqr: float  # half the interquartile range; 0 for fewer than two values
@@ -35,7 +35,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Raises ValueError for no values."""
+    """The distribution of `values`. Raises ValueError for none."""
     if not values:
         raise ValueError("no values")
     half = (percentile(values, 0.75) - percentile(values, 0.25)) / 2
@@ -43,14 +43,15 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between neighbours: 0.5 is the median. Raises ValueError for no values."""
+    """The value below which `share` of the values lie, linear between neighbours: 0.5 is the median. Raises ValueError
+    for no values."""
     ranked = sorted(values)
     if not ranked:
         raise ValueError("no values")
-    place = share * (len(ranked) - 1)
-    below = math.floor(place)
+    position = share * (len(ranked) - 1)
+    below = math.floor(position)
     above = min(below + 1, len(ranked) - 1)
-    return ranked[below] + (ranked[above] - ranked[below]) * (place - below)
+    return ranked[below] + (ranked[above] - ranked[below]) * (position - below)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,21 +64,21 @@ class Gain:
 
     @property
     def proven(self) -> bool:
-        """Whether the gain is above its spread, and not a trifle."""
+        """Whether the gain is larger than its spread, and than `TRIFLE`."""
         return self.ratio - 1 > max(self.spread, TRIFLE)
 
 
-TRIFLE = 0.01  # a gain under one per cent isn't worth a line in the plan
+TRIFLE = 0.01  # a smaller gain isn't worth a speedup
 
 
 def gain(before_s: Sequence[float], after_s: Sequence[float]) -> Gain:
-    """From seconds of both sides, round by round. Raises ValueError for no rounds or unequal many."""
-    found = spread([before / after for before, after in zip(before_s, after_s, strict=True)])
-    return Gain(ratio=found.median, spread=found.half_iqr, rounds=found.count)
+    """The gain, from the seconds of both sides in each round. Raises ValueError for no rounds or unequal numbers."""
+    ratios = spread([before / after for before, after in zip(before_s, after_s, strict=True)])
+    return Gain(ratio=ratios.median, spread=ratios.half_iqr, rounds=ratios.count)
 
 
 def seconds(work: Callable[[], object], settle: Callable[[], object] | None = None) -> float:
-    """Of one call; `settle` waits for work that a device does on its own time."""
+    """How long one call takes; `settle` waits for work that a device does asynchronously."""
     if settle is not None:
         settle()
     started = time.perf_counter()
@@ -95,9 +96,9 @@ def time_interleaved(
     budget_s: float = math.inf,
     settle: Callable[[], object] | None = None,
 ) -> dict[Key, list[float]]:
-    """Seconds of each work, by turns; every other round goes backwards, so that none always follows the
-    same one. No further round starts once `budget_s` is spent, but the first timed one always runs."""
-    found: dict[Key, list[float]] = {key: [] for key in works}
+    """Seconds of each work in each round. The works run in turn, every other round in reverse, so that none always
+    follows the same one. No further round starts once `budget_s` is spent, but one timed round always runs."""
+    times: dict[Key, list[float]] = {key: [] for key in works}
     started = time.perf_counter()
     for number in range(warm_up + rounds):
         if number > warm_up and time.perf_counter() - started > budget_s:
@@ -106,5 +107,5 @@ def time_interleaved(
         for key in keys:
             took = seconds(works[key], settle)
             if number >= warm_up:
-                found[key].append(took)
-    return found
+                times[key].append(took)
+    return times

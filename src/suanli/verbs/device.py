@@ -288,7 +288,7 @@ def _figures(ceilings: Ceilings) -> Iterator[tuple[str, float]]:
     for name, value in ceilings.to_json().items():
         if isinstance(value, dict) and name in _UNITS:
             yield from ((f"{name}.{precision}", rate) for precision, rate in value.items())
-        elif name in ceilings.spread:
+        elif name in ceilings.spread and isinstance(value, int | float):
             yield name, value
 
 
