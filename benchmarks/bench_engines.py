@@ -396,13 +396,13 @@ class Process(Sandbox):
     """A process with this file at its other end. Threads are set before it starts, as a person does it."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         others = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         self._process = subprocess.Popen(
             [sys.executable, __file__, SERVE],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             env=others | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
             start_new_session=True,
         )

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import suanli
 from served import digits_run
 from suanli.core.errors import DamagedFile, DataError, UsageError
-from suanli.engines import onnx_import, search
+from suanli.engines import onnx_import, timing
 from suanli.models.model_folder import load_model
 
 pytestmark = [  # torch's exporter uses what torch itself is about to give up
@@ -28,8 +28,8 @@ pytestmark = [  # torch's exporter uses what torch itself is about to give up
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "ROUNDS", 1)
-    monkeypatch.setattr(search, "TURN_S", 0.02)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "TURN_S", 0.02)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ import suanli
 from suanli.core import registry
 from suanli.core.errors import MachineError
 from suanli.core.types import Device, EngineInputs, Placement, Recipe
+from suanli.engines.acceptance import DRIFT
 from suanli.engines.backends import cuda_graphs, eager, tensorrt
 from suanli.engines.backends import onnxruntime as onnx_engine
 from suanli.engines.inference_module import InferenceModule, write_onnx
-from suanli.engines.search import DRIFT
 from suanli.machine import device
 from suanli.models.model_folder import SavedModel, load_model
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import suanli
 from served import digits_run
 from suanli import cli
 from suanli.core.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
-from suanli.engines import search, store
+from suanli.engines import store, timing
 from suanli.machine import device
 from suanli.models.model_folder import load_model, save_model
 from suanli.verbs.optimize import OptimizeResult
@@ -38,8 +39,8 @@ def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = tmp_path_factory.mktemp("tuned") / "run"
     shutil.copytree(trained, run)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(search, "TURN_S", 0.05)
-        patched.setattr(search, "ROUNDS", 2)
+        patched.setattr(timing, "TURN_S", 0.05)
+        patched.setattr(timing, "ROUNDS", 2)
         return run, suanli.optimize(run, engines=QUICK, time_budget="10m")
 
 
@@ -58,8 +59,8 @@ def mine(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing that is enough to choose by, for tests about something else."""
-    monkeypatch.setattr(search, "ROUNDS", 1)
-    monkeypatch.setattr(search, "TURN_S", 0.02)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "TURN_S", 0.02)
 
 
 def pictures(count: int = 6) -> list[np.ndarray]:
@@ -482,7 +483,7 @@ def change(run: Path, **values: object) -> None:
 
 
 def test_elsewhere_it_falls_back_and_says_so(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    machine = store.machine(device.detect("cpu"))
+    machine = asdict(store.describe_machine(device.detect("cpu")))
     for changed, told in (
         ({"device": "Some other CPU"}, "another device"),
         ({"instruction_sets": ["amx_int8", "no_such_set"]}, "no_such_set"),

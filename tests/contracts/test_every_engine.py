@@ -13,9 +13,9 @@ import suanli
 from served import digits_run
 from suanli.core import registry
 from suanli.core.types import Device, Engine, Placement
+from suanli.engines.acceptance import DRIFT, STEADY
 from suanli.engines.inference_module import write_onnx
 from suanli.engines.sandbox import Sandbox
-from suanli.engines.search import DRIFT, STEADY
 from suanli.machine.device import detect
 from suanli.models.model_folder import load_model
 

@@ -1,8 +1,8 @@
-"""An ONNX file from any framework, brought into the form that engines are built from: rows in, probabilities out.
+"""An ONNX file from any framework, made into a graph that engines are built from: rows in, probabilities out.
 
-What the file takes is found out from its input: pictures (B, C, H, W) or (B, H, W, C), which get normalising put in
-front, or the rows of a file that `suanli export` wrote, which has that inside. What it gives are logits or
-probabilities (B, K); a softmax is put behind the former. The batch has to be free.
+Its input says what the file takes: pictures (B, C, H, W) or (B, H, W, C), in front of which normalising is put, or the
+rows of a file that `suanli export` wrote, which has that inside. Its output is logits or probabilities (B, K); logits
+get a softmax. The batch size has to be free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,20 +20,32 @@ from suanli.core.registry import load as load_plugin
 from suanli.core.types import Preprocess
 from suanli.models.model_folder import build_preprocess
 
+if TYPE_CHECKING:
+    import onnx
+
 CHANNELS = (1, 3)
-SHAPERS = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Clip")  # keep probabilities as they are
-MOST = 4096  # px of a side
-FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}  # numbers of ONNX's types
+KEEP_PROBABILITIES = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Clip")  # what may follow them
+MAX_SIDE = 4096  # px
+FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}  # by the numbers of ONNX's types
+
+Shape = list[int | None]  # None: left open
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """A file as it was understood."""
-
-    graph: Any  # onnx.ModelProto from rows (B, *row_shape) to probabilities (B, K)
+    graph: onnx.ModelProto  # from rows (B, *row_shape) to probabilities (B, K)
     preprocess: Preprocess
-    classes: tuple[str, ...] | None  # as its metadata name them; None: it doesn't say
+    classes: tuple[str, ...] | None  # the names in its metadata; None: it has none
     count: int  # of classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """What the user says about the pictures that a network takes."""
+
+    size: tuple[int, int] | None  # height and width, where the file leaves them open
+    mean: Sequence[float] | None  # per channel, in training, where white is 1
+    std: Sequence[float] | None
 
 
 def read(
@@ -45,29 +57,33 @@ def read(
 ) -> ImportedModel:
     """The graph in an .onnx file, with what it needs in front and behind.
 
-    `size` (height, width) where the file leaves it open; `mean` and `std` per channel as the network learned with
-    them, where white is 1 (default: inputs in 0 to 1). Raises DamagedFile for what isn't a whole ONNX file, DataError
-    for a graph of another form, UsageError for options that don't fit it, MachineError without the package onnx.
+    `size` (height, width) where the file leaves it open; `mean` and `std` per channel that the network was trained
+    with, where white is 1 (default: inputs in 0 to 1). Raises DamagedFile for what isn't a complete ONNX file,
+    DataError for a graph of another form, UsageError for options that don't fit it, MachineError without the package
+    onnx.
     """
-    model = _loaded(path)
-    given, result = _one(path, "input", _inputs(model)), _one(path, "output", model.graph.output)
-    _free_batch(path, given, result)
-    about = {prop.key: prop.value for prop in model.metadata_props}
-    count = _classes(path, result)
-    _softmax(model, result.name)
-    _out_of_the_way(model, {given.name, result.name})
-    if {"preprocess", "rows"} <= about.keys() and given.type.tensor_type.elem_type not in FLOATS:
+    model = _load(path)
+    source = _single(path, "input", _inputs(model))
+    result = _single(path, "output", model.graph.output)
+    _check_free_batch(path, source, result)
+    metadata = {prop.key: prop.value for prop in model.metadata_props}
+    count = _count_classes(path, result)
+    exported = {"preprocess", "rows"} <= metadata.keys() and source.type.tensor_type.elem_type not in FLOATS
+    # First other names for inner values that have the names of the ends.
+    names = {name: f"{name}_inner" for name in ("rows", "logits", "probabilities")}
+    names |= {source.name: "rows" if exported else "suanli_input", result.name: "probabilities"}
+    _rename_values(model, names)
+    _append_softmax(model)
+    if exported:
         if size is not None or mean is not None or std is not None:
             raise UsageError(f"{path} brings its own size, mean and std.", fix="Leave the options out.")
-        preprocess = _own_preprocess(path, about, _shape(given))
-        _renamed(model, given.name, result)
+        preprocess = _read_preprocess(path, metadata, _shape(source))
     else:
-        preprocess = _in_front(path, model, given, size, mean, std)
-        _renamed(model, "rows", result)
-    return ImportedModel(graph=model, preprocess=preprocess, classes=_names(about, count), count=count)
+        preprocess = _prepend_preprocess(path, model, source, InputOptions(size=size, mean=mean, std=std))
+    return ImportedModel(graph=model, preprocess=preprocess, classes=_class_names(metadata, count), count=count)
 
 
-def _loaded(path: Path) -> Any:
+def _load(path: Path) -> onnx.ModelProto:
     try:
         import onnx
     except ImportError as error:
@@ -78,15 +94,15 @@ def _loaded(path: Path) -> Any:
     try:
         model = onnx.load(path)
         onnx.checker.check_model(model)
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:  # the second one: weights in another file
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:  # ValueError: weights in another file
         raise DamagedFile(
             f"{path} can't be read ({first_line(error, 200)}).",
             fix="Export it again; weights in files of their own must lie beside it.",
         ) from error
     except Exception as error:
-        if "DecodeError" not in type(error).__name__:  # protobuf's, whose place differs between its versions
+        if "DecodeError" not in type(error).__name__:  # protobuf's, whose module differs between its versions
             raise
-        raise DamagedFile(f"{path} is not a whole ONNX file.", fix="Export it again, or copy it again.") from error
+        raise DamagedFile(f"{path} is not a complete ONNX file.", fix="Export it again, or copy it again.") from error
     newest = onnx.defs.onnx_opset_version()
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx") and opset.version > newest:
@@ -97,13 +113,13 @@ def _loaded(path: Path) -> Any:
     return model
 
 
-def _inputs(model: Any) -> list[Any]:
-    """Without weights, which old files list, too."""
+def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The inputs without the weights, which old files list, too."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
 
 
-def _one(path: Path, what: str, values: Sequence[Any]) -> Any:
+def _single(path: Path, what: str, values: Sequence[onnx.ValueInfoProto]) -> onnx.ValueInfoProto:
     if len(values) != 1:
         names = ", ".join(value.name for value in values) or "none"
         raise DataError(
@@ -113,12 +129,12 @@ def _one(path: Path, what: str, values: Sequence[Any]) -> Any:
     return values[0]
 
 
-def _shape(value: Any) -> list[int | None]:
+def _shape(value: onnx.ValueInfoProto) -> Shape:
     return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
 
 
-def _free_batch(path: Path, given: Any, result: Any) -> None:
-    for value in (given, result):
+def _check_free_batch(path: Path, *values: onnx.ValueInfoProto) -> None:
+    for value in values:
         shape = _shape(value)
         if shape and shape[0] is not None:
             raise DataError(
@@ -126,27 +142,27 @@ def _free_batch(path: Path, given: Any, result: Any) -> None:
             )
 
 
-def _classes(path: Path, result: Any) -> int:
+def _count_classes(path: Path, result: onnx.ValueInfoProto) -> int:
     shape = _shape(result)
     if len(shape) != 2 or shape[1] is None or shape[1] < 2:
         raise DataError(
-            f"{path} gives {_told(shape)}, not one number for each of some classes.",
+            f"{path} gives {_format(shape)}, not one number for each of some classes.",
             fix="Export a classifier that gives (batch, classes).",
         )
     return shape[1]
 
 
-def _told(shape: Sequence[int | None]) -> str:
+def _format(shape: Sequence[int | None]) -> str:
     return f"({', '.join('?' if n is None else str(n) for n in shape)})"
 
 
-def _softmax(model: Any, name: str) -> None:
-    """Puts a softmax behind logits."""
+def _append_softmax(model: onnx.ModelProto) -> None:
+    """Puts a softmax behind the output, unless it is probabilities already."""
     import onnx
 
     graph = model.graph
-    last = next((node for node in graph.node if name in node.output), None)
-    while last is not None and last.op_type in SHAPERS:
+    last = next((node for node in graph.node if "probabilities" in node.output), None)
+    while last is not None and last.op_type in KEEP_PROBABILITIES:
         last = next((node for node in graph.node if last.input[0] in node.output), None)
     if last is not None and last.op_type == "Softmax":
         return
@@ -156,92 +172,100 @@ def _softmax(model: Any, name: str) -> None:
             fix="Export the network without its last operation.",
         )
     for node in graph.node:
-        for place, output in enumerate(node.output):
-            if output == name:
-                node.output[place] = f"{name}_logits"
-        for place, taken in enumerate(node.input):
-            if taken == name:
-                node.input[place] = f"{name}_logits"
-    graph.node.append(onnx.helper.make_node("Softmax", [f"{name}_logits"], [name], axis=1))
+        _rename_in_node(node, {"probabilities": "logits"})
+    graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
 
 
-def _in_front(
-    path: Path,
-    model: Any,
-    given: Any,
-    size: tuple[int, int] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
+def _prepend_preprocess(
+    path: Path, model: onnx.ModelProto, source: onnx.ValueInfoProto, options: InputOptions
 ) -> Preprocess:
-    """Puts uint8 rows (B, H, W, C), their cast, normalising and transposing before the input."""
-    import onnx
-
-    number = given.type.tensor_type.elem_type
-    shape = _shape(given)
-    first = len(shape) == 4 and shape[1] in CHANNELS
-    if number not in FLOATS or len(shape) != 4 or not (first or shape[3] in CHANNELS):
-        kind = onnx.TensorProto.DataType.Name(number)
-        raise DataError(
-            f"{path} takes {kind} {_told(shape)}; pictures as floats (batch, channels, height, width) or "
-            "(batch, height, width, channels) are needed.",
-            fix="Export the network with such an input; with data of another kind, only what suanli exported.",
-        )
-    channels = shape[1] if first else shape[3]
-    assert channels is not None
-    open_sides = shape[2:] if first else shape[1:3]
-    sides = [n for n in open_sides if n is not None]
-    if len(sides) < 2 and size is None:
-        raise UsageError(f"{path} leaves the size of pictures open.", fix="Give it: --size 224, or --size 224x160.")
-    if size is not None and any(a is not None and a != b for a, b in zip(open_sides, size, strict=True)):
-        raise UsageError(f"{path} takes pictures of {_told(open_sides)}, not {size}.", fix="Leave --size out.")
-    height, width = size or (sides[0], sides[1])
-    for name, values in (("--mean", mean), ("--std", std)):
-        if values is not None and len(values) != channels:
-            raise UsageError(f"{name} has {len(values)} numbers; there are {channels} channels.", fix="One for each.")
-    if not np.isfinite([*(mean or ()), *(std or ())]).all():
-        raise UsageError("--mean and --std have to be finite numbers.", fix="Such as 0.485,0.456,0.406.")
-    if std is not None and min(std) <= 0:
-        raise UsageError(
-            "--std has to be above 0.", fix="Give what the network learned with, such as 0.229,0.224,0.225."
-        )
-    spread, centre = np.asarray(std or [1.0] * channels), np.asarray(mean or [0.0] * channels)
-    graph, helper = model.graph, onnx.helper
-    constants = {
-        "suanli_scale": (1 / (255 * spread)).astype(np.float32),
-        "suanli_shift": (-centre / spread).astype(np.float32),
-    }
-    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    places = [0, 3, 1, 2] if first else [0, 1, 2, 3]
-    before = [
-        helper.make_node("Cast", ["rows"], ["suanli_float"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Mul", ["suanli_float", "suanli_scale"], ["suanli_scaled"]),
-        helper.make_node("Add", ["suanli_scaled", "suanli_shift"], ["suanli_normal"]),
-        helper.make_node("Transpose", ["suanli_normal"], ["suanli_placed"], perm=places),
-        helper.make_node("Cast", ["suanli_placed"], [given.name], to=number),
-    ]
-    for place, node in enumerate(before):
-        graph.node.insert(place, node)
-    batch = given.type.tensor_type.shape.dim[0].dim_param or "batch"
-    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.UINT8, [batch, height, width, channels])
-    kept = [value for value in graph.input if value.name != given.name]
-    del graph.input[:]
-    graph.input.extend([rows, *kept])
-    kind = load_plugin("preprocess", "image")
-    preprocess: Preprocess = kind(
+    """Puts uint8 rows (B, H, W, C), their cast, normalising and transposing in front of the input."""
+    height, width, channels = _picture_shape(path, source, options.size)
+    _check_statistics(options, channels)
+    _prepend_nodes(model, source, (height, width, channels), options)
+    preprocess: Preprocess = load_plugin("preprocess", "image")(
         height=height,
         width=width,
         channels=channels,
-        mean=tuple(mean) if mean is not None else None,
-        std=tuple(std) if std is not None else None,
+        mean=None if options.mean is None else tuple(options.mean),
+        std=None if options.std is None else tuple(options.std),
     )
     return preprocess
 
 
-def _own_preprocess(path: Path, about: dict[str, str], shape: Sequence[int | None]) -> Preprocess:
+def _picture_shape(path: Path, source: onnx.ValueInfoProto, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Height, width and channels of the pictures that it takes."""
+    import onnx
+
+    shape, number = _shape(source), source.type.tensor_type.elem_type
+    if number not in FLOATS or len(shape) != 4 or not (_has_channels_first(shape) or shape[3] in CHANNELS):
+        kind = onnx.TensorProto.DataType.Name(number)
+        raise DataError(
+            f"{path} takes {kind} {_format(shape)}; pictures as floats (batch, channels, height, width) or "
+            "(batch, height, width, channels) are needed.",
+            fix="Export the network with such an input; for data of another kind, only files that suanli exported fit.",
+        )
+    channels, sides = (shape[1], shape[2:]) if _has_channels_first(shape) else (shape[3], shape[1:3])
+    assert channels is not None
+    if size is not None and any(side is not None and side != n for side, n in zip(sides, size, strict=True)):
+        raise UsageError(f"{path} takes pictures of {_format(sides)}, not {size}.", fix="Leave --size out.")
+    height, width = size or sides
+    if height is None or width is None:
+        raise UsageError(f"{path} leaves the size of pictures open.", fix="Give it: --size 224, or --size 224x160.")
+    return height, width, channels
+
+
+def _has_channels_first(shape: Shape) -> bool:
+    return len(shape) == 4 and shape[1] in CHANNELS
+
+
+def _check_statistics(options: InputOptions, channels: int) -> None:
+    for name, values in (("--mean", options.mean), ("--std", options.std)):
+        if values is not None and len(values) != channels:
+            raise UsageError(f"{name} has {len(values)} numbers; there are {channels} channels.", fix="One for each.")
+    if not np.isfinite([*(options.mean or ()), *(options.std or ())]).all():
+        raise UsageError("--mean and --std have to be finite numbers.", fix="Such as 0.485,0.456,0.406.")
+    if options.std is not None and min(options.std) <= 0:
+        raise UsageError(
+            "--std has to be above 0.", fix="Give what the network was trained with, such as 0.229,0.224,0.225."
+        )
+
+
+def _prepend_nodes(
+    model: onnx.ModelProto, source: onnx.ValueInfoProto, picture: tuple[int, int, int], options: InputOptions
+) -> None:
+    import onnx
+
+    graph, helper = model.graph, onnx.helper
+    channels = picture[2]
+    std, mean = np.asarray(options.std or [1.0] * channels), np.asarray(options.mean or [0.0] * channels)
+    constants = {
+        "suanli_scale": (1 / (255 * std)).astype(np.float32),
+        "suanli_shift": (-mean / std).astype(np.float32),
+    }
+    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
+    order = [0, 3, 1, 2] if _has_channels_first(_shape(source)) else [0, 1, 2, 3]
+    nodes = [
+        helper.make_node("Cast", ["rows"], ["suanli_float"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", ["suanli_float", "suanli_scale"], ["suanli_scaled"]),
+        helper.make_node("Add", ["suanli_scaled", "suanli_shift"], ["suanli_normal"]),
+        helper.make_node("Transpose", ["suanli_normal"], ["suanli_placed"], perm=order),
+        helper.make_node("Cast", ["suanli_placed"], [source.name], to=source.type.tensor_type.elem_type),
+    ]
+    for position, node in enumerate(nodes):
+        graph.node.insert(position, node)
+    batch = source.type.tensor_type.shape.dim[0].dim_param or "batch"
+    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.UINT8, [batch, *picture])
+    others = [value for value in graph.input if value.name != source.name]
+    del graph.input[:]
+    graph.input.extend([rows, *others])
+
+
+def _read_preprocess(path: Path, metadata: dict[str, str], shape: Shape) -> Preprocess:
     try:
-        preprocess = build_preprocess(json.loads(about["preprocess"]))
-        if list(preprocess.row_shape) != list(shape[1:]) or max(preprocess.row_shape) > MOST:
-            raise ValueError(f"rows of {preprocess.row_shape}, the input is {_told(shape)}")
+        preprocess = build_preprocess(json.loads(metadata["preprocess"]))
+        if list(preprocess.row_shape) != shape[1:] or max(preprocess.row_shape) > MAX_SIDE:
+            raise ValueError(f"rows of {preprocess.row_shape}, the input is {_format(shape)}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
         raise DamagedFile(
             f"The metadata of {path} can't be used ({first_line(error, 200)}).", fix="Export it again."
@@ -249,29 +273,23 @@ def _own_preprocess(path: Path, about: dict[str, str], shape: Sequence[int | Non
     return preprocess
 
 
-def _out_of_the_way(model: Any, ends: set[str]) -> None:
-    """Inner values that are called as the ends will be get another name."""
-    names = {name: f"{name}_inner" for name in ("rows", "probabilities") if name not in ends}
-    for node in model.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*model.graph.initializer, *model.graph.value_info):
+def _rename_values(model: onnx.ModelProto, names: dict[str, str]) -> None:
+    """Gives values of the graph, its inputs and outputs among them, other names."""
+    graph = model.graph
+    for node in graph.node:
+        _rename_in_node(node, names)
+    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
         value.name = names.get(value.name, value.name)
 
 
-def _renamed(model: Any, given: str, result: Any) -> None:
-    """The graph's ends get the names that engines know: rows and probabilities."""
-    names = {given: "rows", result.name: "probabilities"}
-    for node in model.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    for value in (*model.graph.input, *model.graph.output):
-        value.name = names.get(value.name, value.name)
+def _rename_in_node(node: onnx.NodeProto, names: dict[str, str]) -> None:
+    node.input[:] = [names.get(name, name) for name in node.input]
+    node.output[:] = [names.get(name, name) for name in node.output]
 
 
-def _names(about: dict[str, str], count: int) -> tuple[str, ...] | None:
+def _class_names(metadata: dict[str, str], count: int) -> tuple[str, ...] | None:
     try:
-        names = tuple(str(name) for name in json.loads(about["classes"]))
+        names = tuple(str(name) for name in json.loads(metadata["classes"]))
     except (KeyError, ValueError, TypeError):
         return None
     return names if len(names) == count else None

@@ -1,4 +1,4 @@
-"""A trained model that answers: raw inputs in, named probabilities out, by the fastest engine that holds here.
+"""A trained model ready to predict: raw inputs in, named probabilities out, by the fastest engine that is valid here.
 
     engine = suanli.load("runs/digits-1")
     engine.predict("picture.png")[0].label
@@ -20,8 +20,9 @@ import numpy as np
 from suanli.core.console import warn
 from suanli.core.errors import BadInput, DataError, MachineError, UsageError, unknown
 from suanli.core.registry import load as load_plugin
-from suanli.core.types import AnyPath, Json, LoadedEngine, Placement, Preprocess
+from suanli.core.types import AnyPath, Device, LoadedEngine, Placement, Preprocess
 from suanli.engines import store
+from suanli.engines.store import EngineIndex
 from suanli.machine.device import cores, detect
 from suanli.models.model_folder import build_preprocess, find_model_folder, read_card
 
@@ -38,12 +39,12 @@ class Prediction:
     probabilities: dict[str, float]  # the likeliest classes, best first
     error: str | None = None
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 class Predictor:
-    """A model and the engine that computes it. Made by `load`."""
+    """A model and the engine that computes it; `load` returns one."""
 
     def __init__(
         self,
@@ -69,20 +70,20 @@ class Predictor:
         `inputs` is one input or a sequence of them. An image is a path, the bytes of a file, an array (H, W),
         (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of them. A text is a string.
         """
-        found: list[Prediction] = []
-        given = list(_named(inputs, self.preprocess.kind))
-        for start in range(0, len(given), BATCH):
-            part = given[start : start + BATCH]
+        results: list[Prediction] = []
+        named = list(_name_inputs(inputs, self.preprocess.kind))
+        for start in range(0, len(named), BATCH):
+            part = named[start : start + BATCH]
             rows = [self.encode(raw) for _, raw in part]
-            found += self.predict_rows([name for name, _ in part], rows, top=top)
-        return found
+            results += self.predict_rows([name for name, _ in part], rows, top=top)
+        return results
 
     def encode(self, raw: Any) -> np.ndarray | str:
         """The row of an input, or why there is none."""
         return encode(self.preprocess, raw)
 
     def predict_rows(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
-        """Answers for rows (from `encode`), some of which are reasons instead."""
+        """Predictions for rows from `encode`, which may be reasons instead of rows."""
         good = [row for row in rows if isinstance(row, np.ndarray)]
         answers = self.probabilities(np.stack(good)) if good else ()
         return predictions(names, rows, answers, self.classes, top=top)
@@ -101,21 +102,21 @@ def predictions(
     *,
     top: int,
 ) -> list[Prediction]:
-    """One for each row (from `encode`): the probabilities of `answers` (K,), in their order, or the reason instead."""
-    following = iter(answers)
+    """One for each row from `encode`, in their order: the next of `answers` (K,), or the reason why there is no row."""
+    remaining = iter(answers)
     return [
-        _likeliest(name, next(following), classes, top)
+        _rank_classes(name, next(remaining), classes, top)
         if isinstance(row, np.ndarray)
         else Prediction(name=name, label=None, probability=None, probabilities={}, error=row)
         for name, row in zip(names, rows, strict=True)
     ]
 
 
-def _likeliest(name: str, probabilities: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
+def _rank_classes(name: str, probabilities: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
     best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
-    shown = {classes[i]: float(probabilities[i]) for i in best}
+    ranked = {classes[i]: float(probabilities[i]) for i in best}
     first = best[0]
-    return Prediction(name=name, label=classes[first], probability=float(probabilities[first]), probabilities=shown)
+    return Prediction(name=name, label=classes[first], probability=float(probabilities[first]), probabilities=ranked)
 
 
 def load(
@@ -126,39 +127,51 @@ def load(
     threads: int | None = None,
     trust_code: bool = False,
 ) -> Predictor:
-    """The model of a run or a model folder, ready to answer.
+    """Load the model of a run or of a model folder, ready to predict.
 
-    `engine`: "auto" takes the one that `suanli optimize` chose, where it holds on this machine, else the reference
-    among its engines, else PyTorch in float32; "reference" is PyTorch in float32, or where there are engines alone
-    the reference among them; any other name is one of the
-    engines that were kept, such as "openvino-int8". Raises DataError where there is no model, DamagedFile for
-    files that were altered, UsageError for an engine that isn't there.
+    `engine`: "auto" takes the one that `suanli optimize` chose, where it is valid on this machine, else the reference
+    among its engines, else PyTorch in float32; "reference" is PyTorch in float32, or the reference among the engines
+    where the model itself isn't there; any other name is one of the stored engines, such as "openvino-int8". Raises
+    DataError where there is no model, DamagedFile for files that were altered, UsageError for an engine that isn't
+    there.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"{threads} threads can't compute.", fix="Give 1 or more.")
     folder = find_model_folder(model)
-    there = _engines(folder)
-    own = (folder / "model.json").exists()  # else there are engines alone
-    index = None if engine == "reference" and own else store.read(there)
-    name = None if index is None else _usable(index, there, folder if own else None, engine, device, trust_code)
-    if index is not None and name is not None:
-        entry = index["engines"][name]
-        store.check(there / name, entry)
-        target = detect("cpu") if index["machine"]["type"] == "cpu" else detect(device)
-        most = cores()
-        tuned = entry["threads"] if name == index["chosen"] else most
-        placement = Placement(device=target, threads=threads or min(tuned, most), trust_code=trust_code)
-        return Predictor(
-            engine=entry["engine"],
-            precision=entry["precision"],
-            threads=placement.threads,
-            preprocess=build_preprocess(index["preprocess"]),
-            classes=index["classes"],
-            loaded=load_plugin("engines", entry["engine"]).load(there / name, entry["precision"], placement),
-        )
+    engines = _engines_folder(folder)
+    own = folder if (folder / "model.json").exists() else None  # None: there are engines alone
+    index = None if engine == "reference" and own else store.read(engines)
+    if index is not None:
+        name = _choose_engine(index, engines, own, engine, device, trust_code)
+        if name is not None:
+            return _load_stored(engines, index, name, device, threads, trust_code)
     if engine not in ("auto", "reference"):
-        kept = () if index is None else ("-".join(name.split("-")[:2]) for name in index["engines"])
-        raise unknown("engine", engine, ("auto", "reference", *kept))
+        names = () if index is None else ("-".join(name.split("-")[:2]) for name in index.engines)
+        raise unknown("engine", engine, ("auto", "reference", *names))
+    return _load_eager(folder, device, threads, trust_code)
+
+
+def _load_stored(
+    engines: Path, index: EngineIndex, name: str, device: str, threads: int | None, trust_code: bool
+) -> Predictor:
+    entry = index.engines[name]
+    store.check(engines / name, entry)
+    most = cores()
+    tuned = entry.threads if name == index.chosen else most
+    placement = Placement(
+        device=_tuned_device(index, device), threads=threads or min(tuned, most), trust_code=trust_code
+    )
+    return Predictor(
+        engine=entry.engine,
+        precision=entry.precision,
+        threads=placement.threads,
+        preprocess=build_preprocess(asdict(index.preprocess)),
+        classes=index.classes,
+        loaded=load_plugin("engines", entry.engine).load(engines / name, entry.precision, placement),
+    )
+
+
+def _load_eager(folder: Path, device: str, threads: int | None, trust_code: bool) -> Predictor:
     card = read_card(folder)
     placement = Placement(device=detect(device), threads=threads or cores(), trust_code=trust_code)
     return Predictor(
@@ -173,63 +186,83 @@ def load(
 
 def read_batch_times(model: AnyPath, predictor: Predictor) -> list[tuple[int, float]]:
     """Batch sizes and the median seconds that `suanli optimize` measured for the engine of `predictor`, with as many
-    threads; empty where it measured another, or none."""
-    index = store.read(_engines(find_model_folder(model)))
+    threads; empty where it measured another engine, or none."""
+    index = store.read(_engines_folder(find_model_folder(model)))
+    if index is None:
+        return []
     try:
-        chosen = (index or {})["found"]["chosen"]
+        chosen = index.found["chosen"]
         if (chosen["engine"], chosen["precision"]) != (predictor.engine, predictor.precision):
             return []
         speeds = [s for s in chosen["speeds"] if s["threads"] == predictor.threads]
         return sorted((int(s["batch"]), float(s["p50_s"])) for s in speeds if s["batch"] >= 1 and s["p50_s"] > 0)
-    except (KeyError, TypeError, ValueError):  # engines that were kept by other means
+    except (KeyError, TypeError, ValueError):  # engines that were stored without a search
         return []
 
 
-def _engines(folder: Path) -> Path:
-    """The folder of engines: itself, or the one beside a model."""
+def _engines_folder(folder: Path) -> Path:
+    """The folder itself, if it is one of engines, or the one beside a model."""
     return folder if (folder / store.INDEX).exists() else folder / store.FOLDER
 
 
-def _usable(
-    index: dict[str, Json], there: Path, folder: Path | None, engine: str, device: str, trust_code: bool
+def _tuned_device(index: EngineIndex, device: str) -> Device:
+    """The CPU for engines that were tuned on one; else the device that was asked for."""
+    return detect("cpu" if index.machine.type == "cpu" else device)
+
+
+def _choose_engine(
+    index: EngineIndex, engines: Path, own: Path | None, engine: str, device: str, trust_code: bool
 ) -> str | None:
-    """The name of the engine to run; None: PyTorch, from the model's own `folder`. Without one, it is an engine."""
-    if folder is not None and read_card(folder)["weights"]["blake2b"] != index.get("weights"):
-        warn(f"The engines in {there} belong to other weights and are not used; make new ones: suanli optimize.")
+    """The name of the stored engine to run; None: PyTorch, from the model's `own` folder. Where there is no such
+    folder, it is always a stored engine."""
+    if own is not None and read_card(own)["weights"]["blake2b"] != index.weights:
+        warn(f"The engines in {engines} belong to other weights and are not used; make new ones: suanli optimize.")
         return None
-    entries, reference = index["engines"], str(index["reference"])
     if engine == "reference":
-        return reference
+        return index.reference
     if engine != "auto":
-        named = next((name for name in entries if name == engine or name.startswith(f"{engine}-")), None)
-        if named is not None and (missing := store.missing_package(entries[named])):
-            raise MachineError(f"{named} needs {missing}.", fix="Install it, or leave --engine out.")
-        if named is not None and not (trust_code or store.was_built_here(entries[named])):
-            raise UsageError(
-                f"{there / named} is machine code that was not made here.",
-                fix="If you trust where it comes from, run it with --trust-code.",
-            )
-        return named
-    if folder is not None and device != "auto" and detect(device).type != index["machine"]["type"]:
+        return _find_engine(index, engines, engine, trust_code)
+    if own is not None and device != "auto" and detect(device).type != index.machine.type:
         return None
-    chosen = str(index["chosen"])
-    here = detect("cpu" if index["machine"]["type"] == "cpu" else device)
-    reason = store.find_mismatch(entries[chosen], index["machine"], here)
-    if reason is None and not (trust_code or store.was_built_here(entries[chosen])):
-        reason = "the machine where it was made: it is machine code, and runs here only with --trust-code"
-    if reason is None:
-        return chosen
-    entry = entries[reference]
-    missing = store.missing_package(entry)
-    usable = load_plugin("engines", entry["engine"]).portable and missing is None
-    if not usable and folder is None:
+    chosen = index.engines[index.chosen]
+    reason = store.find_mismatch(chosen, index.machine, _tuned_device(index, device))
+    if reason is None and not (trust_code or store.was_built_here(chosen)):
+        reason = "the machine where it was built: it is machine code, and runs here only with --trust-code"
+    return index.chosen if reason is None else _fall_back(index, reason, has_model=own is not None)
+
+
+def _find_engine(index: EngineIndex, engines: Path, engine: str, trust_code: bool) -> str | None:
+    """The stored engine that the user named; None: there is none of that name."""
+    name = next((name for name in index.engines if name == engine or name.startswith(f"{engine}-")), None)
+    if name is None:
+        return None
+    if missing := store.missing_package(index.engines[name]):
+        raise MachineError(f"{name} needs {missing}.", fix="Install it, or leave --engine out.")
+    if not (trust_code or store.was_built_here(index.engines[name])):
+        raise UsageError(
+            f"{engines / name} is machine code that was not built on this machine.",
+            fix="If you trust where it comes from, run it with --trust-code.",
+        )
+    return name
+
+
+def _fall_back(index: EngineIndex, reason: str, *, has_model: bool) -> str | None:
+    """The reference instead of the chosen engine, if it runs here; None: PyTorch, if the model is there."""
+    reference = index.engines[index.reference]
+    missing = store.missing_package(reference)
+    usable = load_plugin("engines", reference.engine).portable and missing is None
+    if not usable and not has_model:
         raise MachineError(
-            f"{chosen} was chosen for {reason}; {reference} needs {missing or 'the machine where it was made'}.",
+            f"{index.chosen} was chosen for {reason}; "
+            f"{index.reference} needs {missing or 'the machine where it was built'}.",
             fix="Install what is missing, or make engines here: suanli optimize.",
         )
-    told = f"{entry['engine']} {entry['precision']}" if usable else "PyTorch in float32"
-    warn(f"{chosen} was chosen for {reason}; {told} is used instead. To tune for this machine: suanli optimize.")
-    return reference if usable else None
+    substitute = f"{reference.engine} {reference.precision}" if usable else "PyTorch in float32"
+    warn(
+        f"{index.chosen} was chosen for {reason}; {substitute} is used instead. "
+        "To tune for this machine: suanli optimize."
+    )
+    return index.reference if usable else None
 
 
 def encode(preprocess: Preprocess, raw: Any) -> np.ndarray | str:
@@ -250,18 +283,18 @@ def encode(preprocess: Preprocess, raw: Any) -> np.ndarray | str:
         return error.strerror or str(error)
 
 
-def _named(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:
-    """Names and raw inputs."""
+def _name_inputs(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:
+    """Each input with its name."""
     if isinstance(inputs, np.ndarray) and inputs.ndim == 4:
         yield from ((f"#{i}", item) for i, item in enumerate(inputs))
     elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview):
         for i, item in enumerate(inputs):
-            yield _one(item, kind, i)
+            yield _name_input(item, kind, i)
     else:
-        yield _one(inputs, kind, 0)
+        yield _name_input(inputs, kind, 0)
 
 
-def _one(item: Any, kind: str, number: int) -> tuple[str, Any]:
+def _name_input(item: Any, kind: str, number: int) -> tuple[str, Any]:
     if isinstance(item, os.PathLike) or (isinstance(item, str) and kind == "image"):
         path = Path(item).expanduser()
         if not path.exists():

@@ -1,11 +1,11 @@
-"""Engines beside the model that they compute: what is in `model/engines/`, and whether it holds here.
+"""Engines beside the model that they compute: what is in `model/engines/`, and whether it is valid on this machine.
 
     engines.json                            which engine is chosen, where each is valid, checksums, the whole table
     <engine>-<precision>-<digest>/          the files of one engine
 
-Names of classes and preprocessing are in engines.json, so the folder can be copied alone. It is written last and at
-once: a folder with an engines.json is whole. What it doesn't name is left over from before and is removed. Engines that
-hold machine code run only where they were made, or where the user trusts them: a mark of each is left in the cache.
+Class names and preprocessing are in engines.json, so the folder can be copied alone. engines.json is written last and
+in one step: a folder that has one is complete. Engines that it no longer names are removed. Engines with machine code
+run only on the machine that built them, or where the user trusts them: building one leaves a mark in the cache.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
 from suanli.core import registry
 from suanli.core.errors import DamagedFile, UsageError
@@ -28,64 +28,77 @@ from suanli.core.paths import cache_dir
 from suanli.core.run import now
 from suanli.core.storage import raise_storage_errors, read_json, write_json
 from suanli.core.types import Device, Json
-from suanli.machine import device as hardware
+from suanli.machine.device import cores, instruction_sets, versions
 from suanli.machine.gpus import nvidia_driver
 
 FORMAT = 1
 FOLDER = "engines"
 INDEX = "engines.json"
+COPY_AGAIN = "Copy the whole folder again, or make it again: suanli optimize RUN."
 
 
-Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]  # of a folder or file: no way out of here
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]  # as a path, it can't lead out of its folder
 
 
-class _File(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class FileDigest:
     blake2b: str
     size_bytes: int
 
 
-class _Entry(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class EngineEntry:
+    """One engine in engines.json: how to run it, and what its files are."""
+
     engine: Name
     precision: Name
-    threads: int = Field(ge=1)
+    threads: Annotated[int, Field(ge=1)]
     portable: bool
-    versions: dict[str, str]
-    files: dict[str, _File]
+    versions: dict[str, str]  # of the packages that it needs, when it was built
+    files: dict[str, FileDigest]
 
 
-class _Preprocess(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class MachineFacts:
+    """What an engine's speed depends on, and for some engines whether their files run at all."""
+
+    device: str
+    type: str
+    architecture: str | None = None
+    instruction_sets: tuple[str, ...]
+    cores: int | None = None
+    driver: str | None = None  # of an NVIDIA GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessSettings:
     kind: Name
     settings: dict[str, Json]
 
 
-class _Machine(BaseModel):
-    type: str
-    device: str
-    instruction_sets: list[str]
+@dataclass(frozen=True, kw_only=True)
+class EngineIndex:
+    """What engines.json must hold to be used; it holds more, for the report."""
 
-
-class _Index(BaseModel):
-    """What has to be in engines.json before any of it is believed."""
-
-    engines: dict[Name, _Entry]
     chosen: Name
     reference: Name
-    classes: list[str] = Field(min_length=1)
-    preprocess: _Preprocess
-    machine: _Machine
+    engines: dict[Name, EngineEntry]
+    machine: MachineFacts
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    preprocess: PreprocessSettings
+    weights: str | None = None  # digest of the weights that the engines were built from
+    found: dict[str, Json] = field(default_factory=dict)  # the search's result; empty: there was no search
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def __post_init__(self) -> None:
         if not {self.chosen, self.reference} <= self.engines.keys():
             raise ValueError("it names engines that aren't there")
         if len(set(self.classes)) < len(self.classes):
             raise ValueError("two classes have one name")
-        return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredEngine:
-    """An engine that is to be kept: where its files are now, and how it is to be run."""
+    """An engine to store: where its files are now, and how to run it."""
 
     engine: str
     precision: str
@@ -95,150 +108,154 @@ class StoredEngine:
     portable: bool
 
 
-def save(folder: Path, engines: Sequence[StoredEngine], *, device: Device, about: Mapping[str, Json]) -> Json:
-    """Moves the engines' files below `folder` and writes the index; the first is the chosen one, the last the
-    reference. `about` goes into the index as it is."""
-    entries: dict[str, Json] = {}
-    before = _names_of(folder)
+def save(folder: Path, engines: Sequence[StoredEngine], *, device: Device, about: Mapping[str, Json]) -> None:
+    """Move the engines' files into `folder` and write engines.json; the first engine is the chosen one, the last the
+    reference. `about` goes into engines.json as it is."""
+    previous = _stored_names(folder)
     with raise_storage_errors(folder):
-        for kept in engines:
-            files = _files(kept.folder)
-            name = f"{kept.engine}-{kept.precision}-{_digest(files, 4)}"
-            if (folder / name).exists() and _files(folder / name) != files:
-                shutil.rmtree(folder / name)  # it was altered
-            if not (folder / name).exists():
-                os.rename(kept.folder, folder / name)  # whole or not at all
-            if not kept.portable:
-                _mark(files).parent.mkdir(parents=True, exist_ok=True)
-                _mark(files).touch()
-            entries[name] = {
-                "engine": kept.engine,
-                "precision": kept.precision,
-                "threads": kept.threads,
-                "portable": kept.portable,
-                "versions": hardware.versions(kept.packages),
-                "files": files,
-            }
+        entries = dict(_store(folder, engine) for engine in engines)
         names = list(entries)
         index = {
             "format": FORMAT,
             "chosen": names[0],
             "reference": names[-1],
-            "engines": entries,
-            "machine": machine(device),
+            "engines": {name: asdict(entry) for name, entry in entries.items()},
+            "machine": {key: value for key, value in asdict(describe_machine(device)).items() if value is not None},
             "time": now(),
             **about,
         }
         write_json(folder / INDEX, index)
-        for left_over in before - entries.keys():  # nothing else: the folder may be the user's own
-            shutil.rmtree(folder / left_over, ignore_errors=True)
+        for name in previous - entries.keys():  # nothing else: the folder may be the user's own
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _store(folder: Path, engine: StoredEngine) -> tuple[str, EngineEntry]:
+    files = _digest_files(engine.folder)
+    name = f"{engine.engine}-{engine.precision}-{_digest(files, 4)}"
+    if (folder / name).exists() and _digest_files(folder / name) != files:
+        shutil.rmtree(folder / name)  # its files were altered
+    if not (folder / name).exists():
+        os.rename(engine.folder, folder / name)  # complete or not at all
+    if not engine.portable:
+        _mark(files).parent.mkdir(parents=True, exist_ok=True)
+        _mark(files).touch()
+    return name, EngineEntry(
+        engine=engine.engine,
+        precision=engine.precision,
+        threads=engine.threads,
+        portable=engine.portable,
+        versions=versions(engine.packages),
+        files=files,
+    )
+
+
+def describe_machine(device: Device) -> MachineFacts:
+    return MachineFacts(
+        device=device.name,
+        type=device.type,
+        architecture=platform.machine(),
+        instruction_sets=tuple(sorted(instruction_sets())),
+        cores=cores(),
+        driver=nvidia_driver().version if device.type == "cuda" else None,
+    )
+
+
+def read(folder: Path) -> EngineIndex | None:
+    """The engines.json of a folder; None where there is none. Raises DamagedFile for one that can't be used."""
+    path = folder / INDEX
+    try:
+        content = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DamagedFile(
+            f"{path} has a format that this version can't read.", fix="Make it again: suanli optimize RUN."
+        )
+    try:
+        index = TypeAdapter(EngineIndex).validate_python(content)
+        for entry in index.engines.values():
+            registry.load("engines", entry.engine)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise _damaged(path, f"{place}: {first['msg']}" if place else first["msg"]) from error
+    except UsageError as error:
+        raise _damaged(path, error.message) from error
     return index
 
 
-def machine(device: Device) -> dict[str, Json]:
-    """What an engine's speed, and for some its files, depend on."""
-    found: dict[str, Json] = {
-        "device": device.name,
-        "type": device.type,
-        "architecture": platform.machine(),
-        "instruction_sets": sorted(hardware.instruction_sets()),
-        "cores": hardware.cores(),
-    }
-    if device.type == "cuda":
-        found["driver"] = nvidia_driver().version
-    return found
+def _damaged(path: Path, reason: str) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged ({reason}).", fix="Make it again: suanli optimize RUN.")
 
 
-def read(folder: Path) -> dict[str, Json] | None:
-    """The index of a folder of engines; None where there is none. Raises DamagedFile for one that can't be read."""
+def _stored_names(folder: Path) -> set[str]:
+    """Engines that the engines.json here names; none where it can't be read."""
     try:
-        index = read_json(folder / INDEX)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DamagedFile(
-            f"{folder / INDEX} has a format that this version can't read.", fix="Make it again: suanli optimize RUN."
-        )
-    try:
-        _Index.model_validate(index)
-        for entry in index["engines"].values():
-            registry.load("engines", entry["engine"])
-    except (ValidationError, UsageError) as error:
-        raise DamagedFile(
-            f"{folder / INDEX} is damaged ({str(error).splitlines()[0]}).", fix="Make it again: suanli optimize RUN."
-        ) from error
-    return dict(index)
-
-
-def _names_of(folder: Path) -> set[str]:
-    """Engines that an index here names; none where it can't be read."""
-    try:
-        return set((read(folder) or {"engines": {}})["engines"])
+        index = read(folder)
     except DamagedFile:
         return set()
+    return set() if index is None else set(index.engines)
 
 
-def _mark(files: Mapping[str, Json]) -> Path:
+def _mark(files: Mapping[str, FileDigest]) -> Path:
     return cache_dir() / "engines" / _digest(files, 16)
 
 
-def _digest(files: Mapping[str, Json], size: int) -> str:
-    text = "".join(f"{name}:{file['blake2b']};" for name, file in sorted(files.items()))
+def _digest(files: Mapping[str, FileDigest], size: int) -> str:
+    text = "".join(f"{name}:{file.blake2b};" for name, file in sorted(files.items()))
     return hashlib.blake2b(text.encode(), digest_size=size).hexdigest()
 
 
-def was_built_here(entry: Mapping[str, Json]) -> bool:
-    """Whether this user made the engine on this machine, or its files are no machine code: which they are, the engine
-    knows, not the file that came with them."""
-    return bool(registry.load("engines", entry["engine"]).portable) or _mark(entry["files"]).exists()
+def was_built_here(entry: EngineEntry) -> bool:
+    """Whether this user built the engine on this machine, or its files are no machine code. Whether they are, the
+    engine's own code says, not the file that came with it."""
+    return bool(registry.load("engines", entry.engine).portable) or _mark(entry.files).exists()
 
 
-def find_mismatch(entry: Mapping[str, Json], tuned_on: Mapping[str, Json], device: Device) -> str | None:
-    """Why an engine can't be used, or isn't known to be the best, on this machine; None: it holds here."""
+def find_mismatch(entry: EngineEntry, tuned_on: MachineFacts, device: Device) -> str | None:
+    """How this machine differs from the one that the engine was chosen for; None: the engine is valid here."""
     if missing := missing_package(entry):
         return missing
-    here = machine(device)
+    here = describe_machine(device)
     for key, what in (("type", "kind of device"), ("device", "device"), ("driver", "driver")):
-        if tuned_on.get(key) != here.get(key):
-            return f"another {what} ({tuned_on.get(key)}; here is {here.get(key)})"
-    if lacking := set(tuned_on["instruction_sets"]) - set(here["instruction_sets"]):
+        before, now_here = getattr(tuned_on, key), getattr(here, key)
+        if before != now_here:
+            return f"another {what} ({before}; here is {now_here})"
+    if lacking := set(tuned_on.instruction_sets) - set(here.instruction_sets):
         return f"instruction sets that are not here ({', '.join(sorted(lacking))})"
-    for package, version in entry["versions"].items():
+    for package, version in entry.versions.items():
         if importlib.metadata.version(package) != version:
             return f"{package} {version} (here is {importlib.metadata.version(package)})"
     return None
 
 
-def missing_package(entry: Mapping[str, Json]) -> str | None:
-    """Which package that an engine needs isn't here; None: all are."""
-    missing = [package for package in entry["versions"] if not hardware.versions((package,))]
+def missing_package(entry: EngineEntry) -> str | None:
+    """Which package that the engine needs isn't installed; None: all are."""
+    missing = [package for package in entry.versions if not versions((package,))]
     return f"the package {missing[0]}, which is not installed" if missing else None
 
 
-def check(folder: Path, entry: Mapping[str, Json]) -> None:
-    """Raises DamagedFile where the files of an engine aren't those that were saved."""
+def check(folder: Path, entry: EngineEntry) -> None:
+    """Raises DamagedFile where the files of an engine aren't those that were stored."""
     try:
-        found = _files(folder)
+        files = _digest_files(folder)
     except OSError as error:
-        raise DamagedFile(f"{folder} can't be read ({error.strerror}).", fix=_AGAIN) from error
-    for name, file in entry["files"].items():
-        if name not in found:
-            raise DamagedFile(f"{folder} has no {name}.", fix=_AGAIN)
-        if found[name] != file:
-            raise DamagedFile(f"{folder / name} doesn't have the checksum that {INDEX} states.", fix=_AGAIN)
-    if extra := sorted(set(found) - set(entry["files"])):
-        raise DamagedFile(f"{folder} holds {extra[0]}, which is not part of the engine.", fix=_AGAIN)
+        raise DamagedFile(f"{folder} can't be read ({error.strerror}).", fix=COPY_AGAIN) from error
+    for name, file in entry.files.items():
+        if name not in files:
+            raise DamagedFile(f"{folder} has no {name}.", fix=COPY_AGAIN)
+        if files[name] != file:
+            raise DamagedFile(f"{folder / name} doesn't have the checksum that {INDEX} states.", fix=COPY_AGAIN)
+    if extra := sorted(set(files) - set(entry.files)):
+        raise DamagedFile(f"{folder} holds {extra[0]}, which is not part of the engine.", fix=COPY_AGAIN)
 
 
-_AGAIN = "Copy the whole folder again, or make it again: suanli optimize RUN."
-
-
-def _files(folder: Path) -> dict[str, Json]:
+def _digest_files(folder: Path) -> dict[str, FileDigest]:
     if not folder.is_dir():
         return {}
-    found = {}
+    files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        found[path.relative_to(folder).as_posix()] = {"blake2b": digest, "size_bytes": path.stat().st_size}
-    return found
+        files[path.relative_to(folder).as_posix()] = FileDigest(blake2b=digest, size_bytes=path.stat().st_size)
+    return files

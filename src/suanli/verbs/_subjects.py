@@ -20,7 +20,7 @@ from suanli.core.run import Run, is_run, refuse_occupied
 from suanli.core.types import AnyPath, Json, Preprocess, Recipe, Split, Task
 from suanli.data.loader import row_bytes
 from suanli.engines import onnx_import, store
-from suanli.engines.search import Subject
+from suanli.engines.subject import Subject
 from suanli.models import build
 from suanli.models.model_folder import find_model_folder, load_model, read_card, save_model
 from suanli.training.prepare import DataOptions, resolve

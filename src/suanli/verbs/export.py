@@ -232,14 +232,14 @@ def _write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> N
 
 
 def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
-    from suanli.engines.backends.openvino import _openvino
+    from suanli.engines.backends.openvino import import_openvino
     from suanli.engines.inference_module import innermost_cause
 
     given = path.with_suffix(".onnx")
     _write_onnx(saved, given, {})
     graph = given.read_bytes()
     given.unlink()
-    openvino = _openvino()
+    openvino = import_openvino()
     fix = "Choose another form: --to onnx or pt2."
     try:
         model = openvino.Core().read_model(graph)

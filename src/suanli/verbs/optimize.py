@@ -1,7 +1,7 @@
 """optimize: the fastest engine that this machine can run and that still gives the right answers.
 
-Leaves the chosen engine and a reference that runs anywhere in `model/engines/`, with the whole table of what was
-tried. How engines are searched is in `autotune.py`. What this doesn't do: change the model, or read the test split.
+Stores the chosen engine and a reference that runs anywhere in `model/engines/`, with a table of all that was tried.
+How engines are searched is in `engines/search.py`. This never changes the model, nor reads the test split.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from suanli.core.errors import MachineError, RunBusy, UsageError, unknown
 from suanli.core.run import Run, measurement
 from suanli.core.settings import parse_duration
 from suanli.core.storage import raise_storage_errors
-from suanli.core.types import AnyPath, Device, Engine, Json
+from suanli.core.types import AnyPath, Device, Engine, Recipe
 from suanli.engines import store
 from suanli.engines.candidates import GOALS, Candidate, SearchResult
 from suanli.engines.sandbox import SandboxError
 from suanli.engines.search import EngineSearch
-from suanli.machine import device as hardware
+from suanli.machine.device import detect, environment
 from suanli.machine.energy import counters
 from suanli.verbs._subjects import Options, ResolvedSubject, resolve_subject
 
@@ -34,27 +34,25 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
-WORK = ".suanli-work-"  # how folders begin that are gone when the work is done
+WORK = ".suanli-work-"  # prefix of temporary folders
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizeResult:
-    """What an optimisation came to, and where the engines lie."""
-
-    path: Path  # the folder of engines
+    path: Path  # the folder of the stored engines
     search: SearchResult
-    index: Json  # engines.json
+    metric: str  # the name of the primary metric
 
     @property
     def chosen(self) -> Candidate:
         return self.search.chosen
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return self.search.to_json() | {"engines": str(self.path)}
 
 
 class TooSlow(MachineError):
-    """No engine is as fast as was asked for; `result` has every figure."""
+    """No engine is as fast as the user asked for; `result` has every figure."""
 
     def __init__(self, result: OptimizeResult, message: str, *, fix: str) -> None:
         super().__init__(message, fix=fix)
@@ -84,12 +82,48 @@ def optimize(
     `subject` is a run, a model folder, an .onnx file of any framework, or "package.module:function", which builds a
     network, with `weights` (.safetensors). `goal` is "latency" (one input), "throughput", "size" or "energy";
     `tolerance` the loss of the primary metric, as a fraction, that is accepted (default: the task's); `time_budget`
-    the time for all of it. Calibration and examination use the data of the run, or `data`; without, only engines that
-    keep float32 are tried. `mean` and `std` of each channel (white is 1) and `size` ("224", "224x160") say what a
-    foreign network learned with. Engines go into the model folder; for a foreign one into `out`.
+    the time for all of it. Calibration and evaluation use the data of the run, or `data`; without data only engines in
+    float32 are tried. `mean` and `std` of each channel (white is 1) and `size` ("224", "224x160") are those that the
+    network of an ONNX file or a function was trained with. Engines go into the model folder, or for these into `out`.
 
     Raises MachineError where no engine meets `max_latency_ms`, and what reading the subject raises.
     """
+    started = time.monotonic()
+    _check_options(goal, tolerance, max_latency_ms)
+    names = _parse_engines(engines)
+    budget_s = parse_duration(time_budget)
+    target = detect(device)
+    if goal == "energy":
+        _refuse_unreadable_energy(target)
+    options = Options(
+        data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
+    )
+    resolved = resolve_subject(subject, options)
+    with ExitStack() as stack:
+        if resolved.run is not None:
+            stack.enter_context(resolved.run.lock())  # better now than after the search
+        work = stack.enter_context(_work_folder(resolved.engines))
+        search = EngineSearch(
+            resolved.subject(work),
+            target,
+            work,
+            goal=goal,
+            tolerance=resolved.task.tolerance if tolerance is None else tolerance,
+            budget_s=budget_s,
+            engines=names,
+            max_latency_s=None if max_latency_ms is None else max_latency_ms / 1000,
+            started=started,
+        )
+        result = OptimizeResult(path=resolved.engines, search=_run(search), metric=resolved.task.metric)
+        if max_latency_ms is not None:
+            _refuse_too_slow(result, max_latency_ms)
+        _store(search, result, resolved, target)
+        if resolved.run is not None:
+            _record(resolved.run, result, resolved.recipe, target)
+    return result
+
+
+def _check_options(goal: str, tolerance: float | None, max_latency_ms: float | None) -> None:
     if goal not in GOALS:
         raise unknown("goal", goal, GOALS)
     if tolerance is not None and not 0 <= tolerance < 1:
@@ -98,69 +132,12 @@ def optimize(
         )
     if max_latency_ms is not None and not max_latency_ms > 0:
         raise UsageError(f"A latency of {max_latency_ms} ms can't be met.", fix="Give milliseconds above 0.")
-    started = time.monotonic()
-    names = _names(engines)
-    budget_s = parse_duration(time_budget)
-    target = hardware.detect(device)
-    meters = counters(target) if goal == "energy" else []
-    if goal == "energy" and (not meters or any(meter.read_j() is None for meter in meters)):
-        raise MachineError(
-            f"The energy that {target.name} takes can't be read here.",
-            fix="Choose another goal; on most machines only root may read it.",
-        )
-    options = Options(
-        data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
-    )
-    given = resolve_subject(subject, options)
-    with ExitStack() as held:
-        if given.run is not None:
-            held.enter_context(given.run.lock())  # better now than after the search
-        work = held.enter_context(_work(given.engines))
-        tuner = EngineSearch(
-            given.subject(work),
-            target,
-            work,
-            goal=goal,
-            tolerance=given.task.tolerance if tolerance is None else tolerance,
-            budget_s=budget_s,
-            engines=names,
-            max_latency_s=None if max_latency_ms is None else max_latency_ms / 1000,
-            started=started,
-        )
-        try:
-            found = tuner.search()
-        except SandboxError as error:
-            raise MachineError(
-                f"Not even the reference can be run here ({error}).", fix="Check the network, and see suanli device."
-            ) from error
-        if max_latency_ms is not None and (speed := found.chosen.latency()) and speed.p95_s * 1000 > max_latency_ms:
-            raise TooSlow(
-                OptimizeResult(path=given.engines, search=found, index={"headline": given.task.metric}),
-                f"No engine answers in {max_latency_ms:g} ms here; the best, {found.chosen.name}, takes "
-                f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
-                fix="Allow more, choose a smaller model, or a faster machine.",
-            )
-        index = store.save(
-            given.engines,
-            [_kept(tuner, c, found) for c in _worth_keeping(found)],
-            device=target,
-            about={
-                "weights": given.weights,
-                "classes": list(given.classes),
-                "preprocess": given.preprocess.to_json(),
-                "headline": given.task.metric,
-                "found": found.to_json(),
-            },
-        )
-        if given.run is not None:
-            _record(given.run, given, target, found)
-    return OptimizeResult(path=given.engines, search=found, index=index)
 
 
-def _names(given: str | None) -> list[str] | None:
-    if given is None:
+def _parse_engines(text: str | None) -> list[str] | None:
+    if text is None:
         return None
-    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         registry.load("engines", name)
     if not names:
@@ -168,8 +145,37 @@ def _names(given: str | None) -> list[str] | None:
     return names
 
 
+def _refuse_unreadable_energy(device: Device) -> None:
+    meters = counters(device)
+    if not meters or any(meter.read_j() is None for meter in meters):
+        raise MachineError(
+            f"The energy that {device.name} takes can't be read here.",
+            fix="Choose another goal; on most machines only root may read it.",
+        )
+
+
+def _run(search: EngineSearch) -> SearchResult:
+    try:
+        return search.search()
+    except SandboxError as error:
+        raise MachineError(
+            f"Not even the reference can be run here ({error}).", fix="Check the network, and see suanli device."
+        ) from error
+
+
+def _refuse_too_slow(result: OptimizeResult, max_latency_ms: float) -> None:
+    speed = result.chosen.latency()
+    if speed is not None and speed.p95_s * 1000 > max_latency_ms:
+        raise TooSlow(
+            result,
+            f"No engine answers in {max_latency_ms:g} ms here; the best, {result.chosen.name}, takes "
+            f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
+            fix="Allow more, choose a smaller model, or a faster machine.",
+        )
+
+
 @contextmanager
-def _work(folder: Path) -> Iterator[Path]:
+def _work_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside the engines; only one process makes engines there at a time."""
     from filelock import FileLock, Timeout
 
@@ -192,12 +198,28 @@ def _work(folder: Path) -> Iterator[Path]:
             lock.release()
 
 
-def _worth_keeping(found: SearchResult) -> list[Candidate]:
-    """The chosen engine first; last one that keeps float32 and whose files run anywhere."""
-    timed = [c for c in found.candidates if c.state == "accepted" and c.speeds]
-    exact = [c for c in timed if c.precision == "float32" and _engine(c).portable]
-    reference = next((c for c in exact if c.engine == "onnxruntime"), exact[0])
-    return [found.chosen] if reference == found.chosen else [found.chosen, reference]
+def _store(search: EngineSearch, result: OptimizeResult, resolved: ResolvedSubject, device: Device) -> None:
+    engines = [_stored_engine(search, c, result.search.goal) for c in _choose_stored(result.search)]
+    store.save(
+        resolved.engines,
+        engines,
+        device=device,
+        about={
+            "weights": resolved.weights,
+            "classes": list(resolved.classes),
+            "preprocess": resolved.preprocess.to_json(),
+            "headline": result.metric,
+            "found": result.search.to_json(),
+        },
+    )
+
+
+def _choose_stored(result: SearchResult) -> list[Candidate]:
+    """The chosen engine first; last a float32 engine whose files run anywhere."""
+    timed = [c for c in result.candidates if c.state == "accepted" and c.speeds]
+    portable = [c for c in timed if c.precision == "float32" and _engine(c).portable]
+    reference = next((c for c in portable if c.engine == "onnxruntime"), portable[0])
+    return [result.chosen] if reference == result.chosen else [result.chosen, reference]
 
 
 def _engine(candidate: Candidate) -> Engine:
@@ -205,23 +227,23 @@ def _engine(candidate: Candidate) -> Engine:
     return engine
 
 
-def _kept(tuner: EngineSearch, candidate: Candidate, found: SearchResult) -> store.StoredEngine:
+def _stored_engine(search: EngineSearch, candidate: Candidate, goal: str) -> store.StoredEngine:
     engine = _engine(candidate)
-    speed = candidate.throughput() if found.goal == "throughput" else candidate.latency()
+    speed = candidate.throughput() if goal == "throughput" else candidate.latency()
     return store.StoredEngine(
         engine=candidate.engine,
         precision=candidate.precision,
-        folder=tuner.folder(candidate),
-        threads=tuner.threads if speed is None else speed.threads,
+        folder=search.folder(candidate),
+        threads=search.threads if speed is None else speed.threads,
         packages=engine.packages,
         portable=engine.portable,
     )
 
 
-def _record(run: Run, given: ResolvedSubject, device: Device, found: SearchResult) -> None:
-    """A line of the ledger for the reference and for the chosen engine."""
-    environment = hardware.environment(device)
-    for candidate in dict.fromkeys((found.candidates[0], found.chosen)):
+def _record(run: Run, result: OptimizeResult, recipe: Recipe, device: Device) -> None:
+    """Writes one line for the reference and one for the chosen engine into the run's ledger."""
+    facts = environment(device)
+    for candidate in dict.fromkeys((result.search.candidates[0], result.chosen)):
         speed, score = candidate.latency(), candidate.score
         if speed is not None:
             run.record(
@@ -229,10 +251,10 @@ def _record(run: Run, given: ResolvedSubject, device: Device, found: SearchResul
                     "latency_s",
                     speed.p50_s,
                     "s",
-                    environment=environment,
-                    recipe=given.recipe,
+                    environment=facts,
+                    recipe=recipe,
                     variant=candidate.name,
-                    scores={} if score is None else {f"val_{given.task.metric}": score},
+                    scores={} if score is None else {f"val_{result.metric}": score},
                     count=speed.calls,
                 )
             )
@@ -241,59 +263,59 @@ def _record(run: Run, given: ResolvedSubject, device: Device, found: SearchResul
 # --- for people ---
 
 
-def table(optimized: OptimizeResult) -> Group:
+def table(result: OptimizeResult) -> Group:
     """What was tried, the fastest first, and what was chosen."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    found = optimized.search
-    reference, metric = found.candidates[0], optimized.index["headline"]
-    shown = Table(box=None, pad_edge=False, padding=(0, 1))
-    shown.add_column("engine", no_wrap=True)
-    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", metric):
-        shown.add_column(title, justify="right", no_wrap=True)
-    for c in sorted((c for c in found.candidates if c.speeds), key=lambda c: c.cost(found.goal)):
+    search = result.search
+    reference = search.candidates[0]
+    rows = Table(box=None, pad_edge=False, padding=(0, 1))
+    rows.add_column("engine", no_wrap=True)
+    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", result.metric):
+        rows.add_column(title, justify="right", no_wrap=True)
+    for c in sorted((c for c in search.candidates if c.speeds), key=lambda c: c.cost(search.goal)):
         speed, most = c.latency(), c.throughput()
         assert speed is not None
         assert most is not None
-        shown.add_row(
-            Text(f"{'>' if c == found.chosen else '*' if c.best else ' '} {c.name}"),
+        rows.add_row(
+            Text(f"{'>' if c == search.chosen else '*' if c.best else ' '} {c.name}"),
             *(f"{value * 1000:.3g}" for value in (speed.p50_s, speed.p95_s, speed.p99_s)),
             f"{most.per_s:,.0f}",
-            f"{reference.cost(found.goal) / c.cost(found.goal):.2f}",
+            f"{reference.cost(search.goal) / c.cost(search.goal):.2f}",
             "" if c.size_bytes is None else f"{c.size_bytes / 1e6:.1f}",
             "" if c.score is None else f"{c.score:.2%}",
         )
     others: dict[tuple[str, str], list[str]] = {}
-    for c in found.candidates:
+    for c in search.candidates:
         if not c.speeds:
             others.setdefault((c.state, c.reason), []).append(c.name)
     lines = [Text(f"  {state}: {', '.join(names)}: {reason}", style="dim") for (state, reason), names in others.items()]
-    return Group(shown, *lines, Text(_summary(optimized)))
+    return Group(rows, *lines, Text(_summarize(result)))
 
 
-def _summary(optimized: OptimizeResult) -> str:
-    found = optimized.search
-    chosen, reference = found.chosen, found.candidates[0]
-    times = reference.cost(found.goal) / chosen.cost(found.goal)
+def _summarize(result: OptimizeResult) -> str:
+    search = result.search
+    chosen, reference = search.chosen, search.candidates[0]
+    times = reference.cost(search.goal) / chosen.cost(search.goal)
     lines = [
-        f"> chosen for {found.goal}: {chosen.name}, {times:.2f} times as good as the reference, {reference.name}; "
+        f"> chosen for {search.goal}: {chosen.name}, {times:.2f} times as good as the reference, {reference.name}; "
         "* no other is as good in every respect."
     ]
     if chosen.difference is not None:
-        of = "" if found.examples == found.of_examples else f" of {found.of_examples:,}"
+        of = "" if search.examples == search.of_examples else f" of {search.of_examples:,}"
         d = chosen.difference
         lines.append(
-            f"{optimized.index['headline']} {100 * d.median:+.2f} points (95 % interval {100 * d.low:+.2f} to "
-            f"{100 * d.high:+.2f}) on {found.examples:,}{of} validation examples."
+            f"{result.metric} {100 * d.median:+.2f} points (95 % interval {100 * d.low:+.2f} to "
+            f"{100 * d.high:+.2f}) on {search.examples:,}{of} validation examples."
         )
-        if not d.resolves(found.tolerance):
+        if not d.resolves(search.tolerance):
             lines.append(
-                f"So few can't show a loss of {100 * found.tolerance:.2g} points; "
+                f"So few can't show a loss of {100 * search.tolerance:.2g} points; "
                 f"its answers differ by {chosen.drift:.2g} on average."
             )
     else:
-        lines.append("Without labelled data only float32 was tried, and answers were compared on made-up inputs.")
-    lines.append(f"Took {duration(found.seconds)} of {duration(found.budget_s)}.")
-    return "\n".join([*lines, f"Engines: {optimized.path}"])
+        lines.append("Without labelled data only float32 was tried, and answers were compared on random inputs.")
+    lines.append(f"Took {duration(search.seconds)} of {duration(search.budget_s)}.")
+    return "\n".join([*lines, f"Engines: {result.path}"])

@@ -1,6 +1,6 @@
 """OpenVINO on the CPU: float32, bfloat16 where the processor has it, and int8 by its own quantizer (NNCF).
 
-The package openvino reports its own import to a server unless openvino_telemetry can't be imported; so it can't.
+The package openvino reports its own import to a server unless openvino_telemetry can't be imported, so here it can't.
 Sources: "Precision Control" and "Runtime Model" in OpenVINO's documentation; `nncf.quantize` in NNCF's.
 """
 
@@ -21,13 +21,13 @@ from suanli.engines.backends import _cpu
 
 FILE = "model.xml"
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
-PIECES = (8, 32)  # inputs that one core may take of a batch
+PIECES = (8, 32)  # inputs of a batch that one core may get
 HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 
 
 def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
     assert inputs.onnx is not None
-    openvino = _openvino()
+    openvino = import_openvino()
     model = openvino.Core().read_model(inputs.onnx)
     if precision == "int8":
         import nncf
@@ -42,78 +42,86 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
-    settings = {"INFERENCE_NUM_THREADS": placement.threads, "PERFORMANCE_HINT": "LATENCY"}
-    if precision in HINTS:  # what int8 leaves to floating point may be in the processor's best
-        settings["INFERENCE_PRECISION_HINT"] = HINTS[precision]
-    openvino = _openvino()
-    core = openvino.Core()
-    many = core.compile_model(folder / FILE, "CPU", settings)
-    queues: dict[int, Any] = {}
+    model = _CompiledModel(folder / FILE, precision, placement.threads)
+    return LoadedEngine(answer=model.answer, find_precision=model.find_precision)
 
-    def fixed(batch: int, hint: str) -> Any:
-        """Compiled for one batch size: constant shapes are up to a fifth faster for a small network."""
-        model = core.read_model(folder / FILE)
+
+class _CompiledModel:
+    """A model compiled for one input, for any batch, and, when it is needed, for pieces of large batches."""
+
+    def __init__(self, path: Path, precision: str, threads: int) -> None:
+        self._path, self._precision, self._threads = path, precision, threads
+        self._settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        if precision in HINTS:  # what int8 leaves to floating point may be in the processor's best
+            self._settings["INFERENCE_PRECISION_HINT"] = HINTS[precision]
+        self._openvino = import_openvino()
+        self._core = self._openvino.Core()
+        self._any_batch = self._core.compile_model(path, "CPU", self._settings)
+        self._one_input = self._compile_for(1, "LATENCY")
+        self._queues: dict[int, Any] = {}  # by size of a piece
+        self._best_piece: dict[int, int] = {}  # by the number of sizes to choose from; 0: the batch stays in one piece
+
+    def answer(self, rows: np.ndarray) -> np.ndarray:
+        choices = [piece for piece in PIECES if 1 < self._threads <= len(rows) // piece]
+        if not choices:
+            return self._compute(rows)
+        if len(choices) not in self._best_piece:
+            self._best_piece[len(choices)] = self._find_fastest(rows, choices)
+        return self._compute_in_pieces(rows, self._best_piece[len(choices)])
+
+    def find_precision(self, rows: np.ndarray) -> str:  # noqa: ARG002
+        precisions: Counter[str] = Counter()
+        for operation in self._any_batch.get_runtime_model().get_ordered_ops():
+            facts = operation.get_rt_info()
+            if facts["layerType"].value in HEAVY:
+                precisions[facts["runtimePrecision"].value] += 1
+        most = precisions.most_common(1)
+        return _cpu.NAMES.get(most[0][0], most[0][0]) if most else self._precision
+
+    def _compile_for(self, batch: int, hint: str) -> Any:
+        """For one batch size: constant shapes are up to a fifth faster for a small network."""
+        model = self._core.read_model(self._path)
         model.reshape([batch, *list(model.input(0).partial_shape)[1:]])
-        return core.compile_model(model, "CPU", settings | {"PERFORMANCE_HINT": hint})
+        return self._core.compile_model(model, "CPU", self._settings | {"PERFORMANCE_HINT": hint})
 
-    one = fixed(1, "LATENCY")
+    def _compute(self, rows: np.ndarray) -> np.ndarray:
+        run = self._one_input if len(rows) == 1 else self._any_batch
+        return np.array(run(rows)[0])  # a copy, since the next call writes into the same memory
 
-    def whole(rows: np.ndarray) -> np.ndarray:
-        run = one if len(rows) == 1 else many
-        return np.array(run(rows)[0])  # the next call writes into the same memory
+    def _compute_in_pieces(self, rows: np.ndarray, piece: int) -> np.ndarray:
+        """A piece on each core at once, instead of all cores on one call; 0: in one piece."""
+        if not piece:
+            return self._compute(rows)
+        if piece not in self._queues:
+            self._queues[piece] = self._openvino.AsyncInferQueue(self._compile_for(piece, "THROUGHPUT"))
+        queue, end = self._queues[piece], len(rows) // piece * piece
+        answers = np.empty((len(rows), self._any_batch.output(0).partial_shape[1].get_length()), np.float32)
 
-    def in_pieces(rows: np.ndarray, piece: int) -> np.ndarray:
-        """A piece on each core at once, instead of all cores on one call."""
-        if piece not in queues:
-            queues[piece] = openvino.AsyncInferQueue(fixed(piece, "THROUGHPUT"))
-        queue, end = queues[piece], len(rows) // piece * piece
-        found = np.empty((len(rows), many.output(0).partial_shape[1].get_length()), np.float32)
+        def copy(request: Any, start: int) -> None:
+            answers[start : start + piece] = request.get_output_tensor().data
 
-        def take(request: Any, start: int) -> None:
-            found[start : start + piece] = request.get_output_tensor().data
-
-        queue.set_callback(take)
+        queue.set_callback(copy)
         for start in range(0, end, piece):
             queue.start_async({0: rows[start : start + piece]}, start, share_inputs=True)
         if end < len(rows):
-            found[end:] = whole(rows[end:])
+            answers[end:] = self._compute(rows[end:])
         queue.wait_all()
-        return found
+        return answers
 
-    best: dict[int, int] = {}  # of so many choices: the piece; 0: the batch is not cut up
-
-    def fastest(rows: np.ndarray, choices: list[int]) -> int:
-        """Which piece it is depends on the network and the caches: the first large batch finds out."""
-        took = {}
+    def _find_fastest(self, rows: np.ndarray, choices: list[int]) -> int:
+        """The fastest size of a piece depends on the network and the caches; it is measured on the first large
+        batch."""
+        seconds = {}
         for piece in [0, *choices]:
             for _ in range(2):  # the first compiles and warms up
                 before = time.perf_counter()
-                in_pieces(rows, piece) if piece else whole(rows)
-                took[piece] = time.perf_counter() - before
-        return min(took, key=lambda piece: took[piece])
-
-    def answer(rows: np.ndarray) -> np.ndarray:
-        choices = [piece for piece in PIECES if 1 < placement.threads <= len(rows) // piece]
-        if not choices:
-            return whole(rows)
-        if len(choices) not in best:
-            best[len(choices)] = fastest(rows, choices)
-        piece = best[len(choices)]
-        return in_pieces(rows, piece) if piece else whole(rows)
-
-    def find_precision(rows: np.ndarray) -> str:  # noqa: ARG001
-        found: Counter[str] = Counter()
-        for operation in many.get_runtime_model().get_ordered_ops():
-            about = operation.get_rt_info()
-            if about["layerType"].value in HEAVY:
-                found[about["runtimePrecision"].value] += 1
-        most = found.most_common(1)
-        return _cpu.NAMES.get(most[0][0], most[0][0]) if most else precision
-
-    return LoadedEngine(answer=answer, find_precision=find_precision)
+                self._compute_in_pieces(rows, piece)
+                seconds[piece] = time.perf_counter() - before
+        return min(seconds, key=lambda piece: seconds[piece])
 
 
-def _openvino() -> Any:
+def import_openvino() -> Any:
+    """The package, without the one by which it would report its own import to a server."""
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
