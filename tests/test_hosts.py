@@ -114,7 +114,7 @@ def test_goes_on_after_an_error() -> None:
             host.ask(30, "find_precision", threads=5, rows="nowhere")
         with pytest.raises(SandboxError, match="Unknown engine"):
             host.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
-        assert host.ask(30, "memory")["bytes"] > 0
+        assert host.ask(30, "memory", placement=PLACEMENT)["bytes"] > 0
 
 
 def test_it_goes_away_with_the_one_that_asks() -> None:

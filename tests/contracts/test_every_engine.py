@@ -105,7 +105,7 @@ def test_answers_as_the_model_does(engine: Engine, precision: str, material: Pat
             host.ask(60, "answer", threads=1, rows=rows, count=40, batch=batch, out=str(out))
             answers[batch] = np.load(out)
         assert host.ask(60, "find_precision", threads=1, rows=rows)["precision"] == precision
-        assert host.ask(60, "memory")["bytes"] > 10_000_000
+        assert host.ask(60, "memory", placement=placement)["bytes"] > 10_000_000
     found = answers[40]
     assert found.shape == (40, 10)
     assert found.dtype == np.float32

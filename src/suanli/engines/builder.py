@@ -86,6 +86,10 @@ class EngineBuilder:
         )
         return float(reply["took_s"])
 
+    def memory_bytes(self, sandbox: Sandbox) -> int:
+        """The peak memory of a sandbox's process."""
+        return int(sandbox.ask(60, "memory", placement=self._placement(self.threads))["bytes"])
+
     def rank_layers(self, limit_s: float) -> list[str]:
         """Names of layers, the one that int8 hurts most first. Raises SandboxError where that can't be measured."""
         if importlib.util.find_spec("onnxruntime") is None:

@@ -215,12 +215,11 @@ class _EngineRequests:
                 seconds.append(time.perf_counter() - before)
         return {"seconds": seconds, "joules": meter.joules}
 
-    def memory(self) -> dict[str, object]:
+    def memory(self, placement: dict[str, Json]) -> dict[str, object]:
         """The peak of this process's main memory, or of its memory on a GPU; bytes."""
         from suanli.machine.device import peak_memory_bytes
 
-        _, placement = next(iter(self._loaded.values()))
-        return {"bytes": peak_memory_bytes(placement.device)}
+        return {"bytes": peak_memory_bytes(_read_placement(placement).device)}
 
 
 def _read_rows(path: str) -> np.ndarray:

@@ -195,7 +195,7 @@ class EngineSearch:
 
     def _get_ready(self, candidate: Candidate, sandbox: Sandbox, builder: EngineBuilder) -> Runner:
         """Looks up the memory that it takes, then loads it for one thread, too, to be timed."""
-        memory_bytes = sandbox.ask(60, "memory")["bytes"]
+        memory_bytes = builder.memory_bytes(sandbox)
         if self.threads > 1:
             builder.load(sandbox, candidate, 1, self.left_s())
         return Runner(candidate=replace(candidate, memory_bytes=memory_bytes), sandbox=sandbox)
