@@ -208,7 +208,7 @@ def test_a_picture_that_is_none(
         bad.write_bytes(contents[kind])
     refused("train", root, code=3, says=("1 of 61 inputs", "class0/bad.jpg: ", "--max-bad 0.03"))
     assert call("prepare", root, "--max-bad", "0.03") == 0
-    assert "1 input left out, not decodable: class0/bad.jpg" in capsys.readouterr().err
+    assert "1 input left out, can't be decoded: class0/bad.jpg" in capsys.readouterr().err
 
 
 # --- archives and tables ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from suanli.core.errors import BadInput, DataError, UsageError
 from suanli.core.types import Batch, Traits
-from suanli.data.preprocess.text import MAX_FITTED_LENGTH, PREPROCESS, normalise, tokens
+from suanli.data.preprocess.text import MAX_FITTED_LENGTH, PREPROCESS, normalise, tokenize
 from suanli.models.networks.text_cnn import build
 from suanli.training.augments.word_dropout import WordDropout
 from suanli.training.recipes.text import RECIPE
@@ -26,7 +26,7 @@ def fit(texts=TEXTS, **settings):
 
 
 def split(raw, **options) -> list[str]:
-    return list(tokens(normalise(raw), **options))
+    return list(tokenize(normalise(raw), **options))
 
 
 # --- tokens ---

@@ -1,1 +1,1 @@
-"""From a path or a name to batches on the device."""
+"""Data: reading, decoding, caching and batches."""

@@ -1,13 +1,12 @@
-"""Decode once, keep the result: a source becomes a memory map of uint8 (or token) rows on disk.
+"""Decodes a source once and caches the result: a memory map of rows (uint8 pixels or token ids) on disk.
 
-The folder's name is a digest of the source's fingerprint and of every setting that changes a row,
-so a change of either makes a new folder and an old one is never wrong. Decoding runs in threads
-because the decoders release the interpreter's lock; a process pool would start slower than most
-data sets decode.
+The folder's name is a digest of the source's fingerprint and of every setting that changes a row. So a change makes a
+new folder, and an old one is never wrong. Decoding runs in threads, since the decoders release the interpreter's lock
+and most data sets are decoded before a pool of processes has started.
 
-Splits that the source does not state are decided by each input's own content: the first 8 bytes
-of its digest, read as a number in [0, 1). So adding an input never moves another, equal inputs
-are always in the same split, and each class is divided in the same expected proportion.
+Where the source has no splits, the content of each input decides its own: the first 8 bytes of its digest, read as a
+number in [0, 1). So a new input never moves another one, equal inputs are in the same split, and every class is split
+in the same expected proportion.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ from suanli.core.console import Progress, say, size
 from suanli.core.errors import BadInput, DamagedFile, StorageError, UsageError
 from suanli.core.registry import load
 from suanli.core.storage import atomic_folder, raise_storage_errors, read_json, write_json
-from suanli.core.types import SPLITS, Json, Preprocess, Raw, Recipe, Row, Source, Split
+from suanli.core.types import SPLITS, Preprocess, Raw, Recipe, Row, Source, Split
 from suanli.data import checks
 
 FORMAT = 1  # raise when the meaning of a cached file changes
-HELD_BYTES = 1 << 30  # raw inputs up to this size are read from disk once instead of twice
-MEASURED = 1000  # training rows whose statistics are taken: these to twice as many
-MEASURED_BYTES = 128 << 20
-CHUNK = 128  # inputs for one turn of a thread, at most
-CHUNK_BYTES = 16 << 20  # of encoded rows
-BAD = 255  # in split.npy: could not be decoded
+HELD_BYTES = 1 << 30  # raw inputs up to this size in total are read from the disk once instead of twice
+MEASURED = 1000  # training rows for statistics, at least; at most twice as many
+MEASURED_BYTES = 128 << 20  # that those rows may have
+CHUNK = 128  # inputs that a thread takes at a time, at most
+CHUNK_BYTES = 16 << 20  # of encoded rows that a thread takes at a time
+BAD = 255  # in split.npy: an input that can't be decoded
 
 T = TypeVar("T")
 
@@ -53,14 +52,14 @@ class PreparedData:
     kind: str
     licence: str | None
     path: Path
-    digest: str  # of the content of every row, its target and its split
+    digest: str  # of every row, its target and its split
     classes: tuple[str, ...]
     preprocess: Preprocess
     splits: dict[str, Split]
-    findings: dict[str, Json]
-    reused: bool  # found in the cache, nothing was decoded
+    findings: checks.Findings
+    reused: bool  # it was in the cache: nothing was decoded
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return {
             "name": self.name,
             "kind": self.kind,
@@ -92,10 +91,9 @@ def content_digest(raw: Raw) -> bytes:
 def prepare_source(
     source: Source, recipe: Recipe, cache: Path, *, threads: int, preprocess: Preprocess | None = None
 ) -> PreparedData:
-    """The prepared form of `source`: from the cache, or made now. Raises UsageError, StorageError.
+    """The prepared data of `source`, from the cache or made now. Raises UsageError and StorageError.
 
-    With `preprocess`, that of a trained model, inputs are encoded as the model learned to read
-    them; without, it is fitted to the training split.
+    `preprocess` is that of a trained model; without, a new one is fitted to the training split.
     """
     if recipe.val_fraction + recipe.test_fraction >= 1:
         raise UsageError(
@@ -103,18 +101,18 @@ def prepare_source(
             fix="Let them add up to less than 1.",
         )
     path = cache / "prepared" / f"{source.name}-{_key(source, recipe, preprocess)}"
-    if (found := _cached(path)) is not None:
-        return found
-    with _one_at_a_time(path):
-        if (found := _cached(path)) is not None:  # somebody else was first
-            return found
-        _remove_remains(path)
+    if (cached := _load_cached(path)) is not None:
+        return cached
+    with _lock(path):
+        if (cached := _load_cached(path)) is not None:  # another process was faster
+            return cached
+        _remove_leftovers(path)
         _build(source, recipe, preprocess, path, threads)
     return _load(path, reused=False)
 
 
-def _cached(path: Path) -> PreparedData | None:
-    """None: nothing is there, or it is damaged and must be made again."""
+def _load_cached(path: Path) -> PreparedData | None:
+    """The prepared data at `path`; None: there is none, or it is damaged and must be made again."""
     if (path / "meta.json").exists():
         with suppress(DamagedFile):
             return _load(path, reused=True)
@@ -122,8 +120,8 @@ def _cached(path: Path) -> PreparedData | None:
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Of several processes that want the same data, one decodes and the others wait for it."""
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one process decode; others that want the same data wait for it."""
     with raise_storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path.parent / f".{path.name}.lock")
@@ -138,12 +136,12 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _remove_remains(path: Path) -> None:
-    """What a damaged cache, or a process that was killed while decoding, left behind."""
+def _remove_leftovers(path: Path) -> None:
+    """Deletes a damaged cache, and what processes left that were killed while decoding."""
     with raise_storage_errors(path):
-        for remains in (path, *path.parent.glob(f".{glob.escape(path.name)}.*.tmp")):
-            if remains.is_dir():
-                shutil.rmtree(remains)
+        for leftover in (path, *path.parent.glob(f".{glob.escape(path.name)}.*.tmp")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
 
 
 def _key(source: Source, recipe: Recipe, preprocess: Preprocess | None) -> str:
@@ -160,70 +158,67 @@ def _key(source: Source, recipe: Recipe, preprocess: Preprocess | None) -> str:
 
 
 def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: Path, threads: int) -> None:
+    """Decodes every input and writes the folder `path`."""
     rows = source.rows
-    read = _reader(source)
+    read = _make_reader(source)
     with ThreadPoolExecutor(threads) as pool:
         splits = _assign_splits(rows, read, recipe, pool)
-        fitted = preprocess or load("preprocess", source.kind).fit(_training_raws(splits, read), recipe.preprocess)
+        fitted = preprocess or load("preprocess", source.kind).fit(_training_inputs(splits, read), recipe.preprocess)
         with atomic_folder(path) as folder:
             _check_space(folder, len(rows) * _row_bytes(fitted))
-            seen = _encode(rows, read, fitted, folder / "rows.npy", pool)
-            findings = checks.collect_findings(
-                names=[r.name for r in rows],
-                labels=[r.label for r in rows],
-                splits=splits,
-                seen=seen,
-                classes=source.classes,
-                notes=source.notes,
-            )
-            code = np.array([BAD if s.reason else SPLITS.index(x) for s, x in zip(seen, splits, strict=True)], np.uint8)
+            results = _encode(rows, read, fitted, folder / "rows.npy", pool)
+            numbers = [BAD if r.reason else SPLITS.index(s) for r, s in zip(results, splits, strict=True)]
+            split = np.array(numbers, np.uint8)
+            if preprocess is None:
+                fitted = _measure(fitted, folder / "rows.npy", np.flatnonzero(split == 0))
             order = {c: i for i, c in enumerate(source.classes)}
             targets = np.array([order[r.label] for r in rows], np.int64)
-            train = np.flatnonzero(code == 0)
-            if preprocess is None and len(train):
-                # Spread over the split, and enough for a mean: reading all of it would cost a pass.
-                count = max(1, min(MEASURED, MEASURED_BYTES // _row_bytes(fitted)))
-                table = np.load(folder / "rows.npy", mmap_mode="r", allow_pickle=False)
-                fitted = fitted.measure(table[train[:: max(1, len(train) // count)]])
-            np.save(folder / "split.npy", code)
+            np.save(folder / "split.npy", split)
             np.save(folder / "targets.npy", targets)
             write_json(folder / "names.json", [r.name for r in rows])
-            write_json(
-                folder / "meta.json",
-                {
-                    "format": FORMAT,
-                    "name": source.name,
-                    "kind": source.kind,
-                    "licence": source.licence,
-                    "digest": _digest(fitted, seen, targets, code),
-                    "classes": list(source.classes),
-                    "preprocess": fitted.settings(),
-                    "findings": findings,
-                },
-            )
+            meta = {
+                "format": FORMAT,
+                "name": source.name,
+                "kind": source.kind,
+                "licence": source.licence,
+                "digest": _digest(fitted, results, targets, split),
+                "classes": list(source.classes),
+                "preprocess": fitted.settings(),
+                "findings": checks.collect_findings(source, splits, results),
+            }
+            write_json(folder / "meta.json", meta)
 
 
-def _reader(source: Source) -> Callable[[int], Raw]:
-    """Reads row i; holds what it read where all of it is small, since hashing and decoding are
-    two passes."""
+def _measure(preprocess: Preprocess, path: Path, train: np.ndarray) -> Preprocess:
+    """With the statistics of a sample of the training rows, spread over all of them."""
+    if not len(train):
+        return preprocess
+    count = max(1, min(MEASURED, MEASURED_BYTES // _row_bytes(preprocess)))
+    rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    return preprocess.measure(rows[train[:: max(1, len(train) // count)]])
+
+
+def _make_reader(source: Source) -> Callable[[int], Raw]:
+    """A function that reads the input of row i. Inputs are read twice, for splits and for decoding; small data sets are
+    kept in memory in between."""
     rows = source.rows
     if source.size_bytes is None or source.size_bytes > HELD_BYTES:
         return lambda i: rows[i].read()
-    held: list[Raw | None] = [None] * len(rows)
+    inputs: list[Raw | None] = [None] * len(rows)
 
     def read(i: int) -> Raw:
-        raw = held[i]
+        raw = inputs[i]
         if raw is None:
-            raw = held[i] = rows[i].read()
+            raw = inputs[i] = rows[i].read()
         return raw
 
     return read
 
 
-def _in_chunks(
+def _map_chunks(
     count: int, work: Callable[[range], T], pool: ThreadPoolExecutor, title: str, length: int = CHUNK
 ) -> Iterator[T]:
-    """`work` on consecutive ranges in threads; results in order, with progress."""
+    """Runs `work` on consecutive ranges in threads and shows progress; gives the results in order."""
     chunks = [range(i, min(i + length, count)) for i in range(0, count, length)]
     done = 0
     with Progress(title, count) as progress:
@@ -240,9 +235,9 @@ def _in_chunks(
 def _assign_splits(
     rows: Sequence[Row], read: Callable[[int], Raw], recipe: Recipe, pool: ThreadPoolExecutor
 ) -> list[str]:
-    given = {r.split for r in rows}
-    val = 0.0 if "val" in given else recipe.val_fraction
-    test = 0.0 if "test" in given else recipe.test_fraction
+    published = {r.split for r in rows}
+    val = 0.0 if "val" in published else recipe.val_fraction
+    test = 0.0 if "test" in published else recipe.test_fraction
 
     def split(i: int) -> str:
         row = rows[i]
@@ -252,16 +247,16 @@ def _assign_splits(
             digest = content_digest(read(i))
         except (OSError, BadInput):
             return "train"  # decoding will report it as bad
-        # A missing test split must not change which inputs are for validation: same intervals.
-        decided = split_of(digest, recipe.val_fraction, recipe.test_fraction)
-        return decided if (decided == "val" and val) or (decided == "test" and test) else "train"
+        # Always with both fractions, so that a published test split doesn't change which inputs are for validation.
+        own = split_of(digest, recipe.val_fraction, recipe.test_fraction)
+        return own if (own == "val" and val) or (own == "test" and test) else "train"
 
-    chunks = _in_chunks(len(rows), lambda c: [split(i) for i in c], pool, "Reading")
+    chunks = _map_chunks(len(rows), lambda c: [split(i) for i in c], pool, "Reading")
     return [s for chunk in chunks for s in chunk]
 
 
-def _training_raws(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
-    """Passes over the raw training inputs in an order that mixes the classes."""
+def _training_inputs(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
+    """A function that starts a pass over the raw training inputs, in an order that mixes the classes."""
     order = [i for i, s in enumerate(splits) if s == "train"]
     order = [order[j] for j in np.random.default_rng(0).permutation(len(order))]
 
@@ -282,7 +277,7 @@ def _encode(
     path: Path,
     pool: ThreadPoolExecutor,
 ) -> list[checks.DecodeResult]:
-    """Writes the encoded rows to `path`, an .npy file. A row that can't be decoded stays zero."""
+    """Writes the encoded rows to the .npy file `path`. The row of an input that can't be decoded stays zero."""
     row_bytes = _row_bytes(preprocess)
     dtype, shape = np.dtype(preprocess.row_dtype), preprocess.row_shape
     offset = np.lib.format.open_memmap(path, "w+", dtype, (len(rows), *shape)).offset
@@ -298,18 +293,18 @@ def _encode(
         return checks.DecodeResult(digest=encoded.digest, traits=encoded.traits, size=encoded.size)
 
     def work(chunk: range) -> list[checks.DecodeResult]:
-        # Written, not mapped: faster, and a full disk is an error instead of the end of the process.
+        # Written, not through the memory map: faster, and a full disk is an error instead of killing the process.
         block = np.zeros((len(chunk), *shape), dtype)
-        seen = [encode(i, row) for i, row in zip(chunk, block, strict=True)]
+        results = [encode(i, row) for i, row in zip(chunk, block, strict=True)]
         with lock:
             stream.seek(offset + chunk.start * row_bytes)
             stream.write(block.data)
-        return seen
+        return results
 
     lock = threading.Lock()
     with path.open("r+b") as stream:
         length = max(1, min(CHUNK, CHUNK_BYTES // row_bytes))
-        chunks = _in_chunks(len(rows), work, pool, "Decoding", length)
+        chunks = _map_chunks(len(rows), work, pool, "Decoding", length)
         return [s for chunk in chunks for s in chunk]
 
 
@@ -318,7 +313,6 @@ def _row_bytes(preprocess: Preprocess) -> int:
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
-    # Better before an hour of decoding than after it.
     free = shutil.disk_usage(folder).free
     if needed_bytes > free:
         raise StorageError(
@@ -327,13 +321,15 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _digest(preprocess: Preprocess, seen: Sequence[checks.DecodeResult], targets: np.ndarray, code: np.ndarray) -> str:
-    total = hashlib.blake2b(json.dumps(preprocess.settings(), sort_keys=True).encode(), digest_size=10)
-    for s in seen:
-        total.update(s.digest or b"bad")
-    total.update(targets.tobytes())
-    total.update(code.tobytes())
-    return total.hexdigest()
+def _digest(
+    preprocess: Preprocess, results: Sequence[checks.DecodeResult], targets: np.ndarray, split: np.ndarray
+) -> str:
+    digest = hashlib.blake2b(json.dumps(preprocess.settings(), sort_keys=True).encode(), digest_size=10)
+    for result in results:
+        digest.update(result.digest or b"bad")
+    digest.update(targets.tobytes())
+    digest.update(split.tobytes())
+    return digest.hexdigest()
 
 
 def _load(path: Path, *, reused: bool) -> PreparedData:
@@ -341,17 +337,17 @@ def _load(path: Path, *, reused: bool) -> PreparedData:
         meta = read_json(path / "meta.json")
         names = read_json(path / "names.json")
         rows = np.load(path / "rows.npy", mmap_mode="r", allow_pickle=False)
-        code = np.load(path / "split.npy", allow_pickle=False)
+        split = np.load(path / "split.npy", allow_pickle=False)
         targets = np.load(path / "targets.npy", allow_pickle=False)
-        if not len(rows) == len(code) == len(targets) == len(names):
+        if not len(rows) == len(split) == len(targets) == len(names):
             raise ValueError("columns differ in length")
     except (FileNotFoundError, ValueError, EOFError) as error:
         raise DamagedFile(f"The cached data in {path} is damaged ({error}).", fix="Remove that folder.") from error
     classes = tuple(meta["classes"])
     splits = {}
-    for number, split in enumerate(SPLITS):
-        index = np.flatnonzero(code == number)
-        splits[split] = Split(
+    for number, name in enumerate(SPLITS):
+        index = np.flatnonzero(split == number)
+        splits[name] = Split(
             inputs=rows,
             index=index,
             targets=targets[index],

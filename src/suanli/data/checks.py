@@ -1,8 +1,7 @@
-"""The data check: what a person should know of a data set before a machine learns from it.
+"""The data check: what a person should know about a data set before training on it.
 
-Built from what decoding found out about each input (a digest of its content, its odd traits, its
-size), so it costs nothing extra. It reports; the caller decides whether to stop. Lists are cut at
-`LISTED` entries, counts are complete.
+It uses what decoding learns about each input (a digest of the content, unusual traits, the size), so it costs nothing
+extra. It only reports; the caller decides whether to stop. Lists have at most `LISTED` entries, counts are complete.
 """
 
 from __future__ import annotations
@@ -10,46 +9,106 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
 from suanli.core.console import plural
 from suanli.core.errors import DataError
-from suanli.core.types import SPLITS, Json
+from suanli.core.types import SPLITS, Row, Source
 
 LISTED = 100
 
 
+class Bad(TypedDict):
+    """An input that can't be decoded."""
+
+    name: str
+    reason: str
+
+
+class Across(TypedDict):
+    """Equal inputs in more than one split."""
+
+    names: list[str]
+    splits: list[str]
+
+
+class Within(TypedDict):
+    """Equal inputs in one split."""
+
+    names: list[str]
+    split: str
+
+
+class Conflict(TypedDict):
+    """Equal inputs with different labels."""
+
+    names: list[str]
+    labels: list[str]
+
+
+class Counts(TypedDict):
+    """How many entries the lists have before they are cut."""
+
+    bad: int
+    duplicates_across_splits: int
+    duplicates_within: int
+    label_conflicts: int
+
+
+class Sizes(TypedDict):
+    """Of inputs before preprocessing, by axis."""
+
+    min: list[int]
+    median: list[int]
+    max: list[int]
+    distinct: int
+
+
+class Findings(TypedDict):
+    """What the check found: check.json."""
+
+    total: int
+    bad: list[Bad]
+    bad_share: float
+    duplicates_across_splits: list[Across]
+    duplicates_within: list[Within]
+    label_conflicts: list[Conflict]
+    counts: Counts
+    class_counts: dict[str, dict[str, int]]  # by split and class, of inputs that can be decoded
+    imbalance: float | None  # inputs of the largest class over those of the smallest; None: there are none
+    empty_classes: list[str]
+    traits: dict[str, int]  # how many inputs have each, the most frequent first
+    sizes: Sizes | None
+    notes: list[str]  # from the reader
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeResult:
-    """What decoding found out about one input; `reason` is set where it could not be decoded."""
+    """What decoding learned about one input."""
 
     digest: bytes = b""
     traits: tuple[str, ...] = ()
     size: tuple[int, ...] = ()
-    reason: str | None = None
+    reason: str | None = None  # why it can't be decoded; None: it can
 
 
-def collect_findings(
-    *,
-    names: Sequence[str],
-    labels: Sequence[str],
-    splits: Sequence[str],
-    seen: Sequence[DecodeResult],
-    classes: Sequence[str],
-    notes: Sequence[str],
-) -> dict[str, Json]:
-    """The findings as JSON; all four sequences have one entry for each input."""
-    bad = [{"name": n, "reason": s.reason} for n, s in zip(names, seen, strict=True) if s.reason is not None]
-    good = [i for i, s in enumerate(seen) if s.reason is None]
-    across, within, conflicts = _same_content(names, labels, splits, seen, good)
-    counts = _class_counts(labels, splits, classes, good)
+def collect_findings(source: Source, splits: Sequence[str], results: Sequence[DecodeResult]) -> Findings:
+    """The findings; `splits` and `results` have one entry for each row of `source`."""
+    rows, classes = source.rows, source.classes
+    bad = [Bad(name=r.name, reason=d.reason) for r, d in zip(rows, results, strict=True) if d.reason is not None]
+    good = [i for i, result in enumerate(results) if result.reason is None]
+    across, within, conflicts = _group_equal(rows, splits, results, good)
+    counts = {s: dict.fromkeys(classes, 0) for s in SPLITS}
+    for i in good:
+        counts[splits[i]][rows[i].label] += 1
     totals = {c: sum(counts[s][c] for s in SPLITS) for c in classes}
     filled = [n for n in totals.values() if n]
     return {
-        "total": len(names),
+        "total": len(rows),
         "bad": bad[:LISTED],
-        "bad_share": len(bad) / max(len(names), 1),
+        "bad_share": len(bad) / max(len(rows), 1),
         "duplicates_across_splits": across[:LISTED],
         "duplicates_within": within[:LISTED],
         "label_conflicts": conflicts[:LISTED],
@@ -62,48 +121,39 @@ def collect_findings(
         "class_counts": counts,
         "imbalance": max(filled) / min(filled) if filled else None,
         "empty_classes": [c for c, n in totals.items() if n == 0],
-        "traits": dict(Counter(t for i in good for t in seen[i].traits).most_common()),
-        "sizes": _sizes([seen[i].size for i in good if seen[i].size]),
-        "notes": list(notes),
+        "traits": dict(Counter(t for i in good for t in results[i].traits).most_common()),
+        "sizes": _summarize_sizes([results[i].size for i in good if results[i].size]),
+        "notes": list(source.notes),
     }
 
 
-def _same_content(
-    names: Sequence[str], labels: Sequence[str], splits: Sequence[str], seen: Sequence[DecodeResult], good: list[int]
-) -> tuple[list[Json], list[Json], list[Json]]:
-    """Groups of inputs with equal content: across splits, within one split, with several labels."""
+def _group_equal(
+    rows: Sequence[Row], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
+) -> tuple[list[Across], list[Within], list[Conflict]]:
+    """Groups of inputs with equal content: across splits, within one split, and with several labels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for i in good:
-        groups[seen[i].digest].append(i)
-    across: list[Json] = []
-    within: list[Json] = []
-    conflicts: list[Json] = []
+        groups[results[i].digest].append(i)
+    across: list[Across] = []
+    within: list[Within] = []
+    conflicts: list[Conflict] = []
     for members in groups.values():
         if len(members) == 1:
             continue
-        found_in = sorted({splits[i] for i in members}, key=SPLITS.index)
-        group_names = [names[i] for i in members]
-        if len(found_in) > 1:
-            across.append({"names": group_names, "splits": found_in})
+        in_splits = sorted({splits[i] for i in members}, key=SPLITS.index)
+        names, labels = [rows[i].name for i in members], [rows[i].label for i in members]
+        if len(in_splits) > 1:
+            across.append({"names": names, "splits": in_splits})
         else:
-            within.append({"names": group_names, "split": found_in[0]})
-        if len({labels[i] for i in members}) > 1:
-            conflicts.append({"names": group_names, "labels": [labels[i] for i in members]})
-    # The headline first: an exam question that was also a lesson.
-    across.sort(key=lambda d: ("test" not in d["splits"], "train" not in d["splits"]))
+            within.append({"names": names, "split": in_splits[0]})
+        if len(set(labels)) > 1:
+            conflicts.append({"names": names, "labels": labels})
+    # The worst first: test inputs that the model is trained on.
+    across.sort(key=lambda group: ("test" not in group["splits"], "train" not in group["splits"]))
     return across, within, conflicts
 
 
-def _class_counts(
-    labels: Sequence[str], splits: Sequence[str], classes: Sequence[str], good: list[int]
-) -> dict[str, dict[str, int]]:
-    counts = {s: dict.fromkeys(classes, 0) for s in SPLITS}
-    for i in good:
-        counts[splits[i]][labels[i]] += 1
-    return counts
-
-
-def _sizes(sizes: list[tuple[int, ...]]) -> Json:
+def _summarize_sizes(sizes: list[tuple[int, ...]]) -> Sizes | None:
     if not sizes:
         return None
     table = np.array(sizes)
@@ -115,8 +165,8 @@ def _sizes(sizes: list[tuple[int, ...]]) -> Json:
     }
 
 
-def refuse_bad_share(findings: Json, max_bad: float) -> None:
-    """Raises DataError that lists the files when more than `max_bad` of them can't be decoded."""
+def refuse_bad_share(findings: Findings, max_bad: float) -> None:
+    """Raises DataError, with a list, if more than the share `max_bad` of the inputs can't be decoded."""
     if findings["bad_share"] <= max_bad:
         return
     listed = "\n".join(f"  {b['name']}: {b['reason']}" for b in findings["bad"][:20])
@@ -130,8 +180,8 @@ def refuse_bad_share(findings: Json, max_bad: float) -> None:
     )
 
 
-def refuse_unlearnable(findings: Json) -> None:
-    """Raises DataError when a class or a split is too small to learn from or to examine with."""
+def refuse_unlearnable(findings: Findings) -> None:
+    """Raises DataError if a class or a split is too small for training or evaluation."""
     counts = findings["class_counts"]
     totals = {c: sum(counts[s][c] for s in SPLITS) for c in counts["train"]}
     filled = [c for c, n in totals.items() if n]
@@ -145,7 +195,7 @@ def refuse_unlearnable(findings: Json) -> None:
         raise DataError(
             f"Class {single[0]!r} has a single usable input"
             + (f" (and so have {len(single) - 1} other classes)." if len(single) > 1 else "."),
-            fix="What is learned can't be examined with the same input: add more of that class or remove it.",
+            fix="Training and evaluation need different inputs: add more of that class or remove it.",
         )
     for split in SPLITS:
         if not any(counts[split].values()):
@@ -154,42 +204,42 @@ def refuse_unlearnable(findings: Json) -> None:
                 fix="With so few inputs, choose the splits yourself (folders train/, val/ and test/), "
                 "or give them a larger share: --set val_fraction=0.25 --set test_fraction=0.25.",
             )
-    untaught = [c for c in filled if counts["train"][c] == 0]
-    if untaught:
+    untrained = [c for c in filled if counts["train"][c] == 0]
+    if untrained:
         raise DataError(
-            f"Class {untaught[0]!r} has no training input.",
+            f"Class {untrained[0]!r} has no training input.",
             fix="Add some to the training split, or remove the class from the others.",
         )
 
 
-def format_findings(findings: Json) -> list[str]:
+def format_findings(findings: Findings) -> list[str]:
     """The findings as sentences for a terminal, the most important first."""
-    n = findings["counts"]
+    counts = findings["counts"]
     lines = []
-    if n["duplicates_across_splits"]:
-        first = findings["duplicates_across_splits"][0]
+    if counts["duplicates_across_splits"]:
+        names = findings["duplicates_across_splits"][0]["names"]
         lines.append(
-            f"{plural(n['duplicates_across_splits'], 'input')} found in more than one split, so the score flatters: "
-            f"{' = '.join(first['names'][:3])}"
+            f"{plural(counts['duplicates_across_splits'], 'input')} in more than one split, so scores are too high: "
+            f"{' = '.join(names[:3])}"
         )
-    if n["label_conflicts"]:
-        first = findings["label_conflicts"][0]
+    if counts["label_conflicts"]:
+        names, labels = findings["label_conflicts"][0]["names"], findings["label_conflicts"][0]["labels"]
         lines.append(
-            f"{plural(n['label_conflicts'], 'input')} with two labels: {first['names'][0]} ({first['labels'][0]}) = "
-            f"{first['names'][1]} ({first['labels'][1]})"
+            f"{plural(counts['label_conflicts'], 'input')} with two labels: {names[0]} ({labels[0]}) = "
+            f"{names[1]} ({labels[1]})"
         )
-    if n["bad"]:
-        first = findings["bad"][0]
-        lines.append(f"{plural(n['bad'], 'input')} left out, not decodable: {first['name']} ({first['reason']})")
-    if n["duplicates_within"]:
-        lines.append(f"{plural(n['duplicates_within'], 'group')} of identical inputs within a split")
-    unexamined = [
+    if counts["bad"]:
+        bad = findings["bad"][0]
+        lines.append(f"{plural(counts['bad'], 'input')} left out, can't be decoded: {bad['name']} ({bad['reason']})")
+    if counts["duplicates_within"]:
+        lines.append(f"{plural(counts['duplicates_within'], 'group')} of identical inputs within a split")
+    untested = [
         name
         for name, count in findings["class_counts"]["train"].items()
         if count and not findings["class_counts"]["test"][name]
     ]
-    if unexamined:
-        lines.append(f"classes without test inputs: {', '.join(unexamined[:10])}")
+    if untested:
+        lines.append(f"classes without test inputs: {', '.join(untested[:10])}")
     if findings["empty_classes"]:
         lines.append(f"classes without inputs: {', '.join(findings['empty_classes'][:10])}")
     if findings["imbalance"] and findings["imbalance"] >= 3:
@@ -198,5 +248,5 @@ def format_findings(findings: Json) -> list[str]:
             "--set class_weights=balanced may help"
         )
     if findings["traits"]:
-        lines.append("odd inputs, handled: " + ", ".join(f"{n} {t}" for t, n in findings["traits"].items()))
+        lines.append("unusual inputs, handled: " + ", ".join(f"{n} {t}" for t, n in findings["traits"].items()))
     return lines + list(findings["notes"])

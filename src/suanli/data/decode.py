@@ -30,7 +30,7 @@ EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 100_000_000
 # An explicit list, because Pillow would start Ghostscript for EPS, among other surprises.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "ICO", "JPEG2000")
-_ORIENTATION = 0x0112
+EXIF_ORIENTATION = 0x0112
 _GREY_MODES = {"1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "La"}
 _PNG = b"\x89PNG\r\n\x1a\n"
 # What Pillow raises for damaged files of the formats above; MemoryError is not among them on purpose.
@@ -67,19 +67,19 @@ def decode(raw: Raw) -> DecodedImage:
     uint16. Raises BadInput."""
     if isinstance(raw, np.ndarray):
         return _from_array(raw)
-    data = _checked_bytes(raw)
+    data = _check_bytes(raw)
     found = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
     pixels, traits, orientation = found or _decode_other(data)
     if orientation != 1:
-        pixels = _upright(pixels, orientation)
-    return DecodedImage(_without_equal_channels(pixels), traits)
+        pixels = _rotate_upright(pixels, orientation)
+    return DecodedImage(_drop_equal_channels(pixels), traits)
 
 
 def decode_pillow(image: Image.Image) -> np.ndarray:
     """The pixels of an open image, as `decode` would give those of its file: upright and opaque. Raises BadInput."""
     try:
         pixels, _ = _to_pixels(image)
-        return _upright(pixels, int(image.getexif().get(EXIF_ORIENTATION, 1)))
+        return _rotate_upright(pixels, int(image.getexif().get(EXIF_ORIENTATION, 1)))
     except (OSError, ValueError, SyntaxError) as error:
         raise BadInput(f"The image can't be decoded ({error}).") from error
 
@@ -89,7 +89,7 @@ def read_header(raw: Raw) -> Header:
     if isinstance(raw, np.ndarray):
         pixels = _from_array(raw).pixels
         return Header(pixels.shape[0], pixels.shape[1], pixels.shape[2] == 1)
-    data = _checked_bytes(raw)
+    data = _check_bytes(raw)
     if data.startswith(b"\xff\xd8"):
         try:
             height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -98,9 +98,9 @@ def read_header(raw: Raw) -> Header:
         else:
             sides = (width, height) if _jpeg_orientation(data) >= 5 else (height, width)
             return Header(*sides, grey=colourspace == "Gray")
-    with _opened(data) as image:
+    with _open(data) as image:
         try:
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
         except _DAMAGE:
             orientation = 1
         # A TIFF is already reported upright by Pillow.
@@ -109,7 +109,7 @@ def read_header(raw: Raw) -> Header:
         return Header(height, width, grey=image.mode in _GREY_MODES)
 
 
-def _checked_bytes(raw: object) -> bytes:
+def _check_bytes(raw: object) -> bytes:
     if not isinstance(raw, (bytes, bytearray, memoryview)):
         raise BadInput(f"An image was expected, not {type(raw).__name__}.", fix="Give the bytes of an image file.")
     data = bytes(raw)
@@ -157,13 +157,13 @@ def _jpeg_orientation(data: bytes) -> int:
     _silence_pillow()
     try:
         exif.load(data[start : start + (1 << 16)])
-        orientation = exif.get(_ORIENTATION, 1)
+        orientation = exif.get(EXIF_ORIENTATION, 1)
     except _DAMAGE:  # damaged remarks don't make a damaged picture
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def _rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo an EXIF orientation: 1 to 8, as the standard numbers them."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -187,17 +187,17 @@ _IGNORED = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as the warnings
 _filtering = threading.Lock()
 
 
-def _opened(data: bytes) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     _silence_pillow()
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except _DAMAGE as error:
-        raise BadInput(f"Not an image that suanli can read: {_looks_like(data)}.") from error
+        raise BadInput(f"Not an image that suanli can read: {_describe_bytes(data)}.") from error
     _check_size(image.height, image.width)
     return image
 
 
-def _looks_like(data: bytes) -> str:
+def _describe_bytes(data: bytes) -> str:
     start = data[:24]
     text = start.decode("utf-8", errors="ignore")
     whole = len(text.encode()) >= len(start) - 3  # but for a character that the end cuts in two
@@ -207,9 +207,9 @@ def _looks_like(data: bytes) -> str:
 
 
 def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
-    with _opened(data) as image:
+    with _open(data) as image:
         # Pillow turns a TIFF by itself while it loads; the tag is gone then.
-        before = _tag(image) if image.format == "TIFF" else 1
+        before = _exif_orientation(image) if image.format == "TIFF" else 1
         try:
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
             image.load()
@@ -218,7 +218,7 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
             reason = "is cut short" if "truncated" in str(error) else f"can't be decoded ({error})"
             raise BadInput(f"The {image.format} image {reason}.") from error
         # Not before: for the tag, Pillow loads a PNG, and what that finds damaged it passes over the next time.
-        orientation = _tag(image) if image.format != "TIFF" else 1
+        orientation = _exif_orientation(image) if image.format != "TIFF" else 1
     if data.startswith(_PNG) and data[24:25] == b"\x10" and "16-bit" not in traits:
         traits += ("16-bit",)
     if animated:
@@ -228,10 +228,10 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
     return pixels, traits, orientation
 
 
-def _tag(image: Image.Image) -> int:
+def _exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8."""
     try:
-        found = image.getexif().get(_ORIENTATION, 1)
+        found = image.getexif().get(EXIF_ORIENTATION, 1)
     except _DAMAGE:  # damaged remarks don't make a damaged picture
         return 1
     return found if found in range(1, 9) else 1
@@ -281,10 +281,10 @@ def _from_array(array: np.ndarray) -> DecodedImage:
         opaque = array[:, :, -1:].astype(np.uint32)
         array = ((array[:, :, :-1] * opaque + 255 * (255 - opaque) + 127) // 255).astype(np.uint8)
         traits += ("alpha",)
-    return DecodedImage(_without_equal_channels(array), traits)
+    return DecodedImage(_drop_equal_channels(array), traits)
 
 
-def _without_equal_channels(pixels: np.ndarray) -> np.ndarray:
+def _drop_equal_channels(pixels: np.ndarray) -> np.ndarray:
     """(H, W, 1) if the three channels are the same everywhere, so that grey looks grey however it
     was stored. One row is enough to see that most colour pictures aren't."""
     if pixels.shape[2] == 3:

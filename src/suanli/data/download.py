@@ -30,14 +30,14 @@ from suanli.core.storage import raise_storage_errors
 from suanli.core.types import Download
 
 CHUNK_BYTES = 256 << 10
-_WORTH_ANOTHER_TRY = {408, 425, 429, 500, 502, 503, 504}
+_RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
-class _Broken(Exception):
+class _Retryable(Exception):
     """This attempt failed; the next may not."""
 
 
-class _Final(Exception):
+class _Permanent(Exception):
     """No attempt will do better."""
 
 
@@ -57,7 +57,7 @@ def fetch(
     Raises DownloadError where the file can't be had whole, StorageError where it can't be written.
     """
     target = folder / file_name(download)
-    if _is_whole(target, download):
+    if _is_complete(target, download):
         return target
     with raise_storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def fetch(
             say(f"Another process is downloading {target.name}; waiting for it.")
             lock.acquire()
     try:
-        if _is_whole(target, download):  # by the process that we waited for
+        if _is_complete(target, download):  # by the process that we waited for
             return target
         if target.exists():
             warn(f"{target} is not what its publisher has (other checksum); it is downloaded again.")
@@ -108,13 +108,13 @@ def _fetch_locked(
                 with raise_storage_errors(part):
                     part.unlink()
                 if not resumed:  # the start of a resumed file may be from an older version
-                    raise _Final(f"it has the checksum {got}, expected is {download.checksum}")
-                raise _Broken("the resumed file has a wrong checksum")
-            except _Final as error:
-                raise _failed(download, target, str(error)) from error
-            except _Broken as error:
+                    raise _Permanent(f"it has the checksum {got}, expected is {download.checksum}")
+                raise _Retryable("the resumed file has a wrong checksum")
+            except _Permanent as error:
+                raise _download_error(download, target, str(error)) from error
+            except _Retryable as error:
                 if attempt == attempts:
-                    raise _failed(download, target, f"{error} (tried {attempts} times)") from error
+                    raise _download_error(download, target, f"{error} (tried {attempts} times)") from error
                 time.sleep(pause_s * 2 ** (attempt - 1))
     with raise_storage_errors(target):
         os.replace(part, target)
@@ -134,7 +134,7 @@ def _receive(download: Download, part: Path, timeout_s: float, report: Callable[
     if have:
         headers["Range"] = f"bytes={have}-"
     try:
-        with _opener().open(urllib.request.Request(download.url, headers=headers), timeout=timeout_s) as response:
+        with _make_opener().open(urllib.request.Request(download.url, headers=headers), timeout=timeout_s) as response:
             start = _start_of(response, part, have, download)
             _copy(response, part, start, download, report)
             return start > 0
@@ -143,17 +143,17 @@ def _receive(download: Download, part: Path, timeout_s: float, report: Callable[
             if error.code == 416:  # our part is not one of theirs
                 with raise_storage_errors(part):
                     part.unlink(missing_ok=True)
-                raise _Broken("the server refused to continue") from error
-            kind = _Broken if error.code in _WORTH_ANOTHER_TRY else _Final
+                raise _Retryable("the server refused to continue") from error
+            kind = _Retryable if error.code in _RETRYABLE_STATUS else _Permanent
             raise kind(f"the server answered {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
         lasting = isinstance(error.reason, str | ssl.SSLCertVerificationError)
-        raise (_Final if lasting else _Broken)(f"no connection: {error.reason}") from error
+        raise (_Permanent if lasting else _Retryable)(f"no connection: {error.reason}") from error
     except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        raise _Broken(f"the connection broke: {error or type(error).__name__}") from error
+        raise _Retryable(f"the connection broke: {error or type(error).__name__}") from error
 
 
-def _opener() -> urllib.request.OpenerDirector:
+def _make_opener() -> urllib.request.OpenerDirector:
     """Follows redirects, but only to http and https."""
     opener = urllib.request.OpenerDirector()
     for handler in (
@@ -177,11 +177,11 @@ def _start_of(response: http.client.HTTPResponse, part: Path, have: int, downloa
         if not match or int(match[1]) > have or match[3] not in ("*", str(download.size_bytes)):
             with raise_storage_errors(part):
                 part.unlink(missing_ok=True)  # the next attempt asks for the whole file
-            raise _Broken(f"the server answered with the range {stated!r} to a request from byte {have}")
+            raise _Retryable(f"the server answered with the range {stated!r} to a request from byte {have}")
         return int(match[1])
     length = response.headers.get("Content-Length")
     if length is not None and length.isdecimal() and int(length) != download.size_bytes:
-        raise _Final(f"the server's file has {length} bytes, expected are {download.size_bytes}")
+        raise _Permanent(f"the server's file has {length} bytes, expected are {download.size_bytes}")
     return 0
 
 
@@ -200,17 +200,17 @@ def _copy(
         stream.truncate()
         while chunk := response.read1(CHUNK_BYTES):
             if done + len(chunk) > download.size_bytes:
-                raise _Final(f"the server sends more than the expected {download.size_bytes} bytes")
+                raise _Permanent(f"the server sends more than the expected {download.size_bytes} bytes")
             stream.write(chunk)
             done += len(chunk)
             report(done)
         stream.flush()
         os.fsync(stream.fileno())
     if done < download.size_bytes:
-        raise _Broken(f"the connection ended after {size(done)} of {size(download.size_bytes)}")
+        raise _Retryable(f"the connection ended after {size(done)} of {size(download.size_bytes)}")
 
 
-def _is_whole(path: Path, download: Download) -> bool:
+def _is_complete(path: Path, download: Download) -> bool:
     try:
         return path.stat().st_size == download.size_bytes and _checksum(path, download) == download.checksum.casefold()
     except OSError:  # not there, not a file, or not ours to read
@@ -225,7 +225,7 @@ def _checksum(path: Path, download: Download) -> str:
     return f"{algorithm}:{digest.hexdigest()}"
 
 
-def _failed(download: Download, target: Path, reason: str) -> DownloadError:
+def _download_error(download: Download, target: Path, reason: str) -> DownloadError:
     return DownloadError(
         f"{download.url} could not be downloaded: {reason}.",
         fix=f"Try again later (a partial download is continued), or get the file in another way "

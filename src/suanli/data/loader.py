@@ -65,7 +65,7 @@ def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: P
             )
         raise unknown("data set", str(subject), names("datasets"))
     reasons = []
-    with _reading(path):
+    with _report_permission_errors(path):
         for reader in sorted(load_all("readers").values(), key=lambda r: (r.order, r.name)):
             reason = reader.why_not(path)
             if reason is None:
@@ -78,7 +78,7 @@ def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: P
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _report_permission_errors(path: Path) -> Iterator[None]:
     """An unreadable path is bad data, not bad storage."""
     try:
         yield
@@ -106,7 +106,7 @@ def traits(source: Source, *, weights: bool, model: str | None, settings: dict[s
     kind = load("preprocess", source.kind)
     rows = [r for r in source.rows if r.split != "test"]
     picked = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:PEEKED]]
-    peek: Preprocess = kind.fit(lambda: _readable(picked), settings)
+    peek: Preprocess = kind.fit(lambda: _read_rows(picked), settings)
     return Traits(
         kind=source.kind,
         input_shape=peek.input_shape,
@@ -117,7 +117,7 @@ def traits(source: Source, *, weights: bool, model: str | None, settings: dict[s
     )
 
 
-def _readable(rows: Sequence[Row]) -> Iterator[Raw]:
+def _read_rows(rows: Sequence[Row]) -> Iterator[Raw]:
     for row in rows:
         try:
             yield row.read()
@@ -125,7 +125,7 @@ def _readable(rows: Sequence[Row]) -> Iterator[Raw]:
             continue  # reported by the data check
 
 
-Fetched = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, targets, positions
+FetchedBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, targets, positions
 Read = TypeVar("Read")
 
 # --- batches --------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ class Feed:
         self.split = split
         self.device = torch.device(device.torch_name)
         self.targets = torch.from_numpy(split.targets).to(self.device)
-        self._rows = self._on_device() if resident and self.device.type != "cpu" else None
+        self._rows = self._load_to_device() if resident and self.device.type != "cpu" else None
 
-    def _on_device(self) -> torch.Tensor:
+    def _load_to_device(self) -> torch.Tensor:
         """All rows, moved part by part: a second copy in main memory might not fit."""
         inputs, index = self.split.inputs, self.split.index
         part = max(1, MOVED_BYTES // row_bytes(self.split))
@@ -197,38 +197,38 @@ class Feed:
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:
         """Rows at these positions (on the CPU), on the device."""
-        return self._picked(positions, self._moved(positions))
+        return self._pick(positions, self._move(positions))
 
-    def _picked(self, positions: torch.Tensor, on_device: torch.Tensor) -> torch.Tensor:
+    def _pick(self, positions: torch.Tensor, on_device: torch.Tensor) -> torch.Tensor:
         """Rows at these positions, which are given twice: on the CPU and on the device."""
         if self._rows is not None:
             return self._rows.index_select(0, on_device)
         return torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).to(self.device)
 
-    def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[Fetched]:
+    def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[FetchedBatch]:
         """A batch for each entry of `steps`; read by a thread, some batches ahead, where that is wanted."""
         if not read_ahead or self._rows is not None:
             yield from map(self._batch, steps)
         elif self.device.type == "cuda":
-            yield from self._copied_aside(steps)
+            yield from self._copy_on_stream(steps)
         else:
             yield from _read_ahead(self._batch, steps)
 
-    def _batch(self, positions: torch.Tensor) -> Fetched:
-        on_device = self._moved(positions)
-        return self._picked(positions, on_device), self.targets.index_select(0, on_device), on_device
+    def _batch(self, positions: torch.Tensor) -> FetchedBatch:
+        on_device = self._move(positions)
+        return self._pick(positions, on_device), self.targets.index_select(0, on_device), on_device
 
-    def _moved(self, positions: torch.Tensor) -> torch.Tensor:
+    def _move(self, positions: torch.Tensor) -> torch.Tensor:
         """On the device. From pinned memory: any other copy waits until the device has computed all steps before."""
         if self.device.type != "cuda":
             return positions.to(self.device)
         return positions.pin_memory().to(self.device, non_blocking=True)
 
-    def _copied_aside(self, steps: Iterator[torch.Tensor]) -> Iterator[Fetched]:
+    def _copy_on_stream(self, steps: Iterator[torch.Tensor]) -> Iterator[FetchedBatch]:
         """Copies from pinned memory run on a stream of their own, beside the computing of earlier batches."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
-        def read(positions: torch.Tensor) -> tuple[Fetched, torch.cuda.Event]:
+        def read(positions: torch.Tensor) -> tuple[FetchedBatch, torch.cuda.Event]:
             found = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()
             with torch.cuda.stream(stream):
                 on_device = positions.pin_memory().to(self.device, non_blocking=True)
@@ -243,7 +243,7 @@ class Feed:
                 tensor.record_stream(computing)  # or its memory could be given to the next copy too soon
             yield batch
 
-    def in_order(self, batch_size: int, of: range | None = None) -> Iterator[Fetched]:
+    def in_order(self, batch_size: int, of: range | None = None) -> Iterator[FetchedBatch]:
         """Every example once, or those at the positions `of`, in the order of the split; the last batch may be
         smaller."""
         among = range(len(self)) if of is None else of

@@ -1,4 +1,4 @@
-"""How the names of images end: what a reader lists as one and what `predict` looks for are the same."""
+"""The suffixes of image files, for the readers and for `predict`."""
 
 from __future__ import annotations
 

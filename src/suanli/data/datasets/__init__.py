@@ -1,1 +1,1 @@
-"""The data sets with a name: one a file, each exporting DATASET."""
+"""Data sets that suanli knows by name: one per file, each exporting DATASET."""

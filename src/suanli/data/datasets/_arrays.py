@@ -25,7 +25,7 @@ MAX_BYTES = 1 << 30  # of one file, unpacked
 _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError)
 
 
-def rows_of(images: Pixels, labels: Pixels, classes: Sequence[str], split: str | None) -> list[Row]:
+def make_rows(images: Pixels, labels: Pixels, classes: Sequence[str], split: str | None) -> list[Row]:
     """Images (N, H, W) or (N, H, W, C) with their class numbers (N,) as rows."""
     return [
         Row(name=f"{split or 'all'}/{i:05d}", label=classes[label], split=split, read=partial(_image, images, i))
@@ -39,7 +39,7 @@ def _image(images: Pixels, position: int) -> np.ndarray:
     return np.ascontiguousarray(images[position])
 
 
-def source_of(
+def make_source(
     name: str, rows: Sequence[Row], classes: Sequence[str], size_bytes: int, licence: str, files: Iterable[Path]
 ) -> Source:
     about = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\0" for f in files)
@@ -91,9 +91,9 @@ def read_idx_dataset(dataset: Dataset, classes: Sequence[str], folder: Path) -> 
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
         if len(images) != len(labels) or labels.max() >= len(classes):
             raise damage_error(labels_path, "its labels don't fit the images")
-        rows += rows_of(images, labels, classes, split)
+        rows += make_rows(images, labels, classes, split)
         size_bytes += images.size
-    return source_of(dataset.name, rows, classes, size_bytes, dataset.licence, files)
+    return make_source(dataset.name, rows, classes, size_bytes, dataset.licence, files)
 
 
 def read_cifar(
@@ -121,9 +121,9 @@ def read_cifar(
         if labels.max() >= len(classes):
             raise damage_error(path, f"it has class {labels.max()} but {len(classes)} class names")
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        rows += rows_of(images, labels, classes, split)
+        rows += make_rows(images, labels, classes, split)
         size_bytes += images.size
-    return source_of(dataset.name, rows, classes, size_bytes, dataset.licence, [path])
+    return make_source(dataset.name, rows, classes, size_bytes, dataset.licence, [path])
 
 
 def _members(path: Path, names: Sequence[str]) -> dict[str, bytes]:

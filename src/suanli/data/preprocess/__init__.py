@@ -1,1 +1,1 @@
-"""From raw input to model input: one kind of data a file, each exporting PREPROCESS."""
+"""From raw inputs to model inputs: one kind of data per file, each exporting PREPROCESS."""

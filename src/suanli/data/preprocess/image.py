@@ -74,8 +74,8 @@ class ImagePreprocess(Preprocess):
 
         Raises UsageError for a bad setting, DataError when no image can be read.
         """
-        given = _checked(settings)
-        sizes, grey = _look(raws())
+        given = _check_settings(settings)
+        sizes, grey = _read_headers(raws())
         if not sizes:
             raise DataError(
                 "None of the training images can be read.", fix="Check that the files are images and whole."
@@ -88,11 +88,11 @@ class ImagePreprocess(Preprocess):
         """Safe to call from several threads at once."""
         pixels, traits = decode(raw)
         height, width, found = pixels.shape
-        row = _resized(pixels, self.height, self.width, self.resize)
+        row = _resize(pixels, self.height, self.width, self.resize)
         if found == 1 and self.channels == 3:
             row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
         elif found == 3 and self.channels == 1:
-            row, traits = _luma(row), ("colour", *traits)
+            row, traits = _to_grey(row), ("colour", *traits)
         # Of the size and the row, not of the file: pictures that the model can't tell apart are the
         # same, however they are stored. SHA-256 has its own instructions on current CPUs and is then
         # the fastest in hashlib.
@@ -173,15 +173,15 @@ class ImagePreprocess(Preprocess):
         """A file, every image below a folder (by suffix, sorted), or standard input ("-"): the
         bytes of one image, or paths, one a line. Raises DataError when there is nothing."""
         if path == Path("-"):
-            return _from_standard_input()
+            return _read_standard_input()
         if path.is_dir():
-            return _below(path)
+            return _list_images(path)
         if not path.exists():
             raise DataError(f"There is no {path}.", fix="Check the path: an image, a folder of images, or '-'.")
         return [(str(path), path.read_bytes)]
 
 
-def _checked(settings: Mapping[str, Json]) -> dict[str, Json]:
+def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     """The settings with `size` as (height, width)."""
     allowed = ("size", "resize", "channels")
     for name in settings:
@@ -208,7 +208,7 @@ def _checked(settings: Mapping[str, Json]) -> dict[str, Json]:
     return given
 
 
-def _look(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
+def _read_headers(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
     """Sizes of the first readable images, and whether all of them are grey. Only headers are read,
     except until the first colour picture: a grey one may be stored with three channels."""
     sizes: list[tuple[int, int]] = []
@@ -233,7 +233,7 @@ def _working_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
     return side, side
 
 
-def _resized(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
+def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
     """(H, W, C) to (height, width, C). Crops before it scales, so a strip of 1 by 100,000 px costs
     no more than a square."""
     h, w, channels = pixels.shape
@@ -246,15 +246,15 @@ def _resized(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.
         pixels = pixels[top : top + ch, left : left + cw]
     elif resize == "pad":
         scale = min(height / h, width / w)
-        fitted = _scaled(pixels, max(1, round(h * scale)), max(1, round(w * scale)))
+        fitted = _scale(pixels, max(1, round(h * scale)), max(1, round(w * scale)))
         top, left = (height - fitted.shape[0]) // 2, (width - fitted.shape[1]) // 2
         canvas = np.full((height, width, channels), PAD_LEVEL, np.uint8)
         canvas[top : top + fitted.shape[0], left : left + fitted.shape[1]] = fitted
         return canvas
-    return _scaled(pixels, height, width)
+    return _scale(pixels, height, width)
 
 
-def _scaled(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels)
     if "torch" not in sys.modules:  # an engine that runs without it: seconds and 200 MB for one resize
@@ -276,7 +276,7 @@ def _scaled_by_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray
     return scaled.reshape(height, width, pixels.shape[2])
 
 
-def _luma(row: np.ndarray) -> np.ndarray:
+def _to_grey(row: np.ndarray) -> np.ndarray:
     """RGB to grey with the weights of ITU-R BT.601, rounded."""
     weights = np.array([19595, 38470, 7471], np.uint32)
     return ((row @ weights + 0x8000) >> 16).astype(np.uint8)[:, :, None]
@@ -300,7 +300,7 @@ def _scale_and_shift(
         return tuple(v.to(torch.float32).repeat(width).to(device) for v in (scale, shift))  # type: ignore[return-value]
 
 
-def _below(folder: Path) -> list[tuple[str, Callable[[], Raw]]]:
+def _list_images(folder: Path) -> list[tuple[str, Callable[[], Raw]]]:
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -314,7 +314,7 @@ def _below(folder: Path) -> list[tuple[str, Callable[[], Raw]]]:
     return [(str(path.relative_to(folder)), path.read_bytes) for path in sorted(found)]
 
 
-def _from_standard_input() -> list[tuple[str, Callable[[], Raw]]]:
+def _read_standard_input() -> list[tuple[str, Callable[[], Raw]]]:
     data = sys.stdin.buffer.read()
     if not data.strip():
         raise DataError("Standard input is empty.", fix="Pipe in one image, or paths of images, one a line.")

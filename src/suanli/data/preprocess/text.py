@@ -81,7 +81,7 @@ def normalise(raw: Raw) -> str:
     return " ".join(text.split())
 
 
-def tokens(text: str, *, lowercase: bool = True) -> Iterator[str]:
+def tokenize(text: str, *, lowercase: bool = True) -> Iterator[str]:
     """The tokens of a normalised text, one by one, so that a long text can be left early."""
     for match in _TOKEN.finditer(text):
         yield match[0].lower() if lowercase else match[0]
@@ -108,7 +108,7 @@ class TextPreprocess(Preprocess):
         are unknown), `lowercase`. Equal counts are ordered by the token, so the order of the texts
         doesn't matter. Raises UsageError, and DataError where no text has a token.
         """
-        chosen = _checked(settings)
+        chosen = _check_settings(settings)
         counts: Counter[str] = Counter()
         lengths: list[int] = []
         for raw in raws():
@@ -116,7 +116,7 @@ class TextPreprocess(Preprocess):
                 text = normalise(raw)
             except BadInput:
                 continue  # counted where the inputs are encoded
-            found = tokens(text, lowercase=chosen["lowercase"])
+            found = tokenize(text, lowercase=chosen["lowercase"])
             row = list(islice(found, chosen["length"] or MAX_FITTED_LENGTH))
             if row:
                 counts.update(row)
@@ -133,7 +133,7 @@ class TextPreprocess(Preprocess):
         """Row (L,) int32. Traits: "truncated", "no known word". Raises BadInput for what isn't
         text and for a text without a single token."""
         text = normalise(raw)
-        found = list(islice(tokens(text, lowercase=self.lowercase), self.length + 1))
+        found = list(islice(tokenize(text, lowercase=self.lowercase), self.length + 1))
         if not found:
             raise BadInput("The text is empty.", fix="Remove it.")
         ids = [self._ids.get(token, UNKNOWN) for token in found[: self.length]]
@@ -216,7 +216,7 @@ def _lines(stream: Iterable[bytes], name: str) -> Iterator[tuple[str, Callable[[
             yield f"{name}:{number}", partial(bytes, line.rstrip(b"\r\n"))
 
 
-def _checked(settings: Mapping[str, Json]) -> dict[str, Json]:
+def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     for name in settings:
         if name not in DEFAULTS:
             raise unknown("text setting", name, DEFAULTS)

@@ -1,1 +1,1 @@
-"""Ways to read what lies at a path: one a file, each exporting READER."""
+"""Readers of data on disk: one format per file, each exporting READER."""

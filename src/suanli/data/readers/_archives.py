@@ -37,7 +37,7 @@ class Listing:
     stamps: list[str]  # what changes when the content changes
 
 
-class BytesAt:
+class RandomAccessFile:
     """A file, read at any place by any number of threads. Sent to another process, it opens the
     file there again."""
 
@@ -51,8 +51,8 @@ class BytesAt:
         weakref.finalize(self, os.close, self._descriptor)
         self.size_bytes = os.fstat(self._descriptor).st_size
 
-    def __reduce__(self) -> tuple[type[BytesAt], tuple[Path]]:
-        return BytesAt, (self.path,)
+    def __reduce__(self) -> tuple[type[RandomAccessFile], tuple[Path]]:
+        return RandomAccessFile, (self.path,)
 
     def __call__(self, offset: int, count: int) -> bytes:
         """Fewer than `count` bytes only where the file ends."""
@@ -68,7 +68,7 @@ class BytesAt:
         return os.fdopen(duplicate, "rb")
 
 
-def checked_name(path: Path, name: str) -> str:
+def clean_name(path: Path, name: str) -> str:
     """`name` without leading './'. Raises DataError for one that would lead out of the archive."""
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
@@ -102,12 +102,12 @@ def check_total(path: Path, total_bytes: int, packed_bytes: int) -> None:
             fix="Unpack it and give the folder.",
         )
     if total_bytes > RATIO_FROM_BYTES and total_bytes > MAX_RATIO * packed_bytes:
-        raise bomb(path, path.name, total_bytes, packed_bytes)
+        raise bomb_error(path, path.name, total_bytes, packed_bytes)
 
 
-def bomb(path: Path, name: str, size_bytes: int, packed_bytes: int) -> DataError:
+def bomb_error(path: Path, name: str, size_bytes: int, packed_bytes: int) -> DataError:
     return DataError(
         f"{name} in {path} unpacks from {size(packed_bytes)} to at least {size(size_bytes)}, "
-        f"more than {MAX_RATIO} times as much: it looks like a decompression bomb.",
+        f"more than {MAX_RATIO} times as much: it looks like a decompression bomb_error.",
         fix="If you trust it, unpack it and give the folder.",
     )

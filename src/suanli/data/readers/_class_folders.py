@@ -58,7 +58,7 @@ class _Folder:
         return [*self.others, *(m for f in self.folders.values() for m in f.all_others())]
 
 
-def split_of(name: str) -> str | None:
+def parse_split(name: str) -> str | None:
     """The split that a folder, file or cell called `name` means: 'Validation' is 'val'."""
     return _SPLIT_OF.get(name.strip().casefold())
 
@@ -72,7 +72,7 @@ def is_ignored(part: str) -> bool:
     return part.startswith(".") or part.casefold() in _LITTER
 
 
-def class_order(labels: Iterable[str]) -> tuple[str, ...]:
+def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
     """Sorted without repetition; by value where every label is a whole number, so that 2 precedes 10."""
     unique = set(labels)
     if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in unique):
@@ -98,7 +98,7 @@ def fingerprint_of(parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def source_of(
+def make_source(
     members: Iterable[Member],
     folders: Iterable[str],
     *,
@@ -112,9 +112,9 @@ def source_of(
     `folders` are paths of folders, so that an empty class stays a class; `where` names the place in
     errors. Raises DataError where there are no images, no class folders, or fewer than two classes.
     """
-    root = _unwrapped(_tree(members, folders))
-    by_split = _splits(root, where)
-    classes = class_order(label for folder in by_split.values() for label in folder.folders)
+    root = _unwrap(_build_tree(members, folders))
+    by_split = _find_splits(root, where)
+    classes = order_classes(label for folder in by_split.values() for label in folder.folders)
     rows = [
         Row(name=member.path, label=label, split=split, read=member.read)
         for split, folder in by_split.items()
@@ -122,7 +122,7 @@ def source_of(
         for member in sorted(folder.folders[label].all_images(), key=lambda m: m.path)
     ]
     if not rows:
-        raise _no_images(root, where)
+        raise _no_images_error(root, where)
     if len(classes) < 2:
         raise DataError(
             f"{where} has only one class, {classes[0]!r}; at least two are needed.",
@@ -148,7 +148,7 @@ def source_of(
     )
 
 
-def _tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
+def _build_tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
     root = _Folder()
     known: dict[str, _Folder | None] = {}  # by the path of the folder; None: passed over
 
@@ -170,23 +170,23 @@ def _tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
     return root
 
 
-def _unwrapped(root: _Folder) -> _Folder:
+def _unwrap(root: _Folder) -> _Folder:
     """Without the single folders around everything, as archives often have."""
     while len(root.folders) == 1 and not root.images:
         (name, inner), *_ = root.folders.items()
-        if split_of(name) or inner.images or not inner.folders:
+        if parse_split(name) or inner.images or not inner.folders:
             break
         inner.others.extend(root.others)
         root = inner
     return root
 
 
-def _splits(root: _Folder, where: str) -> dict[str | None, _Folder]:
+def _find_splits(root: _Folder, where: str) -> dict[str | None, _Folder]:
     """The folder that holds the class folders of each split; {None: root} where there are no splits.
 
     A folder called `train` that holds images itself is a class (of vehicles, say), not a split.
     """
-    named = {name: f for name, f in root.folders.items() if split_of(name)}
+    named = {name: f for name, f in root.folders.items() if parse_split(name)}
     found = {name: f for name, f in named.items() if f.folders and not f.images}
     if not found:
         holding = {name for name, f in root.folders.items() if f.all_images()}
@@ -198,7 +198,7 @@ def _splits(root: _Folder, where: str) -> dict[str | None, _Folder]:
         return {None: root}
     by_split: dict[str | None, _Folder] = {}
     for split in SPLITS:
-        alike = sorted(name for name in found if split_of(name) == split)
+        alike = sorted(name for name in found if parse_split(name) == split)
         if len(alike) > 1:
             raise DataError(
                 f"{where} has more than one folder for the {split} split: {', '.join(alike)}.",
@@ -214,7 +214,7 @@ def _splits(root: _Folder, where: str) -> dict[str | None, _Folder]:
     return by_split
 
 
-def _no_images(root: _Folder, where: str) -> DataError:
+def _no_images_error(root: _Folder, where: str) -> DataError:
     if root.images:
         return DataError(
             f"{where} has {len(root.images)} images but no class folders.",

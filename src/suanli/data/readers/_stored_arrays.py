@@ -29,7 +29,7 @@ MAX_HEADER_BYTES = 1 << 16  # of an array
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class ArrayHeader:
     """An array that isn't loaded yet, as its header describes it."""
 
     name: str
@@ -38,7 +38,7 @@ class Stored:
     dtype: np.dtype[Any]
 
 
-def header(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> Stored:
+def read_header(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> ArrayHeader:
     """Raises ValueError unless the header promises what its member holds: plain numbers or text."""
     from numpy.lib import format as npy
 
@@ -55,10 +55,10 @@ def header(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> Stored
         raise ValueError(f"{name} holds {dtype}, neither numbers nor text")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize + stream.tell() != info.file_size:
         raise ValueError(f"{name} doesn't have the size that its header says")
-    return Stored(name, info, shape, dtype)
+    return ArrayHeader(name, info, shape, dtype)
 
 
-def load(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+def load_array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     from numpy.lib import format as npy
 
     with archive.open(info) as stream:
@@ -66,7 +66,7 @@ def load(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
     return array
 
 
-def check_images(path: Path, images: Stored) -> None:
+def check_images(path: Path, images: ArrayHeader) -> None:
     shape = images.shape
     if shape[:1] == (0,):
         raise DataError(f"{path}: {images.name} is empty.", fix="Save at least a few images.")
@@ -83,7 +83,7 @@ def check_images(path: Path, images: Stored) -> None:
         )
 
 
-def check_labels(path: Path, images: Stored, labels: Stored) -> None:
+def check_labels(path: Path, images: ArrayHeader, labels: ArrayHeader) -> None:
     """One label a row, in one of the forms that the reader takes."""
     if labels.shape[:1] != images.shape[:1]:
         count = labels.shape[0] if labels.shape else 1
@@ -93,10 +93,10 @@ def check_labels(path: Path, images: Stored, labels: Stored) -> None:
         )
     width = math.prod(labels.shape[1:])
     if len(labels.shape) > 2 or width > MAX_CLASSES or labels.dtype.itemsize > MAX_NAME_BYTES:
-        raise no_labels(path, images.name, labels)
+        raise labels_error(path, images.name, labels)
 
 
-def check_names(path: Path, names: Stored) -> None:
+def check_names(path: Path, names: ArrayHeader) -> None:
     if math.prod(names.shape) > MAX_CLASSES or names.dtype.itemsize > MAX_NAME_BYTES:
         raise DataError(
             f"{path}: {names.name} has the shape {names.shape} and type {names.dtype}, which isn't one of class names.",
@@ -115,7 +115,7 @@ def check_total(path: Path, total_bytes: int) -> None:
         )
 
 
-def no_labels(path: Path, name: str, labels: NDArray[Any] | Stored) -> DataError:
+def labels_error(path: Path, name: str, labels: NDArray[Any] | ArrayHeader) -> DataError:
     return DataError(
         f"{path}: the labels of {name} have the shape {labels.shape} and type {labels.dtype}; "
         "one label a row is needed.",

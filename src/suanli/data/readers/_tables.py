@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from suanli.core.errors import DataError
-from suanli.data.readers._class_folders import TABLE_SUFFIXES, is_ignored, split_of, suffix_of
+from suanli.data.readers._class_folders import TABLE_SUFFIXES, is_ignored, parse_split, suffix_of
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
 MAX_CELL_CHARACTERS = 16 << 20  # a longer one is a quote that was never closed
@@ -30,7 +30,7 @@ class Cells(Protocol):
     def __getitem__(self, position: int, /) -> str: ...
 
 
-class _Filled(dict[int, str]):
+class _SparseCells(dict[int, str]):
     """The cells that a row has; the others are empty. Rows that each have keys of their own would
     otherwise need the square of their number."""
 
@@ -46,12 +46,12 @@ class Table:
     bad: list[int]  # lines that don't have the table's columns
 
 
-def tables_in(folder: Path) -> dict[str, Path]:
+def find_tables(folder: Path) -> dict[str, Path]:
     """The tables in a folder by split: {'train': train.tsv, …}. Empty where class folders are,
     because the folders then say more than a list lying beside them."""
     try:
         paths = [p for p in sorted(folder.iterdir()) if suffix_of(p.name) in TABLE_SUFFIXES and p.is_file()]
-        found = [(split, path) for path in paths if (split := split_of(path.stem))]
+        found = [(split, path) for path in paths if (split := parse_split(path.stem))]
         if not found or _has_class_folders(folder):
             return {}
     except OSError as error:
@@ -68,9 +68,9 @@ def tables_in(folder: Path) -> dict[str, Path]:
 def _has_class_folders(folder: Path) -> bool:
     holding = 0
     for inner in _folders(folder):
-        if split_of(inner.name) and any(_folders(inner.path)):
+        if parse_split(inner.name) and any(_folders(inner.path)):
             return True
-        holding += not split_of(inner.name) and _holds_image(inner.path)
+        holding += not parse_split(inner.name) and _holds_image(inner.path)
         if holding == 2:
             return True
     return False
@@ -88,31 +88,31 @@ def _holds_image(folder: str) -> bool:
 
 def read_table(path: Path) -> Table:
     """Raises DataError for what isn't a table in UTF-8, or has a header only."""
-    text = _text_of(path)
+    text = _read_text(path)
     if not text.strip():
         raise DataError(f"The table {path} is empty.", fix="Give a file with a header and rows.")
     suffix = suffix_of(path.name)
     if suffix in ("jsonl", "ndjson"):
         table = _read_json_lines(path, text)
     else:
-        records = _tab_records(text) if suffix == "tsv" else None
-        table = _with_header(path, records or _quoted_records(path, text, "\t" if suffix == "tsv" else ","))
+        records = _split_tabs(text) if suffix == "tsv" else None
+        table = _make_table(path, records or _parse_csv(path, text, "\t" if suffix == "tsv" else ","))
     if not table.rows:
         raise DataError(
-            f"The table {path} has no rows with its columns {shown(table.columns)}"
+            f"The table {path} has no rows with its columns {format_columns(table.columns)}"
             + (f" ({len(table.bad)} lines don't fit them)." if table.bad else "."),
             fix="Give a file with a header and at least a few rows.",
         )
     return table
 
 
-def shown(columns: Sequence[str]) -> str:
+def format_columns(columns: Sequence[str]) -> str:
     """The names of columns for an error."""
     more = f", … ({len(columns):,} in all)" if len(columns) > MAX_SHOWN else ""
     return ", ".join(columns[:MAX_SHOWN]) + more
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -136,17 +136,17 @@ def _text_of(path: Path) -> str:
     return text
 
 
-def _tab_records(text: str) -> list[tuple[int, list[str]]] | None:
+def _split_tabs(text: str) -> list[tuple[int, list[str]]] | None:
     """Records of a TSV that has one on each line, which is how they are usually written: a quote in a
     text then means nothing. None where lines differ in length, as when cells have quoted newlines."""
     lines = text.replace("\r\n", "\n").split("\n")
     tabs = lines[0].count("\t")
     if any(line and line.count("\t") != tabs for line in lines):
         return None
-    return [(n, [_unquoted(c) for c in line.split("\t")]) for n, line in enumerate(lines, 1) if line]
+    return [(n, [_unquote(c) for c in line.split("\t")]) for n, line in enumerate(lines, 1) if line]
 
 
-def _unquoted(cell: str) -> str:
+def _unquote(cell: str) -> str:
     """Without the quotes that a CSV writer would have put around it."""
     if len(cell) >= 2 and cell[0] == cell[-1] == '"':
         inner = cell[1:-1].replace('""', "\0")
@@ -155,7 +155,7 @@ def _unquoted(cell: str) -> str:
     return cell
 
 
-def _quoted_records(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+def _parse_csv(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Records with quoted cells (RFC 4180)."""
     before = csv.field_size_limit(MAX_CELL_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -176,7 +176,7 @@ def _quoted_records(path: Path, text: str, delimiter: str) -> list[tuple[int, li
     return records
 
 
-def _with_header(path: Path, records: list[tuple[int, list[str]]]) -> Table:
+def _make_table(path: Path, records: list[tuple[int, list[str]]]) -> Table:
     columns = tuple(name.strip() for name in records[0][1])
     repeated = [name for name, count in Counter(columns).items() if count > 1]
     if repeated:
@@ -203,14 +203,14 @@ def _read_json_lines(path: Path, text: str) -> Table:
         except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
-            cells = ((positions.setdefault(key, len(positions)), _cell(v)) for key, v in value.items())
-            rows.append((number, _Filled(cells)))
+            cells = ((positions.setdefault(key, len(positions)), _format_cell(v)) for key, v in value.items())
+            rows.append((number, _SparseCells(cells)))
         else:
             bad.append(number)
     return Table(path, tuple(positions), rows, bad)
 
 
-def _cell(value: object) -> str:
+def _format_cell(value: object) -> str:
     """A JSON value as a table would have it; what has no such form is a missing cell."""
     if isinstance(value, str):
         return value

@@ -26,7 +26,7 @@ from typing import IO, Any, cast
 
 from suanli.core.errors import BadInput, DataError
 from suanli.core.storage import raise_storage_errors
-from suanli.data.readers._archives import BytesAt, Listing, check_count, check_size, check_total, checked_name
+from suanli.data.readers._archives import Listing, RandomAccessFile, check_count, check_size, check_total, clean_name
 from suanli.data.readers._class_folders import Member, count_and_examples
 
 MAX_HEADER_BYTES = 16 << 20  # of the names and remarks before one member; they are read into memory
@@ -48,7 +48,7 @@ _CHUNK_BYTES = 1 << 20
 class TarMember:
     """Reads one member of a tar file."""
 
-    file: BytesAt | UnpackedAt
+    file: RandomAccessFile | UnpackedFile
     name: str
     offset: int
     size_bytes: int
@@ -60,7 +60,7 @@ class TarMember:
         return content
 
 
-class UnpackedAt:
+class UnpackedFile:
     """What a compressed file holds, read at any place by any number of threads: decompressed at the
     first reading, in every process that reads. Raises DataError if the file is no longer the one
     that was listed."""
@@ -69,11 +69,11 @@ class UnpackedAt:
         self.path = path
         self._suffix = suffix
         self._stamp = stamp  # size and time when it was listed
-        self._unpacked: BytesAt | None = None
+        self._unpacked: RandomAccessFile | None = None
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[UnpackedAt], tuple[Path, str, tuple[int, int]]]:
-        return UnpackedAt, (self.path, self._suffix, self._stamp)
+    def __reduce__(self) -> tuple[type[UnpackedFile], tuple[Path, str, tuple[int, int]]]:
+        return UnpackedFile, (self.path, self._suffix, self._stamp)
 
     def __call__(self, offset: int, count: int) -> bytes:
         if self._unpacked is None:
@@ -82,14 +82,14 @@ class UnpackedAt:
                     self._unpacked = self._unpack()
         return self._unpacked(offset, count)
 
-    def _unpack(self) -> BytesAt:
+    def _unpack(self) -> RandomAccessFile:
         with raise_storage_errors(Path(os.environ.get("TMPDIR", "/tmp"))):  # where there is no such directory at all
             temporary = Path(tempfile.gettempdir())
         try:
             with ExitStack() as stack:
                 if _stamp(self.path) != self._stamp:
                     raise tarfile.ReadError("it is another file than before")
-                stream = stack.enter_context(_opened(self.path, self._suffix))
+                stream = stack.enter_context(_open(self.path, self._suffix))
                 with raise_storage_errors(temporary):
                     unpacked = stack.enter_context(tempfile.TemporaryFile(dir=temporary))
                 while chunk := stream.take(_CHUNK_BYTES):
@@ -97,14 +97,14 @@ class UnpackedAt:
                         unpacked.write(chunk)
                 with raise_storage_errors(temporary):
                     unpacked.flush()
-                return BytesAt(self.path, os.dup(unpacked.fileno()))
+                return RandomAccessFile(self.path, os.dup(unpacked.fileno()))
         except DAMAGED as error:
             raise DataError(
                 f"The archive {self.path} was changed while it was being read ({error}).", fix="Start again."
             ) from error
 
 
-class _Forward:
+class _ForwardStream:
     """A tar as `tarfile` reads it, from the first byte to the last and never back. Nothing it skips
     or reads goes beyond the limits, and headers can't fill the memory."""
 
@@ -151,15 +151,15 @@ def list_tar(path: Path, suffix: str) -> Listing:
     """Raises one of DAMAGED where it is damaged, DataError where it is hostile."""
     packed = suffix != ".tar"
     stamp = _stamp(path)
-    file = UnpackedAt(path, suffix, stamp) if packed else BytesAt(path)
+    file = UnpackedFile(path, suffix, stamp) if packed else RandomAccessFile(path)
     members: dict[str, Member] = {}
     folders, others, stamps = [], [], []
-    with _opened(path, suffix) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
-        for count, info in enumerate(_each(archive), start=1):
+    with _open(path, suffix) as stream, tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as archive:
+        for count, info in enumerate(_iterate(archive), start=1):
             check_count(path, count)
             if info.size < 0:
                 raise tarfile.ReadError(f"{info.name!r} has {info.size:,} bytes")
-            name = checked_name(path, info.name)
+            name = clean_name(path, info.name)
             if info.isdir():
                 folders.append(name)
             elif info.isreg() and not info.issparse():
@@ -168,7 +168,7 @@ def list_tar(path: Path, suffix: str) -> Listing:
                 stamps.append(f"{name}\0{info.size}\0{info.mtime}")
             else:
                 others.append(name)
-        whole = _ends_well(stream)
+        whole = _has_end_mark(stream)
         while packed and stream.take(_CHUNK_BYTES):  # the checksum is at the end
             pass
     notes = []
@@ -180,9 +180,9 @@ def list_tar(path: Path, suffix: str) -> Listing:
 
 
 @contextmanager
-def _opened(path: Path, suffix: str) -> Iterator[_Forward]:
+def _open(path: Path, suffix: str) -> Iterator[_ForwardStream]:
     with OPENERS[suffix](path, "rb") as stream:
-        yield _Forward(path, stream, packed=suffix != ".tar")
+        yield _ForwardStream(path, stream, packed=suffix != ".tar")
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -190,14 +190,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def _each(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _iterate(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Every member. `tarfile` keeps all it has seen; dropping them bounds the memory."""
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # documented for streams of members
         yield info
 
 
-def _ends_well(stream: _Forward) -> bool:
+def _has_end_mark(stream: _ForwardStream) -> bool:
     """True at the end mark (a block of zeros), False where the file just ends. `tarfile` takes a
     damaged header in the middle for the end, which would lose the rest in silence."""
     if not stream.last:

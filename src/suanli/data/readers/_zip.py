@@ -14,13 +14,13 @@ from suanli.core.errors import BadInput, DataError
 from suanli.data.readers._archives import (
     MAX_RATIO,
     RATIO_FROM_BYTES,
-    BytesAt,
     Listing,
-    bomb,
+    RandomAccessFile,
+    bomb_error,
     check_count,
     check_size,
     check_total,
-    checked_name,
+    clean_name,
 )
 from suanli.data.readers._class_folders import Member, count_and_examples
 
@@ -29,7 +29,7 @@ from suanli.data.readers._class_folders import Member, count_and_examples
 class ZipMember:
     """Reads one member of a zip file."""
 
-    file: BytesAt
+    file: RandomAccessFile
     name: str
     offset: int  # of the local header
     packed_bytes: int
@@ -61,14 +61,14 @@ def list_zip(path: Path) -> Listing:
             infos = archive.infolist()
     except (NotImplementedError, ValueError, struct.error) as error:
         raise zipfile.BadZipFile(str(error)) from error
-    file = BytesAt(path)
+    file = RandomAccessFile(path)
     check_count(path, len(infos))
     members: dict[str, Member] = {}
     folders, links, stamps = [], [], []
     total = 0
     for info in infos:
         stated = _zip_name(info)
-        name = checked_name(path, stated)
+        name = clean_name(path, stated)
         if stated.endswith("/"):
             folders.append(name)
         elif stat.S_ISLNK(info.external_attr >> 16):
@@ -108,4 +108,4 @@ def _check_zip_member(path: Path, name: str, info: zipfile.ZipInfo) -> None:
         )
     check_size(path, name, max(info.file_size, info.compress_size))
     if info.file_size > RATIO_FROM_BYTES and info.file_size > MAX_RATIO * max(info.compress_size, 1):
-        raise bomb(path, name, info.file_size, info.compress_size)
+        raise bomb_error(path, name, info.file_size, info.compress_size)

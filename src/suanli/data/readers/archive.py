@@ -9,7 +9,7 @@ from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
 from suanli.data.readers import _tar
 from suanli.data.readers._archives import Listing
-from suanli.data.readers._class_folders import fingerprint_of, source_of
+from suanli.data.readers._class_folders import fingerprint_of, make_source
 from suanli.data.readers._zip import list_zip
 
 SUFFIXES = (".zip", *_tar.OPENERS)
@@ -32,8 +32,8 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # an archive 
     suffix = _suffix(path)
     if suffix is None or path.is_dir():
         raise DataError(f"{path} is {why_not(path)}.", fix="Give a zip or tar of class folders.")
-    listing = _listing(path, suffix)
-    return source_of(
+    listing = _list_archive(path, suffix)
+    return make_source(
         listing.members,
         listing.folders,
         name=path.name[: -len(suffix)],
@@ -49,7 +49,7 @@ def _suffix(path: Path) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
-def _listing(path: Path, suffix: str) -> Listing:
+def _list_archive(path: Path, suffix: str) -> Listing:
     """Everything in the archive."""
     try:
         return list_zip(path) if suffix == ".zip" else _tar.list_tar(path, suffix)

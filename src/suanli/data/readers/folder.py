@@ -12,9 +12,9 @@ from pathlib import Path
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
-from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, is_ignored, source_of
+from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, is_ignored, make_source
 from suanli.data.readers._files import read_file
-from suanli.data.readers._tables import tables_in
+from suanli.data.readers._tables import find_tables
 
 MAX_FILES = 20_000_000  # links among folders can multiply them without end
 
@@ -22,7 +22,7 @@ MAX_FILES = 20_000_000  # links among folders can multiply them without end
 def why_not(path: Path) -> str | None:
     if not path.is_dir():
         return "not a folder"
-    tables = tables_in(path)
+    tables = find_tables(path)
     if "train" in tables:
         return f"holds tables ({tables['train'].name}) and no class folders"
     return None
@@ -31,7 +31,7 @@ def why_not(path: Path) -> str | None:
 def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder has no columns
     """The images at `path`. Raises DataError where it isn't a folder of class folders."""
     members, folders, notes, stamps = _walk(path)
-    return source_of(
+    return make_source(
         members,
         folders,
         name=path.resolve().name,
@@ -41,7 +41,7 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder ha
     )
 
 
-def _shown(path: str) -> str:
+def _replace_undecodable(path: str) -> str:
     """A name that is not valid UTF-8, so that it can be printed and saved."""
     return os.fsencode(path).decode(errors="replace")
 
@@ -57,10 +57,10 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
     while waiting:
         folder, relative, above = waiting.pop()
         inside = above | {_identity(os.stat(folder))}
-        for entry in _entries(folder):
+        for entry in _list_entries(folder):
             if is_ignored(entry.name):
                 continue
-            path = _shown(relative + entry.name)
+            path = _replace_undecodable(relative + entry.name)
             try:
                 about = entry.stat()
             except OSError:  # a link to nothing, or to itself
@@ -91,7 +91,7 @@ def _identity(about: os.stat_result) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def _list_entries(folder: str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
             return list(entries)

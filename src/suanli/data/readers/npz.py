@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Row, Source
-from suanli.data.readers._class_folders import class_order, count_and_examples, fingerprint_of, source_name
+from suanli.data.readers._class_folders import count_and_examples, fingerprint_of, order_classes, source_name
 from suanli.data.readers._stored_arrays import (
     check_images,
     check_labels,
     check_names,
     check_total,
-    header,
-    load,
-    no_labels,
+    labels_error,
+    load_array,
+    read_header,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplemented
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _SplitArrays:
     """The arrays of one split."""
 
     split: str | None
@@ -57,7 +57,7 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays 
     """The images in `path`: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4; labels (N,),
     (N, 1) or one-hot (N, K). Raises DataError for anything else, and for a damaged file."""
     try:
-        return _source(path, *_load(path))
+        return _make_source(path, *_load(path))
     except MemoryError as error:
         raise DataError(
             f"The arrays in {path} don't fit into the memory that is left.",
@@ -65,19 +65,19 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays 
         ) from error
 
 
-def _source(path: Path, parts: list[_Part], names: list[str]) -> Source:
-    scale, notes = _scale(path, parts)
-    labels = [_labels(path, part) for part in parts]
-    classes = _classes(path, labels, names)
+def _make_source(path: Path, parts: list[_SplitArrays], names: list[str]) -> Source:
+    scale, notes = _find_scale(path, parts)
+    labels = [_read_labels(path, part) for part in parts]
+    classes = _name_classes(path, labels, names)
     rows: list[Row] = []
     for part, values in zip(parts, labels, strict=True):
-        images = _channels_last(part.images)
+        images = _to_channels_last(part.images)
         rows += [
             Row(
                 name=f"{part.name}[{i}]",
                 label=names[int(value)] if names else value,
                 split=part.split,
-                read=partial(_image, images, i, scale),
+                read=partial(_read_image, images, i, scale),
             )
             for i, value in enumerate(values)
         ]
@@ -93,14 +93,14 @@ def _source(path: Path, parts: list[_Part], names: list[str]) -> Source:
     )
 
 
-def _load(path: Path) -> tuple[list[_Part], list[str]]:
+def _load(path: Path) -> tuple[list[_SplitArrays], list[str]]:
     """The arrays to use, and the names of the classes if there are some."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             wanted, class_names = _find(path, list(infos))
             used = dict.fromkeys([*itertools.chain.from_iterable(w[1:] for w in wanted), *class_names])
-            stored = {name: header(archive, name, infos[name]) for name in used}
+            stored = {name: read_header(archive, name, infos[name]) for name in used}
             for _, images, labels in wanted:
                 check_images(path, stored[images])
                 check_labels(path, stored[images], stored[labels])
@@ -108,7 +108,7 @@ def _load(path: Path) -> tuple[list[_Part], list[str]]:
                 check_names(path, stored[name])
             check_total(path, sum(array.info.file_size for array in stored.values()))
             # Not by numpy.load, which may take another member of that name than was checked.
-            arrays = {name: load(archive, array.info) for name, array in stored.items()}
+            arrays = {name: load_array(archive, array.info) for name, array in stored.items()}
     except _DAMAGED as error:
         raise DataError(
             f"The file {path} is damaged or no .npz of plain arrays ({error}).",
@@ -116,7 +116,7 @@ def _load(path: Path) -> tuple[list[_Part], list[str]]:
         ) from error
     except OSError as error:
         raise DataError(f"The file {path} can't be read: {error}.", fix="Give a file you may read.") from error
-    parts = [_Part(split, arrays[images], arrays[labels], images) for split, images, labels in wanted]
+    parts = [_SplitArrays(split, arrays[images], arrays[labels], images) for split, images, labels in wanted]
     return parts, [_text(value) for name in class_names for value in arrays[name].ravel()]
 
 
@@ -141,7 +141,7 @@ def _find(path: Path, stored: list[str]) -> tuple[list[tuple[str | None, str, st
     return wanted, [by_name[name] for name in _CLASS_NAMES if name in by_name][:1]
 
 
-def _scale(path: Path, parts: list[_Part]) -> tuple[float, list[str]]:
+def _find_scale(path: Path, parts: list[_SplitArrays]) -> tuple[float, list[str]]:
     """The factor that brings the values of all splits to 0…255; the same for all of them."""
     import numpy as np
 
@@ -169,7 +169,7 @@ def _scale(path: Path, parts: list[_Part]) -> tuple[float, list[str]]:
     )
 
 
-def _image(images: NDArray[Any], position: int, scale: float) -> np.ndarray:
+def _read_image(images: NDArray[Any], position: int, scale: float) -> np.ndarray:
     """One image as uint8, (H, W) or (H, W, C)."""
     import numpy as np
 
@@ -179,7 +179,7 @@ def _image(images: NDArray[Any], position: int, scale: float) -> np.ndarray:
     return np.rint(image.astype(np.float64) * scale).astype(np.uint8)
 
 
-def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
+def _to_channels_last(images: NDArray[Any]) -> NDArray[Any]:
     """(N, H, W) or (N, H, W, C)."""
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
@@ -188,7 +188,7 @@ def _channels_last(images: NDArray[Any]) -> NDArray[Any]:
     return images
 
 
-def _labels(path: Path, part: _Part) -> list[str]:
+def _read_labels(path: Path, part: _SplitArrays) -> list[str]:
     """One text a row: '3' for a number, the position of the one for one-hot labels."""
     import numpy as np
 
@@ -199,7 +199,7 @@ def _labels(path: Path, part: _Part) -> list[str]:
     if labels.ndim == 2 and numbers and np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all():
         labels = labels.argmax(axis=1)
     if labels.ndim != 1:
-        raise no_labels(path, part.name, part.labels)
+        raise labels_error(path, part.name, part.labels)
     if labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
         raise DataError(f"{path}: the labels of {part.name} are fractions.", fix="Save whole numbers.")
     if numbers:
@@ -207,8 +207,8 @@ def _labels(path: Path, part: _Part) -> list[str]:
     return [_text(value) for value in labels]
 
 
-def _classes(path: Path, labels: list[list[str]], names: list[str]) -> tuple[str, ...]:
-    found = class_order(itertools.chain.from_iterable(labels))
+def _name_classes(path: Path, labels: list[list[str]], names: list[str]) -> tuple[str, ...]:
+    found = order_classes(itertools.chain.from_iterable(labels))
     if len(found) < 2:
         raise DataError(f"{path} has only one class, {found[0]!r}; at least two are needed.", fix="Add another class.")
     if not names:

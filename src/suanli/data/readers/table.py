@@ -16,14 +16,14 @@ from suanli.core.errors import DataError, unknown
 from suanli.core.types import SPLITS, Columns, Reader, Row, Source
 from suanli.data.readers._class_folders import (
     TABLE_SUFFIXES,
-    class_order,
     fingerprint_of,
+    order_classes,
+    parse_split,
     source_name,
-    split_of,
     suffix_of,
 )
 from suanli.data.readers._files import read_file
-from suanli.data.readers._tables import MAX_SHOWN, Cells, Table, read_table, shown, tables_in
+from suanli.data.readers._tables import MAX_SHOWN, Cells, Table, find_tables, format_columns, read_table
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "y", "sentiment", "class_name", "label_name")
@@ -36,7 +36,7 @@ _LOOKED_AT = 100  # values of a column, to see whether they are paths of images
 
 
 @dataclass(frozen=True, slots=True)
-class _Chosen:
+class _ColumnChoice:
     """The columns of one table file, by position."""
 
     input: int
@@ -46,7 +46,7 @@ class _Chosen:
 
 def why_not(path: Path) -> str | None:
     if path.is_dir():
-        found = tables_in(path)
+        found = find_tables(path)
         if "train" in found:
             return None
         return "a folder without a table named train (.csv, .tsv, .jsonl or .ndjson), or with class folders"
@@ -61,7 +61,7 @@ def read(path: Path, columns: Columns) -> Source:
     Raises DataError where it can't be read as a table with an input and a label column; UsageError
     for a column in `columns` that it doesn't have.
     """
-    found = tables_in(path) if path.is_dir() else {}
+    found = find_tables(path) if path.is_dir() else {}
     if path.is_dir() and "train" not in found:
         raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
     files: dict[str | None, Path] = {s: found[s] for s in SPLITS if s in found} or {None: path}
@@ -78,7 +78,7 @@ def read(path: Path, columns: Columns) -> Source:
             notes.append(f"{file.name} has no label column, passed over")
             continue
         kinds[_kind(table, chosen)] = file
-        new_rows, new_notes = _rows(table, chosen, split, kind=_kind(table, chosen))
+        new_rows, new_notes = _make_rows(table, chosen, split, kind=_kind(table, chosen))
         rows += new_rows
         notes += new_notes
     if len(kinds) > 1:
@@ -88,40 +88,40 @@ def read(path: Path, columns: Columns) -> Source:
     stamps = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files.values()]
     size_bytes = sum(f.stat().st_size for f in files.values())
     if kind == "image":
-        size_bytes, image_stamps = _look_at_files(path, rows)
+        size_bytes, image_stamps = _stat_files(path, rows)
         stamps += image_stamps
     return Source(
         name=source_name(path.resolve().name if path.is_dir() else path.stem),
         kind=kind,
         rows=rows,
-        classes=_classes(path, rows),
+        classes=_check_classes(path, rows),
         fingerprint=fingerprint_of([*stamps, columns.input, columns.label]),
         size_bytes=size_bytes,
         notes=tuple(notes),
     )
 
 
-def _choose(table: Table, columns: Columns, *, first: bool) -> _Chosen | None:
+def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | None:
     """None where the table has no label column and isn't the first, as published tests often are:
     their second column then is a number of the row, not a label."""
     by_name = {name.casefold(): i for i, name in reversed(list(enumerate(table.columns)))}
-    label = _named(table, columns.label, "label column", first)
-    input_ = _named(table, columns.input, "input column", first)
+    label = _find_named(table, columns.label, "label column", first)
+    input_ = _find_named(table, columns.input, "input column", first)
     if label is None:
         label = next((by_name[n] for n in LABEL_NAMES if n in by_name and by_name[n] != input_), None)
     if input_ is None:
-        input_ = _found_input(table, by_name, label)
+        input_ = _find_input(table, by_name, label)
     if label is None and input_ is not None and len(table.columns) == 2 and first:
         label = 1 - input_
     if label is None and not first:
         return None
     if label is None or input_ is None or label == input_:
-        raise _no_column(table, "label" if label is None else "input")
+        raise _missing_column_error(table, "label" if label is None else "input")
     split = by_name.get("split")
-    return _Chosen(input_, label, None if split in (input_, label) else split)
+    return _ColumnChoice(input_, label, None if split in (input_, label) else split)
 
 
-def _named(table: Table, name: str | None, what: str, first: bool) -> int | None:
+def _find_named(table: Table, name: str | None, what: str, first: bool) -> int | None:
     """Position of a column that the user named. Val and test tables may call theirs otherwise."""
     if name is None or (name not in table.columns and not first):
         return None
@@ -130,7 +130,7 @@ def _named(table: Table, name: str | None, what: str, first: bool) -> int | None
     return table.columns.index(name)
 
 
-def _found_input(table: Table, by_name: dict[str, int], label: int | None) -> int | None:
+def _find_input(table: Table, by_name: dict[str, int], label: int | None) -> int | None:
     paths = [by_name[n] for n in PATH_NAMES if n in by_name and by_name[n] != label]
     texts = [by_name[n] for n in TEXT_NAMES if n in by_name and by_name[n] != label]
     for position in paths:
@@ -143,14 +143,14 @@ def _found_input(table: Table, by_name: dict[str, int], label: int | None) -> in
     return None
 
 
-def _no_column(table: Table, what: str) -> DataError:
+def _missing_column_error(table: Table, what: str) -> DataError:
     usual = LABEL_NAMES if what == "label" else (*PATH_NAMES[:4], *TEXT_NAMES[:5])
     hint = ""
     if len(table.columns) == 1 and any(c in table.columns[0] for c in ";|\t,"):
         hint = " Its columns must be separated by commas in .csv and tabs in .tsv."
     return DataError(
         f"The table {table.path} has no {what} column that is known by its name; "
-        f"its columns are: {shown(table.columns)}.",
+        f"its columns are: {format_columns(table.columns)}.",
         fix=f"Name it with --{what}-column, or rename it to one of: {', '.join(usual)}.{hint}",
     )
 
@@ -162,11 +162,11 @@ def _are_image_paths(table: Table, position: int) -> bool:
     return alike > 0.9 * len(values)
 
 
-def _kind(table: Table, chosen: _Chosen) -> str:
+def _kind(table: Table, chosen: _ColumnChoice) -> str:
     return "image" if _are_image_paths(table, chosen.input) else "text"
 
 
-def _rows(table: Table, chosen: _Chosen, split: str | None, *, kind: str) -> tuple[list[Row], list[str]]:
+def _make_rows(table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str) -> tuple[list[Row], list[str]]:
     """Rows and notes of one table. An empty text stays a row: its fate is the preprocessing's."""
     rows: list[Row] = []
     bad = list(table.bad)
@@ -175,9 +175,9 @@ def _rows(table: Table, chosen: _Chosen, split: str | None, *, kind: str) -> tup
         if not label or (kind == "image" and not value.strip()):
             bad.append(line)
             continue
-        row_split = split or _split_cell(table, chosen, line, cells)
+        row_split = split or _parse_split_cell(table, chosen, line, cells)
         if kind == "image":
-            place = _place(table, line, value.strip())
+            place = _image_path(table, line, value.strip())
             rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(read_file, place)))
         else:
             name = f"{table.path.name}:{line}"
@@ -191,10 +191,10 @@ def _rows(table: Table, chosen: _Chosen, split: str | None, *, kind: str) -> tup
     return rows, [f"{remark}, passed over"]
 
 
-def _split_cell(table: Table, chosen: _Chosen, line: int, cells: Cells) -> str | None:
+def _parse_split_cell(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str | None:
     if chosen.split is None or not cells[chosen.split].strip():
         return None
-    split = split_of(cells[chosen.split])
+    split = parse_split(cells[chosen.split])
     if split is None:
         raise DataError(
             f"The column split of {table.path} has {cells[chosen.split]!r} in line {line}.",
@@ -203,7 +203,7 @@ def _split_cell(table: Table, chosen: _Chosen, line: int, cells: Cells) -> str |
     return split
 
 
-def _place(table: Table, line: int, path: str) -> str:
+def _image_path(table: Table, line: int, path: str) -> str:
     """Where the image lies. A table may come from elsewhere, so a relative path stays below it."""
     if "\\" in path and os.sep == "/":
         path = path.replace("\\", "/")
@@ -215,7 +215,7 @@ def _place(table: Table, line: int, path: str) -> str:
     return os.path.join(table.path.parent, path)
 
 
-def _look_at_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
+def _stat_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
     """Size of all images, and what changes when they do. Raises DataError where the first are missing."""
     total = 0
     stamps = []
@@ -238,8 +238,8 @@ def _look_at_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
     return total, stamps
 
 
-def _classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
-    classes = class_order(row.label for row in rows)
+def _check_classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
+    classes = order_classes(row.label for row in rows)
     if len(classes) < 2:
         raise DataError(
             f"{path} has only one class, {classes[0]!r}; at least two are needed.",
