@@ -16,7 +16,7 @@ from suanli.core import registry
 from suanli.core.errors import UsageError
 from suanli.core.types import Optimizer
 
-LEARNING_RATES = {"sgd": 0.05, "adamw": 3e-3, "muon": 0.02}  # others get 1e-3
+LEARNING_RATES = {"sgd": 0.05, "adamw": 3e-3, "muon": 0.02}  # others get their usual rate
 
 pytestmark = pytest.mark.parametrize("optimizer", registry.load_all("optimizers").values(), ids=lambda o: o.name)
 
@@ -54,7 +54,7 @@ def net() -> Net:
 
 
 def make(optimizer: Optimizer, module: nn.Module, **args: Any) -> torch.optim.Optimizer:
-    lr = LEARNING_RATES.get(optimizer.name, 1e-3)
+    lr = LEARNING_RATES.get(optimizer.name, optimizer.usual_lr)
     return optimizer.build(list(module.named_parameters()), **{"head": "head", "lr": lr, "weight_decay": 1e-4} | args)
 
 

@@ -181,9 +181,9 @@ def test_keeps_what_others_have_set(speedup: Speedup) -> None:
         "compute": lambda x: x,
         "autocast_dtype": torch.float64,
         "memory_format": torch.preserve_format,
-        "parts": 3,
+        "micro_batches": 3,
         "recomputes": True,
-        "reads": True,
+        "reads_cache": True,
         "settings": (lambda: pytest.MonkeyPatch.context(),),
     }
     others = {name: value for name, value in others.items() if name not in own or name == "settings"}
