@@ -138,7 +138,7 @@ def test_what_was_never_marked_is_unknown_and_not_zero() -> None:
     graph = timed(2, input=lambda: None, graph=lambda: compute(1))
     assert graph.shares["forward"] is None
     assert graph.shares["graph"] is not None
-    assert "the recorded forward and backward pass" in diagnose(made(graph=0.9, host=0.1), GPU).verdict
+    assert "the captured forward and backward pass" in diagnose(made(graph=0.9, host=0.1), GPU).verdict
 
 
 def test_first_steps_are_skipped_and_a_window_starts_anew() -> None:
@@ -383,7 +383,7 @@ def test_of_several_processes_other_programs_are_not_blamed() -> None:
 def test_waiting_for_cores_tells_one_program_from_the_others() -> None:
     shares = replace(made(idle=0.5, forward=0.2, backward=0.3), cores_used=1.0)
     two = diagnose(shares, replace(CPU, threads=2))
-    assert two.verdict.endswith("50 % of the step the computation waits for a core (this process got 1.0 of 2 cores)")
+    assert two.verdict.endswith("50 % of the step is waiting for a core (this process got 1.0 of 2 cores)")
     assert "Other programs use the cores: end them, or use --threads 1" in two.remedy
     assert two.gain_at_most is None  # two threads wait actively, too
     assert diagnose(shares, CPU).gain_at_most == pytest.approx(2)

@@ -1,4 +1,4 @@
-"""How large and how long, from a score that is wanted or from the time there is."""
+"""Budgets: the network and the number of epochs for a target score, or for the time there is."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from suanli.training.recipes._images import SMALL
 Folder = Callable[..., Path]
 
 
-def test_the_cheapest_that_reached_the_score_is_trained(
+def test_the_cheapest_budget_that_reached_the_score_is_trained(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose, asked = budget.choose_for_score, []
-    monkeypatch.setattr(budget, "choose_for_score", lambda *given: asked.append(given) or choose(*given))
+    choose, calls = budget.choose_for_score, []
+    monkeypatch.setattr(budget, "choose_for_score", lambda *arguments: calls.append(arguments) or choose(*arguments))
     cheap = suanli.train("digits", target_accuracy=0.9, speedups="none")
     assert cheap.recipe.epochs == 3
-    assert "effort: 3 epochs; it reached 98.2% on digits before" in capsys.readouterr().err
+    assert "budget: 3 epochs; it reached 98.2% on digits before" in capsys.readouterr().err
     assert cheap.summary["wanted_score"] == 0.9
     assert suanli.evaluate(cheap, augmented_views=False).scores["accuracy"] >= 0.9
-    ((recipe, prepared, _),) = asked
+    ((recipe, prepared, _),) = calls
     assert choose(recipe, prepared, 0.99).epochs == 8
     with pytest.raises(suanli.UsageError, match="time_budget can't be changed"):
         suanli.train(cheap.path, time_budget="5m", more_epochs=1)
 
 
-def test_a_score_that_was_missed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missed_score_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     slow = load("recipes", "small_images_grey_few").recipe.model_copy(update={"lr": 1e-4})
     run = suanli.train("digits", recipe=slow, target_accuracy=0.9, seed=1, speedups="none")
-    assert "below the 90.00% that was wanted" in capsys.readouterr().err
+    assert "below the 90.00% that was asked for" in capsys.readouterr().err
     assert run.summary["status"] == "finished"
 
 
@@ -53,13 +53,13 @@ def test_a_score_that_was_missed_is_said(capsys: pytest.CaptureFixture[str]) -> 
         (float("nan"), "can't be nan"),
     ],
 )
-def test_scores_that_nothing_reaches_are_refused(wanted: float, says: str) -> None:
+def test_scores_that_no_budget_reaches_are_refused(wanted: float, says: str) -> None:
     with pytest.raises(suanli.UsageError, match=says):
         suanli.train("digits", target_accuracy=wanted)
     assert not Path("runs").exists()
 
 
-def test_of_other_data_nothing_is_promised(picture_folder: Folder) -> None:
+def test_nothing_is_promised_about_other_data(picture_folder: Folder) -> None:
     with pytest.raises(suanli.UsageError, match="was not measured; known is cifar10, digits") as caught:
         suanli.train(picture_folder("cifar10"), target_accuracy=0.7)  # the name alone isn't the data
     assert "--time-budget" in caught.value.fix
@@ -78,9 +78,7 @@ def test_of_other_data_nothing_is_promised(picture_folder: Folder) -> None:
         (["--target-accuracy", "most"], "valid number"),
     ],
 )
-def test_what_contradicts_itself_is_refused(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_contradicting_options_are_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "digits", *arguments])
     assert ended.value.code == 2
@@ -103,15 +101,15 @@ def test_little_time_gives_a_little_training_and_plenty_not_forever(picture_fold
     assert long.recipe.epochs == budget.LONGEST * 30  # the recipe's own, thrice
 
 
-class _Faked:
-    """A network and a machine whose speed the test decides: seconds of the training as the effort has it."""
+class _FakeEstimate:
+    """A network and a machine whose speed the test decides: training takes epochs times width, in seconds."""
 
     def __init__(self, recipe: Any, changes: Any, *_: object) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
         self.seconds = self.recipe.epochs * self.recipe.model_args["widths"][0]
         self.flops = self.seconds * 1e9
         self.flops_per_s = 1e9
-        self.fits = self.recipe.model_args["widths"][0] < 1000
+        self.fits_memory = self.recipe.model_args["widths"][0] < 1000
 
 
 @pytest.mark.parametrize(
@@ -121,38 +119,38 @@ class _Faked:
         (500.0, [100], 4.2),  # enough, and a bit longer
         (50.0, [10], 4.0),
         (4.0, [10], 0.09),
-        (1e9, [100], 12.0),  # three times the dearest
+        (1e9, [100], 12.0),  # three times the most expensive
     ],
 )
 def test_the_largest_network_that_has_time_for_its_own_epochs(
     monkeypatch: pytest.MonkeyPatch, left_s: float, widths: list[int], epochs: float
 ) -> None:
     """The choice alone, by networks whose time is known beforehand."""
-    efforts = tuple(
+    budgets = tuple(
         SimpleNamespace(changes={"epochs": e, "model_args": {"widths": [w]}}) for e, w in ((2.0, 10), (4.0, 100))
     )
-    monkeypatch.setattr(budget, "_efforts", lambda _: efforts)
-    monkeypatch.setattr(budget, "_Subject", _Faked)
-    found = budget.choose_for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
-    assert found.model_args["widths"] == widths
-    assert found.epochs == pytest.approx(epochs, abs=0.1)
+    monkeypatch.setattr(budget, "_budgets", lambda _: budgets)
+    monkeypatch.setattr(budget, "_Estimate", _FakeEstimate)
+    chosen = budget.choose_for_time(SMALL, None, None, None, left_s)  # type: ignore[arg-type]
+    assert chosen.model_args["widths"] == widths
+    assert chosen.epochs == pytest.approx(epochs, abs=0.1)
 
 
-def test_an_effort_that_memory_has_no_room_for_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    efforts = tuple(SimpleNamespace(changes={"epochs": 2.0, "model_args": {"widths": [w]}}) for w in (10, 100, 1000))
-    monkeypatch.setattr(budget, "_efforts", lambda _: efforts)
-    monkeypatch.setattr(budget, "_Subject", _Faked)
-    found = budget.choose_for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
-    assert found.model_args["widths"] == [100]
+def test_a_budget_that_does_not_fit_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets = tuple(SimpleNamespace(changes={"epochs": 2.0, "model_args": {"widths": [w]}}) for w in (10, 100, 1000))
+    monkeypatch.setattr(budget, "_budgets", lambda _: budgets)
+    monkeypatch.setattr(budget, "_Estimate", _FakeEstimate)
+    chosen = budget.choose_for_time(SMALL, None, None, None, 1e9)  # type: ignore[arg-type]
+    assert chosen.model_args["widths"] == [100]
 
 
-def test_every_shipped_effort_is_a_recipe_and_dearer_ones_reach_more() -> None:
+def test_every_shipped_budget_is_a_recipe_and_more_expensive_ones_reach_more() -> None:
     for choice in load_all("recipes").values():
         scores = []
         for one in choice.budgets:
             changed = change(choice.recipe, one.changes)
             assert changed.epochs == one.changes["epochs"]
-            scores += [reached.score for reached in one.scores]
+            scores += [measured.score for measured in one.scores]
         assert scores == sorted(scores)
 
 

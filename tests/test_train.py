@@ -229,10 +229,10 @@ def test_early_stop_keeps_the_best(picture_folder: Callable[..., Path]) -> None:
 def test_a_batch_that_does_not_fit_says_which_would(
     picture_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from suanli.machine import device
+    from suanli.training import forecast
 
     root = picture_folder(each=200, size=(32, 32))
-    monkeypatch.setattr(device, "available_memory_bytes", lambda *_: 90_000_000)
+    monkeypatch.setattr(forecast, "available_memory_bytes", lambda *_: 90_000_000)
     with pytest.raises(suanli.MachineError, match=r"--batch-size \d+ would fit"):
         suanli.train(root, model="speednet", batch_size=320)
 

@@ -1,6 +1,6 @@
-"""Augmentations by their spelling in a recipe, and several of them as one.
+"""Reads the augmentations of a recipe and applies them as one.
 
-A spelling is a name of the room `augments` with settings in Python's call form: "flip",
+Each is written as the name of a file in `augments/`, with settings in the form of a Python call: "flip",
 "crop(padding=2)", "resized_crop(scale=(0.5, 1))". Only literals are read; nothing is executed.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from suanli.core import registry
 from suanli.core.errors import UsageError, unknown
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationPipeline:
-    """Augmentations in order. With no parts it changes nothing."""
+    """Applies augmentations in order. Without parts it changes nothing."""
 
     parts: tuple[Augmentation, ...] = ()
 
@@ -31,8 +31,8 @@ class AugmentationPipeline:
         return batch
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Every combination of the parts' views, `inputs` first. Of parts of the same kind only the
-        first counts: two flips don't make four views."""
+        """Every combination of the parts' views, `inputs` first. Of several parts of one class only the first counts:
+        two flips don't make four views."""
         views = [inputs]
         seen: set[type[Augmentation]] = set()
         for part in self.parts:
@@ -45,7 +45,7 @@ class AugmentationPipeline:
 def compose(specs: Sequence[str], kind: str) -> AugmentationPipeline:
     """The augmentations of a recipe for one kind of data ("image", "text").
 
-    Raises UsageError for a bad spelling and for an augmentation that can't change such inputs.
+    Raises UsageError for one that can't be read and for one that can't change such inputs.
     """
     parts = tuple(parse(spec) for spec in specs)
     for spec, part in zip(specs, parts, strict=True):
@@ -60,17 +60,17 @@ def compose(specs: Sequence[str], kind: str) -> AugmentationPipeline:
 
 
 def parse(spec: str) -> Augmentation:
-    """One augmentation from its spelling. Raises UsageError."""
-    name, settings = _read(spec)
+    """One augmentation from its text. Raises UsageError."""
+    name, settings = _parse_call(spec)
     augment: type[Augmentation] = registry.load("augments", name)
     allowed = [field.name for field in fields(augment)]  # type: ignore[arg-type]  # all are dataclasses
-    for given in settings:
-        if given not in allowed:
-            raise unknown(f"setting of augmentation {name}", given, allowed)
+    for setting in settings:
+        if setting not in allowed:
+            raise unknown(f"setting of augmentation {name}", setting, allowed)
     return augment(**settings)
 
 
-def _read(spec: str) -> tuple[str, dict[str, Any]]:
+def _parse_call(spec: str) -> tuple[str, dict[str, object]]:
     """Name and settings of "name" or "name(setting=value, …)"."""
     malformed = UsageError(f"Augmentation {spec!r} can't be read.", fix='Write it like "flip" or "crop(padding=2)".')
     try:
@@ -81,7 +81,7 @@ def _read(spec: str) -> tuple[str, dict[str, Any]]:
         return tree.id, {}
     if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name) or tree.args:
         raise malformed
-    settings = {}
+    settings: dict[str, object] = {}
     for keyword in tree.keywords:
         try:
             value = ast.literal_eval(keyword.value)

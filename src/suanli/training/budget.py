@@ -1,12 +1,13 @@
-"""How large a network and how long a training: from the score that is wanted, or from the time there is.
+"""Chooses a network and a number of epochs for a score that is wanted, or for the time there is.
 
-A recipe may come in several efforts, each a few changes of its fields, from the cheapest to the dearest, with what
-each was measured to reach on which data (`Budget`). For a score the cheapest that reaches it is taken, and only
-where that was measured: nothing is promised about other data. For a time, a few real steps give the machine's speed;
-the dearest effort that fits is taken, its epochs stretched or cut to fill the time.
+A recipe may come with several budgets (`Budget`), from the cheapest to the most expensive: each changes a few fields
+and states the scores that were measured with it, and on which data. For a score, the cheapest budget that reached it
+is chosen, and only on the data where that was measured: nothing is promised about other data. For a time, a few real
+steps give the speed of the machine; the most expensive budget that fits is chosen, and its epochs are stretched or cut
+to fill the time.
 
-What this doesn't do: watch the clock while it trains. The learning rate must know the end beforehand, and a run that
-ended by the clock could not be repeated.
+Training itself doesn't watch the clock: the learning rate must know the end beforehand, and a run that ended by the
+clock could not be repeated.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Mapping
 from functools import cached_property
 
 from suanli.compute import planner
-from suanli.compute.flops import flops
 from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, plural, say
 from suanli.core.errors import OutOfMemory, UsageError
@@ -27,36 +27,36 @@ from suanli.data.cache import PreparedData
 from suanli.machine import timing
 from suanli.training.forecast import check_memory, explain_out_of_memory, validation_steps
 from suanli.training.setup import Setup
+from suanli.training.utilization import count_step_flops
 
 PLANNING = 0.05  # of the training, for choosing the plan
 RESERVE = 0.1  # of the time that is left: steps never take the same time twice
-FINISHING_S = 3.0  # the last check, the model and the run's files
-LONGEST = 3.0  # times the epochs of the dearest effort
+FINISHING_S = 3.0  # the last validation, the model and the run's files
+LONGEST = 3.0  # times the epochs of the most expensive budget
 TIMED_STEPS = 3
-COUNTED = 4  # examples whose operations are counted
-ALIKE = 0.05  # of the examples more or fewer: the same data in another encoding, so split otherwise
-WIDER = 2.0  # times as fast, at most, a wider network computes each operation
+SIZE_TOLERANCE = 0.05  # of the examples more or fewer: the same data in another encoding, so split differently
+WIDE_SPEEDUP = 2.0  # at most, of an operation in a wider network
 
 
-def choose_for_score(recipe: Recipe, prepared: PreparedData, wanted: float) -> Recipe:
-    """The cheapest effort that reached `wanted` (a fraction) on this data. Raises UsageError where none did, or
-    nothing is known."""
-    if not 0 < wanted < 1:
-        raise UsageError(f"--target-accuracy can't be {wanted}.", fix="Give a fraction, such as 0.9.")
-    known = [(effort, score) for effort in _efforts(recipe) if (score := _reached(effort, prepared)) is not None]
-    if not known:
-        listed = {r.data for c in load_all("recipes").values() for e in c.budgets for r in e.scores}
+def choose_for_score(recipe: Recipe, prepared: PreparedData, target: float) -> Recipe:
+    """The recipe with the cheapest budget that reached `target` (a fraction) on this data. Raises UsageError where no
+    budget did, or none was measured on it."""
+    if not 0 < target < 1:
+        raise UsageError(f"--target-accuracy can't be {target}.", fix="Give a fraction, such as 0.9.")
+    scores = [(budget, score) for budget in _budgets(recipe) if (score := _score_on(budget, prepared)) is not None]
+    if not scores:
+        names = {m.data for choice in load_all("recipes").values() for budget in choice.budgets for m in budget.scores}
         raise UsageError(
-            f"What reaches {wanted:.1%} on {prepared.name} was not measured; known is {', '.join(sorted(listed))}.",
+            f"What reaches {target:.1%} on {prepared.name} was not measured; known is {', '.join(sorted(names))}.",
             fix="Use --time-budget, which takes the best that fits into a time.",
         )
-    for effort, score in known:
-        if score >= wanted:
-            say(f"effort: {_told(effort.changes)}; it reached {score:.1%} on {prepared.name} before")
-            return change(recipe, effort.changes)
-    best = max(score for _, score in known)
+    for budget, score in scores:
+        if score >= target:
+            say(f"budget: {_describe(budget.changes)}; it reached {score:.1%} on {prepared.name} before")
+            return change(recipe, budget.changes)
+    best = max(score for _, score in scores)
     raise UsageError(
-        f"Nothing that was measured on {prepared.name} reaches {wanted:.1%}; the best is {best:.1%}.",
+        f"Nothing that was measured on {prepared.name} reaches {target:.1%}; the best is {best:.1%}.",
         fix="Ask for less, or choose model and epochs yourself.",
     )
 
@@ -64,31 +64,33 @@ def choose_for_score(recipe: Recipe, prepared: PreparedData, wanted: float) -> R
 def choose_for_time(
     recipe: Recipe, prepared: PreparedData, device: Device, threads: int | None, left_s: float
 ) -> Recipe:
-    """The dearest effort that fits into `left_s` seconds from now, its epochs stretched or cut to fill them."""
-    until = time.perf_counter() + left_s
-    efforts: list[Mapping[str, Json]] = [effort.changes for effort in _efforts(recipe)] or [{}]
-    chosen = cheapest = _Subject(recipe, efforts[0], prepared, device, threads)
-    for changes in efforts[:0:-1]:
-        dearer = _Subject(recipe, changes, prepared, device, threads)
-        # Its operations are counted before a step is taken, which may take longer than there is.
-        quick = dearer.flops <= WIDER * cheapest.flops_per_s * _room(until)
-        if quick and dearer.fits and dearer.seconds <= _room(until):
-            chosen = dearer
+    """The recipe with the most expensive budget that fits into `left_s` seconds from now, its epochs stretched or cut
+    to fill them."""
+    deadline = time.perf_counter() + left_s
+    changes = [budget.changes for budget in _budgets(recipe)] or [{}]
+    choice = cheapest = _Estimate(recipe, changes[0], prepared, device, threads)
+    for more in changes[:0:-1]:
+        candidate = _Estimate(recipe, more, prepared, device, threads)
+        # By its operations first: even one step may take longer than there is time.
+        may_fit = candidate.flops <= WIDE_SPEEDUP * cheapest.flops_per_s * _training_s(deadline)
+        if may_fit and candidate.fits_memory and candidate.seconds <= _training_s(deadline):
+            choice = candidate
             break
-    whole_s = chosen.seconds
-    epochs = min(chosen.recipe.epochs * _room(until) / whole_s, LONGEST * change(recipe, efforts[-1]).epochs)
-    told = _told({**chosen.changes, "epochs": round(epochs, 2)})
-    say(f"effort: {told}, about {duration(whole_s * epochs / chosen.recipe.epochs)} of training")
-    return change(chosen.recipe, {"epochs": max(round(epochs, 2), 0.01)})
+    seconds = choice.seconds
+    longest = LONGEST * change(recipe, changes[-1]).epochs
+    epochs = min(choice.recipe.epochs * _training_s(deadline) / seconds, longest)
+    text = _describe({**choice.changes, "epochs": round(epochs, 2)})
+    say(f"budget: {text}, about {duration(seconds * epochs / choice.recipe.epochs)} of training")
+    return change(choice.recipe, {"epochs": max(round(epochs, 2), 0.01)})
 
 
-def _room(until: float) -> float:
-    """Seconds for training steps and validations."""
-    return max(0.0, (until - time.perf_counter() - FINISHING_S) * (1 - RESERVE) / (1 + PLANNING))
+def _training_s(deadline: float) -> float:
+    """Seconds that are left for training steps and validations."""
+    return max(0.0, (deadline - time.perf_counter() - FINISHING_S) * (1 - RESERVE) / (1 + PLANNING))
 
 
-class _Subject:
-    """One effort on this data and device, computed with the usual speedups."""
+class _Estimate:
+    """What a budget costs on this data and device, with the usual speedups."""
 
     def __init__(
         self, recipe: Recipe, changes: Mapping[str, Json], prepared: PreparedData, device: Device, threads: int | None
@@ -98,20 +100,15 @@ class _Subject:
             setup = Setup(self.recipe, prepared, device)
             self._loop = setup.trial(planner.short_list(setup, threads))
         self._device = device
-        self._work = self._loop.full_size_steps_left + validation_steps(self._loop)
+        self._steps = self._loop.full_size_steps_left + validation_steps(self._loop)
 
     @cached_property
     def flops(self) -> float:
         """Operations of the whole training."""
-        loop = self._loop
-        examples = min(COUNTED, loop.order.batch_size)
-        with apply_settings(loop.compute), loop.preserve_weights():
-            counted = flops(lambda: loop.try_step(examples, whole=True))
-        return counted / examples * loop.order.batch_size * self._work
+        return count_step_flops(self._loop) * self._steps
 
     @property
-    def fits(self) -> bool:
-        """Whether memory has room for it."""
+    def fits_memory(self) -> bool:
         try:
             check_memory(self._loop, self._device)
         except OutOfMemory:
@@ -124,8 +121,8 @@ class _Subject:
         loop = self._loop
         with explain_out_of_memory(self._device), apply_settings(loop.compute):
             loop.advance()
-            took = timing.spread([timing.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
-        return took * self._work
+            step_s = timing.spread([timing.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
+        return step_s * self._steps
 
     @property
     def flops_per_s(self) -> float:
@@ -133,27 +130,27 @@ class _Subject:
 
 
 def budget_fields(recipe: Recipe) -> set[str]:
-    """The fields of the recipe that its efforts decide."""
-    fields = {"epochs"}.union(*(effort.changes for effort in _efforts(recipe)))
+    """The fields of the recipe that its budgets change."""
+    fields = {"epochs"}.union(*(budget.changes for budget in _budgets(recipe)))
     return fields | ({"model"} if "model_args" in fields else set())
 
 
-def _efforts(recipe: Recipe) -> tuple[Budget, ...]:
+def _budgets(recipe: Recipe) -> tuple[Budget, ...]:
     choice: RecipeChoice | None = load_all("recipes").get(recipe.name)
     return choice.budgets if choice is not None else ()
 
 
-def _reached(effort: Budget, prepared: PreparedData) -> float | None:
-    """The score that was measured on this data; None: it wasn't, or not on this data."""
+def _score_on(budget: Budget, prepared: PreparedData) -> float | None:
+    """The score that was measured on this data; None: there is none."""
     examples = len(prepared.splits["train"])
-    for reached in effort.scores:
-        named = reached.data == prepared.name and reached.classes == len(prepared.classes)
-        if named and abs(examples - reached.examples) <= ALIKE * reached.examples:
-            return reached.score
+    for measured in budget.scores:
+        same = measured.data == prepared.name and measured.classes == len(prepared.classes)
+        if same and abs(examples - measured.examples) <= SIZE_TOLERANCE * measured.examples:
+            return measured.score
     return None
 
 
-def _told(changes: Mapping[str, Json]) -> str:
+def _describe(changes: Mapping[str, Json]) -> str:
     widths = changes.get("model_args", {}).get("widths")
     network = f"widths {'/'.join(map(str, widths))}, " if widths else ""
     return f"{network}{plural(changes['epochs'], 'epoch')}"

@@ -1,15 +1,14 @@
-"""What limits a training, in one sentence, what would help, and how much at most.
+"""What limits a training, in one sentence, what would help, and by how much at most.
 
-`diagnose` turns the shares of a step (`phases.py`) and what the caller knows (`Facts`) into a `Diagnosis`;
-`Watch` decides when there is something to say. Both are functions of what they are given: nothing is
-measured, tried or changed here.
+`diagnose` turns the shares of a step (`step_clock.py`) and what the caller knows (`Facts`) into a `Diagnosis`; `Watch`
+decides when there is news. Nothing is measured, tried or changed here.
 
-Computing, the forward and backward pass, is what a step is for; everything else in it is an overhead. The
-largest overhead is the limit if it takes a quarter of the step or more than computing does, else computing is.
+Computing, the forward and backward pass, is the purpose of a step; all else in it is overhead. The limit is the
+largest overhead if it takes at least a quarter of the step, or more time than computing; otherwise it is computing.
 
-The gain is Amdahl's bound: what a step would take if the limit vanished and nothing else changed. Where that
-isn't known (how fast could the computing be? how much of it was active waiting?), it is None, unless the
-device's ceiling was measured. A remedy names an option of the command line. One that changes what is learned says so.
+The gain is Amdahl's bound: the speed-up if the limit vanished and nothing else changed. It is None where that isn't
+known: how fast computing could be (unless the device's peak was measured), or how much of it was busy waiting. A
+remedy names an option of the command line, and says so if it changes what is learned.
 """
 
 from __future__ import annotations
@@ -24,23 +23,23 @@ from suanli.core.types import Json
 if TYPE_CHECKING:
     from suanli.compute.step_clock import Shares, StepClock
 
-# Without an overhead of this size a step is 1 / 0.75 = 1.33 times as fast, about what one good speedup brings; where
-# all are smaller, computing is the better place to look.
-OVERHEAD = 0.25
-# Of the measured ceiling: whole networks also have operations that only move memory, so more is hardly ever reached.
+# Of a step. Without an overhead of this size a step is 1 / 0.75 = 1.33 times as fast, about what one good speedup
+# brings; where all overheads are smaller, computing is the better place to look.
+LARGE_OVERHEAD = 0.25
+# Of the measured ceiling. Networks also have operations that only move memory, so they hardly ever come closer.
 NEAR_CEILING = 0.7
-# Of the cores: from here on it is this process that fills them.
+# Of the cores. Above it, this process is the one that fills them.
 FULL = 0.9
 
-FIRST_STEPS = 20  # that the first verdict is about; 3 of them are skipped by the clock
-FEW_STEPS = 8  # enough where steps are long
-WINDOW_STEPS = 20
-WINDOW_S = 5.0
+FIRST_STEPS = 20  # of the first diagnosis; the clock skips 3 of them
+FEW_STEPS = 8  # of the first diagnosis where steps are long
+WINDOW_STEPS = 20  # at least, between two diagnoses
+WINDOW_S = 5.0  # at least, between two diagnoses
 
 COMPUTING = ("forward", "backward", "graph")
 OVERHEADS = ("input", "copy", "optimizer", "communication", "host", "idle")
 
-HELPS: Mapping[str, tuple[str, ...]] = {  # which speedups shorten what, the most telling first
+HELPFUL: Mapping[str, tuple[str, ...]] = {  # the speedups that shorten each phase, the most effective first
     "input": ("resident", "read_ahead"),
     "copy": ("resident", "read_ahead"),
     "computing": (
@@ -55,7 +54,7 @@ HELPS: Mapping[str, tuple[str, ...]] = {  # which speedups shorten what, the mos
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the caller of `diagnose` knows of the training."""
+    """What the caller of `diagnose` knows about the training."""
 
     device_type: str  # "cpu", "cuda"
     batch_size: int  # of one optimizer step
@@ -64,11 +63,11 @@ class Facts:
     threads: int | None = None  # of an operation on the CPU
     speedups: tuple[str, ...] = ()  # in use
     dropped: Mapping[str, str] = field(default_factory=dict)  # name to reason
-    offered: tuple[str, ...] = ()  # usable for this step, but neither in use nor dropped, nor excluded by one in use
+    offered: tuple[str, ...] = ()  # usable for this step, not tried yet, and not excluded by one in use
     resident: bool = False  # the training split lies in the device's memory, or on a CPU in main memory
     augment: tuple[str, ...] = ()  # as spelled in the recipe
-    size_setting: str | None = None  # field of the recipe that makes inputs smaller: "preprocess.size"
-    share_of_ceiling: float | None = None  # FLOP/s of the whole step over what the device was measured to reach
+    size_setting: str | None = None  # setting of the recipe that makes inputs smaller: "preprocess.size"
+    share_of_ceiling: float | None = None  # FLOP/s of a step, as a share of the device's measured peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +78,8 @@ class Diagnosis:
     limited_by: str  # "computing" or one of OVERHEADS
     verdict: str
     remedy: str  # what is in use against it, and what the user could do
-    applied: tuple[str, ...]  # the speedups in use that shorten what limits
-    gain_at_most: float | None  # how many times as fast a step could become; None: unknown
+    applied: tuple[str, ...]  # the speedups in use that shorten the limiting phase
+    gain_at_most: float | None  # the most that a step could gain: 2.0 is twice as fast; None: unknown
 
     def __str__(self) -> str:
         most = self.gain_at_most
@@ -100,7 +99,7 @@ def diagnose(shares: Shares, facts: Facts) -> Diagnosis:
         limited_by=limit,
         verdict=_verdict(limit, share, shares, facts),
         remedy=_remedy(limit, shares, facts),
-        applied=tuple(name for name in facts.speedups if name in HELPS.get(limit, ())),
+        applied=tuple(name for name in facts.speedups if name in HELPFUL.get(limit, ())),
         gain_at_most=_gain(limit, share, facts),
     )
 
@@ -109,15 +108,15 @@ def _limit(shares: Mapping[str, float | None]) -> tuple[str, float]:
     computing = sum(shares.get(name) or 0.0 for name in COMPUTING)
     overheads = {name: shares.get(name) or 0.0 for name in OVERHEADS}
     largest = max(overheads, key=lambda name: overheads[name])
-    if overheads[largest] >= OVERHEAD or overheads[largest] > computing:
+    if overheads[largest] >= LARGE_OVERHEAD or overheads[largest] > computing:
         return largest, overheads[largest]
     return "computing", computing
 
 
 def _gain(limit: str, share: float, facts: Facts) -> float | None:
-    # Several threads also wait actively, within what counts as computing: more than the share is lost.
-    waits_actively = limit == "idle" and facts.device_type == "cpu" and facts.threads != 1
-    if limit == "computing" or waits_actively:
+    # Several threads also wait busily, which counts as computing: more than the share is lost.
+    busy_waiting = limit == "idle" and facts.device_type == "cpu" and facts.threads != 1
+    if limit == "computing" or busy_waiting:
         return max(1.0, 1 / facts.share_of_ceiling) if facts.share_of_ceiling else None
     return 1 / (1 - share) if share < 1 else None
 
@@ -131,25 +130,27 @@ def _verdict(limit: str, share: float, shares: Shares, facts: Facts) -> str:
         case "input":
             return f"limited by input: {_percent(share)} of the step goes into {_input_work(facts)}"
         case "copy":
-            return f"limited by copying: {_percent(share)} of the step moves the batch to the device"
+            return f"limited by copying: {_percent(share)} of the step goes into moving the batch to the device"
         case "optimizer":
-            return f"limited by the optimizer: {_percent(share)} of the step updates the weights"
+            return f"limited by the optimizer: {_percent(share)} of the step goes into updating the weights"
         case "communication":
-            return f"limited by communication: {_percent(share)} of the step waits for other processes"
+            return f"limited by communication: {_percent(share)} of the step is waiting for other processes"
         case "host" if gpu:
-            return f"limited by the host: {_percent(share)} of the step the device waits for Python to issue its work"
+            return f"limited by the host: for {_percent(share)} of the step the device waits for Python to issue work"
         case "host":
-            return f"limited by the host: {_percent(share)} of the step is Python outside of the network"
+            return f"limited by the host: {_percent(share)} of the step is Python outside the network"
         case "idle" if gpu:
-            return f"limited by waiting: {_percent(share)} of the step the device waits for a host that waits itself"
+            return (
+                f"limited by waiting: for {_percent(share)} of the step the device waits for a host that waits itself"
+            )
         case "idle":
-            got = _got(shares, facts)
-            if facts.processes > 1:
-                return f"limited by waiting: {_percent(share)} of the step is for other processes, or for a core{got}"
-            return f"limited by waiting: {_percent(share)} of the step the computation waits for a core{got}"
-    what = "the recorded forward and backward pass" if shares.shares.get("graph") else "the forward and backward pass"
+            other = "other processes or " if facts.processes > 1 else ""
+            return (
+                f"limited by waiting: {_percent(share)} of the step is waiting for {other}a core{_cores(shares, facts)}"
+            )
+    passes = "the captured forward and backward pass" if shares.shares.get("graph") else "the forward and backward pass"
     near = "" if facts.share_of_ceiling is None else f", at {_percent(facts.share_of_ceiling)} of the measured ceiling"
-    return f"limited by computing: {_percent(share)} of the step is {what}{near}"
+    return f"limited by computing: {_percent(share)} of the step is {passes}{near}"
 
 
 def _input_work(facts: Facts) -> str:
@@ -157,56 +158,54 @@ def _input_work(facts: Facts) -> str:
     return " and ".join(reading + (["augmentation"] if facts.augment else ["normalising the batch"]))
 
 
-def _got(shares: Shares, facts: Facts) -> str:
+def _cores(shares: Shares, facts: Facts) -> str:
     if shares.cores_used is None:
         return ""
     return f" (this process got {shares.cores_used:.1f} of {facts.cores} cores)"
 
 
 def _remedy(limit: str, shares: Shares, facts: Facts) -> str:
-    """What is in use, what isn't, and what is left to do."""
-    helps = HELPS.get(limit, ())
+    """Which speedups are in use against the limit, which aren't, and what else would help."""
+    helpful = HELPFUL.get(limit, ())
     sentences = []
-    if used := [name for name in facts.speedups if name in helps]:
-        sentences.append(f"{_listed(used)} {'is' if len(used) == 1 else 'are'} in use.")
-    if left_out := [name for name in helps if name in facts.dropped]:
-        sentences.append(f"The plan left out {_listed(left_out)}.")
-    if offered := [name for name in helps if name in facts.offered]:
+    if used := [name for name in facts.speedups if name in helpful]:
+        sentences.append(f"{_join(used)} {'is' if len(used) == 1 else 'are'} in use.")
+    if dropped := [name for name in helpful if name in facts.dropped]:
+        sentences.append(f"The plan left out {_join(dropped)}.")
+    if offered := [name for name in helpful if name in facts.offered]:
         sentences.append(f"Try --speedups {','.join((*facts.speedups, offered[0]))}.")
     else:
-        sentences.append(_own_remedy(limit, shares, facts))
+        sentences.append(_advise(limit, shares, facts))
     return " ".join(sentences)
 
 
-def _own_remedy(limit: str, shares: Shares, facts: Facts) -> str:
-    """What the user can do where no speedup is left."""
+def _advise(limit: str, shares: Shares, facts: Facts) -> str:
+    """What the user can change where no speedup is left."""
     larger = f"A larger batch (--batch-size {2 * facts.batch_size}), which changes what is learned,"
     match limit:
         case "input":
             return _less_input(facts)
         case "copy":
-            return f"Smaller inputs{_size(facts)} would be copied sooner; that changes what is learned."
+            return f"Smaller inputs{_size(facts)} would be copied faster; that changes what is learned."
         case "optimizer":
             return f"{larger} needs fewer updates for the same examples."
         case "communication":
-            return f"{larger} talks less often for the same examples."
+            return f"{larger} communicates less often for the same examples."
         case "idle" if facts.processes > 1:
-            return (
-                f"{larger} makes the processes wait for each other less often, and each needs a core for each thread."
-            )
+            return f"{larger} makes the processes wait for each other less often. Each needs one core per thread."
         case "host":
             return f"{larger} gives the host fewer operations to issue for the same examples."
         case "idle":
             return _more_cores(shares, facts)
     if facts.share_of_ceiling is not None and facts.share_of_ceiling < NEAR_CEILING:
         return f"{larger} may come nearer to the ceiling."
-    return f"What is left is a smaller network (--model) or smaller inputs{_size(facts)}; both change what is learned."
+    return f"What remains is a smaller network (--model) or smaller inputs{_size(facts)}; both change what is learned."
 
 
 def _less_input(facts: Facts) -> str:
     if facts.augment:
-        now = ", ".join(facts.augment)
-        return f"Fewer augmentations (--set augment=…, now {now}) would cost less; that changes what is learned."
+        current = ", ".join(facts.augment)
+        return f"Fewer augmentations (--set augment=…, now {current}) would cost less; that changes what is learned."
     if not facts.resident:
         return f"A faster disk, more memory, or smaller inputs{_size(facts)} would help."
     return f"Smaller inputs{_size(facts)} would cost less; that changes what is learned."
@@ -233,19 +232,19 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _listed(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-# --- when to speak ---
+# --- when to report ---
 
 
 class Watch:
-    """Called after every step; gives a diagnosis within the first 30 steps, and again once the limit has been
-    another one in two windows running, so that a step at the edge of two limits isn't called by turns.
+    """Called after every step; gives a diagnosis within the first 30 steps, and again once another limit has lasted
+    for two windows: a step between two limits would otherwise be reported again and again.
 
-    `steps` is the number of the run's last step, `now` the time in seconds. `facts` is asked for each window: a
-    speedup may be dropped on the way.
+    `steps` is the number of the run's last step, `now` the time in seconds. `facts` is called for each window, since a
+    speedup may be dropped during the run.
     """
 
     def __init__(
@@ -255,9 +254,9 @@ class Watch:
         steps: int,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.current: Diagnosis | None = None  # the newest with the limit that was last spoken of
+        self.current: Diagnosis | None = None  # the newest with the limit that was reported last
         self._clock, self._facts, self._last_step, self._now = clock, facts, steps, now
-        self._turned_to: str | None = None  # another limit in the last window
+        self._candidate: str | None = None  # another limit, in the last window
         self._steps = 0
         self._started_s: float | None = None
 
@@ -266,13 +265,13 @@ class Watch:
         if self._started_s is None:
             self._started_s = self._now()
         self._steps += 1
-        if not self._due(step):
+        if not self._is_due(step):
             return None
         self._steps, self._started_s = 0, self._now()
         shares = self._clock.window()
-        return None if shares is None else self._new(diagnose(shares, self._facts()))
+        return None if shares is None else self._report(diagnose(shares, self._facts()))
 
-    def _due(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
         assert self._started_s is not None
         if self.current is None:
             if self._steps >= FIRST_STEPS or step == self._last_step:
@@ -280,9 +279,9 @@ class Watch:
             return self._steps >= FEW_STEPS and self._now() - self._started_s >= WINDOW_S
         return self._steps >= WINDOW_STEPS and self._now() - self._started_s >= WINDOW_S
 
-    def _new(self, found: Diagnosis) -> Diagnosis | None:
-        if self.current is not None and found.limited_by not in (self.current.limited_by, self._turned_to):
-            self._turned_to = found.limited_by
+    def _report(self, diagnosis: Diagnosis) -> Diagnosis | None:
+        if self.current is not None and diagnosis.limited_by not in (self.current.limited_by, self._candidate):
+            self._candidate = diagnosis.limited_by
             return None
-        before, self.current, self._turned_to = self.current, found, None
-        return found if before is None or before.limited_by != found.limited_by else None
+        before, self.current, self._candidate = self.current, diagnosis, None
+        return diagnosis if before is None or before.limited_by != diagnosis.limited_by else None

@@ -1,8 +1,8 @@
-"""What a training will take, measured on this machine before its first step.
+"""Estimates the memory and time of a training on this machine, before its first step.
 
-Memory: the bytes that autograd keeps for one example (counted with saved-tensor hooks on a small
-batch), times the batch, plus gradients and optimizer state, plus what the process holds already. Time: one forward
-and backward pass at the real batch size. The weights are as they were afterwards.
+Memory: the bytes that autograd keeps for one example (counted with saved-tensor hooks on small batches) times the
+batch size, plus gradients and optimizer state, plus what the process uses already. Time: one forward and backward pass
+at the real batch size. The weights are restored afterwards.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, size
 from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.types import Device, Json
-from suanli.machine import device as hardware
 from suanli.machine import timing
+from suanli.machine.device import available_memory_bytes, is_out_of_memory, peak_memory_bytes
 from suanli.parallel import dtensor, fsdp
 from suanli.training import checkpoint
 from suanli.training.loop import Loop
 
 PROBE_BATCHES = (2, 6)
 STATE_COPIES = 4  # weights, gradients and two moments
-BACKWARD = 1.5  # at most, of what the forward pass kept: the gradients between two layers come on top
-WORKSPACE_BYTES = 64 << 20  # kernels' scratch memory and what allocation rounds up
+BACKWARD = 1.5  # times what the forward pass keeps, at most: gradients between two layers come on top
+WORKSPACE_BYTES = 64 << 20  # scratch memory of kernels, and rounding of allocations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,53 +47,54 @@ class Forecast:
 
 
 def check_memory(loop: Loop, device: Device) -> int:
-    """The memory that the process will hold, in bytes. Raises OutOfMemory, with the batch size that
-    would fit, before anything is exhausted: on most systems exhaustion ends the process without a
-    word. Raises UsageError for a network that can't learn from such batches."""
-    needed, refusal = estimate_memory(loop, device)
-    if refusal is not None:
-        raise refusal
+    """The memory that the process will use, in bytes. Raises OutOfMemory, with the batch size that would fit, before
+    memory runs out: on most systems the process would end without a message. Raises UsageError for a network that
+    can't learn from such batches."""
+    needed, error = estimate_memory(loop, device)
+    if error is not None:
+        raise error
     return needed
 
 
 def estimate_memory(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None]:
-    """As `check_memory`, with the error where that raises it. A collective for a network that is shared out."""
-    held = hardware.peak_memory_bytes(device) or 0
+    """As `check_memory`, but returns the error. A collective for a sharded network."""
+    used = peak_memory_bytes(device) or 0
     batch = -(-loop.batch_size // loop.recipe.accumulate)
-    # What is shared out is there already, and its averages; of a whole network a copy is measured.
+    # Sharded weights and their averages exist already; for a whole network, this measures a copy.
     copies = STATE_COPIES - 1 if loop.compute.sharded else STATE_COPIES + (loop.ema is not None)
     states = fsdp.local_bytes(loop.model) * copies + fsdp.gathered_bytes(loop.model)
-    available = hardware.available_memory_bytes(device, loop.group.local_size)
-    if loop.compute.sharded:  # measuring is a collective, so nobody may fail in it
+    available = available_memory_bytes(device, loop.group.local_size)
+    if loop.compute.sharded:  # measuring is a collective, so no process may fail in it
         short = available is not None and states > available
         if any(loop.group.gather(short)):
-            return held + states, out_of_memory_error(loop, states, available if short else None, 0)
+            return used + states, out_of_memory_error(loop, states, available if short else None, 0)
     with (
         explain_out_of_memory(device),
-        _able_to_learn(loop, batch),
+        _explain_failure(loop, batch),
         apply_settings(loop.compute),
         loop.preserve_weights(),
     ):
         per_example, once = _activation_bytes(loop, batch)
-        if (first := loop.image_scale(0)) != 1:
-            loop.try_step(min(PROBE_BATCHES[0], batch), scale=first)  # some networks take one size only
+        if (scale := loop.image_scale(0)) != 1:
+            loop.try_step(min(PROBE_BATCHES[0], batch), scale=scale)  # some networks take one size only
     fixed = once + states
     needed = fixed + int(BACKWARD * per_example * batch) + WORKSPACE_BYTES
-    available = hardware.available_memory_bytes(device, loop.group.local_size)
+    available = available_memory_bytes(device, loop.group.local_size)
     if available is None or needed <= available:
-        return held + needed, None
-    # What is advised must do: with everything that comes and goes between two measurements.
+        return used + needed, None
+    # The advice must really fit, so all that is needed beside the examples is subtracted first.
     room = available - fixed - WORKSPACE_BYTES
     fits = max(0, int(room / (BACKWARD * max(per_example, 1))))
-    return held + needed, out_of_memory_error(loop, needed, available, fits)
+    return used + needed, out_of_memory_error(loop, needed, available, fits)
 
 
 @contextmanager
-def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
+def _explain_failure(loop: Loop, batch: int) -> Iterator[None]:
+    """Turns an error inside the network into a UsageError."""
     try:
         yield
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        if hardware.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         sizes = "images that grow, " if loop.recipe.progressive_resizing else ""
         raise UsageError(
@@ -104,14 +105,16 @@ def _able_to_learn(loop: Loop, batch: int) -> Iterator[None]:
 
 @contextmanager
 def explain_out_of_memory(device: Device) -> Iterator[None]:
-    """Turns memory that ran out before the first batch into OutOfMemory with the way out."""
+    """Turns an allocation that fails before the first batch into OutOfMemory, with advice."""
     try:
         yield
     except (RuntimeError, MemoryError, SystemError) as error:
-        if not hardware.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold what was built so far, and saying so takes memory
-        available = hardware.available_memory_bytes(device)
+        traceback.clear_frames(
+            error.__traceback__
+        )  # they keep alive what was built so far, and the message takes memory
+        available = available_memory_bytes(device)
         have = "" if available is None else f", {size(available)} are free"
         raise OutOfMemory(
             f"The network doesn't fit into the memory of {device.name}{have}.",
@@ -120,8 +123,8 @@ def explain_out_of_memory(device: Device) -> Iterator[None]:
 
 
 def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
-    """`memory_bytes` is what `check_memory` found, `step_s` what a step took when the plan was made; None: it
-    wasn't timed, and is now."""
+    """`memory_bytes` is the result of `check_memory`, `step_s` the seconds of a step when the plan was made; None: a
+    step is timed now."""
     if step_s is None:
         step_s = measure_step_s(loop, memory_bytes)
     return Forecast(
@@ -133,13 +136,13 @@ def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
 
 
 def validation_steps(loop: Loop) -> float:
-    """How many training steps all validations of a run take as long as: a forward pass is about a third of one."""
+    """The time of all validations of a run, in training steps: a forward pass takes about a third of a step."""
     validations = max(1.0, loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every)
     return validations * len(loop.val_feed) / loop.order.batch_size / 3
 
 
 def measure_step_s(loop: Loop, memory_bytes: int) -> float:
-    """Of one forward and backward pass on what this process computes of a batch. Raises OutOfMemory."""
+    """Seconds of a forward and backward pass on this process's share of a batch. Raises OutOfMemory."""
 
     def settle() -> None:
         if loop.device.type == "cuda":
@@ -150,18 +153,18 @@ def measure_step_s(loop: Loop, memory_bytes: int) -> float:
             loop.try_step(loop.batch_size)
             return timing.seconds(lambda: loop.try_step(loop.batch_size), settle)
     except (RuntimeError, MemoryError, SystemError) as error:
-        if not hardware.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise out_of_memory_error(loop, memory_bytes, None, loop.order.batch_size // 2) from error
 
 
 def out_of_memory_error(loop: Loop, needed: int, available: int | None, fits: int) -> OutOfMemory:
-    """`fits`: the number of examples that memory has room for at once."""
+    """`fits`: the number of examples that fit at once."""
     batch = loop.order.batch_size
     have = f", {size(available)} are free" if available is not None else ""
     message = f"A batch of {batch} needs about {size(needed)}{have}."
     if fits < 1:
-        more = "more processes" if loop.compute.sharded else "share the network out over several processes (--shard)"
+        more = "more processes" if loop.compute.sharded else "shard the network over several processes (--shard)"
         fix = f"Not even one example fits: choose a smaller model or smaller inputs, or {more}."
         return OutOfMemory(message, fix=fix)
     fits = 1 << (min(fits, batch - 1).bit_length() - 1) if fits > 1 and batch > 1 else 1
@@ -173,8 +176,8 @@ def out_of_memory_error(loop: Loop, needed: int, available: int | None, fits: in
 
 
 def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
-    """Bytes that the backward pass needs of the forward pass: for each example, and once (the weights
-    in another precision, say). From two small batches, since one can't tell them apart."""
+    """Bytes that the forward pass keeps for the backward pass: for each example, and once (such as the weights in
+    another precision). Two small batches tell the two apart."""
     small, large = min(PROBE_BATCHES[0], batch), min(PROBE_BATCHES[1], batch)
     few, many = _kept_bytes(loop, small), _kept_bytes(loop, large)
     if small == large:
@@ -184,15 +187,15 @@ def _activation_bytes(loop: Loop, batch: int) -> tuple[int, int]:
 
 
 def _kept_bytes(loop: Loop, batch: int) -> int:
-    own = {dtensor.local_part(p).untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
+    weights = {dtensor.local_part(p).untyped_storage().data_ptr() for p in loop.model.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in weights:
             kept[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loop.try_step(batch, whole=True)
-    return sum(storage.nbytes() for storage in kept.values())  # gathered weights have been let go: they have none
+    return sum(storage.nbytes() for storage in kept.values())  # gathered weights are freed by now: 0 bytes

@@ -1,7 +1,7 @@
-"""The score of a trained network as its plan computes it, against float32: same weights, same inputs.
+"""Compares the score of a trained network as its plan computes it with its score in float32.
 
-Training in a lower precision may end in weights that answer well only in that precision. The inputs are the
-validation split's, which took no part in training, and in planning neither.
+Training in a lower precision may end in weights that answer well only in that precision. The inputs come from the
+validation split, which took no part in training or planning.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from suanli.core.types import Difference, Plan, Step
 from suanli.training.loop import Loop
 from suanli.training.validation import validation_batch_size
 
-EXAMINED = 2_000  # inputs at most: enough to see a loss of a point
-SHARE = 0.01  # of the training's time that float32 may take for its answers; the first batch is always answered
+MOST_INPUTS = 2_000  # enough to see a loss of a point
+TIME_SHARE = 0.01  # of the training's time that float32 may take for its answers; the first batch is always answered
 
 
 def low_precision_speedups(plan: Plan) -> list[str]:
@@ -30,26 +30,28 @@ def low_precision_speedups(plan: Plan) -> list[str]:
 
 
 def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
-    """How the primary metric differs from float32's, and on how many inputs; None: there are none."""
-    order = np.random.default_rng(0).permutation(len(loop.val_feed))[:EXAMINED]  # a split may be sorted by class
+    """How the primary metric differs from float32's, and the number of inputs; None: the split is empty."""
+    order = np.random.default_rng(0).permutation(len(loop.val_feed))[:MOST_INPUTS]  # a split may be sorted by class
     batches = torch.from_numpy(order).split(validation_batch_size(loop.recipe))  # type: ignore[no-untyped-call]
-    exact = replace(loop.compute, compute=None, autocast_dtype=None, settings=())
-    until = time.perf_counter() + SHARE * loop.progress.seconds
+    float32 = replace(loop.compute, compute=None, autocast_dtype=None, settings=())
+    until = time.perf_counter() + TIME_SHARE * loop.progress.seconds
     expected: list[np.ndarray] = []
     for positions in batches:
-        expected.append(_answers(loop, exact, positions))
+        expected.append(_predict(loop, float32, positions))
         late = time.perf_counter() > until
-        if loop.group.max(late)[0] if loop.compute.sharded else late:  # all answer, or none can
+        if loop.compute.sharded:  # every process is needed for an answer, so all stop together
+            late = bool(loop.group.max(late)[0])
+        if late:
             break
     if not expected:
         return None
-    got = [_answers(loop, loop.compute, positions) for positions in batches[: len(expected)]]
-    asked = order[: sum(map(len, expected))]
-    targets = loop.val_feed.split.targets[asked]
-    return compare.difference(loop.task, np.concatenate(expected), np.concatenate(got), targets), len(asked)
+    actual = [_predict(loop, loop.compute, positions) for positions in batches[: len(expected)]]
+    compared = order[: sum(map(len, expected))]
+    targets = loop.val_feed.split.targets[compared]
+    return compare.difference(loop.task, np.concatenate(expected), np.concatenate(actual), targets), len(compared)
 
 
-def _answers(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:
+def _predict(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:
     """Probabilities (B, K) of validation inputs at these positions, computed as `step` says."""
     with apply_settings(step):
         return infer(step, loop.preprocess, loop.task, [loop.val_feed.rows(positions)])

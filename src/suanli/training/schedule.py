@@ -1,4 +1,4 @@
-"""The learning rate over time: a factor between 0 and 1 on the recipe's rate, by step."""
+"""The learning rate over time, as a factor from 0 to 1 of the recipe's rate."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from suanli.core.types import Recipe
 def lr_factor(recipe: Recipe, step: int, steps: int, steps_per_epoch: int) -> float:
     """The factor at `step` (from 0) of `steps`.
 
-    Rises linearly over the warm-up, then stays ("constant") or falls to zero after the last step:
-    in a line ("linear", "one_cycle") or half a cosine ("cosine", Loshchilov & Hutter 2017).
-    "one_cycle" (Smith & Topin 2018) warms up over 30 % of the run unless the recipe says how long.
+    It rises linearly over the warm-up, then stays ("constant") or falls to 0 after the last step: linearly ("linear",
+    "one_cycle") or along half a cosine ("cosine", Loshchilov & Hutter 2017). "one_cycle" (Smith & Topin 2018) warms
+    up over 30 % of the run unless the recipe sets warmup_epochs.
     """
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), steps - 1)
     if recipe.schedule == "one_cycle" and recipe.warmup_epochs == 0:

@@ -1,6 +1,6 @@
-"""How much of what the device can do a training uses: its operations against the measured ceilings.
+"""How much of the device's measured peak a training uses.
 
-The ceilings come from a probe that was made before; nothing here measures the device.
+The peak (`Ceilings`) was measured before; nothing here measures the device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from suanli.core.types import Device, Step
 from suanli.machine.ceilings import Ceilings
 from suanli.training.loop import Loop
 
-COUNTED = 4  # examples whose operations are counted; others take as many
-PASSES = 2
+COUNTED_EXAMPLES = 4  # whose operations are counted; every other example takes as many
+PASSES = 2  # of the network, to time its layers
 
 
 def step_precision(step: Step, device: Device) -> str:
@@ -28,7 +28,7 @@ def step_precision(step: Step, device: Device) -> str:
 
 
 def _float32_precision(device: Device) -> str:
-    """What a product of float32 numbers is computed in, with the process's settings of now."""
+    """The precision of a product of float32 numbers under the current settings of the process."""
     backends = torch.backends
     if device.type == "cuda" and "tf32" in (
         backends.cuda.matmul.fp32_precision,
@@ -44,29 +44,34 @@ def _float32_precision(device: Device) -> str:
 
 
 def ceiling_flops(ceilings: Ceilings) -> dict[str, float]:
-    """For each precision the highest speed that a product or a convolution reached, in FLOP/s."""
-    found: dict[str, float] = {}
-    for measured in (ceilings.matmul_flops, ceilings.conv_flops):
-        for name, value in measured.items():
+    """For each precision, the highest speed of a matrix product or a convolution, in FLOP/s."""
+    highest: dict[str, float] = {}
+    for speeds in (ceilings.matmul_flops, ceilings.conv_flops):
+        for name, value in speeds.items():
             if value:
-                found[name] = max(value, found.get(name, 0.0))
-    return found
+                highest[name] = max(value, highest.get(name, 0.0))
+    return highest
 
 
 def ideal_step_s(loop: Loop, device: Device, ceilings: Ceilings) -> float | None:
-    """Seconds that the products and convolutions of one training step would take at the ceiling. None: the
-    ceiling of that precision isn't known."""
+    """Seconds that the matrix products and convolutions of a training step would take at the device's peak. None: the
+    peak of that precision isn't known."""
     ceiling = ceiling_flops(ceilings).get(step_precision(loop.compute, device))
     if ceiling is None:
         return None
-    examples = min(COUNTED, loop.batch_size)
+    return count_step_flops(loop) / ceiling
+
+
+def count_step_flops(loop: Loop) -> float:
+    """Operations of a training step on this process's share of the batch, on full-size pictures."""
+    examples = min(COUNTED_EXAMPLES, loop.batch_size)
     with apply_settings(loop.compute), loop.preserve_weights():
         counted = flops(lambda: loop.try_step(examples, whole=True))
-    return counted / examples * loop.batch_size / ceiling
+    return counted / examples * loop.batch_size
 
 
 def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
-    """The layers of the network in one forward pass of a training batch, as validation computes it."""
+    """Times the layers of the network in a forward pass on a training batch, as validation computes it."""
     step = loop.compute
     inputs = loop.first_batch().inputs
     was_training = loop.model.training

@@ -1,1 +1,1 @@
-"""Random changes to training inputs: one a file, each exporting AUGMENT."""
+"""Augmentations of training inputs: one a file, each exporting AUGMENT."""

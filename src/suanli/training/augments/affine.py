@@ -1,6 +1,6 @@
-"""Turns, moves and scales each picture a little: for digits and other shapes that stay themselves.
+"""Rotates, moves and scales each picture a little: for digits and other shapes that this doesn't change.
 
-Edges are continued outwards, so a plain background stays plain.
+Edge pixels are continued outwards, so a plain background stays plain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from suanli.training.augments._sampling import check_number, uniform, warp
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Augmentation):
-    """Largest turn in degrees, move as a part of each side, and change of size as a part of 1."""
+    """Largest rotation in degrees, move as a part of each side, and change of size as a part of 1."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -34,10 +34,10 @@ class Affine(Augmentation):
         x = batch.inputs
         count, _, height, width = x.shape
         angle = uniform(batch, -self.degrees, self.degrees, generator) * (math.pi / 180)
-        # Sampling places are scaled, so the picture is scaled by the inverse.
+        # This scales the sampling positions, so the picture scales by the inverse.
         zoom = 1 / (1 + uniform(batch, -self.scale, self.scale, generator))
         cosine, sine = angle.cos() * zoom, angle.sin() * zoom
-        # Coordinates run from -1 to 1 on both sides: a turn must know the aspect to stay a turn.
+        # Coordinates run from -1 to 1 along both sides, so a rotation must include the aspect ratio.
         matrices = torch.empty(count, 2, 3, device=x.device)
         matrices[:, 0, 0], matrices[:, 0, 1] = cosine, -sine * height / width
         matrices[:, 1, 0], matrices[:, 1, 1] = sine * width / height, cosine

@@ -1,9 +1,9 @@
-"""An automatic policy without anything to tune: one random operation of random strength a picture.
+"""An automatic policy with nothing to tune: one random operation of random strength for each picture.
 
 Source: S. Müller, F. Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation",
 ICCV 2021, with these differences: it works on normalised inputs, so brightness adds instead of
-scaling towards black; a picture's own darkest and brightest values stand for the range in
-solarize and posterize; equalize and autocontrast are left out; strengths are continuous.
+scaling towards black; solarize and posterize take the picture's own darkest and brightest values as
+the range; equalize and autocontrast are left out; strengths are continuous.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(Augmentation):
-    """`strength` scales how far the operations may go; 1 is as in the paper's narrower space."""
+    """`strength` scales how far the operations may go; 1 is the paper's narrower space."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -35,7 +35,7 @@ class Auto(Augmentation):
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
         pixelwise = PIXELWISE if x.shape[1] == 3 else PIXELWISE[1:]  # grey has no saturation
-        kinds = 1 + len(GEOMETRIC) + len(pixelwise)  # one of them is: leave it as it is
+        kinds = 1 + len(GEOMETRIC) + len(pixelwise)  # the 1 leaves the picture as it is
         kind = integers(batch, kinds, generator)
         amount = uniform(batch, -self.strength, self.strength, generator)
         changed = change_where(kind < len(GEOMETRIC), x.clone(), _move, kind, amount)
@@ -50,7 +50,7 @@ GEOMETRIC = (
     (((1, 0), 0.3),),  # shear along y
     (((0, 2), 0.5),),  # move along x
     (((1, 2), 0.5),),  # move along y
-    (((0, 1), -0.5), ((1, 0), 0.5)),  # turn: about 27 degrees, see _move
+    (((0, 1), -0.5), ((1, 0), 0.5)),  # rotation: about 27 degrees, see _move
 )
 
 
@@ -59,7 +59,7 @@ def _move(x: torch.Tensor, kind: torch.Tensor, amount: torch.Tensor) -> torch.Te
     for number, entries in enumerate(GEOMETRIC):
         for (row, column), most in entries:
             matrices[:, row, column] += torch.where(kind == number, amount * most, 0.0)
-    # Divided by the root of the determinant, a pair of opposite shears is a turn; alone, one has 1.
+    # Divided by the root of the determinant, two opposite shears are a rotation; that of a single shear is 1.
     linear = matrices[:, :, :2]
     scale = torch.sqrt(linear[:, 0, 0] * linear[:, 1, 1] - linear[:, 0, 1] * linear[:, 1, 0])
     matrices[:, :, :2] = linear / scale[:, None, None]
@@ -103,7 +103,7 @@ def _posterize(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
 
 
 PIXELWISE: tuple[Operation, ...] = (
-    _saturation,  # first, so that grey pictures can leave it out
+    _saturation,  # first, so that it is easy to leave out for grey pictures
     _brightness,
     _contrast,
     _sharpness,

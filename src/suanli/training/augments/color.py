@@ -1,8 +1,8 @@
 """Changes brightness, contrast and (with three channels) saturation of each picture.
 
-On normalised inputs: brightness adds to all channels, in standard deviations of the data set;
-contrast scales the distance from the picture's own mean; saturation scales the distance of each
-pixel from its grey, the mean of its channels. A factor of 0.2 means 0.8 to 1.2.
+On normalised inputs, brightness adds to all channels, in standard deviations of the data set; contrast scales the
+distance from the picture's own mean; saturation scales the distance of each pixel from its grey, the mean of its
+channels. A setting of 0.2 means a factor from 0.8 to 1.2.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Color(Augmentation):
         spans = (self.brightness, self.contrast, self.saturation)
         shift, contrast, saturation = (per_image(uniform(batch, -span, span, generator), x) for span in spans)
         mean = x.mean((1, 2, 3), keepdim=True)
-        rest = shift - contrast * mean
-        # Both steps change no picture's mean, so they are one: x times a factor, plus what depends
-        # on the pixel's grey and on the picture.
+        offset = shift - contrast * mean
+        # Contrast and saturation both leave a picture's mean as it is, so they are one operation: a factor of x, plus
+        # an offset that depends on the picture and on the grey of the pixel.
         if self.saturation and x.shape[1] == 3:
-            rest = rest - (1 + contrast) * saturation * to_grey(x)
+            offset = offset - (1 + contrast) * saturation * to_grey(x)
             contrast = contrast + saturation + contrast * saturation
-        return replace(batch, inputs=torch.addcmul(rest, x, 1 + contrast))
+        return replace(batch, inputs=torch.addcmul(offset, x, 1 + contrast))
 
 
 AUGMENT = Color

@@ -1,7 +1,7 @@
-"""Moves each picture by a few random pixels; what comes in at the edge is mirrored.
+"""Moves each picture by a few random pixels; the edges are filled with a mirror image.
 
-The standard augmentation of small images (pad, then crop back to the size). All crops of a batch are
-one indexed read of a padded copy.
+The standard augmentation of small images (pad, then crop to the original size). All crops of a batch are one indexed
+read of a padded copy.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ class Crop(Augmentation):
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
         count, _, height, width = x.shape
-        down, right = self._reach(height), self._reach(width)
-        windows = _windows(_padded(x, down, right), height, width)
+        down, right = self._distance(height), self._distance(width)
+        windows = _windows(_pad(x, down, right), height, width)
         dy = integers(batch, 2 * down + 1, generator)
         dx = integers(batch, 2 * right + 1, generator)
         moved = windows[torch.arange(count, device=x.device), dy, dx]
         return replace(batch, inputs=moved.permute(0, 3, 1, 2))
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """As it is, and moved by one pixel towards two opposite corners."""
+        """The inputs as they are, and moved by one pixel towards two opposite corners."""
         height, width = inputs.shape[2:]
-        if not (self._reach(height) and self._reach(width)):
+        if not (self._distance(height) and self._distance(width)):
             return [inputs]
-        windows = _windows(_padded(inputs, 1, 1), height, width)
-        return [inputs, *(windows[:, at, at].permute(0, 3, 1, 2) for at in (0, 2))]
+        windows = _windows(_pad(inputs, 1, 1), height, width)
+        return [inputs, *(windows[:, move, move].permute(0, 3, 1, 2) for move in (0, 2))]
 
-    def _reach(self, side: int) -> int:
-        """Pixels; a mirror shows at most all but the edge itself."""
-        wanted = round(side * self.fraction) if self.padding is None else self.padding
-        return min(wanted, side - 1)
+    def _distance(self, side: int) -> int:
+        """The largest move in pixels. Reflection padding must be smaller than the side."""
+        pixels = round(side * self.fraction) if self.padding is None else self.padding
+        return min(pixels, side - 1)
 
 
-def _padded(x: torch.Tensor, down: int, right: int) -> torch.Tensor:
+def _pad(x: torch.Tensor, down: int, right: int) -> torch.Tensor:
     return F.pad(x, (right, right, down, down), mode="reflect") if down or right else x
 
 

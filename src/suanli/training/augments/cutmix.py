@@ -1,8 +1,8 @@
-"""Pastes a box of another picture of the batch; the target's shares are those of the area.
+"""Pastes a box from another picture of the batch; the target becomes shares of both classes, by area.
 
 Source: S. Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
-Features", ICCV 2019. The box is drawn for each picture, and the shares follow from the pixels that
-it really covers.
+Features", ICCV 2019. Each picture has a box of its own, and the shares follow from the pixels that it really
+covers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from suanli.training.augments._sampling import check_number, class_shares, mix_s
 
 @dataclass(frozen=True, kw_only=True)
 class Cutmix(Augmentation):
-    """The kept area comes from Beta(alpha, alpha); `probability` of a picture to be changed at all."""
+    """The kept area comes from Beta(alpha, alpha); a picture is changed with `probability`."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -35,24 +35,24 @@ class Cutmix(Augmentation):
         side = torch.sqrt(1 - symmetric_beta(batch, self.alpha, generator))
         changed = uniform(batch, 0, 1, generator) < self.probability
         side = torch.where(changed, side, 0.0)
-        rows = _inside(side * height, height, batch, generator)
-        columns = _inside(side * width, width, batch, generator)
+        rows = _interval(side * height, height, batch, generator)
+        columns = _interval(side * width, width, batch, generator)
         partner = partners(batch)
         pasted = rows[:, None, :, None] & columns[:, None, None, :]
-        kept = 1 - rows.sum(1) * columns.sum(1) / (height * width)
+        own_part = 1 - rows.sum(1) * columns.sum(1) / (height * width)
         own = class_shares(batch.targets, batch.classes)
         return replace(
             batch,
             inputs=torch.where(pasted, x[partner], x),
-            targets=mix_shares(own, own[partner], kept),
+            targets=mix_shares(own, own[partner], own_part),
         )
 
 
-def _inside(side: torch.Tensor, length: int, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """(B,) sides in pixels to (B, length) bool: a stretch with a random centre, cut at the ends."""
+def _interval(side: torch.Tensor, length: int, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+    """(B,) sides in pixels to (B, length) bool: an interval with a random centre, cut off at the ends."""
     centre = uniform(batch, 0, length, generator)
-    at = torch.arange(length, device=side.device) + 0.5
-    return (at - centre[:, None]).abs() < side[:, None] / 2
+    pixels = torch.arange(length, device=side.device) + 0.5
+    return (pixels - centre[:, None]).abs() < side[:, None] / 2
 
 
 AUGMENT = Cutmix

@@ -1,7 +1,7 @@
 """Covers one random square of each picture with the mean colour.
 
 Source: T. DeVries, G. Taylor, "Improved Regularization of Convolutional Neural Networks with
-Cutout", 2017. The centre may lie at the edge, so part of the square may fall outside.
+Cutout", 2017. The centre may lie at the edge, so the square may reach beyond the picture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from suanli.training.augments._sampling import check_number, integers
 
 @dataclass(frozen=True, kw_only=True)
 class Cutout(Augmentation):
-    """`size` is the square's side as a part of the picture's shorter side."""
+    """`size` is the side of the square, as a part of the picture's shorter side."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -30,16 +30,16 @@ class Cutout(Augmentation):
         x = batch.inputs
         height, width = x.shape[2:]
         side = round(self.size * min(height, width))
-        rows, columns = (_covered(batch, length, side, generator) for length in (height, width))
+        rows, columns = (_interval(batch, length, side, generator) for length in (height, width))
         covered = rows[:, None, :, None] & columns[:, None, None, :]
         return replace(batch, inputs=torch.where(covered, 0.0, x))
 
 
-def _covered(batch: Batch, length: int, side: int, generator: torch.Generator) -> torch.Tensor:
-    """(B, length) bool: which pixels of a line lie in a stretch of `side` with a random centre."""
+def _interval(batch: Batch, length: int, side: int, generator: torch.Generator) -> torch.Tensor:
+    """(B, length) bool: the pixels in an interval of `side` pixels with a random centre."""
     first = integers(batch, length, generator)[:, None] - side // 2
-    at = torch.arange(length, device=first.device)
-    return (at >= first) & (at < first + side)
+    pixels = torch.arange(length, device=first.device)
+    return (pixels >= first) & (pixels < first + side)
 
 
 AUGMENT = Cutout

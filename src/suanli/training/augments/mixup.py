@@ -1,7 +1,7 @@
 """Blends each picture with another of the batch; its target becomes shares of both classes.
 
-Source: H. Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. The share is drawn
-for each picture.
+Source: H. Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018. Each picture has
+a share of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from suanli.training.augments._sampling import (
 
 @dataclass(frozen=True, kw_only=True)
 class Mixup(Augmentation):
-    """Shares come from Beta(alpha, alpha); `probability` of a picture to be blended at all."""
+    """Shares come from Beta(alpha, alpha); a picture is blended with `probability`."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -38,12 +38,12 @@ class Mixup(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         x = batch.inputs
-        part = symmetric_beta(batch, self.alpha, generator)
-        part = torch.where(uniform(batch, 0, 1, generator) < self.probability, part, 1.0)
+        own_part = symmetric_beta(batch, self.alpha, generator)
+        own_part = torch.where(uniform(batch, 0, 1, generator) < self.probability, own_part, 1.0)
         partner = partners(batch)
         own = class_shares(batch.targets, batch.classes)
-        blended = torch.lerp(x[partner], x, per_image(part, x))
-        return replace(batch, inputs=blended, targets=mix_shares(own, own[partner], part))
+        inputs = torch.lerp(x[partner], x, per_image(own_part, x))
+        return replace(batch, inputs=inputs, targets=mix_shares(own, own[partner], own_part))
 
 
 AUGMENT = Mixup

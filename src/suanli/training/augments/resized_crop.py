@@ -1,7 +1,7 @@
 """A random part of each picture, stretched to the full size: the standard augmentation of photos.
 
-Source: C. Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6, in the form
-that area and aspect are drawn and the box is clipped to the picture.
+Source: C. Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6. Here, area
+and aspect ratio are random, and the box is clipped to the picture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from suanli.training.augments._sampling import check_range, uniform, warp
 
 @dataclass(frozen=True, kw_only=True)
 class ResizedCrop(Augmentation):
-    """`scale` is the part of the area, `ratio` the width over the height of the part."""
+    """`scale` is the part's share of the area, `ratio` its width over its height, in units of the picture's."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
 
@@ -34,7 +34,7 @@ class ResizedCrop(Augmentation):
         count = len(x)
         area = uniform(batch, *self.scale, generator)
         log_ratio = uniform(batch, math.log(self.ratio[0]), math.log(self.ratio[1]), generator)
-        # Sides as parts of the picture's own sides: a part has the picture's aspect times the ratio.
+        # Sides in units of the picture's sides, so a part has the picture's aspect ratio times `ratio`.
         width = torch.sqrt(area * log_ratio.exp()).clamp(max=1)
         height = torch.sqrt(area / log_ratio.exp()).clamp(max=1)
         matrices = torch.zeros(count, 2, 3, device=x.device)

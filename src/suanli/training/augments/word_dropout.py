@@ -1,8 +1,8 @@
-"""Word dropout: some tokens of a training text become the unknown token, so that no decision hangs
-on one word and the unknown token gets a trained embedding.
+"""Word dropout: some tokens of a training text become the unknown token, so that no decision depends on a single word
+and the unknown token gets a trained embedding.
 
-Iyyer et al., "Deep Unordered Composition Rivals Syntactic Methods for Text Classification", ACL 2015,
-drop the tokens; replacing them keeps the neighbours apart and the length as it was.
+Source: M. Iyyer et al., "Deep Unordered Composition Rivals Syntactic Methods for Text Classification", ACL 2015. They
+drop the tokens; replacing them keeps neighbours apart and the length as it was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from suanli.core.errors import UsageError
 from suanli.core.types import Augmentation, Batch
 from suanli.training.augments._sampling import draw_for_batch
 
-PADDING, UNKNOWN = 0, 1  # as in the text preprocessing, which this room can't import
+PADDING, UNKNOWN = 0, 1  # as in `preprocess/text.py`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,8 @@ class WordDropout(Augmentation):
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
         ids = batch.inputs
-        drawn = draw_for_batch(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
-        chosen = drawn < self.p
-        return replace(batch, inputs=ids.masked_fill(chosen & (ids != PADDING), UNKNOWN))
+        numbers = draw_for_batch(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
+        return replace(batch, inputs=ids.masked_fill((numbers < self.p) & (ids != PADDING), UNKNOWN))
 
 
 AUGMENT = WordDropout

@@ -1,1 +1,1 @@
-"""Ways to step the weights: one a file, each exporting OPTIMIZER."""
+"""Optimizers: one a file, each exporting OPTIMIZER."""

@@ -1,4 +1,4 @@
-"""Adam with weight decay that is independent of the gradient's scale.
+"""Adam with weight decay that doesn't depend on the scale of the gradients.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
 """

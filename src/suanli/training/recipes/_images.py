@@ -1,12 +1,12 @@
-"""Bounds and settings that several image recipes share."""
+"""Conditions and settings that several image recipes share."""
 
 from __future__ import annotations
 
 from suanli.core.types import Recipe, Traits
 
 SMALL_PX = 64
-FEW_EXAMPLES = 10_000  # below, an epoch has too few steps to learn in a handful of them
-NORMLESS = ("alexnet", "vit_tiny")  # built-in models that don't stand the rates of normalised networks
+FEW_EXAMPLES = 10_000  # below it, a handful of epochs has too few steps to learn
+NORMLESS = ("alexnet", "vit_tiny")  # built-in models that diverge at the learning rates of networks with batch norms
 
 SMALL = Recipe(
     model="speednet",
@@ -42,27 +42,27 @@ def is_grey(traits: Traits) -> bool:
     return len(traits.input_shape) == 3 and traits.input_shape[0] == 1
 
 
-def is_sign(traits: Traits) -> bool:
-    """Small grey images are mostly digits and letters, which a mirror turns into something else."""
+def shows_signs(traits: Traits) -> bool:
+    """Whether they are small grey images: mostly digits and letters, which mirroring would change."""
     return is_small(traits) and is_grey(traits)
 
 
-def is_few(traits: Traits) -> bool:
+def has_few_examples(traits: Traits) -> bool:
     return traits.examples < FEW_EXAMPLES
 
 
-def is_known(model: str | None) -> bool:
-    """Whether the network is one of suanli's: their names have no colon."""
+def is_builtin(model: str | None) -> bool:
+    """Whether the network is one of suanli's, whose names have no colon."""
     return model is None or ":" not in model
 
 
-def for_speednet(traits: Traits) -> bool:
-    """Whether `speednet` will be trained from scratch: it was named, or the images are small."""
+def trains_speednet(traits: Traits) -> bool:
+    """Whether `speednet` will be trained from scratch: the user names it, or the images are small."""
     if traits.kind != "image" or traits.weights:
         return False
     return traits.model == "speednet" or (traits.model is None and is_small(traits))
 
 
-def from_scratch(traits: Traits) -> bool:
-    """Whether some other network than `speednet` will be trained on images from scratch."""
-    return traits.kind == "image" and not traits.weights and not for_speednet(traits)
+def trains_other_network(traits: Traits) -> bool:
+    """Whether a network other than `speednet` will be trained on images from scratch."""
+    return traits.kind == "image" and not traits.weights and not trains_speednet(traits)

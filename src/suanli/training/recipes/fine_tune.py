@@ -1,11 +1,11 @@
-"""Images for a network that starts from given weights: small steps, the backbone's a tenth of the head's."""
+"""Images, for a network that starts from trained weights: small steps, and for the backbone a tenth of the head's."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import FINE_TUNE, is_sign
+from suanli.training.recipes._images import FINE_TUNE, shows_signs
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if traits.kind == "image" and traits.weights and not is_sign(traits) else None
+    return 60 if traits.kind == "image" and traits.weights and not shows_signs(traits) else None
 
 
 RECIPE = RecipeChoice(

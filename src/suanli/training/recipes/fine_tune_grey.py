@@ -1,11 +1,11 @@
-"""Small grey images for a network that starts from given weights: as `fine_tune`, but never mirrored."""
+"""Small grey images, for a network that starts from trained weights: as `fine_tune`, but never mirrored."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import FINE_TUNE, is_sign
+from suanli.training.recipes._images import FINE_TUNE, shows_signs
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if traits.kind == "image" and traits.weights and is_sign(traits) else None
+    return 60 if traits.kind == "image" and traits.weights and shows_signs(traits) else None
 
 
 RECIPE = RecipeChoice(

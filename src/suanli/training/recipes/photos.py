@@ -1,15 +1,15 @@
 """Photos, and images of any size for a residual network, from scratch.
 
-Muon was chosen over AdamW on 400 held-out training photos at 72 px, three epochs, one seed; its rates
-were not searched.
+Muon was chosen over AdamW on 400 held-out training photos at 72 px, with three epochs and one seed; its learning rates
+were not tuned.
 """
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import NORMLESS, from_scratch, is_known
+from suanli.training.recipes._images import NORMLESS, is_builtin, trains_other_network
 
 
 def suits(traits: Traits) -> int | None:
-    return 50 if from_scratch(traits) and is_known(traits.model) and traits.model not in NORMLESS else None
+    return 50 if trains_other_network(traits) and is_builtin(traits.model) and traits.model not in NORMLESS else None
 
 
 RECIPE = RecipeChoice(

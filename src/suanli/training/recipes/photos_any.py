@@ -1,14 +1,14 @@
 """Photos, and images of any size, from scratch, for a network that suanli doesn't know.
 
-AdamW with clipped gradients, because it asks least of a network's structure.
+AdamW with clipped gradients, because it assumes the least about the structure of a network.
 """
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import from_scratch, is_known
+from suanli.training.recipes._images import is_builtin, trains_other_network
 
 
 def suits(traits: Traits) -> int | None:
-    return 50 if from_scratch(traits) and not is_known(traits.model) else None
+    return 50 if trains_other_network(traits) and not is_builtin(traits.model) else None
 
 
 RECIPE = RecipeChoice(

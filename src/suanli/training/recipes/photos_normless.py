@@ -5,11 +5,11 @@ epochs than the others.
 """
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import NORMLESS, from_scratch
+from suanli.training.recipes._images import NORMLESS, trains_other_network
 
 
 def suits(traits: Traits) -> int | None:
-    return 50 if from_scratch(traits) and traits.model in NORMLESS else None
+    return 50 if trains_other_network(traits) and traits.model in NORMLESS else None
 
 
 RECIPE = RecipeChoice(

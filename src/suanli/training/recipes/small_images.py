@@ -1,24 +1,24 @@
-"""Small colour images, many of them: `speednet` for a handful of epochs, the first ones on smaller pictures.
+"""Small colour images, at least 10,000: `speednet` for a handful of epochs, the first ones on smaller pictures.
 
 Chosen on 5,000 training images of CIFAR-10 that took no part in training.
 """
 
 from suanli.core.types import Budget, Json, MeasuredScore, Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import SMALL, for_speednet, is_few, is_sign
+from suanli.training.recipes._images import SMALL, has_few_examples, shows_signs, trains_speednet
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if for_speednet(traits) and not is_few(traits) and not is_sign(traits) else None
+    return 60 if trains_speednet(traits) and not has_few_examples(traits) and not shows_signs(traits) else None
 
 
-def _effort(epochs: float, lr: float, widths: tuple[int, ...], reached: float, **more: Json) -> Budget:
-    """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy, the two dearest in bfloat16 on a GPU:
-    records/2026-11-27_h100_gpu."""
+def _budget(epochs: float, lr: float, widths: tuple[int, ...], score: float, **more: Json) -> Budget:
+    """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy; the two most expensive in bfloat16 on a
+    GPU: records/2026-11-27_h100_gpu."""
     changes: dict[str, Json] = {"epochs": epochs, "lr": lr, "validate_every": epochs}
     changes["model_args"] = {"widths": widths} | more.pop("model_args", {})
     return Budget(
         changes=changes | more,
-        scores=(MeasuredScore(data="cifar10", classes=10, examples=44_893, score=reached),),
+        scores=(MeasuredScore(data="cifar10", classes=10, examples=44_893, score=score),),
     )
 
 
@@ -35,12 +35,12 @@ RECIPE = RecipeChoice(
     ),
     suits=suits,
     budgets=(
-        _effort(0.8, 0.24, (32, 64, 128), 0.716),
-        _effort(1.3, 0.24, (32, 64, 128), 0.762),
-        _effort(2.8, 0.24, (32, 64, 128), 0.804),
-        _effort(4.0, 0.15, (64, 128, 256), 0.847),
-        _effort(7.0, 0.15, (64, 256, 256), 0.876),
-        _effort(
+        _budget(0.8, 0.24, (32, 64, 128), 0.716),
+        _budget(1.3, 0.24, (32, 64, 128), 0.762),
+        _budget(2.8, 0.24, (32, 64, 128), 0.804),
+        _budget(4.0, 0.15, (64, 128, 256), 0.847),
+        _budget(7.0, 0.15, (64, 256, 256), 0.876),
+        _budget(
             8.0,
             0.24,
             (64, 256, 256),

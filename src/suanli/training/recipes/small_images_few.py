@@ -1,11 +1,11 @@
 """Small colour images, fewer than 10,000: smaller batches and more epochs than `small_images`."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import SMALL, for_speednet, is_few, is_sign
+from suanli.training.recipes._images import SMALL, has_few_examples, shows_signs, trains_speednet
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if for_speednet(traits) and is_few(traits) and not is_sign(traits) else None
+    return 60 if trains_speednet(traits) and has_few_examples(traits) and not shows_signs(traits) else None
 
 
 RECIPE = RecipeChoice(

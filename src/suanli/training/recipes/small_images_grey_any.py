@@ -1,12 +1,12 @@
-"""Small grey images for a network other than `speednet`, from scratch: never mirrored, and a rate that
-networks without norms stand as well."""
+"""Small grey images, for a network other than `speednet` from scratch: never mirrored, and with a learning rate at
+which networks without batch norms learn as well."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import from_scratch, is_sign
+from suanli.training.recipes._images import shows_signs, trains_other_network
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if from_scratch(traits) and is_sign(traits) else None
+    return 60 if trains_other_network(traits) and shows_signs(traits) else None
 
 
 RECIPE = RecipeChoice(

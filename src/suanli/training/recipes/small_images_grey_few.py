@@ -1,21 +1,21 @@
 """Small grey images, fewer than 10,000: smaller batches and more epochs, never mirrored.
 
-Rate, epochs and smoothing were chosen on the validation split of the built-in digits, four seeds each.
+Learning rate, epochs and label smoothing were chosen on the validation split of the built-in digits, four seeds each.
 """
 
 from suanli.core.types import Budget, MeasuredScore, Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import SMALL, for_speednet, is_few, is_sign
+from suanli.training.recipes._images import SMALL, has_few_examples, shows_signs, trains_speednet
 
 
 def suits(traits: Traits) -> int | None:
-    return 60 if for_speednet(traits) and is_few(traits) and is_sign(traits) else None
+    return 60 if trains_speednet(traits) and has_few_examples(traits) and shows_signs(traits) else None
 
 
-def _effort(epochs: float, reached: float) -> Budget:
+def _budget(epochs: float, score: float) -> Budget:
     """Measured by `benchmarks/bench_efforts.py`: records/2026-11-25_epyc-2core_accuracy."""
     return Budget(
         changes={"epochs": epochs},
-        scores=(MeasuredScore(data="digits", classes=10, examples=1_414, score=reached),),
+        scores=(MeasuredScore(data="digits", classes=10, examples=1_414, score=score),),
     )
 
 
@@ -33,5 +33,5 @@ RECIPE = RecipeChoice(
         }
     ),
     suits=suits,
-    budgets=(_effort(3, 0.982), _effort(8, 0.992)),
+    budgets=(_budget(3, 0.982), _budget(8, 0.992)),
 )

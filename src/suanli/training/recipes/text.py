@@ -1,8 +1,8 @@
 """Text classification from random weights, for tens of thousands of short texts and more, on a CPU.
 
-Words are learned by heart within two passes, so nearly everything here works against that: word
-dropout, dropout on embeddings and features, label smoothing, a moving average of the weights, few
-epochs. Embeddings have no weight decay: it would pull rare words, which seldom see a gradient, to zero.
+A network memorises the texts within two epochs, so most settings are against overfitting: word dropout, dropout on
+embeddings and features, label smoothing, a moving average of the weights, few epochs. Embeddings have no weight decay:
+it would pull rare words, which seldom get a gradient, to 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Text classification from random weights, for fewer than 20,000 texts.
 
-As `text`, with smaller batches and more passes: a few thousand texts would otherwise end after some
-dozens of steps, before rare words have moved from their random start.
+As `text`, with smaller batches and more epochs: a few thousand texts would otherwise give a few dozen steps, too few to
+move rare words from their random start.
 """
 
 from __future__ import annotations

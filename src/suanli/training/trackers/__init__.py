@@ -1,1 +1,1 @@
-"""Optional writers of metrics: one a file, each exporting TRACKER."""
+"""Optional experiment trackers: one a file, each exporting TRACKER."""

@@ -1,7 +1,7 @@
-"""MLflow: to MLFLOW_TRACKING_URI where the user has set it, else to files in `<run>/mlruns`.
+"""MLflow: writes to MLFLOW_TRACKING_URI if the user has set it, else to files in `<run>/mlruns`.
 
-Uses a client object, not MLflow's global current run, so that two runs in one process don't mix.
-A server that fails in the middle costs its metrics, never the training: they are in metrics.jsonl too.
+It uses a client object, not MLflow's global current run, so two runs in one process don't mix. If a server fails during
+the run, only MLflow loses metrics: training goes on, and they are all in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class MLflow(Tracker):
 
         self._failure: type[Exception] = MlflowException
         self._broken = False
-        place = os.environ.get("MLFLOW_TRACKING_URI")
-        if not place:
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a database needs the full package
-            place = (run_path / "mlruns").resolve().as_uri()
+            uri = (run_path / "mlruns").resolve().as_uri()
         try:
-            self._client = MlflowClient(tracking_uri=place)
+            self._client = MlflowClient(tracking_uri=uri)
             self._run_id = self._start(run_path.resolve().name)
             for name, value in config.items():
                 self._client.log_param(self._run_id, name, str(value)[:_PARAM_LENGTH])
         except MlflowException as error:
             raise MachineError(
-                f"MLflow can't write to {place}: {_first_line(error)}.",
+                f"MLflow can't write to {uri}: {_first_line(error)}.",
                 fix="Check MLFLOW_TRACKING_URI, or train without --track mlflow.",
             ) from error
 
@@ -72,7 +72,7 @@ class MLflow(Tracker):
         try:
             self._client.set_terminated(self._run_id)
         except self._failure as error:
-            console.warn(f"MLflow wasn't told that the run has ended: {_first_line(error)}.")
+            console.warn(f"MLflow doesn't know that the run has ended: {_first_line(error)}.")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in `<run>/tensorboard`, for `tensorboard --logdir runs`. Needs no network."""
+"""TensorBoard: writes event files to `<run>/tensorboard`, for `tensorboard --logdir runs`. It needs no network."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weights & Biases: offline files in `<run>/wandb`, which `wandb sync` sends when the user wants.
+"""Weights & Biases: writes offline files to `<run>/wandb`, which the user may send with `wandb sync`.
 
-It goes online only where the user has set WANDB_MODE: being logged in isn't yet a wish to send this
-run. Host name, user name, code and git state are never collected.
+It goes online only if the user has set WANDB_MODE: being logged in doesn't mean that this run may be sent. Host name,
+user name, code and git state are never collected.
 """
 
 from __future__ import annotations
