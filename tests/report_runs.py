@@ -37,12 +37,12 @@ def text_preview(text: str) -> dict[str, str]:
     return {"media_type": "text/plain", "base64": base64.b64encode(text.encode()).decode()}
 
 
-def exam(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, previews: list[Any]) -> Any:
+def evaluation(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, previews: list[Any]) -> Any:
     """An evaluation file from real probabilities."""
-    said, k = odds.argmax(1), len(classes)
+    predicted, k = odds.argmax(1), len(classes)
     matrix = np.zeros((k, k), int)
-    np.add.at(matrix, (truth, said), 1)
-    right, sure = said == truth, odds.max(1)
+    np.add.at(matrix, (truth, predicted), 1)
+    right, sure = predicted == truth, odds.max(1)
     bins = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
     precision = matrix.diagonal() / np.maximum(matrix.sum(0), 1)
     recall = matrix.diagonal() / np.maximum(matrix.sum(1), 1)
@@ -50,7 +50,7 @@ def exam(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, pr
         {
             "name": f"{split}/{classes[truth[i]]}/{i:04d}.png",
             "true": classes[truth[i]],
-            "predicted": classes[said[i]],
+            "predicted": classes[predicted[i]],
             "probability": float(sure[i]),
             "true_probability": float(odds[i, truth[i]]),
             "preview": previews[i],
@@ -132,8 +132,8 @@ def digits_run(path: Path) -> Path:
     write(path / "model" / "model.json", {})
     for split in ("val", "test"):
         rows = ranges[split]
-        found = exam(split, classes, truth[rows], odds[rows], previews[rows])
-        write(path / "evaluation" / f"{split}.json", found)
+        scored = evaluation(split, classes, truth[rows], odds[rows], previews[rows])
+        write(path / "evaluation" / f"{split}.json", scored)
     return path
 
 
@@ -156,7 +156,7 @@ def digits_check() -> Any:
         "sizes": {"min": [8, 8], "median": [8, 8], "max": [16, 12], "distinct": 3},
         "imbalance": 1.1,
         "empty_classes": [],
-        "notes": ["2 files that are no pictures were passed over: readme.txt, Thumbs.db"],
+        "notes": ["2 files that are no pictures were skipped: readme.txt, Thumbs.db"],
     }
 
 
@@ -202,7 +202,7 @@ def text_run(path: Path) -> Path:
     data = {"name": "reviews", "kind": "text", "source": "reviews.tsv", "classes": classes}
     write(path / "data.json", data | {"counts": {"train": {"negative": 900, "positive": 100}}})
     write(path / "check.json", {"total": 1000, "imbalance": 9.0, "empty_classes": ["neutral"]})
-    write(path / "evaluation" / "test.json", exam("test", classes, truth, odds, previews))
+    write(path / "evaluation" / "test.json", evaluation("test", classes, truth, odds, previews))
     return path
 
 
@@ -213,7 +213,7 @@ def many_classes_run(path: Path, k: int = 1000) -> Path:
     write(path / "recipe.json", {"model": "resnet50"})
     counts = {"train": {name: int(n) for name, n in zip(classes, random.integers(5, 1300, k), strict=True)}}
     write(path / "data.json", {"name": "big", "classes": classes, "counts": counts})
-    write(path / "evaluation" / "test.json", exam("test", classes, truth, odds, [None] * (2 * k)))
+    write(path / "evaluation" / "test.json", evaluation("test", classes, truth, odds, [None] * (2 * k)))
     return path
 
 
@@ -224,10 +224,10 @@ def hostile_run(path: Path) -> Path:
     truth = np.arange(40) % k
     odds = np.random.default_rng(3).dirichlet(np.ones(k), 40)
     previews = [text_preview(HOSTILE), {"media_type": "text/html", "base64": "PHNjcmlwdD4="}, text_preview(long)]
-    found = exam("test", classes, truth, odds, [previews[i % 3] for i in range(40)])
-    for one in found["mistakes"] + found["samples"]:
+    scored = evaluation("test", classes, truth, odds, [previews[i % 3] for i in range(40)])
+    for one in scored["mistakes"] + scored["samples"]:
         one["name"] = HOSTILE
-    write(path / "evaluation" / "test.json", found)
+    write(path / "evaluation" / "test.json", scored)
     write(path / "recipe.json", {"model": HOSTILE, "model_args": {HOSTILE: [long]}, long: HOSTILE})
     counts = {"train": dict.fromkeys(classes, 3)}
     write(
@@ -242,7 +242,8 @@ def hostile_run(path: Path) -> Path:
     command = ["suanli", "run", HOSTILE, long]
     versions = {HOSTILE: HOSTILE, long: long}
     write(path / "environment.json", {"command": command, "time": HOSTILE, "device": device, "versions": versions})
-    write_lines(path / "ledger.jsonl", [{"metric": HOSTILE, "unit": long, "variant": HOSTILE}])
+    line = {"metric": HOSTILE, "unit": long, "variant": HOSTILE, "device": long, "recipe": long, "time": HOSTILE}
+    write_lines(path / "ledger.jsonl", [line | {"value": math.inf, "count": 10**40, "scores": {}, "versions": {}}])
     write_lines(path / "metrics.jsonl", [{"step": 1, "split": "val", "scores": {HOSTILE: 0.5}}])
     return path
 
@@ -253,17 +254,20 @@ def hostile_engines(path: Path) -> None:
     numbers = [0.5, nan, inf, -inf, huge, -huge, 1e99, 1e29, -1.0, 0.0, 1e-300, 5e-324, None]
     candidates = []
     for n in numbers:
-        speeds = [{"batch": batch, "threads": 10**40} | dict.fromkeys(PACES, n) for batch in (1, 10**40, -1, 0, None)]
+        sizes = [(1, 2), (64, 1), (1, 10**40), (10**40, 2), (-1, 2), (0, 2), (None, 2)]
+        speeds = [{"batch": b, "threads": t, "calls": 3} | dict.fromkeys(PACES, n) for b, t in sizes]
         every = dict.fromkeys(["score", "drift", "build_s", "load_s", "size_bytes", "memory_bytes"], n)
         every |= {"difference": dict.fromkeys(["median", "low", "high"], n), "speeds": speeds, "best": n == 0.5}
         candidates.append(every | {"engine": HOSTILE, "precision": long, "state": "accepted"})
-        candidates.append(every | {"engine": long, "state": HOSTILE, "reason": HOSTILE, "kept": [HOSTILE]})
+        candidates.append(
+            every | {"engine": long, "state": HOSTILE, "precision": long, "reason": HOSTILE, "kept": [HOSTILE]}
+        )
     candidates.append({"engine": HOSTILE, "state": HOSTILE, "reason": long})
-    found = dict.fromkeys(["tolerance", "budget_s", "seconds"], huge)
-    found |= {"goal": HOSTILE, "graph": HOSTILE, "labelled": True, "examples": 10**40}
-    found |= {"candidates": candidates, "chosen": candidates[2]}
+    search = dict.fromkeys(["tolerance", "budget_s", "seconds"], huge)
+    search |= {"goal": HOSTILE, "graph": HOSTILE, "labelled": True, "examples": 10**40, "of_examples": 10**40}
+    search |= {"candidates": candidates, "chosen": candidates[0]}
     machine = {"device": HOSTILE, "cores": 10**40}
-    write(path / "model" / "engines" / "engines.json", {"headline": HOSTILE, "machine": machine, "found": found})
+    write(path / "model" / "engines" / "engines.json", {"headline": HOSTILE, "machine": machine, "found": search})
 
 
 PACES = ["p50_s", "p95_s", "p99_s", "joules"]

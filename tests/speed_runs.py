@@ -11,11 +11,21 @@ CEILINGS = {
     "device": "AMD EPYC 9R14",
     "torch_name": "cpu",
     "threads": 2,
+    "fingerprint": "5e1fa0c29b7d4410aa01",
+    "time": "2026-03-01T08:05:00+00:00",
+    "seconds": 11.8,
     "matmul_flops": {"float32": 1.9e11, "bfloat16": 4.1e11, "float16": None},
     "conv_flops": {"float32": 2.1e11, "bfloat16": 3.6e11},
     "absent": {"float8_e4m3fn": "no such instructions"},
     "memory_bytes_per_s": 1.5e10,
+    "host_to_device_bytes_per_s": None,
+    "all_reduce_bytes_per_s": None,
+    "launch_s": 2e-6,
+    "graph_launch_s": None,
+    "jpeg_images_per_s": 900.0,
+    "disk_read_bytes_per_s": 2e9,
     "spread": {"matmul_flops.float32": 0.03},
+    "waiting": 0.0,
     "steady": True,
 }
 LAYERS = [  # speednet, 128 pictures of 32 px, bfloat16, as measured on two cores
@@ -38,8 +48,8 @@ LAYERS = [  # speednet, 128 pictures of 32 px, bfloat16, as measured on two core
 
 def roofline(ceilings: Any = CEILINGS) -> Any:
     names = ("name", "kind", "flops", "bytes", "seconds")
-    told = {"device": "AMD EPYC 9R14", "dtype": "bfloat16", "batch": 128, "flops_per_example": 39_774_784.0}
-    return told | {"ceilings": ceilings, "layers": [dict(zip(names, one, strict=True)) for one in LAYERS]}
+    about = {"device": "AMD EPYC 9R14", "dtype": "bfloat16", "batch": 128, "flops_per_example": 39_774_784.0}
+    return about | {"ceilings": ceilings, "layers": [dict(zip(names, one, strict=True)) for one in LAYERS]}
 
 
 def plan() -> Any:
@@ -99,7 +109,7 @@ def figures(speed: float, ratio: float, wait: str, **more: Any) -> Any:
 
 
 def bench() -> Any:
-    rungs = [
+    measured = [
         ("plain PyTorch", [], 700, 1.0, 0.612, None, None),
         ("+ channels_last", ["channels_last"], 880, 1.26, 0.611, (-0.001, -0.012, 0.010), None),
         ("+ bf16", ["bf16"], 1490, 2.13, 0.615, (0.003, -0.009, 0.014), None),
@@ -108,16 +118,17 @@ def bench() -> Any:
         ("+ resident", ["resident"], 1980, 2.83, 0.612, (0.0, -0.011, 0.011), None),
         ("+ graphs", ["graphs"], None, None, None, None, "needs an NVIDIA GPU"),
     ]
-    told = []
-    for name, speedups, speed, ratio, accuracy, difference, refused in rungs:
-        rung: dict[str, Any] = {"name": name, "speedups": speedups, "threads": 2, "refused": refused}
-        rung |= {"failed": name == "+ graphs", "again": None}
-        measured = speed is not None and ratio is not None
-        rung["train"] = figures(speed, ratio, "step") if measured else None
-        rung["evaluate"] = figures(3.4 * speed, 1.05 * ratio, "batch") if measured and name != "+ resident" else None
-        rung["scores"] = {"accuracy": accuracy, "log_loss": 1.1}
-        rung["difference"] = difference and dict(zip(("median", "low", "high"), difference, strict=True))
-        told.append(rung)
+    variants = []
+    for name, speedups, speed, ratio, accuracy, difference, refused in measured:
+        variant: dict[str, Any] = {"name": name, "speedups": speedups, "threads": 2, "refused": refused}
+        variant |= {"failed": name == "+ graphs", "again": None, "train": None, "evaluate": None}
+        if speed is not None and ratio is not None:
+            variant["train"] = figures(speed, ratio, "step")
+            if name != "+ resident":
+                variant["evaluate"] = figures(3.4 * speed, 1.05 * ratio, "batch")
+        variant["scores"] = {"accuracy": accuracy, "log_loss": 1.1}
+        variant["difference"] = difference and dict(zip(("median", "low", "high"), difference, strict=True))
+        variants.append(variant)
     return {
         "device": "AMD EPYC 9R14",
         "batch_size": 500,
@@ -130,7 +141,7 @@ def bench() -> Any:
         "price_per_hour": None,
         "ceiling_flops": {"float32": 1.9e11},
         "plan": plan(),
-        "rungs": told,
+        "rungs": variants,
     }
 
 
@@ -158,39 +169,44 @@ def hostile_speed(path: Path) -> None:
     long, nan, inf, huge = "x" * 400, float("nan"), float("inf"), 1e300
     text = dict.fromkeys(["change", "reason", "name", "kind", "verdict", "remedy", "dropped", "said"], HOSTILE)
     numbers = [nan, inf, -inf, huge, -huge, 1e99, -1.0, 0.0, 1e-300, 5e-324, None]
-    trials = [text | {"ratio": n, "spread": n, "error": n, "step_s": n} for n in numbers]
-    told = {HOSTILE: nan, long: huge, "forward": inf, "backward": -1.0}
-    found = text | {"shares": told, "step_s": huge, "gain_at_most": inf, "applied": [HOSTILE, long]}
+    trials = [text | {"kept": n == 1e99, "ratio": n, "spread": n, "error": n, "step_s": n} for n in numbers]
+    shares = {HOSTILE: nan, long: huge, "forward": inf, "backward": -1.0}
+    diagnosis = text | {"shares": shares, "step_s": huge, "steps": 10**40, "limited_by": long, "gain_at_most": inf}
     write(
         path / "summary.json",
         {
             "status": HOSTILE,
             "limited_by": long,
             "plan": {
+                "device": HOSTILE,
                 "speedups": [HOSTILE, long],
                 "dropped": {HOSTILE: long, long: HOSTILE},
                 "origin": HOSTILE,
                 "seconds": nan,
                 "trials": trials,
             },
-            "diagnosis": found,
+            "diagnosis": diagnosis | {"applied": [HOSTILE, long]},
             "fallbacks": [text, {"said": long, "speedups": [HOSTILE, long]}],
             "seconds": {HOSTILE: 3, long: 2},
         },
     )
-    layers = [text | {"flops": a, "bytes": b, "seconds": c} for a in numbers for b in numbers for c in (1e-3, 5e-324)]
-    layers += [text | {"seconds": n} for n in (nan, inf, None, -1.0)]
+    counts = [*numbers, 1, 2**62]
+    layers = [text | {"flops": a, "bytes": b, "seconds": c} for a in counts for b in counts for c in (1e-3, 5e-324)]
+    layers += [text | {"flops": 1, "bytes": 1, "seconds": n} for n in (nan, inf, None, -1.0)]
     peaks = {"float32": 1e99, "bfloat16": nan, HOSTILE: 1e-300}
-    ceilings = {"matmul_flops": peaks, "conv_flops": peaks, "memory_bytes_per_s": 1e-9}
-    write(path / "roofline.json", {"dtype": HOSTILE, "batch": 10**40, "ceilings": ceilings, "layers": layers})
+    ceilings = CEILINGS | {"matmul_flops": peaks, "conv_flops": peaks, "memory_bytes_per_s": 1e-9}
+    roofline = {"device": HOSTILE, "dtype": HOSTILE, "batch": 1, "ceilings": ceilings, "layers": layers}
+    write(path / "roofline.json", roofline)
     spreads = [{"median": n, "half_iqr": n} for n in numbers]
-    rungs = []
+    variants = []
     for spread in spreads:
-        every = {"examples_per_s": spread, "ratio": spread} | dict.fromkeys(
-            ["step_ms_p50", "batch_ms_p95", "peak_memory_bytes", "share_of_ceiling", "joules_per_example"],
-            spread["median"],
-        )
-        rung = {"name": HOSTILE, "train": every, "evaluate": every, "scores": {HOSTILE: spread["median"]}}
-        rungs.append(rung | {"refused": long, "difference": dict.fromkeys(["median", "low", "high"], huge)})
-        rungs.append({"name": long, "train": every})
-    write(path / "bench.json", {"headline": HOSTILE, "device": HOSTILE, "tolerance": huge, "rungs": rungs})
+        n = spread["median"]
+        every = figures(1.0, 1.0, "step") | figures(1.0, 1.0, "batch") | {"examples_per_s": spread, "ratio": spread}
+        every = {key: value if isinstance(value, dict) else n for key, value in every.items()}
+        variant = {"name": HOSTILE, "speedups": [long], "threads": 10**40, "failed": False}
+        variant |= {"train": every, "evaluate": every, "scores": {HOSTILE: n}, "again": None}
+        variants.append(variant | {"refused": long, "difference": dict.fromkeys(["median", "low", "high"], huge)})
+        variants.append(variant | {"name": long, "refused": None, "difference": dict.fromkeys(["low", "high"], n)})
+    about = {"headline": HOSTILE, "device": HOSTILE, "tolerance": huge, "rungs": variants}
+    about |= dict.fromkeys(["batch_size", "rounds", "steps", "planned_steps", "validation_examples"], 10**40)
+    write(path / "bench.json", about | {"plan": {"device": HOSTILE, "speedups": [HOSTILE]}})

@@ -1,4 +1,4 @@
-"""bench: rungs that differ in how they compute and in nothing else, and a gate that can't be talked round."""
+"""bench: variants that differ in how they compute and in nothing else, and the gate."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from suanli.core.types import Difference, Plan, Recipe
 from suanli.machine import device
 from suanli.machine.ceilings import Ceilings
 from suanli.tasks.classification import Classification
-from suanli.training.ablation import check
-from suanli.training.ablation_records import Ladder, Rung, rungs, shortened, visits
+from suanli.training.ablation_plan import cumulative_plans, divide_steps, shorten
+from suanli.training.ablation_records import Ablation, Variant
+from suanli.verbs.bench import check_options
 
 SMALL = {"batch_size": 24, "device": "cpu", "settings": {"val_fraction": 0.3, "model_args.widths": [8, 16]}}
 
@@ -48,11 +49,11 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     planted = []
 
     def add(name: str, body: str, **fields: object) -> str:
-        told = "".join(f", {field}={value!r}" for field, value in fields.items())
+        more = "".join(f", {field}={value!r}" for field, value in fields.items())
         (folder / f"{name}.py").write_text(
             "from dataclasses import replace\nfrom suanli.core.types import Speedup\n"
             f"def apply(step, device):\n{indent(body, '    ')}\n"
-            f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=lambda device: None{told})\n"
+            f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=lambda device: None{more})\n"
         )
         planted.append(name)
         registry.names.cache_clear()
@@ -75,27 +76,32 @@ def compute(inputs):
 return replace(step, compute=compute)"""
 
 
-# --- whole ladders --------------------------------------------------------------------------
+# --- whole ablations ------------------------------------------------------------------------
 
 
-def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None:
+def test_every_figure_of_every_variant(picture_folder: Callable[..., Path]) -> None:
     """The file has what the schema says, and the figures agree with each other."""
     if "bfloat16" not in device.detect("cpu").fast_dtypes:
         pytest.skip("this processor has no fast bfloat16")
     names = "channels_last,bf16"
-    found = suanli.bench(picture_folder(each=60), speedups=names, steps=20, rounds=3, price_per_hour=3.6, **SMALL)
-    told = json.loads((found.run.path / "bench.json").read_text())
-    assert told | {"run": str(found.run.path), "scores": found.to_json()["scores"]} == json.loads(
-        json.dumps(found.to_json())
+    result = suanli.bench(picture_folder(each=60), speedups=names, steps=20, rounds=3, price_per_hour=3.6, **SMALL)
+    figures = json.loads((result.run.path / "bench.json").read_text())
+    assert figures | {"run": str(result.run.path), "scores": result.to_json()["scores"]} == json.loads(
+        json.dumps(result.to_json())
     )
-    assert found.run.path.name == "pictures-bench-1"
-    assert [r["name"] for r in told["rungs"]] == ["plain PyTorch", "+ channels_last", "+ bf16"]
-    assert (told["steps"], told["rounds"], told["headline"], told["tolerance"]) == (20, 3, "accuracy", 0.005)
-    ceilings = told["ceiling_flops"]
-    for rung in told["rungs"]:
-        assert set(rung["scores"]) >= {"accuracy", "log_loss"}
+    assert result.run.path.name == "pictures-bench-1"
+    assert [one["name"] for one in figures["rungs"]] == ["plain PyTorch", "+ channels_last", "+ bf16"]
+    assert (figures["steps"], figures["rounds"], figures["headline"], figures["tolerance"]) == (
+        20,
+        3,
+        "accuracy",
+        0.005,
+    )
+    ceilings = figures["ceiling_flops"]
+    for variant in figures["rungs"]:
+        assert set(variant["scores"]) >= {"accuracy", "log_loss"}
         for name, unit in (("train", "step"), ("evaluate", "batch")):
-            phase = rung[name]
+            phase = variant[name]
             rate = phase["examples_per_s"]["median"]
             assert rate > 0
             assert 0 < phase[f"{unit}_ms_p50"] <= phase[f"{unit}_ms_p95"]
@@ -103,40 +109,40 @@ def test_every_figure_of_every_rung(picture_folder: Callable[..., Path]) -> None
             assert 0 < phase["share_of_ceiling"] < 2  # the ceilings were measured hastily
             if sys.platform.startswith("linux") and phase["peak_memory_bytes"] is not None:
                 assert 50e6 < phase["peak_memory_bytes"] < 20e9
-    plain, *others = told["rungs"]
+    plain, *others = figures["rungs"]
     assert plain["train"]["ratio"] == {"median": 1.0, "half_iqr": 0.0}
     assert plain["difference"] is None
-    for rung in others:
-        change = rung["difference"]
+    for variant in others:
+        change = variant["difference"]
         assert change["low"] <= change["median"] <= change["high"]
-        gained = rung["scores"]["accuracy"] - plain["scores"]["accuracy"]
+        gained = variant["scores"]["accuracy"] - plain["scores"]["accuracy"]
         assert change["median"] == pytest.approx(gained)
-    share = [r["train"]["share_of_ceiling"] / r["train"]["examples_per_s"]["median"] for r in told["rungs"]]
+    share = [one["train"]["share_of_ceiling"] / one["train"]["examples_per_s"]["median"] for one in figures["rungs"]]
     assert share[0] == pytest.approx(share[1])
     assert share[0] * ceilings["float32"] == pytest.approx(share[2] * ceilings["bfloat16"])
-    lines = [json.loads(line) for line in (found.run.path / "ledger.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (result.run.path / "ledger.jsonl").read_text().splitlines()]
     assert [(line["metric"], line["variant"]) for line in lines[::2]] == [
         ("examples_per_s", "none"),
         ("examples_per_s", "channels_last"),
         ("examples_per_s", "channels_last+bf16"),
     ]
     assert lines[0]["scores"]["val_accuracy"] == plain["scores"]["accuracy"]
-    assert (found.run.path / "report.html").exists()
-    assert not (found.run.path / "model").exists()
+    assert (result.run.path / "report.html").exists()
+    assert not (result.run.path / "model").exists()
 
 
-def test_a_rung_trains_as_if_it_were_alone(picture_folder: Callable[..., Path], plant: Callable[..., str]) -> None:
-    """By turns with others or in one go: same bits. And the steps are the first ones of a real training."""
+def test_a_variant_trains_as_if_it_were_alone(picture_folder: Callable[..., Path], plant: Callable[..., str]) -> None:
+    """In turn with others or in one go: same bits. And the steps are the first ones of a real training."""
     root = picture_folder(each=60)
     settings = SMALL["settings"] | {"augment": ["flip"], "ema_decay": 0.9, "warmup_epochs": 1.0}
     name = plant("nothing", NOTHING, stage=1)
     options = SMALL | {"settings": settings}
-    found = suanli.bench(root, speedups=name, steps=15, epochs=4, rounds=4, **options)
-    plain, same = found.ladder.rungs
+    result = suanli.bench(root, speedups=name, steps=15, epochs=4, rounds=4, **options)
+    plain, same = result.ablation.variants
     assert plain.scores == same.scores
     assert same.difference is not None
     assert same.difference.median == 0
-    trained = suanli.train(root, recipe=found.run.recipe, speedups="none", device="cpu")
+    trained = suanli.train(root, recipe=result.run.recipe, speedups="none", device="cpu")
     assert trained.metrics[-1]["step"] == 15
     assert trained.metrics[-1]["scores"] == plain.scores
 
@@ -150,17 +156,17 @@ def test_what_costs_accuracy_is_refused_and_not_used_again(
     with pytest.raises(suanli.GateError, match=r"it loses \d.*with another seed") as stopped:
         suanli.bench(root, steps=30, epochs=4, rounds=2, **SMALL)
     assert name in stopped.value.fix
-    told = json.loads(Path("runs/pictures-bench-1/bench.json").read_text())
-    refused = {r["name"]: r["refused"] for r in told["rungs"]}
+    figures = json.loads(Path("runs/pictures-bench-1/bench.json").read_text())
+    refused = {one["name"]: one["refused"] for one in figures["rungs"]}
     assert refused["plain PyTorch"] is None
     assert "accuracy" in refused[f"+ {name}"]
     again = suanli.bench(root, steps=10, epochs=4, rounds=1, **SMALL)
-    assert name not in again.ladder.plan.speedups
-    assert "gate refused" in again.ladder.plan.dropped[name]
+    assert name not in again.ablation.plan.speedups
+    assert "gate refused" in again.ablation.plan.dropped[name]
 
 
 @pytest.mark.long
-def test_the_command_tells_a_refusal_with_its_figures(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_command_prints_a_refusal_with_its_figures(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
     """As another program sees it: exit code 5, one JSON object."""
     code = f"""
 import sys, suanli.compute.speedups, suanli.cli
@@ -179,12 +185,12 @@ suanli.cli.main(sys.argv[1:])
         [sys.executable, "-c", code, *map(str, arguments), "--json"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 5, done.stderr
-    told = json.loads(done.stdout)
-    assert told["exit_code"] == 5
-    assert "harmful" in told["error"]
-    assert told["rungs"][1]["refused"] in told["error"]
-    assert told["rungs"][1]["train"]["examples_per_s"]["median"] > 0
-    assert told["seconds"] > 0
+    figures = json.loads(done.stdout)
+    assert figures["exit_code"] == 5
+    assert "harmful" in figures["error"]
+    assert figures["rungs"][1]["refused"] in figures["error"]
+    assert figures["rungs"][1]["train"]["examples_per_s"]["median"] > 0
+    assert figures["seconds"] > 0
     assert "Traceback" not in done.stderr
 
 
@@ -199,7 +205,7 @@ def test_what_fails_is_named_and_the_others_go_on(
         suanli.bench(root, speedups=f"{name},channels_last", steps=20, rounds=2, **SMALL)
     _, failed, other = json.loads(Path("runs/pictures-bench-1/bench.json").read_text())["rungs"]
     assert (failed["failed"], failed["train"], failed["scores"]) == (True, None, {})
-    if call == 4:  # it was left out before the rung above began
+    if call == 4:  # it was left out before the next variant began
         assert other["speedups"] == ["channels_last"]
         assert other["refused"] is None
         assert other["train"]["ratio"]["median"] > 0
@@ -207,21 +213,21 @@ def test_what_fails_is_named_and_the_others_go_on(
         assert other["failed"]
 
 
-def test_auto_passes_over_what_fails(picture_folder: Callable[..., Path], speedup_room: Callable[..., str]) -> None:
+def test_auto_skips_what_fails(picture_folder: Callable[..., Path], speedup_room: Callable[..., str]) -> None:
     speedup_room("brittle", FAILS_AT.format(call=4))
-    found = suanli.bench(picture_folder(each=60), steps=12, epochs=2, rounds=2, **SMALL)
-    assert [rung.name for rung in found.ladder.rungs if rung.failed] == ["+ brittle"]
-    assert "brittle" not in found.ladder.full.speedups
-    assert found.ladder.full.train is not None
+    result = suanli.bench(picture_folder(each=60), steps=12, epochs=2, rounds=2, **SMALL)
+    assert [variant.name for variant in result.ablation.variants if variant.failed] == ["+ brittle"]
+    assert "brittle" not in result.ablation.full.speedups
+    assert result.ablation.full.train is not None
 
 
 def test_time_ends_it_between_rounds(picture_folder: Callable[..., Path]) -> None:
-    found = suanli.bench(picture_folder(each=60), speedups="channels_last", rounds=6, time_budget_s=0.01, **SMALL)
-    told = found.to_json()
-    assert told["rounds"] == 1
-    assert 2 <= told["steps"] < told["planned_steps"]
-    assert [rung["train"]["examples_per_s"]["half_iqr"] for rung in told["rungs"]] == [None, None]
-    assert any("the learning rate had not come down" in remark for remark in found.ladder.remarks())
+    result = suanli.bench(picture_folder(each=60), speedups="channels_last", rounds=6, time_budget_s=0.01, **SMALL)
+    figures = result.to_json()
+    assert figures["rounds"] == 1
+    assert 2 <= figures["steps"] < figures["planned_steps"]
+    assert [variant["train"]["examples_per_s"]["half_iqr"] for variant in figures["rungs"]] == [None, None]
+    assert any("the learning rate had not come down" in remark for remark in result.ablation.remarks())
 
 
 def test_a_narrow_terminal(
@@ -250,15 +256,15 @@ def test_values_that_cannot_be(option: str, value: float) -> None:
 
 
 def test_no_limit_is_a_value_that_can_be() -> None:
-    check(None, 1, None, None)
+    check_options(None, 1, None, None)
 
 
-# --- rungs ----------------------------------------------------------------------------------
+# --- variants -------------------------------------------------------------------------------
 
 
 @given(st.integers(2, 5000), st.integers(1, 40))
-def test_visits_share_the_steps(steps: int, rounds: int) -> None:
-    warm_up, *timed = visits(steps, rounds)
+def test_blocks_add_up_to_the_steps(steps: int, rounds: int) -> None:
+    warm_up, *timed = divide_steps(steps, rounds)
     assert warm_up + sum(timed) == steps
     assert warm_up >= 1
     assert 1 <= len(timed) <= rounds
@@ -269,68 +275,69 @@ def test_visits_share_the_steps(steps: int, rounds: int) -> None:
 @given(st.integers(1, 10_000), st.integers(1, 3000), st.floats(0.01, 300), st.floats(0, 20))
 def test_a_shortened_recipe_has_these_steps(steps: int, per_epoch: int, epochs: float, warmup: float) -> None:
     recipe = Recipe(epochs=epochs, warmup_epochs=warmup, early_stop=2)
-    short = shortened(recipe, steps, per_epoch)
+    short = shorten(recipe, steps, per_epoch)
     assert round(short.epochs * per_epoch) == steps
     assert short.warmup_epochs / short.epochs == pytest.approx(warmup / epochs)
     assert short.early_stop is None
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", "d"]), unique=True), st.sampled_from([None, 3]))
-def test_each_rung_adds_one_change(speedups: list[str], threads: int | None) -> None:
+def test_each_variant_adds_one_change(speedups: list[str], threads: int | None) -> None:
     plan = Plan(device="cpu", speedups=tuple(speedups), threads=threads)
-    found = rungs(plan)
-    assert found[0][1].speedups == ()
-    assert found[0][1].threads is None
-    assert (found[-1][1].speedups, found[-1][1].threads) == (plan.speedups, plan.threads)
-    assert [name for name, _ in found[1:]] == [*(["+ threads=3"] if threads else []), *(f"+ {n}" for n in speedups)]
-    for (_, below), (_, above) in itertools.pairwise(found):
+    plans = cumulative_plans(plan)
+    assert plans[0][1].speedups == ()
+    assert plans[0][1].threads is None
+    assert (plans[-1][1].speedups, plans[-1][1].threads) == (plan.speedups, plan.threads)
+    assert [name for name, _ in plans[1:]] == [*(["+ threads=3"] if threads else []), *(f"+ {n}" for n in speedups)]
+    for (_, below), (_, above) in itertools.pairwise(plans):
         assert (len(above.speedups) - len(below.speedups)) + (above.threads != below.threads) == 1
 
 
-def test_torch_own_threads_are_no_rung() -> None:
+def test_torch_own_threads_are_no_variant() -> None:
     plan = Plan(device="cpu", speedups=("a",), threads=torch.get_num_threads())
-    assert [name for name, _ in rungs(plan)] == ["plain PyTorch", "+ a"]
+    assert [name for name, _ in cumulative_plans(plan)] == ["plain PyTorch", "+ a"]
 
 
-def rung(name: str, *speedups: str, refused: str | None = None, failed: bool = False) -> Rung:
+def variant(name: str, *speedups: str, refused: str | None = None, failed: bool = False) -> Variant:
     nothing = {"train": None, "evaluate": None, "scores": {}, "difference": None, "again": None}
-    return Rung(name=name, speedups=speedups, threads=1, refused=refused, failed=failed, **nothing)  # type: ignore[arg-type]
+    return Variant(name=name, speedups=speedups, threads=1, refused=refused, failed=failed, **nothing)  # type: ignore[arg-type]
 
 
-def ladder(*above: Rung) -> Ladder:
-    return Ladder(
+def ablation(*more: Variant) -> Ablation:
+    return Ablation(
         device="cpu",
         batch_size=1,
         rounds=1,
         steps=2,
         planned_steps=2,
-        headline="accuracy",
+        metric="accuracy",
         tolerance=0.005,
         validation_examples=100,
         price_per_hour=None,
         ceiling_flops=None,
         plan=Plan(device="cpu", speedups=()),
-        rungs=(rung("plain PyTorch"), *above),
-        recipe=Recipe(),
+        variants=(variant("plain PyTorch"), *more),
     )
 
 
-def test_the_guilty_one_is_the_first_after_which_nothing_is_sound() -> None:
-    a, b, c = rung("+ a", "a"), rung("+ b", "a", "b"), rung("+ c", "a", "b", "c")
+def test_the_harmful_one_is_the_first_after_which_nothing_is_accepted() -> None:
+    a, b, c = variant("+ a", "a"), variant("+ b", "a", "b"), variant("+ c", "a", "b", "c")
     bad = "it loses"
-    assert ladder(a, b, c).guilty() == ()
-    assert ladder(a, replace(b, refused=bad), replace(c, refused=bad)).guilty() == ("b",)
-    assert ladder(replace(a, refused=bad), b, replace(c, refused=bad)).guilty() == ("c",)
-    assert ladder(a, replace(b, refused=bad), c).guilty() == ()
-    assert ladder(replace(a, refused="no", failed=True), rung("+ b", "b", refused=bad)).guilty() == ("b",)
+    assert ablation(a, b, c).harmful_speedups() == ()
+    assert ablation(a, replace(b, refused=bad), replace(c, refused=bad)).harmful_speedups() == ("b",)
+    assert ablation(replace(a, refused=bad), b, replace(c, refused=bad)).harmful_speedups() == ("c",)
+    assert ablation(a, replace(b, refused=bad), c).harmful_speedups() == ()
+    assert ablation(replace(a, refused="no", failed=True), variant("+ b", "b", refused=bad)).harmful_speedups() == (
+        "b",
+    )
 
 
-def test_bad_luck_of_one_seed_is_told_and_not_refused() -> None:
+def test_bad_luck_of_one_seed_is_named_and_not_refused() -> None:
     lost, even = Difference(median=-0.1, low=-0.12, high=-0.08), Difference(median=0.0, low=-0.01, high=0.01)
-    lucky = replace(rung("+ a", "a"), difference=lost, again=even)
-    assert any("chance" in remark for remark in ladder(lucky).remarks())
-    assert any("100 validation examples can't show a loss of 0.5%" in remark for remark in ladder(lucky).remarks())
-    assert not list(ladder().remarks())
+    lucky = replace(variant("+ a", "a"), difference=lost, again=even)
+    assert any("chance" in remark for remark in ablation(lucky).remarks())
+    assert any("100 validation examples can't show a loss of 0.5%" in remark for remark in ablation(lucky).remarks())
+    assert not list(ablation().remarks())
 
 
 # --- the gate -------------------------------------------------------------------------------
@@ -343,12 +350,12 @@ answers = st.integers(1, 200).flatmap(
 @given(answers)
 def test_an_interval_holds_what_was_measured(pair: tuple[np.ndarray, np.ndarray]) -> None:
     before, after = pair
-    found = share_difference(before, after)
-    assert found.median == pytest.approx(after.mean() - before.mean())
-    assert -1 <= found.low <= found.median <= found.high <= 1
-    assert found.low < found.high
+    change = share_difference(before, after)
+    assert change.median == pytest.approx(after.mean() - before.mean())
+    assert -1 <= change.low <= change.median <= change.high <= 1
+    assert change.low < change.high
     back = share_difference(after, before)
-    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+    assert (back.low, back.high) == pytest.approx((-change.high, -change.low))
 
 
 @given(answers, st.integers(2, 5))
@@ -364,17 +371,17 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     truth, inside, repeats = 0.03 - 0.06, 0, 600
     for _ in range(repeats):
         drawn = random.choice(4, 150, p=cells)
-        found = share_difference(drawn < 2, (drawn == 0) | (drawn == 2))
-        inside += found.low <= truth <= found.high
+        change = share_difference(drawn < 2, (drawn == 0) | (drawn == 2))
+        inside += change.low <= truth <= change.high
     assert 0.93 <= inside / repeats <= 0.985
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 0.5))
 def test_refused_only_beyond_the_interval(median: float, half: float, tolerance: float) -> None:
-    found = Difference(median=median, low=median - half, high=median + half)
-    assert found.exceeds(tolerance) == (median + half < -tolerance)
-    assert not (found.exceeds(tolerance) and median >= -tolerance)
-    assert found.resolves(tolerance) == ((found.high - found.low) / 2 <= tolerance)
+    change = Difference(median=median, low=median - half, high=median + half)
+    assert change.exceeds(tolerance) == (median + half < -tolerance)
+    assert not (change.exceeds(tolerance) and median >= -tolerance)
+    assert change.resolves(tolerance) == ((change.high - change.low) / 2 <= tolerance)
 
 
 def test_few_examples_refuse_nothing_that_looks_bad_by_chance() -> None:
@@ -398,12 +405,12 @@ def test_another_metric_is_compared_in_pairs_too() -> None:
     targets = np.arange(300) % 3  # equally many of each: balanced accuracy is accuracy
     before = sure(random.random(300) < 0.9, targets, 3)
     after = sure((before.argmax(1) == targets) & (random.random(300) < 0.9), targets, 3)
-    found, plain = (difference(task(), before, after, targets) for task in (Balanced, Classification))
-    assert found.median == pytest.approx(plain.median)
-    assert found == difference(Balanced(), before, after, targets)  # the seed is fixed
-    assert found.low == pytest.approx(plain.low, abs=0.02)
-    assert found.high == pytest.approx(plain.high, abs=0.02)
-    assert found.exceeds(0.005)
+    change, plain = (difference(task(), before, after, targets) for task in (Balanced, Classification))
+    assert change.median == pytest.approx(plain.median)
+    assert change == difference(Balanced(), before, after, targets)  # the seed is fixed
+    assert change.low == pytest.approx(plain.low, abs=0.02)
+    assert change.high == pytest.approx(plain.high, abs=0.02)
+    assert change.exceeds(0.005)
     same = difference(Balanced(), before, before, targets)
     assert (same.median, same.low, same.high) == (0, 0, 0)
 

@@ -24,7 +24,7 @@ def test_a_class_name_stays_text(picture_folder: Callable[..., Path]) -> None:
     assert r"\<b\>a\|b\`c\*" in card
 
 
-def test_without_an_exam_it_says_so(picture_folder: Callable[..., Path]) -> None:
+def test_without_an_evaluation_it_says_so(picture_folder: Callable[..., Path]) -> None:
     run = suanli.train(picture_folder(), epochs=1, out="made")
     suanli.report(run)
-    assert "Not examined on the test split yet" in (run.path / "README.md").read_text()
+    assert "Not evaluated on the test split yet" in (run.path / "README.md").read_text()

@@ -31,7 +31,7 @@ from report_runs import (
 from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, roofline
 from suanli.core.errors import DamagedFile, DataError, StorageError
 from suanli.reporting import words
-from suanli.reporting.bars import Rung, waterfall
+from suanli.reporting.bars import Step, waterfall
 from suanli.reporting.charts import Series, chart, decades, thin, ticks
 from suanli.verbs.report import report
 
@@ -174,7 +174,7 @@ def test_many_classes_fold_away(tmp_path: Path) -> None:
     assert len(seen.source) < 3_000_000
 
 
-def test_the_headline_is_the_one_that_the_evaluation_names(run: Path) -> None:
+def test_the_primary_metric_is_the_one_that_the_evaluation_names(run: Path) -> None:
     edit(run / "evaluation" / "test.json", headline="balanced_accuracy", interval=None)
     seen = page(run)
     assert seen.says("balanced accuracy is")
@@ -189,7 +189,7 @@ def test_what_limits_the_run_and_what_would_help(finished: Path) -> None:
     assert seen.says("Limited by computing: 83 % of the step is the forward and backward pass.")
     assert seen.says("would make a step cheaper. At most, a step becomes 1.30 times as fast.")
     assert seen.says("backward pass 109 ms 52.0 %")
-    assert seen.says("One training step of 210 ms, from 25 timed steps. Not told apart here: copying to the device")
+    assert seen.says("One training step of 210 ms, from 25 timed steps. Not distinguished here: copying to the device")
     assert seen.says("After step 120: memory ran out; going on from step 100 without graphs")
     assert seen.says("In use from then on: channels_last, bf16")
 
@@ -209,8 +209,11 @@ def test_every_trial_is_told_with_its_measurement(finished: Path) -> None:
     assert seen.says("graphs it failed in training: memory ran out not used 1.31 ± 0.02 5 0")  # kept, then lost
 
 
+PLAN = {"device": "cpu", "speedups": ["bf16"]}
+
+
 def test_a_plan_without_trials(run: Path) -> None:
-    edit(run / "summary.json", plan={"speedups": ["bf16"], "dropped": {"graphs": "needs a GPU"}}, diagnosis=None)
+    edit(run / "summary.json", plan=PLAN | {"dropped": {"graphs": "needs a GPU"}}, diagnosis=None)
     seen = page(run)
     assert seen.says("In use: bf16.")
     assert seen.says("1 speedup not tried, and why")
@@ -221,7 +224,7 @@ def test_a_plan_without_trials(run: Path) -> None:
 def test_a_gain_within_the_spread_is_told_as_such(run: Path) -> None:
     reason = "1.02 times as fast (spread 0.03, 6 rounds)"
     trial = {"change": "+compile", "kept": False, "reason": reason, "ratio": 1.02, "spread": 0.03, "rounds": 6}
-    edit(run / "summary.json", plan={"trials": [trial]})
+    edit(run / "summary.json", plan=PLAN | {"trials": [trial]})
     assert page(run).says("compile not clearly faster not used 1.02 ± 0.03 6 –")
 
 
@@ -287,19 +290,23 @@ def test_a_bench_is_told_in_full(tmp_path: Path) -> None:
     assert "trained with suanli" not in card
 
 
-def test_a_bench_that_has_not_finished(tmp_path: Path) -> None:
+def test_a_bench_of_another_version_is_to_be_run_again(tmp_path: Path) -> None:
     write(tmp_path / "recipe.json", {"model": "speednet"})
     write(tmp_path / "bench.json", {})
-    assert page(tmp_path).says("This bench has not finished.")
+    assert page(tmp_path).says("no figures here that this version of suanli can show. Run `suanli bench` again.")
 
 
-@pytest.mark.parametrize("part", ["train", "evaluate", "scores", "difference", "refused", "speedups", "name"])
-def test_any_part_of_a_rung_may_be_absent(tmp_path: Path, part: str) -> None:
-    told = bench()
-    told["rungs"] = [{key: value for key, value in rung.items() if key != part} for rung in told["rungs"]]
+@pytest.mark.parametrize("part", ["train", "evaluate", "difference", "refused", "scores", "speedups", "name"])
+def test_any_part_of_a_variant_may_be_absent(tmp_path: Path, part: str) -> None:
+    figures = bench()
+    figures["rungs"] = [{key: value for key, value in one.items() if key != part} for one in figures["rungs"]]
     write(tmp_path / "recipe.json", {"model": "speednet"})
-    write(tmp_path / "bench.json", told)
-    assert page(tmp_path).says("speednet bench on unknown data")
+    write(tmp_path / "bench.json", figures)
+    seen = page(tmp_path)
+    assert seen.says("speednet bench on unknown data")
+    needed = part in ("scores", "speedups", "name")  # a variant without one isn't there
+    assert seen.says("Run `suanli bench` again.") == needed
+    assert seen.says("+ channels_last") != needed
 
 
 # --- what is missing -------------------------------------------------------------------------
@@ -319,7 +326,7 @@ def test_an_interrupted_run_says_what_to_do(run: Path) -> None:
         shutil.rmtree(run / name)
     edit(run / "summary.json", status="interrupted")
     seen = page(run)
-    assert seen.says(f"This run was interrupted after step 400. To go on: suanli train {run}")
+    assert seen.says(f"This run was interrupted after step 400. To resume it: suanli train {run}")
     assert seen.says("There is no evaluation of this run yet. It needs a trained model first.")
     assert "Scores" not in seen.headings()
 
@@ -562,29 +569,29 @@ maybe = st.one_of(st.none(), st.floats())
 def test_a_waterfall_stays_in_its_frame_and_builds_on_what_was_measured(
     steps: list[tuple[float | None, float | None, bool]],
 ) -> None:
-    rungs = [Rung(name="a", value=value, half_iqr=half, refused=refused) for value, half, refused in steps]
-    drawn = waterfall("Training", rungs, x_label="x")
+    drawn_steps = [Step(name="a", value=value, half_iqr=half, refused=refused) for value, half, refused in steps]
+    drawn = waterfall("Training", drawn_steps, x_label="x")
     if drawn is None:
         return
     base = 0.0
-    for rung, bar in zip(rungs, drawn.bars, strict=True):
-        measured = rung.value is not None and 0 <= rung.value < 1e100
+    for step, bar in zip(drawn_steps, drawn.bars, strict=True):
+        measured = step.value is not None and 0 <= step.value < 1e100
         assert (bar.strong is not None) == measured
         edges = [bar.pale, bar.strong]
         assert all(one[0] >= 0 and one[0] + one[1] <= 360 for one in edges if one)
         assert not bar.whisker or 0 <= bar.whisker[0] <= bar.whisker[1] <= 360
         if measured:
-            assert bar.kind == "refused" or bar.kind == ("first" if (rung.value or 0.0) >= base else "second")
-            base = rung.value or 0.0
+            assert bar.kind == "refused" or bar.kind == ("first" if (step.value or 0.0) >= base else "second")
+            base = step.value or 0.0
 
 
 def test_a_waterfall_shows_gain_loss_and_refusal() -> None:
     steps = [
-        Rung(name="plain", value=100.0),
-        Rung(name="+ a", value=400.0, half_iqr=10.0),
-        Rung(name="+ b", value=500.0, refused=True),
-        Rung(name="+ c", value=None, refused=True),
-        Rung(name="+ d", value=300.0),
+        Step(name="plain", value=100.0),
+        Step(name="+ a", value=400.0, half_iqr=10.0),
+        Step(name="+ b", value=500.0, refused=True),
+        Step(name="+ c", value=None, refused=True),
+        Step(name="+ d", value=300.0),
     ]
     drawn = waterfall("Training", steps, x_label="x")
     assert drawn is not None
@@ -659,7 +666,7 @@ def test_colours_have_the_contrast_that_small_text_needs(mode: int) -> None:
     block = re.findall(r":root \{(.*?)\}", CSS, re.DOTALL)[mode]
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
     for ground in ("paper", "raised"):
-        for ink in ("ink", "is_muted", "first", "second", "good", "bad"):
+        for ink in ("ink", "muted", "first", "second", "good", "bad"):
             light, dark = sorted((luminance(colours[ground]), luminance(colours[ink])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (ground, ink)
 

@@ -9,6 +9,7 @@ import math
 import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from suanli.core.errors import DataError, MachineError, UsageError
 from suanli.core.run import Run
 from suanli.machine import device
 from suanli.training import scaling
-from suanli.training.scaling import judge, work_out
+from suanli.training.scaling import judge, summarize
 from suanli.verbs._bench_scaling import bench_scaling
 from suanli.verbs.report import report
 from suanli.verbs.train import train
@@ -41,8 +42,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as answer, pytest.raises(SystemExit) as stopped:
         main(line)
     assert not stopped.value.code
-    found: dict[str, Any] = json.loads(answer.getvalue())
-    return found
+    figures: dict[str, Any] = json.loads(answer.getvalue())
+    return figures
 
 
 # --- the measurement ---
@@ -85,12 +86,12 @@ def test_it_leaves_a_run_with_a_report(measured: dict[str, Any]) -> None:
 def test_an_error_of_a_process_is_raised_as_its_own(tmp_path: Path) -> None:
     job = {"options": {"subject": str(tmp_path / "nowhere")}, "recipe": {}, "device": "cpu", "speedups": "none"}
     with pytest.raises(DataError, match="nowhere"):
-        scaling.measure([1], {**job, "steps": 2, "cache": str(tmp_path)}, 1)
+        scaling.measure_groups([1], {**job, "steps": 2, "cache": str(tmp_path)}, 1)
 
 
 def test_a_process_that_ends_is_noticed_while_the_other_waits_for_it(tmp_path: Path) -> None:
     job = {"options": {"subject": "digits"}, "recipe": {}, "device": "cpu", "speedups": "none"}
-    with scaling.start(2, 1) as group:
+    with scaling.start_group(2, 1) as group:
         group[1]._process.kill()
         with pytest.raises(MachineError, match="Process 1 of 2 can't measure"):
             scaling.ask(group, "join", **job, steps=2, cache=str(tmp_path), threads=1)
@@ -112,7 +113,7 @@ def test_a_step_is_taken_apart_in_pairs() -> None:
         1: [every([1.0], [1.0]), every([2.0], [2.0])],
         2: [every([0.8, 0.8], [0.5, 0.6]), every([1.6, 1.6], [1.0, 1.2])],
     }
-    one, two = work_out(rounds, shared=False)
+    one, two = summarize(rounds, shared=False)
     assert two.speedup.median == pytest.approx(1.25)
     assert two.speedup.half_iqr == pytest.approx(0)
     assert two.efficiency == pytest.approx(0.625)
@@ -120,7 +121,7 @@ def test_a_step_is_taken_apart_in_pairs() -> None:
     assert two.compute_s + two.wait_s + two.exposed_s == pytest.approx(two.step_s)
     assert two.images_per_s.high == pytest.approx(64 / 0.8)
     assert one.exposed_s == one.wait_s == 0
-    assert "measure again" in judge((one, two), shared=False)["said"]
+    assert "measure again" in judge((one, two), shared=False).sentences
 
 
 @pytest.mark.parametrize(
@@ -137,11 +138,11 @@ def test_a_step_is_taken_apart_in_pairs() -> None:
 def test_what_limits_is_the_largest_loss(
     limit: str | None, shared: bool, steps_s: list[float], alone_s: list[float]
 ) -> None:
-    sizes = work_out({1: [every([1.0], [1.0])], 2: [every(steps_s, alone_s)]}, shared=shared)
-    found = judge(sizes, shared=shared)
-    assert found["limited_by"] == limit
-    assert (scaling.LOSSES[limit][0] if limit else "Nothing limits") in found["said"]
-    assert "nothing to compare" in judge(sizes[:1], shared=shared)["said"]
+    sizes = summarize({1: [every([1.0], [1.0])], 2: [every(steps_s, alone_s)]}, shared=shared)
+    verdict = judge(sizes, shared=shared)
+    assert verdict.limited_by == limit
+    assert (scaling.LOSSES[limit][0] if limit else "Nothing limits") in verdict.sentences
+    assert "nothing to compare" in judge(sizes[:1], shared=shared).sentences
 
 
 # --- what can't be ---
@@ -175,17 +176,23 @@ def test_options_that_exclude_each_other(words: list[str], capsys: pytest.Captur
 
 # --- the page ---
 
-SIZE = {"processes": 2, "threads": 1, "images_per_s": {"median": 41.2, "half_iqr": 0.4}, "efficiency": 0.97}
-OLD = {"sizes": [SIZE | {"communication_s": 0.1, "hidden_s": 0.0, "link": None}], "expected": {"strong": [{}]}}
+SIZE = asdict(summarize({1: [every([1.0], [1.0])]}, shared=True)[0])
+WHOLE = dict.fromkeys(["data", "model", "device"], HOSTILE) | {
+    "cores": 2,
+    "batch_size": 64,
+    "rounds": 1,
+    "shared": True,
+}
+WHOLE |= {"sizes": [SIZE], "verdict": {"limited_by": None, "lost_s": {}, "said": HOSTILE}}
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        {},
-        OLD,
-        {"model": HOSTILE, "data": HOSTILE, "device": HOSTILE, "verdict": {"said": HOSTILE}, "sizes": [SIZE]},
-        {"sizes": [SIZE | {"step_s": math.nan, "images_per_s": {"median": math.inf}, "processes": None}]},
+        WHOLE,
+        WHOLE | {"sizes": [SIZE, {"processes": 2}]},
+        WHOLE | {"sizes": [SIZE | {"step_s": math.nan, "images_per_s": SIZE["speedup"] | {"median": math.inf}}]},
+        WHOLE | {"link": None, "sizes": [SIZE | {"communication_s": 0.1, "hidden_s": 0.0, "link": None}]},
     ],
 )
 def test_a_page_of_what_is_there(tmp_path: Path, value: dict[str, Any]) -> None:
@@ -193,11 +200,19 @@ def test_a_page_of_what_is_there(tmp_path: Path, value: dict[str, Any]) -> None:
     write(tmp_path / "scaling.json", value)
     page = report(tmp_path).read_text(encoding="utf-8")
     assert "<h3>Scaling</h3>" in page
+    assert page.count('<th scope="row" class="n">1</th>') == 2  # the size, in both tables
     assert "<script" not in page
     assert HOSTILE not in page
 
 
-def test_a_run_of_before_is_read_and_goes_on() -> None:
+@pytest.mark.parametrize("value", [{}, {"sizes": [SIZE], "expected": {"strong": [{}]}}])
+def test_figures_of_another_version_are_to_be_measured_again(tmp_path: Path, value: dict[str, Any]) -> None:
+    write(tmp_path / "recipe.json", {})
+    write(tmp_path / "scaling.json", value)
+    assert "Run `suanli bench` again." in report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_an_older_run_is_read_and_resumed() -> None:
     """Its summary has what every training of several processes measured then."""
     settings = {"model_args.widths": [4, 4, 4]}
     run = train("digits", model="speednet", epochs=1, speedups="none", device="cpu", settings=settings, out="run")

@@ -334,13 +334,13 @@ def _bench(
 
 
 def _bench_speedups(result: _Result, options: dict[str, Any]) -> None:
-    from suanli.verbs.bench import Refused, bench, table
+    from suanli.verbs.bench import PlanRefused, bench, table
 
     try:
         measured = bench(**options)
         result.values = measured.to_json()
-    except Refused as error:  # the figures are shown all the same
-        measured = error.found
+    except PlanRefused as error:  # the figures are shown all the same
+        measured = error.result
         result.fail(error, measured.to_json())
     result.render = lambda: table(measured)
 

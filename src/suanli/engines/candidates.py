@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from suanli.core.types import Difference
+from suanli.core.types import Count, Difference, Positive, PositiveCount
 from suanli.machine.timing import percentile
 
 GOALS = ("latency", "throughput", "size", "energy")
@@ -18,13 +18,13 @@ TIE = 1.02  # costs up to this many times the lowest count as equal
 class Speed:
     """Times of one engine with one batch size and one number of threads, all rounds together."""
 
-    batch: int
-    threads: int
-    calls: int
-    p50_s: float
-    p95_s: float
-    p99_s: float
-    joules: float | None  # per input; None: no counter can be read
+    batch: PositiveCount
+    threads: PositiveCount
+    calls: Count
+    p50_s: Positive
+    p95_s: Positive
+    p99_s: Positive
+    joules: Positive | None  # per input; None: no counter can be read
 
     @property
     def per_s(self) -> float:
@@ -45,8 +45,8 @@ class Candidate:
     drift: float | None = None  # mean total variation distance (0 to 1) to the reference's answers
     build_s: float | None = None
     load_s: float | None = None
-    size_bytes: int | None = None
-    memory_bytes: int | None = None
+    size_bytes: Count | None = None
+    memory_bytes: Count | None = None
     speeds: tuple[Speed, ...] = ()
     best: bool = False  # in the Pareto set of latency, throughput, size and score
 

@@ -1,7 +1,7 @@
-"""A waterfall as numbers: what each step of a ladder adds; `templates/charts.html` draws it.
+"""A waterfall as numbers: what each of several changes adds; `templates/charts.html` draws it.
 
-Bars lie, so that names of any length have their own line above and a phone shows them as well. The pale
-part of a bar is what the step before it reached, the strong part what this one adds or loses.
+Bars are horizontal, so that names of any length have a line of their own above and fit on a phone. The pale part of a
+bar is what the step before it reached, the strong part what this one adds or loses.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ LINE_LENGTH = 52  # characters of a name and a value together
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
-    """One step of the ladder. `value` None: not measured, so the next one builds on the one before."""
+class Step:
+    """One step of the waterfall. `value` None: not measured, so the next one builds on the one before."""
 
     name: str
     value: float | None
     half_iqr: float | None = None
-    said: str = ""  # written at the right
+    label: str = ""  # written at the right
     refused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
     name: str
-    said: str
+    label: str
     top: float  # of its row
     kind: str  # "first" adds, "second" loses, "refused"
     pale: tuple[float, float] | None  # left edge and width
@@ -51,22 +51,22 @@ class Waterfall:
     bars: tuple[Bar, ...]
 
 
-def waterfall(title: str, rungs: Sequence[Rung], *, x_label: str) -> Waterfall | None:
-    """None where no rung is measured."""
-    most = max((value + _half(one) for one in rungs if (value := _value(one)) is not None), default=0.0)
+def waterfall(title: str, steps: Sequence[Step], *, x_label: str) -> Waterfall | None:
+    """None where no step is measured."""
+    most = max((value + _half(one) for one in steps if (value := _value(one)) is not None), default=0.0)
     if most <= 1e-100:  # nothing, or so little that a scale would overflow
         return None
     marks = ticks(0.0, most)
     scale = (WIDTH - LEFT - RIGHT) / marks[-1]
     bars, base = [], 0.0
-    for number, rung in enumerate(rungs):
-        bars.append(_bar(rung, base, scale, number * ROW))
-        value = _value(rung)
+    for number, step in enumerate(steps):
+        bars.append(_bar(step, base, scale, number * ROW))
+        value = _value(step)
         base = base if value is None else value
     return Waterfall(
         title=title,
         x_label=x_label,
-        height=len(rungs) * ROW + BOTTOM,
+        height=len(steps) * ROW + BOTTOM,
         text=". ".join([title, *(bar.text for bar in bars)]),
         ticks=tuple(
             Tick(at=_place(mark, scale), label=words.number(mark) if most < 1e5 else words.si(mark)) for mark in marks
@@ -75,26 +75,26 @@ def waterfall(title: str, rungs: Sequence[Rung], *, x_label: str) -> Waterfall |
     )
 
 
-def _bar(rung: Rung, base: float, scale: float, top: float) -> Bar:
-    value, half = _value(rung), _half(rung)
-    kind = "refused" if rung.refused else "first" if value is None or value >= base else "second"
-    room = max(8, LINE_LENGTH - len(rung.said))
-    name = rung.name if len(rung.name) <= room else rung.name[: room - 1] + "…"
+def _bar(step: Step, base: float, scale: float, top: float) -> Bar:
+    value, half = _value(step), _half(step)
+    kind = "refused" if step.refused else "first" if value is None or value >= base else "second"
+    room = max(8, LINE_LENGTH - len(step.label))
+    name = step.name if len(step.name) <= room else step.name[: room - 1] + "…"
     pale = strong = whisker = None
     if value is not None:
         low, high = min(base, value), max(base, value)
         pale, strong = _edge(0.0, low, scale), _edge(low, high, scale)
         whisker = (_place(max(0.0, value - half), scale), _place(value + half, scale)) if half else None
-    text = f"{rung.name}: {rung.said}"
-    return Bar(name=name, said=rung.said, top=top, kind=kind, pale=pale, strong=strong, whisker=whisker, text=text)
+    text = f"{step.name}: {step.label}"
+    return Bar(name=name, label=step.label, top=top, kind=kind, pale=pale, strong=strong, whisker=whisker, text=text)
 
 
-def _value(rung: Rung) -> float | None:
-    return rung.value if words.known(rung.value) and rung.value >= 0 else None
+def _value(step: Step) -> float | None:
+    return step.value if words.known(step.value) and step.value >= 0 else None
 
 
-def _half(rung: Rung) -> float:
-    return rung.half_iqr if words.known(rung.half_iqr) and rung.half_iqr > 0 else 0.0
+def _half(step: Step) -> float:
+    return step.half_iqr if words.known(step.half_iqr) and step.half_iqr > 0 else 0.0
 
 
 def _place(value: float, scale: float) -> float:

@@ -1,4 +1,4 @@
-"""The model card: README.md of a run, for who finds the model without its maker.
+"""The model card: README.md of a run, for readers who have the model and can't ask its authors.
 
 Short and plain: what it is for, how good it is and on what, how to use it, what is not known. The
 report has the details. Sections follow Mitchell et al., "Model Cards for Model Reporting" (2019).
@@ -31,19 +31,19 @@ def card(run: RunFiles) -> str:
     if run.trained:
         lines += ["", "## Use", "", *_use(name)]
     lines += ["", "## Limits", "", *_limits(run)]
-    lines += _made_with(run)
+    lines += _command(run)
     return "\n".join(lines) + "\n"
 
 
 def _bench_card(run: RunFiles) -> str:
     """Of a directory that measures speed and holds no model."""
     lines = [f"# {_plain(run.path.resolve().name)}", "", *map(_plain, prose.abstract(run, None)), ""]
-    file = "bench.json" if run.bench else "scaling.json"
+    file = "bench.json" if run.ablation else "scaling.json"
     lines.append(f"The figures are in `{file}`, and in `report.html` for people.")
-    return "\n".join([*lines, *_made_with(run)]) + "\n"
+    return "\n".join([*lines, *_command(run)]) + "\n"
 
 
-def _made_with(run: RunFiles) -> list[str]:
+def _command(run: RunFiles) -> list[str]:
     if not run.environment or not run.environment.command:
         return []
     lines = ["", "## Made with", "", "```sh", shlex.join(run.environment.command), "```"]
@@ -54,23 +54,24 @@ def _made_with(run: RunFiles) -> list[str]:
 def _data(data: Data) -> list[str]:
     counts = {split: sum(classes.values()) for split, classes in data.counts.items()}
     sizes = ", ".join(f"{n:,} {split}" for split, n in counts.items())
-    shown = ", ".join(map(_plain, data.classes[:20])) + (", …" if len(data.classes) > 20 else "")
+    classes = ", ".join(map(_plain, data.classes[:20])) + (", …" if len(data.classes) > 20 else "")
     return [
         f"- {_plain(data.name or '?')}: {sizes}",
-        f"- {len(data.classes)} classes: {shown}",
+        f"- {len(data.classes)} classes: {classes}",
         f"- Licence: {_plain(data.licence or 'not stated')}",
     ]
 
 
-def _scores(exam: Evaluation | None) -> list[str]:
-    if exam is None:
-        return ["Not examined on the test split yet: `suanli evaluate` does it."]
-    lines = [f"On {exam.count or 0:,} test inputs that took no part in training or in any choice:", ""]
-    for name, value in exam.scores.items():
-        known = ""
-        if exam.interval and name == (exam.headline or next(iter(exam.scores))):
-            known = f" (95 % interval {score(name, exam.interval[0])} to {score(name, exam.interval[1])})"
-        lines.append(f"- {name.replace('_', ' ')}: {score(name, value)}{known}")
+def _scores(evaluation: Evaluation | None) -> list[str]:
+    if evaluation is None:
+        return ["Not evaluated on the test split yet: `suanli evaluate` does it."]
+    lines = [f"On {evaluation.count or 0:,} test inputs that took no part in training or in any choice:", ""]
+    for name, value in evaluation.scores.items():
+        interval = ""
+        if evaluation.interval and name == (evaluation.metric or next(iter(evaluation.scores))):
+            low, high = (score(name, bound) for bound in evaluation.interval)
+            interval = f" (95 % interval {low} to {high})"
+        lines.append(f"- {name.replace('_', ' ')}: {score(name, value)}{interval}")
     return lines
 
 
@@ -87,10 +88,10 @@ def _use(name: str) -> list[str]:
 def _limits(run: RunFiles) -> list[str]:
     lines = [
         "- It knows these classes only: anything else gets the name of one of them.",
-        "- It was examined on inputs from the same source as it learned from; others can be harder.",
+        "- It was evaluated on inputs from the source that it learned from; others can be harder.",
     ]
     if run.check and run.check.counts.get("duplicates_across_splits"):
-        lines.append("- Some inputs are in more than one split, so the scores flatter (see the report).")
+        lines.append("- Some inputs are in more than one split, so the scores are too high (see the report).")
     return lines
 
 

@@ -24,8 +24,8 @@ Range = tuple[float | None, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One line. `colour` is a class of the style sheet; `radii` makes dots of those sizes, `texts` says
-    what each is, `marks` is written beside it."""
+    """One line. `colour` is a class of the style sheet; `radii` makes dots of those sizes, `texts` describes each of
+    them, `marks` is written beside it."""
 
     label: str
     points: Sequence[Point]
@@ -64,7 +64,7 @@ class Tick:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A drawing of WIDTH x HEIGHT units, y downwards. `text` tells what it shows without seeing it."""
+    """A drawing of WIDTH x HEIGHT units, y downwards. `text` describes it to people who can't see it."""
 
     title: str
     x_label: str
@@ -89,8 +89,8 @@ def chart(
     """None where no series has a point that can be drawn. A bound of None is that of the points; `show`
     writes a y value. `log` names the axes that are logarithmic ("x", "xy"): what isn't positive has no place there."""
     usable = _usable(log)
-    drawn = [one for one in series if any(map(usable, one.points))]
-    finite = [point for one in drawn for point in one.points if usable(point)]
+    visible = [one for one in series if any(map(usable, one.points))]
+    finite = [point for one in visible for point in one.points if usable(point)]
     if not finite:
         return None
     x_low, x_high = _bounds(x_range, [x for x, _ in finite])
@@ -101,16 +101,16 @@ def chart(
         y_low, y_high = y_values[0], y_values[-1]
     to_x = (_log_scale if "x" in log else _scale)(x_low, x_high, LEFT, WIDTH - RIGHT)
     to_y = (_log_scale if "y" in log else _scale)(y_low, y_high, HEIGHT - BOTTOM, TOP)
-    written = show or (_short if "y" in log else _writer(y_values))
+    write_y = show or (_short if "y" in log else _writer(y_values))
     write_x = _short if "x" in log else _writer(x_values)
     return Chart(
         title=title,
         x_label=x_label,
         y_label=y_label,
-        text=". ".join([title, *(_told(one, show or _short, usable) for one in drawn)]),
+        text=". ".join([title, *(_describe(one, show or _short, usable) for one in visible)]),
         x_ticks=tuple(Tick(at=to_x(x), label=write_x(x)) for x in x_values if x_low <= x <= x_high),
-        y_ticks=tuple(Tick(at=to_y(y), label=written(y)) for y in y_values),
-        lines=_legible([_line(one, to_x, to_y, show or _short, x_label, usable) for one in drawn]),
+        y_ticks=tuple(Tick(at=to_y(y), label=write_y(y)) for y in y_values),
+        lines=_place_marks([_line(one, to_x, to_y, show or _short, x_label, usable) for one in visible]),
     )
 
 
@@ -144,8 +144,8 @@ def thin(points: Sequence[Point], limit: int = POINTS) -> list[Point]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups if g]
 
 
-def _bounds(given: Range, values: Sequence[float]) -> Point:
-    low, high = given
+def _bounds(bounds: Range, values: Sequence[float]) -> Point:
+    low, high = bounds
     return (min(values) if low is None else low), (max(values) if high is None else high)
 
 
@@ -180,11 +180,11 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _told(one: Series, show: Callable[[float], str], usable: Callable[[Point], bool]) -> str:
-    seen = [y for x, y in one.points if usable((x, y))]
+def _describe(one: Series, show: Callable[[float], str], usable: Callable[[Point], bool]) -> str:
+    values = [y for x, y in one.points if usable((x, y))]
     if not one.line:
-        return f"{one.label}: {len(seen)} between {show(min(seen))} and {show(max(seen))}"
-    return f"{one.label}: from {show(seen[0])} to {show(seen[-1])}"
+        return f"{one.label}: {len(values)} between {show(min(values))} and {show(max(values))}"
+    return f"{one.label}: from {show(values[0])} to {show(values[-1])}"
 
 
 def _line(
@@ -225,12 +225,12 @@ class _Box:
         return across and self.top < other.bottom and other.top < self.bottom
 
 
-def _legible(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """With each mark on the side of its dot where it hides nothing, without those that would hide another mark. What
-    is drawn later lies on top, so its marks come first."""
+def _place_marks(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """The lines with each mark on the side of its dot where it hides nothing, and without the marks that would hide
+    another one. Later lines are drawn on top, so their marks come first."""
     dots = [_Box(d.x - d.radius, d.x + d.radius, d.y - d.radius, d.y + d.radius) for line in lines for d in line.dots]
     taken: list[_Box] = []
-    drawn = []
+    finished = []
     for line in reversed(lines):
         placed = []
         for dot in line.dots:
@@ -241,12 +241,12 @@ def _legible(lines: Sequence[Line]) -> tuple[Line, ...]:
             else:
                 taken.append(box)
                 placed.append(replace(dot, mark_x=round(box.left, 1), mark_y=round(box.bottom, 1)))
-        drawn.append(replace(line, dots=tuple(placed)))
-    return tuple(reversed(drawn))
+        finished.append(replace(line, dots=tuple(placed)))
+    return tuple(reversed(finished))
 
 
 def _sides(dot: Dot) -> list[_Box]:
-    """Places for the mark of a dot: right, above, below, left, aslant above, as far as they are in the frame."""
+    """Places for the mark of a dot: right, above, below, left, diagonally above, as far as they are in the frame."""
     wide, high, away = LETTER * len(dot.mark), 8, dot.radius + 2
     corners = [
         (dot.x + away, dot.y + high / 2),

@@ -1,7 +1,7 @@
 """The files of a run directory as the report reads them.
 
-Every file may be absent: a run can be interrupted at any time. A field of the wrong type is damage and
-raises DamagedFile. Nothing is interpreted here, and nothing but these files is read.
+Every file may be absent: a run can be interrupted at any time. A field of the wrong type is damage and raises
+DamagedFile. Nothing is interpreted here, and nothing but these files is read.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
-
+from suanli.compute.roofline_records import Roofline
 from suanli.core.errors import DamagedFile
 from suanli.core.run import Run, read_lines
 from suanli.core.storage import read_json
-from suanli.core.types import SPLITS, AnyPath
-from suanli.reporting.engine_records import Engines
-from suanli.reporting.records import Check, Data, Environment, Evaluation, Measured, Metric, Summary
-from suanli.reporting.speed_records import Bench, Record, Roofline, Scaling
+from suanli.core.types import SPLITS, AnyPath, Measurement
+from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, Summary
+from suanli.reporting.validation import FIX, validate
+from suanli.training.ablation_records import Ablation
+from suanli.training.scaling_records import Scaling
 
-REBUILD = "Restore it, or make the run again."
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,45 +33,41 @@ class RunFiles:
     environment: Environment | None
     data: Data | None
     check: Check | None
-    metrics: list[Metric]
-    ledger: list[Measured]
+    metrics: list[Metrics]
+    ledger: list[Measurement]
     summary: Summary | None
     evaluations: dict[str, Evaluation]  # by split
     roofline: Roofline | None
-    bench: Bench | None
+    ablation: Ablation | None
     scaling: Scaling | None
     engines: Engines | None
     trained: bool
-
-    @property
-    def only_bench(self) -> bool:
-        """Whether this directory measures speed and trains nothing."""
-        measured = self.bench is not None or self.scaling is not None
-        return measured and not self.trained and not self.metrics
-
-
-RecordType = TypeVar("RecordType", bound=Record)
+    only_bench: bool  # it measures speed and trains nothing
 
 
 def read_run(path: AnyPath) -> RunFiles:
     """Raises DataError where no run is, DamagedFile for a file that can't be used."""
     path = Run.open(path).path
-    exams = {split: _read(path / "evaluation" / f"{split}.json", Evaluation) for split in SPLITS}
+    evaluations = {split: _read(path / "evaluation" / f"{split}.json", Evaluation) for split in SPLITS}
+    metrics = _without_repeats(_read_lines(path / "metrics.jsonl", Metrics))
+    trained = (path / "model" / "model.json").is_file()
+    measured = any((path / name).is_file() for name in ("bench.json", "scaling.json"))
     return RunFiles(
         path=path,
         recipe=_recipe(path / "recipe.json"),
         environment=_read(path / "environment.json", Environment),
         data=_read(path / "data.json", Data),
         check=_read(path / "check.json", Check),
-        metrics=_without_repeats(_read_lines(path / "metrics.jsonl", Metric)),
-        ledger=_read_lines(path / "ledger.jsonl", Measured),
+        metrics=metrics,
+        ledger=_read_lines(path / "ledger.jsonl", Measurement),
         summary=_read(path / "summary.json", Summary),
-        evaluations={split: exam for split, exam in exams.items() if exam is not None},
+        evaluations={split: evaluation for split, evaluation in evaluations.items() if evaluation},
         roofline=_read(path / "roofline.json", Roofline),
-        bench=_read(path / "bench.json", Bench),
+        ablation=_read(path / "bench.json", Ablation),
         scaling=_read(path / "scaling.json", Scaling),
         engines=_read(path / "model" / "engines" / "engines.json", Engines),
-        trained=(path / "model" / "model.json").is_file(),
+        trained=trained,
+        only_bench=measured and not trained and not metrics,
     )
 
 
@@ -79,13 +75,13 @@ def _recipe(path: Path) -> dict[str, Any]:
     """As it was written, whatever fields the recipes of that version had."""
     recipe = _json(path)
     if not isinstance(recipe, dict):
-        raise DamagedFile(f"{path} doesn't hold a recipe.", fix=REBUILD)
+        raise DamagedFile(f"{path} doesn't hold a recipe.", fix=FIX)
     return recipe
 
 
-def _read(path: Path, record: type[RecordType]) -> RecordType | None:
+def _read(path: Path, kind: type[Kind]) -> Kind | None:
     value = _json(path)
-    return None if value is None else _validated(record, value, str(path))
+    return None if value is None else validate(kind, value, str(path))
 
 
 def _json(path: Path) -> Any:
@@ -95,26 +91,18 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _validated(record: type[RecordType], value: Any, where: str) -> RecordType:
-    try:
-        return record.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DamagedFile(f"{where} can't be used, at {field}: {first['msg']}.", fix=REBUILD) from error
+def _read_lines(path: Path, kind: type[Kind]) -> list[Kind]:
+    lines = (validate(kind, _encodable(line), f"A line of {path}") for line in read_lines(path))
+    return [line for line in lines if line is not None]
 
 
-def _read_lines(path: Path, record: type[RecordType]) -> list[RecordType]:
-    return [_validated(record, _encodable(line), f"A line of {path}") for line in read_lines(path)]
-
-
-def _without_repeats(metrics: Iterable[Metric]) -> list[Metric]:
+def _without_repeats(lines: Iterable[Metrics]) -> list[Metrics]:
     """After a resume, steps since the checkpoint are in the file twice: the later ones count."""
-    kept: list[Metric] = []
-    for metric in metrics:
-        while kept and kept[-1].step > metric.step:
+    kept: list[Metrics] = []
+    for line in lines:
+        while kept and kept[-1].step > line.step:
             kept.pop()
-        kept.append(metric)
+        kept.append(line)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""The data check as things to act on: what was found, what it means, what to do; the worst first."""
+"""The data check as things to act on: each finding, what it means and what to do; the worst first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MANY_BAD = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Group:
     """Names that belong together: one input, or all that equal it."""
 
     names: Sequence[str]
@@ -28,54 +28,54 @@ class Finding:
     weight: str
     title: str
     advice: str
-    found: Sequence[Found] = ()
-    total: int = 0  # how many there are; `found` may be cut
+    groups: Sequence[Group] = ()
+    total: int = 0  # how many there are; `groups` may be fewer
 
 
-def findings(check: Check) -> list[Finding]:
+def list_findings(check: Check) -> list[Finding]:
     return [*_duplicates(check), *_unusable(check), *_classes(check), *_oddities(check)]
 
 
-def _total(check: Check, field: str, found: Sequence[object]) -> int:
-    return max(check.counts.get(field, 0), len(found))
+def _total(check: Check, field: str, examples: Sequence[object]) -> int:
+    return max(check.counts.get(field, 0), len(examples))
 
 
-def _groups(found: Sequence[Duplicate]) -> list[Found]:
-    """Equal inputs with the labels or the splits that they stand under."""
+def _groups(duplicates: Sequence[Duplicate]) -> list[Group]:
+    """Equal inputs with the labels or the splits that they are under."""
     groups = []
-    for one in found:
+    for one in duplicates:
         names = one.names
         if len(one.labels) == len(names):
             names = tuple(f"{name} ({label})" for name, label in zip(names, one.labels, strict=True))
-        groups.append(Found(names=names, remark="in " + " and ".join(one.splits) if one.splits else ""))
+        groups.append(Group(names=names, remark="in " + " and ".join(one.splits) if one.splits else ""))
     return groups
 
 
 def _duplicates(check: Check) -> list[Finding]:
     across, conflicts = check.duplicates_across_splits, check.label_conflicts
-    found = []
+    findings = []
     if n := _total(check, "duplicates_across_splits", across):
-        found.append(
+        findings.append(
             Finding(
                 weight="severe",
                 title=f"{words.count(n, 'input')} in more than one split",
-                advice="A model that has seen its exam scores too high. Delete one copy of each, or give the"
+                advice="A model that has learned from test inputs scores too high. Delete one copy of each, or give the"
                 " data without splits: suanli then decides by content, and equal inputs stay together.",
-                found=_groups(across),
+                groups=_groups(across),
                 total=n,
             )
         )
     if n := _total(check, "label_conflicts", conflicts):
-        found.append(
+        findings.append(
             Finding(
                 weight="warning",
                 title=f"{words.count(n, 'input')} under more than one label",
                 advice="No model can get all copies right. Keep the copy with the right label.",
-                found=_groups(conflicts),
+                groups=_groups(conflicts),
                 total=n,
             )
         )
-    return found
+    return findings
 
 
 def _unusable(check: Check) -> list[Finding]:
@@ -87,53 +87,53 @@ def _unusable(check: Check) -> list[Finding]:
             weight="severe" if (check.bad_share or 0) > MANY_BAD else "warning",
             title=f"{words.count(n, 'input')} can't be decoded{share}",
             advice="They were left out of every split. Replace or delete them.",
-            found=[Found(names=(one.name,), remark=one.reason) for one in check.bad],
+            groups=[Group(names=(one.name,), remark=one.reason) for one in check.bad],
             total=n,
         )
     ]
 
 
 def _classes(check: Check) -> list[Finding]:
-    found = []
+    findings = []
     if check.empty_classes:
         n = len(check.empty_classes)
-        found.append(
+        findings.append(
             Finding(
                 weight="warning",
                 title=f"{words.count(n, 'class', 'classes')} without inputs",
                 advice="They can't be learned. Add inputs or remove the class.",
-                found=[Found(names=(name,)) for name in check.empty_classes],
+                groups=[Group(names=(name,)) for name in check.empty_classes],
                 total=n,
             )
         )
     if words.known(check.imbalance) and check.imbalance >= IMBALANCED:
-        found.append(
+        findings.append(
             Finding(
                 weight="warning",
                 title=f"The largest class is {words.times(check.imbalance)} times the smallest",
-                advice="Read balanced accuracy beside accuracy. Weighing classes may help the small ones:"
+                advice="Read balanced accuracy beside accuracy. Weighting the classes may help the small ones:"
                 " --set class_weights=balanced",
             )
         )
-    return found
+    return findings
 
 
 def _oddities(check: Check) -> list[Finding]:
-    found = []
+    findings = []
     within = check.duplicates_within
     if n := _total(check, "duplicates_within", within):
-        found.append(
+        findings.append(
             Finding(
                 weight="note",
                 title=f"{words.count(n, 'input')} more than once in one split",
                 advice="Each copy counts again. Delete copies that aren't meant.",
-                found=_groups(within),
+                groups=_groups(within),
                 total=n,
             )
         )
     if check.traits:
         listed = ", ".join(f"{words.number(n)} {trait}" for trait, n in check.traits.items())
-        found.append(
+        findings.append(
             Finding(
                 weight="note",
                 title=f"Unusual formats: {listed}",
@@ -143,7 +143,7 @@ def _oddities(check: Check) -> list[Finding]:
     if check.sizes and check.sizes.min and check.sizes.min != check.sizes.max:
         sizes = check.sizes
         distinct = f", {words.number(sizes.distinct)} different" if sizes.distinct else ""
-        found.append(
+        findings.append(
             Finding(
                 weight="note",
                 title=f"Sizes from {words.shape(sizes.min)} to {words.shape(sizes.max)},"
@@ -151,5 +151,5 @@ def _oddities(check: Check) -> list[Finding]:
                 advice="All were brought to the model's input size.",
             )
         )
-    found += [Finding(weight="note", title=note, advice="") for note in check.notes]
-    return found
+    findings += [Finding(weight="note", title=note, advice="") for note in check.notes]
+    return findings

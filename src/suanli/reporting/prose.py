@@ -10,9 +10,9 @@ from suanli.reporting.files import RunFiles
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """Why a part of the report isn't there, and the command that brings it."""
+    """Why a part of the report isn't there, and the command that adds it."""
 
-    said: str
+    message: str
     command: tuple[str, ...] = ()
 
 
@@ -23,53 +23,60 @@ def title(run: RunFiles) -> tuple[str, str, str]:
     return words.plain(model), "bench on" if run.only_bench else "on", data
 
 
-def missing(run: RunFiles, head: views.Headline | None) -> list[Missing]:
+def list_missing(run: RunFiles, score: views.PrimaryScore | None) -> list[Missing]:
     if run.only_bench:
-        found = (run.bench and run.bench.rungs) or (run.scaling and run.scaling.sizes)
-        return [] if found else [Missing(said="This bench has not finished.")]
+        figures = (run.ablation and run.ablation.variants) or (run.scaling and run.scaling.sizes)
+        unreadable = "There are no figures here that this version of suanli can show. Run `suanli bench` again."
+        return [] if figures else [Missing(message=unreadable)]
+    return [*_missing_training(run), *_missing_evaluation(run, score)]
+
+
+def _missing_training(run: RunFiles) -> list[Missing]:
     status = run.summary.status if run.summary else None
     reached = f" after step {words.number(run.metrics[-1].step)}" if run.metrics else ""
-    said = []
+    if status == "finished":
+        return []
     if status == "stopped early":
-        said.append(Missing(said="Training stopped early: the validation score no longer improved."))
-    elif status == "diverged":
-        said.append(Missing(said=f"This run diverged{reached}: its numbers became NaN or infinite, so it stopped."))
-    elif status != "finished":
-        how = "was interrupted" if status == "interrupted" else "has not finished"
-        said.append(Missing(said=f"This run {how}{reached}. To go on:", command=("suanli", "train", str(run.path))))
-    if head is None or head.split != "test":
-        what = "There is no evaluation of this run yet."
-        if head is not None:
-            what = "These scores are of validation, which took part in choices; test is not examined yet."
-        if run.trained:
-            said.append(Missing(said=f"{what} To examine it:", command=("suanli", "evaluate", str(run.path))))
-        else:
-            said.append(Missing(said=f"{what} It needs a trained model first."))
-    return said
+        return [Missing(message="Training stopped early: the validation score no longer improved.")]
+    if status == "diverged":
+        return [Missing(message=f"This run diverged{reached}: its numbers became NaN or infinite, so it stopped.")]
+    how = "was interrupted" if status == "interrupted" else "has not finished"
+    return [Missing(message=f"This run {how}{reached}. To resume it:", command=("suanli", "train", str(run.path)))]
 
 
-def abstract(run: RunFiles, head: views.Headline | None) -> list[str]:
+def _missing_evaluation(run: RunFiles, score: views.PrimaryScore | None) -> list[Missing]:
+    if score is not None and score.split == "test":
+        return []
+    what = "There is no evaluation of this run yet."
+    if score is not None:
+        what = "These scores are of validation, which took part in choices; test is not evaluated yet."
+    if run.trained:
+        return [Missing(message=f"{what} To evaluate it:", command=("suanli", "evaluate", str(run.path)))]
+    return [Missing(message=f"{what} It needs a trained model first.")]
+
+
+def abstract(run: RunFiles, score: views.PrimaryScore | None) -> list[str]:
     """The run in a few sentences."""
-    if run.only_bench and run.bench:
+    if run.only_bench and run.ablation:
         model, _, data = title(run)
-        return bench_views.sentences(run.bench, model, data)
+        return bench_views.sentences(run.ablation, model, data)
     if run.only_bench and run.scaling:
         return scaling_views.abstract(run.scaling)
-    sentences = [_what_was_trained(run)]
-    if head is not None:
-        inputs = words.count(head.count, "input") if head.count is not None else "inputs"
-        taken_for = "which took no part in training or in any choice" if head.split == "test" else ""
-        sentence = f"On the {inputs} of the {views.SPLIT_NAMES[head.split].lower()} split"
-        sentence += f", {taken_for}," if taken_for else ","
-        sentence += f" {words.spaced(head.name)} is {words.score(head.name, head.value)}"
-        if head.interval:
-            low, high = (words.score(head.name, value) for value in head.interval)
+    sentences = [_training(run)]
+    if score is not None:
+        inputs = words.count(score.count, "input") if score.count is not None else "inputs"
+        caveat = "which took no part in training or in any choice" if score.split == "test" else ""
+        sentence = f"On the {inputs} of the {views.SPLIT_NAMES[score.split].lower()} split"
+        sentence += f", {caveat}," if caveat else ","
+        sentence += f" {words.spaced(score.name)} is {words.score(score.name, score.value)}"
+        if score.interval:
+            low, high = (words.score(score.name, value) for value in score.interval)
             sentence += f" (95 % interval {low} to {high})"
         sentences.append(sentence + ".")
     return sentences
 
 
-def _what_was_trained(run: RunFiles) -> str:
+def _training(run: RunFiles) -> str:
     recipe, sizes, summary = run.recipe, views.split_sizes(run.data), run.summary
     model = str(recipe.get("model") or "A model")
     name = (run.data and run.data.name) or "the data"

@@ -1,23 +1,34 @@
-"""What the files of a run hold, as the report reads them: data, training, examination.
+"""The files of a run that no class of suanli writes, as the report reads them: data, training and evaluation.
 
-Every field may be absent (a file may come from another version) and has a default. A field of the wrong
-type is damage. Nothing is interpreted here.
+What a class writes, the report reads as that class. Every field has a default, since a file may come from another
+version.
 """
 
 from __future__ import annotations
 
-from pydantic import Base64Bytes
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from suanli.reporting.speed_records import Diagnosis, Fallback, Number, Plan, Record
+from pydantic import Base64Bytes, Field
+
+from suanli.core.types import Plan
+from suanli.engines.candidates import SearchResult
+from suanli.training.diagnose import Diagnosis
+
+Number = float | None  # None and NaN: not known
+Scores = Mapping[str, Number]
 
 
-class DeviceName(Record):
+@dataclass(frozen=True, kw_only=True)
+class DeviceName:
     name: str | None = None
     torch_name: str | None = None
     memory_bytes: Number = None
 
 
-class Environment(Record):
+@dataclass(frozen=True, kw_only=True)
+class Environment:
     command: tuple[str, ...] = ()
     time: str | None = None
     device: DeviceName = DeviceName()
@@ -29,85 +40,100 @@ class Environment(Record):
     driver: str | None = None
     cuda: str | None = None
     cudnn: int | None = None
-    versions: dict[str, str | None] = {}
+    versions: Mapping[str, str | None] = field(default_factory=dict)
 
 
-class Data(Record):
+@dataclass(frozen=True, kw_only=True)
+class Data:
     name: str | None = None
     kind: str | None = None
     source: str | None = None
     licence: str | None = None
     classes: tuple[str, ...] = ()
-    counts: dict[str, dict[str, int]] = {}  # split -> class -> inputs
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> class -> inputs
     input_shape: tuple[int, ...] = ()
     digest: str | None = None
 
 
-class BadFile(Record):
+# --- check.json -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadFile:
     name: str = "?"
     reason: str = ""
 
 
-class Duplicate(Record):
+@dataclass(frozen=True, kw_only=True)
+class Duplicate:
     names: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()  # in which any of them is
     labels: tuple[str, ...] = ()  # one for each name
 
 
-class Sizes(Record):
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
     min: tuple[int, ...] = ()
     median: tuple[float, ...] = ()
     max: tuple[int, ...] = ()
     distinct: int | None = None
 
 
-class Check(Record):
+@dataclass(frozen=True, kw_only=True)
+class Check:
     total: int | None = None
     bad: tuple[BadFile, ...] = ()
     bad_share: Number = None
     duplicates_across_splits: tuple[Duplicate, ...] = ()
     duplicates_within: tuple[Duplicate, ...] = ()
     label_conflicts: tuple[Duplicate, ...] = ()
-    counts: dict[str, int] = {}  # how long the lists are in full
-    traits: dict[str, int] = {}
+    counts: Mapping[str, int] = field(default_factory=dict)  # how long the lists are in full
+    traits: Mapping[str, int] = field(default_factory=dict)
     sizes: Sizes | None = None
     imbalance: Number = None
     empty_classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-class Metric(Record):
+# --- metrics.jsonl and summary.json ---------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """One line: of training, or of a validation."""
+
     step: int = 0
     epoch: Number = None
     loss: Number = None
     lr: Number = None
     examples_per_s: Number = None
     split: str | None = None  # None: a line of training
-    scores: dict[str, Number] = {}
+    scores: Scores = field(default_factory=dict)
 
 
-class Measured(Record):
-    metric: str = "?"
-    value: Number = None
-    unit: str = ""
-    spread: Number = None
-    count: int | None = None
-    scores: dict[str, Number] = {}
-    variant: str = ""
-
-
-class Forecast(Record):
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
     train_seconds: Number = None
     memory_bytes: Number = None
     disk_bytes: Number = None
 
 
-class Summary(Record):
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """A speedup that failed in training, and how the training went on."""
+
+    step: int | None = None  # after which it happened
+    message: Annotated[str, Field(alias="said")] = ""
+    speedups: tuple[str, ...] | None = None  # in use from then on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
     status: str | None = None
     steps: int | None = None
     epochs: Number = None
     parameters: int | None = None
-    seconds: dict[str, Number] = {}
+    seconds: Mapping[str, Number] = field(default_factory=dict)
     examples_per_s: Number = None
     peak_memory_bytes: Number = None
     limited_by: str | None = None
@@ -117,7 +143,11 @@ class Summary(Record):
     fallbacks: tuple[Fallback, ...] = ()
 
 
-class ClassScore(Record):
+# --- evaluation/<split>.json ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
     name: str = "?"
     count: int | None = None
     precision: Number = None
@@ -125,48 +155,72 @@ class ClassScore(Record):
     f1: Number = None
 
 
-class Confused(Record):
+@dataclass(frozen=True, kw_only=True)
+class ConfusedPair:
     true: str = "?"
     predicted: str = "?"
     count: int = 0
 
 
-class Bin(Record):
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
     confidence: Number = None
     accuracy: Number = None
     count: int = 0
 
 
-class Augmented(Record):
+@dataclass(frozen=True, kw_only=True)
+class AugmentedScores:
     views: int | None = None
-    scores: dict[str, Number] = {}
+    scores: Scores = field(default_factory=dict)
 
 
-class Shown(Record):
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """How an input is shown to a person."""
+
     media_type: str = ""
-    base64: Base64Bytes = b""
+    content: Annotated[Base64Bytes, Field(alias="base64")] = b""
 
 
-class Example(Record):
+@dataclass(frozen=True, kw_only=True)
+class Example:
     name: str = "?"
     true: str | None = None
     predicted: str | None = None
     probability: Number = None
     true_probability: Number = None
-    preview: Shown | None = None
+    preview: Preview | None = None
 
 
-class Evaluation(Record):
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
     split: str | None = None
-    headline: str | None = None  # which of `scores` runs are compared by; None: the first
+    metric: Annotated[str | None, Field(alias="headline")] = None  # the primary one; None: the first of `scores`
     count: int | None = None
-    scores: dict[str, Number] = {}
+    scores: Scores = field(default_factory=dict)
     interval: tuple[Number, Number] | None = None
     per_class: tuple[ClassScore, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None
-    confused: tuple[Confused, ...] = ()
-    reliability: tuple[Bin, ...] | None = None
-    with_augmentation: Augmented | None = None
+    confused: tuple[ConfusedPair, ...] = ()
+    reliability: tuple[ReliabilityBin, ...] | None = None
+    with_augmentation: AugmentedScores | None = None
     mistakes: tuple[Example, ...] = ()
     samples: tuple[Example, ...] = ()
     seconds: Number = None
+
+
+# --- model/engines/engines.json -------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    device: str | None = None
+    cores: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    machine: Machine = Machine()
+    metric: Annotated[str, Field(alias="headline")] = "score"
+    search: Annotated[SearchResult | None, Field(alias="found")] = None

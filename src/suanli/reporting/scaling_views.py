@@ -1,11 +1,11 @@
-"""What the report and the terminal say about processes that share each batch: two tables, and what it comes to."""
+"""What the report and the terminal show of processes that share each batch: two tables and the verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from suanli.reporting import words
-from suanli.reporting.speed_records import Scaling, ScalingSize
+from suanli.training.scaling_records import Scaling, ScalingSize
 
 Columns = dict[str, Callable[[ScalingSize], str]]
 SPEEDS: Columns = {
@@ -36,6 +36,6 @@ def tables(scaling: Scaling) -> dict[str, tuple[list[str], list[list[str]]]]:
 
 def abstract(scaling: Scaling) -> list[str]:
     """For a directory that holds nothing else."""
-    said = f"Processes that share each batch: {scaling.model or 'a network'} on {scaling.data or 'unknown data'}, "
-    said += f"{scaling.device or 'unknown device'}, batches of {words.number(scaling.batch_size)}."
-    return [said, scaling.verdict.said]
+    summary = f"Processes that share each batch: {scaling.model} on {scaling.data}, {scaling.device}, "
+    summary += f"batches of {words.number(scaling.batch_size)}."
+    return [summary, scaling.verdict.sentences]

@@ -1,4 +1,4 @@
-"""What the report says about speed: what limits the run, the plan and its trials, the roofline.
+"""The report on speed: what limits the run, the plan and its trials, the roofline.
 
 Like `views.py`: each function takes records and gives plain values, and works with any part absent.
 """
@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from suanli.compute.roofline_records import Layer, Roofline
+from suanli.core.types import Plan, Trial
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart
-from suanli.reporting.speed_records import Ceilings, Diagnosis, Layer, Plan, Roofline, Trial
 from suanli.reporting.views import Phase
+from suanli.training.diagnose import Diagnosis
 
 # --- what limits ----------------------------------------------------------------------------
 
@@ -22,17 +24,19 @@ SHARES = {
     "copy": "copying to the device",
     "forward": "forward pass",
     "backward": "backward pass",
-    "graph": "forward and backward pass, recorded",
+    "graph": "forward and backward pass, captured as one graph",
     "host": "host: Python and launches",
     "idle": "idle: nothing is computed",
 }
 
 
 def shares(diagnosis: Diagnosis) -> tuple[list[Phase], list[str]]:
-    """Parts of a training step with their seconds (NaN: not known), and what could not be told apart."""
+    """Parts of a training step with their seconds (NaN: not known), and the parts that can't be distinguished."""
     known = {name: share for name, share in diagnosis.shares.items() if words.known(share) and share >= 0}
-    step_s = diagnosis.step_s if words.known(diagnosis.step_s) else math.nan
-    parts = [Phase(name=SHARES.get(n, words.spaced(n)), seconds=s * step_s, share=s) for n, s in known.items()]
+    parts = [
+        Phase(name=SHARES.get(name, words.spaced(name)), seconds=share * diagnosis.step_s, share=share)
+        for name, share in known.items()
+    ]
     unknown = [SHARES.get(n, words.spaced(n)) for n in diagnosis.shares if n not in known]
     return parts, unknown
 
@@ -44,7 +48,7 @@ ORIGINS = {
     "named": "These were named by the user.",
     "measured": "Chosen by trials on this machine",
     "cached": "Chosen by trials on this machine, for an earlier run of the same kind",
-    "sharded": "The network is shared out over the processes and can't be copied for trials: these usually help.",
+    "sharded": "The network is sharded over the processes and can't be copied for trials: these usually help.",
     "short list": "The run is too short for trials, so these are the ones that usually help.",
 }
 
@@ -75,16 +79,16 @@ def untried(plan: Plan) -> dict[str, str]:
 
 
 def _trial(trial: Trial, plan: Plan) -> PlanRow:
-    lost = [name for name in trial.change.split() if not _stands(name, plan)]
+    undone = [name for name in trial.change.split() if not _in_use(name, plan)]
     reason = MEASURED.sub("", trial.reason) if words.known(trial.ratio) else trial.reason
-    if trial.kept and lost:  # later changes and failures in training have the last word
-        gone = next((plan.dropped[name] for name in map(_name, lost) if name in plan.dropped), "")
-        reason = gone or "kept then, and changed again later"
+    if trial.kept and undone:  # later changes and failures in training have the last word
+        dropped = next((plan.dropped[name] for name in map(_name, undone) if name in plan.dropped), "")
+        reason = dropped or "kept then, and changed again later"
     elif not trial.kept and not reason and (trial.ratio or 0.0) > 1.0:
         reason = "not clearly faster"
     return PlanRow(
-        change=" and ".join(map(_in_words, trial.change.split())) or words.UNKNOWN,
-        used=trial.kept and not lost,
+        change=" and ".join(map(_describe_change, trial.change.split())) or words.UNKNOWN,
+        used=trial.kept and not undone,
         times=words.spread(trial.ratio, trial.spread, words.ratio),
         rounds=trial.rounds or None,
         error=f"{trial.error:.2g}" if words.known(trial.error) else words.UNKNOWN,
@@ -92,7 +96,7 @@ def _trial(trial: Trial, plan: Plan) -> PlanRow:
     )
 
 
-def _stands(change: str, plan: Plan) -> bool:
+def _in_use(change: str, plan: Plan) -> bool:
     """Whether the plan has this change now."""
     if change.startswith("-"):
         return change[1:] not in plan.speedups
@@ -101,7 +105,7 @@ def _stands(change: str, plan: Plan) -> bool:
     return _name(change) in plan.speedups
 
 
-def _in_words(change: str) -> str:
+def _describe_change(change: str) -> str:
     if match := re.fullmatch(r"\+?threads=(\d{1,8})", change):
         return words.count(int(match[1]), "thread")
     if change[:1] == "-":
@@ -117,13 +121,13 @@ def plan_sentence(plan: Plan) -> str:
     used = [*plan.speedups]
     if plan.threads is not None:
         used.append(words.count(plan.threads, "CPU thread"))
-    said = f"In use: {', '.join(used)}. " if used else "No speedup is in use. "
-    origin = ORIGINS.get(plan.origin or "", "")
+    sentence = f"In use: {', '.join(used)}. " if used else "No speedup is in use. "
+    origin = ORIGINS.get(plan.origin, "")
     if origin and not origin.endswith("."):
         planned = words.known(plan.seconds) and plan.origin == "measured"
         took = f", which took {words.seconds(plan.seconds)}" if planned else ""
         origin += f"{took}."
-    return (said + origin).strip()
+    return (sentence + origin).strip()
 
 
 # --- the roofline ---------------------------------------------------------------------------
@@ -155,12 +159,12 @@ class Roof:
 def roof(roofline: Roofline) -> Roof | None:
     """None where no layer has a time."""
     timed = [one for one in roofline.layers if words.known(one.seconds) and one.seconds > 0]
-    total = sum(one.seconds or 0.0 for one in timed)
+    total = sum(one.seconds for one in timed)
     if not timed or not words.known(total):
         return None
     peaks = _peaks(roofline)
-    bandwidth = _bandwidth(roofline.ceilings)
-    best = peaks.get(roofline.dtype or "") or max(peaks.values(), default=None)
+    bandwidth = None if roofline.ceilings is None else roofline.ceilings.memory_bytes_per_s
+    best = peaks.get(roofline.dtype) or max(peaks.values(), default=None)
     rows = [_layer_row(number, one, total, best, bandwidth) for number, one in enumerate(timed, 1)]
     return Roof(
         chart=_roof_chart(rows, peaks, bandwidth),
@@ -173,23 +177,15 @@ def roof(roofline: Roofline) -> Roof | None:
 def _peaks(roofline: Roofline) -> dict[str, float]:
     """FLOP/s that this device reaches in the precision of the run and in float32: the better of matrix
     product and convolution."""
-    ceilings, found = roofline.ceilings or Ceilings(), {}
-    for dtype in dict.fromkeys([roofline.dtype or "float32", "float32"]):
-        values = [ceilings.matmul_flops.get(dtype), ceilings.conv_flops.get(dtype)]
-        usable = [v for v in values if words.known(v) and v > 0]
-        if usable:
-            found[dtype] = max(usable)
-    return found
-
-
-def _bandwidth(ceilings: Ceilings | None) -> float | None:
-    value = ceilings.memory_bytes_per_s if ceilings else None
-    return value if words.known(value) and value > 0 else None
+    if roofline.ceilings is None:
+        return {}
+    rates = roofline.ceilings.matmul_flops, roofline.ceilings.conv_flops
+    best = {dtype: max(rate.get(dtype, 0.0) for rate in rates) for dtype in (roofline.dtype, "float32")}
+    return {dtype: rate for dtype, rate in best.items() if rate}
 
 
 def _layer_row(number: int, one: Layer, total: float, peak: float | None, bandwidth: float | None) -> LayerRow:
-    seconds = one.seconds or math.nan
-    work, moved = _positive(one.flops), _positive(one.bytes)
+    work, moved = one.flops or None, one.bytes or None
     computing = work / peak if work and peak else 0.0
     moving = moved / bandwidth if moved and bandwidth else 0.0
     complete = bandwidth is not None and moved is not None and (work is None or peak is not None)
@@ -197,35 +193,28 @@ def _layer_row(number: int, one: Layer, total: float, peak: float | None, bandwi
         number=number,
         name=one.name,
         kind=one.kind,
-        seconds=seconds,
-        share=seconds / total,
-        flops_per_s=work / seconds if work else None,
-        bytes_per_s=moved / seconds if moved else None,
-        of_roof=max(computing, moving) / seconds if complete else None,
+        seconds=one.seconds,
+        share=one.seconds / total,
+        flops_per_s=work / one.seconds if work else None,
+        bytes_per_s=moved / one.seconds if moved else None,
+        of_roof=max(computing, moving) / one.seconds if complete else None,
         bound=("computing" if computing > moving else "memory") if complete else words.UNKNOWN,
     )
 
 
-def _positive(value: float | None) -> float | None:
-    return value if words.known(value) and value > 0 else None
-
-
 def _roof_sentence(roofline: Roofline, rows: list[LayerRow], total: float) -> str:
-    of = f" of {words.count(roofline.batch, 'example')}" if roofline.batch else ""
-    said = f"One forward pass{of} takes {words.span(total)}"
-    if words.known(roofline.flops_per_example):
-        said += f", at {words.si(roofline.flops_per_example, 'FLOP')} an example"
-    said += "."
+    sentences = f"One forward pass of {words.count(roofline.batch, 'example')} takes {words.span(total)}"
+    sentences += f", at {words.si(roofline.flops_per_example, 'FLOP')} an example."
     placed = [row for row in rows if row.of_roof is not None]
     if placed:
         took = sum(row.seconds for row in placed)
         least = sum(row.seconds * min(row.of_roof or 0.0, 1.0) for row in placed)
-        said += f" With every layer at the roof it would take {words.percent(least / took, 0)} of that."
+        sentences += f" With every layer at the roof it would take {words.percent(least / took, 0)} of that."
     flat = sum(row.share for row in rows if row.flops_per_s is None)
     if flat > 0.005:
-        said += f" {words.percent(flat, 0)} of the time goes to what has no matrix products or convolutions"
-        said += " (norms, activations, pooling): it has no place in the plot."
-    return said
+        sentences += f" {words.percent(flat, 0)} of the time goes to what has no matrix products or convolutions"
+        sentences += " (norms, activations, pooling): it has no place in the plot."
+    return sentences
 
 
 def _roof_chart(rows: list[LayerRow], peaks: dict[str, float], bandwidth: float | None) -> Chart | None:
@@ -246,7 +235,7 @@ def _roof_chart(rows: list[LayerRow], peaks: dict[str, float], bandwidth: float 
         colour="second",
         line=False,
         radii=[max(2.0, 13 * math.sqrt(row.share)) for row, _ in placed],
-        texts=[_told(row, place[0]) for row, place in placed],
+        texts=[_describe_layer(row, place[0]) for row, place in placed],
         marks=[str(row.number) if row.number <= LAYERS else "" for row, _ in placed],
     )
     return chart(
@@ -276,7 +265,7 @@ def _around(values: list[float], factor: float) -> Point:
     return min(values) / factor, max(values) * factor
 
 
-def _told(row: LayerRow, intensity: float) -> str:
-    said = f"{row.number}: {row.name} ({row.kind}), {words.percent(row.share)} of the forward pass, "
-    said += f"{words.si(row.flops_per_s, 'FLOP/s')} at {intensity:.3g} FLOP per byte"
-    return said + (f", {words.percent(row.of_roof, 0)} of the roof" if row.of_roof is not None else "")
+def _describe_layer(row: LayerRow, intensity: float) -> str:
+    text = f"{row.number}: {row.name} ({row.kind}), {words.percent(row.share)} of the forward pass, "
+    text += f"{words.si(row.flops_per_s, 'FLOP/s')} at {intensity:.3g} FLOP per byte"
+    return text + (f", {words.percent(row.of_roof, 0)} of the roof" if row.of_roof is not None else "")

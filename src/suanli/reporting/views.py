@@ -1,28 +1,27 @@
-"""What the report says about a run: from the records of its files to rows, sentences and charts.
+"""The report of a run: from the records of its files to rows, sentences and charts.
 
-The template decides how things look, this file what is said and in which order. Each function takes
-records and gives plain values, and works with any part of them absent.
+The template decides how things look, this file what the report says and in which order. Each function takes records
+and gives plain values, and works with any part of them absent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from suanli.core.types import SPLITS
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, thin
-from suanli.reporting.records import ClassScore, Data, Evaluation, Metric, Summary
+from suanli.reporting.records import ClassScore, Data, Evaluation, Metrics, Scores, Summary
 
 HEAT_MAP_CLASSES = 20  # beyond, cells are too small to read
 ROWS = 20  # shown at once; the others fold away
 
 
 @dataclass(frozen=True, kw_only=True)
-class Headline:
-    """The figure that runs are compared by."""
+class PrimaryScore:
+    """The score by which runs are compared."""
 
     split: str
     name: str
@@ -31,24 +30,27 @@ class Headline:
     count: int | None
 
 
-def headline(evaluations: dict[str, Evaluation]) -> Headline | None:
-    """From the test split; from validation, and so named, while there is no examination on test."""
+def primary_score(evaluations: dict[str, Evaluation]) -> PrimaryScore | None:
+    """From the test split; from validation, and so named, while test isn't evaluated."""
     for split in ("test", "val"):
-        if (exam := evaluations.get(split)) is None or not exam.scores:
+        if (evaluation := evaluations.get(split)) is None or not evaluation.scores:
             continue
-        name = exam.headline if exam.headline in exam.scores else next(iter(exam.scores))
-        low, high = exam.interval or (None, None)
+        scores = evaluation.scores
+        name = evaluation.metric
+        if name is None or name not in scores:
+            name = next(iter(scores))
+        low, high = evaluation.interval or (None, None)
         interval = None
         if words.known(low) and words.known(high):
             interval = low, high
-        return Headline(split=split, name=name, value=exam.scores[name], interval=interval, count=exam.count)
+        return PrimaryScore(split=split, name=name, value=scores[name], interval=interval, count=evaluation.count)
     return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRow:
     name: str
-    scores: dict[str, float | None]
+    scores: Scores
     note: str = ""
 
 
@@ -106,17 +108,17 @@ def split_sizes(data: Data | None) -> dict[str, int]:
     return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
 
 
-def class_scores(exam: Evaluation) -> list[ClassScore]:
+def class_scores(evaluation: Evaluation) -> list[ClassScore]:
     """The lowest F1 first; what isn't known last."""
-    return sorted(exam.per_class, key=lambda one: one.f1 if one.f1 is not None and one.f1 >= 0 else 2.0)
+    return sorted(evaluation.per_class, key=lambda one: one.f1 if one.f1 is not None and one.f1 >= 0 else 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     count: int
     right: bool
-    strength: float  # 0 to 1: root of the share of the row's true class, so that few are seen too
-    said: str
+    strength: float  # 0 to 1: root of the share of the row's true class, so that few are visible too
+    text: str
 
 
 def heat_map(evaluation: Evaluation) -> list[tuple[str, list[Cell]]] | None:
@@ -135,7 +137,7 @@ def heat_map(evaluation: Evaluation) -> list[tuple[str, list[Cell]]] | None:
                 count=n,
                 right=i == j,
                 strength=round(math.sqrt(max(n, 0) / total), 3),
-                said=f"{words.count(n, 'input')} of {names[i]} predicted as {names[j]} ({words.percent(n / total)})",
+                text=f"{words.count(n, 'input')} of {names[i]} predicted as {names[j]} ({words.percent(n / total)})",
             )
             for j, n in enumerate(row)
         ]
@@ -143,12 +145,12 @@ def heat_map(evaluation: Evaluation) -> list[tuple[str, list[Cell]]] | None:
     return rows
 
 
-def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
+def curves(metrics: Sequence[Metrics], name: str | None) -> list[Chart]:
     """Loss, validation score and learning rate over epochs (over steps, if epochs aren't known)."""
     by_epoch = all(metric.epoch is not None for metric in metrics)
     x_label = "epoch" if by_epoch else "step"
 
-    def points(lines: Sequence[Metric], field: str) -> list[Point]:
+    def points(lines: Sequence[Metrics], field: str) -> list[Point]:
         return [(_place(m, by_epoch), _value(getattr(m, field))) for m in lines]
 
     training = [m for m in metrics if m.split is None]
@@ -158,7 +160,7 @@ def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
     few = len(validation) <= 40
     x_range = (0.0, max((_place(m, by_epoch) for m in metrics), default=0.0))
     validation_loss = thin(points(validation, "loss"))
-    drawn = [
+    charts = [
         chart(
             "Loss" if any(words.known(y) for _, y in validation_loss) else "Training loss",
             [
@@ -191,10 +193,10 @@ def curves(metrics: Sequence[Metric], name: str | None) -> list[Chart]:
             y_range=(0.0, None),
         ),
     ]
-    return [one for one in drawn if one is not None]
+    return [one for one in charts if one is not None]
 
 
-def _place(metric: Metric, by_epoch: bool) -> float:
+def _place(metric: Metrics, by_epoch: bool) -> float:
     return metric.epoch if by_epoch and metric.epoch is not None else float(metric.step)
 
 
@@ -202,7 +204,7 @@ def _value(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _score_writer(points: Sequence[Point]) -> Any:
+def _score_writer(points: Sequence[Point]) -> Callable[[float], str] | None:
     values = [y for _, y in points if words.known(y)]
     if not values or min(values) < 0 or max(values) > 1:
         return None
@@ -237,44 +239,46 @@ class Phase:
     share: float
 
 
-def phases(summary: Summary, exam: Evaluation | None) -> list[Phase]:
-    """Where the time went; what no phase claims is 'other'."""
-    told = {"evaluate": exam.seconds if exam else None, **summary.seconds}
+def phases(summary: Summary, evaluation: Evaluation | None) -> list[Phase]:
+    """Where the time went; what belongs to no phase is 'other'."""
+    seconds = {"evaluate": evaluation.seconds if evaluation else None, **summary.seconds}
     order = [*summary.seconds, "evaluate"]
-    known = {name: s for name in order if words.known(s := told[name]) and s >= 0}
+    known = {name: s for name in order if words.known(s := seconds[name]) and s >= 0}
     total = known.pop("total", 0.0)
     rest = total - sum(known.values())
     if rest > 0.01 * total:
         known["other"] = rest
-    whole = sum(known.values()) or 1.0
-    return [Phase(name=name, seconds=s, share=s / whole) for name, s in known.items()]
+    all_s = sum(known.values()) or 1.0
+    return [Phase(name=name, seconds=s, share=s / all_s) for name, s in known.items()]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Forecast:
+class ForecastRow:
     name: str
     expected: str
     measured: str
     difference: str
 
 
-def forecasts(summary: Summary) -> list[Forecast]:
-    """What was promised before the first step, beside what came."""
-    told = summary.forecast
-    took = summary.seconds.get("train") if summary.status == "finished" else None
+def forecasts(summary: Summary) -> list[ForecastRow]:
+    """What was expected before the first step, beside what was measured."""
+    forecast = summary.forecast
+    took_s = summary.seconds.get("train") if summary.status == "finished" else None
     rows = [
-        ("training time", told.train_seconds, took, words.seconds),
-        ("memory", told.memory_bytes, summary.peak_memory_bytes, words.memory),
-        ("disk", told.disk_bytes, None, words.memory),
+        ("training time", forecast.train_seconds, took_s, words.seconds),
+        ("memory", forecast.memory_bytes, summary.peak_memory_bytes, words.memory),
+        ("disk", forecast.disk_bytes, None, words.memory),
     ]
     return [
-        Forecast(name=name, expected=show(said), measured=show(came), difference=_difference(said, came))
-        for name, said, came, show in rows
-        if words.known(said)
+        ForecastRow(
+            name=name, expected=show(expected), measured=show(measured), difference=_difference(expected, measured)
+        )
+        for name, expected, measured, show in rows
+        if words.known(expected)
     ]
 
 
-def _difference(expected: float | None, came: float | None) -> str:
-    if not words.known(expected) or not words.known(came) or expected <= 0:
+def _difference(expected: float | None, measured: float | None) -> str:
+    if not words.known(expected) or not words.known(measured) or expected <= 0:
         return words.UNKNOWN
-    return f"{100 * (came / expected - 1):+.0f} %".replace("-", "−")
+    return f"{100 * (measured / expected - 1):+.0f} %".replace("-", "−")

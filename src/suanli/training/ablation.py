@@ -1,52 +1,50 @@
-"""The ladder: the same training computed in more and more of a plan's ways, all measured against plain PyTorch.
+"""An ablation: one training, computed with more and more of a plan's speedups, all compared with plain PyTorch.
 
-Each rung adds one change of the plan to the rung below. All rungs start from the same weights and advance by
-turns, a few steps a visit, so that in the end each has had the same steps, its speed was taken in the same
-minutes as that of plain PyTorch, and the ratio is one of pairs. What is trained is the recipe with its
-schedule drawn together to these steps: a learning rate that has come down makes scores comparable.
+Each variant adds one change of the plan to the variant before. All start from the same weights and take turns, one
+block of steps each in every round. In the end each has trained the same steps, its speed was taken in the same minutes
+as that of plain PyTorch, and the ratio is one of pairs. What is trained is the recipe with its schedule shortened to
+these steps: scores are comparable once the learning rate has come down.
 
-The gate holds the scores on the validation split against plain PyTorch's. Two trainings differ by chance as
-well, so a rung that is worse is trained again with another seed beside plain PyTorch, and only if it is worse
-again it is refused.
+The gate compares the scores on the validation split with plain PyTorch's. Two trainings also differ by chance, so a
+variant that is worse is trained again with another seed beside plain PyTorch, and refused only if it is worse again.
 
-A rung that fails is refused with its reason and the next ones are measured without its speedup. What this
-doesn't do: choose a plan, write files, or train to the end of a long recipe.
+A variant that fails is refused with its reason, and the next ones are measured without its speedup. This module
+doesn't choose a plan, write files, or train to the end of a long recipe.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from suanli.compute.plan import plain_plan
 from suanli.core.compare import difference
 from suanli.core.console import Progress, say
-from suanli.core.errors import SuanliError, UsageError
+from suanli.core.errors import SuanliError
 from suanli.core.types import Difference, Plan, Recipe, Task
 from suanli.machine import device
 from suanli.machine.ceilings import Ceilings
 from suanli.machine.timing import gain, percentile, spread
-from suanli.training.ablation_records import Ladder, Phase, Rung, rungs, shortened, visits
+from suanli.training.ablation_plan import Survey, cumulative_plans, divide_steps, shorten, survey, with_recipe
+from suanli.training.ablation_records import Ablation, Estimate, EvaluationFigures, TrainingFigures, Variant
 from suanli.training.setup import Setup
-from suanli.training.timed_run import Record, Way
+from suanli.training.timed_run import TimedRun, Timings
 from suanli.training.utilization import ceiling_flops
 
 ROUNDS = 5
-BUDGET_S = 300.0  # for training and evaluating all rungs, where the number of steps isn't given
+BUDGET_S = 300.0  # for training and evaluating all variants, where the number of steps isn't given
 EVALUATION_SHARE = 0.2  # of the budget
-MOST_BATCHES = 50  # of evaluation in a visit
-SURVEYED = 3  # steps, from which the time of all is estimated
+MOST_BATCHES = 50  # of evaluation in a block
 
 
-def climb(
+def run_ablation(
     setup: Setup,
     plan: Plan,
     *,
@@ -55,105 +53,47 @@ def climb(
     budget_s: float | None = None,
     ceilings: Ceilings | None = None,
     price_per_hour: float | None = None,
-) -> Ladder:
-    """Measures plain PyTorch and every rung up to `plan`.
+) -> tuple[Ablation, Recipe]:
+    """Measures plain PyTorch and every variant up to `plan`. Gives the figures and the recipe that was trained.
 
-    Without `steps`, as many as `budget_s` (default BUDGET_S) allows and at most the recipe's. Where time turns out
-    to be short, rounds get fewer steps, the same for all rungs; the first round always runs. `price_per_hour` is
-    in any currency. Raises Diverged, and what torch raises, where plain PyTorch itself fails.
+    Without `steps`, as many as `budget_s` (default BUDGET_S) allows and at most the recipe's. Where time turns out to
+    be short, rounds get fewer steps, the same for all variants; the first round always runs. `price_per_hour` is in
+    any currency. Raises Diverged, and what torch raises, where plain PyTorch itself fails.
     """
-    places = [_Place(name, part) for name, part in rungs(plan)]
-    survey = _survey(setup)
+    contenders = [_Contender(name, part) for name, part in cumulative_plans(plan)]
+    facts = survey(setup)
     limit_s = budget_s or (BUDGET_S if steps is None else math.inf)
     if steps is None:
-        afford = _affordable((1 - EVALUATION_SHARE) * limit_s, [survey.step_s] * len(places), survey.steps)
-        steps = min(survey.steps, max(2 * (rounds + 1), afford))
-    recipe = shortened(setup.recipe, steps, survey.steps_per_epoch)
-    run = _Climb(_with_recipe(setup, recipe), places, visits(steps, rounds))
-    run.climb(limit_s)
+        afford = _affordable((1 - EVALUATION_SHARE) * limit_s, [facts.step_s] * len(contenders), facts.steps)
+        steps = min(facts.steps, max(2 * (rounds + 1), afford))
+    recipe = shorten(setup.recipe, steps, facts.steps_per_epoch)
+    comparison = _Comparison(with_recipe(setup, recipe), contenders, divide_steps(steps, rounds))
+    comparison.run(limit_s)
     highest = None if ceilings is None else ceiling_flops(ceilings)
-    made = [run.rung(place, survey, highest, price_per_hour) for place in places]
-    return Ladder(
+    ablation = Ablation(
         device=setup.device.name,
-        batch_size=survey.batch_size,
-        rounds=run.rounds,
-        steps=run.steps,
+        batch_size=facts.batch_size,
+        rounds=comparison.rounds,
+        steps=comparison.steps,
         planned_steps=steps,
-        headline=run.task.metric,
-        tolerance=run.task.tolerance,
+        metric=comparison.task.metric,
+        tolerance=comparison.task.tolerance,
         validation_examples=len(setup.prepared.splits["val"]),
         price_per_hour=price_per_hour,
         ceiling_flops=highest,
         plan=plan,
-        rungs=tuple(made),
-        recipe=recipe,
+        variants=tuple(comparison.variant(one, facts, highest, price_per_hour) for one in contenders),
     )
-
-
-def check(steps: int | None, rounds: int, budget_s: float | None, price_per_hour: float | None) -> None:
-    """Raises UsageError for values that `climb` can't do anything with."""
-    if rounds < 1:
-        raise UsageError(f"--rounds can't be {rounds}.", fix="Give 1 or more; 5 tell a spread.")
-    if steps is not None and steps < 2:
-        raise UsageError(f"--steps can't be {steps}.", fix="Give 2 or more: the first ones only warm up.")
-    if budget_s is not None and not budget_s > 0:
-        raise UsageError(f"--time-budget-s can't be {budget_s}.", fix="Give a number of seconds above 0.")
-    if price_per_hour is not None and not (price_per_hour > 0 and math.isfinite(price_per_hour)):
-        raise UsageError(f"--price-per-hour can't be {price_per_hour}.", fix="Give what an hour costs, above 0.")
-
-
-def _with_recipe(setup: Setup, recipe: Recipe) -> Setup:
-    """The same weights and splits under a recipe that differs in its schedule only."""
-    other = copy.copy(setup)
-    other.recipe = recipe
-    return other
-
-
-# --- before the rungs -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Survey:
-    """What is taken once, from a copy that plain PyTorch trains a few steps."""
-
-    steps: int  # of the whole recipe
-    steps_per_epoch: int
-    batch_size: int
-    step_s: float
-    step_flops: float  # of an example in training
-    batch_flops: float  # of an example in evaluation
-
-
-def _survey(setup: Setup) -> _Survey:
-    plain = plain_plan(setup.device)
-    loop = setup.trial(plain)
-    order, whole = loop.order, loop.steps
-    if whole < SURVEYED + 1:
-        recipe = shortened(setup.recipe, SURVEYED + 1, order.steps_per_epoch)  # longer, in fact
-        loop = _with_recipe(setup, recipe).trial(plain)
-    way = Way(loop, setup.device)
-    step_flops, batch_flops = way.flops()
-    way.train(SURVEYED)
-    return _Survey(
-        steps=whole,
-        steps_per_epoch=order.steps_per_epoch,
-        batch_size=order.batch_size,
-        step_s=percentile(way.training.step_s, 0.5),
-        step_flops=step_flops / order.batch_size,
-        batch_flops=batch_flops / way.evaluated,
-    )
-
-
-# --- climbing -------------------------------------------------------------------------------
+    return ablation, recipe
 
 
 @dataclass
-class _Place:
-    """A rung while it is measured."""
+class _Contender:
+    """A variant while it is measured."""
 
     name: str
     plan: Plan
-    way: Way | None = None  # None: not begun, or failed
+    run: TimedRun | None = None  # None: not begun, or failed
     precision: str = "float32"
     probabilities: np.ndarray | None = None  # (N, K) of the validation split, after the last step
     difference: Difference | None = None
@@ -163,22 +103,28 @@ class _Place:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-class _Climb:
-    def __init__(self, setup: Setup, places: Sequence[_Place], sizes: Sequence[int]) -> None:
-        self.setup, self.places, self.sizes = setup, places, sizes
-        self.steps = self.rounds = 0
+class _Comparison:
+    """Runs the contenders; the first is plain PyTorch. `sizes` are the steps of each block (`divide_steps`)."""
+
+    def __init__(self, setup: Setup, contenders: Sequence[_Contender], sizes: Sequence[int]) -> None:
+        self.setup, self.contenders, self.sizes = setup, contenders, sizes
+        self.steps = self.rounds = 0  # that each contender was trained
 
     @property
     def task(self) -> Task:
-        way = self.places[0].way
-        assert way is not None  # where plain PyTorch fails, nothing is measured
-        return way.loop.task
+        return self._plain_run.loop.task
 
-    def climb(self, limit_s: float) -> None:
-        with Progress("Measuring", len(self.places) * len(self.sizes)) as bar:
+    @property
+    def _plain_run(self) -> TimedRun:
+        run = self.contenders[0].run
+        assert run is not None  # where plain PyTorch fails, nothing is measured
+        return run
+
+    def run(self, limit_s: float) -> None:
+        with Progress("Measuring", len(self.contenders) * len(self.sizes)) as bar:
             self._train(bar, (1 - EVALUATION_SHARE) * limit_s)
-        self._examine()
-        self._evaluate(EVALUATION_SHARE * min(limit_s, BUDGET_S))
+        self._score()
+        self._time_evaluation(EVALUATION_SHARE * min(limit_s, BUDGET_S))
         self._train_again()
 
     def _train(self, bar: Progress, limit_s: float) -> None:
@@ -189,99 +135,100 @@ class _Climb:
             left_s = limit_s - (time.perf_counter() - started)
             if number and left_s <= 0:
                 break
-            paces = [way.training.pace_s for _, way in self._by_turns(0)]
+            paces = [run.training.pace_s for _, run in self._in_turn(0)]
             steps = _affordable(left_s / (len(rounds) - number), paces, planned)
-            for place, way in self._by_turns(number):
-                with self._attempt(place):
-                    way.train(steps)
+            for contender, run in self._in_turn(number):
+                with self._attempt(contender):
+                    run.train(steps)
             self.rounds, self.steps = number + 1, self.steps + steps
-            bar.update(len(self.places) * (number + 2), f"round {number + 1}")
-
-    def _evaluate(self, limit_s: float) -> None:
-        rounds = len(self.sizes) - 1
-        for place, way in self._by_turns(0):
-            with self._attempt(place):
-                way.evaluate(2, timed=False, elsewhere_bytes=self._held_elsewhere(place))
-        paces = [way.evaluation.pace_s for _, way in self._by_turns(0)]
-        batches = _affordable(limit_s / rounds, paces, MOST_BATCHES)
-        for number in range(rounds):
-            for place, way in self._by_turns(number):
-                with self._attempt(place):
-                    way.evaluate(batches)
+            bar.update(len(self.contenders) * (number + 2), f"round {number + 1}")
 
     def _warm_up(self, bar: Progress) -> None:
-        """Builds the rungs, in order: what fails is left out of the rungs above."""
-        without: set[str] = set()
-        for number, place in enumerate(self.places):
-            below = self.places[number - 1].plan.speedups if number else ()
-            place.plan = replace(place.plan, speedups=tuple(n for n in place.plan.speedups if n not in without))
-            with self._attempt(place):
-                loop = self.setup.trial(place.plan)
-                way = place.way = Way(loop, self.setup.device)
-                way.train(self.sizes[0], timed=False, elsewhere_bytes=self._held_elsewhere(place))
-                place.precision = way.precision()
-            if place.failed:
-                without |= set(place.plan.speedups) - set(below)
-            bar.update(number + 1, place.name)
+        """Starts the runs, in order: what fails is left out of the variants after it."""
+        failures: set[str] = set()
+        for number, contender in enumerate(self.contenders):
+            before = self.contenders[number - 1].plan.speedups if number else ()
+            usable = tuple(name for name in contender.plan.speedups if name not in failures)
+            contender.plan = replace(contender.plan, speedups=usable)
+            with self._attempt(contender):
+                run = contender.run = TimedRun(self.setup.trial(contender.plan), self.setup.device)
+                run.train(self.sizes[0], timed=False, other_bytes=self._bytes_of_others(contender))
+                contender.precision = run.precision()
+            if contender.failed:
+                failures |= set(contender.plan.speedups) - set(before)
+            bar.update(number + 1, contender.name)
         self.steps = self.sizes[0]
 
-    def _by_turns(self, number: int) -> Iterator[tuple[_Place, Way]]:
-        """The rungs that run, every other round from the top, so that none always follows the same one."""
-        for place in self.places if number % 2 == 0 else self.places[::-1]:
-            if place.way is not None:
-                yield place, place.way
+    def _time_evaluation(self, limit_s: float) -> None:
+        rounds = len(self.sizes) - 1
+        for contender, run in self._in_turn(0):
+            with self._attempt(contender):
+                run.evaluate(2, timed=False, other_bytes=self._bytes_of_others(contender))
+        paces = [run.evaluation.pace_s for _, run in self._in_turn(0)]
+        batches = _affordable(limit_s / rounds, paces, MOST_BATCHES)
+        for number in range(rounds):
+            for contender, run in self._in_turn(number):
+                with self._attempt(contender):
+                    run.evaluate(batches)
 
-    def _held_elsewhere(self, place: _Place) -> int:
-        return sum(p.way.held_bytes() for p in self.places if p is not place and p.way is not None)
+    def _in_turn(self, round_number: int) -> Iterator[tuple[_Contender, TimedRun]]:
+        """Those that run, in every other round from the last, so that none always follows the same one."""
+        for contender in self.contenders if round_number % 2 == 0 else self.contenders[::-1]:
+            if contender.run is not None:
+                yield contender, contender.run
+
+    def _bytes_of_others(self, contender: _Contender) -> int:
+        others = [one.run for one in self.contenders if one is not contender]
+        return sum(run.state_bytes() for run in others if run is not None)
 
     @contextmanager
-    def _attempt(self, place: _Place) -> Iterator[None]:
-        """A rung that fails is refused and given up; plain PyTorch must not fail."""
+    def _attempt(self, contender: _Contender) -> Iterator[None]:
+        """A contender that fails is refused and dropped; plain PyTorch must not fail."""
         try:
             yield
         except Exception as error:  # a speedup may be anyone's code, and a compiler may raise anything
-            if place is self.places[0]:
+            if contender is self.contenders[0]:
                 raise
-            place.refused, place.failed, place.way = _reason(error), True, None
-            gc.collect()  # a loop and its generator hold each other, and memory may be short
+            contender.refused, contender.failed, contender.run = _reason(error), True, None
+            gc.collect()  # a loop and its generator refer to each other, and memory may be short
 
     # --- the gate ---
 
-    def _examine(self) -> None:
-        """Scores of every rung, and how they differ from plain PyTorch's."""
-        targets, plain = self._targets, self.places[0]
-        for place, way in self._by_turns(0):
-            with self._attempt(place):
-                found = place.probabilities = way.probabilities()
-                place.scores = self.task.scores(found, targets)
-                if place is not plain:
+    def _score(self) -> None:
+        """The scores of every contender, and how they differ from plain PyTorch's."""
+        targets, plain = self._targets, self.contenders[0]
+        for contender, run in self._in_turn(0):
+            with self._attempt(contender):
+                contender.probabilities = run.probabilities()
+                contender.scores = self.task.scores(contender.probabilities, targets)
+                if contender is not plain:
                     assert plain.probabilities is not None
-                    place.difference = difference(self.task, plain.probabilities, found, targets)
+                    contender.difference = difference(self.task, plain.probabilities, contender.probabilities, targets)
 
     def _train_again(self) -> None:
-        """Rungs that lose more than is tolerated, trained with another seed: refused if they do so again."""
+        """Trains contenders that lose more than is tolerated with another seed, and refuses those that lose again."""
         tolerance = self.task.tolerance
-        suspects = [p for p in self.places if p.difference is not None and p.difference.exceeds(tolerance)]
-        suspects = [p for p in suspects if not p.failed]
+        suspects = [c for c in self.contenders if c.difference is not None and c.difference.exceeds(tolerance)]
+        suspects = [contender for contender in suspects if not contender.failed]
         if not suspects:
             return
-        named = ", ".join(p.name for p in suspects)
-        say(f"{named}: worse than plain PyTorch, so trained again with another seed")
+        names = ", ".join(contender.name for contender in suspects)
+        say(f"{names}: worse than plain PyTorch, so trained again with another seed")
         seed = self.setup.recipe.seed + 1
         recipe = self.setup.recipe.model_copy(update={"seed": seed})
         other = Setup(recipe, self.setup.prepared, self.setup.device)
-        plain = self._trained(other, self.places[0].plan)
-        for place in suspects:
-            with self._attempt(place):
-                found = self._trained(other, place.plan)
-                place.again = difference(self.task, plain, found, self._targets)
-                if place.again.exceeds(tolerance):
-                    place.refused = _loss(self.task, place)
+        plain = self._train_anew(other, self.contenders[0].plan)
+        for contender in suspects:
+            with self._attempt(contender):
+                probabilities = self._train_anew(other, contender.plan)
+                contender.again = difference(self.task, plain, probabilities, self._targets)
+                if contender.again.exceeds(tolerance):
+                    contender.refused = _describe_loss(self.task, contender)
 
-    def _trained(self, setup: Setup, plan: Plan) -> np.ndarray:
-        way = Way(setup.trial(plan), setup.device)
-        way.train(self.steps, timed=False)
-        return way.probabilities()
+    def _train_anew(self, setup: Setup, plan: Plan) -> np.ndarray:
+        run = TimedRun(setup.trial(plan), setup.device)
+        run.train(self.steps, timed=False)
+        return run.probabilities()
 
     @property
     def _targets(self) -> np.ndarray:
@@ -289,30 +236,35 @@ class _Climb:
 
     # --- figures ---
 
-    def rung(
-        self, place: _Place, survey: _Survey, highest: dict[str, float] | None, price_per_hour: float | None
-    ) -> Rung:
-        way, plain = place.way, self.places[0].way
-        assert plain is not None
+    def variant(
+        self,
+        contender: _Contender,
+        facts: Survey,
+        highest_flops: Mapping[str, float] | None,
+        price_per_hour: float | None,
+    ) -> Variant:
+        run, plain = contender.run, self._plain_run
         train = evaluate = None
-        if way is not None:
-            ceiling = (highest or {}).get(place.precision) or (highest or {}).get("float32")
-            pair = (way.training, plain.training), (way.evaluation, plain.evaluation)
-            train, evaluate = (
-                _phase(mine, plains, flops, ceiling, price_per_hour)
-                for (mine, plains), flops in zip(pair, (survey.step_flops, survey.batch_flops), strict=True)
-            )
-        return Rung(
-            name=place.name,
-            speedups=place.plan.speedups,
-            threads=place.plan.threads or torch.get_num_threads(),
+        if run is not None:
+            highest = highest_flops or {}
+            ceiling = highest.get(contender.precision) or highest.get("float32")
+            common = _figures(run.training, plain.training, facts.training_flops, ceiling, price_per_hour)
+            p50, p95 = _percentiles_ms(run.training)
+            train = TrainingFigures(**common, step_ms_p50=p50, step_ms_p95=p95)
+            common = _figures(run.evaluation, plain.evaluation, facts.evaluation_flops, ceiling, price_per_hour)
+            p50, p95 = _percentiles_ms(run.evaluation)
+            evaluate = EvaluationFigures(**common, batch_ms_p50=p50, batch_ms_p95=p95)
+        return Variant(
+            name=contender.name,
+            speedups=contender.plan.speedups,
+            threads=contender.plan.threads or torch.get_num_threads(),
             train=train,
             evaluate=evaluate,
-            scores=place.scores,
-            difference=place.difference,
-            again=place.again,
-            refused=place.refused,
-            failed=place.failed,
+            scores=contender.scores,
+            difference=contender.difference,
+            again=contender.again,
+            refused=contender.refused,
+            failed=contender.failed,
         )
 
 
@@ -323,27 +275,34 @@ def _affordable(time_s: float, paces_s: Sequence[float], most: int) -> int:
     return max(1, min(most, int(max(0.0, time_s) / sum(paces_s))))
 
 
-def _phase(mine: Record, plain: Record, flops: float, ceiling: float | None, price_per_hour: float | None) -> Phase:
-    """`flops` are those of one example."""
-    rate = spread([count / took for count, took in zip(mine.examples, mine.seconds, strict=True)])
-    return Phase(
-        examples_per_s=rate,
-        gain=gain(plain.seconds, mine.seconds),
-        step_ms_p50=1e3 * percentile(mine.step_s, 0.5),
-        step_ms_p95=1e3 * percentile(mine.step_s, 0.95),
-        peak_memory_bytes=mine.peak_bytes,
-        share_of_ceiling=flops * rate.median / ceiling if ceiling and flops else None,
-        joules_per_example=None if mine.joules is None else mine.joules / sum(mine.examples),
-        examples_per_price=None if price_per_hour is None else rate.median * 3600 / price_per_hour,
-    )
+def _percentiles_ms(timings: Timings) -> tuple[float, float]:
+    return 1e3 * percentile(timings.step_s, 0.5), 1e3 * percentile(timings.step_s, 0.95)
 
 
-def _loss(task: Task, place: _Place) -> str:
-    assert place.difference is not None
-    assert place.again is not None
-    found, again = place.difference, place.again
+def _figures(
+    timings: Timings, plain: Timings, flops: float, ceiling: float | None, price_per_hour: float | None
+) -> dict[str, Any]:
+    """The fields of `Figures`; `flops` are those of one example."""
+    rate = spread([count / took for count, took in zip(timings.examples, timings.seconds, strict=True)])
+    speedup = gain(plain.seconds, timings.seconds)
+    several = rate.count > 1
+    return {
+        "rounds": rate.count,
+        "examples_per_s": Estimate(median=rate.median, half_iqr=rate.half_iqr if several else None),
+        "ratio": Estimate(median=speedup.ratio, half_iqr=speedup.spread if several else None),
+        "peak_memory_bytes": timings.peak_bytes,
+        "share_of_ceiling": flops * rate.median / ceiling if ceiling and flops else None,
+        "joules_per_example": None if timings.joules is None else timings.joules / sum(timings.examples),
+        "examples_per_price": None if price_per_hour is None else rate.median * 3600 / price_per_hour,
+    }
+
+
+def _describe_loss(task: Task, contender: _Contender) -> str:
+    first, again = contender.difference, contender.again
+    assert first is not None
+    assert again is not None
     return (
-        f"it loses {-found.median:.1%} of {task.metric} (95 % interval {-found.high:.1%} to {-found.low:.1%}), "
+        f"it loses {-first.median:.1%} of {task.metric} (95 % interval {-first.high:.1%} to {-first.low:.1%}), "
         f"{-again.median:.1%} with another seed; the task tolerates {task.tolerance:.1%}."
     )
 
@@ -353,5 +312,5 @@ def _reason(error: Exception) -> str:
         return error.message
     if device.is_out_of_memory(error):
         return "memory ran out."
-    told = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {told.strip()[:200]}"
+    message = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {message.strip()[:200]}"

@@ -1,13 +1,12 @@
-"""One way of computing a training, which goes on for a few steps whenever it is visited, and is measured.
+"""A training that advances a few steps at a time and is measured: speed, energy and peak memory.
 
-Several ways that are visited by turns have had the same steps after each round and the same disturbances
-during it. A visit is timed as a whole, up to the last result of the device; single steps are timed by marks
-that the device itself sets between them, because waiting for each would slow down what is measured.
+Several such runs that take turns, one block of steps each in every round, have had the same steps after each round and
+the same disturbances during it. A block is timed as a whole, up to the last result of the device; single steps are
+timed by marks that the device itself sets between them, because waiting for each would slow down what is measured.
 
-Peak memory is that of the process without what other ways hold; a training split that lies on the device
-counts for every way. Only visits that aren't timed take it. On a CPU it is the kernel's high-water mark, which
-can be set back on Linux only; what the allocator keeps for later is given back first, and that costs the next
-steps time.
+Peak memory is that of the process without what the other runs hold; a training split that lies on the device counts
+for every run. Only blocks that aren't timed take it. On a CPU it is the kernel's high-water mark, which only Linux can
+set back. What the allocator keeps for later is returned to the system first, and that slows down the next steps.
 """
 
 from __future__ import annotations
@@ -39,56 +38,56 @@ from suanli.training.validation import validation_batch_size
 
 
 @dataclass(kw_only=True)
-class Record:
-    """What the visits to one way have shown so far."""
+class Timings:
+    """The measurements of one run's blocks so far."""
 
-    seconds: list[float] = field(default_factory=list)  # of each timed visit
-    examples: list[int] = field(default_factory=list)  # in each timed visit
+    seconds: list[float] = field(default_factory=list)  # of each timed block
+    examples: list[int] = field(default_factory=list)  # in each timed block
     step_s: list[float] = field(default_factory=list)  # of each step in them
-    pace_s: float = 0.0  # of a step, in the latest visit
+    pace_s: float = 0.0  # of a step, in the latest block
     joules: float | None = 0.0  # in all of them; None: not readable
-    peak_bytes: int | None = None  # in visits that weren't timed; None: unknown
+    peak_bytes: int | None = None  # in blocks that weren't timed; None: unknown
 
 
-class Way:
-    """A loop that advances when it is visited. What fails in a visit is raised; the way is then of no use."""
+class TimedRun:
+    """A loop and its measurements. An error in a block is raised, and the run can't be used from then on."""
 
     def __init__(self, loop: Loop, device: Device) -> None:
         self.loop, self.device = loop, device
-        self.training, self.evaluation = Record(), Record()
+        self.training, self.evaluation = Timings(), Timings()
         self._steps = loop.run()
-        # Of equal size, and the same ones for every way: the last ones of a pass would be fewer.
-        self.evaluated = min(validation_batch_size(loop.recipe), len(loop.val_feed))
-        positions = _positions(len(loop.val_feed), self.evaluated)
+        # Of equal size, and the same ones for every run: the last ones of a pass would be smaller.
+        self.evaluation_batch = min(validation_batch_size(loop.recipe), len(loop.val_feed))
+        positions = _cycle_positions(len(loop.val_feed), self.evaluation_batch)
         self._rows = loop.val_feed.batches(positions, read_ahead=loop.compute.read_ahead)
 
-    def train(self, steps: int, *, timed: bool = True, elsewhere_bytes: int = 0) -> None:
-        """So many steps; `elsewhere_bytes` of the device's memory are held by other ways."""
+    def train(self, steps: int, *, timed: bool = True, other_bytes: int = 0) -> None:
+        """A block of so many steps; `other_bytes` of the device's memory are held by other runs."""
         examples = steps * self.loop.order.batch_size
-        self._visit(self.training, self._step, steps, examples, timed, elsewhere_bytes)
+        self._measure(self.training, self._train_step, steps, examples, timed, other_bytes)
 
-    def evaluate(self, batches: int, *, timed: bool = True, elsewhere_bytes: int = 0) -> None:
-        """So many batches of validation examples, without their scores."""
-        examples = batches * self.evaluated
-        self._visit(self.evaluation, self._batch, batches, examples, timed, elsewhere_bytes)
+    def evaluate(self, batches: int, *, timed: bool = True, other_bytes: int = 0) -> None:
+        """A block of so many batches of validation examples, without their scores."""
+        examples = batches * self.evaluation_batch
+        self._measure(self.evaluation, self._evaluate_batch, batches, examples, timed, other_bytes)
 
     def probabilities(self) -> np.ndarray:
-        """(N, K) of the whole validation split, with the weights that would be kept now."""
+        """(N, K) of the whole validation split, with the weights that a finished training would keep."""
         loop = self.loop
-        rows = (rows for rows, _, _ in loop.val_feed.in_order(self.evaluated))
+        rows = (rows for rows, _, _ in loop.val_feed.in_order(self.evaluation_batch))
         with apply_settings(loop.compute), loop.use_averaged_weights():
             return infer(loop.compute, loop.preprocess, loop.task, rows)
 
-    def flops(self) -> tuple[int, int]:
+    def count_flops(self) -> tuple[int, int]:
         """Of one training step, which is done, and of one validation batch."""
         with apply_settings(self.loop.compute):
-            return roofline.flops(self._step), roofline.flops(self._batch)
+            return roofline.flops(self._train_step), roofline.flops(self._evaluate_batch)
 
     def precision(self) -> str:
         """The name of the dtype that products and convolutions are computed in."""
         return utilization.step_precision(self.loop.compute, self.device)
 
-    def held_bytes(self) -> int:
+    def state_bytes(self) -> int:
         """Of the device's memory, by weights, gradients, averages and the optimizer's state."""
         loop = self.loop
         tensors = [*loop.model.parameters(), *loop.model.buffers(), *(loop.ema.tensors.values() if loop.ema else ())]
@@ -98,43 +97,43 @@ class Way:
         storages = [t.untyped_storage() for t in tensors if t.device.type == loop.device.type]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    # --- one visit ---
+    # --- one block ---
 
-    def _step(self) -> None:
+    def _train_step(self) -> None:
         next(self._steps)
 
-    def _batch(self) -> None:
+    def _evaluate_batch(self) -> None:
         loop = self.loop
         rows, _, _ = next(self._rows)
         infer(loop.compute, loop.preprocess, loop.task, [rows])
 
-    def _visit(
-        self, record: Record, work: Callable[[], None], times: int, examples: int, timed: bool, elsewhere_bytes: int
+    def _measure(
+        self, timings: Timings, work: Callable[[], None], times: int, examples: int, timed: bool, other_bytes: int
     ) -> None:
         with apply_settings(self.loop.compute):
-            self._settle()
-            watched = not timed and _watch_peak(self.device)
+            self._synchronize()
+            watched = not timed and _reset_peak(self.device)
             with energy.measure_energy(self.device) if timed else nullcontext() as meter:
                 started = time.perf_counter()
                 marks = _Marks(self.loop.device)
                 for _ in range(times):
                     work()
                     marks.set()
-                self._settle()
-                took = time.perf_counter() - started
-            if watched and (peak := _peak(self.device)) is not None:
-                record.peak_bytes = max(record.peak_bytes or 0, peak - elsewhere_bytes)
+                self._synchronize()
+                took_s = time.perf_counter() - started
+            if watched and (peak := _read_peak(self.device)) is not None:
+                timings.peak_bytes = max(timings.peak_bytes or 0, peak - other_bytes)
         intervals = marks.intervals_s()
-        record.pace_s = percentile(intervals, 0.5)
+        timings.pace_s = percentile(intervals, 0.5)
         if not timed:
             return
-        record.seconds.append(took)
-        record.examples.append(examples)
-        record.step_s += intervals
+        timings.seconds.append(took_s)
+        timings.examples.append(examples)
+        timings.step_s += intervals
         joules = None if meter is None else meter.joules
-        record.joules = None if joules is None or record.joules is None else record.joules + joules
+        timings.joules = None if joules is None or timings.joules is None else timings.joules + joules
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         """Waits for the device; raises Diverged for a loss that isn't finite."""
         self.loop.read_losses()
         if self.device.type == "cuda":
@@ -143,7 +142,7 @@ class Way:
             torch.mps.synchronize()
 
 
-def _positions(count: int, batch: int) -> Iterator[torch.Tensor]:
+def _cycle_positions(count: int, batch: int) -> Iterator[torch.Tensor]:
     """Positions of batches of equal size, from the first again after the last; without end."""
     for start in itertools.count(0, batch):
         yield torch.arange(start, start + batch) % count
@@ -154,23 +153,23 @@ class _Marks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._set: list[Any] = []
+        self._moments: list[Any] = []
         self.set()
 
     def set(self) -> None:
         if self._device.type == "cpu":
-            self._set.append(time.perf_counter())
+            self._moments.append(time.perf_counter())
         elif self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._device))
-            self._set.append(event)
+            self._moments.append(event)
         else:
-            self._set.append(torch.mps.Event(enable_timing=True))
-            self._set[-1].record()
+            self._moments.append(torch.mps.Event(enable_timing=True))
+            self._moments[-1].record()
 
     def intervals_s(self) -> list[float]:
-        """Between neighbours; the device must have come to the last."""
-        pairs = itertools.pairwise(self._set)
+        """Between neighbours; the device must have passed the last."""
+        pairs = itertools.pairwise(self._moments)
         if self._device.type == "cpu":
             return [after - before for before, after in pairs]
         return [before.elapsed_time(after) / 1e3 for before, after in pairs]
@@ -179,8 +178,8 @@ class _Marks:
 # --- peak memory ----------------------------------------------------------------------------
 
 
-def _watch_peak(device: Device) -> bool:
-    """Starts anew to look for the most memory in use. False: that can't be done here."""
+def _reset_peak(device: Device) -> bool:
+    """Starts a new search for the most memory in use. False: that can't be done here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device.torch_name)
         return True
@@ -196,8 +195,9 @@ def _watch_peak(device: Device) -> bool:
     return True
 
 
-def _peak(device: Device) -> int | None:
+def _read_peak(device: Device) -> int | None:
+    """Bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device.torch_name)
-    found = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    line = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(line[1]) * 1024 if line else None

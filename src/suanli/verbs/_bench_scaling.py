@@ -1,27 +1,27 @@
 """bench --scaling: the images per second that 1, 2, … processes reach together, what they lose and to what.
 
 Leaves a run directory with scaling.json, a line of the ledger for each number of processes, and the report. How it is
-measured is in `scaling.py`. What this doesn't do: start processes on other hosts, or train a model to keep.
+measured is in `training/scaling.py`. It starts no processes on other hosts and keeps no trained model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suanli.core.console import plural
 from suanli.core.errors import MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
-from suanli.core.run import Run, measurement, refuse_inside, refuse_occupied
+from suanli.core.run import Run, measurement
 from suanli.core.types import AnyPath, Device, Environment, Json, Measurement, Recipe
-from suanli.machine import device as hardware
+from suanli.machine.device import cores, detect
 from suanli.parallel import group, launch
-from suanli.reporting import scaling_views, speed_records
+from suanli.reporting import scaling_views
 from suanli.training.prepare import DataOptions, resolve
-from suanli.training.scaling import Size, judge, measure, work_out
-from suanli.verbs.report import report
+from suanli.training.scaling import judge, measure_groups, summarize
+from suanli.training.scaling_records import Scaling, ScalingSize
+from suanli.verbs._bench_run import refuse_place, save_figures
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -31,15 +31,14 @@ MOST_UNASKED = 16  # processes on a CPU: each holds a network and some hundred m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaling:
-    """What was found, and where it lies. `values` are those of scaling.json."""
+class ScalingResult:
+    """The figures, and the run directory that has them."""
 
     run: Run
-    sizes: tuple[Size, ...]
-    values: Mapping[str, Json]
+    scaling: Scaling
 
     def to_json(self) -> dict[str, Json]:
-        return {**self.values, "run": str(self.run.path)}
+        return self.scaling.to_json() | {"run": str(self.run.path)}
 
 
 def bench_scaling(
@@ -58,60 +57,60 @@ def bench_scaling(
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
     **columns: Any,
-) -> Scaling:
+) -> ScalingResult:
     """Measure training steps of 1, 2, 4, … `processes` that share each batch.
 
     Blocks of `steps` (default: about 1.5 s) take turns in `rounds`. `processes`: "1,2,4"; by default powers of two up
     to the GPUs, or to the cores and 16. `columns`: see `DataOptions`. Raises UsageError for numbers that can't be,
     MachineError where a process ends or doesn't answer, and what a process raises.
     """
-    target = hardware.detect(device)
-    counts = _check(processes, steps, rounds, target)
-    if out is not None:
-        refuse_occupied(Path(out).expanduser())
-    refuse_inside(data, out)
+    target = detect(device)
+    counts = _counts(processes, steps, rounds, target)
+    refuse_place(data, out)
     options = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, **columns)
-    chosen = {"model": model, "batch_size": batch_size}
-    changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
-    full, prepared = resolve(options, recipe=recipe, settings=changes)
-    batch, shared = min(full.batch_size, len(prepared.splits["train"])), target.type == "cpu"
+    changes = {"model": model, "batch_size": batch_size}
+    changes = {name: value for name, value in changes.items() if value is not None} | dict(settings or {})
+    recipe, prepared = resolve(options, recipe=recipe, settings=changes)
+    batch = min(recipe.batch_size, len(prepared.splits["train"]))
     if processes is None:
         counts = [n for n in counts if n <= batch]
     if max(counts) > batch:
         raise group.too_many_processes(max(counts), batch)
     job = {
         "options": asdict(options),
-        "recipe": full.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
         "device": target.type,  # each process has a GPU of its own
         "speedups": speedups,
         "steps": steps,
         "cache": str(cache_dir_of(options.cache_dir)),
     }
-    sizes = work_out(measure(counts, job, rounds), shared=shared)
-    values = {
-        "data": prepared.name,
-        "model": full.model,
-        "device": target.name,
-        "cores": hardware.cores(),
-        "batch_size": sum(sizes[0].local_batch),
-        "rounds": rounds,
-        "shared": shared,
-        "sizes": [asdict(one) for one in sizes],
-        "verdict": judge(sizes, shared=shared),
-    }
-    environment = hardware.environment(target)
-    about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
-    run = Run.create(f"{prepared.name}-scaling", out, full, about, environment)
-    with run.lock():
-        run.write("check.json", prepared.findings)
-        run.write("scaling.json", values)
-        for size in sizes:
-            run.record(_line(size, environment, full))
-    report(run)
-    return Scaling(run=run, sizes=sizes, values=values)
+    shared = target.type == "cpu"
+    sizes = summarize(measure_groups(counts, job, rounds), shared=shared)
+    scaling = Scaling(
+        data=prepared.name,
+        model=recipe.model,
+        device=target.name,
+        cores=cores(),
+        batch_size=sum(sizes[0].local_batch),
+        rounds=rounds,
+        shared=shared,
+        sizes=sizes,
+        verdict=judge(sizes, shared=shared),
+    )
+    run = save_figures(
+        "scaling",
+        scaling.to_json(),
+        lambda environment: [_measurement(size, environment, recipe) for size in sizes],
+        out=out,
+        recipe=recipe,
+        prepared=prepared,
+        options=options,
+        device=target,
+    )
+    return ScalingResult(run=run, scaling=scaling)
 
 
-def _check(processes: str | Sequence[int] | None, steps: int | None, rounds: int, target: Device) -> list[int]:
+def _counts(processes: str | Sequence[int] | None, steps: int | None, rounds: int, target: Device) -> list[int]:
     """The numbers of processes, 1 among them, ascending. Raises UsageError, and MachineError for an Apple GPU."""
     if target.type == "mps":
         raise MachineError("Several processes can't share an Apple GPU.", fix="Use --device cpu.")
@@ -124,13 +123,13 @@ def _check(processes: str | Sequence[int] | None, steps: int | None, rounds: int
         most = most if what == launch.GPU else min(most, MOST_UNASKED)
         return [1 << power for power in range(most.bit_length())]
     try:
-        given = [int(part) for part in (processes.split(",") if isinstance(processes, str) else processes)]
+        counts = [int(part) for part in (processes.split(",") if isinstance(processes, str) else processes)]
     except ValueError:
         raise UsageError(f"--processes can't be {processes!r}.", fix="Give numbers, such as 1,2,4.") from None
-    return sorted({1, *(launch.check_count("--processes", count, target) for count in given)})
+    return sorted({1, *(launch.check_count("--processes", count, target) for count in counts)})
 
 
-def _line(size: Size, environment: Environment, recipe: Recipe) -> Measurement:
+def _measurement(size: ScalingSize, environment: Environment, recipe: Recipe) -> Measurement:
     rate = size.images_per_s
     return measurement(
         "examples_per_s",
@@ -145,19 +144,18 @@ def _line(size: Size, environment: Environment, recipe: Recipe) -> Measurement:
     )
 
 
-def table(found: Scaling) -> Group:
+def table(result: ScalingResult) -> Group:
     """For people."""
     from rich.console import Group
     from rich.table import Table
 
-    scaling = speed_records.Scaling.model_validate(found.values)
-    said, verdict = scaling_views.abstract(scaling)
-    parts: list[Table | str] = [said, ""]
-    for columns, rows in scaling_views.tables(scaling).values():
-        made = Table(box=None, padding=(0, 1), pad_edge=False)
+    summary, verdict = scaling_views.abstract(result.scaling)
+    parts: list[Table | str] = [summary, ""]
+    for columns, rows in scaling_views.tables(result.scaling).values():
+        table = Table(box=None, padding=(0, 1), pad_edge=False)
         for column in columns:
-            made.add_column(column, justify="right")
+            table.add_column(column, justify="right")
         for row in rows:
-            made.add_row(*row)
-        parts += [made, ""]
-    return Group(*parts, verdict, "", f"Run:    {found.run.path}", f"Report: {found.run.path / 'report.html'}")
+            table.add_row(*row)
+        parts += [table, ""]
+    return Group(*parts, verdict, "", f"Run:    {result.run.path}", f"Report: {result.run.path / 'report.html'}")

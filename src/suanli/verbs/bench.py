@@ -1,63 +1,65 @@
-"""bench: from plain PyTorch to the full plan, one rung at a time, each with its speed, its cost and its score.
+"""bench: from plain PyTorch to the full plan, one change at a time, each with its speed, its cost and its score.
 
-Leaves a run directory with bench.json, a line of the ledger for each figure, and the report. How rungs are
-measured is in `ladder.py`. What this doesn't do: train a model to keep.
+Leaves a run directory with bench.json, a line of the ledger for each figure, and the report, but no trained model. How
+variants are measured is in `training/ablation.py`.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from suanli.compute import planner
 from suanli.compute.plan import plain_plan
 from suanli.compute.plan_cache import PlanCache
 from suanli.core.console import size, warn
-from suanli.core.errors import GateError, MachineError
+from suanli.core.errors import GateError, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
-from suanli.core.run import Run, measurement, refuse_inside, refuse_occupied
-from suanli.core.types import AnyPath, Environment, Json, Recipe
+from suanli.core.run import Run, measurement
+from suanli.core.types import AnyPath, Environment, Json, Measurement, Recipe
 from suanli.data.decode import decode
-from suanli.machine import device as hardware
 from suanli.machine import peak
-from suanli.training.ablation import ROUNDS, check, climb
-from suanli.training.ablation_records import Ladder, Phase, Rung
+from suanli.machine.device import detect
+from suanli.training.ablation import ROUNDS, run_ablation
+from suanli.training.ablation_records import Ablation, EvaluationFigures, TrainingFigures, Variant
 from suanli.training.forecast import explain_out_of_memory
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.setup import Setup
-from suanli.verbs.report import report
+from suanli.verbs._bench_run import refuse_place, save_figures
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+Measured: TypeAlias = TrainingFigures | EvaluationFigures
+
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What a bench found, and where it lies."""
+class BenchResult:
+    """The figures of a bench, and the run directory that has them."""
 
     run: Run
-    ladder: Ladder
+    ablation: Ablation
     seconds: float
 
     def to_json(self) -> dict[str, Json]:
-        scores = {f"val_{name}": value for name, value in self.ladder.full.scores.items()}
-        return self.ladder.to_json() | {"run": str(self.run.path), "scores": scores}
+        scores = {f"val_{name}": value for name, value in self.ablation.full.scores.items()}
+        return self.ablation.to_json() | {"run": str(self.run.path), "scores": scores}
 
 
-class Refused(GateError):
-    """The full plan costs more of the score than the task tolerates; `found` has every figure."""
+class PlanRefused(GateError):
+    """The full plan costs more of the score than the task tolerates; `result` has every figure."""
 
-    def __init__(self, found: Bench) -> None:
-        full, guilty = found.ladder.full, " and ".join(found.ladder.guilty())
+    def __init__(self, result: BenchResult) -> None:
+        full, harmful = result.ablation.full, " and ".join(result.ablation.harmful_speedups())
         super().__init__(
             f"The full plan ({full.name}) is refused: {full.refused}",
-            fix=f"Train without {guilty or 'it'}; the figures are in {found.run.path}.",
+            fix=f"Train without {harmful or 'it'}; the figures are in {result.run.path}.",
         )
-        self.found = found
+        self.result = result
 
 
 def bench(
@@ -76,45 +78,34 @@ def bench(
     time_budget_s: float | None = None,
     price_per_hour: float | None = None,
     out: AnyPath | None = None,
-    input_column: str | None = None,
-    label_column: str | None = None,
-    max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
-) -> Bench:
+    **columns: Any,
+) -> BenchResult:
     """Measure what each change of the plan brings on this data and this machine, in training and evaluation.
 
-    Every rung trains `steps` steps from the same start, by turns in `rounds` rounds; without `steps`, as many
-    as fit into `time_budget_s` (five minutes) and at most the recipe's. `price_per_hour` of the machine,
-    in any currency, adds how many examples one unit of it buys.
+    Every variant trains `steps` steps from the same start, in `rounds` rounds; without `steps`, as many as fit into
+    `time_budget_s` (five minutes) and at most the recipe's. `price_per_hour` of the machine, in any currency, adds how
+    many examples one unit of it buys. `columns`: see `DataOptions`.
 
-    Raises Refused (a GateError) when the full plan's score on the validation split is worse than plain
-    PyTorch's by more than the task tolerates, MachineError when a speedup that was named doesn't run; the
-    run directory has the figures then, too.
+    Raises PlanRefused (a GateError) when the full plan's score on the validation split is worse than plain PyTorch's
+    by more than the task tolerates, MachineError when a speedup that was named doesn't run; the run directory has the
+    figures then, too.
     """
     started = time.perf_counter()
-    check(steps, rounds, time_budget_s, price_per_hour)
-    target = hardware.detect(device)
-    if out is not None:
-        refuse_occupied(Path(out).expanduser())
-    refuse_inside(data, out)
-    options = DataOptions.of(
-        data,
-        input_column=input_column,
-        label_column=label_column,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-        max_bad=max_bad,
-    )
-    chosen = {"model": model, "epochs": epochs, "batch_size": batch_size}
-    changes: dict[str, Json] = {k: v for k, v in chosen.items() if v is not None} | dict(settings or {})
-    full, prepared = resolve(options, recipe=recipe, settings=changes)
+    check_options(steps, rounds, time_budget_s, price_per_hour)
+    target = detect(device)
+    refuse_place(data, out)
+    options = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, **columns)
+    changes = {"model": model, "epochs": epochs, "batch_size": batch_size}
+    changes = {name: value for name, value in changes.items() if value is not None} | dict(settings or {})
+    recipe, prepared = resolve(options, recipe=recipe, settings=changes)
     cache = cache_dir_of(options.cache_dir)
     with explain_out_of_memory(target):
-        setup = Setup(full, prepared, target)
+        setup = Setup(recipe, prepared, target)
         steps_ahead = round(setup.trial(plain_plan(target)).full_size_steps_left)
         plan = planner.plan(setup, speedups, steps=steps_ahead, threads=threads, cache=cache)
-        ladder = climb(
+        ablation, trained = run_ablation(
             setup,
             plan,
             steps=steps,
@@ -123,128 +114,143 @@ def bench(
             ceilings=peak.probe(target, cache, decode),
             price_per_hour=price_per_hour,
         )
-    environment = hardware.environment(target)
-    about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
-    run = Run.create(f"{prepared.name}-bench", out, ladder.recipe, about, environment)
-    found = Bench(run=run, ladder=ladder, seconds=time.perf_counter() - started)
-    with run.lock():
-        run.write("check.json", prepared.findings)
-        run.write("bench.json", ladder.to_json())
-        _record(run, ladder, environment)
-    report(run)
-    for remark in ladder.remarks():
+    run = save_figures(
+        "bench",
+        ablation.to_json(),
+        lambda environment: _measurements(ablation, trained, environment),
+        out=out,
+        recipe=trained,
+        prepared=prepared,
+        options=options,
+        device=target,
+    )
+    result = BenchResult(run=run, ablation=ablation, seconds=time.perf_counter() - started)
+    _apply_gate(result, speedups, PlanCache(cache, setup.key, threads))
+    return result
+
+
+def check_options(steps: int | None, rounds: int, budget_s: float | None, price_per_hour: float | None) -> None:
+    """Raises UsageError for values that can't be used."""
+    if rounds < 1:
+        raise UsageError(f"--rounds can't be {rounds}.", fix="Give 1 or more; 5 show a spread.")
+    if steps is not None and steps < 2:
+        raise UsageError(f"--steps can't be {steps}.", fix="Give 2 or more: the first ones only warm up.")
+    if budget_s is not None and not budget_s > 0:
+        raise UsageError(f"--time-budget-s can't be {budget_s}.", fix="Give a number of seconds above 0.")
+    if price_per_hour is not None and not (price_per_hour > 0 and math.isfinite(price_per_hour)):
+        raise UsageError(f"--price-per-hour can't be {price_per_hour}.", fix="Give what an hour costs, above 0.")
+
+
+def _apply_gate(result: BenchResult, requested: str, plans: PlanCache) -> None:
+    """Raises PlanRefused, or MachineError for a speedup that doesn't run: only "auto" may skip it."""
+    ablation = result.ablation
+    for remark in ablation.remarks():
         warn(remark)
-    if ladder.full.refused is not None:
-        if speedups == "auto":  # the next training does without
-            reason = f"the gate refused it in {run.path}: {ladder.full.refused}"
-            PlanCache(cache, setup.key, threads).refuse(dict.fromkeys(ladder.guilty(), reason))
-        raise Refused(found)
-    _refuse_failed(ladder, speedups)
-    return found
-
-
-def _refuse_failed(ladder: Ladder, requested: str) -> None:
-    """Only "auto" may pass over a speedup that fails."""
-    for rung in ladder.rungs:
-        if rung.failed and requested != "auto":
+    if ablation.full.refused is not None:
+        if requested == "auto":  # the next training does without
+            reason = f"the gate refused it in {result.run.path}: {ablation.full.refused}"
+            plans.refuse(dict.fromkeys(ablation.harmful_speedups(), reason))
+        raise PlanRefused(result)
+    for variant in ablation.variants:
+        if variant.failed and requested != "auto":
             raise MachineError(
-                f"{rung.name.removeprefix('+ ')} doesn't run here: {rung.refused}",
+                f"{variant.name.removeprefix('+ ')} doesn't run here: {variant.refused}",
                 fix="Leave it out, or use --speedups auto.",
             )
 
 
-def _record(run: Run, ladder: Ladder, environment: Environment) -> None:
-    for rung in ladder.rungs:
-        scores = {f"val_{name}": value for name, value in rung.scores.items()}
-        for metric, phase in (("examples_per_s", rung.train), ("evaluated_per_s", rung.evaluate)):
-            if phase is None:
-                continue
-            run.record(
-                measurement(
+def _measurements(ablation: Ablation, recipe: Recipe, environment: Environment) -> Iterator[Measurement]:
+    for variant in ablation.variants:
+        for metric, figures in (("examples_per_s", variant.train), ("evaluated_per_s", variant.evaluate)):
+            if figures is not None:
+                yield measurement(
                     metric,
-                    phase.examples_per_s.median,
+                    figures.examples_per_s.median,
                     "1/s",
                     environment=environment,
-                    recipe=ladder.recipe,
-                    variant="+".join(rung.speedups) or "none",
-                    scores=scores,
-                    spread=phase.half_iqr,
-                    count=phase.examples_per_s.count,
+                    recipe=recipe,
+                    variant="+".join(variant.speedups) or "none",
+                    scores={f"val_{name}": value for name, value in variant.scores.items()},
+                    spread=figures.examples_per_s.half_iqr,
+                    count=figures.rounds,
                 )
-            )
 
 
 # --- for people -----------------------------------------------------------------------------
 
 
-def table(found: Bench) -> Group:
-    """One row a rung, for training, for evaluation and for the score: three tables, since one would be wider
-    than many terminals."""
+def table(result: BenchResult) -> Group:
+    """One row a variant, for training, for evaluation and for the score: three tables, since one would be wider than
+    many terminals."""
     from rich.console import Group
 
-    ladder = found.ladder
-    device = f"{ladder.device}, batches of {ladder.batch_size:,}, {ladder.rounds} rounds"
+    ablation = result.ablation
+    device = f"{ablation.device}, batches of {ablation.batch_size:,}, {ablation.rounds} rounds"
     return Group(
         device,
         "",
-        _speeds("Training", [(rung, rung.train) for rung in ladder.rungs]),
+        _speeds("Training", [(variant, variant.train) for variant in ablation.variants]),
         "",
-        _speeds("Evaluation", [(rung, rung.evaluate) for rung in ladder.rungs]),
+        _speeds("Evaluation", [(variant, variant.evaluate) for variant in ablation.variants]),
         "",
-        _scores(ladder),
+        _scores(ablation),
         "",
-        f"Run:    {found.run.path}",
-        f"Report: {found.run.path / 'report.html'}",
+        f"Run:    {result.run.path}",
+        f"Report: {result.run.path / 'report.html'}",
     )
 
 
 # Title and text of each column; one without any text is left out.
-_COLUMNS: tuple[tuple[str, Callable[[Phase], str]], ...] = (
+_COLUMNS: tuple[tuple[str, Callable[[Measured], str]], ...] = (
     (
         "examples/s",
-        lambda p: f"{p.examples_per_s.median:,.0f}" + ("" if p.half_iqr is None else f" ±{p.half_iqr:,.0f}"),
+        lambda f: f"{f.examples_per_s.median:,.0f}" + _plus_minus(f.examples_per_s.half_iqr),
     ),
-    ("× plain", lambda p: f"{p.gain.ratio:.2f}"),
-    ("p50/p95 ms", lambda p: f"{_ms(p.step_ms_p50)}/{_ms(p.step_ms_p95)}"),
-    ("memory", lambda p: "" if p.peak_memory_bytes is None else size(p.peak_memory_bytes)),
-    ("ceiling", lambda p: "" if p.share_of_ceiling is None else f"{p.share_of_ceiling:.0%}"),
-    ("J/example", lambda p: "" if p.joules_per_example is None else f"{p.joules_per_example:.3g}"),
-    ("per price", lambda p: "" if p.examples_per_price is None else f"{p.examples_per_price:,.0f}"),
+    ("× plain", lambda f: f"{f.ratio.median:.2f}"),
+    ("p50/p95 ms", lambda f: "/".join(map(_ms, f.percentiles_ms))),
+    ("memory", lambda f: "" if f.peak_memory_bytes is None else size(f.peak_memory_bytes)),
+    ("ceiling", lambda f: "" if f.share_of_ceiling is None else f"{f.share_of_ceiling:.0%}"),
+    ("J/example", lambda f: "" if f.joules_per_example is None else f"{f.joules_per_example:.3g}"),
+    ("per price", lambda f: "" if f.examples_per_price is None else f"{f.examples_per_price:,.0f}"),
 )
 
 
-def _speeds(title: str, phases: Sequence[tuple[Rung, Phase | None]]) -> Table:
-    shown = [(name, text) for name, text in _COLUMNS if any(phase is not None and text(phase) for _, phase in phases)]
-    made = _table(title, *(name for name, _ in shown))
-    for rung, phase in phases:
-        made.add_row(rung.name, *(text(phase) if phase is not None else "failed" for _, text in shown))
-    return made
+def _plus_minus(half_iqr: float | None) -> str:
+    return "" if half_iqr is None else f" ±{half_iqr:,.0f}"
 
 
-def _scores(ladder: Ladder) -> Table:
-    title = f"Validation {ladder.headline} after {ladder.steps:,} equal steps"
-    made = _table(title, ladder.headline, "vs plain", "95 % interval", "gate")
-    for rung in ladder.rungs:
-        score = rung.scores.get(ladder.headline)
-        change = rung.difference
-        made.add_row(
-            rung.name,
+def _speeds(title: str, measured: Sequence[tuple[Variant, Measured | None]]) -> Table:
+    columns = [(name, text) for name, text in _COLUMNS if any(f is not None and text(f) for _, f in measured)]
+    table = _table(title, *(name for name, _ in columns))
+    for variant, figures in measured:
+        table.add_row(variant.name, *(text(figures) if figures is not None else "failed" for _, text in columns))
+    return table
+
+
+def _scores(ablation: Ablation) -> Table:
+    title = f"Validation {ablation.metric} after {ablation.steps:,} equal steps"
+    table = _table(title, ablation.metric, "vs plain", "95 % interval", "gate")
+    for variant in ablation.variants:
+        score = variant.scores.get(ablation.metric)
+        change = variant.difference
+        table.add_row(
+            variant.name,
             "" if score is None else f"{score:.2%}",
             "" if change is None else f"{change.median:+.2%}",
             "" if change is None else f"{change.low:+.2%} … {change.high:+.2%}",
-            "failed" if rung.failed else "refused" if rung.refused else "" if change is None else "passed",
+            variant.verdict or ("" if change is None else "passed"),
         )
-    return made
+    return table
 
 
 def _table(title: str, *columns: str) -> Table:
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
-    made.add_column("change", overflow="fold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1), pad_edge=False)
+    table.add_column("change", overflow="fold")
     for column in columns:
-        made.add_column(column, justify="right", overflow="fold")
-    return made
+        table.add_column(column, justify="right", overflow="fold")
+    return table
 
 
 def _ms(value: float) -> str:
