@@ -18,8 +18,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from suanli.core.types import Json
-
 if TYPE_CHECKING:
     from suanli.compute.step_clock import Shares, StepClock
 
@@ -86,7 +84,7 @@ class Diagnosis:
         gain = "" if most is None else f" At most {f'{most:.2f}' if most < 10 else f'{most:,.0f}'} times as fast."
         return f"{self.verdict}. {self.remedy}{gain}"
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 

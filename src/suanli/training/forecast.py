@@ -17,7 +17,7 @@ import torch
 from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, size
 from suanli.core.errors import OutOfMemory, UsageError
-from suanli.core.types import Device, Json
+from suanli.core.types import Device
 from suanli.machine import timing
 from suanli.machine.device import available_memory_bytes, is_out_of_memory, peak_memory_bytes
 from suanli.parallel import dtensor, fsdp
@@ -36,7 +36,7 @@ class Forecast:
     memory_bytes: int
     disk_bytes: int
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
     def __str__(self) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from suanli.compute.step_runner import Numbers, StepRunner
 from suanli.core.errors import DamagedFile, Diverged, UsageError
-from suanli.core.types import Batch, Device, Json, Preprocess, Recipe, Step, Task
+from suanli.core.types import Batch, Device, Preprocess, Recipe, Step, Task
 from suanli.data.loader import Feed, Order, mix
 from suanli.parallel import dtensor
 from suanli.parallel.group import ALONE, Group
@@ -327,7 +327,7 @@ class Loop:
         self.progress.segments.append(epochs)
         self.progress.stale = 0
 
-    def state(self) -> tuple[checkpoint.Tensors, Json]:
+    def state(self) -> tuple[checkpoint.Tensors, dict[str, object]]:
         """A collective: all that `restore` needs. Raises Diverged rather than return weights that aren't finite."""
         self.read_losses()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -341,7 +341,7 @@ class Loop:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.tensors.items()}
         optimizer_tensors, optimizer_values = checkpoint.optimizer_state(self.optimizer)
         scaler = self.runner.scaler.state_dict()
-        values = {"loop": asdict(self.progress), "optimizer": optimizer_values, "scaler": scaler}
+        values: dict[str, object] = {"loop": asdict(self.progress), "optimizer": optimizer_values, "scaler": scaler}
         return tensors | optimizer_tensors, values
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:

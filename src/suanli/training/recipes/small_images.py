@@ -3,7 +3,7 @@
 Chosen on 5,000 training images of CIFAR-10 that took no part in training.
 """
 
-from suanli.core.types import Budget, Json, MeasuredScore, Recipe, RecipeChoice, Traits
+from suanli.core.types import Budget, MeasuredScore, Recipe, RecipeChoice, Traits
 from suanli.training.recipes._images import SMALL, has_few_examples, shows_signs, trains_speednet
 
 
@@ -11,11 +11,10 @@ def suits(traits: Traits) -> int | None:
     return 60 if trains_speednet(traits) and not has_few_examples(traits) and not shows_signs(traits) else None
 
 
-def _budget(epochs: float, lr: float, widths: tuple[int, ...], score: float, **more: Json) -> Budget:
+def _budget(epochs: float, lr: float, model_args: dict[str, object], score: float, **more: object) -> Budget:
     """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy; the two most expensive in bfloat16 on a
     GPU: records/2026-11-27_h100_gpu."""
-    changes: dict[str, Json] = {"epochs": epochs, "lr": lr, "validate_every": epochs}
-    changes["model_args"] = {"widths": widths} | more.pop("model_args", {})
+    changes = {"epochs": epochs, "lr": lr, "validate_every": epochs, "model_args": model_args}
     return Budget(
         changes=changes | more,
         scores=(MeasuredScore(data="cifar10", classes=10, examples=44_893, score=score),),
@@ -35,17 +34,16 @@ RECIPE = RecipeChoice(
     ),
     suits=suits,
     budgets=(
-        _budget(0.8, 0.24, (32, 64, 128), 0.716),
-        _budget(1.3, 0.24, (32, 64, 128), 0.762),
-        _budget(2.8, 0.24, (32, 64, 128), 0.804),
-        _budget(4.0, 0.15, (64, 128, 256), 0.847),
-        _budget(7.0, 0.15, (64, 256, 256), 0.876),
+        _budget(0.8, 0.24, {"widths": (32, 64, 128)}, 0.716),
+        _budget(1.3, 0.24, {"widths": (32, 64, 128)}, 0.762),
+        _budget(2.8, 0.24, {"widths": (32, 64, 128)}, 0.804),
+        _budget(4.0, 0.15, {"widths": (64, 128, 256)}, 0.847),
+        _budget(7.0, 0.15, {"widths": (64, 256, 256)}, 0.876),
         _budget(
             8.0,
             0.24,
-            (64, 256, 256),
+            {"widths": (64, 256, 256), "depths": (2, 2, 2), "whitening_bias": True},
             0.895,
-            model_args={"depths": (2, 2, 2), "whitening_bias": True},
             batch_size=2000,
             label_smoothing=0.2,
             optimizer_args={"head_lr_scale": 0.0833, "bias_lr_scale": 50.0, "normalize_filters": True},

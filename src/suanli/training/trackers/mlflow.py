@@ -14,7 +14,7 @@ from pathlib import Path
 
 from suanli.core import console
 from suanli.core.errors import MachineError, pip_install
-from suanli.core.types import Json, Tracker
+from suanli.core.types import Tracker
 
 _PARAM_LENGTH = 500  # of a value; MLflow refuses longer ones on old servers
 
@@ -24,7 +24,7 @@ class MLflow(Tracker):
     def why_not(cls) -> str | None:
         return None if importlib.util.find_spec("mlflow") else pip_install("mlflow-skinny>=2.19")
 
-    def __init__(self, run_path: Path, config: Mapping[str, Json]) -> None:
+    def __init__(self, run_path: Path, config: Mapping[str, object]) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient

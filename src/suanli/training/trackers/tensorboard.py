@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from suanli.core.errors import pip_install
-from suanli.core.types import Json, Tracker
+from suanli.core.types import Tracker
 
 
 class TensorBoard(Tracker):
@@ -16,7 +16,7 @@ class TensorBoard(Tracker):
     def why_not(cls) -> str | None:
         return None if importlib.util.find_spec("tensorboard") else pip_install("tensorboard>=2.18")
 
-    def __init__(self, run_path: Path, config: Mapping[str, Json]) -> None:
+    def __init__(self, run_path: Path, config: Mapping[str, object]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer = SummaryWriter(str(run_path / "tensorboard"))

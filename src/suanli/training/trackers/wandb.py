@@ -13,7 +13,7 @@ from pathlib import Path
 
 from suanli.core import console
 from suanli.core.errors import MachineError, pip_install
-from suanli.core.types import Json, Tracker
+from suanli.core.types import Tracker
 
 
 class WeightsAndBiases(Tracker):
@@ -21,7 +21,7 @@ class WeightsAndBiases(Tracker):
     def why_not(cls) -> str | None:
         return None if importlib.util.find_spec("wandb") else pip_install("wandb>=0.19")
 
-    def __init__(self, run_path: Path, config: Mapping[str, Json]) -> None:
+    def __init__(self, run_path: Path, config: Mapping[str, object]) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
         import wandb
 
