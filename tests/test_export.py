@@ -92,7 +92,7 @@ def digits() -> np.ndarray:
 
 @pytest.fixture
 def form(request: pytest.FixtureRequest) -> str:
-    for package in module.FORMS[request.param].packages:
+    for package in module.FORMATS[request.param].packages:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}: {pip_install('suanli[engines]')}")
     return str(request.param)
@@ -171,7 +171,7 @@ def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
     form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sign of the output layer is turned on disk; the file can still be read."""
-    check = module._checked
+    check = module.check_export
     weights = load_model(run.model_path).module.state_dict()["head.weight"].numpy()
 
     def spoil_and_check(saved: Any, made: Path, *rest: Any) -> Any:
@@ -182,7 +182,7 @@ def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
         file.write_bytes(spoiled)
         return check(saved, made, *rest)
 
-    monkeypatch.setattr(module, "_checked", spoil_and_check)
+    monkeypatch.setattr(module, "check_export", spoil_and_check)
     says = r"up to 0\.\d+ apart" if form in GRAPHS else "weights are not the model's"
     with pytest.raises(suanli.GateError, match=says):
         suanli.export(run, to=form)
@@ -191,21 +191,21 @@ def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
 @pytest.mark.parametrize("form", [pytest.param("onnx", marks=pytest.mark.long), "safetensors"], indirect=True)
 @pytest.mark.usefixtures("untouched")
 def test_a_file_that_was_cut_short_is_refused(form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    check = module._checked
+    check = module.check_export
 
     def cut_and_check(saved: Any, made: Path, *rest: Any) -> Any:
         os.truncate(made, made.stat().st_size // 2)
         return check(saved, made, *rest)
 
-    monkeypatch.setattr(module, "_checked", cut_and_check)
+    monkeypatch.setattr(module, "check_export", cut_and_check)
     with pytest.raises(MachineError, match="can't be used without suanli"):
         suanli.export(run, to=form)
 
 
 @pytest.mark.usefixtures("untouched")
 def test_a_file_that_needs_suanli_is_refused(run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    form = module.FORMS["safetensors"]
-    monkeypatch.setitem(module.FORMS, "safetensors", replace(form, read=f"import suanli\n{form.read}"))
+    form = module.FORMATS["safetensors"]
+    monkeypatch.setitem(module.FORMATS, "safetensors", replace(form, read=f"import suanli\n{form.read}"))
     with pytest.raises(MachineError, match="reading it needs suanli"):
         suanli.export(run, to="safetensors")
 
@@ -295,7 +295,7 @@ def test_an_empty_folder_is_filled_and_another_writer_is_noticed(
         Path("late").mkdir()
         Path("late/theirs").touch()
 
-    monkeypatch.setattr(module, "_checked", check_while_another_writes)
+    monkeypatch.setattr(module, "check_export", check_while_another_writes)
     with pytest.raises(suanli.UsageError, match="late exists"):
         suanli.export(run, to=form, out="late")
     assert os.listdir("late") == ["theirs"]
@@ -310,7 +310,7 @@ def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: p
         suanli.export(run, to=form, out="/proc/nothing/model")
     # A disk that is full, for this process alone: no file may grow beyond 200 kB.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write: Callable[..., None] = module.FORMS[form].write
+    write: Callable[..., None] = module.FORMATS[form].write
 
     def write_little(*given: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -319,7 +319,7 @@ def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: p
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setitem(module.FORMS, form, replace(module.FORMS[form], write=write_little))
+    monkeypatch.setitem(module.FORMATS, form, replace(module.FORMATS[form], write=write_little))
     with pytest.raises(StorageError, match="File too large"):
         suanli.export(run, to=form, out="new/folder/model")
 

@@ -1,6 +1,6 @@
-"""What `optimize` may be given: a run, a model folder, an ONNX file, or a function that builds a network.
+"""What `optimize` accepts: a run, a model folder, an ONNX file, or a function that builds a network.
 
-Each becomes the same thing: a model or a graph, with examples to calibrate on and others to examine on.
+Each becomes the same thing: a model or a graph, with examples for calibration and others for evaluation.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from suanli.models.model_folder import find_model_folder, load_model, read_card,
 from suanli.training.prepare import DataOptions, resolve
 
 CALIBRATION = 300  # training examples
-MOST_BYTES = 1 << 30  # of rows to examine
-MADE_UP = 64  # examples where there is no data
+MAX_BYTES = 1 << 30  # of the rows for evaluation
+RANDOM_ROWS = 64  # where there is no data
 SIDE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the user said about the subject."""
+class SubjectOptions:
+    """The options that describe a subject."""
 
     data: AnyPath | None
     cache_dir: AnyPath | None
@@ -45,16 +45,22 @@ class Options:
     trust_code: bool
 
     def refuse(self, what: str, *names: str) -> None:
-        """Raises UsageError for options that make no sense here."""
+        """Raises UsageError for options that `what` doesn't take."""
         for name in names:
             if getattr(self, name) is not None:
                 raise UsageError(f"--{name} doesn't go with {what}, which brings its own.", fix="Leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedSubject:
-    """A subject that was understood."""
+class Examples:
+    rows: np.ndarray  # for evaluation (N, *row_shape)
+    targets: np.ndarray | None  # (N,); None: the rows are random
+    calibration: np.ndarray | None  # training examples (M, *row_shape)
+    count: int  # for evaluation, that there are; rows may be fewer
 
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSubject:
     engines: Path  # the folder where its engines go
     model: Path | None  # its model folder
     graph: onnx_import.ImportedModel | None
@@ -64,55 +70,51 @@ class ResolvedSubject:
     weights: str  # a digest: which weights the engines belong to
     recipe: Recipe
     run: Run | None
-    rows: np.ndarray  # (N, *row_shape)
-    targets: np.ndarray | None  # (N,)
-    calibration: np.ndarray | None  # (M, *row_shape)
-    examples: int  # for examining, that there are
+    examples: Examples
     trust_code: bool
 
     def subject(self, work: Path) -> Subject:
-        """As the search takes it; a foreign graph is written into `work`."""
+        """For the search; an imported graph is written into `work`."""
         path = None
         if self.graph is not None:
-            path = work / "given.onnx"
+            path = work / "imported.onnx"
             path.write_bytes(self.graph.graph.SerializeToString())
         return Subject(
             model=self.model,
             graph=path,
             task=self.task,
             classes=self.classes,
-            rows=self.rows,
-            targets=self.targets,
-            calibration=self.calibration,
-            examples=self.examples,
+            rows=self.examples.rows,
+            targets=self.examples.targets,
+            calibration=self.examples.calibration,
+            examples=self.examples.count,
             trust_code=self.trust_code,
         )
 
 
-def resolve_subject(subject: AnyPath, options: Options) -> ResolvedSubject:
+def resolve_subject(subject: AnyPath, options: SubjectOptions) -> ResolvedSubject:
     """Raises UsageError, DataError or DamagedFile for what can't be optimised, with the reason."""
     path = Path(subject).expanduser()
     if not path.exists() and ":" in str(subject):
-        return _of_function(str(subject), options)
+        return _resolve_function(str(subject), options)
     if path.suffix.lower() == ".onnx":
-        return _of_graph(path, options)
-    return _of_model(subject, options)
+        return _resolve_graph(path, options)
+    return _resolve_model(subject, options)
 
 
-def _of_model(subject: AnyPath, options: Options) -> ResolvedSubject:
+def _resolve_model(subject: AnyPath, options: SubjectOptions) -> ResolvedSubject:
     options.refuse("a trained model", "weights", "size", "mean", "std", "out")
     folder = find_model_folder(subject)
     saved = load_model(folder, trust_code=options.trust_code)
     run = Run.open(subject) if is_run(subject) else None
     if options.data is not None:
-        examples = _examples(_foreign_data(options, saved.preprocess), saved.recipe, saved.classes)
+        splits = _prepare_splits(_other_data(options, saved.preprocess), saved.recipe, saved.classes)
     elif run is not None:
         own = DataOptions.of_run(run, cache_dir=options.cache_dir)
-        examples = _examples(own, saved.recipe, saved.classes, digest=run.data["digest"])
+        splits = _prepare_splits(own, saved.recipe, saved.classes, digest=run.data["digest"])
     else:
-        examples = None
-    return _given(
-        examples,
+        splits = None
+    return ResolvedSubject(
         engines=folder / store.FOLDER,
         model=folder.absolute(),
         graph=None,
@@ -122,26 +124,26 @@ def _of_model(subject: AnyPath, options: Options) -> ResolvedSubject:
         weights=saved.card["weights"]["blake2b"],
         recipe=saved.recipe,
         run=run,
+        examples=_pick_examples(splits, saved.preprocess),
         trust_code=options.trust_code,
     )
 
 
-def _of_graph(path: Path, options: Options) -> ResolvedSubject:
+def _resolve_graph(path: Path, options: SubjectOptions) -> ResolvedSubject:
     options.refuse("an ONNX file", "weights")
-    graph = onnx_import.read(path, size=_size(options.size), mean=options.mean, std=options.std)
-    recipe, examples, classes = Recipe(name="foreign", model=path.stem), None, graph.classes
+    graph = onnx_import.read(path, size=_parse_size(options.size), mean=options.mean, std=options.std)
+    recipe, splits, classes = Recipe(name="imported", model=path.stem), None, graph.classes
     if options.data is not None:
-        examples = _examples(_foreign_data(options, graph.preprocess), Recipe(name="foreign"), classes)
-        classes = classes or examples[1].classes
+        splits = _prepare_splits(_other_data(options, graph.preprocess), Recipe(name="imported"), classes)
+        classes = classes or splits[1].classes
         if len(classes) != graph.count:
             raise DataError(
-                f"{path} knows {graph.count} classes, the data {len(classes)}.", fix="Give data of its own."
+                f"{path} has {graph.count} classes, the data {len(classes)}.", fix="Give data with the same classes."
             )
     folder = Path(options.out or f"{path.stem}-engines").expanduser()
     if not (folder / store.INDEX).exists():
         refuse_occupied(folder)
-    return _given(
-        examples,
+    return ResolvedSubject(
         engines=folder,
         model=None,
         graph=graph,
@@ -151,15 +153,16 @@ def _of_graph(path: Path, options: Options) -> ResolvedSubject:
         weights=hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
         recipe=recipe,
         run=None,
+        examples=_pick_examples(splits, graph.preprocess),
         trust_code=options.trust_code,
     )
 
 
-def _of_function(spec: str, options: Options) -> ResolvedSubject:
-    """Its model folder is made first, with the weights in it; then it is one like any other."""
+def _resolve_function(spec: str, options: SubjectOptions) -> ResolvedSubject:
+    """Saves its network as a model folder first, which is then resolved like any other."""
     if options.data is None:
-        raise UsageError(f"{spec} alone doesn't say what it learned from.", fix="Give labelled data with --data.")
-    size = _size(options.size)
+        raise UsageError(f"{spec} alone doesn't say what it was trained on.", fix="Give labelled data with --data.")
+    size = _parse_size(options.size)
     settings: dict[str, Json] = {"model": spec}
     if size is not None:
         settings["preprocess"] = {"size": list(size)}
@@ -169,7 +172,7 @@ def _of_function(spec: str, options: Options) -> ResolvedSubject:
     preprocess: Preprocess = replace(prepared.preprocess, **changes) if changes else prepared.preprocess  # type: ignore[type-var]
     module = build.build(recipe, preprocess, len(prepared.classes))
     if options.weights is None:
-        warn(f"No --weights are given: the network is examined as {spec} makes it.")
+        warn(f"Without --weights, the network is evaluated as {spec} builds it.")
     else:
         head = build.head_of(module, build.resolve(recipe.model))
         report = build.load_weights(module, Path(options.weights).expanduser(), head)
@@ -177,22 +180,23 @@ def _of_function(spec: str, options: Options) -> ResolvedSubject:
             raise DataError(f"{options.weights} doesn't fit the network: {report}", fix="Give all of its weights.")
     folder = Path(options.out or f"{spec.rpartition(':')[2]}-model").expanduser()
     if not (folder / "model.json").exists() or read_card(folder)["model"] != spec:
-        refuse_occupied(folder)  # one that this function left there before is made anew
+        refuse_occupied(folder)  # a folder that was saved here for the same function is replaced
     save_model(folder, module, recipe=recipe, preprocess=preprocess, classes=prepared.classes, data=prepared.to_json())
     trusted = replace(options, weights=None, size=None, mean=None, std=None, out=None, trust_code=True)
-    return _of_model(folder, trusted)
+    return _resolve_model(folder, trusted)
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
+def _parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    found = SIDE.fullmatch(text.strip())
-    if found is None or not int(found[1]) or found[2] == "0":
+    match = SIDE.fullmatch(text.strip())
+    if match is None or not int(match[1]) or match[2] == "0":
         raise UsageError(f"{text!r} is no size.", fix="Give pixels: 224, or height and width: 224x160.")
-    return int(found[1]), int(found[2] or found[1])
+    return int(match[1]), int(match[2] or match[1])
 
 
-def _foreign_data(options: Options, preprocess: Preprocess) -> DataOptions:
+def _other_data(options: SubjectOptions, preprocess: Preprocess) -> DataOptions:
+    """The data that the user names, read as the model needs it."""
     assert options.data is not None
     return DataOptions.of(
         options.data,
@@ -202,7 +206,7 @@ def _foreign_data(options: Options, preprocess: Preprocess) -> DataOptions:
     )
 
 
-def _examples(
+def _prepare_splits(
     options: DataOptions, recipe: Recipe, classes: tuple[str, ...] | None, *, digest: str | None = None
 ) -> tuple[Split, Split]:
     """Training and validation examples."""
@@ -214,7 +218,7 @@ def _examples(
         )
     if classes is not None and prepared.classes != classes:
         raise DataError(
-            f"The data has the classes {_few(prepared.classes)}; the model knows {_few(classes)}.",
+            f"The data has the classes {_few(prepared.classes)}; the model has {_few(classes)}.",
             fix="Give data with the classes of the model.",
         )
     if not len(prepared.splits["val"]):
@@ -226,25 +230,21 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _given(examples: tuple[Split, Split] | None, *, preprocess: Preprocess, **known: Json) -> ResolvedSubject:
+def _pick_examples(splits: tuple[Split, Split] | None, preprocess: Preprocess) -> Examples:
     random = np.random.default_rng(0)
-    if examples is None:
-        warn("There is no data to calibrate with and to examine on, so only float32 is tried; give some with --data.")
+    if splits is None:
+        warn("There is no data for calibration and evaluation, so only float32 is tried; give some with --data.")
         limit = preprocess.model_args.get("vocabulary_size", 256)
-        rows = random.integers(0, limit, (MADE_UP, *preprocess.row_shape)).astype(preprocess.row_dtype)
-        return ResolvedSubject(
-            rows=rows, targets=None, calibration=None, examples=len(rows), preprocess=preprocess, **known
-        )
-    training, validation = examples
-    # Any first part of it is a fair sample; more than fits here can't be examined in time.
-    order = random.permutation(len(validation))[: max(MADE_UP, MOST_BYTES // row_bytes(validation))]
-    return ResolvedSubject(
+        rows = random.integers(0, limit, (RANDOM_ROWS, *preprocess.row_shape)).astype(preprocess.row_dtype)
+        return Examples(rows=rows, targets=None, calibration=None, count=len(rows))
+    training, validation = splits
+    # In random order, so that any first part is a fair sample; more than fits here can't be evaluated in time.
+    order = random.permutation(len(validation))[: max(RANDOM_ROWS, MAX_BYTES // row_bytes(validation))]
+    return Examples(
         rows=_rows(validation, order),
         targets=validation.targets[order],
-        examples=len(validation),
         calibration=_rows(training, np.sort(random.permutation(len(training))[:CALIBRATION])),
-        preprocess=preprocess,
-        **known,
+        count=len(validation),
     )
 
 

@@ -28,7 +28,7 @@ from suanli.engines.sandbox import SandboxError
 from suanli.engines.search import EngineSearch
 from suanli.machine.device import detect, environment
 from suanli.machine.energy import counters
-from suanli.verbs._subjects import Options, ResolvedSubject, resolve_subject
+from suanli.verbs._subjects import ResolvedSubject, SubjectOptions, resolve_subject
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -95,7 +95,7 @@ def optimize(
     target = detect(device)
     if goal == "energy":
         _refuse_unreadable_energy(target)
-    options = Options(
+    options = SubjectOptions(
         data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
     )
     resolved = resolve_subject(subject, options)

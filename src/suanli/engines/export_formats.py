@@ -1,0 +1,196 @@
+"""The file formats that `suanli export` writes: how each is written, and how it is read without suanli.
+
+    onnx           one .onnx file
+    openvino       a folder with model.xml and model.bin
+    pt2            one .pt2 file, a program of torch.export
+    safetensors    the weights alone, with what built the network
+
+A graph takes cached rows (images: uint8 (B, H, W, C) of the working size; texts: token ids) and gives probabilities
+(B, K) float32, so the second half of preprocessing, such as normalising, is inside it and must not be done again. The
+metadata "preprocess" says how to get to such rows (height, width, channels, resize; vocabulary, length), "classes"
+which class each column is, "rows" the shape and type of one row; all of it is JSON.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from suanli.core.errors import MachineError
+from suanli.core.storage import json_bytes
+from suanli.machine.device import is_out_of_memory
+from suanli.models import build
+from suanli.models.model_folder import SavedModel
+
+XML = "model.xml"
+ROW = "As the first half of preprocessing leaves it; the second half, such as normalising, is inside the graph."
+
+# --- reading, without suanli: sources that set `metadata`, and `answer`, a function from rows to probabilities ---
+
+READ_ONNX = """
+import onnxruntime
+session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+metadata = session.get_modelmeta().custom_metadata_map
+answer = lambda rows: session.run(None, {"rows": rows})[0]
+"""
+READ_OPENVINO = f"""
+sys.modules["openvino_telemetry"] = None  # else the import is reported to a server
+import openvino
+core = openvino.Core()
+model = core.read_model(path + "/{XML}")
+metadata = {{name: model.get_rt_info([name]).value for name in job["metadata"]}}
+compiled = core.compile_model(model, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+answer = lambda rows: numpy.array(compiled(rows)[0])
+"""
+READ_PT2 = """
+import torch
+extra = {name + ".json": "" for name in job["metadata"]}
+module = torch.export.load(path, extra_files=extra).module()
+metadata = {name.removesuffix(".json"): text for name, text in extra.items()}
+answer = lambda rows: module(torch.from_numpy(rows)).numpy()
+"""
+READ_SAFETENSORS = """
+import hashlib
+import torch
+from safetensors import safe_open
+with safe_open(path, framework="pt") as file:
+    metadata = file.metadata()
+    for name in file.keys():
+        tensor = file.get_tensor(name)
+        content = tensor.reshape(-1).view(torch.uint8).numpy()
+        tensors[name] = [str(tensor.dtype), list(tensor.shape), hashlib.blake2b(content).hexdigest()]
+answer = None
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFormat:
+    suffix: str  # of the file, after the name of the run
+    packages: tuple[str, ...]  # what writes and reads it, besides suanli's own requirements
+    write: Callable[[SavedModel, Path, Mapping[str, str]], None]  # model, path, metadata
+    read: str  # source that reads it
+    usage: str  # how to use it, in one line; {path} is the file
+    is_folder: bool = False
+    has_graph: bool = True  # False: weights alone
+
+
+def build_metadata(saved: SavedModel, export_format: ExportFormat) -> dict[str, str]:
+    """What the file says about itself; values are JSON."""
+    values: dict[str, object] = {"classes": list(saved.classes), "preprocess": saved.preprocess.to_json()}
+    if export_format.has_graph:
+        shape, dtype = list(saved.preprocess.row_shape), saved.preprocess.row_dtype
+        values["rows"] = {"shape": shape, "dtype": dtype, "about": ROW}
+    else:
+        values["model_args"] = build.builder_arguments(saved.recipe, saved.preprocess, len(saved.classes))
+    texts = {name: json_bytes(value).decode().strip() for name, value in values.items()}
+    return texts if export_format.has_graph else texts | {"model": saved.recipe.model, "format": "pt"}
+
+
+# --- writing ---
+
+
+def _write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
+    from suanli.engines.inference_module import write_onnx
+
+    try:
+        write_onnx(saved, path, metadata)
+    except MachineError as error:
+        fix = "Choose another format: --to pt2 needs no ONNX, --to safetensors holds the weights alone."
+        raise MachineError(error.message, fix=fix) from error
+
+
+def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
+    from suanli.engines.backends.openvino import import_openvino
+    from suanli.engines.inference_module import innermost_cause
+
+    onnx_path = path.with_suffix(".onnx")
+    _write_onnx(saved, onnx_path, {})
+    graph = onnx_path.read_bytes()
+    onnx_path.unlink()
+    openvino = import_openvino()
+    fix = "Choose another format: --to onnx or pt2."
+    try:
+        model = openvino.Core().read_model(graph)
+    except RuntimeError as error:
+        raise MachineError(f"OpenVINO can't take this network ({innermost_cause(error)}).", fix=fix) from error
+    for name, text in metadata.items():
+        model.set_rt_info(text, [name])
+    path.mkdir()
+    try:
+        openvino.save_model(model, path / XML, compress_to_fp16=False)
+    except RuntimeError as error:
+        (path / XML).write_bytes(graph)  # of the same size: raises an error that says so if the disk is the reason
+        raise MachineError(f"OpenVINO can't write this network ({innermost_cause(error)}).", fix=fix) from error
+
+
+def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
+    import torch
+
+    from suanli.engines.inference_module import MAX_BATCH, InferenceModule, example_rows, innermost_cause
+
+    module = InferenceModule(saved)
+    rows = example_rows(saved.preprocess, 3)  # a batch of one would be taken for a constant
+    stream = io.BytesIO()  # written to disk by Python, whose errors say what is wrong with the disk
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            module(rows)  # constants that the first call caches must not be created while exporting
+            shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
+            program = torch.export.export(module, (rows,), dynamic_shapes=shapes)
+            for part in program.graph_module.modules():
+                for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # names files of this machine
+            extra = {f"{name}.json": text for name, text in metadata.items()}
+            torch.export.save(program, stream, extra_files=extra)
+    except Exception as error:  # a user's network may raise anything while it is traced
+        if is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"This network can't be written as a program of torch.export ({innermost_cause(error)}).",
+            fix="Choose another format: --to safetensors holds the weights alone.",
+        ) from error
+    path.write_bytes(stream.getbuffer())
+
+
+def _write_safetensors(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
+    from safetensors.torch import save
+
+    state = {name: value.contiguous().clone() for name, value in saved.module.state_dict().items()}
+    path.write_bytes(save(state, metadata=dict(metadata)))
+
+
+FORMATS = {
+    "onnx": ExportFormat(
+        suffix=".onnx",
+        packages=("onnx", "onnxscript", "onnxruntime"),
+        write=_write_onnx,
+        read=READ_ONNX,
+        usage="onnxruntime.InferenceSession({path!r}).run(None, {{'rows': rows}})[0], rows: {row}",
+    ),
+    "openvino": ExportFormat(
+        suffix="-openvino",
+        packages=("onnx", "onnxscript", "openvino"),
+        write=_write_openvino,
+        read=READ_OPENVINO,
+        usage=f"openvino.compile_model({{path!r}} + '/{XML}', 'CPU')(rows)[0], rows: {{row}}",
+        is_folder=True,
+    ),
+    "pt2": ExportFormat(
+        suffix=".pt2",
+        packages=(),
+        write=_write_pt2,
+        read=READ_PT2,
+        usage="torch.export.load({path!r}).module()(torch.from_numpy(rows)), rows: {row}",
+    ),
+    "safetensors": ExportFormat(
+        suffix=".safetensors",
+        packages=(),
+        write=_write_safetensors,
+        read=READ_SAFETENSORS,
+        has_graph=False,
+        usage="safetensors.torch.load_file({path!r}), for the network {model} that the metadata tells how to build",
+    ),
+}
