@@ -19,7 +19,7 @@ from suanli.core import registry
 from suanli.core.errors import MachineError
 from suanli.core.types import Device, EngineInputs, Placement, Recipe
 from suanli.engines.acceptance import DRIFT
-from suanli.engines.backends import cuda_graphs, eager, tensorrt
+from suanli.engines.backends import _tensorrt_graph, cuda_graphs, eager, tensorrt
 from suanli.engines.backends import onnxruntime as onnx_engine
 from suanli.engines.inference_module import InferenceModule, write_onnx
 from suanli.machine import device
@@ -258,7 +258,7 @@ def test_a_graph_is_valid_and_answers_as_the_model_does(
 ) -> None:
     original = onnx.load(place / "model.onnx")
     assert "Reshape" in given_types(original)  # else the cast needn't be moved any longer
-    model = tensorrt.prepare_graph(material(place), precision, tmp_path)
+    model = _tensorrt_graph.prepare_graph(material(place), precision, tmp_path)
     onnx.checker.check_model(model, full_check=True)
     assert given_types(model) == {"Cast"}
     assert model.graph.node[0].op_type == "Cast"
@@ -279,7 +279,7 @@ def heavy(model: Any) -> list[Any]:
 
 
 def test_float16_reaches_every_product_and_leaves_the_softmax(place: Path, tmp_path: Path) -> None:
-    model = tensorrt.prepare_graph(material(place), "float16", tmp_path)
+    model = _tensorrt_graph.prepare_graph(material(place), "float16", tmp_path)
     assert not any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in model.graph.initializer)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     types = {found.name: found.type.tensor_type.elem_type for found in inferred.graph.value_info}
@@ -289,7 +289,7 @@ def test_float16_reaches_every_product_and_leaves_the_softmax(place: Path, tmp_p
 
 
 def test_int8_is_signed_symmetric_and_on_inputs_only(place: Path, tmp_path: Path) -> None:
-    model = tensorrt.prepare_graph(material(place), "int8", tmp_path)
+    model = _tensorrt_graph.prepare_graph(material(place), "int8", tmp_path)
     made_by = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     steps = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -311,7 +311,7 @@ def test_int8_is_signed_symmetric_and_on_inputs_only(place: Path, tmp_path: Path
 
 def test_int8_leaves_kept_layers_alone(place: Path, tmp_path: Path) -> None:
     first = heavy(onnx.load(place / "model.onnx"))[0]
-    model = tensorrt.prepare_graph(material(place, kept=(first.name,)), "int8", tmp_path)
+    model = _tensorrt_graph.prepare_graph(material(place, kept=(first.name,)), "int8", tmp_path)
     made_by = {output: node.op_type for node in model.graph.node for output in node.output}
     for node in heavy(model):
         assert (made_by[node.input[0]] == "DequantizeLinear") == (node.name != first.name)
@@ -334,7 +334,7 @@ def test_a_graph_of_token_ids_keeps_its_input(tmp_path: Path) -> None:
     write_onnx(model, tmp_path / "model.onnx")
     ids = np.random.default_rng(0).integers(0, 52, (16, 12), np.int32)
     expected = answers(onnx.load(tmp_path / "model.onnx"), ids)
-    graph = tensorrt.prepare_graph(
+    graph = _tensorrt_graph.prepare_graph(
         EngineInputs(model=None, onnx=tmp_path / "model.onnx", calibration=None), "float16", tmp_path
     )
     onnx.checker.check_model(graph, full_check=True)
@@ -396,7 +396,7 @@ def test_moving_the_cast_changes_no_answer(moves: list[str], transposed: bool, c
     model = graph_of(nodes, CONSTANTS, of=types.UINT8, to=(6,))
     given = np.random.default_rng(batch).integers(0, 256, (batch, 2, 3), np.uint8)
     expected = answers(model, given)
-    tensorrt.cast_inputs_first(model)
+    _tensorrt_graph.cast_inputs_first(model)
     onnx.checker.check_model(model, full_check=True)
     assert given_types(model) == {"Cast"}
     readers = [node for node in model.graph.node if "rows" in node.input]
@@ -412,7 +412,7 @@ def test_uint8_that_is_computed_with_is_refused_by_name() -> None:
     ]
     model = graph_of(nodes, {"two": np.array(2, np.uint8)}, of=types.UINT8)
     with pytest.raises(MachineError, match="Add 'brighter' uses uint8"):
-        tensorrt.cast_inputs_first(model)
+        _tensorrt_graph.cast_inputs_first(model)
 
 
 def test_float16_keeps_float32_inputs_and_outputs() -> None:
@@ -424,7 +424,7 @@ def test_float16_keeps_float32_inputs_and_outputs() -> None:
     ]
     model = graph_of(nodes, {"factor": np.array([0.5, 1e9, -1e9], np.float32)}, of=types.FLOAT)
     model.graph.output.append(helper.make_tensor_value_info("twice", types.FLOAT, ["batch", 2, 3]))
-    tensorrt.convert_to_float16(model)
+    _tensorrt_graph.convert_to_float16(model)
     onnx.checker.check_model(model, full_check=True)
     (factor,) = model.graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(factor), np.array([0.5, 65504, -65504], np.float16))
@@ -437,7 +437,7 @@ def test_float16_keeps_infinity() -> None:
     helper, types = onnx.helper, onnx.TensorProto
     nodes = [helper.make_node("Add", ["rows", "mask"], ["probabilities"])]
     model = graph_of(nodes, {"mask": np.array([0, -np.inf, 0], np.float32)}, of=types.FLOAT)
-    tensorrt.convert_to_float16(model)
+    _tensorrt_graph.convert_to_float16(model)
     assert np.isneginf(answers(model, np.ones((1, 2, 3), np.float32))[..., 1]).all()
 
 

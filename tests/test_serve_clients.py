@@ -499,7 +499,7 @@ def test_a_server_with_a_key_wants_it(tmp_path: Path, monkeypatch: pytest.Monkey
         serving(run, *PATIENT, environment=environment | {"SUANLI_API_KEY": "secret-7"}) as server,
     ):
         monkeypatch.delenv("SUANLI_API_KEY", raising=False)
-        with pytest.raises(SuanliError, match="wants an API key") as caught:
+        with pytest.raises(SuanliError, match="needs an API key") as caught:
             suanli.predict(None, picture, url=server.url)
         assert "SUANLI_API_KEY" in str(caught.value.fix)
         told = curl("-i", "-F", f"file=@{picture}", f"{server.url}/predict").decode()

@@ -1,4 +1,4 @@
-"""Predictions from a server (`suanli serve`) instead of a model on this machine: files go there as they are."""
+"""Predictions from a server (`suanli serve`) instead of a model on this machine; files are sent as they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from suanli.core.errors import DataError, MachineError, UsageError
 from suanli.core.types import Json
 from suanli.engines.predictor import Prediction
 
-TRIES = 5  # where the server has too much to do
+TRIES = 5  # while the server is overloaded
 WAIT_S = 120.0
 MAX_BYTES = 16_000_000  # of one request, unless one file is larger
 
@@ -50,8 +50,8 @@ class Server:
             models = [m for m in models if m["name"] == self._name]
         names = sorted({m["name"] for m in models})
         if len(names) != 1:
-            told = ", ".join(names) or "none"
-            raise DataError(f"The models at {self.url} are: {told}.", fix="Name one: --url URL/v2/models/NAME.")
+            available = ", ".join(names) or "none"
+            raise DataError(f"The models at {self.url} are: {available}.", fix="Name one: --url URL/v2/models/NAME.")
         return str(models[0]["kind"])
 
     def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
@@ -59,19 +59,19 @@ class Server:
         query = {"top": str(top)}
         query |= {} if self._name is None else {"model": self._name}
         query |= {} if self._version is None else {"version": self._version}
-        found: list[Prediction] = []
+        predictions: list[Prediction] = []
         start = 0
         while start < len(raws):
             end, size = start, 0
             while end < len(raws) and (end == start or size + len(raws[end]) <= MAX_BYTES):
                 size += len(raws[end])
                 end += 1
-            kind, body = _packed(raws[start:end])
+            kind, body = _pack(raws[start:end])
             answer = self._ask("POST", f"/predict?{urlencode(query)}", body, {"Content-Type": kind})
             for name, values in zip(names[start:end], answer["predictions"], strict=True):
-                found.append(Prediction(**(values | {"name": name})))
+                predictions.append(Prediction(**(values | {"name": name})))
             start = end
-        return found
+        return predictions
 
     def _ask(self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> Json:
         for attempt in range(TRIES):
@@ -90,23 +90,23 @@ class Server:
                 values = {}
             if reply.status == 200:
                 return values
-            told = values.get("error") if isinstance(values, dict) else None
+            message = values.get("error") if isinstance(values, dict) else None
             if reply.status != 503 or attempt == TRIES - 1:
-                raise _error(self.url, reply.status, told or reply.reason)
+                raise _error(self.url, reply.status, message or reply.reason)
             again = reply.headers.get("Retry-After", "1")
             time.sleep(min(float(again) if again.isdigit() else 1.0, 10.0))
         raise AssertionError("the last try returns or raises")
 
 
 def _parse(url: str) -> SplitResult:
-    """Raises UsageError for what is no address of a server."""
+    """Raises UsageError for what isn't the address of a server."""
     try:
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return parts
     except ValueError:  # a port that is no number
         pass
-    raise UsageError(f"{url!r} is no address of a server.", fix="Such as http://127.0.0.1:8000.")
+    raise UsageError(f"{url!r} is not the address of a server.", fix="Such as http://127.0.0.1:8000.")
 
 
 def _connect(parts: SplitResult) -> http.client.HTTPConnection:
@@ -117,15 +117,15 @@ def _connect(parts: SplitResult) -> http.client.HTTPConnection:
     return http.client.HTTPConnection(host, port, timeout=WAIT_S)
 
 
-def _error(url: str, status: int, told: str) -> MachineError | UsageError:
+def _error(url: str, status: int, message: str) -> MachineError | UsageError:
     if status == 401:
-        return UsageError(f"{url} wants an API key.", fix="Put it into $SUANLI_API_KEY.")
+        return UsageError(f"{url} needs an API key.", fix="Put it into $SUANLI_API_KEY.")
     if status < 500:
-        return UsageError(f"{url} refused: {told}", fix="See its page /health.")
-    return MachineError(f"{url} could not answer: {told}", fix="Try again later; see its page /health.")
+        return UsageError(f"{url} refused: {message}", fix="See its page /health.")
+    return MachineError(f"{url} could not answer: {message}", fix="Try again later; see its page /health.")
 
 
-def _packed(raws: Sequence[bytes | str]) -> tuple[str, bytes]:
+def _pack(raws: Sequence[bytes | str]) -> tuple[str, bytes]:
     """Content type and body: texts as JSON, files as a form."""
     if all(isinstance(raw, str) for raw in raws):
         return "application/json", json.dumps({"inputs": list(raws)}).encode()

@@ -1,4 +1,4 @@
-"""predict: names and probabilities for inputs without labels. Reads nothing but the model folder."""
+"""predict: names and probabilities for inputs without labels. It reads only the model folder."""
 
 from __future__ import annotations
 
@@ -37,72 +37,75 @@ def predict(
 ) -> list[Prediction]:
     """Predict files, folders, globs ("pictures/*.png") or standard input ("-").
 
-    `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction
-    with `error`; an argument that names nothing at all raises DataError. `engine` is that of `suanli.load`.
-    `trust_code` runs the code that builds a network which is not suanli's own. With `url`, a server answers (see
-    `suanli serve`) and `model` is None.
+    `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction with `error`; an
+    argument that names nothing at all raises DataError. `engine` is that of `suanli.load`. `trust_code` runs the code
+    of a network that isn't suanli's own. With `url`, a server answers (see `suanli serve`) and `model` is None.
     """
-    given = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    items = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
     if url is not None:
-        return _warned(_from_server(url, given, top))
-    if model is None:
-        raise UsageError("There is no model to predict with.", fix="Name a run or a model folder, or give url.")
-    answering = load(model, engine=engine, device=device, trust_code=trust_code)
-    found: list[Prediction] = []
-    with ThreadPoolExecutor(cores()) as pool:
-        for chunk in _chunks(_named(answering.preprocess, given), BATCH):
-            rows = list(pool.map(lambda item: _encode(answering, item[1]), chunk))
-            found += answering.predict_rows([name for name, _ in chunk], rows, top=top)
-    return _warned(found)
-
-
-def _warned(found: list[Prediction]) -> list[Prediction]:
-    for prediction in found:
+        predictions = _predict_remotely(url, items, top)
+    else:
+        predictions = _predict_here(model, items, top, engine=engine, device=device, trust_code=trust_code)
+    for prediction in predictions:
         if prediction.error is not None:
             warn(f"{prediction.name}: {prediction.error}")
-    return found
+    return predictions
 
 
-def _from_server(url: str, given: Sequence[AnyPath], top: int) -> list[Prediction]:
+def _predict_here(
+    model: AnyPath | None, items: Sequence[AnyPath], top: int, *, engine: str, device: str, trust_code: bool
+) -> list[Prediction]:
+    if model is None:
+        raise UsageError("There is no model to predict with.", fix="Name a run or a model folder, or give url.")
+    predictor = load(model, engine=engine, device=device, trust_code=trust_code)
+    predictions: list[Prediction] = []
+    with ThreadPoolExecutor(cores()) as pool:
+        for chunk in _chunks(_list_inputs(predictor.preprocess, items), BATCH):
+            rows = list(pool.map(lambda named: _encode(predictor, named[1]), chunk))
+            predictions += predictor.predict_rows([name for name, _ in chunk], rows, top=top)
+    return predictions
+
+
+def _predict_remotely(url: str, items: Sequence[AnyPath], top: int) -> list[Prediction]:
     from suanli.verbs._remote import Server
 
-    found: list[Prediction] = []
+    predictions: list[Prediction] = []
     with closing(Server(url)) as server:
-        for chunk in _chunks(_named(load_plugin("preprocess", server.kind()), given), BATCH):
-            raws = [_read(read) for _, read in chunk]
-            sent = [(name, raw) for (name, _), raw in zip(chunk, raws, strict=True) if not isinstance(raw, BadInput)]
-            answers = iter(server.predict([name for name, _ in sent], [raw for _, raw in sent], top=top))
-            for (name, _), raw in zip(chunk, raws, strict=True):
-                found.append(_unread(name, raw) if isinstance(raw, BadInput) else next(answers))
-    return found
+        for chunk in _chunks(_list_inputs(load_plugin("preprocess", server.kind()), items), BATCH):
+            pairs = [(name, _read(read)) for name, read in chunk]
+            readable = [(name, raw) for name, raw in pairs if not isinstance(raw, BadInput)]
+            answers = iter(server.predict([name for name, _ in readable], [raw for _, raw in readable], top=top))
+            for name, raw in pairs:
+                predictions.append(_report_error(name, raw) if isinstance(raw, BadInput) else next(answers))
+    return predictions
 
 
 def _read(read: Callable[[], Raw]) -> bytes | str | BadInput:
-    """What is sent, or why it can't be read."""
+    """The content of an input, or why it can't be read."""
     try:
         raw = read()
     except BadInput as error:
         return error
     except OSError as error:
         return BadInput(error.strerror or str(error))
-    assert isinstance(raw, bytes | str), "what lies in files and streams"
+    assert isinstance(raw, bytes | str), "files and streams have no other content"
     return raw
 
 
-def _unread(name: str, error: BadInput) -> Prediction:
+def _report_error(name: str, error: BadInput) -> Prediction:
     return Prediction(name=name, label=None, probability=None, probabilities={}, error=error.message)
 
 
-Named = tuple[str, Callable[[], Raw]]
+NamedInput = tuple[str, Callable[[], Raw]]  # and what reads it
 
 
-def _named(preprocess: Preprocess | type[Preprocess], given: Sequence[AnyPath]) -> Iterator[Named]:
-    for item in given:
-        for path in _paths(str(item)):
+def _list_inputs(preprocess: Preprocess | type[Preprocess], items: Sequence[AnyPath]) -> Iterator[NamedInput]:
+    for item in items:
+        for path in _find_paths(str(item)):
             yield from preprocess.inputs(path)
 
 
-def _paths(item: str) -> list[Path]:
+def _find_paths(item: str) -> list[Path]:
     if item == "-" and (sys.stdin is None or sys.stdin.closed):  # by `<&-`, or a service manager
         raise DataError("Standard input is closed.", fix="Pipe the inputs in, or name files.")
     if item == "-" or Path(item).expanduser().exists():
@@ -116,16 +119,16 @@ def _paths(item: str) -> list[Path]:
     return [Path(m) for m in matches]
 
 
-def _chunks(items: Iterable[Named], count: int) -> Iterator[list[Named]]:
+def _chunks(items: Iterable[NamedInput], count: int) -> Iterator[list[NamedInput]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, count)):
         yield chunk
 
 
-def _encode(answering: Predictor, read: Callable[[], Raw]) -> np.ndarray | str:
+def _encode(predictor: Predictor, read: Callable[[], Raw]) -> np.ndarray | str:
     """The row of an input, or why there is none."""
     try:
-        return answering.encode(read())
+        return predictor.encode(read())
     except OSError as error:
         return error.strerror or str(error)
     except BadInput as error:
@@ -133,13 +136,13 @@ def _encode(answering: Predictor, read: Callable[[], Raw]) -> np.ndarray | str:
 
 
 def table(predictions: Sequence[Prediction]) -> Table:
-    """For people: a line for each input, the runners-up behind."""
-    shown = Table("input", "label", "probability", "next", box=None, pad_edge=False)
+    """For people: a line for each input, with the next likely classes behind."""
+    rows = Table("input", "label", "probability", "next", box=None, pad_edge=False)
     for p in predictions:
         others = "  ".join(f"{name} {value:.1%}" for name, value in list(p.probabilities.items())[1:3])
         share = "" if p.error else f"{p.probability:.1%}"
-        shown.add_row(Text(p.name), Text(p.label or "-"), share, Text(p.error or others))
-    return shown
+        rows.add_row(Text(p.name), Text(p.label or "-"), share, Text(p.error or others))
+    return rows
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:

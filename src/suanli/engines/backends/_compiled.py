@@ -1,4 +1,4 @@
-"""What both Inductor engines share: how they are configured, and which precision their kernels ran in."""
+"""What both Inductor engines share: their configuration, and how the precision of their kernels is found."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ EXECUTED = re.compile(r",exec,\w+,(?:convolution|matmul|inner_product),[^,]*,[^,
 
 
 def kernel_precision(work: Callable[[], object]) -> str:
-    """The precision of most of the convolutions and products that oneDNN was asked for, by its own account; those
-    that Inductor wrote itself or gave to MKL are in float32."""
+    """The precision of most of the convolutions and products that oneDNN ran, as its verbose log says; those that
+    Inductor wrote itself or gave to MKL are in float32."""
     libc = ctypes.CDLL(None)
-    with tempfile.TemporaryFile() as said:
-        out = os.dup(1)
+    with tempfile.TemporaryFile() as log:
+        stdout = os.dup(1)
         libc.fflush(None)
-        os.dup2(said.fileno(), 1)
+        os.dup2(log.fileno(), 1)
         try:
             with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):  # type: ignore[no-untyped-call]
                 work()
             libc.fflush(None)
         finally:
-            os.dup2(out, 1)
-            os.close(out)
-        said.seek(0)
-        text = said.read().decode(errors="replace")
-    found = Counter(NAMES.get(name, name) for name in EXECUTED.findall(text))
-    return found.most_common(1)[0][0] if found else "float32"
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+    precisions = Counter(NAMES.get(name, name) for name in EXECUTED.findall(text))
+    return precisions.most_common(1)[0][0] if precisions else "float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from suanli.core.types import Device
 
-# How oneDNN and OpenVINO call precisions.
+# The names of precisions in oneDNN and OpenVINO.
 NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "s8": "int8", "i8": "int8", "u8": "int8"}
 
 

@@ -1,7 +1,7 @@
-"""TorchInductor ahead of time: compiled into machine code for this processor, in .pt2 packages.
+"""TorchInductor ahead of time: machine code for this processor, in .pt2 packages.
 
-One package for a batch of one, whose shapes are constants, and one for any batch. Weights are constants of the code
-("freezing"), so that they are laid out for the kernels when it is compiled.
+One package is for a batch of one, with constant shapes, and one for any batch. Weights are constants of the code
+("freezing"), so that the compiler lays them out for the kernels.
 Sources: "AOTInductor" in PyTorch's documentation; int8: "PyTorch 2 Export Post Training Quantization with X86 Backend
 through Inductor" in torchao's.
 """
@@ -41,25 +41,25 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
     assert inputs.model is not None
     saved = load_model(inputs.model, trust_code=placement.trust_code)
     # Inductor finds the layout; frozen channels_last weights were seen to give wrong answers
-    whole: Any = InferenceModule(saved)
-    several = example_rows(saved.preprocess, BATCH)
+    module: Any = InferenceModule(saved)
+    rows = example_rows(saved.preprocess, BATCH)
     any_batch = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
-    whole(several)  # constants that are made at the first call and kept must not be made while it is exported
+    module(rows)  # constants that the first call caches must not be created while exporting
     lower = precision == "bfloat16"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if precision == "int8":
-            whole = _quantized(torch.export.export(whole, (several,), dynamic_shapes=any_batch).module(), inputs)
-        for name, rows, shapes in ((ONE, several[:1], None), (MANY, several, any_batch)):
+            module = _quantize(torch.export.export(module, (rows,), dynamic_shapes=any_batch).module(), inputs)
+        for name, example, shapes in ((ONE, rows[:1], None), (MANY, rows, any_batch)):
             with torch.autocast("cpu", torch.bfloat16, enabled=lower):
-                program = torch.export.export(whole, (rows,), dynamic_shapes=shapes)
+                program = torch.export.export(module, (example,), dynamic_shapes=shapes)
                 path = str(folder / name)
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=path, inductor_configs=_compiled.SETTINGS
                 )
 
 
-def _quantized(module: Any, inputs: EngineInputs) -> Any:
+def _quantize(module: Any, inputs: EngineInputs) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -67,10 +67,10 @@ def _quantized(module: Any, inputs: EngineInputs) -> Any:
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     quantizer.set_function_type_qconfig(torch.nn.functional.max_pool2d, None)  # in int8 it would lose its ceil_mode
-    prepared = prepare_pt2e(module, quantizer)
+    observed = prepare_pt2e(module, quantizer)
     for start in range(0, len(inputs.calibration), BATCH):
-        prepared(torch.from_numpy(np.array(inputs.calibration[start : start + BATCH])))
-    return convert_pt2e(prepared)
+        observed(torch.from_numpy(np.array(inputs.calibration[start : start + BATCH])))
+    return convert_pt2e(observed)
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:  # noqa: ARG001

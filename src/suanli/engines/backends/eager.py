@@ -1,7 +1,7 @@
-"""PyTorch as it is: the reference in float32, and lower precisions where the device has them.
+"""Plain PyTorch: the reference in float32, and lower precisions where the device has them.
 
-On an NVIDIA GPU float32 means float32: PyTorch's own default computes convolutions of float32 numbers in TF32 there, so
-the switch is set for each call. tfloat32 is the same network with the switch the other way.
+On an NVIDIA GPU float32 means float32: PyTorch's default computes convolutions of float32 numbers in TF32 there, so the
+switch is set for each call. tfloat32 is the same network with the switch on.
 float32 was run on an H100, the other precisions were not. Source of the switches: "Numerical accuracy" and
 "TensorFloat-32" in PyTorch's documentation.
 """
@@ -48,50 +48,50 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
-    whole = InferenceModule(load_model(folder, trust_code=placement.trust_code))
+    module = InferenceModule(load_model(folder, trust_code=placement.trust_code))
     where = torch.device(placement.device.torch_name)
-    whole.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     lower = precision in LOWER
 
     def answer(rows: np.ndarray) -> np.ndarray:
         autocast = torch.autocast(where.type, DTYPES[precision], enabled=lower)
         with use_threads(placement.threads), torch.inference_mode(), autocast, tf32_switch(precision, where.type):
-            return whole(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
+            return module(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
 
     def find_precision(rows: np.ndarray) -> str:
-        return network_precision(whole, lambda: answer(rows)) or precision
+        return network_precision(module, lambda: answer(rows)) or precision
 
     return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
 def tf32_switch(precision: str, device_type: str) -> AbstractContextManager[None]:
-    """Inside the block an NVIDIA GPU computes products and convolutions of float32 numbers in TF32 for "tfloat32", in
-    full for any other precision, whatever is set for the process."""
+    """A context in which an NVIDIA GPU computes products and convolutions of float32 numbers in TF32 for "tfloat32", in
+    full float32 for any other precision, whatever is set for the process."""
     if device_type != "cuda":
         return nullcontext()
     backends = torch.backends
-    places = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)  # type: ignore[attr-defined]
-    return set_attributes(places, "fp32_precision", "tf32" if precision == "tfloat32" else "ieee")
+    switches = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)  # type: ignore[attr-defined]
+    return set_attributes(switches, "fp32_precision", "tf32" if precision == "tfloat32" else "ieee")
 
 
 def network_precision(network: nn.Module, work: Callable[[], object]) -> str | None:
     """The precision of most of the network's products and convolutions while `work` runs it; None: it has none."""
-    found: list[str] = []
+    precisions: list[str] = []
 
-    def look(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        found.append(layer_precision(module, output.dtype, output.device.type))
+    def note_precision(module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        precisions.append(layer_precision(module, output.dtype, output.device.type))
 
-    hooks = [module.register_forward_hook(look) for module in network.modules() if isinstance(module, HEAVY)]
+    hooks = [module.register_forward_hook(note_precision) for module in network.modules() if isinstance(module, HEAVY)]
     try:
         work()
     finally:
         for hook in hooks:
             hook.remove()
-    return max(set(found), key=found.count) if found else None
+    return max(set(precisions), key=precisions.count) if precisions else None
 
 
 def layer_precision(module: nn.Module, dtype: torch.dtype, device_type: str) -> str:
-    """The precision in which a layer computes outputs of this dtype, as the switches are now."""
+    """The precision in which a layer computes outputs of this dtype, by the present state of the switches."""
     backends = torch.backends
     switch = backends.cuda.matmul if isinstance(module, nn.Linear) else backends.cudnn.conv  # type: ignore[attr-defined]
     if dtype == torch.float32 and device_type == "cuda" and switch.fp32_precision == "tf32":

@@ -1,6 +1,6 @@
-"""TorchInductor while it loads: torch.compile, once for a batch of one and once for any batch.
+"""TorchInductor, compiled while it loads: torch.compile, once for a batch of one and once for any batch.
 
-Nothing but the model is kept, so it runs on any machine with a C++ compiler, and takes that long to load.
+Only the model is stored, so it runs on any machine with a C++ compiler, but loading takes as long as compiling.
 Source: "torch.compile" in PyTorch's documentation; `freezing` in torch._inductor.config.
 """
 
@@ -21,8 +21,8 @@ from suanli.models.model_folder import load_model
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
-    whole = InferenceModule(load_model(folder, trust_code=placement.trust_code))
-    one, many = torch.compile(whole, dynamic=False), torch.compile(whole, dynamic=True)
+    module = InferenceModule(load_model(folder, trust_code=placement.trust_code))
+    one, many = torch.compile(module, dynamic=False), torch.compile(module, dynamic=True)
 
     def answer(rows: np.ndarray) -> np.ndarray:
         lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
@@ -36,7 +36,7 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     with warnings.catch_warnings(), torch._inductor.config.patch(_compiled.SETTINGS):
         warnings.simplefilter("ignore")
         for batch in (1, 8):
-            answer(example_rows(whole.preprocess, batch).numpy())
+            answer(example_rows(module.preprocess, batch).numpy())
     return LoadedEngine(answer=answer, find_precision=find_precision)
 
 

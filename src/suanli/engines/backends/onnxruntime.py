@@ -1,8 +1,8 @@
 """ONNX Runtime: on the CPU in float32, and int8 after calibration (QDQ, weights per channel); on an NVIDIA GPU in
 float32 and tfloat32.
 
-The package onnxruntime-gpu has both. Where CUDA can't be used it would compute on the CPU and say so in a log only;
-here that is an error. What only a GPU does here has not been run on one.
+The package onnxruntime-gpu has both. Where CUDA can't be used it would compute on the CPU and only log that; here it is
+an error. The parts for GPUs have not been run on one.
 Sources: "Quantize ONNX models", "CUDA Execution Provider" and "Performance tuning: profiling tools" in ONNX Runtime's
 documentation.
 """
@@ -26,7 +26,7 @@ from suanli.core.types import Device, Engine, EngineInputs, Json, LoadedEngine, 
 from suanli.machine.device import instruction_sets
 
 FILE = "model.onnx"
-EIGHT_BITS = {"avx512_vnni", "avx_vnni"}  # instruction sets that add such products in 32 bits
+VNNI = {"avx512_vnni", "avx_vnni"}  # instruction sets that add products of int8 in 32 bits
 CUDA = "CUDAExecutionProvider"
 QUANTIZED = ("Conv", "MatMul", "Gemm")
 FLOAT_KINDS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
@@ -34,7 +34,7 @@ INT8_KINDS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInt
 
 
 def package() -> str:
-    """The distribution that holds the module: that for NVIDIA GPUs has another name and computes on CPUs, too."""
+    """The distribution that is installed: the one for NVIDIA GPUs has another name, and computes on CPUs, too."""
     try:
         importlib.metadata.version("onnxruntime-gpu")
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
     assert inputs.onnx is not None
     if precision == "int8":
         sets = instruction_sets()
-        quantize(inputs, folder, reduce_range="avx2" in sets and not sets & EIGHT_BITS).unlink()
+        quantize(inputs, folder, reduce_range="avx2" in sets and not sets & VNNI).unlink()
     else:
         shutil.copyfile(inputs.onnx, folder / FILE)
 
@@ -75,20 +75,20 @@ def quantize(
     activations: str = "QUInt8",
     kinds: Sequence[str] = (*QUANTIZED, "MaxPool", "Add"),
     reduce_range: bool = False,
-    **extra: Json,
+    **extra: object,
 ) -> Path:
-    """Writes the int8 graph, and returns the one it was made from: float32, norms folded into convolutions. `kinds` of
-    nodes get int8. `reduce_range` leaves weights seven bits: processors without VNNI add products in pairs, in 16 bits
-    (ONNX Runtime, "Quantize ONNX models"). `extra` are the quantizer's own further options."""
+    """Write the int8 graph, and return the path of the float32 graph that it was made from, with norms folded into
+    convolutions. `kinds` of nodes are quantized. `reduce_range` gives weights seven bits: processors without VNNI add
+    products in pairs, in 16 bits (ONNX Runtime, "Quantize ONNX models"). `extra` are other options of the quantizer."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     assert inputs.calibration is not None
     logging.disable(logging.WARNING)
-    prepared = folder / "prepared.onnx"
-    quant_pre_process(inputs.onnx, prepared, skip_symbolic_shape=True)
+    folded = folder / "folded.onnx"
+    quant_pre_process(inputs.onnx, folded, skip_symbolic_shape=True)
     quantize_static(
-        prepared,
+        folded,
         folder / FILE,
         _Rows(inputs.calibration),
         quant_format=QuantFormat.QDQ,
@@ -100,11 +100,11 @@ def quantize(
         nodes_to_exclude=list(inputs.kept),
         extra_options=extra,
     )
-    return prepared
+    return folded
 
 
 class _Rows:
-    """Calibration rows, some at a time, as the quantizer reads them."""
+    """Calibration rows in batches, as the quantizer reads them."""
 
     BATCH = 8
 
@@ -124,37 +124,37 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
 
     def find_precision(rows: np.ndarray) -> str:
         if placement.device.type == "cpu":
-            return _fused_in(folder, placement)
-        return _ran_in(folder, precision, placement, rows)
+            return _graph_precision(folder, placement)
+        return _profile_precision(folder, precision, placement, rows)
 
     return LoadedEngine(answer=answer, find_precision=find_precision)
 
 
-def _fused_in(folder: Path, placement: Placement) -> str:
-    """On the CPU: of the graph after the runtime's own changes, as what it fused is what it runs."""
+def _graph_precision(folder: Path, placement: Placement) -> str:
+    """On the CPU: by the graph after the runtime's own optimizations, which is what it runs."""
     import onnx
 
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as work:
         settings = options(placement.threads)
-        settings.optimized_model_filepath = str(Path(place) / FILE)
+        settings.optimized_model_filepath = str(Path(work) / FILE)
         _session(folder, settings, "float32", placement.device)
-        kinds = Counter(node.op_type for node in onnx.load(Path(place) / FILE).graph.node)
+        kinds = Counter(node.op_type for node in onnx.load(Path(work) / FILE).graph.node)
     in_int8 = sum(kinds[kind] for kind in INT8_KINDS)
     return "int8" if in_int8 > sum(kinds[kind] for kind in FLOAT_KINDS) else "float32"
 
 
-def _ran_in(folder: Path, precision: str, placement: Placement, rows: np.ndarray) -> str:
-    """On a GPU: by the runtime's own record of where each product and convolution ran, and its switch for TF32."""
-    with tempfile.TemporaryDirectory() as place:
+def _profile_precision(folder: Path, precision: str, placement: Placement, rows: np.ndarray) -> str:
+    """On a GPU: by the runtime's profile, which says where products and convolutions ran, and its switch for TF32."""
+    with tempfile.TemporaryDirectory() as work:
         settings = options(placement.threads)
         settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(place) / "profile")
+        settings.profile_file_prefix = str(Path(work) / "profile")
         session = _session(folder, settings, precision, placement.device)
         session.run(None, {"rows": rows})
-        places = count_by_provider(json.loads(Path(session.end_profiling()).read_text()))
-    where = places.most_common(1)
-    if where and where[0][0] != CUDA:
-        return f"float32 by {where[0][0]}"
+        providers_used = count_by_provider(json.loads(Path(session.end_profiling()).read_text()))
+    most = providers_used.most_common(1)
+    if most and most[0][0] != CUDA:
+        return f"float32 by {most[0][0]}"
     return "tfloat32" if session.get_provider_options()[CUDA].get("use_tf32") == "1" else "float32"
 
 
@@ -168,7 +168,7 @@ def count_by_provider(events: Iterable[Json]) -> Counter[str]:
 
 
 def providers(precision: str, device: Device) -> list[tuple[str, dict[str, str]]]:
-    """What a session is to run on, with its settings. TF32 is on unless it is switched off."""
+    """What a session shall run on, with its settings. By default, TF32 is on."""
     if device.type == "cpu":
         return [("CPUExecutionProvider", {})]
     number = device.torch_name.partition(":")[2] or "0"
@@ -176,15 +176,15 @@ def providers(precision: str, device: Device) -> list[tuple[str, dict[str, str]]
 
 
 def _session(folder: Path, settings: Any, precision: str, device: Device) -> Any:
-    """Raises MachineError where it would run on something else than the device."""
+    """Raises MachineError where it would not run on the device."""
     import onnxruntime
 
-    wanted = providers(precision, device)
+    requested = providers(precision, device)
     if device.type == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA and cuDNN from where PyTorch's packages have them
-    session = onnxruntime.InferenceSession(folder / FILE, settings, providers=wanted, enable_fallback=0)
+    session = onnxruntime.InferenceSession(folder / FILE, settings, providers=requested, enable_fallback=0)
     session.disable_fallback()
-    if session.get_providers()[0] != wanted[0][0]:
+    if session.get_providers()[0] != requested[0][0]:
         raise MachineError(
             f"ONNX Runtime can't use {device.name}: it would run on {session.get_providers()[0]}.",
             fix="Install the onnxruntime-gpu that fits this CUDA and cuDNN, or use another engine.",
@@ -195,10 +195,10 @@ def _session(folder: Path, settings: Any, precision: str, device: Device) -> Any
 def options(threads: int) -> Any:
     import onnxruntime
 
-    found = onnxruntime.SessionOptions()
-    found.intra_op_num_threads = threads
-    found.log_severity_level = 4
-    return found
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = threads
+    session_options.log_severity_level = 4
+    return session_options
 
 
 ENGINE = Engine(
