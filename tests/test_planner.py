@@ -284,7 +284,7 @@ def test_a_short_run_measures_nothing(speedup_room: Put) -> None:
     speedup_room("quick", QUICK)
     speedup_room("unusual", QUICK, usual=False)
     speedup_room("other", QUICK, group="g", stage=60)
-    found = plan(steps=planner.CHECKED_STEPS - 1)
+    found = plan(steps=planner.MIN_STEPS - 1)
     assert found.origin == "short list"
     assert found.speedups == ("drag", "quick")
     assert Sleeper.steps == 0
@@ -300,8 +300,8 @@ def test_planning_takes_its_share_and_goes_on_the_next_time(speedup_room: Put, t
         if found.origin == "cached":
             break
         assert found.origin == "measured"
-        assert Sleeper.steps <= 2 * planner.SHARE * steps
-        assert found.seconds <= 2 * planner.SHARE * steps * pause_s
+        assert Sleeper.steps <= 2 * planner.PLANNING_SHARE * steps
+        assert found.seconds <= 2 * planner.PLANNING_SHARE * steps * pause_s
         assert len(found.trials) > before
         assert {n for n, r in found.dropped.items() if "not tried yet" in r} == {
             f"drag{n}" for n in range(len(found.trials), 5)
@@ -391,7 +391,7 @@ def test_what_the_gate_has_refused_isnt_used_again(speedup_room: Put, tmp_path: 
 def test_while_another_measures_nothing_is_measured(
     speedup_room: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan_cache, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(plan_cache, "LOCK_TIMEOUT_S", 0.1)
     speedup_room("quick", QUICK)
     with PlanCache(tmp_path, "of another training", None).lock() as mine:
         assert mine

@@ -1,11 +1,12 @@
-"""A whole training step as one CUDA graph: recorded once, then replayed with a single launch.
+"""A whole training step as one CUDA graph: captured once, then replayed with a single launch.
 
-A small network on a fast GPU computes a step sooner than Python can issue its hundreds of kernels. A graph
-issues them all at once, the optimizer's too. What changes from step to step must lie in tensors that stay
-where they are: inputs, targets and learning rates are copied into fixed ones before each replay.
+A fast GPU computes a step of a small network sooner than Python can launch its hundreds of kernels. A graph launches
+them all at once, the optimizer's too. It always reads the same memory, so inputs, targets and learning rates are
+copied into fixed tensors before each replay.
 
-Each shape of a batch has a graph of its own, up to a few; others are computed without one. Not for steps that look
-at a value on the way (loss scaling). Source: https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs".
+Each batch shape gets its own graph, up to a few; other shapes are computed without one. Steps that read a value on
+the host (loss scaling) can't be captured.
+Source: https://pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs".
 """
 
 from __future__ import annotations
@@ -19,67 +20,66 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-SHAPES = 4  # of batches that are recorded: each holds the memory of a step
-WARM_UPS = 3  # steps before recording: libraries choose algorithms and allocate workspaces in the first ones
+MAX_SHAPES = 4  # of batches that are captured: each graph holds the memory of a step
+WARM_UPS = 3  # steps before a capture: libraries choose algorithms and allocate workspaces in the first ones
 
-Learn = Callable[[Any, Any], torch.Tensor]
+TrainStep = Callable[[Any, Any], torch.Tensor]
 Shapes: TypeAlias = tuple[tuple[torch.Size, torch.dtype], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recording:
+class _Graph:
     fixed: tuple[Any, Any]  # inputs and targets that a replay reads
     replay: Callable[[], torch.Tensor]
 
 
 class CapturedStep:
-    """`learn(inputs, targets)` with the same results, replayed. On a device without graphs the same fixed
-    tensors are used and `learn` is called, so that all but the recording is tested without a GPU."""
+    """`train_step(inputs, targets)` with the same results, replayed from a graph. On a device without graphs it copies
+    into the same fixed tensors and calls `train_step`, so that all but the capture is tested without a GPU."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, learn: Learn) -> None:
-        self._model, self._optimizer, self._learn = model, optimizer, learn
-        self._recordings: dict[Shapes, _Recording] = {}
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, train_step: TrainStep) -> None:
+        self._model, self._optimizer, self._train_step = model, optimizer, train_step
+        self._graphs: dict[Shapes, _Graph] = {}
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
         shapes = _shapes((inputs, targets))
-        recording = self._recordings.get(shapes)
-        if recording is None:
-            if len(self._recordings) == SHAPES:
-                return self._learn(inputs, targets)
-            recording = self._recordings[shapes] = self._record(inputs, targets)
-        for fixed, given in zip(_leaves(recording.fixed), _leaves((inputs, targets)), strict=True):
-            fixed.copy_(given)
-        return recording.replay()
+        graph = self._graphs.get(shapes)
+        if graph is None:
+            if len(self._graphs) == MAX_SHAPES:
+                return self._train_step(inputs, targets)
+            graph = self._graphs[shapes] = self._capture(inputs, targets)
+        for fixed, value in zip(_leaves(graph.fixed), _leaves((inputs, targets)), strict=True):
+            fixed.copy_(value)
+        return graph.replay()
 
-    def _record(self, inputs: Any, targets: Any) -> _Recording:
-        convert_rates_to_tensors(self._optimizer)  # only now: a checkpoint may have replaced them
+    def _capture(self, inputs: Any, targets: Any) -> _Graph:
+        convert_rates_to_tensors(self._optimizer)  # not before: loading a checkpoint may have replaced them
         fixed = pytree.tree_map_only(torch.Tensor, torch.clone, (inputs, targets))
         device = _leaves(fixed)[0].device
         if device.type != "cuda":
-            return _Recording(fixed=fixed, replay=lambda: self._learn(*fixed))
-        with _as_before(self._model, self._optimizer):
-            aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(aside):
+            return _Graph(fixed=fixed, replay=lambda: self._train_step(*fixed))
+        with _restore_afterwards(self._model, self._optimizer):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._learn(*fixed)
-            torch.cuda.current_stream(device).wait_stream(aside)
-            self._optimizer.zero_grad(set_to_none=True)  # so that gradients are allocated by the recording
+                    self._train_step(*fixed)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._optimizer.zero_grad(set_to_none=True)  # so that the capture allocates the gradients
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a thread may pin memory meanwhile
-                loss = self._learn(*fixed)
+                loss = self._train_step(*fixed)
 
         def replay() -> torch.Tensor:
             graph.replay()
             return loss.clone()  # the next replay writes into the same place
 
-        return _Recording(fixed=fixed, replay=replay)
+        return _Graph(fixed=fixed, replay=replay)
 
 
 def convert_rates_to_tensors(optimizer: torch.optim.Optimizer) -> None:
-    """Learning rates as tensors on the parameters' device, and step counts too: a graph reads them from
-    there."""
-    optimizer._warned_capturable_if_run_uncaptured = True  # or torch warns of the steps before a recording
+    """Put learning rates and step counts into tensors on the parameters' device, where a graph can read them."""
+    optimizer._warned_capturable_if_run_uncaptured = True  # or torch warns of the steps before the capture
     for group in optimizer.param_groups:
         device = group["params"][0].device
         if not isinstance(group["lr"], torch.Tensor):
@@ -93,9 +93,9 @@ def convert_rates_to_tensors(optimizer: torch.optim.Optimizer) -> None:
 
 
 @contextmanager
-def _as_before(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Puts weights, statistics and the optimizer's state back, in place. State that was not there before
-    becomes zero, from which every optimizer here starts."""
+def _restore_afterwards(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put weights, statistics and the optimizer's state back after the block, in place. State that didn't exist
+    before becomes zero: with the optimizers that may be captured, it starts at zero."""
     tensors = list(model.state_dict().values())
     values = [t.detach().clone() for t in tensors]
     state = {p: {k: v.clone() for k, v in s.items() if isinstance(v, torch.Tensor)} for p, s in optimizer.state.items()}

@@ -1,4 +1,4 @@
-"""Probabilities of many inputs from a module: the one way in which suanli asks a network."""
+"""Probabilities of many inputs from a module: the only way in which suanli runs a network for its answers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def infer(
 ) -> np.ndarray:
     """Probabilities (N, K) float32 of batches of cached rows (B, *row_shape) on the device.
 
-    With `views`, the mean of the probabilities over the views of each input. The module is put
-    into evaluation mode and back.
+    With `views`, the mean of the probabilities over the views of each input. The module is in evaluation mode
+    meanwhile.
     """
     was_training = step.model.training
     step.model.eval()
-    found = []
+    probabilities = []
     try:
         with torch.inference_mode(), force_eager(step):
             for rows in batches:
                 inputs = preprocess.to_model(rows)
-                shown = views(inputs) if views else [inputs]
-                total = sum(task.probabilities(call(step, step.model, view)) for view in shown)
-                found.append((total / len(shown)).float().cpu())  # type: ignore[union-attr]
+                seen = views(inputs) if views else [inputs]
+                total = sum(task.probabilities(call(step, step.model, view)) for view in seen)
+                probabilities.append((total / len(seen)).float().cpu())  # type: ignore[union-attr]
     finally:
         step.model.train(was_training)
-    return torch.cat(found).numpy() if found else np.zeros((0, 0), np.float32)
+    return torch.cat(probabilities).numpy() if probabilities else np.zeros((0, 0), np.float32)

@@ -1,6 +1,6 @@
-"""Which speedups there are for a device, how they are put in order and how they change a step.
+"""Plans without measuring: which speedups a device can use, their order, and how they change a step.
 
-Choosing by measurement is in `planner.py`; here is what needs no measurement.
+`planner.py` chooses a plan by measuring.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from suanli.core.types import Device, Plan, Speedup, Step
 from suanli.machine.device import cores
 
 PLAIN = "plain"
-ORDER_OF_SUMS = 1e-3  # relative error that float32 shows where only the order of sums is another
-# The same on an NVIDIA GPU, where PyTorch as it comes computes convolutions in TF32, with 11 bits: another order has
-# shown 0.0014 in a small network, and it grows with the depth.
+ORDER_OF_SUMS = 1e-3  # relative error of float32 where only the order of the sums differs
+# The same on an NVIDIA GPU, where PyTorch by default computes convolutions in TF32, with 11 bits: another order gave
+# 0.0014 in a small network, and the error grows with depth.
 ORDER_IN_TF32 = 1e-2
 
 
 def plain_plan(device: Device, threads: int | None = None) -> Plan:
-    """PyTorch as it comes."""
+    """PyTorch with its defaults: the plan without speedups."""
     return Plan(device=device.torch_name, speedups=(), threads=threads, origin=PLAIN)
 
 
 def plan_of_names(requested: str, device: Device, threads: int | None = None) -> Plan:
     """The plan for "none" or a list "bf16,channels_last".
 
-    Raises UsageError for an unknown name or two that exclude each other, and MachineError for one that is
-    unusable here: only "auto" may pass one over, and it writes down why.
+    Raises UsageError for an unknown name or two that exclude each other, and MachineError for one that can't be used
+    here: only "auto" may skip one, and it records why.
     """
     if requested == "none":
         return plain_plan(device, threads)
@@ -49,24 +49,24 @@ def plan_of_names(requested: str, device: Device, threads: int | None = None) ->
 
 
 def check_threads(threads: int | None) -> None:
-    """Raises UsageError for a number of threads that can't be meant."""
+    """Raise UsageError for a number of threads that can't be right."""
     if threads is not None and not 1 <= threads <= 4 * cores():
         raise UsageError(f"--threads can't be {threads}.", fix=f"This machine has {cores()} cores.")
 
 
 def usable_speedups(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
-    """The speedups that could be tried here, in order, and why the others can't."""
-    found = {s.name: s for s in sorted(load_all("speedups").values(), key=lambda s: (s.stage, s.name))}
-    reasons = {name: s.why_not(device) for name, s in found.items()}
+    """The speedups that could be tried here, in order, and the reasons why the others can't."""
+    speedups = {s.name: s for s in sorted(load_all("speedups").values(), key=lambda s: (s.stage, s.name))}
+    reasons = {name: s.why_not(device) for name, s in speedups.items()}
     return (
-        {name: s for name, s in found.items() if reasons[name] is None},
+        {name: s for name, s in speedups.items() if reasons[name] is None},
         {name: reason for name, reason in reasons.items() if reason is not None},
     )
 
 
 def apply_plan(plan: Plan, step: Step, device: Device) -> Step:
-    """The step as the plan wants it computed. Raises MachineError for a speedup that has nothing to do
-    there; a planner asks first."""
+    """The step, changed by the plan's speedups and threads. Raises MachineError for a speedup that this step has no
+    use for."""
     for name in plan.speedups:
         speedup: Speedup = load("speedups", name)
         if (reason := speedup.needless(step, device)) is not None:
@@ -78,18 +78,19 @@ def apply_plan(plan: Plan, step: Step, device: Device) -> Step:
 
 
 def error_tolerance(speedups: Iterable[str], device: Device) -> float:
-    """The relative error that these together may cause."""
+    """The relative error that these speedups may cause together."""
     order = ORDER_IN_TF32 if "tfloat32" in device.fast_dtypes else ORDER_OF_SUMS
     return max([order, *(float(load("speedups", name).tolerance) for name in speedups)])
 
 
 def sort_speedups(chosen: Iterable[str]) -> tuple[str, ...]:
+    """The names in the order in which the speedups are applied, each once."""
     return tuple(sorted(set(chosen), key=lambda n: (load("speedups", n).stage, n)))
 
 
 @contextmanager
 def use_threads(count: int) -> Iterator[None]:
-    """So many threads for operations on the CPU while the block runs."""
+    """Operations on the CPU use `count` threads while the block runs."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(count)

@@ -1,14 +1,14 @@
-"""Plans that were measured, kept for the next training of the same kind.
+"""Measured plans, stored for the next training of the same kind.
 
-One small JSON file for each kind of training, in `plans/` of the cache directory. A file that can't be read is
-as good as none; a directory that can't be written costs the measuring anew, not the training.
+Each kind of training has a small JSON file in `plans/` of the cache directory. A file that can't be read counts as
+missing. If the directory can't be written, the next training measures again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from suanli.compute.plan import sort_speedups
@@ -17,18 +17,18 @@ from suanli.core.registry import names
 from suanli.core.storage import read_json, write_json
 from suanli.core.types import Json, Plan, Trial
 
-PATIENCE_S = 5.0  # that a second process waits for the first to end its measuring
+LOCK_TIMEOUT_S = 5.0  # how long a second process waits for the first to stop measuring
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedPlan:
     plan: Plan
     complete: bool  # nothing is left to try
-    refused: Mapping[str, str] = field(default_factory=dict)  # by the gate, after its exam: speedup to reason
+    refused: Mapping[str, str] = field(default_factory=dict)  # by the gate, after evaluation: speedup to reason
 
 
 class PlanCache:
-    """Where the plan of one kind of training is kept; `cache` None keeps nothing."""
+    """The stored plan of one kind of training; with `cache` None nothing is stored."""
 
     def __init__(self, cache: Path | None, key: str, threads: int | None) -> None:
         self._folder = cache / "plans" if cache is not None else None
@@ -39,22 +39,22 @@ class PlanCache:
         return self._folder / self._name if self._folder is not None else None
 
     def read(self) -> CachedPlan | None:
-        """None: nothing is kept, or nothing that this version understands."""
+        """None where nothing is stored, or nothing that this version can read."""
         if self.path is None:
             return None
         with suppress(OSError, DamagedFile, KeyError, TypeError, AttributeError, ValueError):
-            return _kept(read_json(self.path))
+            return _parse(read_json(self.path))
         return None
 
-    def write(self, kept: CachedPlan) -> None:
+    def write(self, cached: CachedPlan) -> None:
         if self.path is not None:
             with suppress(StorageError):
-                write_json(self.path, asdict(kept))
+                write_json(self.path, asdict(cached))
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Whether this is the only process that measures plans with this cache directory; False after some
-        seconds of waiting for another: two that measure at once would disturb each other."""
+        """Whether this is the only process that measures plans with this cache directory: two that measure at once
+        would disturb each other. False where another still measures after LOCK_TIMEOUT_S."""
         from filelock import FileLock, Timeout
 
         if self._folder is None:
@@ -62,12 +62,12 @@ class PlanCache:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self._folder / ".lock", timeout=PATIENCE_S)
+            lock = FileLock(self._folder / ".lock", timeout=LOCK_TIMEOUT_S)
             lock.acquire()
         except Timeout:
             yield False
             return
-        except OSError:  # read-only: nobody else can keep a plan here either
+        except OSError:  # read-only: no other process can store a plan here either
             yield True
             return
         try:
@@ -76,35 +76,29 @@ class PlanCache:
             lock.release()
 
     def refuse(self, speedups: Mapping[str, str]) -> None:
-        """Keeps that the gate has refused these, each with its reason; the next plan does without."""
-        known = self.read()
-        if known is None:
-            known = CachedPlan(plan=Plan(device="", speedups=()), complete=False)
-        plan = known.plan
+        """Store that the gate refused these speedups, each with its reason; the next plan does without them."""
+        cached = self.read() or CachedPlan(plan=Plan(device="", speedups=()), complete=False)
+        plan = cached.plan
         left = tuple(n for n in plan.speedups if n not in speedups)
         self.write(
             CachedPlan(
-                plan=Plan(**{**_fields(plan), "speedups": left, "dropped": {**plan.dropped, **speedups}}),
-                complete=known.complete,
-                refused={**known.refused, **speedups},
+                plan=replace(plan, speedups=left, dropped={**plan.dropped, **speedups}),
+                complete=cached.complete,
+                refused={**cached.refused, **speedups},
             )
         )
 
 
-def _fields(plan: Plan) -> dict[str, Json]:
-    return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-
-
-def _kept(values: Json) -> CachedPlan:
-    """Raises KeyError, TypeError or ValueError for what is no kept plan of this version."""
-    found = values["plan"]
-    if not set(found["speedups"]) <= set(names("speedups")):
+def _parse(values: Json) -> CachedPlan:
+    """Raises KeyError, TypeError or ValueError for what is not a stored plan of this version."""
+    fields = values["plan"]
+    if not set(fields["speedups"]) <= set(names("speedups")):
         raise ValueError("not a plan of this version")
     plan = Plan(
         **{
-            **found,
-            "speedups": sort_speedups(found["speedups"]),
-            "trials": tuple(Trial(**trial) for trial in found["trials"]),
+            **fields,
+            "speedups": sort_speedups(fields["speedups"]),
+            "trials": tuple(Trial(**trial) for trial in fields["trials"]),
         }
     )
     if not (plan.threads is None or plan.threads >= 1):

@@ -1,14 +1,14 @@
-"""Which way of computing is the fastest here: measured on real batches, kept only where it helped.
+"""Finds the fastest way to compute a training here: measured on real batches, kept only where it helps.
 
-The search starts from plain PyTorch. A change (a speedup more or less, another number of threads) is first
-held against plain PyTorch's numbers on the same batch with the same weights, then timed by turns against the
-best plan so far, and kept only if its gain exceeds the spread of the turns. The first change is the short
-list, all usual speedups together: it brings most of the gain for one comparison.
+The search starts from plain PyTorch. For each change (a speedup more or less, another number of threads), the planner
+first compares outputs and gradients with plain PyTorch's on the same batch with the same weights. Then it times the
+change and the best plan so far alternately, and keeps the change only if its gain exceeds the spread. The first
+change is the short list, all usual speedups together: it brings most of the gain for one comparison.
 
-Measuring may take 5 % of the forecast training time. What found no time is measured by the next training
-of the same kind: the plan is kept in the cache directory, under a key of all that decides it. A run that is
-too short to measure anything uses the kept plan or the short list. Compiling is tried only where the run is
-long enough to win its cost back.
+Measuring may take 5 % of the forecast training time. What there was no time for is measured by the next training of
+the same kind: the plan is stored in the cache directory, under a key of all that determines it. A run that is too
+short to measure anything uses the stored plan or the short list. Compiling is tried only where the run is long enough
+to win its cost back.
 
 Trials run on copies of network and optimizer; the training itself starts untouched.
 """
@@ -45,33 +45,33 @@ from suanli.machine import timing
 from suanli.machine.device import is_out_of_memory
 
 SHARDED = "sharded"  # origin of a plan that couldn't be measured, since no copy of the network would fit
-UNMEASURED = "used without measuring: a network that is shared out has no copies to try them on"
-SHARE = 0.05  # of the forecast training time that planning may take
-CHECKED_STEPS = 60  # a shorter run can't even afford to check the numbers of the short list
+UNMEASURED = "used without measuring: there is no room for copies of a sharded network to try them on"
+PLANNING_SHARE = 0.05  # of the forecast training time that planning may take
+MIN_STEPS = 60  # a shorter run can't even afford to check the numbers of the short list
 ROUNDS = (3, 6)  # of a comparison, at least and at most
-CLEAR, HOPELESS = 1.3, 0.7  # ratios so large or so small need one round less
-OPTIMISM = 0.3  # of a step that compiling saves at most, before it is known
-COMPILING_S = (10.0, 1.0)  # before it is known: at the start, and for each part of the network with weights
+CLEAR, HOPELESS = 1.3, 0.7  # with ratios above or below these, one round less is enough
+COMPILE_SAVING = 0.3  # of a step's time that compiling is assumed to save at most
+COMPILING_S = (10.0, 1.0)  # assumed before it is measured: fixed, and for each module with weights of its own
 COMPILING_LIMIT_S = 600.0
 FIRST_STEP_LIMIT_S = 120.0  # of any other change, and less where steps are short
 FIRST_STEP_S, FIRST_STEP_TIMES = 10.0, 10.0
 
 
 class Trainee(Protocol):
-    """A training that may be spoilt."""
+    """A copy of a training, which trials may spoil."""
 
     @property
     def compute(self) -> Step: ...
 
     def advance(self) -> None:
-        """One whole step, its input included, waited for."""
+        """Train one whole step, its input included, and wait for the device."""
 
     def compute_numbers(self) -> Numbers:
-        """One step on the first batch, and what it computed."""
+        """Train one step on the first batch and return what it computed."""
 
 
 class Subject(Protocol):
-    """What is to be trained: gives copies to try plans on."""
+    """What is to be trained: makes copies to try plans on."""
 
     @property
     def device(self) -> Device: ...
@@ -86,31 +86,31 @@ class Subject(Protocol):
 
 
 def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = None, cache: Path | None) -> Plan:
-    """The plan for "auto", "none" or a list of names; `steps` are still to be trained, counted
-    at full size.
+    """The plan for "auto", "none" or a list of names, for a training that has `steps` left, counted at full size.
 
-    Raises UsageError for an unknown name, MachineError for a named speedup that is unusable, and GateError
-    for one whose numbers are wrong. `cache` None: nothing is kept.
+    Raises UsageError for an unknown name, MachineError for a named speedup that can't be used, and GateError for one
+    whose numbers are wrong. `cache` None: nothing is stored.
     """
     check_threads(threads)
     if requested != "auto":
-        return _checked(subject, plan_of_names(requested, subject.device, threads))
+        return _check_named(subject, plan_of_names(requested, subject.device, threads))
     store = PlanCache(cache, subject.key, threads)
-    known = store.read()
-    if known is not None and known.complete:
-        return _known(known, subject, steps)
-    with store.lock() as mine:
-        known = store.read()  # another process may have gone on with it
-        if not mine:
+    cached = store.read()
+    if cached is not None and cached.complete:
+        return _adapt(cached, subject, steps)
+    with store.lock() as is_only_planner:
+        cached = store.read()  # another process may have completed it
+        if not is_only_planner:
             say("another process is planning on this machine, so nothing is measured now")
-            return _known(known, subject, steps) if known else _Search(subject, steps, threads, None).short_list()
-        if known is not None and known.complete:
-            return _known(known, subject, steps)
-        search = _Search(subject, steps, threads, known)
-        found = search.run()
+            return _adapt(cached, subject, steps) if cached else short_list(subject, threads)
+        if cached is not None and cached.complete:
+            return _adapt(cached, subject, steps)
+        search = _Search(subject, steps, threads, cached)
+        best = search.run()
         if search.measured:
-            store.write(CachedPlan(plan=found, complete=search.complete, refused=dict(known.refused) if known else {}))
-    return found
+            refused = dict(cached.refused) if cached else {}
+            store.write(CachedPlan(plan=best, complete=search.complete, refused=refused))
+    return best
 
 
 def short_list(subject: Subject, threads: int | None) -> Plan:
@@ -121,30 +121,31 @@ def short_list(subject: Subject, threads: int | None) -> Plan:
 def plan_without_trials(
     subject: Subject, requested: str | Plan, *, threads: int | None, extra: Sequence[str] = ()
 ) -> Plan:
-    """A plan for a network of which no copies can be tried: what is requested ("auto": all usual speedups, and
-    `extra`), as far as `subject` has a use for it. Raises UsageError and MachineError for a name that can't be used."""
+    """A plan for a network that can't be copied for trials: what is requested ("auto": all usual speedups and
+    `extra`), without the speedups that `subject` has no use for. Raises UsageError and MachineError for a name that
+    can't be used."""
     if requested == "auto":
         usual = short_list(subject, threads)
-        names = [n for n in (*usual.speedups, *extra) if _useful(n, subject) is None]
-        trials = (Trial(change=_sum(names), kept=True, reason=UNMEASURED),) if names else ()
-        found = replace(usual, speedups=sort_speedups(names), trials=trials, origin=SHARDED)
-        return replace(found, dropped={n: r for n, r in found.dropped.items() if n not in names})
+        names = [n for n in (*usual.speedups, *extra) if _needless(n, subject) is None]
+        trials = (Trial(change=_join(names), kept=True, reason=UNMEASURED),) if names else ()
+        dropped = {n: r for n, r in usual.dropped.items() if n not in names}
+        return replace(usual, speedups=sort_speedups(names), trials=trials, origin=SHARDED, dropped=dropped)
     if isinstance(requested, str):
         return plan_of_names(requested, subject.device, threads)
-    # The plan of a run that goes on, perhaps with a network that was whole before.
-    reasons = {n: r for n in requested.speedups if (r := _useful(n, subject)) is not None}
+    # The plan of a resumed run, perhaps of a network that wasn't sharded before.
+    reasons = {n: r for n in requested.speedups if (r := _needless(n, subject)) is not None}
     left = tuple(n for n in requested.speedups if n not in reasons)
     return replace(requested, speedups=left, dropped={**requested.dropped, **reasons})
 
 
-def _useful(name: str, subject: Subject) -> str | None:
+def _needless(name: str, subject: Subject) -> str | None:
     reason: str | None = load("speedups", name).needless(subject.step, subject.device)
     return reason
 
 
 def drop_risky_speedup(plan: Plan, risk: str) -> tuple[Plan, str] | None:
-    """The plan without the last speedup that brings this risk ("memory", "numerics", "backend"), and that
-    speedup's name. None: none does."""
+    """The plan without the last of its speedups that has this risk ("memory", "numerics", "backend"), and that
+    speedup's name. None: none has it."""
     risky = [n for n in plan.speedups if risk in load("speedups", n).risks]
     if not risky:
         return None
@@ -152,49 +153,50 @@ def drop_risky_speedup(plan: Plan, risk: str) -> tuple[Plan, str] | None:
     return replace(plan, speedups=left), risky[-1]
 
 
-def difference(expected: Numbers, got: Numbers) -> float:
+def difference(expected: Numbers, actual: Numbers) -> float:
     """The relative error (L2 over all tensors together) of the outputs, or a quarter of the gradients' if that is
-    larger: a gradient is a product of many factors that were all rounded (seen in bfloat16: outputs off by up
-    to 0.035, gradients by up to 0.12). Infinite where they aren't finite or have other shapes."""
-    return max(_relative(expected.outputs, got.outputs), _relative(expected.gradients, got.gradients) / 4)
+    larger: a gradient is a product of many rounded factors (measured in bfloat16: outputs off by up to 0.035,
+    gradients by up to 0.12). Infinite where values aren't finite or shapes differ."""
+    outputs = _relative_error(expected.outputs, actual.outputs)
+    return max(outputs, _relative_error(expected.gradients, actual.gradients) / 4)
 
 
-def _relative(expected: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
-    if [t.shape for t in expected] != [t.shape for t in got]:
-        expected, got = _whole(expected), _whole(got)
-        if [t.shape for t in expected] != [t.shape for t in got]:
+def _relative_error(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
+    if [t.shape for t in expected] != [t.shape for t in actual]:
+        expected, actual = _join_micro_batches(expected), _join_micro_batches(actual)
+        if [t.shape for t in expected] != [t.shape for t in actual]:
             return float("inf")
-    squares = sum(float((a - b).double().square().sum()) for a, b in zip(expected, got, strict=True))
+    squares = sum(float((a - b).double().square().sum()) for a, b in zip(expected, actual, strict=True))
     scale = sum(float(a.double().square().sum()) for a in expected)
     error = (squares / scale) ** 0.5 if scale else (squares and float("inf"))
     return error if error == error else float("inf")
 
 
-def _whole(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Outputs of the parts of a batch, those of one kind behind each other."""
-    found: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    for part in parts:
-        found.setdefault(tuple(part.shape[1:]), []).append(part if part.dim() else part.reshape(1))
-    return [torch.cat(kind) for kind in found.values()]
+def _join_micro_batches(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs of the whole batch from those of its micro-batches: those of equal row shape are concatenated."""
+    by_shape: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for output in outputs:
+        by_shape.setdefault(tuple(output.shape[1:]), []).append(output if output.dim() else output.reshape(1))
+    return [torch.cat(same) for same in by_shape.values()]
 
 
-def _checked(subject: Subject, named: Plan) -> Plan:
-    """The user's own list, after one step that shows that it computes the same."""
+def _check_named(subject: Subject, named: Plan) -> Plan:
+    """The user's own list, after one step that checks that it computes the same as plain PyTorch."""
     if not named.speedups:
         return named
-    reference = _numbers(subject, plain_plan(subject.device, named.threads))
-    error = difference(reference, _numbers(subject, named))
+    reference = _compute_numbers(subject, plain_plan(subject.device, named.threads))
+    error = difference(reference, _compute_numbers(subject, named))
     allowed = error_tolerance(named.speedups, subject.device)
     if error > allowed:
         raise GateError(
             f"With --speedups {','.join(named.speedups)}, outputs or gradients differ from plain PyTorch's by "
             f"{error:.2g}, more than the {allowed:g} that rounding explains.",
-            fix="Leave out one after the other to find which one, or use --speedups auto.",
+            fix="Leave out one after the other to find which one causes it, or use --speedups auto.",
         )
-    return replace(named, trials=(Trial(change=_sum(named.speedups), kept=True, reason="you named it", error=error),))
+    return replace(named, trials=(Trial(change=_join(named.speedups), kept=True, reason="you named it", error=error),))
 
 
-def _numbers(subject: Subject, plan: Plan) -> Numbers:
+def _compute_numbers(subject: Subject, plan: Plan) -> Numbers:
     try:
         with _time_limit(COMPILING_LIMIT_S):
             trainee = subject.trial(plan)
@@ -213,23 +215,23 @@ def _numbers(subject: Subject, plan: Plan) -> Numbers:
         free_memory(subject.device)
 
 
-def _known(known: CachedPlan, subject: Subject, steps: int) -> Plan:
-    """The kept plan, without what takes longer to start than a run so short would win."""
-    kept = replace(known.plan, origin="cached", seconds=0.0)
-    for name in kept.speedups:
-        trial = next((t for t in reversed(kept.trials) if f"+{name}" in t.change.split()), None)
+def _adapt(cached: CachedPlan, subject: Subject, steps: int) -> Plan:
+    """The stored plan, without speedups that take longer to start than they save in `steps`."""
+    plan = replace(cached.plan, origin="cached", seconds=0.0)
+    for name in plan.speedups:
+        trial = next((t for t in reversed(plan.trials) if f"+{name}" in t.change.split()), None)
         if not load("speedups", name).slow_start or trial is None or not trial.ratio or not trial.step_s:
             continue
         if steps * trial.step_s * (trial.ratio - 1) <= trial.start_s:
             reason = f"starting takes {trial.start_s:.0f} s, more than it would save in {steps} steps"
-            kept = replace(
-                kept,
-                speedups=tuple(n for n in kept.speedups if n != name),
-                dropped={**kept.dropped, name: reason},
+            plan = replace(
+                plan,
+                speedups=tuple(n for n in plan.speedups if n != name),
+                dropped={**plan.dropped, name: reason},
             )
-    if subject.device.type == "cuda" and "resident" in kept.speedups and not subject.step.can_reside:
-        kept = replace(kept, speedups=tuple(n for n in kept.speedups if n != "resident"))
-    return kept
+    if subject.device.type == "cuda" and "resident" in plan.speedups and not subject.step.can_reside:
+        plan = replace(plan, speedups=tuple(n for n in plan.speedups if n != "resident"))
+    return plan
 
 
 # --- the search -----------------------------------------------------------------------------
@@ -243,24 +245,35 @@ class _Change:
     delayed_effect: bool = False
 
 
+@dataclass(kw_only=True)
+class _Baseline:
+    """What a change is compared with."""
+
+    numbers: Numbers  # of plain PyTorch
+    trainee: Trainee  # with the best plan so far
+
+
 class _Search:
-    def __init__(self, subject: Subject, steps: int, threads: int | None, known: CachedPlan | None) -> None:
+    """Goes on where a cached search stopped. `complete`: nothing is left to try; `measured`: something was timed."""
+
+    def __init__(self, subject: Subject, steps: int, threads: int | None, cached: CachedPlan | None) -> None:
         self.subject, self.device, self.steps, self.fixed_threads = subject, subject.device, steps, threads
         self.usable, self.dropped = usable_speedups(self.device)
-        refused = dict(known.refused) if known else {}
+        refused = dict(cached.refused) if cached else {}
         for name, speedup in list(self.usable.items()):
             reason = speedup.needless(subject.step, self.device) or refused.get(name)
             if speedup.saves_memory:
-                reason = reason or "only where memory is what limits: it costs time"
+                reason = reason or "only where memory is the limit: it costs time"
             if speedup.distributed_only:
-                reason = reason or "only by name: planning computes alone, so it can't tell what this brings"
+                reason = reason or "only by name: planning runs in one process, so it can't measure the gain"
             if reason is not None:
                 del self.usable[name]
                 self.dropped[name] = reason
         start = plain_plan(self.device, threads)
-        self.best = replace(start, speedups=known.plan.speedups, threads=known.plan.threads) if known else start
-        self.trials = list(known.plan.trials) if known else []
-        self.untried: dict[str, str] = {}  # changes that had no time, and why
+        self.best = replace(start, speedups=cached.plan.speedups, threads=cached.plan.threads) if cached else start
+        self.best_s = 0.0  # of a step; not measured yet
+        self.trials = list(cached.plan.trials) if cached else []
+        self.untried: dict[str, str] = {}  # changes that there was no time for, and why
         self.complete = self.measured = False
         self.started = time.perf_counter()
 
@@ -268,87 +281,88 @@ class _Search:
         """All usual speedups, unmeasured."""
         names = self._usual()
         why = "used without measuring: the run is too short for that"
-        trials = (Trial(change=_sum(names), kept=True, reason=why),) if names else ()
+        trials = (Trial(change=_join(names), kept=True, reason=why),) if names else ()
         return self._plan(replace(self.best, speedups=names), trials, "short list")
 
     def run(self) -> Plan:
-        if self.steps < CHECKED_STEPS:
+        if self.steps < MIN_STEPS:
             if self.trials:
                 return self._plan(self.best, tuple(self.trials), "cached")
             return self.short_list()
         trainee = self.subject.trial(plain_plan(self.device, self.fixed_threads))
         with apply_settings(trainee.compute):
-            self.reference = trainee.compute_numbers()
+            reference = trainee.compute_numbers()
             self.best_s = timing.seconds(trainee.advance)
-        if self.best.speedups or self.best.threads != self.fixed_threads:  # go on where a run before has stopped
+        if self.best.speedups or self.best.threads != self.fixed_threads:  # go on from the cached plan
             del trainee
             trainee = self.subject.trial(self.best)
             with apply_settings(trainee.compute):
                 trainee.advance()
                 self.best_s = timing.seconds(trainee.advance)
-        self.trainee: Trainee | None = trainee
-        del trainee
         self.complete = self.measured = True
-        self._measure_all()
-        self.trainee = None
+        baseline = _Baseline(numbers=reference, trainee=trainee)
+        del trainee  # so that it is freed once a better one replaces it
+        self._try_all(baseline)
+        del baseline
         free_memory(self.device)
         if not self.trials and (names := self._usual()):
-            return self._checked_short_list(names)
+            return self._check_short_list(reference, names)
         return self._plan(self.best, tuple(self.trials), "measured")
 
-    def _checked_short_list(self, names: tuple[str, ...]) -> Plan:
-        """The usual speedups where there was no time for turns, if they compute the same."""
+    def _check_short_list(self, reference: Numbers, names: tuple[str, ...]) -> Plan:
+        """The usual speedups where there was no time to time them, if they compute the same."""
         self.measured = False
         plan = replace(self.best, speedups=names)
         try:
-            error = difference(self.reference, _numbers(self.subject, plan))
-        except MachineError as failed:
-            trial = Trial(change=_sum(names), kept=False, reason=failed.message)
+            error = difference(reference, _compute_numbers(self.subject, plan))
+        except MachineError as failure:
+            trial = Trial(change=_join(names), kept=False, reason=failure.message)
             return self._plan(self.best, (trial,), "short list")
         kept = error <= (allowed := error_tolerance(names, self.device))
-        reason = "computes the same; the run is too short to time it" if kept else _too_far(error, allowed)
-        trial = Trial(change=_sum(names), kept=kept, reason=reason, error=error)
+        reason = "computes the same; the run is too short to time it" if kept else _error_reason(error, allowed)
+        trial = Trial(change=_join(names), kept=kept, reason=reason, error=error)
         return self._plan(plan if kept else self.best, (trial,), "short list")
 
-    def _measure_all(self) -> None:
+    def _try_all(self, baseline: _Baseline) -> None:
         queue = self._changes()
-        tried = {change for t in self.trials for change in (t.change, _undoing(t))}
+        tried = {change for t in self.trials for change in (t.change, _reverse(t))}
         while queue:
             change = queue.pop(0)
             if change.name in tried:
                 continue
             tried.add(change.name)
-            if (reason := self._too_dear(change)) is not None:
+            if (reason := self._too_expensive(change)) is not None:
                 self.complete = self.complete and change.slow_start
                 self.untried[change.name] = reason
                 continue
-            trial = self._try(change)
+            trial = self._try(change, baseline)
             self.trials.append(trial)
-            tried.add(_undoing(trial))
+            tried.add(_reverse(trial))
             if trial.kept:
                 queue = self._changes()  # what is left to try has changed
 
     def _changes(self) -> list[_Change]:
+        """What can be tried from the best plan so far; compiling comes last."""
         self.untried = {}
-        found = []
+        changes = []
         best = self.best
         usual = self._usual()
         if not best.speedups and len(usual) > 1:
-            found.append(self._change(_sum(usual), usual))
+            changes.append(self._change(_join(usual), usual))
         for name, speedup in self.usable.items():
             if name in best.speedups:
                 continue
             rivals = [n for n in best.speedups if speedup.group and self.usable[n].group == speedup.group]
             names = [n for n in best.speedups if n not in rivals] + [name]
-            found.append(self._change(" ".join([f"+{name}", *(f"-{n}" for n in rivals)]), names))
+            changes.append(self._change(" ".join([f"+{name}", *(f"-{n}" for n in rivals)]), names))
         if self.device.type == "cpu" and self.fixed_threads is None:
             count = best.threads or torch.get_num_threads()
             while (count := count // 2) >= 1:
                 fewer = replace(best, threads=count)
-                found.append(_Change(name=f"threads={count}", plan=fewer, delayed_effect=True))
+                changes.append(_Change(name=f"threads={count}", plan=fewer, delayed_effect=True))
         for name in best.speedups:
-            found.append(self._change(f"-{name}", [n for n in best.speedups if n != name]))
-        return sorted(found, key=lambda c: c.slow_start)  # what compiles comes last
+            changes.append(self._change(f"-{name}", [n for n in best.speedups if n != name]))
+        return sorted(changes, key=lambda c: c.slow_start)
 
     def _change(self, name: str, speedups: Sequence[str]) -> _Change:
         new = set(speedups) ^ set(self.best.speedups)
@@ -361,28 +375,30 @@ class _Search:
 
     def _usual(self) -> tuple[str, ...]:
         """The usual speedups that are usable here, the first of each group."""
-        found: dict[str, str] = {}
+        by_group: dict[str, str] = {}
         for name, speedup in self.usable.items():
             if speedup.usual:
-                found.setdefault(speedup.group or name, name)
-        return sort_speedups(found.values())
+                by_group.setdefault(speedup.group or name, name)
+        return sort_speedups(by_group.values())
 
-    def _too_dear(self, change: _Change) -> str | None:
-        left = SHARE * self.steps * self.best_s - (time.perf_counter() - self.started)
+    def _too_expensive(self, change: _Change) -> str | None:
+        """Why there is no time to try this; None: there is."""
+        left_s = PLANNING_SHARE * self.steps * self.best_s - (time.perf_counter() - self.started)
         rounds = ROUNDS[0] * 2 * (2 if change.delayed_effect else 1)
-        needs = self.best_s * (rounds + 1)
+        needed_s = self.best_s * (rounds + 1)
         if change.slow_start:
             parts = sum(1 for m in self.subject.step.model.modules() if any(True for _ in m.parameters(recurse=False)))
-            compiling = COMPILING_S[0] + COMPILING_S[1] * parts
-            saves = OPTIMISM * self.steps * self.best_s
-            if saves <= compiling:
-                return f"compiling takes about {compiling:.0f} s and would save {saves:.0f} s at most"
-            needs += compiling
-        if needs > left:
+            compiling_s = COMPILING_S[0] + COMPILING_S[1] * parts
+            saving_s = COMPILE_SAVING * self.steps * self.best_s
+            if saving_s <= compiling_s:
+                return f"compiling takes about {compiling_s:.0f} s and would save {saving_s:.0f} s at most"
+            needed_s += compiling_s
+        if needed_s > left_s:
             return "not tried yet: no time was left in the 5 % for planning"
         return None
 
-    def _try(self, change: _Change) -> Trial:
+    def _try(self, change: _Change, baseline: _Baseline) -> Trial:
+        """Check and time a change; if it is kept, it becomes the best plan."""
         try:
             usual = min(FIRST_STEP_LIMIT_S, FIRST_STEP_S + FIRST_STEP_TIMES * self.best_s)
             limit = COMPILING_LIMIT_S if change.slow_start else usual
@@ -392,14 +408,14 @@ class _Search:
                 with apply_settings(candidate.compute):
                     numbers = candidate.compute_numbers()
                 first_s = time.perf_counter() - started
-            error = difference(self.reference, numbers)
+            error = difference(baseline.numbers, numbers)
             if error > (allowed := error_tolerance(change.plan.speedups, self.device)):
-                return Trial(change=change.name, kept=False, reason=_too_far(error, allowed), error=error)
-            before, after = self._by_turns(candidate, change.delayed_effect)
-        except MachineError as refused:  # needless beside the others
-            return Trial(change=change.name, kept=False, reason=refused.message)
-        except Exception as failed:  # noqa: BLE001  # a compiler or a kernel library may raise anything
-            return Trial(change=change.name, kept=False, reason=f"failed: {first_line(failed)}")
+                return Trial(change=change.name, kept=False, reason=_error_reason(error, allowed), error=error)
+            before, after = _time_alternately(baseline.trainee, candidate, change.delayed_effect)
+        except MachineError as refusal:  # needless beside the others
+            return Trial(change=change.name, kept=False, reason=refusal.message)
+        except Exception as failure:  # noqa: BLE001  # a compiler or a kernel library may raise anything
+            return Trial(change=change.name, kept=False, reason=f"failed: {first_line(failure)}")
         finally:
             free_memory(self.device)
         gain = timing.gain(before, after)
@@ -410,7 +426,7 @@ class _Search:
         if kept and start_s >= self.steps * after_s * (gain.ratio - 1):
             kept, reason = False, f"{reason}, but compiling takes {start_s:.0f} s, more than it saves"
         if kept:
-            self.best, self.trainee, self.best_s = change.plan, candidate, after_s
+            self.best, baseline.trainee, self.best_s = change.plan, candidate, after_s
         return Trial(
             change=change.name,
             kept=kept,
@@ -423,27 +439,10 @@ class _Search:
             start_s=start_s,
         )
 
-    def _by_turns(self, candidate: Trainee, delayed_effect: bool) -> tuple[list[float], list[float]]:
-        """Seconds of steps of the best plan and of the candidate, round by round."""
-        assert self.trainee is not None
-        sides = (self.trainee, candidate)
-        found: tuple[list[float], list[float]] = ([], [])
-        for number in range(ROUNDS[1]):
-            for which in (0, 1) if number % 2 else (1, 0):
-                with apply_settings(sides[which].compute):
-                    if delayed_effect or number == 0:
-                        sides[which].advance()
-                    found[which].append(timing.seconds(sides[which].advance))
-            ratios = [a / b for a, b in zip(*found, strict=True)]
-            if number + 1 >= ROUNDS[0] - 1 and (min(ratios) > CLEAR or max(ratios) < HOPELESS):
-                break
-            if number + 1 >= ROUNDS[0] and not 0.9 < timing.spread(ratios).median < 1.1:
-                break
-        return found
-
     def _plan(self, best: Plan, trials: tuple[Trial, ...], origin: str) -> Plan:
+        """`best` with the record of this search."""
         dropped = dict(self.dropped)
-        for trial in trials:  # the latest word on each
+        for trial in trials:  # a later trial of the same speedup replaces the reason of an earlier one
             words = trial.change.split()
             if not trial.kept and len(words) == 1 and words[0].startswith("+"):
                 dropped[words[0][1:]] = trial.reason
@@ -451,40 +450,57 @@ class _Search:
             first = change.split()[0]
             if first.startswith("+") and len(change.split()) <= 2:
                 dropped[first[1:]] = reason
-        took = time.perf_counter() - self.started
         return replace(
             best,
             dropped={n: r for n, r in dropped.items() if n not in best.speedups},
             trials=trials,
             origin=origin,
-            seconds=took,
+            seconds=time.perf_counter() - self.started,
         )
 
 
-def _too_far(error: float, allowed: float) -> str:
+def _time_alternately(incumbent: Trainee, candidate: Trainee, delayed_effect: bool) -> tuple[list[float], list[float]]:
+    """Seconds of a step of each, round by round. Stops early where the result is clear."""
+    trainees = (incumbent, candidate)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number in range(ROUNDS[1]):
+        for side in (0, 1) if number % 2 else (1, 0):
+            with apply_settings(trainees[side].compute):
+                if delayed_effect or number == 0:
+                    trainees[side].advance()
+                seconds[side].append(timing.seconds(trainees[side].advance))
+        ratios = [a / b for a, b in zip(*seconds, strict=True)]
+        if number + 1 >= ROUNDS[0] - 1 and (min(ratios) > CLEAR or max(ratios) < HOPELESS):
+            break
+        if number + 1 >= ROUNDS[0] and not 0.9 < timing.spread(ratios).median < 1.1:
+            break
+    return seconds
+
+
+def _error_reason(error: float, allowed: float) -> str:
     return f"outputs or gradients differ by {error:.2g}, more than the {allowed:g} that rounding explains"
 
 
-def _undoing(trial: Trial) -> str:
-    """The change back from one that was kept, which needs no trial any more; "" where there is none."""
+def _reverse(trial: Trial) -> str:
+    """The reverse of a change that was kept, which needs no trial any more; "" where there is none."""
     words = trial.change.split()
     if not trial.kept or len(words) != 1 or words[0][0] not in "+-":
         return ""
     return ("-" if words[0][0] == "+" else "+") + words[0][1:]
 
 
-def _sum(names: Sequence[str]) -> str:
+def _join(names: Sequence[str]) -> str:
     return " ".join(f"+{name}" for name in names)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, for a sentence."""
+    """The error's type and the first line of its message, for use in a sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def free_memory(device: Device) -> None:
-    """Gives memory back that nothing holds any more."""
+    """Return unused memory to the system."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -492,7 +508,7 @@ def free_memory(device: Device) -> None:
 
 @contextlib.contextmanager
 def _time_limit(limit_s: float) -> Iterator[None]:
-    """Raises TimeoutError inside the block when it takes longer. Only the main thread can be stopped so."""
+    """Raise TimeoutError inside the block when it takes longer. Works in the main thread only."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
@@ -502,11 +518,11 @@ def _time_limit(limit_s: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     started = time.monotonic()
-    own_s, every_s = signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)  # again: a compiler may swallow the first
+    own_s, every_s = signal.setitimer(signal.ITIMER_REAL, limit_s, 1.0)  # repeated: a compiler may swallow the first
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        if own_s:  # the caller's own alarm goes on
+        if own_s:  # the caller's own alarm continues
             signal.setitimer(signal.ITIMER_REAL, max(0.001, own_s - (time.monotonic() - started)), every_s)

@@ -1,8 +1,7 @@
 """One optimizer step on a batch, computed the way a `Step` says.
 
-This is the part of training that speedups act on, and it knows nothing else: no data set, no schedule, no
-files. The training loop, the planner's trials and people's own loops all learn through it, so what is
-measured is what runs.
+This is the part of training that speedups change. It knows no data set, no schedule and no files. The training
+loop, the planner's trials and users' own loops all run their steps here, so what is measured is what runs.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from suanli.compute.step_clock import StepClock
 from suanli.core.types import Step
 from suanli.parallel.group import ALONE, Group
 
-OVERFLOWS = 17  # halvings that take a scaled loss from its first scale, 2^16, to 1
+MAX_OVERFLOWS = 17  # halvings that take the loss scale from its start, 2^16, to 1
 Loss = Callable[[Any, Any], torch.Tensor]  # outputs of the network and targets to a mean over the batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """What a step computed, on the CPU in float32: by these two ways of computing are compared. Not by the updates
-    of the weights: Adam makes a full step of any gradient, also of one that is only rounding."""
+    """What a step computed, on the CPU in float32: used to compare two ways of computing it. The updates of the
+    weights would not do: Adam makes a full step of any gradient, even of one that is only a rounding error."""
 
     outputs: tuple[torch.Tensor, ...]
     gradients: tuple[torch.Tensor, ...]
 
 
 class StepRunner:
-    """Calling it with inputs and targets trains one step and gives the loss (a tensor of no dimensions,
-    not waited for). Inputs are a tensor, a sequence of positional arguments or a mapping of named ones."""
+    """Calling it with inputs and targets trains one step and returns the loss: a tensor without dimensions, which may
+    still be being computed. Inputs are a tensor, a sequence of positional arguments or a mapping of named ones."""
 
     def __init__(
         self, step: Step, loss: Loss, *, clip_norm: float | None = None, group: Group = ALONE, batch_size: int = 0
     ) -> None:
-        """In a `group` a step is one on the batches of all processes, `batch_size` examples together, and `loss` a
-        mean over those here."""
+        """In a `group` of processes, a step is on the batches of all of them, `batch_size` examples in total, and
+        `loss` is the mean over the examples of this process. Raises ValueError for a step without an optimizer."""
         self.step, self._loss_of, self._clip_norm = step, loss, clip_norm
         if step.optimizer is None:
             raise ValueError("a step without an optimizer can't learn")
@@ -58,56 +57,56 @@ class StepRunner:
         self.clock = StepClock.of(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
         self._group, self._batch_size = group, batch_size
-        self.ends: list[int] | None = None  # of the parts of a batch here, where they aren't of equal size
-        self._spread = None if group.is_alone or step.sharded else wrap_in_ddp(step, self.device)
-        self._recorded = CapturedStep(step.model, step.optimizer, self._learn) if step.graph else None
-        self._kept: list[torch.Tensor] | None = None  # outputs, while `compute_numbers` wants them
+        self.ends: list[int] | None = None  # of this process's micro-batches, where they aren't of equal size
+        self._ddp = None if group.is_alone or step.sharded else wrap_in_ddp(step, self.device)
+        self._captured = CapturedStep(step.model, step.optimizer, self._train) if step.graph else None
+        self._outputs: list[torch.Tensor] | None = None  # collected for `compute_numbers` only
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
-        if self._recorded is None:
-            return self._learn(inputs, targets)
-        loss = self._recorded(inputs, targets)
+        if self._captured is None:
+            return self._train(inputs, targets)
+        loss = self._captured(inputs, targets)
         self.clock.mark("graph")
         return loss
 
     def forward(self, inputs: Any) -> Any:
-        """Outputs of the network in training, in the precision and layout of the step."""
-        if self._spread is not None and self._group.in_joint_step:
-            return call(self.step, self._spread, inputs)
+        """The network's outputs in training, in the precision and layout of the step."""
+        if self._ddp is not None and self._group.in_joint_step:
+            return call(self.step, self._ddp, inputs)
         return call(self.step, self.step.model if self.step.compute is None else self.step.compute, inputs)
 
     def backward(self, inputs: Any, targets: Any, *, whole: bool = False) -> torch.Tensor:
-        """Forward and backward pass without a step: gradients are added. Gives the mean loss. `whole`: not in
-        parts."""
+        """Forward and backward pass without an optimizer step: gradients are added. Returns the mean loss. `whole`:
+        the batch is not divided into micro-batches."""
         total = torch.zeros((), device=self.device)
-        parts = list(_parts(inputs, targets, 1 if whole else self.step.micro_batches, self.ends))
-        for number, (part, aims, share) in enumerate(parts, start=1):
-            with self._averaging(number == len(parts)):
-                outputs = self.forward(part)
-                loss = self._loss_of(outputs, aims) * (share * self._weight(inputs))
+        parts = list(_micro_batches(inputs, targets, 1 if whole else self.step.micro_batches, self.ends))
+        for number, (part_inputs, part_targets, share) in enumerate(parts, start=1):
+            with self._sync_gradients(number == len(parts)):
+                outputs = self.forward(part_inputs)
+                loss = self._loss_of(outputs, part_targets) * (share * self._weight(inputs))
                 self.clock.mark("forward")
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.clock.mark("backward")
             total += loss.detach()
-            if self._kept is not None:
-                self._kept += list_tensors(outputs)
+            if self._outputs is not None:
+                self._outputs += list_tensors(outputs)
         return total
 
     def _weight(self, inputs: Any) -> float:
-        """Of the loss here in the mean over all processes: by examples, so that shares of unequal size are right."""
+        """The weight of this process's loss in the mean over all: by examples, since shares may differ in size."""
         if not self._group.in_joint_step:
             return 1.0
         return self._group.size * len(next(iter(list_tensors(inputs)))) / self._batch_size
 
-    def _averaging(self, last: bool) -> AbstractContextManager[None]:
-        """The gradients are averaged over the processes in the backward pass of the last part."""
-        return nullcontext() if self._spread is None or last else self._spread.no_sync()
+    def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients are averaged over the processes only in the backward pass of the last micro-batch."""
+        return nullcontext() if self._ddp is None or last else self._ddp.no_sync()
 
-    def _learn(self, inputs: Any, targets: Any) -> torch.Tensor:
+    def _train(self, inputs: Any, targets: Any) -> torch.Tensor:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
-        if self._kept is not None:
-            self._kept.clear()  # of the steps before a recording
+        if self._outputs is not None:
+            self._outputs.clear()  # of the warm-up steps before a capture
         with self._group.joint_step():
             total = self.backward(inputs, targets)
         if self._clip_norm is not None:
@@ -119,28 +118,28 @@ class StepRunner:
         return total
 
     def compute_numbers(self, inputs: Any, targets: Any) -> Numbers:
-        """Trains one step and tells what it computed. Dropout is off, since compiled code draws other
-        random numbers. A scaled loss begins with a scale that is too large by design, and steps whose gradients
-        overflow are left out: then it is the first step that counts."""
-        self._kept = []
+        """Train one step and return what it computed. Dropout is off, since compiled code draws other random numbers.
+        With loss scaling, the first scale is too large by design and the optimizer skips steps whose gradients
+        overflow: then the first step without an overflow counts."""
+        self._outputs = []
         try:
-            with _without_dropout(self.step.model):
-                for _ in range(OVERFLOWS):
-                    self._kept.clear()
+            with _disable_dropout(self.step.model):
+                for _ in range(MAX_OVERFLOWS):
+                    self._outputs.clear()
                     before = self.scaler.get_scale()
                     self(inputs, targets)
                     if self.scaler.get_scale() >= before:  # else it overflowed
                         break
-            outputs = _plain(self._kept)
+            outputs = _to_cpu_float32(self._outputs)
         finally:
-            self._kept = None
+            self._outputs = None
         # The optimizer's step has taken the scale of the loss out of the gradients.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
-        return Numbers(outputs=outputs, gradients=_plain(gradients))
+        return Numbers(outputs=outputs, gradients=_to_cpu_float32(gradients))
 
 
 class _ComputeModule(nn.Module):
-    """The network as its step computes it, as a module: what DistributedDataParallel wants."""
+    """The network as its step computes it, as the module that DistributedDataParallel needs."""
 
     def __init__(self, step: Step) -> None:
         super().__init__()
@@ -152,46 +151,46 @@ class _ComputeModule(nn.Module):
 
 
 def wrap_in_ddp(step: Step, device: torch.device) -> DistributedDataParallel:
-    """A collective: the network with gradients that are averaged over all processes, in buckets, while the backward
-    pass goes on. Every process gets the first one's weights."""
-    # Not the buffers at each step: batch norms see the whole batch, so they agree. torch 2.13 has renamed the switch.
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    made = DistributedDataParallel(
+    """A collective: the network with gradients averaged over all processes, in buckets, while the backward pass is
+    still running. Every process gets the weights of the first one."""
+    # Buffers aren't broadcast: batch norms see the whole batch, so they agree. torch 2.13 renamed the argument.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers": False}
+    ddp = DistributedDataParallel(
         _ComputeModule(step),
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
         **buffers,  # type: ignore[arg-type]
     )
     if step.reduce_dtype is not None:
-        # Not the function itself: torch compares its annotations with types, and here they are words.
-        made.register_comm_hook(step.reduce_dtype, lambda dtype, bucket: _average(dtype, bucket))
-    return made
+        # A lambda, since torch compares a hook's annotations with types, and in this file they are strings.
+        ddp.register_comm_hook(step.reduce_dtype, lambda dtype, bucket: _average(dtype, bucket))
+    return ddp
 
 
 def _average(dtype: torch.dtype, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Of a bucket over all processes, sent as `dtype`. torch's own hook of this kind refuses gloo, and rounds twice."""
-    mine = bucket.buffer()
-    sent = torch.div(mine, dist.get_world_size(), out=torch.empty_like(mine, dtype=dtype))
-    work = dist.all_reduce(sent, async_op=True)
+    """Average a bucket over all processes, sent as `dtype`. torch's own hook for this refuses gloo and rounds twice."""
+    gradients = bucket.buffer()
+    reduced = torch.div(gradients, dist.get_world_size(), out=torch.empty_like(gradients, dtype=dtype))
+    work = dist.all_reduce(reduced, async_op=True)
     assert work is not None
-    averaged: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: mine.copy_(done.value()[0]))
-    return averaged
+    average: torch.futures.Future[torch.Tensor] = work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
+    return average
 
 
 def call(step: Step, function: Callable[..., Any], inputs: Any) -> Any:
-    """`function` on inputs in the precision and layout of the step."""
+    """Call `function` on inputs in the precision and layout of the step."""
     if step.memory_format is not None:
         layout = step.memory_format
         inputs = map_tensors(inputs, lambda t: t.to(memory_format=layout) if t.dim() == 4 else t)
     if step.autocast_dtype is None:
-        return _unpacked(function, inputs)
+        return _call_unpacked(function, inputs)
     device = next((t.device.type for t in list_tensors(inputs)), "cpu")
     with torch.autocast(device, dtype=step.autocast_dtype):
-        return _unpacked(function, inputs)
+        return _call_unpacked(function, inputs)
 
 
-def _unpacked(function: Callable[..., Any], inputs: Any) -> Any:
+def _call_unpacked(function: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, torch.Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
@@ -201,7 +200,7 @@ def _unpacked(function: Callable[..., Any], inputs: Any) -> Any:
 
 @contextmanager
 def apply_settings(step: Step) -> Iterator[None]:
-    """The step's switches of the whole process are on while the block runs."""
+    """The step's process-wide settings are on while the block runs."""
     with ExitStack() as stack:
         for setting in step.settings:
             stack.enter_context(setting())
@@ -210,8 +209,8 @@ def apply_settings(step: Step) -> Iterator[None]:
 
 @contextmanager
 def force_eager(step: Step) -> Iterator[None]:
-    """Compiled code gives way to the network itself while the block runs: in evaluation it would be compiled
-    once more, for every size of batch."""
+    """The network runs without its compiled code while the block runs: evaluation would compile it again for every
+    batch size."""
     if step.compute is None:
         yield
         return
@@ -220,7 +219,7 @@ def force_eager(step: Step) -> Iterator[None]:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def _disable_dropout(model: nn.Module) -> Iterator[None]:
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
     before = [m.p for m in dropouts]
     for module in dropouts:
@@ -232,8 +231,10 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.p = p
 
 
-def _parts(inputs: Any, targets: Any, parts: int, ends: list[int] | None = None) -> Iterator[tuple[Any, Any, float]]:
-    """The batch in `parts`, each with its share of the examples."""
+def _micro_batches(
+    inputs: Any, targets: Any, parts: int, ends: list[int] | None = None
+) -> Iterator[tuple[Any, Any, float]]:
+    """The batch in `parts` micro-batches, each with its share of the examples."""
     examples = len(next(iter(list_tensors(inputs))))
     if parts == 1:
         yield inputs, targets, 1.0
@@ -247,18 +248,18 @@ def _parts(inputs: Any, targets: Any, parts: int, ends: list[int] | None = None)
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`change` of every tensor inside, the containers as they are."""
+    """Apply `change` to every tensor inside; containers keep their form."""
     if isinstance(value, torch.Tensor):  # nearly always, and walking a tree costs more than some kernels
         return change(value)
     return torch.utils._pytree.tree_map_only(torch.Tensor, change, value)
 
 
 def list_tensors(value: Any) -> list[torch.Tensor]:
-    """All tensors inside, however they are nested."""
+    """All tensors inside, at any depth."""
     if isinstance(value, torch.Tensor):
         return [value]
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _plain(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _to_cpu_float32(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(t.detach().float().cpu().contiguous() for t in tensors)

@@ -1,5 +1,5 @@
-"""Ways to compute the same faster: one a file, each exporting SPEEDUP.
+"""Ways to compute the same faster: one per file, each exporting SPEEDUP.
 
-`why_not(device)` says where one can't be used, `needless(step, device)` which training has no use for it. What
-really helps is not decided here: the planner measures it.
+`why_not(device)` returns why a device can't use it, `needless(step, device)` why a training has no use for it. Whether
+it helps is not decided here: the planner measures it.
 """

@@ -1,4 +1,4 @@
-"""What compiling needs, asked of this machine."""
+"""What the speedups that compile share: whether this machine can compile, and TorchInductor's options."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import nn
 
 from suanli.core.types import Device
 
-SHARDED = "the parts of a network that is shared out are gathered between its blocks: compile_blocks compiles those"
-ASKS = "its batch norms ask the other processes, which cuts the network into pieces too small to gain"
+SHARDED = "the weights of a sharded network are gathered between its blocks: compile_blocks compiles the blocks"
+COMMUNICATES = "its batch norms communicate, which cuts the network into pieces too small to gain"
 
 
 def why_not(device: Device) -> str | None:
@@ -31,11 +31,11 @@ def why_not(device: Device) -> str | None:
 
 
 def silence_tf32_advice() -> None:
-    """TorchInductor's advice to compute in TF32 is not shown: that is a speedup of its own."""
+    """Hide TorchInductor's advice to compute in TF32: that is a speedup of its own."""
     warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores", category=UserWarning)
 
 
 def options(model: nn.Module) -> dict[str, Any]:
-    """Where there is dropout, compiled code draws the random numbers that eager code would."""
-    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
-    return {"fallback_random": drops}
+    """With dropout, compiled code draws the same random numbers as eager code."""
+    has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+    return {"fallback_random": has_dropout}

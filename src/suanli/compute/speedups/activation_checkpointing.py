@@ -1,7 +1,7 @@
 """Blocks keep only their inputs for the backward pass and compute the rest again: less memory, more time.
 
-It is no way to be faster, but the way to go on where memory is what limits: the planner takes it only
-then. Batch norms update their running statistics in the first pass alone.
+It makes a step slower, but lets a training continue where memory is the limit: it is used only there. Batch norms
+update their running statistics only in the first pass.
 
 Source: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
 """
@@ -30,22 +30,22 @@ def _keep_inputs_only(block: nn.Module) -> None:
     forward = block.forward
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_as_they_are(block)
+        return nullcontext(), _freeze_statistics(block)
 
-    def recomputing(*args: Any, **kwargs: Any) -> Any:
+    def recompute(*args: Any, **kwargs: Any) -> Any:
         if not block.training:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    block.forward = recomputing
+    block.forward = recompute
 
 
 @contextmanager
-def _statistics_as_they_are(block: nn.Module) -> Iterator[None]:
+def _freeze_statistics(block: nn.Module) -> Iterator[None]:
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        norm.momentum = 0.0  # the running statistics move by nothing
+        norm.momentum = 0.0  # the running statistics don't move
         norm.num_batches_tracked = None
     try:
         yield

@@ -1,8 +1,8 @@
-"""Freed memory is kept for the next step instead of being given back and asked for again.
+"""Freed memory is kept for the next step instead of being returned to the system and requested again.
 
-On a CPU with glibc, tensors above 32 MiB are mapped anew at each allocation, and the kernel clears every
-page of them at first touch; here they come from the heap, which keeps them (mallopt(3), M_MMAP_MAX and
-M_TRIM_THRESHOLD). On a GPU, segments that can grow leave fewer gaps that are too small to use.
+On a CPU with glibc, every allocation of more than 32 MiB is a new mapping, and the kernel clears each of its pages at
+first touch. With this, such memory comes from the heap, which keeps it (mallopt(3), M_MMAP_MAX and M_TRIM_THRESHOLD).
+On a GPU, segments that can grow leave fewer gaps that are too small to use.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from suanli.core.types import Device, Speedup, Step
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
-_USUAL_MAPS = 65_536
-_DYNAMIC_MOST = 32 << 20  # where glibc's own adjustment of the threshold for mapping ends
-_OTHERS = ("jemalloc", "tcmalloc", "mimalloc")
+_DEFAULT_MMAP_MAX = 65_536
+_MAX_DYNAMIC_THRESHOLD = 32 << 20  # up to which glibc raises the threshold for mapping by itself
+_OTHER_ALLOCATORS = ("jemalloc", "tcmalloc", "mimalloc")
 
 
 @contextmanager
@@ -34,10 +34,10 @@ def keep_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        # glibc's own adjustment ends for good at the first call: put the values where it would have led.
-        library.mallopt(_MMAP_MAX, _USUAL_MAPS)
-        library.mallopt(_MMAP_THRESHOLD, _DYNAMIC_MOST)
-        library.mallopt(_TRIM_THRESHOLD, 2 * _DYNAMIC_MOST)
+        # The first call of mallopt ends glibc's own adjustment for good: set the values that it would have reached.
+        library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
+        library.mallopt(_MMAP_THRESHOLD, _MAX_DYNAMIC_THRESHOLD)
+        library.mallopt(_TRIM_THRESHOLD, 2 * _MAX_DYNAMIC_THRESHOLD)
         library.malloc_trim(0)
 
 
@@ -62,7 +62,7 @@ def why_not(device: Device) -> str | None:
         return f"no settings are known for {device.type}"
     if _glibc() is None:
         return "the C library is not glibc"
-    if other := _replaced():
+    if other := _other_allocator():
         return f"{other} is in use, which keeps memory in its own way"
     return None
 
@@ -75,12 +75,12 @@ def _glibc() -> ctypes.CDLL | None:
     return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt") else None
 
 
-def _replaced() -> str | None:
+def _other_allocator() -> str | None:
     try:
         maps = Path("/proc/self/maps").read_text(errors="replace")
     except OSError:
         return None
-    return next((name for name in _OTHERS if name in maps), None)
+    return next((name for name in _OTHER_ALLOCATORS if name in maps), None)
 
 
 SPEEDUP = Speedup(name="allocator", stage=4, apply=apply, why_not=why_not, delayed_effect=True)

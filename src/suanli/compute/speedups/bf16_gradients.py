@@ -1,8 +1,8 @@
-"""Processes send each other their gradients in bfloat16: half the bytes. Weights, and what each process adds up by
-itself, stay float32.
+"""Processes send each other their gradients in bfloat16: half the bytes. Weights, and the sums within each process,
+stay float32.
 
-bfloat16 has the range of float32 and 8 bits: every gradient is rounded before it is sent, and so is every sum on the
-way, so the error grows with the root of the number of processes. The average is the same in all of them.
+bfloat16 has the range of float32 and 8 bits of precision: every gradient is rounded before it is sent, and so is every
+sum on the way, so the error grows with the square root of the number of processes. All get the same average.
 
 Source: the communication hooks of torch's DistributedDataParallel, of which `step_runner` has its own: torch's for
 bfloat16 refuses CPUs.
@@ -27,7 +27,7 @@ def why_not(device: Device) -> str | None:
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.sharded:
-        return "gradients of a network that is shared out are sent as they are"
+        return "gradients of a sharded network are sent in float32"
     return None if step.distributed else "there is no other process to send gradients to"
 
 

@@ -1,8 +1,8 @@
 """Each thread of an operation stays on a core of its own.
 
-On a quiet machine nothing changes. Where another program runs too, threads that wander wait for each other at
-the end of every operation. Two programs that bind would share a core; so it is used where it was measured
-to help and left for others to undo: the threads may go anywhere again afterwards.
+On an idle machine this changes nothing. Beside another program, threads that move between cores wait for each other
+at the end of every operation. But two programs that bind their threads may share a core, so this is used only where
+it was measured to help. Afterwards the threads may run on any core again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from suanli.core.types import Device, Speedup, Step
 
 _WORK = 1 << 20  # elements: every thread of the pool gets its share
-_TICKS = 5  # of the clock, 10 ms each: enough to tell who works from who waits
-_MOST_WORK = 1_000
+_TICKS = 5  # of the clock, 10 ms each: enough to tell working threads from waiting ones
+_MAX_REPEATS = 1_000
 
 
 @contextmanager
@@ -35,35 +35,35 @@ def bind_threads() -> Iterator[None]:
         yield
     finally:
         for thread in workers:
-            with suppress(ProcessLookupError):  # the pool has ended it
+            with suppress(ProcessLookupError):  # the thread has ended
                 os.sched_setaffinity(thread, allowed)
 
 
 def _workers(count: int) -> list[int]:
-    """Ids of the threads that compute operations, this one first: those whose CPU time grows while one
-    large operation runs."""
+    """Ids of the threads that compute operations, this one first: those whose CPU time grows while a large operation
+    runs."""
     own = threading.get_native_id()
     values, before = torch.ones(_WORK), _cpu_ticks()
-    grown: dict[int, int] = {}
-    for _ in range(_MOST_WORK):
+    used: dict[int, int] = {}
+    for _ in range(_MAX_REPEATS):
         values.exp_().reciprocal_()
-        grown = {thread: used - before.get(thread, 0) for thread, used in _cpu_ticks().items()}
-        if grown.get(own, 0) >= _TICKS:
+        used = {thread: ticks - before.get(thread, 0) for thread, ticks in _cpu_ticks().items()}
+        if used.get(own, 0) >= _TICKS:
             break
-    others = sorted((t for t in grown if t != own and grown[t] > 0), key=lambda t: -grown[t])
+    others = sorted((t for t in used if t != own and used[t] > 0), key=lambda t: -used[t])
     return [own, *others][:count]
 
 
 def _cpu_ticks() -> dict[int, int]:
     """Processor time of every thread of this process, in ticks of the clock."""
-    found = {}
+    ticks = {}
     for folder in Path("/proc/self/task").iterdir():
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it has just ended
             continue
-        found[int(folder.name)] = int(fields[11]) + int(fields[12])
-    return found
+        ticks[int(folder.name)] = int(fields[11]) + int(fields[12])
+    return ticks
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001

@@ -1,6 +1,6 @@
-"""Channels beside each other in memory, the layout that fast convolution kernels read.
+"""The channels of a pixel lie next to each other in memory, the layout that fast convolution kernels read.
 
-Only inputs and weights with four dimensions have the choice; others pass unchanged.
+It changes inputs and weights with four dimensions only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from suanli.core.types import Device, Speedup, Step
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     layout = torch.channels_last
-    if not step.sharded:  # weights that are shared out lie in rows; the inputs alone decide for most kernels
+    if not step.sharded:  # sharded weights are divided by rows; for most kernels the layout of the inputs is enough
         step.model.to(memory_format=layout)  # type: ignore[call-overload]
     return replace(step, memory_format=layout)
 

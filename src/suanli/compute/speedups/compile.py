@@ -23,7 +23,7 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.sharded:
         return _inductor.SHARDED
-    return _inductor.ASKS if step.communicates else None
+    return _inductor.COMMUNICATES if step.communicates else None
 
 
 SPEEDUP = Speedup(

@@ -19,7 +19,7 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.communicates:
-        return _inductor.ASKS
+        return _inductor.COMMUNICATES
     return None if repeated_blocks(step.model) else "the network has no repeated blocks"
 
 

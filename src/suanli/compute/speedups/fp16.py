@@ -1,8 +1,8 @@
 """Convolutions and matrix products in float16, by autocast, with a scaled loss; the rest stays float32.
 
-float16 has too small a range for gradients: they are scaled up before the backward pass and down after
-it, and a step whose gradients overflow is left out (Micikevicius et al., arXiv:1710.03740). For GPUs that
-have no fast bfloat16, and where its finer rounding is wanted.
+float16 has too small a range for gradients: they are scaled up before the backward pass and down after it, and a step
+whose gradients overflow is skipped (Micikevicius et al., arXiv:1710.03740). For GPUs without fast bfloat16, and where
+the finer rounding of float16 matters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One kernel for the whole optimizer step instead of several a parameter."""
+"""One kernel for the whole optimizer step instead of several per parameter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     assert step.optimizer is not None
     for group in step.optimizer.param_groups:
         group |= {"fused": True, "foreach": False}
-    # A scaled step divides inside. Not where weights are shared out: every process must hear of an overflow in one.
+    # The kernel can unscale gradients itself. Not of a sharded network: an overflow in one process concerns all.
     step.optimizer._step_supports_amp_scaling = not step.sharded  # type: ignore[attr-defined]
     return replace(step)
 
@@ -24,7 +24,7 @@ def why_not(device: Device) -> str | None:
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.optimizer is None:
-        return "nothing is learned"
+        return "nothing is trained"
     if not all("fused" in group for group in step.optimizer.param_groups):
         return f"{type(step.optimizer).__name__} has no fused kernel; it steps many parameters at once anyway"
     if any(group.get("differentiable") for group in step.optimizer.param_groups):

@@ -1,4 +1,4 @@
-"""The whole step, the optimizer's included, recorded as one CUDA graph and replayed."""
+"""The whole step, the optimizer's included, captured as one CUDA graph and replayed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from suanli.core.types import Device, Speedup, Step
 
-AT_ZERO = ("Muon", "SGD", "Adam", "AdamW")  # optimizers that are known to have a state that begins at zero
+ZERO_STATE = ("Muon", "SGD", "Adam", "AdamW")  # optimizers whose state is known to start at zero
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
@@ -19,13 +19,13 @@ def why_not(device: Device) -> str | None:
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.distributed:
-        return "the other processes are asked in the middle of the step, which a graph would not wait for"
+        return "the processes communicate in the middle of the step, which a graph would not wait for"
     if step.loss_scaling:
-        return "a scaled loss makes each step look at its gradients, which a graph can't"
+        return "with loss scaling each step reads values on the host, which a graph can't"
     if step.recomputes:
-        return "recomputed blocks can't be recorded"
-    if step.optimizer is not None and type(step.optimizer).__name__ not in AT_ZERO:
-        return f"the steps before a recording can't be taken back for {type(step.optimizer).__name__}"
+        return "recomputed blocks can't be captured"
+    if step.optimizer is not None and type(step.optimizer).__name__ not in ZERO_STATE:
+        return f"the warm-up steps before a capture can't be undone for {type(step.optimizer).__name__}"
     return None
 
 

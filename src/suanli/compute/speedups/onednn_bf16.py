@@ -1,7 +1,7 @@
 """float32 layers whose products oneDNN computes in bfloat16: nothing is cast outside of the kernel.
 
-An alternative to autocast on a CPU: tensors between layers stay float32. Whether oneDNN has such kernels
-depends on the processor's instructions (with AMX it has), so it is asked with one product.
+An alternative to autocast on a CPU: tensors between layers stay float32. Whether oneDNN has such kernels depends on the
+processor's instructions (with AMX it has), so one convolution tests it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def why_not(device: Device) -> str | None:
 
 @cache
 def _rounds() -> bool:
-    """Whether a convolution comes out otherwise, by more than the order of its sums explains."""
+    """Whether the result of a convolution changes by more than the order of its sums explains."""
     generator = torch.Generator().manual_seed(0)
     images, filters = (torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator))
     exact = F.conv2d(images, filters)

@@ -1,5 +1,5 @@
-"""The next batches are read by a thread while this one is computed; to a GPU they are copied from pinned
-memory on a stream of their own."""
+"""A thread reads the next batches while this one is computed; to a GPU they are copied from pinned memory on a
+stream of their own."""
 
 from __future__ import annotations
 

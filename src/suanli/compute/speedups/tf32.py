@@ -1,6 +1,6 @@
 """float32 matrix products and convolutions with ten bits of mantissa on NVIDIA's tensor cores.
 
-It reaches what autocast leaves in float32. Source: NVIDIA A100 architecture whitepaper (2020).
+It also speeds up what autocast leaves in float32. Source: NVIDIA A100 architecture whitepaper (2020).
 """
 
 from __future__ import annotations

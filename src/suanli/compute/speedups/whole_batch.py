@@ -1,7 +1,7 @@
-"""A batch that the recipe computes in parts is computed at once, where memory allows: the same global batch.
+"""A batch that the recipe computes in micro-batches is computed at once, where memory allows.
 
-Not for networks with batch norms: those normalise each part by itself, so fewer parts would change what
-is learned.
+Not for networks with batch norms: they normalise each micro-batch by itself, so larger ones would change what is
+learned.
 """
 
 from __future__ import annotations
