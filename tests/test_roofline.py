@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli.compute.roofline import flops, measure_layers
+from suanli.compute.flops import flops
+from suanli.compute.roofline import measure_layers
 from suanli.compute.roofline_records import Layer, Roofline
 from suanli.core.types import Device
 

@@ -427,28 +427,28 @@ def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: Prepared
     assert (one - other).norm() <= allowed * (one - before).norm()
 
 
-def test_a_recorded_step_reads_from_fixed_places_one_for_each_shape() -> None:
+def test_a_captured_step_reads_from_fixed_tensors_one_set_for_each_shape() -> None:
     model = net(norm=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen: list[tuple[int, float]] = []
 
-    def learn(inputs: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+    def train_step(inputs: dict[str, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         seen.append((inputs["x"].data_ptr(), float(inputs["x"].sum() + targets.sum())))
         return torch.zeros(())
 
-    recorded = CapturedStep(model, optimizer, learn)
-    sizes = [4, 4, 3, 4, 3, 5, 6]  # SHAPES of them
+    captured = CapturedStep(model, optimizer, train_step)
+    sizes = [4, 4, 3, 4, 3, 5, 6]  # MAX_SHAPES different ones
     batches = [({"x": torch.full((size, 2), float(n))}, torch.full((size,), n)) for n, size in enumerate(sizes)]
     for inputs, targets in batches:
-        recorded(inputs, targets)
-    places = [place for place, _ in seen]
-    assert len(set(places)) == cuda_graph.SHAPES
-    assert places[0] == places[1] == places[3]
-    assert places[2] == places[4]
+        captured(inputs, targets)
+    addresses = [address for address, _ in seen]
+    assert len(set(addresses)) == cuda_graph.MAX_SHAPES
+    assert addresses[0] == addresses[1] == addresses[3]
+    assert addresses[2] == addresses[4]
     assert [value for _, value in seen] == [float(i["x"].sum() + t.sum()) for i, t in batches]
     one_more = {"x": torch.ones(7, 2)}
-    recorded(one_more, torch.ones(7))
-    assert places.count(seen[-1][0]) == 0
+    captured(one_more, torch.ones(7))
+    assert addresses.count(seen[-1][0]) == 0
     assert seen[-1][0] == one_more["x"].data_ptr()
 
 

@@ -1,9 +1,9 @@
-"""How many operations a piece of work takes, counted while it runs, for any model.
+"""Counts the floating-point operations of any model while it runs.
 
-The counter sees each operator with the shapes that really occur, and has PyTorch's formulas. Matrix
-products, convolutions, attention and recurrent layers count, two operations for each multiply-and-add;
-elementwise work, norms and pooling do not. Operators that those pass over have their formulas here. What
-is compiled runs uncompiled while it is counted.
+The counter sees each operator with its actual shapes and applies PyTorch's formulas, and those below for operators
+that PyTorch has none for. Matrix products, convolutions, attention and recurrent layers count, with two operations
+for each multiply-and-add; elementwise operations, norms and pooling don't. Compiled code runs eagerly while it is
+counted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Operations of one call of `work`, forward and backward alike: see the top of this file for what
-    counts. Causal attention counts in full."""
+    """Operations of one call of `work`, in its forward and backward passes: the top of this file says what counts.
+    Causal attention counts as full attention."""
     with count_flops() as counter:
         work()
     return counter.total
@@ -33,30 +33,30 @@ def count_flops() -> Iterator[Counter]:
 
 
 class _Counts:
-    """A base for itself, since torch wraps this method where a class has it that derives from TorchDispatchMode: the
-    first call would import torch._dynamo, which takes as long as torch, and is needed by few trainings."""
+    """A base class for `__torch_dispatch__`: defined in a subclass of TorchDispatchMode itself, torch would wrap it,
+    and its first call would import torch._dynamo, which takes as long as torch and which few trainings need."""
 
     supports_higher_order_operators = True
     total: int
     formulas: Mapping[Any, Callable[..., int]]
 
     def __torch_dispatch__(self, operator: Any, _: object, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
+        kwargs = kwargs or {}
         if not isinstance(operator, torch._ops.OpOverload):  # one that takes functions
-            return self._branches(*args) if operator.name() == "cond" else operator(*args, **given)
+            return self._cond(*args) if operator.name() == "cond" else operator(*args, **kwargs)
         formula = self.formulas.get(operator.overloadpacket)
-        if formula is None:  # in inference many come whole
+        if formula is None:  # in inference, composite operators arrive undivided
             with self:  # type: ignore[attr-defined]
-                parts = operator.decompose(*args, **given)
-            if parts is not NotImplemented:
-                return parts
-        out = operator(*args, **given)
+                out = operator.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = operator(*args, **kwargs)
         if formula is not None:
-            self.total += formula(*args, **given, out_val=out)
+            self.total += formula(*args, **kwargs, out_val=out)
         return out
 
-    def _branches(self, condition: Any, *branches_and_operands: Any) -> Any:
-        """torch.cond counts as the longer of its branches."""
+    def _cond(self, condition: Any, *branches_and_operands: Any) -> Any:
+        """Run torch.cond, counting the longer of its branches."""
         *branches, operands = branches_and_operands
         before, totals, outs = self.total, [], []
         for branch in branches:
@@ -79,8 +79,8 @@ class Counter(_Counts, TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def disable_fastpath() -> Iterator[None]:
-    """In inference, torch computes a whole encoder layer or attention layer in one call that has no
-    formula and hides the layers inside. The other way computes the same."""
+    """Disable the fast path of torch's attention: in inference it computes a whole encoder or attention layer in one
+    call, which has no formula and hides the layers inside. The usual path computes the same."""
     was_on = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -93,8 +93,8 @@ Shape: TypeAlias = "tuple[int, ...]"
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """For operators that PyTorch has no formula for. They are given shapes in place of tensors."""
-    written: dict[str, Callable[..., int]] = {
+    """For operators that PyTorch has no formula for. Their arguments are shapes in place of tensors."""
+    by_name: dict[str, Callable[..., int]] = {
         "mv": lambda matrix, *_, **__: 2 * math.prod(matrix),
         "addmv": lambda _, matrix, *__, **___: 2 * math.prod(matrix),
         "dot": lambda vector, *_, **__: 2 * math.prod(vector),
@@ -110,9 +110,9 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         "miopen_rnn": _recurrent,
         "miopen_rnn_backward": lambda *args, **_: 2 * _recurrent(*args),
     }
-    known = FlopCounterMode(display=False).flop_registry
-    operators = {getattr(torch.ops.aten, name, None): formula for name, formula in written.items()}
-    return {operator: formula for operator, formula in operators.items() if operator and operator not in known}
+    built_in = FlopCounterMode(display=False).flop_registry
+    operators = {getattr(torch.ops.aten, name, None): formula for name, formula in by_name.items()}
+    return {operator: formula for operator, formula in operators.items() if operator and operator not in built_in}
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
@@ -121,11 +121,11 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object)
 
 
 def _attention_backward(_: Shape, query: Shape, key: Shape, value: Shape, *__: object, **___: object) -> int:
-    """The scores again, and two products for each of the two of the forward pass."""
+    """The scores again, and two products for each of the two products of the forward pass."""
     return 2 * math.prod(query[:-1]) * key[-2] * (3 * query[-1] + 2 * value[-1])
 
 
 def _recurrent(inputs: Shape, *args: Any, **_: object) -> int:
-    """Each position (L, B) goes once through each weight matrix; biases have one dimension."""
+    """Each position (L, B) is multiplied once with each weight matrix; biases have one dimension."""
     weights = args[0] if isinstance(args[0], list) else args[:4]
     return 2 * math.prod(inputs[:-1]) * sum(math.prod(shape) for shape in weights if len(shape) == 2)

@@ -8,7 +8,7 @@ from suanli.core.types import Count, Json, PositiveCount
 from suanli.machine.ceilings import Ceilings
 
 LISTED = 40  # layers in the file; the others are summed
-TRIFLE = 0.01  # of the time: what a container does itself below this is the price of calling its layers
+OVERHEAD = 0.01  # of the time: below it, a container's own time is only the overhead of calling its layers
 REST = "…"
 
 
@@ -19,7 +19,7 @@ class Layer:
     name: str  # as in `named_modules`; "(model)" is the whole
     kind: str  # its class
     flops: Count
-    bytes: Count | None  # moved at least; None: unknown, for what a container does between its layers
+    bytes: Count | None  # moved at least; None: unknown, for operations of a container between its layers
     seconds: float  # median of some passes
 
 
@@ -40,17 +40,17 @@ class Roofline:
 
     def to_json(self) -> dict[str, Json]:
         """The layers that take longest first; the others are summed under the name "…"."""
-        least = TRIFLE * sum(layer.seconds for layer in self.layers)
+        overhead_s = OVERHEAD * sum(layer.seconds for layer in self.layers)
         ranked = sorted(self.layers, key=lambda layer: (-layer.seconds, layer.name))
-        worth = [layer for layer in ranked if layer.bytes is not None or layer.flops or layer.seconds > least]
-        listed, rest = worth[:LISTED], [*worth[LISTED:], *(layer for layer in ranked if layer not in worth)]
+        relevant = [x for x in ranked if x.bytes is not None or x.flops or x.seconds > overhead_s]
+        listed, rest = relevant[:LISTED], [*relevant[LISTED:], *(layer for layer in ranked if layer not in relevant)]
         if rest:
-            listed.append(_summed(rest))
+            listed.append(_sum(rest))
         values = asdict(replace(self, layers=tuple(listed)))
         return values | {"flops_per_example": self.flops_per_example}
 
 
-def _summed(layers: list[Layer]) -> Layer:
+def _sum(layers: list[Layer]) -> Layer:
     known = [layer.bytes for layer in layers if layer.bytes is not None]
     return Layer(
         name=REST,

@@ -1,4 +1,4 @@
-"""For people with their own training loop: the planner's speedups in three lines.
+"""The planner's speedups for users with their own training loop, in three lines.
 
     step, plan = suanli.speed_up(model, optimizer, loss, (inputs, targets))
     for inputs, targets in batches:
@@ -32,30 +32,30 @@ from suanli.machine import device, peak
 
 
 class FastStep:
-    """One training step, computed as the plan says: `step(inputs, targets)` gives the loss, a tensor of no
-    dimensions that is not waited for.
+    """One training step, computed as the plan says: `step(inputs, targets)` returns the loss, a tensor without
+    dimensions that may still be being computed.
 
-    Switches of the whole process that the plan wants (threads, TF32, the allocator) are on from the start
-    until `close`, or until the end of a `with` block.
+    Process-wide settings of the plan (threads, TF32, the allocator) are on from the start until `close`, or until the
+    end of a `with` block.
     """
 
     def __init__(self, step: Step, loss: Loss, clip_norm: float | None) -> None:
         self._step = step
         self._runner = StepRunner(step, _of_float32(step, loss), clip_norm=clip_norm)
-        self._on = ExitStack()
-        self._on.enter_context(apply_settings(step))
+        self._settings = ExitStack()
+        self._settings.enter_context(apply_settings(step))
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
         return self._runner(inputs, targets)
 
     def forward(self, inputs: Any) -> Any:
-        """Outputs of the network in the precision and layout of the plan, for validation: call `model.eval()`
-        and use `torch.inference_mode()` around it as ever."""
+        """The network's outputs in the precision and layout of the plan, for validation. As usual, call
+        `model.eval()` before, and use `torch.inference_mode()` around it."""
         return call(self._step, self._step.model, inputs)
 
     def close(self) -> None:
-        """Puts the switches of the process back. Model and optimizer stay as they are trained."""
-        self._on.close()
+        """Restore the settings of the process. Model and optimizer stay as they are."""
+        self._settings.close()
 
     def __enter__(self) -> Self:
         return self
@@ -80,21 +80,21 @@ def speed_up(
 
     `loss(outputs, targets)` is the mean over a batch. `example_batch` is (inputs, targets) on the model's device,
     of the size that training will use; inputs are a tensor, a sequence of positional arguments or a mapping of
-    named ones. `steps` is about how many steps are to come: planning takes at most 5 % of their time, and
-    compiling is tried only where they win it back. `clip_norm` clips the norm of the gradients before each step.
+    named ones. `steps` is roughly the number of steps to come: planning takes at most 5 % of their time, and
+    compiling is tried only where they win its cost back. `clip_norm` limits the norm of the gradients before each step.
 
-    Raises UsageError for a model without trainable parameters or an optimizer of another model's, MachineError
-    for a named speedup that is unusable here, GateError for one whose numbers are wrong.
+    Raises UsageError for a model without trainable parameters or the optimizer of another model, MachineError for a
+    named speedup that can't be used here, GateError for one whose numbers are wrong.
     """
     subject = _OwnLoop(model, optimizer, loss, example_batch, clip_norm)
     devices = [subject.device.torch_name] if subject.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the caller's own draws are what they would have been
-        found = planner.plan(subject, speedups, steps=steps, threads=threads, cache=cache_dir_of(cache_dir))
-    return FastStep(apply_plan(found, subject.step, subject.device), loss, clip_norm), found
+    with torch.random.fork_rng(devices):  # the caller's own random numbers don't change
+        plan = planner.plan(subject, speedups, steps=steps, threads=threads, cache=cache_dir_of(cache_dir))
+    return FastStep(apply_plan(plan, subject.step, subject.device), loss, clip_norm), plan
 
 
 class _OwnLoop:
-    """What the planner tries plans on."""
+    """A user's training, on copies of which the planner tries plans."""
 
     def __init__(
         self,
@@ -105,13 +105,13 @@ class _OwnLoop:
         clip_norm: float | None,
     ) -> None:
         own = {id(p) for p in model.parameters()}
-        given = [p for group in optimizer.param_groups for p in group["params"]]
-        if not any(p.requires_grad for p in given):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not any(p.requires_grad for p in parameters):
             raise UsageError("The model has no parameters to train.", fix="Give a model with trainable parameters.")
-        if any(id(p) not in own for p in given):
+        if any(id(p) not in own for p in parameters):
             raise UsageError(
                 "The optimizer holds parameters that aren't the model's.",
-                fix="Make the optimizer from model.parameters(), after the model was moved to its device.",
+                fix="Create the optimizer from model.parameters(), after moving the model to its device.",
             )
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -121,7 +121,7 @@ class _OwnLoop:
             )
         if not list_tensors(batch[0]):
             raise UsageError("The example batch holds no tensor.", fix="Give (inputs, targets) as training will.")
-        self.device: Device = device.detect(str(given[0].device))
+        self.device: Device = device.detect(str(parameters[0].device))
         self.step = Step(model=model, optimizer=optimizer)
         self._loss, self._batch, self._clip_norm = loss, batch, clip_norm
 
@@ -152,14 +152,14 @@ class _OwnLoop:
 
 
 def _of_float32(step: Step, loss: Loss) -> Loss:
-    """The caller's loss, given float32 outputs as before: a sum over many classes needs the digits."""
+    """The caller's loss on outputs cast back to float32: a sum over many classes needs the precision."""
     if step.autocast_dtype is None:
         return loss
 
-    def of_float32(outputs: Any, targets: Any) -> torch.Tensor:
+    def loss_of_float32(outputs: Any, targets: Any) -> torch.Tensor:
         return loss(map_tensors(outputs, lambda t: t.float() if t.dtype == step.autocast_dtype else t), targets)
 
-    return of_float32
+    return loss_of_float32
 
 
 class _OwnTrial:

@@ -8,35 +8,35 @@
     optimizer.step(); clock.mark("optimizer")
     clock.end()  # what is left is "host"
 
-A mark gives the time since the mark before it to its name; a name may come several times in one step. Steps
-are timed as they are, without a profiler, which would slow down what it looks at. A timed step costs about 50 µs
-on a CPU (`benchmarks/bench_diagnosis.py`), and once the first window is over, steps are timed only so often that this
-stays below a hundredth of the time, however short they are.
+A mark assigns the time since the mark before it to its name; a name may occur several times in one step. Steps are
+timed as they run, without a profiler, which would slow them down. Timing a step costs about 50 µs on a CPU
+(`benchmarks/bench_diagnosis.py`), and after the first window steps are timed only so often that this stays below 1 %
+of the time, however short they are.
 
 What the shares mean, on a CPU (`HostClock`):
 
-- a computing phase (copy, forward, backward, graph, optimizer, communication) and "host" have the CPU time
-  of the calling thread between their marks;
+- a computing phase (copy, forward, backward, graph, optimizer, communication) and "host" get the CPU time of the
+  calling thread between their marks;
 - "idle" is their wall time minus that: the thread waited for a core, or slept until the other threads of the
-  operation were done. OpenMP threads wait actively at first, which counts as computing, so with several
-  threads "idle" is a lower bound;
-- "input" has its whole wall time: to wait for a batch is what limits by input.
+  operation were done. OpenMP threads wait actively at first, which counts as computing, so with several threads
+  "idle" is a lower bound;
+- "input" gets its whole wall time: waiting for a batch is what being limited by input means.
 
-On a GPU (`DeviceClock`), which works through a queue that the host fills, a step lasts from its first event
-to its last on the device's own clock, and a phase from mark to mark. Who set its pace decides whose it is:
+On a GPU (`DeviceClock`), which works through a queue that the host fills, a step lasts from its first event to its
+last on the device's own clock, and a phase from mark to mark. Its time is assigned by what limited it:
 
-- where the device reached the end of a phase after the host had issued it (by more than CAUGHT_UP_S), it had
-  work all along, or so it counts, and the time is the phase's;
-- where it reached the end as soon as the host had issued it, it had been waiting. The part of that time in which this
+- if the device reached the end of the phase later than the host had issued it (by more than CAUGHT_UP_S), it is
+  taken to have been busy, and the time belongs to the phase;
+- if it reached the end as soon as the host had issued it, it had been waiting. The part of that time in which this
   process was on a core is "host" (Python and launches), the rest is "idle" (the host itself waited);
-- "input" has its whole time, as on a CPU.
+- "input" gets its whole time, as on a CPU.
 
-A phase whose last operation outlasts CAUGHT_UP_S counts as the device's although it may have waited before
-that, so "host" and "idle" are lower bounds there. CPU time is the whole process's, because the backward pass
-runs in a thread of its own; a thread that reads ahead makes "host" out of some "idle".
+A phase whose last operation takes longer than CAUGHT_UP_S counts as busy although the device may have waited earlier
+in it, so "host" and "idle" are lower bounds there. CPU time is that of the whole process, because the backward pass
+runs in a thread of its own; a thread that reads ahead turns some "idle" into "host".
 
-Shares sum to 1. A phase that was never marked is None: not known, or not there. Of what happens inside a phase
-or between two steps (validation, checkpoints) the clock knows nothing.
+Shares sum to 1. A phase that was never marked is None: unknown or absent. The clock can't tell what happens inside a
+phase or between two steps (validation, checkpoints).
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ from typing import Any, Protocol
 import torch
 
 SKIPPED = 3  # first steps of a run: they allocate, choose kernels and fill caches
-TRIMMED_FROM = 10  # steps of a window, from which on its slowest is left out: one hiccup is not a limit
-GOLDEN = 0.618  # multiples of it spread evenly over the unit interval
-HELD = 4096  # timed steps, if nobody asks for the window
-# Between timed steps, on average. The calls take 10 µs on a CPU in a loop of their own, but 50 µs where the step has
-# driven them out of the caches: 0.25 %. On a GPU six events come on top; up to 100 µs, an estimate, are 0.5 %.
+TRIMMED_FROM = 10  # a window of at least so many steps leaves out its slowest: one slow step is not a limit
+GOLDEN = 0.618  # multiples of it, modulo 1, spread evenly over the unit interval
+MAX_STEPS = 4096  # timed steps that are stored until `window` is called
+# Between timed steps, on average. The calls take 10 µs on a CPU in a loop of their own, but 50 µs after a step that
+# evicted them from the caches: 0.25 %. A GPU adds six events: an estimated 100 µs at most, 0.5 %.
 EVERY_S = 0.02
-# Assumed, not measured: an idle GPU reaches an event about 10 µs after its issue, and the two clocks agree to 20 µs.
+# Assumed, not measured: an idle GPU reaches an event about 10 µs after it is issued, and the clocks agree to 20 µs.
 CAUGHT_UP_S = 5e-5
 
 MARKS = frozenset(("input", "copy", "forward", "backward", "graph", "optimizer", "communication", "host"))
@@ -69,14 +69,14 @@ REPORTED = ("input", "copy", "forward", "backward", "optimizer", "communication"
 class Shares:
     """How the steps of one window spent their time."""
 
-    shares: Mapping[str, float | None]  # of the step, sum 1; "graph" only where a recorded step was replayed
+    shares: Mapping[str, float | None]  # of the step, sum 1; "graph" only where a captured graph was replayed
     step_s: float  # median
     steps: int  # that were timed
     cores_used: float | None = None  # CPU seconds of all threads of this process per second of the steps
 
 
 class StepClock:
-    """Knows nothing and costs nothing: the clock of a device whose time can't be told apart."""
+    """Measures nothing and costs nothing: the clock of a device whose time can't be divided into phases."""
 
     @staticmethod
     def of(device: torch.device) -> StepClock:
@@ -87,7 +87,7 @@ class StepClock:
         return StepClock()
 
     def begin(self) -> None:
-        """A step starts. A step that was begun and not ended doesn't count."""
+        """A step starts. A step that began and didn't end doesn't count."""
 
     def mark(self, name: str) -> None:
         """The phase `name` ends here. Raises ValueError for a name that isn't one of MARKS."""
@@ -96,7 +96,7 @@ class StepClock:
         """The step ends; what came after the last mark is "host"."""
 
     def window(self) -> Shares | None:
-        """The steps since the last call, and a new window; None where there were none to time.
+        """The shares of the steps since the last call; a new window starts. None where no step was timed.
 
         On a GPU this waits for the device: best called where the loop has just done so.
         """
@@ -104,7 +104,7 @@ class StepClock:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Timed:
+class _StepTimes:
     """One step: `names` of n phases and the n + 1 moments around them."""
 
     names: list[str] = field(default_factory=list)
@@ -116,24 +116,24 @@ class _Timed:
 
 
 class HostClock(StepClock):
-    """For a device that has done an operation when the call returns: the CPU."""
+    """For a device that has finished an operation when the call returns: the CPU."""
 
     def __init__(self, every_s: float = EVERY_S) -> None:
         self._every_ns = every_s * 1e9
         self._begun = 0
         self._due_ns = 0.0
         self._first_window = True
-        self._step: _Timed | None = None
-        self._steps: deque[_Timed] = deque(maxlen=HELD)
+        self._step: _StepTimes | None = None
+        self._steps: deque[_StepTimes] = deque(maxlen=MAX_STEPS)
 
     def begin(self) -> None:
         self._step = None
         self._begun += 1
         now = time.perf_counter_ns()
         if self._begun > SKIPPED and (self._first_window or now >= self._due_ns):
-            # At uneven intervals (half to one and a half), or what comes every few steps could be missed each time.
+            # At uneven intervals (0.5 to 1.5 times), or an event of every few steps could be missed each time.
             self._due_ns = now + self._every_ns * (0.5 + GOLDEN * self._begun % 1)
-            self._step = _Timed(process_ns=time.process_time_ns())
+            self._step = _StepTimes(process_ns=time.process_time_ns())
             self._stamp(self._step)
 
     def mark(self, name: str) -> None:
@@ -164,21 +164,22 @@ class HostClock(StepClock):
         if not any(parts.values()):  # steps too short for the system's clock
             return None
         return Shares(
-            shares=_normalised(parts),
+            shares=_normalize(parts),
             step_s=typical,
             steps=len(steps),
             cores_used=sum(s.process_ns for s in steps) / wall_ns,
         )
 
-    def _stamp(self, step: _Timed) -> None:
+    def _stamp(self, step: _StepTimes) -> None:
         step.wall_ns.append(time.perf_counter_ns())
         step.cpu_ns.append(time.thread_time_ns())
 
-    def _seconds(self, step: _Timed) -> float:
+    def _seconds(self, step: _StepTimes) -> float:
         return (step.wall_ns[-1] - step.wall_ns[0]) / 1e9
 
-    def _parts(self, steps: Sequence[_Timed]) -> dict[str, float]:
-        """Summed before they are compared: some systems count CPU time in ticks longer than a step."""
+    def _parts(self, steps: Sequence[_StepTimes]) -> dict[str, float]:
+        """Seconds by phase. Summed before they are compared: some systems count CPU time in ticks longer than a
+        step."""
         wall: dict[str, int] = defaultdict(int)
         cpu: dict[str, int] = defaultdict(int)
         for step in steps:
@@ -222,7 +223,7 @@ class CudaTimeline:
 
 
 class DeviceClock(HostClock):
-    """For a device that works through a queue. No mark may fall into the recording of a graph."""
+    """For a device that works through a queue. No mark may be set during the capture of a graph."""
 
     def __init__(self, timeline: Timeline, every_s: float = EVERY_S) -> None:
         super().__init__(every_s)
@@ -241,7 +242,7 @@ class DeviceClock(HostClock):
             self._start = now
         return super().window()
 
-    def _stamp(self, step: _Timed) -> None:
+    def _stamp(self, step: _StepTimes) -> None:
         step.wall_ns.append(time.perf_counter_ns())
         step.cpu_ns.append(time.process_time_ns())
         step.events.append(self._timeline.record())
@@ -255,9 +256,9 @@ class DeviceClock(HostClock):
         return now, event
 
     def _align(self, start: tuple[float, Any], end: tuple[float, Any]) -> None:
-        """Puts the events of all steps on the host's clock. The two clocks drift apart by tens of microseconds
-        in a second, so both ends of the window are nailed down. Times are added up from event to event: the
-        driver gives them in float32."""
+        """Convert the events of all steps to the host's clock. The two clocks drift apart by tens of microseconds per
+        second, so they are aligned at both ends of the window. Times are added up from event to event, since the
+        driver returns them in float32."""
         at, previous = 0.0, start[1]
         for step in self._steps:
             step.device_s = []
@@ -270,15 +271,15 @@ class DeviceClock(HostClock):
         for step in self._steps:
             step.device_s = [start[0] + scale * s for s in step.device_s]
 
-    def _seconds(self, step: _Timed) -> float:
+    def _seconds(self, step: _StepTimes) -> float:
         return step.device_s[-1] - step.device_s[0]
 
-    def _parts(self, steps: Sequence[_Timed]) -> dict[str, float]:
+    def _parts(self, steps: Sequence[_StepTimes]) -> dict[str, float]:
         total: dict[str, float] = defaultdict(float)
         for step in steps:
             issued, busy = [ns / 1e9 for ns in step.wall_ns], [ns / 1e9 for ns in step.cpu_ns]
-            for name, took in attribute_time(step.names, issued, step.device_s, busy):
-                total[name] += took
+            for name, seconds in attribute_time(step.names, issued, step.device_s, busy):
+                total[name] += seconds
         return total
 
 
@@ -292,18 +293,18 @@ def attribute_time(
     """
     parts = []
     for i, name in enumerate(names):
-        took = max(0.0, reached_s[i + 1] - reached_s[i])
+        phase_s = max(0.0, reached_s[i + 1] - reached_s[i])
         if name == "input" or (name != "host" and reached_s[i + 1] - issued_s[i + 1] > CAUGHT_UP_S):
-            parts.append((name, took))
+            parts.append((name, phase_s))
             continue
         wall_s = issued_s[i + 1] - issued_s[i]
         busy = min(1.0, max(0.0, cpu_s[i + 1] - cpu_s[i]) / wall_s) if wall_s > 0 else 1.0
-        parts += [(name, 0.0), ("host", took * busy), ("idle", took * (1 - busy))]
+        parts += [(name, 0.0), ("host", phase_s * busy), ("idle", phase_s * (1 - busy))]
     return parts
 
 
-def _normalised(parts: Mapping[str, float]) -> dict[str, float | None]:
+def _normalize(parts: Mapping[str, float]) -> dict[str, float | None]:
     total = sum(parts.values())
-    known = {"host": 0.0, "idle": 0.0, **{name: took / total for name, took in parts.items()}}
-    names = REPORTED + (("graph",) if "graph" in known else ())
-    return {name: known.get(name) for name in names}
+    shares = {"host": 0.0, "idle": 0.0, **{name: seconds / total for name, seconds in parts.items()}}
+    names = REPORTED + (("graph",) if "graph" in shares else ())
+    return {name: shares.get(name) for name in names}

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from suanli.compute import roofline
+from suanli.compute.flops import flops
 from suanli.compute.infer import infer
 from suanli.compute.step_runner import apply_settings
 from suanli.core.types import Device
@@ -81,7 +81,7 @@ class TimedRun:
     def count_flops(self) -> tuple[int, int]:
         """Of one training step, which is done, and of one validation batch."""
         with apply_settings(self.loop.compute):
-            return roofline.flops(self._train_step), roofline.flops(self._evaluate_batch)
+            return flops(self._train_step), flops(self._evaluate_batch)
 
     def precision(self) -> str:
         """The name of the dtype that products and convolutions are computed in."""
