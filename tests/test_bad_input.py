@@ -343,7 +343,7 @@ def test_a_download_cut_short(
     said = capsys.readouterr().err
     assert_one_paragraph(said)
     assert "connection ended after 500 B of 1.0 kB (tried 4 times)" in said
-    assert "a partial download is continued" in said
+    assert "a partial download is resumed" in said
     # What came is kept, under a name that says what it is.
     assert Path("kept/mnist/images.gz.part").read_bytes() == b"x" * 500
     assert len(files_below(tmp_path)) == 1

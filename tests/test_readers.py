@@ -131,8 +131,8 @@ def test_what_is_passed_over_is_noted(kind: str, tmp_path: Path) -> None:
     files = {**FLAT, "README.md": b"", "cat/labels.xml": b"", "dog/a.mp4": b"", "dog/b.mp4": b"", "up.jpg": b""}
     source = pack(kind, tmp_path, files)
     assert source.notes == (
-        "1 images outside a class folder, passed over: up.jpg",
-        "4 other files, passed over: README.md, cat/labels.xml, dog/a.mp4, …",
+        "1 images outside a class folder, skipped: up.jpg",
+        "4 other files, skipped: README.md, cat/labels.xml, dog/a.mp4, …",
     )
 
 
@@ -197,8 +197,8 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     source = folder.read(top, Columns())
     assert [row.name for row in source.rows] == ["cat/1.jpg", "dog/1.png", "emu/1.jpg"]
     assert source.notes == (
-        "1 links to a folder above them, passed over: cat/up",
-        "3 broken links and special files, passed over: cat/self, dog/gone.jpg, dog/pipe.jpg",
+        "1 links to a folder above them, skipped: cat/up",
+        "3 broken links and special files, skipped: cat/self, dog/gone.jpg, dog/pipe.jpg",
     )
 
 
@@ -380,7 +380,7 @@ def test_links_and_devices_in_archives_are_noted(tmp_path: Path) -> None:
         packed_zip.writestr(link, "/etc/passwd")
     source = archive.read(path, Columns())
     assert len(source.rows) == 2
-    assert source.notes == ("1 links in the archive, passed over: cat/link.jpg",)
+    assert source.notes == ("1 links in the archive, skipped: cat/link.jpg",)
 
 
 @pytest.mark.parametrize("field", ["size", "packed size", "content", "offset"])
@@ -660,7 +660,7 @@ def test_bad_rows_are_counted_and_empty_texts_kept(tmp_path: Path) -> None:
     text = "text,label\na,1\n,2\nonly one\nb,1,surplus\nc,\nd,2\ne,1\n"
     source = read_text(tmp_path / "t.csv", text)
     assert contents(source) == [("a", "1"), ("", "2"), ("d", "2"), ("e", "1")]
-    assert source.notes == ("3 lines of t.csv with missing or surplus cells (line 4, 5, 6), passed over",)
+    assert source.notes == ("3 lines of t.csv with missing or surplus cells (line 4, 5, 6), skipped",)
 
 
 @pytest.mark.parametrize(
@@ -708,7 +708,7 @@ def test_a_folder_of_tables_with_other_columns_each(tmp_path: Path) -> None:
         ("train.tsv:3", "train", "b"),
         ("dev.tsv:2", "val", "c"),
     ]
-    assert source.notes == ("test.csv has no label column, passed over",)
+    assert source.notes == ("test.csv has no label column, skipped",)
     named = table.read(tmp_path, Columns(input="sentence"))
     assert len(named.rows) == 3
 
@@ -771,7 +771,7 @@ def test_a_path_that_is_no_file_does_not_block(tmp_path: Path) -> None:
     source = read_text(tmp_path / "t.csv", "path,label\n1.jpg,a\n2.jpg,b\n3.jpg,b\n")
     assert source.rows[0].read() == b"one"
     for row in source.rows[1:]:
-        with pytest.raises(BadInput, match="is no file"):
+        with pytest.raises(BadInput, match="is not a file"):
             row.read()
 
 
@@ -941,8 +941,8 @@ def test_all_splits_have_one_scale(tmp_path: Path) -> None:
         ({"images": IMAGES, "labels": LABELS.astype(complex)}, "neither numbers nor text"),
         ({"images": IMAGES, "labels": LABELS.astype("U1001")}, "labels of images"),
         ({"images": IMAGES, "labels": np.array(1)}, "4 images, but there are 1 labels"),
-        ({"images": IMAGES[:, :0], "labels": LABELS}, "isn't one of images"),
-        ({"images": IMAGES, "labels": LABELS, "classes": np.zeros((2 << 20, 1), bool)}, "isn't one of class names"),
+        ({"images": IMAGES[:, :0], "labels": LABELS}, "isn't a shape of images"),
+        ({"images": IMAGES, "labels": LABELS, "classes": np.zeros((2 << 20, 1), bool)}, "can't be class names"),
     ],
 )
 def test_arrays_that_cant_be_used(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
@@ -1037,4 +1037,4 @@ except DataError as error:
 """
     command = [sys.executable, "-c", code, str(tmp_path / "a.npz")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "don't fit into the memory that is left" in said
+    assert "don't fit into the free memory" in said

@@ -93,13 +93,13 @@ class Interrupted(SuanliError):
     exit_code = 130
 
 
-def unknown(what: str, given: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError) -> SuanliError:
+def unknown(what: str, name: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError) -> SuanliError:
     """The error for a name that isn't one of `allowed`. It lists them and suggests the nearest."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names)
     fix = f"Did you mean {near[0]!r}? Allowed: {listed}." if near else f"Allowed: {listed}."
-    return error(f"Unknown {what} {given!r}.", fix=fix)
+    return error(f"Unknown {what} {name!r}.", fix=fix)
 
 
 def first_line(error: BaseException, length: int) -> str:

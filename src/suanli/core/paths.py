@@ -1,4 +1,4 @@
-"""Where downloads and prepared data are kept. All of it can be made again, so it may be deleted."""
+"""Where downloads and prepared data are kept. All of it may be deleted: suanli makes it again."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
-"""Image bytes to upright, opaque 8-bit pixels, or BadInput that says what was found instead.
+"""Decodes image files to upright, opaque 8-bit pixels, or raises BadInput that says what the bytes are instead.
 
-JPEG goes through simplejpeg (libjpeg-turbo without Pillow's copies), everything else through
-Pillow. Decoding is always at full size: a scaled decode would be faster for large photos, but then
-the same picture stored as PNG would get another digest. Grey is recognised by content, so a grey
-photo counts as grey however it was stored. Everything here may run in several threads at once.
+simplejpeg (libjpeg-turbo without Pillow's copies) decodes JPEG, Pillow everything else. Images are decoded at full
+size: a scaled decode would be faster for large photos, but the same picture stored as PNG would get another digest.
+Grey is recognised by content, in any file format. Every function may run in several threads at once.
 
-What this does not do: colour profiles, more than 8 bits per channel in the result, or repairing a
-file that is cut short.
+Not supported: colour profiles, results with more than 8 bits per channel, and files that are cut short.
 """
 
 from __future__ import annotations
@@ -26,14 +24,13 @@ from PIL import Image
 from suanli.core.errors import BadInput
 from suanli.core.types import Raw
 
-EXIF_ORIENTATION = 0x0112
 MAX_PIXELS = 100_000_000
-# An explicit list, because Pillow would start Ghostscript for EPS, among other surprises.
+# An explicit list, since Pillow would start Ghostscript for EPS, for example.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "ICO", "JPEG2000")
 EXIF_ORIENTATION = 0x0112
 _GREY_MODES = {"1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "La"}
 _PNG = b"\x89PNG\r\n\x1a\n"
-# What Pillow raises for damaged files of the formats above; MemoryError is not among them on purpose.
+# What Pillow raises for damaged files of these formats. MemoryError isn't one of them on purpose.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -59,24 +56,24 @@ class DecodedImage(NamedTuple):
 class Header(NamedTuple):
     height: int
     width: int
-    grey: bool  # by its mode; a colour file may still hold a grey picture
+    grey: bool  # by its mode; a colour file may still have a grey picture
 
 
 def decode(raw: Raw) -> DecodedImage:
-    """All pixels of one image: file bytes, or an array (H, W), (H, W, 1 | 2 | 3 | 4) of uint8 or
-    uint16. Raises BadInput."""
+    """All pixels of one image, from file bytes or an array (H, W) or (H, W, 1 | 2 | 3 | 4) of uint8 or uint16. Raises
+    BadInput."""
     if isinstance(raw, np.ndarray):
         return _from_array(raw)
     data = _check_bytes(raw)
-    found = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
-    pixels, traits, orientation = found or _decode_other(data)
+    jpeg = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
+    pixels, traits, orientation = jpeg or _decode_other(data)
     if orientation != 1:
         pixels = _rotate_upright(pixels, orientation)
     return DecodedImage(_drop_equal_channels(pixels), traits)
 
 
 def decode_pillow(image: Image.Image) -> np.ndarray:
-    """The pixels of an open image, as `decode` would give those of its file: upright and opaque. Raises BadInput."""
+    """The pixels of an open image as `decode` gives those of its file: upright and opaque. Raises BadInput."""
     try:
         pixels, _ = _to_pixels(image)
         return _rotate_upright(pixels, int(image.getexif().get(EXIF_ORIENTATION, 1)))
@@ -129,7 +126,7 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _decode_jpeg(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int] | None:
-    """None: simplejpeg can't tell, so Pillow shall (CMYK, rare markers, no JPEG at all)."""
+    """Pixels, traits and orientation; None: Pillow has to decode it (CMYK, rare markers, no JPEG)."""
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -140,8 +137,8 @@ def _decode_jpeg(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int] | None:
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY" if colourspace == "Gray" else "RGB", strict=True)
     except ValueError as error:
-        # "Premature end of JPEG file" and "premature end of data segment": part of the picture is
-        # missing, which Pillow would fill with grey. Other complaints (stray bytes) are harmless.
+        # "Premature end of JPEG file" and "premature end of data segment" mean that part of the picture is missing;
+        # Pillow would fill it with grey. Other errors (stray bytes) are harmless.
         if "remature end" in str(error):
             raise BadInput("The JPEG is cut short: part of the picture is missing.") from error
         return None
@@ -158,13 +155,13 @@ def _jpeg_orientation(data: bytes) -> int:
     try:
         exif.load(data[start : start + (1 << 16)])
         orientation = exif.get(EXIF_ORIENTATION, 1)
-    except _DAMAGE:  # damaged remarks don't make a damaged picture
+    except _DAMAGE:  # damaged metadata doesn't make a damaged picture
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation: 1 to 8, as the standard numbers them."""
+    """Undoes an EXIF orientation, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -175,15 +172,14 @@ def _rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _silence_pillow() -> None:
-    """Pillow's remarks about metadata are of no use beside hundreds of progress lines, and what
-    matters is checked here. A filter that stays is the only way that is safe between threads:
-    `warnings.catch_warnings` swaps a list that all threads share."""
+    """Ignores Pillow's warnings about metadata for the rest of the process; what matters is checked here. A temporary
+    filter isn't safe with threads: `warnings.catch_warnings` swaps a list that all threads share."""
     with _filtering:
         if _IGNORED not in warnings.filters:
             warnings.filterwarnings("ignore", module=_IGNORED[3].pattern)
 
 
-_IGNORED = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # as the warnings module writes a filter
+_IGNORED = ("ignore", None, Warning, re.compile(r"PIL\."), 0)  # the form of an entry in warnings.filters
 _filtering = threading.Lock()
 
 
@@ -200,15 +196,15 @@ def _open(data: bytes) -> Image.Image:
 def _describe_bytes(data: bytes) -> str:
     start = data[:24]
     text = start.decode("utf-8", errors="ignore")
-    whole = len(text.encode()) >= len(start) - 3  # but for a character that the end cuts in two
-    if whole and "".join(text.split()).isprintable():
+    valid = len(text.encode()) >= len(start) - 3  # the last character may be cut in two
+    if valid and "".join(text.split()).isprintable():
         return f"it is text that starts with {text!r}"
     return f"{len(data)} bytes that start with {data[:8].hex(' ')}"
 
 
 def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
     with _open(data) as image:
-        # Pillow turns a TIFF by itself while it loads; the tag is gone then.
+        # Pillow rotates a TIFF while it loads it, and the tag is gone then.
         before = _exif_orientation(image) if image.format == "TIFF" else 1
         try:
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
@@ -217,7 +213,7 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
         except _DAMAGE as error:
             reason = "is cut short" if "truncated" in str(error) else f"can't be decoded ({error})"
             raise BadInput(f"The {image.format} image {reason}.") from error
-        # Not before: for the tag, Pillow loads a PNG, and what that finds damaged it passes over the next time.
+        # Not earlier: to read the tag, Pillow loads a PNG, and a second load would ignore damage.
         orientation = _exif_orientation(image) if image.format != "TIFF" else 1
     if data.startswith(_PNG) and data[24:25] == b"\x10" and "16-bit" not in traits:
         traits += ("16-bit",)
@@ -231,10 +227,10 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
 def _exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8."""
     try:
-        found = image.getexif().get(EXIF_ORIENTATION, 1)
-    except _DAMAGE:  # damaged remarks don't make a damaged picture
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except _DAMAGE:  # damaged metadata doesn't make a damaged picture
         return 1
-    return found if found in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _to_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -257,7 +253,7 @@ def _to_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _from_16_bit(values: np.ndarray) -> np.ndarray:
-    """(H, W, …) of 0 to 65,535 to uint8, rounded; a lone (H, W) gets its channel."""
+    """uint8 from 16-bit values (H, W) or (H, W, C), rounded; (H, W) becomes (H, W, 1)."""
     if values.min() < 0 or values.max() > 65_535:
         raise BadInput("The image has 32-bit pixels, whose range is unknown.", fix="Save it with 8 or 16 bits.")
     pixels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -285,8 +281,8 @@ def _from_array(array: np.ndarray) -> DecodedImage:
 
 
 def _drop_equal_channels(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 1) if the three channels are the same everywhere, so that grey looks grey however it
-    was stored. One row is enough to see that most colour pictures aren't."""
+    """(H, W, 1) if the three channels are equal everywhere, so that a grey picture is grey in any file format. For most
+    colour pictures, one row is enough to see that they aren't."""
     if pixels.shape[2] == 3:
         row = pixels[pixels.shape[0] // 2]
         first = pixels[:, :, :1]

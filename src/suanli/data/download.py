@@ -1,11 +1,10 @@
-"""One file of a publisher, brought whole into a folder.
+"""Downloads one file of a publisher into a folder and checks it.
 
-What arrives goes to `<name>.part`, is continued there after a break, is compared with the checksum
-that the publisher states, and only then gets its name: a file with its name is whole. A file that
-is there is hashed again each time instead of remembering that it once was right: SHA-256 of 170 MB
-takes 0.25 s, and there is no memory that could be wrong.
+A download goes to `<name>.part` and is resumed there after a break. It gets its final name only when its checksum is
+the one that the publisher states, so a file with its final name is complete. A file that exists is hashed again each
+time: SHA-256 of 170 MB takes 0.25 s, and nothing has to be remembered.
 
-It asks for nothing that it wasn't told to get, and tells nobody anything but the URL.
+The only request is the one for the file, and it carries nothing but the URL.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ _RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
 
 
 class _Retryable(Exception):
-    """This attempt failed; the next may not."""
+    """This attempt failed; another one may succeed."""
 
 
 class _Permanent(Exception):
-    """No attempt will do better."""
+    """Every attempt would fail."""
 
 
 def fetch(
@@ -52,9 +51,9 @@ def fetch(
 ) -> Path:
     """The path of the file in `folder`, downloaded unless it is already there with its checksum.
 
-    `timeout_s` is how long the server may stay silent, `pause_s` the wait after the first failure
-    (it doubles), `report` gets the number of bytes so far in place of a progress bar.
-    Raises DownloadError where the file can't be had whole, StorageError where it can't be written.
+    `timeout_s` is how long the server may send nothing, `pause_s` the pause after the first failure (it doubles each
+    time). `report` is called with the number of bytes so far, instead of a progress bar. Raises DownloadError where the
+    file can't be downloaded, StorageError where it can't be written.
     """
     target = folder / file_name(download)
     if _is_complete(target, download):
@@ -68,7 +67,7 @@ def fetch(
             say(f"Another process is downloading {target.name}; waiting for it.")
             lock.acquire()
     try:
-        if _is_complete(target, download):  # by the process that we waited for
+        if _is_complete(target, download):  # another process downloaded it
             return target
         if target.exists():
             warn(f"{target} is not what its publisher has (other checksum); it is downloaded again.")
@@ -102,13 +101,13 @@ def _fetch_locked(
         for attempt in range(1, attempts + 1):
             try:
                 resumed = _receive(download, part, timeout_s, report or progress.update)
-                got = _checksum(part, download)
-                if got == download.checksum.casefold():
+                checksum = _checksum(part, download)
+                if checksum == download.checksum.casefold():
                     break
                 with raise_storage_errors(part):
                     part.unlink()
-                if not resumed:  # the start of a resumed file may be from an older version
-                    raise _Permanent(f"it has the checksum {got}, expected is {download.checksum}")
+                if not resumed:  # a resumed file may begin with a part of an older version
+                    raise _Permanent(f"it has the checksum {checksum}, but {download.checksum} was expected")
                 raise _Retryable("the resumed file has a wrong checksum")
             except _Permanent as error:
                 raise _download_error(download, target, str(error)) from error
@@ -122,7 +121,7 @@ def _fetch_locked(
 
 
 def _receive(download: Download, part: Path, timeout_s: float, report: Callable[[float], object]) -> bool:
-    """Fill `part`; True where it continued an earlier attempt."""
+    """Fills `part`. Returns whether it resumed an earlier attempt."""
     have = part.stat().st_size if part.exists() else 0
     if have > download.size_bytes:
         with raise_storage_errors(part):
@@ -140,21 +139,21 @@ def _receive(download: Download, part: Path, timeout_s: float, report: Callable[
             return start > 0
     except urllib.error.HTTPError as error:
         with error:
-            if error.code == 416:  # our part is not one of theirs
+            if error.code == 416:  # `part` is longer than the server's file
                 with raise_storage_errors(part):
                     part.unlink(missing_ok=True)
-                raise _Retryable("the server refused to continue") from error
+                raise _Retryable("the server refused to resume") from error
             kind = _Retryable if error.code in _RETRYABLE_STATUS else _Permanent
             raise kind(f"the server answered {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
-        lasting = isinstance(error.reason, str | ssl.SSLCertVerificationError)
-        raise (_Permanent if lasting else _Retryable)(f"no connection: {error.reason}") from error
+        permanent = isinstance(error.reason, str | ssl.SSLCertVerificationError)
+        raise (_Permanent if permanent else _Retryable)(f"no connection: {error.reason}") from error
     except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise _Retryable(f"the connection broke: {error or type(error).__name__}") from error
 
 
 def _make_opener() -> urllib.request.OpenerDirector:
-    """Follows redirects, but only to http and https."""
+    """An opener for http and https alone, also after redirects."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -170,18 +169,18 @@ def _make_opener() -> urllib.request.OpenerDirector:
 
 
 def _start_of(response: http.client.HTTPResponse, part: Path, have: int, download: Download) -> int:
-    """Where in the file the answer begins; 0 where the server ignores that we asked for the rest."""
+    """The byte of the file at which the answer begins; 0 where the server sends all of it instead of the rest."""
     if response.status == 206:
-        stated = response.headers.get("Content-Range", "")
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", stated.strip())
+        header = response.headers.get("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", header.strip())
         if not match or int(match[1]) > have or match[3] not in ("*", str(download.size_bytes)):
             with raise_storage_errors(part):
                 part.unlink(missing_ok=True)  # the next attempt asks for the whole file
-            raise _Retryable(f"the server answered with the range {stated!r} to a request from byte {have}")
+            raise _Retryable(f"the server answered with the range {header!r} to a request from byte {have}")
         return int(match[1])
     length = response.headers.get("Content-Length")
     if length is not None and length.isdecimal() and int(length) != download.size_bytes:
-        raise _Permanent(f"the server's file has {length} bytes, expected are {download.size_bytes}")
+        raise _Permanent(f"the server's file has {length} bytes, but {download.size_bytes} were expected")
     return 0
 
 
@@ -192,9 +191,9 @@ def _copy(
     download: Download,
     report: Callable[[float], object],
 ) -> None:
-    """Append the answer to the first `start` bytes of `part`; never more than the stated size."""
+    """Appends the answer to the first `start` bytes of `part`, at most up to the expected size."""
     done = start
-    # A network error passes through `raise_storage_errors`: only errors of the disk are its business.
+    # Network errors pass through `raise_storage_errors`, which converts errors of the disk only.
     with raise_storage_errors(part), open(part, "r+b" if start else "wb") as stream:
         stream.seek(start)
         stream.truncate()
@@ -218,7 +217,7 @@ def _is_complete(path: Path, download: Download) -> bool:
 
 
 def _checksum(path: Path, download: Download) -> str:
-    """In the form of `Download.checksum`: 'sha256:…'."""
+    """The checksum of the file, written like `Download.checksum`: "sha256:…"."""
     algorithm = download.checksum.partition(":")[0]
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, lambda: hashlib.new(algorithm, usedforsecurity=False))
@@ -228,6 +227,6 @@ def _checksum(path: Path, download: Download) -> str:
 def _download_error(download: Download, target: Path, reason: str) -> DownloadError:
     return DownloadError(
         f"{download.url} could not be downloaded: {reason}.",
-        fix=f"Try again later (a partial download is continued), or get the file in another way "
+        fix=f"Try again later (a partial download is resumed), or get the file in another way "
         f"({size(download.size_bytes)}, {download.checksum}) and put it at {target}.",
     )

@@ -1,8 +1,7 @@
-"""From what the user named to batches on the device.
+"""Finds the source that a user named, chooses a recipe for it, and gives batches on the device.
 
-`find_source` turns a built-in name or a path into a `Source`; `Feed` gives batches of cached rows:
-from one tensor on the device where the split fits, else from the memory map, read ahead by a
-thread. Neither needs a loader process, and both give the same batches.
+`Feed` takes batches from one tensor on the device where the split fits, or else from the memory map, read ahead by a
+thread. Both give the same batches, and neither needs a loader process.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ from suanli.core.types import (
 from suanli.data.download import fetch
 from suanli.machine.device import available_memory_bytes
 
-RESIDENT_SHARE = 0.4  # of the available memory that one split may take
+RESIDENT_SHARE = 0.4  # of the available memory that a resident split may take
 READ_AHEAD = 3  # batches
-MOVED_BYTES = 256 << 20  # to the device at a time
-PEEKED = 300  # inputs that are looked at before a recipe is chosen
+MOVED_BYTES = 256 << 20  # copied to the device at a time
+SAMPLED = 300  # inputs that are read before a recipe is chosen
 
 
 def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: Path) -> Source:
-    """The source behind a built-in name (downloaded if need be) or a path.
+    """The source for the name of a built-in data set, which is downloaded if necessary, or for a path.
 
-    Raises UsageError for a name that is neither, DataError for a path that can't be read.
+    Raises UsageError for an unknown name, DataError for a path that can't be read.
     """
     columns = columns or Columns()
     path = Path(subject).expanduser()
@@ -79,7 +78,7 @@ def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: P
 
 @contextmanager
 def _report_permission_errors(path: Path) -> Iterator[None]:
-    """An unreadable path is bad data, not bad storage."""
+    """Raises DataError where a path may not be read: that is bad data, not a storage error."""
     try:
         yield
     except PermissionError as error:
@@ -89,27 +88,28 @@ def _report_permission_errors(path: Path) -> Iterator[None]:
 def choose_recipe(
     source: Source, *, name: str | None, model: str | None, weights: bool, settings: dict[str, Json]
 ) -> Recipe:
-    """The shipped recipe of that name, or the one that suits the data best."""
+    """The shipped recipe of that name; without a name, the one that suits the data best."""
     if name is not None:
         choice: RecipeChoice = load("recipes", name)
         return choice.recipe
-    found = traits(source, weights=weights, model=model, settings=settings)
-    ranked = [(c.suits(found), n, c.recipe) for n, c in load_all("recipes").items()]
+    data = traits(source, weights=weights, model=model, settings=settings)
+    ranked = [(c.suits(data), n, c.recipe) for n, c in load_all("recipes").items()]
     suitable = [(score, n, recipe) for score, n, recipe in ranked if score is not None]
     if not suitable:
-        raise UsageError(f"No shipped recipe suits {found}.", fix="Name one with --recipe.")
+        raise UsageError(f"No shipped recipe suits {data}.", fix="Name one with --recipe.")
     best: Recipe = max(suitable, key=lambda r: (r[0], r[1]))[2]
     return best
 
 
 def traits(source: Source, *, weights: bool, model: str | None, settings: dict[str, Json]) -> Traits:
+    """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing."""
     kind = load("preprocess", source.kind)
     rows = [r for r in source.rows if r.split != "test"]
-    picked = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:PEEKED]]
-    peek: Preprocess = kind.fit(lambda: _read_rows(picked), settings)
+    sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:SAMPLED]]
+    preprocess: Preprocess = kind.fit(lambda: _read_rows(sample), settings)
     return Traits(
         kind=source.kind,
-        input_shape=peek.input_shape,
+        input_shape=preprocess.input_shape,
         examples=len(source.rows),
         classes=len(source.classes),
         weights=weights,
@@ -132,7 +132,7 @@ Read = TypeVar("Read")
 
 
 def mix(*numbers: int) -> int:
-    """One seed from several numbers (SplitMix64, Steele et al. 2014): neighbours are unrelated."""
+    """One seed from several numbers; similar numbers give unrelated seeds. Source: SplitMix64, Steele et al. 2014."""
     state = 0
     for number in numbers:
         state = (state + 0x9E3779B97F4A7C15 + number) & 0xFFFFFFFFFFFFFFFF
@@ -143,11 +143,11 @@ def mix(*numbers: int) -> int:
 
 
 class Order:
-    """Which examples make up each step: a function of seed and step alone, so that training can
-    go on from any step without remembering anything.
+    """Which examples make up each batch: a function of seed and step alone, so a training can resume at any step
+    without stored state.
 
-    Every batch has the same size, at most `batch_size`; fewer than one example a step is left out
-    of an epoch, others the next time.
+    Every batch has the same size, at most `batch_size`. The remainder, less than one example a step, is left out of an
+    epoch; in the next one it is another.
     """
 
     def __init__(self, examples: int, batch_size: int, seed: int) -> None:
@@ -162,20 +162,20 @@ class Order:
         return step // self.steps_per_epoch
 
     def positions(self, step: int) -> torch.Tensor:
-        """Positions in the split, (B,) int64, on the CPU."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        """The positions of a batch in the split, (B,) int64, on the CPU."""
+        epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(mix(self._seed, 1, epoch))
             self._permutation = torch.randperm(self.examples, generator=generator)
             self._epoch = epoch
-        return self._permutation[place * self.batch_size : (place + 1) * self.batch_size]
+        return self._permutation[number * self.batch_size : (number + 1) * self.batch_size]
 
 
 class Feed:
     """Batches of one split on the device: rows (B, *row_shape), targets (B,), positions (B,)."""
 
     def __init__(self, split: Split, device: Device, *, resident: bool = False) -> None:
-        """`resident`: every row is moved to the device first. On a CPU the map is as good: its pages stay in
+        """`resident` copies every row to the device first. On a CPU the memory map is as fast, since its pages stay in
         memory."""
         self.split = split
         self.device = torch.device(device.torch_name)
@@ -183,7 +183,7 @@ class Feed:
         self._rows = self._load_to_device() if resident and self.device.type != "cpu" else None
 
     def _load_to_device(self) -> torch.Tensor:
-        """All rows, moved part by part: a second copy in main memory might not fit."""
+        """All rows, copied part by part, since a second copy in main memory might not fit."""
         inputs, index = self.split.inputs, self.split.index
         part = max(1, MOVED_BYTES // row_bytes(self.split))
         first = torch.from_numpy(inputs[index[:1]])
@@ -196,17 +196,17 @@ class Feed:
         return len(self.split)
 
     def rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """Rows at these positions (on the CPU), on the device."""
+        """The rows at these positions, on the device; `positions` is on the CPU."""
         return self._pick(positions, self._move(positions))
 
     def _pick(self, positions: torch.Tensor, on_device: torch.Tensor) -> torch.Tensor:
-        """Rows at these positions, which are given twice: on the CPU and on the device."""
+        """The rows at these positions, which are passed twice: on the CPU and on the device."""
         if self._rows is not None:
             return self._rows.index_select(0, on_device)
         return torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).to(self.device)
 
     def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[FetchedBatch]:
-        """A batch for each entry of `steps`; read by a thread, some batches ahead, where that is wanted."""
+        """A batch for each tensor of positions in `steps`. With `read_ahead`, a thread reads a few batches ahead."""
         if not read_ahead or self._rows is not None:
             yield from map(self._batch, steps)
         elif self.device.type == "cuda":
@@ -219,20 +219,20 @@ class Feed:
         return self._pick(positions, on_device), self.targets.index_select(0, on_device), on_device
 
     def _move(self, positions: torch.Tensor) -> torch.Tensor:
-        """On the device. From pinned memory: any other copy waits until the device has computed all steps before."""
+        """A copy on the device, from pinned memory: any other copy waits until the device has finished its work."""
         if self.device.type != "cuda":
             return positions.to(self.device)
         return positions.pin_memory().to(self.device, non_blocking=True)
 
     def _copy_on_stream(self, steps: Iterator[torch.Tensor]) -> Iterator[FetchedBatch]:
-        """Copies from pinned memory run on a stream of their own, beside the computing of earlier batches."""
+        """Batches that are copied from pinned memory on a separate stream while earlier ones are computed."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
         def read(positions: torch.Tensor) -> tuple[FetchedBatch, torch.cuda.Event]:
-            found = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()
+            pinned = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()
             with torch.cuda.stream(stream):
                 on_device = positions.pin_memory().to(self.device, non_blocking=True)
-                rows = found.to(self.device, non_blocking=True)
+                rows = pinned.to(self.device, non_blocking=True)
                 batch = rows, self.targets.index_select(0, on_device), on_device
                 return batch, stream.record_event()
 
@@ -240,14 +240,14 @@ class Feed:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(copied)
             for tensor in batch:
-                tensor.record_stream(computing)  # or its memory could be given to the next copy too soon
+                tensor.record_stream(computing)  # else its memory could be reused for the next copy too soon
             yield batch
 
     def in_order(self, batch_size: int, of: range | None = None) -> Iterator[FetchedBatch]:
-        """Every example once, or those at the positions `of`, in the order of the split; the last batch may be
+        """Every example once, or those at the positions `of`, in the order of the split. The last batch may be
         smaller."""
-        among = range(len(self)) if of is None else of
-        return self.batches(iter(torch.arange(among.start, among.stop).split(batch_size)))  # type: ignore[no-untyped-call]
+        positions = range(len(self)) if of is None else of
+        return self.batches(iter(torch.arange(positions.start, positions.stop).split(batch_size)))  # type: ignore[no-untyped-call]
 
 
 def row_bytes(split: Split) -> int:
@@ -255,13 +255,13 @@ def row_bytes(split: Split) -> int:
 
 
 def fits(split: Split, device: Device) -> bool:
-    """Whether the device's memory has room for the split beside a training."""
+    """Whether the device's memory has room for the split during training."""
     room = available_memory_bytes(device)
     return room is None or len(split) * row_bytes(split) <= RESIDENT_SHARE * room
 
 
 def _read_ahead(read: Callable[[torch.Tensor], Read], steps: Iterator[torch.Tensor]) -> Iterator[Read]:
-    """`read` of each entry, done in a thread a few entries ahead."""
+    """The results of `read` for each entry, from a thread that works a few entries ahead."""
     ready: queue.Queue[Read | BaseException | None] = queue.Queue(READ_AHEAD)
     stop = threading.Event()
 

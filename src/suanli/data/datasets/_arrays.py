@@ -1,4 +1,4 @@
-"""Publishers' files of pixels as rows, and the check that they are what they should be."""
+"""Reads publishers' files of pixel arrays (IDX, CIFAR) into rows, and checks their format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError)
 
 
 def make_rows(images: Pixels, labels: Pixels, classes: Sequence[str], split: str | None) -> list[Row]:
-    """Images (N, H, W) or (N, H, W, C) with their class numbers (N,) as rows."""
+    """A row for each image, from images (N, H, W) or (N, H, W, C) and class numbers (N,)."""
     return [
         Row(name=f"{split or 'all'}/{i:05d}", label=classes[label], split=split, read=partial(_image, images, i))
         for i, label in enumerate(labels.tolist())
@@ -42,23 +42,23 @@ def _image(images: Pixels, position: int) -> np.ndarray:
 def make_source(
     name: str, rows: Sequence[Row], classes: Sequence[str], size_bytes: int, licence: str, files: Iterable[Path]
 ) -> Source:
-    about = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\0" for f in files)
+    stamps = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\0" for f in files)
     return Source(
         name=name,
         kind="image",
         rows=rows,
         classes=tuple(classes),
-        fingerprint=hashlib.blake2b(about.encode(), digest_size=16).hexdigest(),
+        fingerprint=hashlib.blake2b(stamps.encode(), digest_size=16).hexdigest(),
         size_bytes=size_bytes,
         licence=licence,
     )
 
 
 def read_idx(path: Path, dimensions: int) -> Pixels:
-    """The bytes of a gzipped IDX file as an array with that many dimensions.
+    """The bytes of a gzipped IDX file, as an array with that many dimensions.
 
-    Format: two zeros, the type (8: bytes), the number of dimensions, each length as a big-endian
-    32-bit number, the values. Raises DataError for anything else. Source: the MNIST home page.
+    The format is two zeros, the type (8 for bytes), the number of dimensions, each length as a big-endian 32-bit
+    number, and the values. Raises DataError for anything else. Source: the MNIST home page.
     """
     import numpy as np
 
@@ -72,18 +72,18 @@ def read_idx(path: Path, dimensions: int) -> Pixels:
             for length in shape:
                 count *= length
             if not 0 < count <= MAX_BYTES:
-                raise damage_error(path, f"it says that it has the shape {shape}")
+                raise damage_error(path, f"its header has the shape {shape}")
             content = stream.read(count + 1)
     except (*_DAMAGED, OSError) as error:
         raise damage_error(path, str(error)) from error
     if len(content) != count:
-        raise damage_error(path, f"it doesn't have the {count} values that its header says")
+        raise damage_error(path, f"it doesn't have the {count} values of its header")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def read_idx_dataset(dataset: Dataset, classes: Sequence[str], folder: Path) -> Source:
-    """MNIST and what was made in its image: four IDX files, in the order of `dataset.downloads`:
-    training images, training labels, test images, test labels."""
+    """MNIST and data sets in its format: four IDX files in the order of `dataset.downloads`: training images, training
+    labels, test images, test labels."""
     files = [folder / download.url.rpartition("/")[2] for download in dataset.downloads]
     rows: list[Row] = []
     size_bytes = 0
@@ -99,10 +99,10 @@ def read_idx_dataset(dataset: Dataset, classes: Sequence[str], folder: Path) -> 
 def read_cifar(
     dataset: Dataset, folder: Path, *, train: Sequence[str], test: Sequence[str], names: str, label_bytes: int
 ) -> Source:
-    """CIFAR's binary version: records of `label_bytes` bytes, of which the last is the class, and
-    3,072 bytes of a 32x32 picture, all red, then all green, then all blue.
+    """CIFAR's binary version. A record has `label_bytes` bytes, of which the last is the class, and 3,072 bytes of a
+    32x32 picture: all red, then all green, then all blue.
 
-    `train`, `test` and `names` are members of the archive, `names` with one class name a line.
+    `train`, `test` and `names` are members of the archive; `names` has one class name per line.
     """
     import numpy as np
 
@@ -127,20 +127,20 @@ def read_cifar(
 
 
 def _members(path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Content of the named members of a tar.gz; no other is looked at."""
-    found: dict[str, bytes] = {}
+    """The content of the named members of a tar.gz. No other member is read."""
+    content: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
             for info in archive:
                 if info.name in names and info.isreg() and info.size <= MAX_BYTES:
                     stream = archive.extractfile(info)
-                    found[info.name] = stream.read() if stream else b""
+                    content[info.name] = stream.read() if stream else b""
     except (*_DAMAGED, OSError) as error:
         raise damage_error(path, str(error)) from error
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in content]
     if missing:
         raise damage_error(path, f"{', '.join(missing)} is missing in it")
-    return found
+    return content
 
 
 def damage_error(path: Path, reason: str) -> DataError:

@@ -1,6 +1,6 @@
-"""Handwritten digits, 8x8 grey: the copy of UCI's test set that scikit-learn carries. No download.
+"""Handwritten digits, 8x8 grey: UCI's test set, which scikit-learn contains. No download.
 
-1,797 pictures without an official split, so suanli makes one.
+There are 1,797 pictures without an official split, so suanli makes one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CLASSES = tuple("0123456789")
 
 
 def _read(folder: Path) -> Source:  # noqa: ARG001  # comes with scikit-learn
-    """The counts of ink, 0 to 16, as grey values 0 to 255."""
+    """Rows with the amounts of ink, 0 to 16, scaled to grey values 0 to 255."""
     import numpy as np
 
     ink, labels = _table()
@@ -38,20 +38,20 @@ def _read(folder: Path) -> Source:  # noqa: ARG001  # comes with scikit-learn
 
 
 def _table() -> tuple[np.ndarray, np.ndarray]:
-    """Ink (N, 8, 8) and classes (N,). From the file that scikit-learn carries, where it lies as always: importing the
-    package takes a second of each process."""
+    """Ink (N, 8, 8) and classes (N,), from scikit-learn's file where it is in its usual folder: importing the package
+    would cost every process a second."""
     import numpy as np
 
     spec = find_spec("sklearn")
-    for place in (spec and spec.submodule_search_locations) or ():
-        path = Path(place) / "datasets" / "data" / "digits.csv.gz"
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
         if path.is_file():
             table = np.loadtxt(path, delimiter=",")
             return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    return found.images, found.target
+    digits = load_digits()
+    return digits.images, digits.target
 
 
 DATASET = Dataset(

@@ -1,7 +1,7 @@
-"""Imagenette: photos of 10 easily told classes of ImageNet, shorter side 160 px, 9,469 and 3,925.
+"""Imagenette: photos of 10 easy classes of ImageNet, shorter side 160 px, 9,469 for training and 3,925 for the test.
 
-The publisher has a `train` and a `val` folder and no test. Results are compared on that `val`, so it
-is the test split here; what suanli validates on is taken from the training photos.
+The publisher has a `train` and a `val` folder and no test. Published results are of `val`, so it is the test split
+here; suanli's validation split is taken from the training photos.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from suanli.core.types import Columns, Dataset, Download, Source
 from suanli.data.datasets._arrays import damage_error
 from suanli.data.readers.archive import READER as ARCHIVE
 
-CLASSES = {  # WordNet number, by which the folders are called, to the publisher's name
+CLASSES = {  # WordNet number, the name of the folder, to the publisher's name
     "n01440764": "tench",
     "n02102040": "English springer",
     "n02979186": "cassette player",
@@ -29,14 +29,14 @@ CLASSES = {  # WordNet number, by which the folders are called, to the publisher
 
 def _read(folder: Path) -> Source:
     path = folder / DATASET.downloads[0].url.rpartition("/")[2]
-    found = ARCHIVE.read(path, Columns())
-    odd = set(found.classes) - set(CLASSES)
-    if odd or {row.split for row in found.rows} != {"train", "val"}:
-        raise damage_error(path, f"it isn't laid out as its publisher does ({', '.join(sorted(odd)[:3])})")
+    source = ARCHIVE.read(path, Columns())
+    unknown = set(source.classes) - set(CLASSES)
+    if unknown or {row.split for row in source.rows} != {"train", "val"}:
+        raise damage_error(path, f"its folders aren't those of its publisher ({', '.join(sorted(unknown)[:3])})")
     rows = [
-        replace(row, label=CLASSES[row.label], split="test" if row.split == "val" else row.split) for row in found.rows
+        replace(row, label=CLASSES[row.label], split="test" if row.split == "val" else row.split) for row in source.rows
     ]
-    return replace(found, name=DATASET.name, rows=rows, classes=tuple(CLASSES.values()), licence=DATASET.licence)
+    return replace(source, name=DATASET.name, rows=rows, classes=tuple(CLASSES.values()), licence=DATASET.licence)
 
 
 # URL: README of fastai/imagenette. Size and SHA-256: tensorflow/datasets,

@@ -1,12 +1,11 @@
-"""Pictures: from file bytes or pixel arrays to normalised (C, H, W) model inputs.
+"""Images: from file bytes or pixel arrays to normalised (C, H, W) model inputs.
 
-`encode` decodes once and keeps uint8 rows (H, W, C) at the working size; `to_model` turns a batch of
-rows into float32 on the device with one conversion and one multiply-add. Small data sets of one
-size (digits, CIFAR) keep it, even when it isn't square; others become squares. Resizing is
-torch's antialiased bilinear on uint8, which agrees with Pillow's to one level and was measured two
-to ten times as fast.
+`encode` decodes once and makes uint8 rows (H, W, C) of the working size; `to_model` turns a batch of rows into float32
+on the device with one conversion and one multiply-add. Small images that all have one size (digits, CIFAR) keep it,
+even if it isn't square; others become squares. Resizing is torch's antialiased bilinear one on uint8, which differs
+from Pillow's by one level at most and was measured two to ten times as fast.
 
-What this does not do: random changes (see `augments`), colour management, or video.
+Not here: random changes (`training/augments`), colour management and video.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
     import torch
 
 Resize = Literal["crop", "squash", "pad"]
-NATIVE_SIDE = 64  # px: data sets of one size up to this keep it
+NATIVE_SIDE = 64  # px: images that all have one size up to this keep it
 DEFAULT_SIDE = 128  # px
-MAX_SIDE = 4096  # px that a user may ask for
-LOOKED_AT = 256  # images that decide size and channels
-MEASURED_BYTES = 1 << 28  # of rows that decide mean and spread
+MAX_SIDE = 4096  # px that a user may set
+SAMPLED = 256  # images that decide size and channels
+MEASURED_BYTES = 1 << 28  # of rows that decide mean and standard deviation, about
 PAD_LEVEL = 128
 SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
@@ -47,9 +46,9 @@ SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 class ImagePreprocess(Preprocess):
     """Rows are uint8 (height, width, channels); model inputs are float32 (channels, height, width).
 
-    resize: "crop" scales the short side and cuts out the middle, "squash" ignores the aspect,
-    "pad" shows all of the picture between grey bars. mean and std are per channel, in units where
-    white is 1; None before `measure`, and then inputs are in 0 to 1.
+    `resize` is "crop" (scale the short side and cut out the middle), "squash" (ignore the aspect ratio) or "pad" (keep
+    the whole picture between grey bars). `mean` and `std` are per channel, where white is 1; None, before `measure`,
+    leaves inputs in 0 to 1.
     """
 
     kind: ClassVar[str] = "image"
@@ -69,43 +68,40 @@ class ImagePreprocess(Preprocess):
 
     @classmethod
     def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
-        """Settings: size (px, or [height, width]), resize, channels (1 or 3). What is not set is
-        decided by the first 256 readable images, so `raws` should mix the classes.
+        """Settings: size (px, or [height, width]), resize, channels (1 or 3). The first 256 readable images decide what
+        isn't set, so `raws` should mix the classes.
 
-        Raises UsageError for a bad setting, DataError when no image can be read.
+        Raises UsageError for a bad setting, DataError where no image can be read.
         """
-        given = _check_settings(settings)
+        checked = _check_settings(settings)
         sizes, grey = _read_headers(raws())
         if not sizes:
-            raise DataError(
-                "None of the training images can be read.", fix="Check that the files are images and whole."
-            )
-        size = given.get("size") or _working_size(sizes)
-        channels = given.get("channels") or (1 if grey else 3)
-        return cls(height=size[0], width=size[1], channels=channels, resize=given.get("resize", "crop"))
+            raise DataError("None of the training images can be read.", fix="Check that the files are complete images.")
+        size = checked.get("size") or _working_size(sizes)
+        channels = checked.get("channels") or (1 if grey else 3)
+        return cls(height=size[0], width=size[1], channels=channels, resize=checked.get("resize", "crop"))
 
     def encode(self, raw: Raw) -> EncodedInput:
         """Safe to call from several threads at once."""
         pixels, traits = decode(raw)
-        height, width, found = pixels.shape
+        height, width, channels = pixels.shape
         row = _resize(pixels, self.height, self.width, self.resize)
-        if found == 1 and self.channels == 3:
+        if channels == 1 and self.channels == 3:
             row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
-        elif found == 3 and self.channels == 1:
+        elif channels == 3 and self.channels == 1:
             row, traits = _to_grey(row), ("colour", *traits)
-        # Of the size and the row, not of the file: pictures that the model can't tell apart are the
-        # same, however they are stored. SHA-256 has its own instructions on current CPUs and is then
-        # the fastest in hashlib.
+        # Of the size and the row, not of the file: pictures that the model can't tell apart are equal. SHA-256 has its
+        # own instructions on current CPUs and is then the fastest in hashlib.
         digest = hashlib.sha256(b"%d,%d:" % (height, width), usedforsecurity=False)
         digest.update(np.ascontiguousarray(row).data)
         return EncodedInput(row=row, digest=digest.digest()[:16], traits=traits, size=(height, width))
 
     def measure(self, rows: np.ndarray) -> Self:
-        """Reads at most about 256 MB of `rows`, evenly spread, a few MB at a time."""
+        """A copy with `mean` and `std` of at most about 256 MB of `rows`, evenly spread, read a few MB at a time."""
         import torch
 
         if not len(rows):
-            raise DataError("No image can be decoded.", fix="Check that the files are images and whole.")
+            raise DataError("No image can be decoded.", fix="Check that the files are complete images.")
         row_bytes = self.height * self.width * self.channels
         step = max(1, len(rows) * row_bytes // MEASURED_BYTES)
         chunk = max(1, (1 << 22) // row_bytes) * step
@@ -113,7 +109,7 @@ class ImagePreprocess(Preprocess):
         total = np.zeros(self.channels)
         squares = np.zeros(self.channels)
         for start in range(0, len(rows), chunk):
-            # float32 is exact enough inside one chunk; across chunks float64 adds up.
+            # float32 is exact enough inside one chunk; float64 adds up the chunks.
             part = np.ascontiguousarray(rows[start : start + chunk : step]).reshape(-1, self.channels)
             values = torch.from_numpy(part.astype(np.float32) / 255)
             count += len(values)
@@ -136,7 +132,7 @@ class ImagePreprocess(Preprocess):
 
         batch, height, width, channels = rows.shape
         scale, shift = _scale_and_shift(self.mean, self.std, channels, width, rows.device)
-        # One line of pixels is one long vector, so that the CPU's vectors are full.
+        # A line of pixels is one long vector, so that the CPU's vector units are full.
         values = rows.reshape(batch, height, width * channels).to(torch.float32)
         torch.addcmul(shift, values, scale, out=values)
         return values.view(batch, height, width, channels).permute(0, 3, 1, 2)
@@ -158,7 +154,7 @@ class ImagePreprocess(Preprocess):
         return {"in_channels": self.channels, "image_size": [self.height, self.width]}
 
     def preview(self, row: np.ndarray) -> Preview:
-        """A PNG of about 64 to 128 px; tiny pictures are enlarged without smoothing."""
+        """A PNG of at most 128 px; tiny pictures are enlarged without smoothing."""
         image = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row)
         times = 128 // max(image.size)
         if times > 1:
@@ -170,8 +166,8 @@ class ImagePreprocess(Preprocess):
 
     @classmethod
     def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
-        """A file, every image below a folder (by suffix, sorted), or standard input ("-"): the
-        bytes of one image, or paths, one a line. Raises DataError when there is nothing."""
+        """A file; every image below a folder (by suffix, sorted); or standard input ("-"), which is the bytes of one
+        image or a list of paths, one per line. Raises DataError where there are none."""
         if path == Path("-"):
             return _read_standard_input()
         if path.is_dir():
@@ -187,9 +183,9 @@ def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     for name in settings:
         if name not in allowed:
             raise unknown("preprocess setting", name, allowed)
-    given = {name: value for name, value in settings.items() if value is not None}
-    if "size" in given:
-        size = given["size"]
+    checked = {name: value for name, value in settings.items() if value is not None}
+    if "size" in checked:
+        size = checked["size"]
         sides = [size, size] if isinstance(size, int) else size
         if (
             not isinstance(sides, (list, tuple))
@@ -197,20 +193,20 @@ def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
             or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
         ):
             raise UsageError(
-                f"preprocess.size is {size!r}, which is no image size.",
+                f"preprocess.size is {size!r}, which is not an image size.",
                 fix=f"Give pixels from 1 to {MAX_SIDE}: 128, or [height, width].",
             )
-        given["size"] = tuple(sides)
-    if "resize" in given and given["resize"] not in get_args(Resize):
-        raise unknown("value of preprocess.resize", str(given["resize"]), get_args(Resize))
-    if "channels" in given and (type(given["channels"]) is not int or given["channels"] not in (1, 3)):
-        raise UsageError(f"preprocess.channels is {given['channels']!r}.", fix="Give 1 (grey) or 3 (colour).")
-    return given
+        checked["size"] = tuple(sides)
+    if "resize" in checked and checked["resize"] not in get_args(Resize):
+        raise unknown("value of preprocess.resize", str(checked["resize"]), get_args(Resize))
+    if "channels" in checked and (type(checked["channels"]) is not int or checked["channels"] not in (1, 3)):
+        raise UsageError(f"preprocess.channels is {checked['channels']!r}.", fix="Give 1 (grey) or 3 (colour).")
+    return checked
 
 
 def _read_headers(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
-    """Sizes of the first readable images, and whether all of them are grey. Only headers are read,
-    except until the first colour picture: a grey one may be stored with three channels."""
+    """Sizes of the first readable images, and whether all of them are grey. Only headers are read, but pixels too until
+    the first colour picture, since grey ones may be stored with three channels."""
     sizes: list[tuple[int, int]] = []
     grey = True
     for raw in raws:
@@ -221,7 +217,7 @@ def _read_headers(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
         except BadInput:
             continue
         sizes.append((header.height, header.width))
-        if len(sizes) == LOOKED_AT:
+        if len(sizes) == SAMPLED:
             break
     return sizes, grey
 
@@ -234,8 +230,8 @@ def _working_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
 
 
 def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
-    """(H, W, C) to (height, width, C). Crops before it scales, so a strip of 1 by 100,000 px costs
-    no more than a square."""
+    """(height, width, C) from (H, W, C). Crops before scaling, so a strip of 1 by 100,000 px costs no more than a
+    square."""
     h, w, channels = pixels.shape
     if (h, w) == (height, width):
         return pixels
@@ -257,7 +253,7 @@ def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.n
 def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels)
-    if "torch" not in sys.modules:  # an engine that runs without it: seconds and 200 MB for one resize
+    if "torch" not in sys.modules:  # an engine may run without torch, and importing it costs seconds and 200 MB
         return _scaled_by_pillow(pixels, height, width)
     import torch
     from torch.nn import functional as F
@@ -265,19 +261,19 @@ def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     with torch.inference_mode():
         image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
         scaled = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
-    # Not torch's contiguous(): for one small picture it would wake a whole pool of threads.
+    # Not torch's contiguous(), which starts a pool of threads even for one small picture.
     return np.ascontiguousarray(scaled[0].numpy().transpose(1, 2, 0))
 
 
 def _scaled_by_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The same to one level, two to ten times as slow."""
+    """The same up to one level, two to ten times as slow."""
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     scaled = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
     return scaled.reshape(height, width, pixels.shape[2])
 
 
 def _to_grey(row: np.ndarray) -> np.ndarray:
-    """RGB to grey with the weights of ITU-R BT.601, rounded."""
+    """Grey (H, W, 1) from RGB, with the weights of ITU-R BT.601, rounded."""
     weights = np.array([19595, 38470, 7471], np.uint32)
     return ((row @ weights + 0x8000) >> 16).astype(np.uint8)[:, :, None]
 
@@ -290,10 +286,10 @@ def _scale_and_shift(
     width: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two vectors (width * channels,) on the device with which value * scale + shift normalises."""
+    """Two vectors (width * channels,) on the device; value * scale + shift normalises."""
     import torch
 
-    with torch.inference_mode(False):  # kept for later calls, which may be training
+    with torch.inference_mode(False):  # cached for later calls, which may be in training
         spread = torch.tensor(std or [1.0] * channels, dtype=torch.float64)
         centre = torch.tensor(mean or [0.0] * channels, dtype=torch.float64)
         scale, shift = 1 / (255 * spread), -centre / spread
@@ -301,17 +297,17 @@ def _scale_and_shift(
 
 
 def _list_images(folder: Path) -> list[tuple[str, Callable[[], Raw]]]:
-    found = []
-    for place, folders, files in os.walk(folder):
+    paths = []
+    for directory, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in files:
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                found.append(Path(place) / name)
-    if not found:
+                paths.append(Path(directory) / name)
+    if not paths:
         raise DataError(
             f"There is no image below {folder}.", fix="Give a folder that holds .jpg, .png or other images."
         )
-    return [(str(path.relative_to(folder)), path.read_bytes) for path in sorted(found)]
+    return [(str(path.relative_to(folder)), path.read_bytes) for path in sorted(paths)]
 
 
 def _read_standard_input() -> list[tuple[str, Callable[[], Raw]]]:

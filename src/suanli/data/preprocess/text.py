@@ -1,14 +1,12 @@
-"""Text to token ids: one vocabulary, learned from the training texts, for spaced scripts and CJK.
+"""Text: from strings to token ids, with a vocabulary of the training texts.
 
-A token is a word, one punctuation mark or symbol, or one character of a script that is written
-without spaces (Han, Kana, Thai, Lao, Khmer, Burmese), so that Chinese works without a segmenter.
-English contractions split as in the Penn Treebank ("don't" is "do" and "n't", "it's" is "it" and
-"'s"), so that raw text meets the vocabulary of a corpus that was tokenised beforehand. Texts are
-brought to Unicode NFKC first: full-width and half-width forms, ligatures and composed accents
-count as the same.
+A token is a word, a punctuation mark or symbol, or one character of a script that is written without spaces (Han, Kana,
+Thai, Lao, Khmer, Burmese), so Chinese needs no segmenter. English contractions are split as in the Penn Treebank
+("don't" is "do" and "n't", "it's" is "it" and "'s"), so that raw text matches a corpus that was tokenised before. Texts
+are normalised to Unicode NFKC first: full-width and half-width forms, ligatures and composed accents are equal.
 
-A row is the first `length` token ids, then zeros. What this does not do: subword pieces, stemming,
-or a language's own segmentation. A text is read up to its first 100,000 characters.
+A row is the first `length` token ids, then zeros. Only the first 100,000 characters of a text are read. Not supported:
+subword tokens, stemming, and segmentation by a language's own rules.
 """
 
 from __future__ import annotations
@@ -35,9 +33,9 @@ if TYPE_CHECKING:
 
 PADDING, UNKNOWN = 0, 1
 MAX_CHARACTERS = 100_000
-MAX_LENGTH = 4096  # tokens that a user may ask for
-MAX_FITTED_LENGTH = 256  # tokens that `fit` chooses by itself: cost grows with every one
-FITTED_PERCENTILE = 99.5  # what is asked later is often longer than the fragments learned from
+MAX_LENGTH = 4096  # tokens that a user may set
+MAX_FITTED_LENGTH = 256  # tokens that `fit` may choose: each one costs time
+FITTED_PERCENTILE = 99.5  # of the lengths of training texts; texts to predict are often longer
 DEFAULTS: Mapping[str, Json] = {"vocabulary_size": 20_000, "length": None, "min_count": 2, "lowercase": True}
 TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet", ".xlsx"}
 
@@ -53,7 +51,7 @@ _INVISIBLE = "\x00-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\uf
 _TOKEN = re.compile(
     rf"[{_UNSPACED}]"
     rf"|n't\b|'(?:s|m|d|re|ve|ll)\b|{_LETTER}{{1,64}}?(?=n't\b)"
-    rf"|{_LETTER}{{1,64}}"  # longer ones are no words: they come in pieces
+    rf"|{_LETTER}{{1,64}}"  # longer ones aren't words and are split
     rf"|[^\s{_INVISIBLE}]",
     re.IGNORECASE,
 )
@@ -63,7 +61,7 @@ _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": 
 
 
 def normalise(raw: Raw) -> str:
-    """UTF-8 bytes or a string to NFKC with plain quotes and single spaces. Raises BadInput."""
+    """NFKC with plain quotes and single spaces, from UTF-8 bytes or a string. Raises BadInput."""
     if isinstance(raw, bytes):
         try:
             raw = raw.decode("utf-8-sig")
@@ -73,8 +71,8 @@ def normalise(raw: Raw) -> str:
         raise BadInput(f"Text or UTF-8 bytes expected, not {type(raw).__name__}.", fix="Remove it.")
     text = raw[:MAX_CHARACTERS]
     if not text.isascii():
-        # Half a surrogate pair can't be stored as UTF-8. NFKC takes quadratic time on a long run
-        # of accents, hence the pieces; a cut inside a composed letter costs at most that letter.
+        # Half a surrogate pair can't be stored as UTF-8. NFKC takes quadratic time for a long run of accents, hence the
+        # pieces; a cut inside a composed letter changes that letter only.
         text = _SURROGATE.sub("\ufffd", text)
         pieces = (text[i : i + 250] for i in range(0, len(text), 250))
         text = "".join(unicodedata.normalize("NFKC", piece) for piece in pieces).translate(_QUOTES)
@@ -82,7 +80,7 @@ def normalise(raw: Raw) -> str:
 
 
 def tokenize(text: str, *, lowercase: bool = True) -> Iterator[str]:
-    """The tokens of a normalised text, one by one, so that a long text can be left early."""
+    """The tokens of a normalised text, lazily, so that only the start of a long text is read."""
     for match in _TOKEN.finditer(text):
         yield match[0].lower() if lowercase else match[0]
 
@@ -102,13 +100,13 @@ class TextPreprocess(Preprocess):
 
     @classmethod
     def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
-        """The vocabulary, and the length that holds 99.5 % of the texts whole (at most 256).
+        """Chooses the vocabulary, and a length that holds 99.5 % of the texts (at most 256).
 
-        Settings: `vocabulary_size` (with padding and unknown), `length`, `min_count` (rarer tokens
-        are unknown), `lowercase`. Equal counts are ordered by the token, so the order of the texts
-        doesn't matter. Raises UsageError, and DataError where no text has a token.
+        Settings: `vocabulary_size` (with padding and unknown), `length`, `min_count` (rarer tokens are unknown),
+        `lowercase`. Equal counts are ordered by the token, so the order of the texts doesn't matter. Raises UsageError
+        for a bad setting, DataError where no text has a token.
         """
-        chosen = _check_settings(settings)
+        checked = _check_settings(settings)
         counts: Counter[str] = Counter()
         lengths: list[int] = []
         for raw in raws():
@@ -116,30 +114,30 @@ class TextPreprocess(Preprocess):
                 text = normalise(raw)
             except BadInput:
                 continue  # counted where the inputs are encoded
-            found = tokenize(text, lowercase=chosen["lowercase"])
-            row = list(islice(found, chosen["length"] or MAX_FITTED_LENGTH))
+            tokens = tokenize(text, lowercase=checked["lowercase"])
+            row = list(islice(tokens, checked["length"] or MAX_FITTED_LENGTH))
             if row:
                 counts.update(row)
                 lengths.append(len(row))
         if not lengths:
             raise DataError("No training text has any words.", fix="Check which column holds the text.")
-        length = chosen["length"] or int(np.percentile(lengths, FITTED_PERCENTILE, method="higher"))
-        frequent = [token for token, count in counts.items() if count >= chosen["min_count"]]
+        length = checked["length"] or int(np.percentile(lengths, FITTED_PERCENTILE, method="higher"))
+        frequent = [token for token, count in counts.items() if count >= checked["min_count"]]
         frequent.sort(key=lambda token: (-counts[token], token))
-        size = chosen["vocabulary_size"] - 2
-        return cls(vocabulary=tuple(frequent[:size]), length=length, lowercase=chosen["lowercase"])
+        size = checked["vocabulary_size"] - 2
+        return cls(vocabulary=tuple(frequent[:size]), length=length, lowercase=checked["lowercase"])
 
     def encode(self, raw: Raw) -> EncodedInput:
-        """Row (L,) int32. Traits: "truncated", "no known word". Raises BadInput for what isn't
-        text and for a text without a single token."""
+        """A row (L,) int32. Traits: "truncated", "no known word". Raises BadInput for what isn't text and for a text
+        without tokens."""
         text = normalise(raw)
-        found = list(islice(tokenize(text, lowercase=self.lowercase), self.length + 1))
-        if not found:
+        tokens = list(islice(tokenize(text, lowercase=self.lowercase), self.length + 1))
+        if not tokens:
             raise BadInput("The text is empty.", fix="Remove it.")
-        ids = [self._ids.get(token, UNKNOWN) for token in found[: self.length]]
+        ids = [self._ids.get(token, UNKNOWN) for token in tokens[: self.length]]
         row = np.zeros(self.length, np.int32)
         row[: len(ids)] = ids
-        traits = ["truncated"] if len(found) > self.length else []
+        traits = ["truncated"] if len(tokens) > self.length else []
         if max(ids) == UNKNOWN:
             traits.append("no known word")
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
@@ -149,7 +147,7 @@ class TextPreprocess(Preprocess):
         return self
 
     def to_model(self, rows: torch.Tensor) -> torch.Tensor:
-        """Ids (B, L) int32 to int64."""
+        """Ids (B, L) int64 from int32."""
         return rows.long()
 
     @property
@@ -169,7 +167,7 @@ class TextPreprocess(Preprocess):
         return {"vocabulary_size": len(self.vocabulary) + 2, "length": self.length}
 
     def preview(self, row: np.ndarray) -> Preview:
-        """The row as words: what the model saw, unknown tokens as <unk>."""
+        """The words that the model reads, with unknown tokens as <unk>."""
         words = [self._word(int(token)) for token in row if token != PADDING]
         text = "".join(words[:1])
         for before, word in pairwise(words):
@@ -179,8 +177,8 @@ class TextPreprocess(Preprocess):
 
     @classmethod
     def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
-        """A text file or standard input: each line that isn't blank is one input. A folder: each
-        `.txt` file below it is one input. Raises DataError, UsageError for a table."""
+        """In a text file or standard input, each line that isn't blank is one input; in a folder, each `.txt` file
+        below it. Raises DataError where there are none, UsageError for a table."""
         if path == Path("-"):
             return _lines(sys.stdin.buffer, "stdin")
         if path.is_dir():
@@ -220,17 +218,17 @@ def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     for name in settings:
         if name not in DEFAULTS:
             raise unknown("text setting", name, DEFAULTS)
-    chosen = {**DEFAULTS, **settings}
-    if not isinstance(chosen["lowercase"], bool):
-        raise UsageError(f"lowercase is {chosen['lowercase']!r}.", fix="Give true or false.")
-    _check_count("vocabulary_size", chosen["vocabulary_size"], 3, 10_000_000)
-    _check_count("min_count", chosen["min_count"], 1, sys.maxsize)
-    if chosen["length"] is not None:
-        _check_count("length", chosen["length"], 1, MAX_LENGTH)
-    return chosen
+    checked = {**DEFAULTS, **settings}
+    if not isinstance(checked["lowercase"], bool):
+        raise UsageError(f"lowercase is {checked['lowercase']!r}.", fix="Give true or false.")
+    _check_count("vocabulary_size", checked["vocabulary_size"], 3, 10_000_000)
+    _check_count("min_count", checked["min_count"], 1, sys.maxsize)
+    if checked["length"] is not None:
+        _check_count("length", checked["length"], 1, MAX_LENGTH)
+    return checked
 
 
-def _check_count(name: str, value: Json, low: int, high: int) -> None:
+def _check_count(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise UsageError(f"{name} is {value!r}.", fix=f"Give a whole number from {low:,} to {high:,}.")
 

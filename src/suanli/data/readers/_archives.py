@@ -1,10 +1,10 @@
-"""What the readers of zip and tar share: limits, names, and bytes at any place of a file.
+"""What the readers of zip and tar share: limits, names, and random access to a file.
 
-An archive comes from anywhere, so nothing it says is believed: names may not leave the archive,
-counts and sizes have limits, and no more than the declared size is ever decompressed.
+An archive may come from anywhere, so it isn't trusted: names may not lead out of it, counts and sizes have limits, and
+no more than the declared size is ever decompressed.
 
-Members are read with `pread` on one open file instead of `zipfile`: that needs no lock between
-threads and read 60,000 small members in 0.27 s, `zipfile` in 0.75 s (one thread).
+Members are read with `pread` from one open file instead of by `zipfile`. That needs no lock between threads, and in one
+thread it read 60,000 small members in 0.27 s, `zipfile` in 0.75 s.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from suanli.data.readers._files import MAX_FILE_BYTES
 MAX_MEMBERS = 10_000_000
 MAX_MEMBER_BYTES = MAX_FILE_BYTES
 MAX_TOTAL_BYTES = 1 << 40
-MAX_RATIO = 200  # of what comes out to what is in the file; photographs reach 1, drawings about 100
-RATIO_FROM_BYTES = 16 << 20  # below this nobody is harmed
+MAX_RATIO = 200  # of unpacked to packed size; photographs reach 1, drawings about 100
+RATIO_FROM_BYTES = 16 << 20  # smaller files may have any ratio
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,15 @@ class Listing:
     members: list[Member]
     folders: list[str]
     notes: list[str]
-    stamps: list[str]  # what changes when the content changes
+    stamps: list[str]  # that change when the content does
 
 
 class RandomAccessFile:
-    """A file, read at any place by any number of threads. Sent to another process, it opens the
-    file there again."""
+    """A file that any number of threads can read at any position. When it is pickled to another process, that one opens
+    the file again."""
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
-        """`descriptor` is that of an open file, owned from now on; None: `path` is opened."""
+        """`descriptor` is an open file, which this object closes; None: `path` is opened."""
         self.path = path
         if descriptor is None:
             descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
@@ -55,7 +55,7 @@ class RandomAccessFile:
         return RandomAccessFile, (self.path,)
 
     def __call__(self, offset: int, count: int) -> bytes:
-        """Fewer than `count` bytes only where the file ends."""
+        """`count` bytes from `offset` on; fewer where the file ends."""
         if hasattr(os, "pread"):
             return os.pread(self._descriptor, count, offset)
         with self._lock:  # Windows has no pread
@@ -69,7 +69,7 @@ class RandomAccessFile:
 
 
 def clean_name(path: Path, name: str) -> str:
-    """`name` without leading './'. Raises DataError for one that would lead out of the archive."""
+    """`name` without "." parts. Raises DataError for a name that leads out of the archive."""
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
         raise DataError(

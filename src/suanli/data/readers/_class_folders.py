@@ -1,8 +1,7 @@
-"""From a list of files to labelled rows, by the folders that hold them: `train/cat/001.jpg`.
+"""Labels images by the folders that hold them: `train/cat/001.jpg`.
 
-The folder and the archive reader both list files first and share this: what a split, a class, an
-image and a file to pass over is must not depend on how the files are packed. Only names are looked
-at here; nothing is opened.
+The folder and the archive reader both list files and then use this, so that splits, classes, images and ignored files
+don't depend on how the files are packed. Only names are used here; no file is opened.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class _Folder:
 
 
 def parse_split(name: str) -> str | None:
-    """The split that a folder, file or cell called `name` means: 'Validation' is 'val'."""
+    """The split that the name of a folder or file, or a cell, stands for: 'Validation' is 'val'. None: no split."""
     return _SPLIT_OF.get(name.strip().casefold())
 
 
@@ -68,12 +67,12 @@ def suffix_of(name: str) -> str:
 
 
 def is_ignored(part: str) -> bool:
-    """Hidden files and what file managers leave behind."""
+    """Whether this part of a path is a hidden file, or one that file managers leave behind."""
     return part.startswith(".") or part.casefold() in _LITTER
 
 
 def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
-    """Sorted without repetition; by value where every label is a whole number, so that 2 precedes 10."""
+    """The distinct labels in order: by value where all are whole numbers, so that 2 precedes 10, else by name."""
     unique = set(labels)
     if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in unique):
         return tuple(sorted(unique, key=lambda label: (int(label), label)))
@@ -81,12 +80,12 @@ def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def source_name(name: str) -> str:
-    """`name` as the name of a directory anywhere."""
+    """`name` as a valid directory name on any system."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "data"
 
 
 def count_and_examples(names: Sequence[str], what: str) -> str:
-    """'3 <what>: a, b, c' for a note; no more than three names."""
+    """A note with at most three names: '3 <what>: a, b, c'."""
     more = ", …" if len(names) > 3 else ""
     return f"{len(names)} {what}: {', '.join(names[:3])}{more}"
 
@@ -109,8 +108,8 @@ def make_source(
 ) -> Source:
     """The labelled images among `members`.
 
-    `folders` are paths of folders, so that an empty class stays a class; `where` names the place in
-    errors. Raises DataError where there are no images, no class folders, or fewer than two classes.
+    `folders` are paths of folders, so that a class without images stays a class; errors begin with `where`. Raises
+    DataError where there are no images, no class folders, or fewer than two classes.
     """
     root = _unwrap(_build_tree(members, folders))
     by_split = _find_splits(root, where)
@@ -131,11 +130,11 @@ def make_source(
     used = {row.name for row in rows}
     strays = sorted(m.path for m in root.all_images() if m.path not in used)
     others = sorted(m.path for m in root.all_others())
-    remarks = list(notes)
+    notes = list(notes)
     if strays:
-        remarks.append(count_and_examples(strays, "images outside a class folder, passed over"))
+        notes.append(count_and_examples(strays, "images outside a class folder, skipped"))
     if others:
-        remarks.append(count_and_examples(others, "other files, passed over"))
+        notes.append(count_and_examples(others, "other files, skipped"))
     sizes = {m.path: m.size_bytes for m in root.all_images()}
     return Source(
         name=source_name(name),
@@ -144,19 +143,19 @@ def make_source(
         classes=classes,
         fingerprint=fingerprint,
         size_bytes=sum(sizes[row.name] for row in rows),
-        notes=tuple(remarks),
+        notes=tuple(notes),
     )
 
 
 def _build_tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
     root = _Folder()
-    known: dict[str, _Folder | None] = {}  # by the path of the folder; None: passed over
+    by_path: dict[str, _Folder | None] = {}  # None: ignored
 
     def folder_at(path: str) -> _Folder | None:
-        if path not in known:
+        if path not in by_path:
             parts = PurePosixPath(path).parts
-            known[path] = None if any(map(is_ignored, parts)) else root.at(parts)
-        return known[path]
+            by_path[path] = None if any(map(is_ignored, parts)) else root.at(parts)
+        return by_path[path]
 
     for path in folders:
         folder_at(path)
@@ -165,13 +164,13 @@ def _build_tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
         folder = folder_at(parent)
         if folder is None or is_ignored(file_name):
             continue
-        found = folder.images if suffix_of(file_name) in IMAGE_SUFFIXES else folder.others
-        found.append(member)
+        same_kind = folder.images if suffix_of(file_name) in IMAGE_SUFFIXES else folder.others
+        same_kind.append(member)
     return root
 
 
 def _unwrap(root: _Folder) -> _Folder:
-    """Without the single folders around everything, as archives often have."""
+    """The tree without single folders around everything, which archives often have."""
     while len(root.folders) == 1 and not root.images:
         (name, inner), *_ = root.folders.items()
         if parse_split(name) or inner.images or not inner.folders:
@@ -182,33 +181,33 @@ def _unwrap(root: _Folder) -> _Folder:
 
 
 def _find_splits(root: _Folder, where: str) -> dict[str | None, _Folder]:
-    """The folder that holds the class folders of each split; {None: root} where there are no splits.
+    """The folder with the class folders of each split; {None: root} where there are no splits.
 
-    A folder called `train` that holds images itself is a class (of vehicles, say), not a split.
+    A folder called `train` that has images itself is a class (of vehicles, for example), not a split.
     """
     named = {name: f for name, f in root.folders.items() if parse_split(name)}
-    found = {name: f for name, f in named.items() if f.folders and not f.images}
-    if not found:
-        holding = {name for name, f in root.folders.items() if f.all_images()}
-        if holding and holding <= set(named):
+    splits = {name: f for name, f in named.items() if f.folders and not f.images}
+    if not splits:
+        with_images = {name for name, f in root.folders.items() if f.all_images()}
+        if with_images and with_images <= set(named):
             raise DataError(
-                f"{where} has no class folders inside {', '.join(sorted(holding))}.",
+                f"{where} has no class folders inside {', '.join(sorted(with_images))}.",
                 fix=f"Expected are {LAYOUT}; or give a table with the columns path and label.",
             )
         return {None: root}
     by_split: dict[str | None, _Folder] = {}
     for split in SPLITS:
-        alike = sorted(name for name in found if parse_split(name) == split)
-        if len(alike) > 1:
+        same = sorted(name for name in splits if parse_split(name) == split)
+        if len(same) > 1:
             raise DataError(
-                f"{where} has more than one folder for the {split} split: {', '.join(alike)}.",
+                f"{where} has more than one folder for the {split} split: {', '.join(same)}.",
                 fix="Merge them or move one away.",
             )
-        if alike:
-            by_split[split] = found[alike[0]]
+        if same:
+            by_split[split] = splits[same[0]]
     if "train" not in by_split:
         raise DataError(
-            f"{where} has {', '.join(sorted(found))} but no train folder.",
+            f"{where} has {', '.join(sorted(splits))} but no train folder.",
             fix="Add a train folder, or give a folder of class folders without splits.",
         )
     return by_split
@@ -227,8 +226,8 @@ def _no_images_error(root: _Folder, where: str) -> DataError:
             f"{where} has no images, but tables: {', '.join(tables[:3])}.",
             fix="Give the table file itself (unpacked), or a folder with train, val and test tables.",
         )
-    found = f"only {count_and_examples(others, 'other files')}" if others else "it is empty"
+    content = f"only {count_and_examples(others, 'other files')}" if others else "it is empty"
     return DataError(
-        f"{where} has no images, {found}.",
+        f"{where} has no images, {content}.",
         fix=f"Expected are {LAYOUT}; images end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
     )

@@ -1,7 +1,7 @@
-"""The arrays of an .npz file by their headers: what they may be is decided before one is loaded.
+"""Checks the arrays of an .npz file by their headers, before one is loaded.
 
-Zeros deflate to a thousandth, so a small file can hold more than the memory, and a header can say
-anything. Here shapes, types and sizes are held against limits and each other.
+Zeros compress to a thousandth, so a small file can hold more than the memory, and a header can claim anything. So
+shapes, types and sizes are compared with limits and with each other.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-MAX_BYTES = 32 << 30  # of all arrays that are used; or the machine's memory, if that is less
-MAX_IMAGES = 10_000_000  # in one split; each becomes a row
+MAX_BYTES = 32 << 30  # of all arrays that are used; at most the machine's memory
+MAX_IMAGES = 10_000_000  # in one split
 MAX_CLASSES = 1 << 20
-MAX_NAME_BYTES = 4000  # of a class: 1,000 characters as NumPy has them
+MAX_NAME_BYTES = 4000  # of a class: 1,000 characters in NumPy
 MAX_HEADER_BYTES = 1 << 16  # of an array
 
 
 @dataclass(frozen=True, slots=True)
 class ArrayHeader:
-    """An array that isn't loaded yet, as its header describes it."""
+    """An array that isn't loaded yet."""
 
     name: str
     info: zipfile.ZipInfo
@@ -39,7 +39,7 @@ class ArrayHeader:
 
 
 def read_header(archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> ArrayHeader:
-    """Raises ValueError unless the header promises what its member holds: plain numbers or text."""
+    """The header of an array. Raises ValueError unless it is one of plain numbers or text and has the member's size."""
     from numpy.lib import format as npy
 
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -73,7 +73,7 @@ def check_images(path: Path, images: ArrayHeader) -> None:
     with_channels = len(shape) == 4 and (shape[3] in (1, 3, 4) or shape[1] in (1, 3, 4))
     if 0 in shape or not (len(shape) == 3 or with_channels):
         raise DataError(
-            f"{path}: {images.name} has the shape {shape}, which isn't one of images.",
+            f"{path}: {images.name} has the shape {shape}, which isn't a shape of images.",
             fix="Save (N, H, W) or (N, H, W, C) with 1, 3 or 4 channels.",
         )
     if shape[0] > MAX_IMAGES:
@@ -84,7 +84,7 @@ def check_images(path: Path, images: ArrayHeader) -> None:
 
 
 def check_labels(path: Path, images: ArrayHeader, labels: ArrayHeader) -> None:
-    """One label a row, in one of the forms that the reader takes."""
+    """Raises DataError unless there is one label per image, in a form that the reader knows."""
     if labels.shape[:1] != images.shape[:1]:
         count = labels.shape[0] if labels.shape else 1
         raise DataError(
@@ -99,7 +99,7 @@ def check_labels(path: Path, images: ArrayHeader, labels: ArrayHeader) -> None:
 def check_names(path: Path, names: ArrayHeader) -> None:
     if math.prod(names.shape) > MAX_CLASSES or names.dtype.itemsize > MAX_NAME_BYTES:
         raise DataError(
-            f"{path}: {names.name} has the shape {names.shape} and type {names.dtype}, which isn't one of class names.",
+            f"{path}: {names.name} has the shape {names.shape} and type {names.dtype}, so it can't be class names.",
             fix=f"Save at most {MAX_CLASSES:,} names of at most {MAX_NAME_BYTES // 4:,} characters.",
         )
 
@@ -118,6 +118,6 @@ def check_total(path: Path, total_bytes: int) -> None:
 def labels_error(path: Path, name: str, labels: NDArray[Any] | ArrayHeader) -> DataError:
     return DataError(
         f"{path}: the labels of {name} have the shape {labels.shape} and type {labels.dtype}; "
-        "one label a row is needed.",
+        "one label per row is needed.",
         fix="Save whole numbers or names of shape (N,), or one-hot rows.",
     )

@@ -1,7 +1,6 @@
-"""Table files as rows of cells: which file is which split, and what is in it.
+"""Reads table files into rows of cells, and finds the table of each split in a folder.
 
-All cells are text, as the file has them; what the columns mean is decided in `table.py`. A table is
-read whole: its rows are the data set.
+All cells are text, as in the file; `table.py` decides what the columns mean. A table is read into memory as a whole.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from suanli.core.errors import DataError
 from suanli.data.readers._class_folders import TABLE_SUFFIXES, is_ignored, parse_split, suffix_of
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
-MAX_CELL_CHARACTERS = 16 << 20  # a longer one is a quote that was never closed
+MAX_CELL_CHARACTERS = 16 << 20  # in a longer cell a quote was never closed
 MAX_SHOWN = 30  # names of columns in an error
 
 
 class Cells(Protocol):
-    """The cells of one row by the position of the column."""
+    """The cells of one row, by the position of the column."""
 
     def __getitem__(self, position: int, /) -> str: ...
 
 
 class _SparseCells(dict[int, str]):
-    """The cells that a row has; the others are empty. Rows that each have keys of their own would
-    otherwise need the square of their number."""
+    """Only the cells that a row of JSON has; the others are empty. If every row has other keys, full rows would need
+    memory for the square of their number."""
 
     def __missing__(self, position: int) -> str:
         return ""
@@ -47,31 +46,31 @@ class Table:
 
 
 def find_tables(folder: Path) -> dict[str, Path]:
-    """The tables in a folder by split: {'train': train.tsv, …}. Empty where class folders are,
-    because the folders then say more than a list lying beside them."""
+    """The tables in a folder by split: {'train': train.tsv, …}. Empty where there are class folders, which then are the
+    data set."""
     try:
         paths = [p for p in sorted(folder.iterdir()) if suffix_of(p.name) in TABLE_SUFFIXES and p.is_file()]
-        found = [(split, path) for path in paths if (split := parse_split(path.stem))]
-        if not found or _has_class_folders(folder):
+        tables = [(split, path) for path in paths if (split := parse_split(path.stem))]
+        if not tables or _has_class_folders(folder):
             return {}
     except OSError as error:
         raise DataError(
             f"The folder {folder} can't be read: {error.strerror}.", fix="Give a folder that you may read."
         ) from error
-    by_split = dict(found)
-    if len(by_split) < len(found):
-        names = ", ".join(path.name for _, path in found)
+    by_split = dict(tables)
+    if len(by_split) < len(tables):
+        names = ", ".join(path.name for _, path in tables)
         raise DataError(f"The folder {folder} has two tables for one split: {names}.", fix="Move one away.")
     return by_split
 
 
 def _has_class_folders(folder: Path) -> bool:
-    holding = 0
+    classes = 0
     for inner in _folders(folder):
         if parse_split(inner.name) and any(_folders(inner.path)):
             return True
-        holding += not parse_split(inner.name) and _holds_image(inner.path)
-        if holding == 2:
+        classes += not parse_split(inner.name) and _has_images(inner.path)
+        if classes == 2:
             return True
     return False
 
@@ -81,13 +80,13 @@ def _folders(folder: str | Path) -> Iterator[os.DirEntry[str]]:
         yield from [entry for entry in entries if entry.is_dir() and not is_ignored(entry.name)]
 
 
-def _holds_image(folder: str) -> bool:
+def _has_images(folder: str) -> bool:
     with os.scandir(folder) as entries:
         return any(suffix_of(entry.name) in IMAGE_SUFFIXES for entry in entries)
 
 
 def read_table(path: Path) -> Table:
-    """Raises DataError for what isn't a table in UTF-8, or has a header only."""
+    """The table at `path`. Raises DataError for what isn't a table in UTF-8, and for a header without rows."""
     text = _read_text(path)
     if not text.strip():
         raise DataError(f"The table {path} is empty.", fix="Give a file with a header and rows.")
@@ -107,7 +106,7 @@ def read_table(path: Path) -> Table:
 
 
 def format_columns(columns: Sequence[str]) -> str:
-    """The names of columns for an error."""
+    """The names of columns, for an error."""
     more = f", … ({len(columns):,} in all)" if len(columns) > MAX_SHOWN else ""
     return ", ".join(columns[:MAX_SHOWN]) + more
 
@@ -119,26 +118,26 @@ def _read_text(path: Path) -> str:
         raise DataError(
             f"The table {path} can't be read: {error.strerror}.", fix="Give a file that you may read."
         ) from error
-    way_out = f"Convert it: iconv -f GB18030 -t UTF-8 {path.name} > new{path.suffix} (with its real encoding)."
+    fix = f"Convert it: iconv -f GB18030 -t UTF-8 {path.name} > new{path.suffix} (with its real encoding)."
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"The table {path} is UTF-16, not UTF-8.", fix=way_out.replace("GB18030", "UTF-16"))
+        raise DataError(f"The table {path} is UTF-16, not UTF-8.", fix=fix.replace("GB18030", "UTF-16"))
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"The table {path} is not UTF-8 (line {line}).", fix=way_out) from error
+        raise DataError(f"The table {path} is not UTF-8 (line {line}).", fix=fix) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
-            f"The table {path} has a NUL byte in line {line}: it is damaged or no text file.",
+            f"The table {path} has a NUL byte in line {line}: it is damaged or not a text file.",
             fix="Save it again as UTF-8 text.",
         )
     return text
 
 
 def _split_tabs(text: str) -> list[tuple[int, list[str]]] | None:
-    """Records of a TSV that has one on each line, which is how they are usually written: a quote in a
-    text then means nothing. None where lines differ in length, as when cells have quoted newlines."""
+    """Records of a TSV with one per line, the usual form, in which a quote has no meaning. None: the lines differ in
+    length, as where cells have quoted newlines."""
     lines = text.replace("\r\n", "\n").split("\n")
     tabs = lines[0].count("\t")
     if any(line and line.count("\t") != tabs for line in lines):
@@ -147,7 +146,7 @@ def _split_tabs(text: str) -> list[tuple[int, list[str]]] | None:
 
 
 def _unquote(cell: str) -> str:
-    """Without the quotes that a CSV writer would have put around it."""
+    """The cell without the quotes of a CSV writer, if it has them."""
     if len(cell) >= 2 and cell[0] == cell[-1] == '"':
         inner = cell[1:-1].replace('""', "\0")
         if '"' not in inner:
@@ -211,7 +210,7 @@ def _read_json_lines(path: Path, text: str) -> Table:
 
 
 def _format_cell(value: object) -> str:
-    """A JSON value as a table would have it; what has no such form is a missing cell."""
+    """A JSON value as the text of a cell; empty for lists, objects and null."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int | float):

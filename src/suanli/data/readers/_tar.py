@@ -1,11 +1,9 @@
-"""The members of a tar, compressed or not: listed within the limits of `_archives`, read at their
-place.
+"""Lists the members of a tar, compressed or not, within the limits of `_archives`, and reads them in any order.
 
-In a compressed tar a member has no place of its own. Listing is one pass over the decompressed
-stream that keeps nothing, which is all that is needed where the prepared data is still in the cache.
-When the first member is read, the whole is decompressed into a file without a name in the temporary
-directory (TMPDIR): one mechanism for small and large, the page cache keeps it in memory while there
-is room, and the system removes it whatever happens to the process.
+A compressed tar has no random access. Listing is one pass over the decompressed stream that keeps nothing; where the
+prepared data is still in the cache, no more is needed. The first read of a member decompresses the whole tar into a
+file without a name in the temporary directory (TMPDIR). The page cache keeps it in memory while there is room, and the
+system removes it however the process ends.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from suanli.core.storage import raise_storage_errors
 from suanli.data.readers._archives import Listing, RandomAccessFile, check_count, check_size, check_total, clean_name
 from suanli.data.readers._class_folders import Member, count_and_examples
 
-MAX_HEADER_BYTES = 16 << 20  # of the names and remarks before one member; they are read into memory
+MAX_HEADER_BYTES = 16 << 20  # of the names and comments before a member, which are read into memory
 OPENERS: dict[str, Callable[[Path, str], Any]] = {
     ".tar": open,
     ".tar.gz": gzip.open,
@@ -61,9 +59,8 @@ class TarMember:
 
 
 class UnpackedFile:
-    """What a compressed file holds, read at any place by any number of threads: decompressed at the
-    first reading, in every process that reads. Raises DataError if the file is no longer the one
-    that was listed."""
+    """The content of a compressed file, which any number of threads can read at any position. Every process that reads
+    decompresses it once. Raises DataError if the file has changed since it was listed."""
 
     def __init__(self, path: Path, suffix: str, stamp: tuple[int, int]) -> None:
         self.path = path
@@ -83,12 +80,12 @@ class UnpackedFile:
         return self._unpacked(offset, count)
 
     def _unpack(self) -> RandomAccessFile:
-        with raise_storage_errors(Path(os.environ.get("TMPDIR", "/tmp"))):  # where there is no such directory at all
+        with raise_storage_errors(Path(os.environ.get("TMPDIR", "/tmp"))):  # if there is no temporary directory
             temporary = Path(tempfile.gettempdir())
         try:
             with ExitStack() as stack:
                 if _stamp(self.path) != self._stamp:
-                    raise tarfile.ReadError("it is another file than before")
+                    raise tarfile.ReadError("it is no longer the same file")
                 stream = stack.enter_context(_open(self.path, self._suffix))
                 with raise_storage_errors(temporary):
                     unpacked = stack.enter_context(tempfile.TemporaryFile(dir=temporary))
@@ -105,11 +102,11 @@ class UnpackedFile:
 
 
 class _ForwardStream:
-    """A tar as `tarfile` reads it, from the first byte to the last and never back. Nothing it skips
-    or reads goes beyond the limits, and headers can't fill the memory."""
+    """The stream that `tarfile` reads, from the first byte to the last and never back. It enforces the limits on what
+    is read or skipped, and on the size of headers in memory."""
 
     def __init__(self, path: Path, stream: IO[bytes], *, packed: bool) -> None:
-        self.last = b""  # what was read last
+        self.last = b""  # the last bytes that `read` gave
         self._path = path
         self._stream = stream
         self._packed = packed
@@ -138,7 +135,7 @@ class _ForwardStream:
     def take(self, count: int) -> bytes:
         try:
             chunk = self._stream.read(count)
-        except OSError as error:  # bz2 says 'Invalid data stream' this way
+        except OSError as error:  # bz2 raises it without a number for damaged data
             if error.errno is not None:
                 raise
             raise tarfile.ReadError(f"{self._path.name}: {error}") from error
@@ -148,7 +145,7 @@ class _ForwardStream:
 
 
 def list_tar(path: Path, suffix: str) -> Listing:
-    """Raises one of DAMAGED where it is damaged, DataError where it is hostile."""
+    """The members of a tar. Raises one of DAMAGED where it is damaged, DataError where it is hostile."""
     packed = suffix != ".tar"
     stamp = _stamp(path)
     file = UnpackedFile(path, suffix, stamp) if packed else RandomAccessFile(path)
@@ -168,13 +165,13 @@ def list_tar(path: Path, suffix: str) -> Listing:
                 stamps.append(f"{name}\0{info.size}\0{info.mtime}")
             else:
                 others.append(name)
-        whole = _has_end_mark(stream)
+        complete = _has_end_mark(stream)
         while packed and stream.take(_CHUNK_BYTES):  # the checksum is at the end
             pass
     notes = []
     if others:
-        notes.append(count_and_examples(others, "links, devices and sparse files in the archive, passed over"))
-    if not whole:
+        notes.append(count_and_examples(others, "links, devices and sparse files in the archive, skipped"))
+    if not complete:
         notes.append("the archive has no end mark; it may have been cut short")
     return Listing(list(members.values()), folders, notes, [*stamps, "{} {}".format(*stamp)])
 
@@ -191,15 +188,15 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _iterate(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Every member. `tarfile` keeps all it has seen; dropping them bounds the memory."""
+    """Every member. `tarfile` keeps a list of all members; clearing it bounds the memory."""
     while (info := archive.next()) is not None:
         archive.members.clear()  # type: ignore[attr-defined]  # documented for streams of members
         yield info
 
 
 def _has_end_mark(stream: _ForwardStream) -> bool:
-    """True at the end mark (a block of zeros), False where the file just ends. `tarfile` takes a
-    damaged header in the middle for the end, which would lose the rest in silence."""
+    """Whether the stream ended with the end mark, a block of zeros. Raises ReadError for a damaged header, which
+    `tarfile` takes for the end, so that the rest would be lost silently."""
     if not stream.last:
         return False
     if stream.last.strip(b"\0"):

@@ -1,4 +1,4 @@
-"""The members of a zip file: listed within the limits of `_archives`, read at their place."""
+"""Lists the members of a zip file within the limits of `_archives`, and reads them in any order."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class ZipMember:
     def __call__(self) -> bytes:
         header = self.file(self.offset, 30)
         if header[:4] != b"PK\x03\x04" or len(header) < 30:
-            raise BadInput(f"{self.name} in {self.file.path} is damaged: no header where it should be.")
-        # The local name and extra field may be longer than those of the directory.
+            raise BadInput(f"{self.name} in {self.file.path} is damaged: no header at its position.")
+        # The name and extra field may be longer here than in the central directory.
         name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
         content = self.file(self.offset + 30 + name_bytes + extra_bytes, self.packed_bytes)
         if self.deflated:
@@ -55,7 +55,7 @@ class ZipMember:
 
 
 def list_zip(path: Path) -> Listing:
-    """Raises BadZipFile where it is damaged, DataError where it is encrypted or hostile."""
+    """The members of a zip file. Raises BadZipFile where it is damaged, DataError where it is encrypted or hostile."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
@@ -67,9 +67,9 @@ def list_zip(path: Path) -> Listing:
     folders, links, stamps = [], [], []
     total = 0
     for info in infos:
-        stated = _zip_name(info)
-        name = clean_name(path, stated)
-        if stated.endswith("/"):
+        raw_name = _zip_name(info)
+        name = clean_name(path, raw_name)
+        if raw_name.endswith("/"):
             folders.append(name)
         elif stat.S_ISLNK(info.external_attr >> 16):
             links.append(name)
@@ -83,14 +83,14 @@ def list_zip(path: Path) -> Listing:
             members[name] = Member(name, info.file_size, reader)
             stamps.append(f"{name}\0{info.file_size}\0{info.CRC}")
     check_total(path, total, file.size_bytes)
-    notes = [count_and_examples(links, "links in the archive, passed over")] if links else []
+    notes = [count_and_examples(links, "links in the archive, skipped")] if links else []
     if len(members) < len(stamps):
-        notes.append(f"{len(stamps) - len(members)} names occur again in the archive; the last one counts")
+        notes.append(f"{len(stamps) - len(members)} names occur again in the archive; the last member is used")
     return Listing(list(members.values()), folders, notes, stamps)
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The member's name. Some programs write UTF-8 without saying so; zipfile then takes it as cp437."""
+    """The member's name. Some programs write UTF-8 without the flag for it, and zipfile then decodes it as cp437."""
     name = info.filename
     if not info.flag_bits & 0x800 and not name.isascii():
         with suppress(UnicodeError):

@@ -1,4 +1,4 @@
-"""A zip or tar of class folders, read without unpacking it by hand."""
+"""Reads a zip or tar of class folders without unpacking it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def why_not(path: Path) -> str | None:
 def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # an archive has no columns
     """The images in the archive `path`.
 
-    Raises DataError for an archive that is damaged, encrypted, beyond the limits of `_archives`, has
-    names that lead out of it, or isn't one of class folders.
+    Raises DataError for an archive that is damaged, encrypted or above the limits of `_archives`, that has names that
+    lead out of it, or that has no class folders.
     """
     suffix = _suffix(path)
     if suffix is None or path.is_dir():
@@ -44,13 +44,13 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # an archive 
 
 
 def _suffix(path: Path) -> str | None:
-    """Which of SUFFIXES the name ends in."""
+    """The one of SUFFIXES in which the name ends."""
     name = path.name.casefold()
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def _list_archive(path: Path, suffix: str) -> Listing:
-    """Everything in the archive."""
+    """Everything in the archive. Raises DataError."""
     try:
         return list_zip(path) if suffix == ".zip" else _tar.list_tar(path, suffix)
     except (*_tar.DAMAGED, zipfile.BadZipFile) as error:

@@ -1,7 +1,7 @@
-"""A folder of class folders: `cat/1.jpg`, or `train/cat/1.jpg`, however deep inside a class.
+"""Reads a folder of class folders: `cat/1.jpg` or `train/cat/1.jpg`, at any depth inside a class.
 
-Links are followed, since large sets are often linked together; a link back to a folder above it is
-passed over. Only names, sizes and times are read here; the bytes of an image when it is decoded.
+Links are followed, since large data sets often consist of them; a link to a folder above it is skipped. Only names,
+sizes and times are read here; an image's bytes are read when it is decoded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from suanli.data.readers._class_folders import Member, count_and_examples, finge
 from suanli.data.readers._files import read_file
 from suanli.data.readers._tables import find_tables
 
-MAX_FILES = 20_000_000  # links among folders can multiply them without end
+MAX_FILES = 20_000_000  # links among folders can multiply files without limit
 
 
 def why_not(path: Path) -> str | None:
@@ -42,12 +42,12 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder ha
 
 
 def _replace_undecodable(path: str) -> str:
-    """A name that is not valid UTF-8, so that it can be printed and saved."""
+    """The path in valid UTF-8, so that it can be printed and saved."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
-    """Files, folders, notes, and what the fingerprint is made of."""
+    """Files, folders, notes, and the stamps for the fingerprint."""
     members: list[Member] = []
     folders: list[str] = []
     stamps: list[str] = []
@@ -63,7 +63,7 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
             path = _replace_undecodable(relative + entry.name)
             try:
                 about = entry.stat()
-            except OSError:  # a link to nothing, or to itself
+            except OSError:  # a broken link, or one to itself
                 broken.append(path)
                 continue
             if entry.is_dir():
@@ -81,9 +81,9 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
             raise DataError(f"{top} has more than {MAX_FILES:,} files.", fix="Give a smaller folder.")
     notes = []
     if loops:
-        notes.append(count_and_examples(sorted(loops), "links to a folder above them, passed over"))
+        notes.append(count_and_examples(sorted(loops), "links to a folder above them, skipped"))
     if broken:
-        notes.append(count_and_examples(sorted(broken), "broken links and special files, passed over"))
+        notes.append(count_and_examples(sorted(broken), "broken links and special files, skipped"))
     return members, folders, notes, [*stamps, *folders]
 
 

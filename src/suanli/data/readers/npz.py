@@ -1,8 +1,7 @@
-"""NumPy's .npz with arrays of images and labels under the usual names.
+"""Reads NumPy's .npz files with arrays of images and labels under the usual names.
 
-Arrays are loaded whole: a compressed array can't be read in parts. Before that the shapes of all that
-will be used are read from their headers and held against the limits and each other, because zeros
-deflate to a thousandth; and nothing is unpickled.
+Arrays are loaded as a whole, since a compressed one can't be read in parts. Their headers are checked before that (see
+`_stored_arrays`). Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -54,14 +53,14 @@ def why_not(path: Path) -> str | None:
 
 
 def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays have usual names
-    """The images in `path`: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4; labels (N,),
-    (N, 1) or one-hot (N, K). Raises DataError for anything else, and for a damaged file."""
+    """The images in `path`: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4; labels (N,), (N, 1) or one-hot
+    (N, K). Raises DataError for anything else, and for a damaged file."""
     try:
         return _make_source(path, *_load(path))
     except MemoryError as error:
         raise DataError(
-            f"The arrays in {path} don't fit into the memory that is left.",
-            fix="Save the images as files in class folders, or give a machine with more memory.",
+            f"The arrays in {path} don't fit into the free memory.",
+            fix="Save the images as files in class folders, or use a machine with more memory.",
         ) from error
 
 
@@ -94,55 +93,55 @@ def _make_source(path: Path, parts: list[_SplitArrays], names: list[str]) -> Sou
 
 
 def _load(path: Path) -> tuple[list[_SplitArrays], list[str]]:
-    """The arrays to use, and the names of the classes if there are some."""
+    """The arrays to use, and the class names if there are some."""
     try:
         with zipfile.ZipFile(path) as archive:
             infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            wanted, class_names = _find(path, list(infos))
-            used = dict.fromkeys([*itertools.chain.from_iterable(w[1:] for w in wanted), *class_names])
-            stored = {name: read_header(archive, name, infos[name]) for name in used}
-            for _, images, labels in wanted:
-                check_images(path, stored[images])
-                check_labels(path, stored[images], stored[labels])
+            pairs, class_names = _find(path, list(infos))
+            used = dict.fromkeys([*itertools.chain.from_iterable(pair[1:] for pair in pairs), *class_names])
+            headers = {name: read_header(archive, name, infos[name]) for name in used}
+            for _, images, labels in pairs:
+                check_images(path, headers[images])
+                check_labels(path, headers[images], headers[labels])
             for name in class_names:
-                check_names(path, stored[name])
-            check_total(path, sum(array.info.file_size for array in stored.values()))
-            # Not by numpy.load, which may take another member of that name than was checked.
-            arrays = {name: load_array(archive, array.info) for name, array in stored.items()}
+                check_names(path, headers[name])
+            check_total(path, sum(header.info.file_size for header in headers.values()))
+            # Not by numpy.load, which may read another member of the same name than was checked.
+            arrays = {name: load_array(archive, header.info) for name, header in headers.items()}
     except _DAMAGED as error:
         raise DataError(
-            f"The file {path} is damaged or no .npz of plain arrays ({error}).",
+            f"The file {path} is damaged or not an .npz of plain arrays ({error}).",
             fix="Save it again with numpy.savez_compressed and arrays of numbers, not of objects.",
         ) from error
     except OSError as error:
         raise DataError(f"The file {path} can't be read: {error}.", fix="Give a file you may read.") from error
-    parts = [_SplitArrays(split, arrays[images], arrays[labels], images) for split, images, labels in wanted]
+    parts = [_SplitArrays(split, arrays[images], arrays[labels], images) for split, images, labels in pairs]
     return parts, [_text(value) for name in class_names for value in arrays[name].ravel()]
 
 
 def _find(path: Path, stored: list[str]) -> tuple[list[tuple[str | None, str, str]], list[str]]:
-    """(split, images, labels) of the arrays to use, and the array of class names if there is one."""
+    """The names (split, images, labels) of the arrays to use, and of the array of class names if there is one."""
     by_name = {name.casefold(): name for name in stored}
-    found: dict[str | None, tuple[str, str]] = {}
+    pairs: dict[str | None, tuple[str, str]] = {}
     for (word, split), (x, y) in itertools.product(_SPLIT_WORDS, _PAIRS):
         for images, labels in ((f"{x}_{word}", f"{y}_{word}"), (f"{word}_{x}", f"{word}_{y}")):
             if images in by_name and labels in by_name:
-                found.setdefault(split, (by_name[images], by_name[labels]))
-    if not found:
+                pairs.setdefault(split, (by_name[images], by_name[labels]))
+    if not pairs:
         for x, y in _PAIRS:
             if x in by_name and y in by_name:
-                found.setdefault(None, (by_name[x], by_name[y]))
-    if None not in found and "train" not in found:
+                pairs.setdefault(None, (by_name[x], by_name[y]))
+    if None not in pairs and "train" not in pairs:
         raise DataError(
             f"The file {path} has no arrays with the usual names; it has: {', '.join(sorted(stored)[:20])}.",
             fix=f"Save them as {USUAL}.",
         )
-    wanted = [(split, *names) for split, names in found.items()]
-    return wanted, [by_name[name] for name in _CLASS_NAMES if name in by_name][:1]
+    class_names = [by_name[name] for name in _CLASS_NAMES if name in by_name][:1]
+    return [(split, *names) for split, names in pairs.items()], class_names
 
 
 def _find_scale(path: Path, parts: list[_SplitArrays]) -> tuple[float, list[str]]:
-    """The factor that brings the values of all splits to 0…255; the same for all of them."""
+    """The factor, one for all splits, that scales the values to 0…255; and notes."""
     import numpy as np
 
     kinds = {part.images.dtype.kind for part in parts}
@@ -180,7 +179,7 @@ def _read_image(images: NDArray[Any], position: int, scale: float) -> np.ndarray
 
 
 def _to_channels_last(images: NDArray[Any]) -> NDArray[Any]:
-    """(N, H, W) or (N, H, W, C)."""
+    """Images (N, H, W) or (N, H, W, C) with 3 or 4 channels."""
     if images.ndim == 4 and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
     if images.ndim == 4 and images.shape[3] == 1:
@@ -189,7 +188,7 @@ def _to_channels_last(images: NDArray[Any]) -> NDArray[Any]:
 
 
 def _read_labels(path: Path, part: _SplitArrays) -> list[str]:
-    """One text a row: '3' for a number, the position of the one for one-hot labels."""
+    """One text per row: '3' for the number 3, the position of the 1 for one-hot labels."""
     import numpy as np
 
     labels = part.labels
@@ -208,16 +207,18 @@ def _read_labels(path: Path, part: _SplitArrays) -> list[str]:
 
 
 def _name_classes(path: Path, labels: list[list[str]], names: list[str]) -> tuple[str, ...]:
-    found = order_classes(itertools.chain.from_iterable(labels))
-    if len(found) < 2:
-        raise DataError(f"{path} has only one class, {found[0]!r}; at least two are needed.", fix="Add another class.")
+    """The class names in the file, or else the labels."""
+    classes = order_classes(itertools.chain.from_iterable(labels))
+    if len(classes) < 2:
+        message = f"{path} has only one class, {classes[0]!r}; at least two are needed."
+        raise DataError(message, fix="Add another class.")
     if not names:
-        return found
-    odd = [label for label in found if not label.isdecimal() or int(label) >= len(names)]
-    if odd or len(set(names)) < len(names):
-        shown = count_and_examples(odd, "labels outside of it") if odd else "with a name twice"
+        return classes
+    outside = [label for label in classes if not label.isdecimal() or int(label) >= len(names)]
+    if outside or len(set(names)) < len(names):
+        problem = count_and_examples(outside, "labels outside of it") if outside else "with a name twice"
         raise DataError(
-            f"{path} has a list of {len(names)} class names, {shown}.",
+            f"{path} has a list of {len(names)} class names, {problem}.",
             fix="Save whole numbers from 0 as labels, and one name for each.",
         )
     return tuple(names)

@@ -1,8 +1,7 @@
-"""A table file (CSV, TSV or JSON lines) with an input and a label column, or a folder of train, val
-and test tables.
+"""Reads a table (CSV, TSV or JSON lines) with an input and a label column, or a folder of train, val and test tables.
 
-The input column holds texts, or paths of images relative to the table; which of the two is seen from
-its values. Columns are found by their usual names; `--input-column` and `--label-column` say others.
+The input column has texts, or paths of images relative to the table; its values show which. Columns are found by their
+usual names, unless `--input-column` and `--label-column` name them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TEXT_NAMES = (
     *("text", "sentence", "content", "review", "comment", "title", "question", "body", "document"),
     *("message", "tweet", "utterance", "query"),
 )
-_LOOKED_AT = 100  # values of a column, to see whether they are paths of images
+_SAMPLED = 100  # values of a column that show whether they are paths of images
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,7 @@ class _ColumnChoice:
 
 def why_not(path: Path) -> str | None:
     if path.is_dir():
-        found = find_tables(path)
-        if "train" in found:
+        if "train" in find_tables(path):
             return None
         return "a folder without a table named train (.csv, .tsv, .jsonl or .ndjson), or with class folders"
     if suffix_of(path.name) not in TABLE_SUFFIXES:
@@ -56,15 +54,15 @@ def why_not(path: Path) -> str | None:
 
 
 def read(path: Path, columns: Columns) -> Source:
-    """The rows of the table, or tables, at `path`.
+    """The rows of the table or tables at `path`.
 
-    Raises DataError where it can't be read as a table with an input and a label column; UsageError
-    for a column in `columns` that it doesn't have.
+    Raises DataError where they aren't tables with an input and a label column, UsageError for a column in `columns`
+    that they don't have.
     """
-    found = find_tables(path) if path.is_dir() else {}
-    if path.is_dir() and "train" not in found:
+    tables = find_tables(path) if path.is_dir() else {}
+    if path.is_dir() and "train" not in tables:
         raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
-    files: dict[str | None, Path] = {s: found[s] for s in SPLITS if s in found} or {None: path}
+    files: dict[str | None, Path] = {s: tables[s] for s in SPLITS if s in tables} or {None: path}
     rows: list[Row] = []
     notes: list[str] = []
     kinds: dict[str, Path] = {}
@@ -72,10 +70,10 @@ def read(path: Path, columns: Columns) -> Source:
         table = read_table(file)
         first = split in (None, "train")
         chosen = _choose(table, columns, first=first)
-        if first and chosen is not None:  # the others have the same, or else the usual names
+        if first and chosen is not None:  # the other tables have the same names or the usual ones
             columns = Columns(input=table.columns[chosen.input], label=table.columns[chosen.label])
         if chosen is None:
-            notes.append(f"{file.name} has no label column, passed over")
+            notes.append(f"{file.name} has no label column, skipped")
             continue
         kinds[_kind(table, chosen)] = file
         new_rows, new_notes = _make_rows(table, chosen, split, kind=_kind(table, chosen))
@@ -102,8 +100,8 @@ def read(path: Path, columns: Columns) -> Source:
 
 
 def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | None:
-    """None where the table has no label column and isn't the first, as published tests often are:
-    their second column then is a number of the row, not a label."""
+    """The columns to read. None: the table isn't the first and has no label column, like many published test sets,
+    whose second column is a row number."""
     by_name = {name.casefold(): i for i, name in reversed(list(enumerate(table.columns)))}
     label = _find_named(table, columns.label, "label column", first)
     input_ = _find_named(table, columns.input, "input column", first)
@@ -122,7 +120,7 @@ def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | N
 
 
 def _find_named(table: Table, name: str | None, what: str, first: bool) -> int | None:
-    """Position of a column that the user named. Val and test tables may call theirs otherwise."""
+    """The position of a column that the user named. Val and test tables may have other names."""
     if name is None or (name not in table.columns and not first):
         return None
     if name not in table.columns:
@@ -149,17 +147,17 @@ def _missing_column_error(table: Table, what: str) -> DataError:
     if len(table.columns) == 1 and any(c in table.columns[0] for c in ";|\t,"):
         hint = " Its columns must be separated by commas in .csv and tabs in .tsv."
     return DataError(
-        f"The table {table.path} has no {what} column that is known by its name; "
+        f"The table {table.path} has no {what} column with a usual name; "
         f"its columns are: {format_columns(table.columns)}.",
         fix=f"Name it with --{what}-column, or rename it to one of: {', '.join(usual)}.{hint}",
     )
 
 
 def _are_image_paths(table: Table, position: int) -> bool:
-    values = [cells[position].strip() for _, cells in table.rows[:_LOOKED_AT]]
+    values = [cells[position].strip() for _, cells in table.rows[:_SAMPLED]]
     values = [value for value in values if value]
-    alike = sum("\n" not in v and len(v) < 1000 and suffix_of(v) in IMAGE_SUFFIXES for v in values)
-    return alike > 0.9 * len(values)
+    paths = sum("\n" not in v and len(v) < 1000 and suffix_of(v) in IMAGE_SUFFIXES for v in values)
+    return paths > 0.9 * len(values)
 
 
 def _kind(table: Table, chosen: _ColumnChoice) -> str:
@@ -167,7 +165,7 @@ def _kind(table: Table, chosen: _ColumnChoice) -> str:
 
 
 def _make_rows(table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str) -> tuple[list[Row], list[str]]:
-    """Rows and notes of one table. An empty text stays a row: its fate is the preprocessing's."""
+    """Rows and notes of one table. An empty text stays a row; preprocessing decides about it."""
     rows: list[Row] = []
     bad = list(table.bad)
     for line, cells in table.rows:
@@ -177,18 +175,18 @@ def _make_rows(table: Table, chosen: _ColumnChoice, split: str | None, *, kind: 
             continue
         row_split = split or _parse_split_cell(table, chosen, line, cells)
         if kind == "image":
-            place = _image_path(table, line, value.strip())
-            rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(read_file, place)))
+            file = _image_path(table, line, value.strip())
+            rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(read_file, file)))
         else:
             name = f"{table.path.name}:{line}"
             rows.append(Row(name=name, label=label, split=row_split, read=partial(str, value)))
     if not bad:
         return rows, []
     lines = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
-    remark = f"{len(bad)} lines of {table.path.name} with missing or surplus cells (line {lines})"
+    note = f"{len(bad)} lines of {table.path.name} with missing or surplus cells (line {lines})"
     if len(bad) > len(rows):
-        raise DataError(f"The table {table.path} is mostly damaged: {remark}.", fix="Save it again.")
-    return rows, [f"{remark}, passed over"]
+        raise DataError(f"The table {table.path} is mostly damaged: {note}.", fix="Save it again.")
+    return rows, [f"{note}, skipped"]
 
 
 def _parse_split_cell(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str | None:
@@ -204,7 +202,7 @@ def _parse_split_cell(table: Table, chosen: _ColumnChoice, line: int, cells: Cel
 
 
 def _image_path(table: Table, line: int, path: str) -> str:
-    """Where the image lies. A table may come from elsewhere, so a relative path stays below it."""
+    """The path of an image. A table may come from anywhere, so a relative path must stay below its folder."""
     if "\\" in path and os.sep == "/":
         path = path.replace("\\", "/")
     if ".." in PurePosixPath(path).parts and not os.path.isabs(path):
@@ -216,7 +214,7 @@ def _image_path(table: Table, line: int, path: str) -> str:
 
 
 def _stat_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
-    """Size of all images, and what changes when they do. Raises DataError where the first are missing."""
+    """The size of all images, and stamps that change when they do. Raises DataError where the first are missing."""
     total = 0
     stamps = []
     missing = 0
@@ -248,7 +246,7 @@ def _check_classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
     if len(classes) > 20 and len(classes) > len(rows) / 2:
         raise DataError(
             f"The label column of {path} has {len(classes):,} different values in {len(rows):,} rows: "
-            f"{', '.join(classes[:3])}, …; those are not classes.",
+            f"{', '.join(classes[:3])}, …; these are not classes.",
             fix="Name the right column with --label-column.",
         )
     return classes
