@@ -1,4 +1,4 @@
-"""What tests share: small real data sets on disk, and the real data beside the repository."""
+"""Shared by the tests: small real data sets on disk, and the real data beside the repository."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# One thread for each operation: many processes share the machine in tests, and the threads of one
-# operation would wait for each other. Tests of two threads ask for them. Before torch is imported.
+# One thread for each operation: in tests many processes share the machine, and the threads of an operation would wait
+# for each other. Tests that need two threads set them. This must come before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from suanli.machine.ceilings import Ceilings
 
-# A busy machine is not a failure, and a property that touches the disk needs no hundred examples.
+# A slow machine is no failure, and a property that touches the disk doesn't need a hundred examples.
 settings.register_profile("suanli", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suanli")
 
@@ -30,8 +30,8 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _what_was_imported_stays() -> None:
-    """Training and planning collect garbage, which among all the modules of the tests took half of their time."""
+def _freeze_imported_modules() -> None:
+    """Training and planning collect garbage: with all modules of the tests in memory, that took half of their time."""
     gc.collect()
     gc.freeze()
 
@@ -46,7 +46,7 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ceilings, Path]:
-    """The ceilings of this machine, hastily measured, and the cache that has them."""
+    """Ceilings of this machine from a quick measurement, and the cache directory that has them."""
     from small_works import measure
 
     cache = tmp_path_factory.mktemp("measured")
@@ -62,8 +62,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def digits_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A `Served` that answers with a run of handwritten digits over HTTP and gRPC, for all tests of this process: each
-    leaves it as it was. On a busy machine no request is turned away."""
+    """A `Served` that serves a run of handwritten digits over HTTP and gRPC, for all tests of this process. A test must
+    not change it. The time limit is so long that no request is refused on a busy machine."""
     from served import digits_run, serving
 
     with serving(digits_run(tmp_path_factory), "--grpc-port", "0", "--p99-ms", "60000") as server:
@@ -71,7 +71,7 @@ def digits_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def make_pictures(root: Path, *, classes: int = 2, each: int = 30, size: tuple[int, int] = (12, 12)) -> Path:
-    """A folder of class folders: noise around a class's own level of brightness."""
+    """A folder of class folders: noise around a brightness that depends on the class."""
     random = np.random.default_rng(len(root.name))
     for c in range(classes):
         folder = root / f"class{c}"
@@ -93,93 +93,94 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def trained_on_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `pictures` and a run on them, `made`, whose data stays cached. Copy it to write into it."""
+    """A folder with `pictures` and a run on them, `made`, whose data stays cached. To write into it, copy it."""
     import suanli
 
-    place = tmp_path_factory.mktemp("trained")
-    options = {"speedups": "none", "out": place / "made", "cache_dir": place / "cache"}
-    suanli.train(make_pictures(place / "pictures"), epochs=2, **options)
-    return place
+    folder = tmp_path_factory.mktemp("trained")
+    options = {"speedups": "none", "out": folder / "made", "cache_dir": folder / "cache"}
+    suanli.train(make_pictures(folder / "pictures"), epochs=2, **options)
+    return folder
 
 
 @pytest.fixture
 def text_table(tmp_path: Path) -> Path:
-    """A table of made-up reviews whose words tell the label."""
+    """A table of invented reviews whose words determine the label."""
     random = np.random.default_rng(1)
     words = {"good": ["great", "lovely", "fine", "bright"], "bad": ["dull", "awful", "poor", "grey"]}
     lines = ["text\tlabel"]
     for i in range(240):
         label = "good" if i % 2 else "bad"
-        picked = random.choice(words[label], 3)
+        clues = random.choice(words[label], 3)
         filler = random.choice(["film", "story", "plot", "scene", "actor", "music"], 4)
-        lines.append(" ".join([*picked, *filler, f"no{i}"]) + f"\t{label}")
+        lines.append(" ".join([*clues, *filler, f"no{i}"]) + f"\t{label}")
     path = tmp_path / "reviews.tsv"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def speedup_room(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """A room of speedups that holds only what is put in: a name, the body of `apply`, fields of the record."""
+def speedup_folder(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Replaces the folder of speedups by one that contains only what the test puts in: a name, the body of `apply`,
+    and fields of the record."""
     import suanli.compute.speedups
     from registered import forget
     from suanli.core import registry
 
-    folder = tmp_path / "speedup_room"
+    folder = tmp_path / "speedup_folder"
     folder.mkdir()
     shipped = {name: registry.load("speedups", name) for name in registry.names("speedups")}
-    assert shipped  # imported now: what they share is found no more below
+    assert shipped  # imported now: the modules that they share can't be found below
     real = suanli.compute.speedups.__path__
     suanli.compute.speedups.__path__ = [str(folder)]
     registry.names.cache_clear()
-    planted = []
+    added = []
 
     def put(name: str, body: str, **fields: object) -> str:
-        known = {"stage": 50, "usual": True} | fields
-        told = "".join(f", {field}={value!r}" for field, value in known.items() if field != "why_not")
+        record = {"stage": 50, "usual": True} | fields
+        arguments = "".join(f", {field}={value!r}" for field, value in record.items() if field != "why_not")
         lines = "".join(f"    {line}\n" for line in body.splitlines())
         (folder / f"{name}.py").write_text(
             "import time, torch\nfrom dataclasses import replace\nfrom suanli.core.types import Speedup\n"
             f"def apply(step, device):\n    model = step.model\n{lines}    return step\n"
-            f"def why_not(device):\n    return {known.get('why_not')!r}\n"
-            f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=why_not{told})\n"
+            f"def why_not(device):\n    return {record.get('why_not')!r}\n"
+            f"SPEEDUP = Speedup(name={name!r}, apply=apply, why_not=why_not{arguments})\n"
         )
-        planted.append(name)
+        added.append(name)
         sys.modules.pop(f"suanli.compute.speedups.{name}", None)
-        importlib.invalidate_caches()  # files that are younger than the last look
+        importlib.invalidate_caches()  # or files newer than the last look aren't seen
         registry.names.cache_clear()
         return name
 
     yield put
     suanli.compute.speedups.__path__ = real
-    forget("speedups", planted)
+    forget("speedups", added)
 
 
 @pytest.fixture
-def engine_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
-    """Adds engines to the shipped ones, here and in processes that are started: a name, and the file's text."""
+def engine_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
+    """Adds engines to the shipped ones, in this process and those that it starts: a name, and the text of the file."""
     import suanli.engines.backends
     from registered import forget
     from suanli.core import registry
 
-    folder = tmp_path / "engine_room"
+    folder = tmp_path / "engine_folder"
     folder.mkdir()
     path = [*suanli.engines.backends.__path__, str(folder)]
-    # Every Python that finds this folder on its path reads this file when it starts.
+    # Every Python process that has this folder on its path reads this file when it starts.
     (folder / "sitecustomize.py").write_text(
         f"import suanli.engines.backends\nsuanli.engines.backends.__path__ = {path!r}\n"
     )
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(suanli.engines.backends, "__path__", path)
-    planted = []
+    added = []
 
     def put(name: str, text: str) -> str:
         (folder / f"{name}.py").write_text(text)
-        planted.append(name)
+        added.append(name)
         sys.modules.pop(f"suanli.engines.backends.{name}", None)
         importlib.invalidate_caches()
         registry.names.cache_clear()
         return name
 
     yield put
-    forget("engines", planted)
+    forget("engines", added)

@@ -1,10 +1,10 @@
-"""An engine that does what its input says, good and bad, for tests of what runs engines.
+"""An engine that does what its input says, good and bad, for tests of the code that runs engines.
 
-    with room() as environment:
+    with register() as environment:
         folder = engines(place / "models" / "odd", input_ms=5)
 
-Its pictures are 2 by 2 of three colours, and the first pixel is (what to do, which class to answer, how much). So every
-answer can be told from every other, and one request of a batch can be the one that kills.
+Its pictures have 2 by 2 pixels and three channels, and the first pixel is (what to do, which class to answer, how
+much). So each answer differs from every other, and a single request of a batch can be the one that kills.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def load(folder, precision, placement):
         calls.append(len(rows))
         exec(settings["always"])
         time.sleep((settings["batch_ms"] + settings["input_ms"] * len(rows)) / 1e3)
-        found = np.zeros((len(rows), classes), np.float32)
+        probabilities = np.zeros((len(rows), classes), np.float32)
         orders = rows[:, 0, 0].tolist() if rows.ndim == 4 else [(GOOD, len(set(row)), 0) for row in rows.tolist()]
         for i, (what, label, much) in enumerate(orders):
-            found[i, (label + settings["offset"]) % classes] = 1
+            probabilities[i, (label + settings["offset"]) % classes] = 1
             if what == THROWS:
                 raise ValueError("a planted fault \\udcff \\u00e9")
             if what == SHAPE:
-                return found[:, :1]
+                return probabilities[:, :1]
             if what == NAN:
-                found[i] = np.nan
+                probabilities[i] = np.nan
             if what == DIES:
                 os.kill(os.getpid(), signal.SIGSEGV)
             if what == EXITS:
@@ -75,7 +75,7 @@ def load(folder, precision, placement):
                 time.sleep(much / 100)
             if what == CHATTERS:
                 print("noise " * 200_000, flush=True)
-        return found
+        return probabilities
 
     return LoadedEngine(answer=answer, find_precision=lambda rows: precision)
 
@@ -85,27 +85,27 @@ ENGINE = Engine(name="hostile", precisions=("float32",), packages=(), why_not=la
 
 
 @contextlib.contextmanager
-def room() -> Iterator[dict[str, str]]:
-    """The engine is found here and in processes that are started from here; what is given is the environment in which
+def register() -> Iterator[dict[str, str]]:
+    """Registers the engine in this process and in those that it starts. Yields the environment variables with which
     other processes find it, too."""
-    with tempfile.TemporaryDirectory(prefix="hostile-") as place:
-        folder = Path(place)
-        path = [*suanli.engines.backends.__path__, place]
+    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
+        folder = Path(name)
+        path = [*suanli.engines.backends.__path__, name]
         (folder / "hostile.py").write_text(ENGINE, encoding="utf-8")
-        # Every Python that finds this folder on its path reads this file when it starts.
+        # Every Python process that has this folder on its path reads this file when it starts.
         (folder / "sitecustomize.py").write_text(
             f"import suanli.engines.backends\nsuanli.engines.backends.__path__ = {path!r}\n"
         )
         before = suanli.engines.backends.__path__
         suanli.engines.backends.__path__ = path
-        sys.path.insert(0, place)
+        sys.path.insert(0, name)
         importlib.invalidate_caches()
         registry.names.cache_clear()
         try:
-            paths = [place, *filter(None, [os.environ.get("PYTHONPATH")])]
+            paths = [name, *filter(None, [os.environ.get("PYTHONPATH")])]
             yield {"PYTHONPATH": os.pathsep.join(paths)}
         finally:
-            sys.path.remove(place)
+            sys.path.remove(name)
             suanli.engines.backends.__path__ = before
             forget("engines", ["hostile"])
 
@@ -122,10 +122,10 @@ def engines(
     always: str = "",
     preprocess: Preprocess | None = None,
 ) -> Path:
-    """A folder of engines that can be served. `offset` is added to every class that is answered; a batch takes
-    `batch_ms` and `input_ms` for each input; `load` and `always` are Python that runs when the engine is loaded, and
-    before every answer (`calls`, the sizes of the batches so far, and `rows` are known there). `preprocess` is for
-    other inputs than pictures: the class is then how many different values a row has."""
+    """Writes a folder of engines that can be served. `offset` is added to each class that is answered; a batch takes
+    `batch_ms`, and `input_ms` for each input. `load` and `always` are Python code that runs when the engine is loaded,
+    and before each answer, with `calls` (the sizes of the batches so far) and `rows`. `preprocess` is for inputs other
+    than pictures: their class is the number of different values in a row."""
     settings = {
         "classes": len(classes),
         "offset": offset,
@@ -134,24 +134,24 @@ def engines(
         "load": load,
         "always": always,
     }
-    made = Path(tempfile.mkdtemp(prefix="made-", dir=folder.parent if folder.parent.is_dir() else None))
+    temporary = Path(tempfile.mkdtemp(prefix="new-", dir=folder.parent if folder.parent.is_dir() else None))
     try:
-        (made / "files").mkdir()
-        (made / "files" / "settings.json").write_text(json.dumps(settings))
+        (temporary / "files").mkdir()
+        (temporary / "files" / "settings.json").write_text(json.dumps(settings))
         stored = StoredEngine(
-            engine="hostile", precision="float32", folder=made / "files", threads=1, packages=(), portable=True
+            engine="hostile", precision="float32", folder=temporary / "files", threads=1, packages=(), portable=True
         )
         reads = preprocess or ImagePreprocess(height=side, width=side, channels=3)
         about = {"classes": list(classes), "preprocess": reads.to_json()}
         folder.mkdir(parents=True, exist_ok=True)
         save(folder, [stored], device=device.detect("cpu"), about=about)
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def pictures(*orders: tuple[int, ...], side: int = SIDE) -> np.ndarray:
-    """Rows (N, side, side, 3), one for each (what, class, how much); what is left out is 0."""
+    """Rows (N, side, side, 3), one for each (what to do, class, how much); missing numbers are 0."""
     rows = np.zeros((len(orders), side, side, 3), np.uint8)
     for row, order in zip(rows, orders, strict=True):
         row[0, 0, : len(order)] = order
@@ -159,7 +159,7 @@ def pictures(*orders: tuple[int, ...], side: int = SIDE) -> np.ndarray:
 
 
 def request(*orders: tuple[int, ...], side: int = SIDE, **parameters: object) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a binary request of the protocol for these pictures."""
+    """Body and headers of a binary request for these pictures."""
     rows = pictures(*orders, side=side)
     tensor = {
         "name": "image",
@@ -173,5 +173,5 @@ def request(*orders: tuple[int, ...], side: int = SIDE, **parameters: object) ->
 
 
 def labels(body: bytes) -> list[int]:
-    """Which classes an answer to `request` says."""
+    """The classes in the answer to a `request`."""
     return [int(text.removeprefix("class")) for text in json.loads(body)["outputs"][0]["data"]]

@@ -1,11 +1,11 @@
-"""One process of a group in tests: trains some steps, once for each training that is wanted, and prints what it found
-as JSON.
+"""One process of a group in tests: trains some steps of each training in its argument and prints the results as JSON.
 
 python member.py '[{"data": "digits", "settings": {...}, "steps": 50, "speedups": "none"}, …]'
 
-`save` and `resume` are folders of checkpoints: the one gets a checkpoint after each number of steps in `save_at`.
-`double` trains in float64, where rounding stays far below any mistake. In float32 learning amplifies it: Muon
-orthogonalises in bfloat16 where that is fast, and losses of equal trainings differ by a thousandth after ten steps.
+`save` and `resume` are folders of checkpoints: `save` gets a checkpoint after each number of steps in `save_at`.
+`double` trains in float64, where rounding errors are far smaller than any mistake. In float32, training amplifies them:
+Muon orthogonalises in bfloat16 where that is fast, and the losses of equal trainings differ by a thousandth after ten
+steps. `compare` compares the numbers of the first step with those of the training before.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from suanli.training.validation import validate
 def main(every: list[dict]) -> list[dict]:
     torch.set_num_threads(1)
     group = join_group("cpu")
-    numbers: list[Numbers] = []  # of each training that is to be examined
-    found = []
-    for wanted in every:
-        with double() if wanted.get("double") else nullcontext():
-            found.append(learn(wanted, group, numbers))
+    numbers: list[Numbers] = []  # of the first step of each training with `compare`
+    results = []
+    for options in every:
+        with double() if options.get("double") else nullcontext():
+            results.append(train(options, group, numbers))
     group.barrier()
     leave_group()
-    return found
+    return results
 
 
 @contextmanager
 def double() -> Iterator[None]:
-    """Networks that are made and called inside compute in float64."""
+    """Networks that are built and called inside the block compute in float64."""
 
     def cast(_: torch.nn.Module, inputs: tuple) -> tuple:
         return tuple(x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
@@ -60,46 +60,46 @@ def double() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
-    group.shares = () if group.is_alone else tuple(wanted.get("shares", ()))
-    options = DataOptions.of(wanted["data"], data_dir=None, cache_dir=None)
-    recipe, prepared = resolve(options, recipe=wanted.get("recipe"), settings=wanted["settings"], announce=False)
+def train(options: dict, group: Group, numbers: list[Numbers]) -> dict:
+    group.shares = () if group.is_alone else tuple(options.get("shares", ()))
+    data = DataOptions.of(options["data"], data_dir=None, cache_dir=None)
+    recipe, prepared = resolve(data, recipe=options.get("recipe"), settings=options["settings"], announce=False)
     spec = TrainingSpec(
         recipe=recipe,
         prepared=prepared,
         device=device.detect("cpu"),
         cache=Path("unused"),
-        requested=wanted.get("speedups", "none"),
+        requested=options.get("speedups", "none"),
         threads=1,
-        checkpoint=checkpoint.read_newest(Path(wanted["resume"])) if "resume" in wanted else None,
+        checkpoint=checkpoint.read_newest(Path(options["resume"])) if "resume" in options else None,
         group=group,
-        shard=wanted.get("shard", False) and not group.is_alone,
+        shard=options.get("shard", False) and not group.is_alone,
     )
     session = Session(spec)
     loop, losses = session.loop, []
     writer = ShardWriter(group) if spec.shard else Writer()
-    found = {}
+    result = {}
     with apply_settings(loop.compute):
-        if wanted.get("examine"):
+        if options.get("compare"):
             numbers.append(loop.compute_numbers())
-            found["difference"] = planner.difference(numbers[-2:][0], numbers[-1])  # to the training before
+            result["difference"] = planner.difference(numbers[-2:][0], numbers[-1])  # to the training before
         before = received_bytes(group)
         for loss in loop.run():
             losses.append(loss)
-            if len(losses) in wanted.get("save_at", ()):
+            if len(losses) in options.get("save_at", ()):
                 state = loop.state()
                 if spec.shard or group.is_first:
-                    writer.save(Path(wanted["save"]), loop.progress.step, *state)
+                    writer.save(Path(options["save"]), loop.progress.step, *state)
                     writer.commit()
                 group.barrier()
-            if len(losses) == wanted["steps"]:
+            if len(losses) == options["steps"]:
                 break
-        found["received_bytes"] = received_bytes(group) - before
+        result["received_bytes"] = received_bytes(group) - before
     scores = validate(loop)
     every = (dtensor.gather(t) for t in loop.model.state_dict().values())
     weights = b"".join(t.contiguous().numpy().tobytes() for t in every)
     parameters = list(loop.model.parameters())
-    return found | {
+    return result | {
         "losses": losses,
         "scores": scores,
         "parameters": sum(p.numel() for p in parameters),
@@ -113,7 +113,7 @@ def learn(wanted: dict, group: Group, numbers: list[Numbers]) -> dict:
 
 
 def received_bytes(group: Group) -> int:
-    """By all processes of this machine's loopback so far."""
+    """What all processes received through the loopback of this machine so far."""
     group.barrier()
     lines = Path("/proc/net/dev").read_text().splitlines() if sys.platform == "linux" else []
     return sum(int(line.split()[1]) for line in lines if line.lstrip().startswith("lo:"))

@@ -124,9 +124,9 @@ def digits_run(path: Path) -> Path:
     write(path / "data.json", data | {"counts": counts, "input_shape": [1, 8, 8], "digest": "5e1fa0c29b7d4410"})
     write(path / "check.json", digits_check())
     write_lines(path / "metrics.jsonl", digits_metrics())
-    measured = {"metric": "examples_per_s", "value": 8412.0, "unit": "1/s", "spread": 120.0, "count": 20}
+    measurement = {"metric": "examples_per_s", "value": 8412.0, "unit": "1/s", "spread": 120.0, "count": 20}
     more = {"scores": {}, "variant": "channels_last+bfloat16", "device": "cpu", "versions": {}, "recipe": "0f"}
-    write_lines(path / "ledger.jsonl", [measured | more | {"time": "2026-03-01T08:05:40+00:00"}])
+    write_lines(path / "ledger.jsonl", [measurement | more | {"time": "2026-03-01T08:05:40+00:00"}])
     write(path / "summary.json", digits_summary())
     (path / "model").mkdir()
     write(path / "model" / "model.json", {})
@@ -218,7 +218,7 @@ def many_classes_run(path: Path, k: int = 1000) -> Path:
 
 
 def hostile_run(path: Path) -> Path:
-    """Every name and text in it wants to run, to break out or to widen the page."""
+    """Every name and text in it tries to run as code, to break the markup or to widen the page."""
     k, long = 4, "x" * 400
     classes = [HOSTILE, "{{ 7 * 7 }}", "\u202egnp.cod", long]
     truth = np.arange(40) % k
@@ -249,7 +249,7 @@ def hostile_run(path: Path) -> Path:
 
 
 def hostile_engines(path: Path) -> None:
-    """Names that want to run, numbers that are none or beyond all bounds."""
+    """Names that try to run as code, numbers that are missing or far too large."""
     long, nan, inf, huge = "x" * 400, float("nan"), float("inf"), 1e300
     numbers = [0.5, nan, inf, -inf, huge, -huge, 1e99, 1e29, -1.0, 0.0, 1e-300, 5e-324, None]
     candidates = []

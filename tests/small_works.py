@@ -1,4 +1,4 @@
-"""Once this is imported, ceilings are measured by works of a moment, whatever this processor has."""
+"""Once this is imported, the device's ceilings are measured with tiny workloads, whatever the processor."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ CPU = device.detect("cpu")
 
 
 def measure(cache: Path, **options: object) -> Ceilings:
-    """The machine may be as busy as it likes."""
+    """However busy the machine is."""
     return peak.probe(CPU, cache, decode, **{"budget_s": 0.1, "widest": math.inf} | options)

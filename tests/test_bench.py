@@ -148,11 +148,11 @@ def test_a_variant_trains_as_if_it_were_alone(picture_folder: Callable[..., Path
 
 
 def test_what_costs_accuracy_is_refused_and_not_used_again(
-    picture_folder: Callable[..., Path], speedup_room: Callable[..., str]
+    picture_folder: Callable[..., Path], speedup_folder: Callable[..., str]
 ) -> None:
     """Its first step has plain PyTorch's numbers, and it says itself that any error is fine."""
     root = picture_folder(each=60)
-    name = speedup_room("stands_still", NO_LEARNING, tolerance=1e9)
+    name = speedup_folder("stands_still", NO_LEARNING, tolerance=1e9)
     with pytest.raises(suanli.GateError, match=r"it loses \d.*with another seed") as stopped:
         suanli.bench(root, steps=30, epochs=4, rounds=2, **SMALL)
     assert name in stopped.value.fix
@@ -213,8 +213,8 @@ def test_what_fails_is_named_and_the_others_go_on(
         assert other["failed"]
 
 
-def test_auto_skips_what_fails(picture_folder: Callable[..., Path], speedup_room: Callable[..., str]) -> None:
-    speedup_room("brittle", FAILS_AT.format(call=4))
+def test_auto_skips_what_fails(picture_folder: Callable[..., Path], speedup_folder: Callable[..., str]) -> None:
+    speedup_folder("brittle", FAILS_AT.format(call=4))
     result = suanli.bench(picture_folder(each=60), steps=12, epochs=2, rounds=2, **SMALL)
     assert [variant.name for variant in result.ablation.variants if variant.failed] == ["+ brittle"]
     assert "brittle" not in result.ablation.full.speedups

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from groups import MEMBER, answers, secluded
+from groups import MEMBER, read_outputs, run_in_own_network
 from suanli.core.registry import load
 
 NAME = "bf16_gradients"
@@ -31,11 +31,11 @@ def trainings() -> dict[tuple[str, str], list[dict]]:
             "speedups": speedups,
             "shares": [0.7, 0.3],
             "steps": STEPS,
-            "examine": True,
+            "compare": True,
         }
         for case, speedups in keys
     ]
-    both = answers(secluded(2, [str(MEMBER), json.dumps(wanted)]))
+    both = read_outputs(run_in_own_network(2, [str(MEMBER), json.dumps(wanted)]))
     return {key: [member[i] for member in both] for i, key in enumerate(keys)}
 
 

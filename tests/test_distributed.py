@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import distributed as dist
 
-from groups import MEMBER, answers, together
+from groups import MEMBER, read_outputs, run_group
 from member import main
 from suanli.compute.plan import use_threads
 from suanli.core.errors import UsageError
@@ -43,7 +43,7 @@ def learned(tmp_path_factory) -> dict[tuple[str, int], list[tuple[dict, dict]]]:
             shares = {"shares": [0.7, 0.3]} if count == 2 else {}
             kinds = [{"steps": 30, "double": True}, {"steps": 2}]
             wanted = [{"data": "digits", "settings": CASES[c], **kind, **shares} for c in cases for kind in kinds]
-            every = [main(wanted)] if count == 1 else answers(together(count, [str(MEMBER), json.dumps(wanted)]))
+            every = [main(wanted)] if count == 1 else read_outputs(run_group(count, [str(MEMBER), json.dumps(wanted)]))
             for i, case in enumerate(cases):
                 found[case, count] = [(one[2 * i], one[2 * i + 1]) for one in every]
     return found

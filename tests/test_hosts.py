@@ -21,13 +21,13 @@ PLACEMENT = asdict(Placement(device=device.detect("cpu"), threads=1))
 
 
 @pytest.fixture
-def ask(engine_room: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., object]]:
+def ask(engine_folder: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., object]]:
     """Loads an engine whose `answer` has the given body, and asks it for answers to ten rows."""
     np.save(tmp_path / "rows.npy", np.zeros((10, 4), np.uint8))
     hosts = []
 
     def work(body: str, *, limit_s: float = 30, loading: str = "pass") -> np.ndarray:
-        name = engine_room(
+        name = engine_folder(
             "strange",
             f"""
 import ctypes, os, signal, sys, time

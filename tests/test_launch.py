@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import suanli
-from groups import together
+from groups import run_group
 from served import until
 from suanli.cli import main
 from suanli.core.errors import MachineError, UsageError
@@ -221,7 +221,7 @@ def test_a_full_disk_is_refused():
 
 def test_another_recipe_is_noticed_before_the_first_step(tmp_path):
     line = ["-m", "suanli", "train", "digits", "--device=cpu", "--epochs=1", "--out=run"]
-    done = together(2, line, own=lambda rank: [f"--seed={rank}"])
+    done = run_group(2, line, own=lambda rank: [f"--seed={rank}"])
     assert {p.returncode for p in done} == {2}
     assert all("Process 1 on" in p.stderr and "differs in the recipe" in p.stderr for p in done)
     assert not (tmp_path / "run").exists()

@@ -301,11 +301,11 @@ ALIKE = ("wrong_normalisation", "swapped_classes", "calibrated_on_noise", "depen
     ids=["one of each", "others like them"],
 )
 def test_every_planted_fault_is_refused(
-    run: Path, engine_room: Callable[[str, str], str], names: Sequence[str]
+    run: Path, engine_folder: Callable[[str, str], str], names: Sequence[str]
 ) -> None:
     """Each is the shipped engine with one thing wrong; none may come through, whatever it gains."""
     for name in names:
-        engine_room(
+        engine_folder(
             name,
             "import errno, os, signal\nfrom dataclasses import replace\nimport numpy as np, onnx\n"
             "from onnx import numpy_helper\nfrom suanli.engines.backends import onnxruntime as real\n"
@@ -326,8 +326,8 @@ def test_every_planted_fault_is_refused(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
-def test_one_that_dies_while_it_is_timed_is_lost_alone(run: Path, engine_room: Callable[[str, str], str]) -> None:
-    engine_room(
+def test_one_that_dies_while_it_is_timed_is_lost_alone(run: Path, engine_folder: Callable[[str, str], str]) -> None:
+    engine_folder(
         "dies",
         """
 import os
@@ -651,8 +651,8 @@ def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, OptimizeResult], 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_backend_that_hangs_costs_what_was_left(run: Path, engine_room: Callable[[str, str], str]) -> None:
-    engine_room(
+def test_a_backend_that_hangs_costs_what_was_left(run: Path, engine_folder: Callable[[str, str], str]) -> None:
+    engine_folder(
         "hangs",
         """
 import time

@@ -136,8 +136,8 @@ def test_planning_measures_and_leaves_no_trace() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_switches_are_on_until_close(speedup_room: Callable[..., str]) -> None:
-    speedup_room(
+def test_switches_are_on_until_close(speedup_folder: Callable[..., str]) -> None:
+    speedup_folder(
         "other_threads",
         "from suanli.compute.plan import use_threads\n"
         "step = replace(step, settings=(*step.settings, lambda: use_threads(torch.get_num_threads() + 1)))",
@@ -209,8 +209,8 @@ def test_frozen_parameters_and_a_part_of_the_model_only() -> None:
     assert torch.equal(model[1][0][0].weight, untouched)
 
 
-def test_the_plan_of_another_model_isnt_used(tmp_path: Path, speedup_room: Callable[..., str]) -> None:
-    speedup_room("nothing", "return step")
+def test_the_plan_of_another_model_isnt_used(tmp_path: Path, speedup_folder: Callable[..., str]) -> None:
+    speedup_folder("nothing", "return step")
     origins = []
     for kind in ("cnn", "cnn", "two inputs"):
         model, optimizer, _ = made(kind)
@@ -277,8 +277,8 @@ def test_weights_that_hold_a_history_cant_be_copied() -> None:
     refused(suanli.UsageError, "can't be copied", model, optimizer, batch=(torch.randn(4, 3), torch.arange(4) % 2))
 
 
-def test_errors_of_the_callers_own_code_are_the_callers(speedup_room: Callable[..., str]) -> None:
+def test_errors_of_the_callers_own_code_are_the_callers(speedup_folder: Callable[..., str]) -> None:
     """A batch that the model can't take fails with the model's own error, whatever the plan."""
-    speedup_room("nothing", "return step")
+    speedup_folder("nothing", "return step")
     model, optimizer, _ = made("cnn")
     refused(RuntimeError, "shapes|size", model, optimizer, batch=(torch.randn(2, 3, 5, 5), torch.zeros(2).long()))

@@ -120,9 +120,9 @@ def failing(error: str) -> str:
 # --- what is kept ---------------------------------------------------------------------------------
 
 
-def test_faster_is_kept_and_slower_dropped_with_its_ratio(speedup_room: Put) -> None:
-    speedup_room("quick", QUICK)
-    speedup_room("drag", DRAG, usual=False)
+def test_faster_is_kept_and_slower_dropped_with_its_ratio(speedup_folder: Put) -> None:
+    speedup_folder("quick", QUICK)
+    speedup_folder("drag", DRAG, usual=False)
     found = plan()
     assert found.origin == "measured"
     assert found.speedups == ("quick",)
@@ -136,8 +136,8 @@ def test_faster_is_kept_and_slower_dropped_with_its_ratio(speedup_room: Put) -> 
     assert 2 <= trial.rounds <= planner.ROUNDS[1]
 
 
-def test_slower_is_dropped_with_its_ratio(speedup_room: Put) -> None:
-    speedup_room("drag", DRAG)
+def test_slower_is_dropped_with_its_ratio(speedup_folder: Put) -> None:
+    speedup_folder("drag", DRAG)
     found = plan()
     assert found.speedups == ()
     (trial,) = found.trials
@@ -146,17 +146,17 @@ def test_slower_is_dropped_with_its_ratio(speedup_room: Put) -> None:
     assert "0.6" in trial.reason or "0.7" in trial.reason
 
 
-def test_what_drags_beside_what_helps_is_taken_out_again(speedup_room: Put) -> None:
-    speedup_room("half", "model.pause_s /= 4", stage=1)
-    speedup_room("drag", DRAG, stage=2)
+def test_what_drags_beside_what_helps_is_taken_out_again(speedup_folder: Put) -> None:
+    speedup_folder("half", "model.pause_s /= 4", stage=1)
+    speedup_folder("drag", DRAG, stage=2)
     found = plan()
     assert [t.change for t in found.trials if t.kept] == ["+half +drag", "-drag"]
     assert found.speedups == ("half",)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_numbers_are_refused_with_the_error(speedup_room: Put, name: str) -> None:
-    speedup_room(name, f"{QUICK}\n{WRONG[name]}")
+def test_wrong_numbers_are_refused_with_the_error(speedup_folder: Put, name: str) -> None:
+    speedup_folder(name, f"{QUICK}\n{WRONG[name]}")
     found = plan()
     assert found.speedups == ()
     (trial,) = found.trials
@@ -167,20 +167,20 @@ def test_wrong_numbers_are_refused_with_the_error(speedup_room: Put, name: str) 
     assert f"differ by {trial.error:.2g}" in found.dropped[name]
 
 
-def test_errors_within_its_own_tolerance_are_no_reason(speedup_room: Put) -> None:
+def test_errors_within_its_own_tolerance_are_no_reason(speedup_folder: Put) -> None:
     body = f"{QUICK}\nstep = replace(step, compute=lambda x: 1.01 * model(x))"
-    speedup_room("rounds", body, tolerance=0.05)
+    speedup_folder("rounds", body, tolerance=0.05)
     assert plan().speedups == ("rounds",)
-    speedup_room("rounds", body, tolerance=1e-3)
+    speedup_folder("rounds", body, tolerance=1e-3)
     assert plan(cache=Path("another")).speedups == ()
 
 
 @pytest.mark.parametrize(
     "error", ["RuntimeError('the kernel is broken.\\n  at line 7')", "KeyError('x')", "AssertionError"]
 )
-def test_what_raises_is_dropped_with_its_message(speedup_room: Put, error: str) -> None:
-    speedup_room("broken", failing(error))
-    speedup_room("quick", QUICK)
+def test_what_raises_is_dropped_with_its_message(speedup_folder: Put, error: str) -> None:
+    speedup_folder("broken", failing(error))
+    speedup_folder("quick", QUICK)
     found = plan()
     assert found.speedups == ("quick",)  # though both were tried together at first
     assert found.dropped["broken"].startswith(f"failed: {error.partition('(')[0]}")
@@ -189,12 +189,12 @@ def test_what_raises_is_dropped_with_its_message(speedup_room: Put, error: str) 
     assert not found.trials[0].kept
 
 
-def test_what_raises_while_it_is_set_up_or_only_later_is_dropped(speedup_room: Put) -> None:
-    speedup_room("at_once", "raise OSError('no such library')", usual=False)
+def test_what_raises_while_it_is_set_up_or_only_later_is_dropped(speedup_folder: Put) -> None:
+    speedup_folder("at_once", "raise OSError('no such library')", usual=False)
     late = (
         "left = [4]\ndef compute(x):\n    left[0] -= 1\n    if not left[0]:\n        raise RuntimeError('too late')\n"
     )
-    speedup_room("late", f"{late}    return model(x)\nstep = replace(step, compute=compute)", usual=False)
+    speedup_folder("late", f"{late}    return model(x)\nstep = replace(step, compute=compute)", usual=False)
     found = plan()
     assert found.speedups == ()
     assert found.dropped == {"at_once": "failed: OSError: no such library", "late": "failed: RuntimeError: too late"}
@@ -203,16 +203,16 @@ def test_what_raises_while_it_is_set_up_or_only_later_is_dropped(speedup_room: P
 @pytest.mark.parametrize(
     "error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError", "RuntimeError('not enough memory')"]
 )
-def test_memory_that_runs_out_in_a_trial_costs_only_the_trial(speedup_room: Put, error: str) -> None:
-    speedup_room("hungry", failing(error))
+def test_memory_that_runs_out_in_a_trial_costs_only_the_trial(speedup_folder: Put, error: str) -> None:
+    speedup_folder("hungry", failing(error))
     found = plan()
     assert found.speedups == ()
     assert found.dropped["hungry"].startswith("failed: ")
 
 
-def test_a_first_step_that_hangs_is_ended(speedup_room: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_step_that_hangs_is_ended(speedup_folder: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "FIRST_STEP_LIMIT_S", 0.2)
-    speedup_room("hangs", "step = replace(step, compute=lambda x: time.sleep(60))")
+    speedup_folder("hangs", "step = replace(step, compute=lambda x: time.sleep(60))")
     alarms: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, _: alarms.append(number))
     own = signal.setitimer(signal.ITIMER_REAL, 50.0)
@@ -228,9 +228,9 @@ def test_a_first_step_that_hangs_is_ended(speedup_room: Put, monkeypatch: pytest
     assert not alarms
 
 
-def test_of_a_group_one_is_in_use(speedup_room: Put) -> None:
-    speedup_room("first", "model.pause_s /= 2", group="g", stage=1)
-    speedup_room("second", "model.pause_s /= 8", group="g", stage=2)
+def test_of_a_group_one_is_in_use(speedup_folder: Put) -> None:
+    speedup_folder("first", "model.pause_s /= 2", group="g", stage=1)
+    speedup_folder("second", "model.pause_s /= 8", group="g", stage=2)
     found = plan()
     assert found.speedups == ("second",)
     assert next(t for t in found.trials if t.change == "+second -first").kept
@@ -238,15 +238,15 @@ def test_of_a_group_one_is_in_use(speedup_room: Put) -> None:
         plan(speedups="first,second")
 
 
-def test_what_only_saves_memory_isnt_tried(speedup_room: Put) -> None:
-    speedup_room("frugal", QUICK, saves_memory=True)
+def test_what_only_saves_memory_isnt_tried(speedup_folder: Put) -> None:
+    speedup_folder("frugal", QUICK, saves_memory=True)
     found = plan()
     assert found.speedups == found.trials == ()
     assert "memory" in found.dropped["frugal"]
 
 
-def test_what_shows_only_between_processes_is_used_by_name_alone(speedup_room: Put) -> None:
-    speedup_room("quiet", QUICK, distributed_only=True)
+def test_what_shows_only_between_processes_is_used_by_name_alone(speedup_folder: Put) -> None:
+    speedup_folder("quiet", QUICK, distributed_only=True)
     found = plan()
     assert found.speedups == found.trials == ()
     assert "only by name" in found.dropped["quiet"]
@@ -254,16 +254,16 @@ def test_what_shows_only_between_processes_is_used_by_name_alone(speedup_room: P
 
 
 def test_compiling_comes_last_and_must_win_its_start_back(
-    speedup_room: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    speedup_folder: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(planner, "COMPILING_S", (0.3, 0.0))
     slow_start = (
         "seen = []\ndef compute(x):\n    model.pause(0 if seen else 0.3)\n    seen.append(1)\n    return model(x)\n"
     )
-    speedup_room(
+    speedup_folder(
         "compiled", f"{QUICK}\n{slow_start}step = replace(step, compute=compute)", slow_start=True, usual=False
     )
-    speedup_room("drag", DRAG)
+    speedup_folder("drag", DRAG)
     assert "would save" in plan(steps=70).dropped["compiled"]
     found = plan(cache=tmp_path / "c")
     assert [t.change for t in found.trials] == ["+drag", "+compiled"]
@@ -279,20 +279,20 @@ def test_compiling_comes_last_and_must_win_its_start_back(
 # --- what planning costs --------------------------------------------------------------------------
 
 
-def test_a_short_run_measures_nothing(speedup_room: Put) -> None:
-    speedup_room("drag", DRAG, group="g")
-    speedup_room("quick", QUICK)
-    speedup_room("unusual", QUICK, usual=False)
-    speedup_room("other", QUICK, group="g", stage=60)
+def test_a_short_run_measures_nothing(speedup_folder: Put) -> None:
+    speedup_folder("drag", DRAG, group="g")
+    speedup_folder("quick", QUICK)
+    speedup_folder("unusual", QUICK, usual=False)
+    speedup_folder("other", QUICK, group="g", stage=60)
     found = plan(steps=planner.MIN_STEPS - 1)
     assert found.origin == "short list"
     assert found.speedups == ("drag", "quick")
     assert Sleeper.steps == 0
 
 
-def test_planning_takes_its_share_and_goes_on_the_next_time(speedup_room: Put, tmp_path: Path) -> None:
+def test_planning_takes_its_share_and_goes_on_the_next_time(speedup_folder: Put, tmp_path: Path) -> None:
     for number in range(5):
-        speedup_room(f"drag{number}", DRAG, usual=False)
+        speedup_folder(f"drag{number}", DRAG, usual=False)
     pause_s, steps = 0.02, 500
     before, tried = 0, []
     for _ in range(8):
@@ -314,9 +314,9 @@ def test_planning_takes_its_share_and_goes_on_the_next_time(speedup_room: Put, t
     assert set(found.dropped) == {f"drag{n}" for n in range(5)}
 
 
-def test_what_was_found_before_is_where_the_next_search_begins(speedup_room: Put, tmp_path: Path) -> None:
-    speedup_room("a_quick", "model.pause_s = 0.005")
-    speedup_room("drag", DRAG, usual=False)
+def test_what_was_found_before_is_where_the_next_search_begins(speedup_folder: Put, tmp_path: Path) -> None:
+    speedup_folder("a_quick", "model.pause_s = 0.005")
+    speedup_folder("drag", DRAG, usual=False)
     first = plan(pause_s=0.02, steps=200, cache=tmp_path)
     assert first.speedups == ("a_quick",)
     assert "not tried yet" in first.dropped["drag"]
@@ -331,8 +331,8 @@ def test_what_was_found_before_is_where_the_next_search_begins(speedup_room: Put
 # --- what is kept on disk -------------------------------------------------------------------------
 
 
-def test_a_kept_plan_is_the_measured_one(speedup_room: Put, tmp_path: Path) -> None:
-    speedup_room("quick", QUICK)
+def test_a_kept_plan_is_the_measured_one(speedup_folder: Put, tmp_path: Path) -> None:
+    speedup_folder("quick", QUICK)
     first = plan(cache=tmp_path)
     again = plan(cache=tmp_path)
     assert (again.origin, Sleeper.steps) == ("cached", 0)
@@ -356,8 +356,8 @@ def test_a_kept_plan_is_the_measured_one(speedup_room: Put, tmp_path: Path) -> N
         b"\xff\xfe",
     ],
 )
-def test_a_damaged_plan_is_measured_anew(speedup_room: Put, tmp_path: Path, content: bytes) -> None:
-    speedup_room("quick", QUICK)
+def test_a_damaged_plan_is_measured_anew(speedup_folder: Put, tmp_path: Path, content: bytes) -> None:
+    speedup_folder("quick", QUICK)
     path = PlanCache(tmp_path, key(), None).path
     assert path is not None
     path.parent.mkdir(parents=True)
@@ -366,17 +366,17 @@ def test_a_damaged_plan_is_measured_anew(speedup_room: Put, tmp_path: Path, cont
     assert json.loads(path.read_text())["plan"]["speedups"] == ["quick"]
 
 
-def test_a_cache_that_cant_be_written_costs_only_measuring(speedup_room: Put, tmp_path: Path) -> None:
-    speedup_room("quick", QUICK)
+def test_a_cache_that_cant_be_written_costs_only_measuring(speedup_folder: Put, tmp_path: Path) -> None:
+    speedup_folder("quick", QUICK)
     (tmp_path / "file").write_text("in the way")
     for _ in range(2):
         found = plan(cache=tmp_path / "file" / "cache")
         assert (found.origin, found.speedups) == ("measured", ("quick",))
 
 
-def test_what_the_gate_has_refused_isnt_used_again(speedup_room: Put, tmp_path: Path) -> None:
-    speedup_room("quick", QUICK)
-    speedup_room("half", "model.pause_s /= 2", usual=False, stage=1)
+def test_what_the_gate_has_refused_isnt_used_again(speedup_folder: Put, tmp_path: Path) -> None:
+    speedup_folder("quick", QUICK)
+    speedup_folder("half", "model.pause_s /= 2", usual=False, stage=1)
     PlanCache(tmp_path, key(), None).refuse({"quick": "it cost 2 %"})
     found = plan(cache=tmp_path)
     assert found.speedups == ("half",)
@@ -389,10 +389,10 @@ def test_what_the_gate_has_refused_isnt_used_again(speedup_room: Put, tmp_path: 
 
 
 def test_while_another_measures_nothing_is_measured(
-    speedup_room: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    speedup_folder: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_cache, "LOCK_TIMEOUT_S", 0.1)
-    speedup_room("quick", QUICK)
+    speedup_folder("quick", QUICK)
     with PlanCache(tmp_path, "of another training", None).lock() as mine:
         assert mine
         found = plan(cache=tmp_path)
@@ -439,8 +439,8 @@ print(plan.origin, len(plan.trials))
 # --- named by the user ----------------------------------------------------------------------------
 
 
-def test_a_named_plan_is_checked_not_measured(speedup_room: Put) -> None:
-    speedup_room("drag", DRAG)
+def test_a_named_plan_is_checked_not_measured(speedup_folder: Put) -> None:
+    speedup_folder("drag", DRAG)
     found = plan(speedups="drag")
     assert (found.origin, found.speedups) == ("named", ("drag",))
     assert Sleeper.steps == 2  # a step of each
@@ -465,9 +465,9 @@ def test_a_named_plan_is_checked_not_measured(speedup_room: Put) -> None:
     ],
 )
 def test_a_named_one_that_cant_be_used(
-    speedup_room: Put, fields: dict[str, str], body: str, error: type[suanli.SuanliError], code: int, says: str
+    speedup_folder: Put, fields: dict[str, str], body: str, error: type[suanli.SuanliError], code: int, says: str
 ) -> None:
-    speedup_room("odd", body, **fields)
+    speedup_folder("odd", body, **fields)
     with pytest.raises(error) as refused:
         plan(speedups="odd")
     assert refused.value.exit_code == code

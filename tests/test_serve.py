@@ -28,8 +28,8 @@ from hostile import (
     THROWS,
     engines,
     pictures,
+    register,
     request,
-    room,
 )
 from served import Served, serving, until
 from wire import INFER, Raw, answered, children, file_of, is_there, message, odd, read
@@ -40,7 +40,7 @@ PATIENCE_S = 3.0  # of the server, with who is slow; else ten
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with room() as found:
+    with register() as found:
         yield found
 
 

@@ -495,7 +495,7 @@ def test_a_server_with_a_key_wants_it(tmp_path: Path, monkeypatch: pytest.Monkey
     Image.fromarray(hostile.pictures((hostile.GOOD, 3))[0]).save(picture)
     run = hostile.engines(tmp_path / "odd")
     with (
-        hostile.room() as environment,
+        hostile.register() as environment,
         serving(run, *PATIENT, environment=environment | {"SUANLI_API_KEY": "secret-7"}) as server,
     ):
         monkeypatch.delenv("SUANLI_API_KEY", raising=False)

@@ -30,7 +30,7 @@ from PIL import Image
 
 import hostile
 import suanli
-from hostile import GOOD, engines, room
+from hostile import GOOD, engines, register
 from served import Served, digits_run, serving
 from suanli.core.errors import MachineError, UsageError, pip_install
 from suanli.serving import messages
@@ -186,7 +186,7 @@ def client(triton: ModuleType, digits_server: Served) -> Iterator[Any]:
 def versions(triton: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Triton's client of a server with two versions of `odd`."""
     models = tmp_path_factory.mktemp("models")
-    with room() as environment:
+    with register() as environment:
         for version in ("1", "2"):
             engines(models / "odd" / version)
         with (

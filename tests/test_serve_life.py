@@ -29,8 +29,8 @@ from hostile import (
     engines,
     labels,
     pictures,
+    register,
     request,
-    room,
 )
 from served import Served, serving, until
 from suanli.cli import main
@@ -44,7 +44,7 @@ LOOKS = {"repository.LOOK_S": LOOK_S}
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with room() as found:
+    with register() as found:
         yield found
 
 

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 import browser as chromium
 from browser import Browser
-from hostile import engines, room
+from hostile import engines, register
 from served import Served, digits_run, serving
 from suanli.data.preprocess.text import TextPreprocess
 from suanli.serving import pages
@@ -47,7 +47,7 @@ needs_browser = pytest.mark.skipif(chromium.WHY_NOT is not None, reason=str(chro
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with room() as found:
+    with register() as found:
         yield found
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostile import DIES, GOOD, NAN, SHAPE, SLEEPS, THROWS, engines, pictures, room
+from hostile import DIES, GOOD, NAN, SHAPE, SLEEPS, THROWS, engines, pictures, register
 from suanli.serving import batching
 from suanli.serving.batching import Batcher
 from suanli.serving.figures import BUCKETS_S, LAST, Figures, Times
@@ -300,7 +300,7 @@ class House:
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     factory = pytest.importorskip("uvloop").new_event_loop
-    with room(), asyncio.Runner(loop_factory=factory) as runner:
+    with register(), asyncio.Runner(loop_factory=factory) as runner:
         made = House(runner, engines(tmp_path_factory.mktemp("batching") / "odd"))
         yield made
         made.close()

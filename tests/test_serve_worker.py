@@ -35,7 +35,7 @@ from hostile import (
     THROWS,
     engines,
     pictures,
-    room,
+    register,
 )
 from suanli.data.preprocess.text import TextPreprocess
 from suanli.machine import device
@@ -50,7 +50,7 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with room() as found:
+    with register() as found:
         yield found
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import member
-from groups import MEMBER, answers, together
+from groups import MEMBER, read_outputs, run_group
 from served import until
 from suanli.compute.plan import use_threads
 from suanli.core import registry
@@ -51,7 +51,7 @@ def group(count: int, settings: dict, *trainings: dict) -> list[list[dict]]:
     if count == 1:
         with use_threads(1):
             return [[found] for found in member.main(wanted)]
-    every = answers(together(count, [str(MEMBER), json.dumps(wanted)]))
+    every = read_outputs(run_group(count, [str(MEMBER), json.dumps(wanted)]))
     return [list(found) for found in zip(*every, strict=True)]
 
 
@@ -138,10 +138,10 @@ def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
     limit = LIMITED.format(room=int(3.9 * WEIGHTS_BYTES))  # weights, gradients and two moments are four times as much
     options = ["train", "digits", "--model=large:net", "--set=optimizer=adamw", "--lr=1e-4", "--epochs=0.05"]
     options += ["--batch-size=32", "--device=cpu", "--speedups=none"]
-    whole = together(2, ["-c", limit, *options, "--out=whole"], timeout_s=150)
+    whole = run_group(2, ["-c", limit, *options, "--out=whole"], timeout_s=150)
     assert [p.returncode for p in whole] == [4, 4], whole[0].stderr
     assert not Path("whole").exists()
-    shared = together(2, ["-c", limit, *options, "--out=shared", "--shard"], timeout_s=150)
+    shared = run_group(2, ["-c", limit, *options, "--out=shared", "--shard"], timeout_s=150)
     assert [p.returncode for p in shared] == [0, 0], shared[0].stderr + shared[1].stderr
     module = load_model(Path("shared/model"), trust_code=True).module
     assert sum(p.numel() for p in module.parameters()) > WEIGHTS_BYTES / 4
@@ -177,7 +177,7 @@ def test_only_the_first_process_builds_all_of_it(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is let go doesn't stay in the heap
     Path("large.py").write_text(LARGE)
     code = BUILT.replace("NET", "large:net")
-    (alone,), every = together(1, ["-c", code]), together(2, ["-c", code])
+    (alone,), every = run_group(1, ["-c", code]), run_group(2, ["-c", code])
     assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
     (_, whole), (first, one), (second, other) = ([float(n) for n in p.stdout.split()] for p in (alone, *every))
     assert one == other == pytest.approx(whole, rel=1e-9)
@@ -202,7 +202,7 @@ def net(classes):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
 def test_a_network_may_complete_itself_when_it_is_tried():
     Path("growing.py").write_text(GROWING)
-    every = together(2, ["-c", BUILT.replace("NET", "growing:net")], timeout_s=100)
+    every = run_group(2, ["-c", BUILT.replace("NET", "growing:net")], timeout_s=100)
     assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
     assert every[0].stdout.split()[1] == every[1].stdout.split()[1]
 

@@ -64,15 +64,15 @@ def same(one: Run, other: Run) -> bool:
 )
 def test_without_a_checkpoint_it_begins_anew(
     picture_folder: Folder,
-    speedup_room: Put,
+    speedup_folder: Put,
     capsys: pytest.CaptureFixture[str],
     risk: str,
     failure: str,
     says: str,
 ) -> None:
     root = picture_folder()
-    speedup_room("odd", failing(failure), risks=(risk,), tolerance=0.05)
-    speedup_room("other", "return step", risks=())
+    speedup_folder("odd", failing(failure), risks=(risk,), tolerance=0.05)
+    speedup_folder("other", "return step", risks=())
     run = suanli.train(root, **SMALL, checkpoint_every_s=1e6)
     (fallback,) = run.summary["fallbacks"]
     assert 15 <= fallback["step"] <= 20
@@ -92,10 +92,10 @@ def test_without_a_checkpoint_it_begins_anew(
 
 
 def test_with_a_checkpoint_it_goes_on_from_there(
-    picture_folder: Folder, speedup_room: Put, monkeypatch: pytest.MonkeyPatch
+    picture_folder: Folder, speedup_folder: Put, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = picture_folder()
-    speedup_room("odd", failing("raise RuntimeError('broken')"), risks=("backend",), tolerance=0.05)
+    speedup_folder("odd", failing("raise RuntimeError('broken')"), risks=("backend",), tolerance=0.05)
     fell = suanli.train(root, **SMALL, checkpoint_every_s=0)
     (fallback,) = fell.summary["fallbacks"]
     step = fallback["step"]
@@ -103,7 +103,7 @@ def test_with_a_checkpoint_it_goes_on_from_there(
     assert f"going on from step {step} without odd" in fallback["said"]
 
     # The same by hand: as far with the speedup, then on without it.
-    speedup_room("as_odd", f"step = replace(step, compute=lambda x: {ODD})", tolerance=0.05)
+    speedup_folder("as_odd", f"step = replace(step, compute=lambda x: {ODD})", tolerance=0.05)
     real = Loop._train_on
 
     def learn(loop: Loop, batch: Batch) -> torch.Tensor:
@@ -121,10 +121,10 @@ def test_with_a_checkpoint_it_goes_on_from_there(
     assert not same(fell, suanli.train(root, **SMALL, speedups="none"))
 
 
-def test_one_after_the_other(picture_folder: Folder, speedup_room: Put) -> None:
+def test_one_after_the_other(picture_folder: Folder, speedup_folder: Put) -> None:
     root = picture_folder()
-    speedup_room("first", failing("raise RuntimeError('one')"), risks=("backend",), stage=1)
-    speedup_room(
+    speedup_folder("first", failing("raise RuntimeError('one')"), risks=("backend",), stage=1)
+    speedup_folder(
         "second",
         failing("raise RuntimeError('two')"),
         risks=("backend",),
@@ -136,19 +136,19 @@ def test_one_after_the_other(picture_folder: Folder, speedup_room: Put) -> None:
     assert same(run, suanli.train(root, **SMALL, speedups="none"))
 
 
-def test_what_no_speedup_can_have_caused_is_raised(picture_folder: Folder, speedup_room: Put) -> None:
-    speedup_room("odd", failing("raise RuntimeError('broken')"), risks=("memory", "numerics"))
+def test_what_no_speedup_can_have_caused_is_raised(picture_folder: Folder, speedup_folder: Put) -> None:
+    speedup_folder("odd", failing("raise RuntimeError('broken')"), risks=("memory", "numerics"))
     with pytest.raises(RuntimeError, match="broken"):
         suanli.train(picture_folder(), **SMALL, out="run")
     assert not Path("run/model").exists()
 
 
-def test_a_plan_that_the_user_named_stays(picture_folder: Folder, speedup_room: Put) -> None:
+def test_a_plan_that_the_user_named_stays(picture_folder: Folder, speedup_folder: Put) -> None:
     root = picture_folder()
-    speedup_room("odd", failing("raise RuntimeError('broken')"), risks=("backend",), tolerance=0.05)
+    speedup_folder("odd", failing("raise RuntimeError('broken')"), risks=("backend",), tolerance=0.05)
     with pytest.raises(RuntimeError, match="broken"):
         suanli.train(root, **SMALL, speedups="odd")
-    speedup_room("nan", failing("return model(x) * torch.nan"), risks=("numerics",), tolerance=0.05)
+    speedup_folder("nan", failing("return model(x) * torch.nan"), risks=("numerics",), tolerance=0.05)
     with pytest.raises(suanli.Diverged, match="became nan"):
         suanli.train(root, **SMALL, speedups="nan", out="diverged")
     assert Run.open("diverged").summary["status"] == "diverged"
@@ -181,9 +181,9 @@ def test_where_memory_runs_out_blocks_are_recomputed(
     assert fallback["said"] in capsys.readouterr().err
 
 
-def test_memory_that_still_runs_out_is_said_with_the_way_out(picture_folder: Folder, speedup_room: Put) -> None:
-    speedup_room("odd", failing("raise MemoryError"), risks=("backend",))
-    speedup_room("activation_checkpointing", "return step", saves_memory=True, usual=False)
+def test_memory_that_still_runs_out_is_said_with_the_way_out(picture_folder: Folder, speedup_folder: Put) -> None:
+    speedup_folder("odd", failing("raise MemoryError"), risks=("backend",))
+    speedup_folder("activation_checkpointing", "return step", saves_memory=True, usual=False)
     with pytest.raises(suanli.MachineError, match="--batch-size 4 would fit"):
         suanli.train(picture_folder(), **SMALL)
 
