@@ -1,4 +1,4 @@
-"""The reader of requests (`suanli.serving.protocol.parse`) against bodies that are nearly right.
+"""The reader of requests (`suanli.serving.codec.parse`) against bodies that are nearly right.
 
     nice -n 19 python benchmarks/fuzz_protocol.py [--cases 1000000] [--seed 1] [--out records/…/fuzz_protocol.json]
 
@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes, parse, render
+from suanli.serving.codec import parse, render
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes
 
 EVERY = 50_000  # cases, how far it has come is told
 SLOW_MS = 500.0  # of CPU; a case that takes longer is a failure: bodies here are of at most some kilobytes

@@ -518,7 +518,7 @@ WRONG = {
     "raw for one of two": (inputs(a=("UINT8", [1], b"a"), b=("UINT8", [1], None)), "1 elements for 2 inputs"),
     "raw and typed": (
         contradiction(lambda r: r.inputs[0].contents.uint_contents.append(1), a=("UINT8", [1], b"a")),
-        "only one of them",
+        "both contents and raw",
     ),
     "too short": (inputs(a=("FP32", [2, 2], bytes(15))), "is 16 bytes, not 15"),
     "too long": (inputs(a=("INT64", [1], bytes(9))), "is 8 bytes, not 9"),
@@ -627,7 +627,7 @@ def test_what_nobody_foresaw_is_told_to_the_log_only(serve: Callable[..., tuple[
     server, _ = serve(fail, log=Log("json", stream=told))
     request = inputs(x=("UINT8", [1], b"a"))
     request.id = "number 7"
-    error = refused(CODE.INTERNAL, lambda: infer(server, request), "not foreseen")
+    error = refused(CODE.INTERNAL, lambda: infer(server, request), "internal error")
     assert "secret" not in error.details()
     line = json.loads(told.getvalue())
     assert (line["level"], line["request_id"], line["status"]) == ("error", "number 7", "INTERNAL")
@@ -740,7 +740,7 @@ def test_a_request_that_never_comes_is_ended(serve: Callable[..., tuple[GrpcServ
 
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         call = channel.stream_unary(f"/{SERVICE}/ModelInfer")
-        refused(CODE.DEADLINE_EXCEEDED, lambda: call.future(never(), timeout=20).result(), "was not here after")
+        refused(CODE.DEADLINE_EXCEEDED, lambda: call.future(never(), timeout=20).result(), "did not arrive within")
         done.set()
 
 
@@ -813,7 +813,7 @@ def test_methods_that_are_not_offered(serve: Callable[..., tuple[GrpcServer, One
     server, _ = serve()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         for name, told in (
-            ("TraceSetting", "no traces"),
+            ("TraceSetting", "change traces"),
             ("CudaSharedMemoryStatus", "raw_input_contents"),
             ("No", "not found"),
         ):
@@ -902,7 +902,7 @@ def test_tls(serve: Callable[..., tuple[GrpcServer, OneModel]], tmp_path: Path) 
 
 
 def test_a_port_that_is_taken(loop: Loop) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(MachineError, match="can't be had"):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(MachineError, match="can't be opened"):
         loop.run(serve_grpc(OneModel(echo), port=taken.getsockname()[1]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="can't be read.*nowhere.pem"):
         loop.run(serve_grpc(OneModel(echo), port=0, tls_cert=Path("no.pem"), tls_key=Path("nowhere.pem")))  # type: ignore[arg-type]
@@ -910,7 +910,7 @@ def test_a_port_that_is_taken(loop: Loop) -> None:
 
 def test_two_servers_do_not_share_a_port(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
     server, _ = serve()
-    with pytest.raises(MachineError, match="can't be had"):
+    with pytest.raises(MachineError, match="can't be opened"):
         loop.run(serve_grpc(OneModel(echo), port=server.port))  # type: ignore[arg-type]
 
 

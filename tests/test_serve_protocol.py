@@ -18,7 +18,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes, parse, render
+from suanli.serving.codec import parse, render
+from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes
 
 FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_protocol.py"
 FUZZ_CASES = 20_000
@@ -238,16 +239,16 @@ JSON_LIES: dict[str, tuple[bytes, str]] = {
     "no inputs": (b"{}", "inputs is missing"),
     "empty inputs": (b'{"inputs": []}', "inputs is missing"),
     "inputs are an object": (b'{"inputs": {"a": 1}}', "inputs is missing"),
-    "an input is a text": (b'{"inputs": ["a"]}', "inputs[0] is an object, not a string"),
+    "an input is a text": (b'{"inputs": ["a"]}', "inputs[0] must be an object, not a string"),
     "too many inputs": (json.dumps({"inputs": [{}] * 65}).encode(), "65 inputs"),
     "two inputs of one name": (
         json.dumps({"inputs": json.loads(body())["inputs"] * 2}).encode(),
-        "Two inputs have one name",
+        "Two inputs have the same name",
     ),
-    "a number as id": (b'{"id": 7, "inputs": []}', "id is a string"),
+    "a number as id": (b'{"id": 7, "inputs": []}', "id must be a string"),
     "half a character as id": (b'{"id": "\\ud800", "inputs": []}', "id is not text"),
     "half a character as name": (body(name="\ud800"), "not text that UTF-8"),
-    "parameters are a list": (b'{"parameters": [], "inputs": [{}]}', "parameters is an object"),
+    "parameters are a list": (b'{"parameters": [], "inputs": [{}]}', "parameters must be an object"),
     "binary_data_output is a number": (b'{"parameters": {"binary_data_output": 1}}', "true or false"),
     "no name": (body(name=...), "has no name"),
     "an empty name": (body(name=""), "has no name"),
@@ -292,7 +293,7 @@ JSON_LIES: dict[str, tuple[bytes, str]] = {
     "one long text among numbers": (body(data=[1, 2, 3, "x" * 100_000]), "not UINT8"),
     "null among numbers": (body(data=[1, 2, 3, None]), "not UINT8"),
     "an object among numbers": (body(data=[1, 2, 3, {}]), "not UINT8"),
-    "numbers as texts": (body(datatype="BYTES"), "are strings"),
+    "numbers as texts": (body(datatype="BYTES"), "must be strings"),
     "texts that UTF-8 can't write": (body(datatype="BYTES", data=["\ud800"] * 4), "UTF-8"),
     "too many texts": (body(datatype="BYTES", shape=[70_000], data=["a"] * 70_000), "70000 elements"),
     "256 as a byte": (body(data=[0, 0, 0, 256]), "0 to 255"),
@@ -316,9 +317,9 @@ def test_a_lie_in_json_gets_a_sentence(lie: str) -> None:
 
 
 OUTPUT_LIES = {
-    "an object": ({}, "outputs is a list"),
+    "an object": ({}, "outputs must be a list"),
     "too many": ([{"name": "a"}] * 65, "at most 64"),
-    "a text": (["a"], "outputs[0] is an object"),
+    "a text": (["a"], "outputs[0] must be an object"),
     "no name": ([{}], "outputs[0] has no name"),
     "classes below 0": ([{"name": "a", "parameters": {"classification": -1}}], "0 or more"),
     "true classes": ([{"name": "a", "parameters": {"classification": True}}], "0 or more"),
@@ -339,18 +340,18 @@ BINARY_LIES: dict[str, tuple[tuple[bytes, int], str]] = {
     "a huge header": ((body(), 2**70), "but the body has"),
     "a header that cuts the JSON": ((body(), 10), "not JSON"),
     "a header past the JSON": ((sized(4)[0], sized(4)[1] + 1), "not JSON"),
-    "bytes that belong to nothing": ((body() + b"1", len(body())), "1 bytes behind the JSON"),
+    "bytes that belong to nothing": ((body() + b"1", len(body())), "1 bytes after the JSON"),
     "a size below 0": (sized(-4), "is -4; 4 bytes are left"),
     "a size past the end": (sized(5), "is 5; 4 bytes are left"),
     "a huge size": (sized(2**64), "4 bytes are left"),
     "an endless size": (sized(10**4000), "4 bytes are left"),
-    "a smaller size": (sized(3), "is 4 bytes, not 3"),
+    "a smaller size": (sized(3), "must have 4 bytes, not 3"),
     "true as a size": (sized(True, b"1"), "is True; 1 bytes"),
     "a fraction as a size": (sized(4.0), "is 4.0; 4 bytes"),
     "a text as a size": (sized("4"), "is '4'; 4 bytes"),
     "a list as a size": (sized([4] * 100_000), "4 bytes are left"),
     "data too": ((lambda h: (h + b"1234", len(h)))(body(parameters={"binary_data_size": 4})), "both data and"),
-    "another count of bytes": (sized(4, datatype="FP32"), "is 16 bytes, not 4"),
+    "another count of bytes": (sized(4, datatype="FP32"), "must have 16 bytes, not 4"),
     "bytes for a huge shape": (sized(4, shape=[2**20, 2**20]), "bytes, not 4"),
     "a BOOL that is 2": (sized(4, b"\0\1\0\2", datatype="BOOL"), "bytes are 0 or 1"),
     "a length cut short": (sized(2, b"\0\0", datatype="BYTES", shape=[1]), "cut short in the length of element 0"),

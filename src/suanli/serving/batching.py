@@ -1,11 +1,11 @@
-"""Requests into batches for one engine, answers back to requests.
+"""Puts requests into batches for one engine, and gives each request its own answers.
 
-A batch begins as soon as the engine is free, unless the policy says that one more is worth waiting for; while it is
-computed, the next one collects. A second batch is handed over before the first is back only when it is full, so that
-the engine never waits. Inputs of one request stay together. A batch that fails is tried again one request at a time,
-so that a bad one harms only itself.
+A batch starts as soon as the engine is free, unless the policy says that it pays to wait for one more request. The next
+batch collects while one is computed; it is sent before the first is back only if it is full, so that the engine never
+waits. The inputs of a request stay together. A batch that fails is tried again one request at a time, so that a bad
+request harms only itself.
 
-What this doesn't do: decode, start or replace engines (see `model`).
+Not here: decoding (`encoder`), starting and replacing engines (`model`).
 """
 
 from __future__ import annotations
@@ -23,67 +23,67 @@ from suanli.serving.policy import Policy
 from suanli.serving.protocol import Refusal
 from suanli.serving.worker import EngineDied, EngineError, Worker
 
-IN_FLIGHT = 2  # batches that the engine has: one that it computes, one that it finds next
-HANGS_S = 10.0  # without an answer, and
-HANGS_TIMES = 30  # times what the batch should take: the engine hangs
+IN_FLIGHT = 2  # batches that the engine has at most: one that it computes, and the next one
+HANGS_S = 10.0  # the engine hangs if a batch takes longer than this,
+HANGS_TIMES = 30  # and longer than this multiple of its expected time
 
 
 class _Entry:
-    """Inputs of one request, at most a batch of them."""
+    """The inputs of a request, or a part of them: at most a batch."""
 
     __slots__ = ("alone", "arrived", "future", "queued", "rows", "timer")
 
     def __init__(self, rows: np.ndarray, future: asyncio.Future[np.ndarray], now: float) -> None:
         self.rows, self.future, self.arrived = rows, future, now
-        self.alone = False  # it was in a batch that failed
-        self.queued = True  # no engine has it yet
+        self.alone = False  # computed alone, since it was in a batch that failed
+        self.queued = True  # not sent to an engine yet
         self.timer: asyncio.TimerHandle | None = None
 
 
 class Batcher:
-    """The queue of one model. `use` gives it an engine; `submit` is what requests call."""
+    """The queue of one model. `use` sets its engine; requests call `submit`."""
 
     def __init__(self, policy: Policy, figures: Figures, *, on_death: Callable[[Worker, str], None]) -> None:
-        """`on_death` is called when the engine's process is gone."""
+        """`on_death` is called with the reason when the engine's process has ended."""
         self.policy, self.figures = policy, figures
-        self.waiting = 0  # inputs that no engine has yet
-        self.in_flight = 0  # inputs that it has
+        self.waiting = 0  # inputs that were not sent to the engine yet
+        self.in_flight = 0  # inputs that the engine has
         self._on_death = on_death
         self._loop = asyncio.get_running_loop()
         self._queue: deque[_Entry] = deque()
         self._worker: Worker | None = None
         self._free: list[int] = []
         self._batches = 0  # in flight
-        self._alone = False  # what is in flight is a suspect, tried alone
-        self.last_answer_s = 0.0  # when the last batch came back
-        self.overhead_s = 0.0  # that it took beyond computing: there and back, and until this loop looked
+        self._alone = False  # the batch in flight is a single request, whose batch failed before
+        self.last_answer_s = 0.0  # when the last batch came back, by the monotonic clock
+        self.overhead_s = 0.0  # its time beyond computing: the way there and back, and until this loop noticed
         self._next_dispatch: asyncio.Handle | None = None
-        self._is_immediate = False  # that is when it is, and not after a pause
+        self._is_immediate = False  # whether that is the next turn of the loop, and not after a pause
 
     @property
     def rows(self) -> int:
         return self.waiting + self.in_flight
 
     def use(self, worker: Worker | None) -> Worker | None:
-        """From now on batches go to `worker`; the one before is returned, and ends what it has."""
-        before, self._worker = self._worker, worker
+        """The next batches go to `worker`. Returns the previous one, which still computes what it has."""
+        previous, self._worker = self._worker, worker
         if worker is not None:
             worker.on_exit = self._handle_exit
         self._free = [] if worker is None else list(range(len(worker.slots)))
         self._batches, self._alone = 0, False
         self._dispatch_soon()
-        return before
+        return previous
 
     def _handle_exit(self, worker: Worker, reason: str) -> None:
-        if worker is self._worker and not self._batches:  # else what it had comes back as lost
+        if worker is self._worker and not self._batches:  # else its batches come back with EngineDied
             self._worker, self._free = None, []
             self._on_death(worker, reason)
 
     async def submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
         """Probabilities (B, K) of rows (B, *row_shape). Raises Refusal. Cancelling withdraws the rows.
 
-        Of a request that is larger than a batch the queue has as much as keeps the engine busy, so that others don't
-        wait for all of it.
+        A request that is larger than a batch enters the queue in parts, just enough to keep the engine busy, so that
+        others don't wait for all of it.
         """
         size = self.policy.batch
         if len(rows) <= size:
@@ -98,11 +98,11 @@ class Batcher:
         try:
             return np.concatenate(await asyncio.gather(*parts))
         finally:
-            for part in parts:  # of no use where one of them failed
+            for part in parts:  # if one failed, the others are useless
                 part.cancel()
 
     async def _submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
-        now = time.monotonic()  # the loop's own clock may count whole milliseconds
+        now = time.monotonic()  # since the loop's own clock may count only milliseconds
         entry = _Entry(rows, self._loop.create_future(), now)
         if deadline is not None:
             entry.timer = self._loop.call_at(deadline, self._expire, entry)
@@ -118,7 +118,7 @@ class Batcher:
             self._withdraw(entry)
 
     def _withdraw(self, entry: _Entry) -> None:
-        """Gives back the room and the memory of a request that nobody waits for any more."""
+        """Removes a request that nobody waits for any more from the queue, which frees its memory."""
         if entry.queued:
             entry.queued = False
             self.waiting -= len(entry.rows)
@@ -130,7 +130,7 @@ class Batcher:
             entry.future.set_exception(Refusal(504, "The deadline of the request has passed."))
 
     def fail_waiting(self, error: Refusal) -> None:
-        """All that no engine has yet is refused."""
+        """Refuses all requests that were not sent to the engine yet."""
         queue, self._queue = self._queue, deque()
         for entry in queue:
             self._withdraw(entry)
@@ -138,7 +138,7 @@ class Batcher:
                 entry.future.set_exception(error)
 
     def _dispatch_soon(self, delay_s: float = 0.0) -> None:
-        """After whatever else has arrived by now: requests that come together go together."""
+        """Dispatches in the next turn of the loop, so that requests that have arrived together go together."""
         if self._next_dispatch is not None:
             if self._is_immediate:
                 return
@@ -149,8 +149,8 @@ class Batcher:
         else:
             self._next_dispatch = self._loop.call_soon(self._dispatch)
 
-    def _dispatch(self, nobody_came: bool = False) -> None:
-        """`nobody_came`: it has waited for one more already, in vain."""
+    def _dispatch(self, has_waited: bool = False) -> None:
+        """`has_waited`: it has already waited for one more request."""
         self._next_dispatch = None
         while self._worker is not None and self._free and self._batches < IN_FLIGHT:
             while self._queue and self._queue[0].future.done():  # withdrawn, or too late
@@ -158,10 +158,12 @@ class Batcher:
             if not self._queue:
                 return
             size = min(self.waiting, self.policy.batch)
-            suspect = self._alone or self._queue[0].alone  # computed with nothing beside it that it could take along
+            suspect = (
+                self._alone or self._queue[0].alone
+            )  # nothing else may be in flight, since it could end the engine
             if self._batches and (suspect or size < self.policy.batch):
-                return  # it collects while the engine computes
-            if not self._batches and not suspect and not nobody_came:
+                return  # the next batch collects while the engine computes
+            if not self._batches and not suspect and not has_waited:
                 pause_s = self.policy.pause_s(size, time.monotonic() - self._queue[0].arrived)
                 if pause_s:
                     self._dispatch_soon(pause_s)
@@ -169,7 +171,7 @@ class Batcher:
             self._send(self._worker, self._take())
 
     def _take(self) -> list[_Entry]:
-        """The next batch: whole requests, in their order."""
+        """The next batch: whole requests, in the order of their arrival."""
         entries: list[_Entry] = []
         room = self.policy.batch
         while self._queue and len(self._queue[0].rows) <= room:
@@ -218,37 +220,37 @@ class Batcher:
     ) -> None:
         watchdog.cancel()
         self.in_flight -= count
-        ours = worker is self._worker
-        if ours:
+        is_current = worker is self._worker
+        if is_current:
             self._batches -= 1
             self._alone = False
         error = answer.exception()
         if error is None:
             now = time.monotonic()
-            took, computing_s = now - max(sent, self.last_answer_s), answer.result()
-            self.policy.add_batch_time(count, took)
-            self.overhead_s = max(0.0, took - computing_s)
+            batch_s, computing_s = now - max(sent, self.last_answer_s), answer.result()
+            self.policy.add_batch_time(count, batch_s)
+            self.overhead_s = max(0.0, batch_s - computing_s)
             self.last_answer_s = now
             self.figures.count_batch(count, computing_s)
-            _, found = worker.slots[slot]
-            at = 0
+            _, probabilities = worker.slots[slot]
+            offset = 0
             for entry in entries:
                 if not entry.future.done():
-                    entry.future.set_result(found[at : at + len(entry.rows)].copy())
-                at += len(entry.rows)
+                    entry.future.set_result(probabilities[offset : offset + len(entry.rows)].copy())
+                offset += len(entry.rows)
         else:
             assert isinstance(error, EngineError)
             self._retry(entries, error)
-        if ours and isinstance(error, EngineDied):
+        if is_current and isinstance(error, EngineDied):
             self._worker, self._free, self._batches, self._alone = None, [], 0, False
             self._on_death(worker, str(error))
-        elif ours:
+        elif is_current:
             self._free.append(slot)
         if self._queue:
             self._dispatch()
 
     def _retry(self, entries: list[_Entry], error: EngineError) -> None:
-        """Each alone; one that was alone already is the reason."""
+        """Queues each request alone. One that was alone already has caused the error, and gets it."""
         for entry in reversed(entries):
             if entry.future.done():
                 continue

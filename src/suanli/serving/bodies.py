@@ -1,10 +1,8 @@
-"""The bodies of requests and answers over HTTP, as types.
+"""The types of all JSON bodies over HTTP: mypy checks the code against them, and the OpenAPI document is made of them.
 
-mypy holds the code that answers to them, and the OpenAPI document is made of them. An answer has no other keys than its
-type; what else is in a request is passed over. Sources: Open Inference Protocol, and Triton Inference Server's
-extensions for binary tensors, classification, model configuration, statistics and the model repository.
-
-What this doesn't do: check requests, since `protocol` says more exactly what is wrong with one.
+An answer has exactly the keys of its type; unknown keys of a request are ignored. Sources: Open Inference Protocol, and
+Triton Inference Server's extensions for binary tensors, classification, model configuration, statistics and the model
+repository. Not here: checking requests, since `codec` says more exactly what is wrong with one.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
-from typing_extensions import TypeAliasType, TypedDict  # pydantic reads that of typing from Python 3.12 on
+from typing_extensions import TypeAliasType, TypedDict  # pydantic needs typing_extensions' before Python 3.12
 
 from suanli.engines.predictor import Prediction
 from suanli.serving.protocol import DATATYPES, MAX_RANK, MAX_TENSORS
@@ -57,7 +55,7 @@ class RequestInput(TypedDict):
 
 class OutputParameters(TypedDict, total=False):
     binary_data: bool
-    classification: Annotated[Count, Field(description="So many of the likeliest classes.")]
+    classification: Annotated[Count, Field(description="Number of the likeliest classes.")]
 
 
 class RequestOutput(TypedDict):
@@ -67,7 +65,7 @@ class RequestOutput(TypedDict):
 
 class InferParameters(TypedDict, total=False):
     binary_data_output: bool
-    timeout: Annotated[int, Field(ge=0, lt=1 << 62, description="Microseconds; 0: none.")] | None
+    timeout: Annotated[int, Field(ge=0, lt=1 << 62, description="Microseconds; 0 means none.")] | None
 
 
 class InferRequest(TypedDict):
@@ -188,7 +186,7 @@ class Statistics(TypedDict):
 
 
 class IndexRequest(TypedDict, total=False):
-    ready: Annotated[bool, Field(description="Only those that are.")]
+    ready: Annotated[bool, Field(description="Only models that are ready.")]
 
 
 class ModelState(Versioned):
@@ -200,7 +198,7 @@ class Nothing(TypedDict):
     """An object without keys."""
 
 
-# --- for people ---
+# --- /predict and /status ---
 
 
 class Texts(TypedDict):
@@ -217,7 +215,7 @@ class Predictions(TypedDict):
 
 
 class ModelStatus(Versioned):
-    """Of a model that was never loaded there are the first keys only."""
+    """A model that never came up has only the required keys."""
 
     state: State
     reason: str

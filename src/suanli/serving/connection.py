@@ -1,11 +1,11 @@
-"""uvicorn's HTTP connection, with what a server of models needs beside: whole bodies, and an end to bad clients.
+"""uvicorn's HTTP connection, with two additions: a body arrives whole, and bad clients are disconnected.
 
-A body is collected until it is complete instead of being handed over in pieces, so that a request wakes its task once;
-its size is known to be allowed from its first header on. Who sends too slowly, sends half of a request, headers without
-an end or one request after the other, or doesn't read the answers, is cut off. When the client leaves, the request is
-told at once through `scope["suanli.on_disconnect"]`, a function that the request puts there.
+A body is collected until it is complete, instead of being passed on in pieces, so that a request wakes its task only
+once. A client is disconnected if it sends too slowly, sends only a part of a request, headers without an end or very
+many requests at once, or doesn't read its answers. When a client disconnects, the function that its request has put
+into `scope["suanli.on_disconnect"]` is called at once.
 
-What this doesn't do: a limit for the number of connections, which is uvicorn's `limit_concurrency`.
+Not here: the number of connections, which uvicorn limits (`limit_concurrency`).
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-HEADERS_S = 10.0  # for all of a request's headers, and for the first of a connection to begin
-BODY_S = 10.0  # for a body, and beside that
+HEADERS_S = 10.0  # for all headers of a request, counted for the first one from the start of the connection
+BODY_S = 10.0  # for a body, plus its size at the slowest rate
 SLOWEST_BYTES_PER_S = 50_000
-STALLED_S = 30.0  # in which a client must read some of its answers
-HEAD_BYTES = 1 << 16  # of one request's path and headers
+STALLED_S = 30.0  # a client must read some of its answers within this time
+HEAD_BYTES = 1 << 16  # of a request's path and headers
 PIPELINED = 64  # requests of a connection that wait for the one before them
-BODIES = 16  # times the largest body: what all connections together may have sent without an answer
+BODIES = 16  # limit for all unanswered bodies together, as a multiple of the largest body
 
 
 class SharedState:
-    """What all connections of a server have together."""
+    """State that all connections of a server share."""
 
     __slots__ = ("closing", "held_bytes", "max_body_bytes")
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
-        self.closing = False  # the server ends: no further request after the one that is there
-        self.held_bytes = 0  # of bodies that came and aren't answered
+        self.closing = False  # the server is shutting down: each connection closes after its next answer
+        self.held_bytes = 0  # of bodies without an answer yet
 
 
 class Connection(HttpToolsProtocol):
-    shared = SharedState(1 << 26)  # set in a subclass for each server, since uvicorn makes the objects
+    """One connection of a client. uvicorn makes it, so that `shared` is set in a subclass for each server."""
+
+    shared = SharedState(1 << 26)
 
     # --- from uvicorn and the transport ---
 
@@ -46,7 +48,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
-        self._running: Any = None  # the cycle that is being answered; `cycle` is the one that came last
+        self._running: Any = None  # the cycle that is being answered; `cycle` is the latest one
         self._in_head = self._head_is_new = False
         self._head_bytes = 0
         self._held_bytes = 0
@@ -59,9 +61,9 @@ class Connection(HttpToolsProtocol):
         self._release()
         cycle = self._running
         if cycle is not None and not cycle.response_complete:
-            left = cycle.scope.get("suanli.on_disconnect")
-            if left is not None:
-                left()
+            on_disconnect = cycle.scope.get("suanli.on_disconnect")
+            if on_disconnect is not None:
+                on_disconnect()
             cycle.disconnected = True
             cycle.message_event.set()
         super().connection_lost(exc)
@@ -91,13 +93,13 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():  # it didn't even read its last answer: a close would wait for that
+        if self.transport.get_write_buffer_size():  # it didn't read its last answer: a close would wait for it
             self.transport.abort()
         super().timeout_keep_alive_handler()
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """Goes on in HTTP/1.1 after the offer of another protocol, with which Java's own client begins. The parser
-        takes nothing after such headers, so another one is told how long the body is; it is the last request."""
+        """Goes on in HTTP/1.1 when the client offers another protocol, as Java's own client does. The parser accepts
+        nothing after such headers, so that a new one reads the body; the connection closes after this request."""
         framing = [pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
         self.parser = httptools.HttpRequestParser(_Body(self))
         self.parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % b"".join(b"%s: %s\r\n" % pair for pair in framing))
@@ -125,7 +127,7 @@ class Connection(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         cycle, shared = self.cycle, self.shared
         self._body_bytes += len(body)
-        if cycle.response_complete:  # it was refused without being read
+        if cycle.response_complete:  # the request was refused before its body was read
             return
         cycle.body += body
         if len(cycle.body) > shared.max_body_bytes:
@@ -137,10 +139,10 @@ class Connection(HttpToolsProtocol):
         self._held_bytes += len(body)
         shared.held_bytes += len(body)
         if shared.held_bytes > BODIES * shared.max_body_bytes and not self.transport.is_closing():
-            self._refuse(503, "The server has as many bodies as it can hold.", b"retry-after: 1\r\n")
+            self._refuse(503, "The server holds too many unanswered requests.", b"retry-after: 1\r\n")
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():  # its body comes yet
+        if self.parser.should_upgrade():  # its body is still to come
             return
         self._stop_timer()
         super().on_message_complete()
@@ -157,17 +159,17 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
 
     def _refuse(self, status: int, text: str, headers: bytes = b"") -> None:
-        """An answer to what never became a request."""
+        """Answers, and closes the connection, where there is no request that the application could answer."""
         body = json.dumps({"error": text}).encode()
-        told = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
-        self.transport.write(STATUS_LINE[status] + told + headers + b"\r\n" + body)
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + headers + b"\r\n" + body)
         self.transport.close()
 
     def _release(self) -> None:
         self.shared.held_bytes -= self._held_bytes
         self._held_bytes = 0
 
-    # --- who is too slow ---
+    # --- slow clients ---
 
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
@@ -181,7 +183,7 @@ class Connection(HttpToolsProtocol):
     def _end_if_slow(self) -> None:
         if not self._in_head and self.cycle is not None and not self.cycle.response_complete:
             due = self._body_since + BODY_S + self._body_bytes / SLOWEST_BYTES_PER_S
-            if due > self.loop.time():  # what has come meanwhile was quick enough
+            if due > self.loop.time():  # the rate so far is high enough
                 self._start_timer(due - self.loop.time())
                 return
         if not self.transport.is_closing():
@@ -189,7 +191,7 @@ class Connection(HttpToolsProtocol):
 
 
 class _Body:
-    """What a parser tells of a body whose headers another one has read."""
+    """The callbacks of a parser that reads only the body of a request."""
 
     def __init__(self, connection: Connection) -> None:
         self.on_body, self.on_message_complete = connection.on_body, connection.on_message_complete

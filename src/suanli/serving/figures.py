@@ -1,6 +1,6 @@
-"""What one served model did: counts, times and batches. `/metrics`, `/stats` and `/status` all read it from here.
+"""Statistics of one served model: counts, times and batches. `/metrics`, `/stats` and `/status` all read them here.
 
-Adding is a few integer operations, since every request pays for it; whoever asks does the arithmetic.
+Every request pays for counting, so that counting is only a few additions; the readers do the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from suanli.machine.timing import percentile
 from suanli.serving.bodies import Duration
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-LAST = 1000  # requests whose times give the percentiles of now
+LAST = 1000  # recent requests, whose times give the percentiles
 
 
 class Times:
-    """How often, how long altogether, and a histogram. Seconds."""
+    """The number, the sum and a histogram of durations, in seconds."""
 
     __slots__ = ("buckets", "count", "total_s")
 
@@ -35,20 +35,20 @@ class Times:
 
 
 class Figures:
-    """Of one model and version, from its start."""
+    """Statistics of one version of a model since it was loaded."""
 
     def __init__(self) -> None:
         self.answered, self.failed, self.queue = Times(), Times(), Times()
         self.encode, self.infer, self.output = Times(), Times(), Times()
-        self.refused: Counter[int] = Counter()  # by status, failures included
+        self.refused: Counter[int] = Counter()  # by HTTP status, with those that failed
         self.batches: dict[int, Times] = {}  # by size
         self.inputs = 0
         self.restarts = 0
-        self.last_s = 0.0  # of the last answer, since 1970
+        self.last_s = 0.0  # time of the last answer, since 1970
         self._recent: deque[float] = deque(maxlen=LAST)
 
     def count_answer(self, seconds: float, inputs: int) -> None:
-        """A request was answered."""
+        """Counts a request that was answered after `seconds`."""
         self.answered.add(seconds)
         self.inputs += inputs
         self.last_s = time.time()
@@ -62,12 +62,12 @@ class Figures:
         self.queue.add(seconds)
 
     def count_batch(self, size: int, seconds: float) -> None:
-        """A batch came back, after so long in the engine."""
+        """Counts a batch that the engine computed in `seconds`."""
         if size not in self.batches:
             self.batches[size] = Times()
         self.batches[size].add(seconds)
         self.infer.add(seconds)
 
     def percentile_ms(self, share: float) -> float | None:
-        """Of the last answers; None where there were none."""
+        """A percentile of the times of recent answers; None where there are none."""
         return 1e3 * percentile(list(self._recent), share) if self._recent else None

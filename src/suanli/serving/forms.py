@@ -1,65 +1,118 @@
-"""What people send to /predict: a form with files, one picture or text as it is, or texts in JSON."""
+"""The bodies that people and programs send over HTTP: read whole and within a size, then as JSON or a form.
+
+/predict takes a form with files, one picture or text as it is, or texts in JSON. Not here: the bodies of the protocol's
+requests for inference (`codec`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import zlib
+from collections.abc import AsyncGenerator, Mapping
 
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
 
-from suanli.serving import protocol
-from suanli.serving.protocol import Refusal, bad_request
+from suanli.serving.codec import parse_json
+from suanli.serving.protocol import Refusal, bad_request, decompress
 
-FILES = 256  # of one request
+MAX_FILES = 256  # of one request
+_WBITS = {b"gzip": 31, b"deflate": 15}  # zlib's, by content encoding
 
 
-async def read_inputs(body: bytes, kind: str, wanted: str) -> tuple[list[str], list[bytes | str]]:
-    """Names and raw inputs of a request by people. Raises Refusal(400), or (415)."""
-    media, _, _ = kind.partition(";")
-    media = media.strip().lower()
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body, decompressed. Raises Refusal(413) for one that is too large, (499) where the client leaves, (415)
+    or (400) where it can't be decompressed.
+
+    Starlette's `stream` isn't used: it costs as much time as the whole reading of a small request.
+    """
+    headers = request.scope["suanli.headers"]
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length[:15]) > max_bytes:
+        raise Refusal(413, f"The body is larger than {max_bytes} bytes.")
+    parts: list[bytes] = []
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Refusal(499, "The client has left.")
+        parts.append(message["body"])
+        if request.scope.get("suanli.too_large") or sum(map(len, parts)) > max_bytes:
+            raise Refusal(413, f"The body is larger than {max_bytes} bytes.")
+        more = message["more_body"]
+    body = b"".join(parts)
+    encoding = headers.get(b"content-encoding", b"identity").lower()
+    if encoding == b"identity":
+        return body
+    if encoding not in _WBITS:
+        raise Refusal(415, f"The content encoding {encoding.decode('latin-1')[:40]} can't be read here.")
+    try:
+        return decompress(body, max_bytes, wbits=_WBITS[encoding])
+    except zlib.error as error:
+        raise bad_request(f"The body can't be decompressed: {error}.") from None
+
+
+async def read_object(request: Request, max_bytes: int) -> Mapping[str, object]:
+    """The JSON object of a body that may be empty. Raises Refusal(400) for another value."""
+    body = await read_body(request, max_bytes)
+    values = parse_json(body) if body else {}
+    if not isinstance(values, dict):
+        raise bad_request("The body must be a JSON object, or empty.")
+    return values
+
+
+async def read_inputs(body: bytes, content_type: str, kind: str) -> tuple[list[str], list[bytes | str]]:
+    """Names and raw inputs in a body of /predict, for a model of this kind of data. Raises Refusal(400) or (415)."""
+    media_type, _, _ = content_type.partition(";")
+    media_type = media_type.strip().lower()
     if not body:
         raise bad_request("The body is empty.")
-    if media == "multipart/form-data":
-        return await _read_form(body, kind, wanted)
-    if media == "application/json":
-        values = protocol.parse_json(body)
-        texts = values.get("inputs") if isinstance(values, dict) else None
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise bad_request('The body is {"inputs": ["a text", …]}.')
-        if wanted == "image":
-            raise Refusal(415, "This model reads pictures: send files, as multipart/form-data, or one as it is.")
-        if len(texts) > FILES:
-            raise bad_request(f"{len(texts)} texts are more than {FILES}.")
-        return [f"#{i}" for i in range(len(texts))], texts
-    if media == "application/x-www-form-urlencoded" and wanted == "image":  # what curl says of --data-binary
-        media = ""
-    if media in ("", "application/octet-stream") or media.split("/")[0] == {"image": "image"}.get(wanted, "text"):
+    if media_type == "multipart/form-data":
+        return await _read_form(body, content_type, kind)
+    if media_type == "application/json":
+        return _read_texts(body, kind)
+    if media_type == "application/x-www-form-urlencoded" and kind == "image":  # what curl says of --data-binary
+        media_type = ""
+    expected = "image" if kind == "image" else "text"
+    if media_type in ("", "application/octet-stream") or media_type.split("/")[0] == expected:
         return ["#0"], [body]
-    raise Refusal(415, f"{media[:100]} can't be read here.")
+    raise Refusal(415, f"{media_type[:100]} can't be read here.")
 
 
-async def _read_form(body: bytes, kind: str, wanted: str) -> tuple[list[str], list[bytes | str]]:
-    async def stream() -> Any:
+def _read_texts(body: bytes, kind: str) -> tuple[list[str], list[bytes | str]]:
+    values = parse_json(body)
+    texts = values.get("inputs") if isinstance(values, dict) else None
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise bad_request('The body must be {"inputs": ["a text", …]}.')
+    if kind == "image":
+        raise Refusal(415, "This model reads pictures: send files, as multipart/form-data, or one as it is.")
+    if len(texts) > MAX_FILES:
+        raise bad_request(f"{len(texts)} texts are more than {MAX_FILES}.")
+    return [f"#{i}" for i in range(len(texts))], texts
+
+
+async def _read_form(body: bytes, content_type: str, kind: str) -> tuple[list[str], list[bytes | str]]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:
-        form = Headers({"content-type": kind})
-        parser = MultiPartParser(form, stream(), max_files=FILES, max_fields=FILES, max_part_size=1 << 20)
-        parts = await parser.parse()
+        headers = Headers({"content-type": content_type})
+        parser = MultiPartParser(headers, stream(), max_files=MAX_FILES, max_fields=MAX_FILES, max_part_size=1 << 20)
+        form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise bad_request(f"The form can't be read: {str(error)[:200]}.") from None
     names: list[str] = []
     raws: list[bytes | str] = []
     try:
-        for _, part in parts.multi_items():
+        for _, part in form.multi_items():
             if isinstance(part, UploadFile):
                 names.append(part.filename or f"#{len(names)}")
                 raws.append(await part.read())
-            elif wanted == "text":
+            elif kind == "text":
                 names.append(f"#{len(names)}")
                 raws.append(part)
     finally:
-        await parts.close()
+        await form.close()
     if not raws:
         raise bad_request("The form has no file.")
     return names, raws

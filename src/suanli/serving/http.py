@@ -1,9 +1,9 @@
-"""HTTP: the Open Inference Protocol, pictures for people, metrics and pages, as one ASGI application.
+"""HTTP: the Open Inference Protocol, /predict, metrics and pages, as one ASGI application.
 
-Starlette finds the endpoint. Around that are a request's identity and its line in the log, who may ask, and refusals in
-JSON. Where a model has too much to do, the refusal is sent before the body is read.
+Starlette routes a request. Around that, `App` gives each request an id and a line in the log, checks who may send it,
+and answers refusals in JSON. A model that has too many requests refuses one before its body is read.
 
-What this doesn't do: listen (see `server`), batch (see `batching`), or gRPC.
+Not here: sockets (`server`, `connection`), batches (`batching`), gRPC (`grpc`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import hmac
 import math
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Annotated, Any
@@ -25,21 +24,26 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
-from suanli.serving import bodies, describe, metrics, pages, protocol
-from suanli.serving.forms import read_inputs
+from suanli.serving import bodies, codec, describe, metrics, pages
+from suanli.serving.codec import HEADER_LENGTH
+from suanli.serving.forms import read_body, read_inputs, read_object
 from suanli.serving.log import Log
 from suanli.serving.model import ServedModel
 from suanli.serving.openapi import JsonResponse, Operation, WrongMethod, document
-from suanli.serving.protocol import HEADER_LENGTH, Refusal, bad_request
+from suanli.serving.protocol import Refusal, bad_request
 from suanli.serving.repository import Repository
 
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
-LARGE_JSON = 1 << 18  # bytes: read in a thread, so that others are answered meanwhile
-Top = Annotated[int, Field(ge=1, le=10_000, description="So many of the likeliest classes; 5 where it isn't said.")]
+LARGE_JSON = 1 << 18  # bytes: parsed in a thread from here on, so that other requests are answered meanwhile
+Top = Annotated[int, Field(ge=1, le=10_000, description="Number of the likeliest classes; default 5.")]
 JsonLength = Annotated[
-    int, Field(ge=0, description="Where the JSON ends and the tensors' bytes begin; 0: all is one picture or text.")
+    int,
+    Field(
+        ge=0,
+        description="Length of the JSON, after which the tensors' bytes follow; 0: the body is one picture or text.",
+    ),
 ]
-PREDICT = {  # what it may be asked with
+PREDICT_BODIES = {  # by media type
     "multipart/form-data": bodies.Files,
     "image/*": bytes,
     "application/octet-stream": bytes,
@@ -49,7 +53,7 @@ PREDICT = {  # what it may be asked with
 
 
 class App:
-    """The ASGI application. `host_names`: the names by which it may be addressed; None: any."""
+    """The ASGI application. `host_names`: the values that the Host header may have; None: any."""
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class App:
         self.repository, self.log = repository, log
         self._max_body_bytes = max_body_bytes
         self._key = None if api_key is None else api_key.encode()
-        self._hosts = host_names
+        self._host_names = host_names
         self._numbers = count(1)
         self._prefix = f"{time.time_ns() // 1000:x}"
         self._started = time.monotonic()
@@ -72,7 +76,7 @@ class App:
         self._router = Router(self.operations, redirect_slashes=False, default=_refuse_path)
 
     def _list_operations(self) -> list[Operation]:
-        """All that can be asked. A path of models is there with a version and without."""
+        """All routes. Those of a model exist with and without a version."""
         models = ("/v2/models/{name}", "/v2/models/{name}/versions/{version}")
         page: dict[str, Any] = {"open_to_all": True, "include_in_schema": False}
         infer: dict[str, Any] = {
@@ -82,7 +86,7 @@ class App:
         }
         index: dict[str, Any] = {"body": {"application/json": bodies.IndexRequest}, "body_required": False}
         change: dict[str, Any] = {"body": {"application/json": dict[str, Any]}, "body_required": False}
-        asked = {("query", "top"): Top, ("query", "model"): str, ("query", "version"): str}
+        query = {("query", "top"): Top, ("query", "model"): str, ("query", "version"): str}
         return [
             *(Operation(f"POST {path}/infer", self.infer, **infer) for path in models),
             Operation("GET /v2", self.server_metadata),
@@ -96,7 +100,7 @@ class App:
             Operation("POST /v2/repository/index", self.repository_index, **index),
             Operation("POST /v2/repository/models/{name}/load", self.model_load, **change),
             Operation("POST /v2/repository/models/{name}/unload", self.model_unload, **change),
-            Operation("POST /predict", self.predict, body=PREDICT, parameters=asked),
+            Operation("POST /predict", self.predict, body=PREDICT_BODIES, parameters=query),
             Operation("GET /status", self.status, open_to_all=True),
             Operation("GET /metrics", self.metrics, answer={"text/plain": str}),
             Operation("GET /openapi.json", self.openapi),
@@ -108,15 +112,15 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        started = time.perf_counter()
+        start = time.perf_counter()
         headers = scope["suanli.headers"] = dict(scope["headers"])
-        identity = self._request_id(headers)
+        request_id = self._request_id(headers)
         reason = ""
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"].append((b"x-request-id", identity.encode()))
-                self._log_request(scope, identity, started, message["status"], reason)
+                message["headers"].append((b"x-request-id", request_id.encode()))
+                self._log_request(scope, request_id, start, message["status"], reason)
             await send(message)
 
         try:
@@ -131,57 +135,58 @@ class App:
         except asyncio.CancelledError:
             if not scope.get("suanli.disconnected"):
                 raise
-            self._log_request(scope, identity, started, 499)
+            self._log_request(scope, request_id, start, 499)
         except Exception as error:  # noqa: BLE001  # one request must not harm the others; the log has the reason
-            self.log.error("request failed", request_id=identity, path=scope["path"], reason=repr(error)[:500])
-            await _error_response(Refusal(500, "This was not foreseen; the server's log says more."))(
+            self.log.error("request failed", request_id=request_id, path=scope["path"], reason=repr(error)[:500])
+            await _error_response(Refusal(500, "The server has an internal error; its log has the reason."))(
                 scope, receive, answer
             )
 
     def _request_id(self, headers: Mapping[bytes, bytes]) -> str:
-        """Of a request, in its answer and in the log: the client's, if it is a plain word."""
-        given = headers.get(b"x-request-id", b"")
-        if given and len(given) <= 128 and given.isascii() and given.replace(b"-", b"").replace(b"_", b"").isalnum():
-            return given.decode()
+        """Identifies a request in its answer and in the log: the client's X-Request-Id, if it is a plain word."""
+        own = headers.get(b"x-request-id", b"")
+        if own and len(own) <= 128 and own.isascii() and own.replace(b"-", b"").replace(b"_", b"").isalnum():
+            return own.decode()
         return f"{self._prefix}-{next(self._numbers)}"
 
-    def _log_request(self, scope: Scope, identity: str, started: float, status: int, reason: str = "") -> None:
-        """A line in the log: for an engine that failed, and for each request where that is wanted."""
+    def _log_request(self, scope: Scope, request_id: str, start: float, status: int, reason: str = "") -> None:
+        """Writes a line for a request whose engine failed, and with --log-requests for every request."""
         failed = status == 500 and reason != ""
         if not failed and not self.log.requests:
             return
-        say = self.log.error if failed else self.log.event
-        ms = round(1e3 * (time.perf_counter() - started), 3)
+        write = self.log.error if failed else self.log.event
+        ms = round(1e3 * (time.perf_counter() - start), 3)
         more = {"reason": reason[:500]} if reason else {}
-        say("request", request_id=identity, method=scope["method"], path=scope["path"], status=status, ms=ms, **more)
+        method, path = scope["method"], scope["path"]
+        write("request", request_id=request_id, method=method, path=path, status=status, ms=ms, **more)
 
     def _check_access(self, path: str, method: str, headers: Mapping[bytes, bytes]) -> None:
-        """Raises Refusal for who may not ask: without the key, or by a foreign page in the user's browser."""
-        if self._hosts is not None:
+        """Raises Refusal for a request without the key, or from another site's page in the user's browser."""
+        if self._host_names is not None:
             host = headers.get(b"host", b"").decode("latin-1")
             try:
                 name = urlsplit(f"//{host}").hostname or ""
-            except ValueError:  # half an IPv6 address
+            except ValueError:  # an incomplete IPv6 address
                 name = ""
-            if name not in self._hosts:
-                raise Refusal(421, "This server is addressed by another name. Its owner can allow it with --host.")
+            if name not in self._host_names:
+                raise Refusal(421, "This server doesn't answer to that host name. Its owner can allow it with --host.")
         origin = headers.get(b"origin")
-        own = headers.get(b"host", b"")
-        if origin is not None and method not in ("GET", "HEAD") and origin.partition(b"://")[2] != own:
-            raise Refusal(403, "Pages of other sites can't ask this server.")
+        own_host = headers.get(b"host", b"")
+        if origin is not None and method not in ("GET", "HEAD") and origin.partition(b"://")[2] != own_host:
+            raise Refusal(403, "Pages of other sites may not use this server.")
         if self._key is None or path in self._open:
             return
-        given = headers.get(b"x-api-key", b"")
+        key = headers.get(b"x-api-key", b"")
         scheme, _, rest = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() == b"bearer":
-            given = rest.strip()
-        if not hmac.compare_digest(given, self._key):
+            key = rest.strip()
+        if not hmac.compare_digest(key, self._key):
             raise Refusal(401, "An API key is needed: Authorization: Bearer KEY.")
 
     # --- the protocol ---
 
     async def server_metadata(self, _: Request) -> JsonResponse[bodies.ServerMetadata]:
-        """About the server."""
+        """The server's name, version and extensions."""
         return JsonResponse(describe.server())
 
     async def server_live(self, _: Request) -> JsonResponse[bodies.ServerLive]:
@@ -201,7 +206,7 @@ class App:
         return self.repository.find(request.path_params["name"], request.path_params.get("version"))
 
     async def model_metadata(self, request: Request) -> JsonResponse[bodies.ModelMetadata]:
-        """Names, datatypes and shapes."""
+        """Names, datatypes and shapes of a model's tensors."""
         model, version = self._model(request), request.path_params.get("version")
         return JsonResponse(describe.metadata(model, [version] if version else self.repository.versions(model.name)))
 
@@ -216,30 +221,30 @@ class App:
         return JsonResponse(describe.config(self._model(request)))
 
     async def model_stats(self, request: Request) -> JsonResponse[bodies.Statistics]:
-        """Statistics."""
+        """Statistics of a model."""
         return JsonResponse({"model_stats": [describe.stats(self._model(request))]})
 
     async def infer(self, request: Request) -> Response:
-        """Answers for tensors."""
+        """Classify tensors."""
         self._admit(self._model(request))
-        body = await self._body(request)
-        given = request.scope["suanli.headers"].get(BINARY_HEADER)
+        body = await read_body(request, self._max_body_bytes)
+        header = request.scope["suanli.headers"].get(BINARY_HEADER)
         length = None
-        if given is not None:
-            if not given.isdigit() or len(given) > 12:
-                raise bad_request(f"{HEADER_LENGTH} is a number of bytes.")
-            length = int(given)
+        if header is not None:
+            if not header.isdigit() or len(header) > 12:
+                raise bad_request(f"{HEADER_LENGTH} must be a number of bytes.")
+            length = int(header)
         if (len(body) if length is None else length) > LARGE_JSON:
-            asked = await asyncio.to_thread(protocol.parse, body, length)
+            infer_request = await asyncio.to_thread(codec.parse, body, length)
         else:
-            asked = protocol.parse(body, length)
-        model = self._model(request)  # again: another may have taken its place meanwhile
+            infer_request = codec.parse(body, length)
+        model = self._model(request)  # again, since a newer version may have taken its place meanwhile
         with _cancel_on_disconnect(request.scope):
-            answer = await model.infer(asked)
-        parts, head = protocol.render(answer, asked)
-        if head is None:
+            answer = await model.infer(infer_request)
+        parts, json_length = codec.render(answer, infer_request)
+        if json_length is None:
             return Response(parts[0], media_type="application/json")
-        return Response(b"".join(parts), 200, {HEADER_LENGTH: str(head)}, "application/octet-stream")
+        return Response(b"".join(parts), 200, {HEADER_LENGTH: str(json_length)}, "application/octet-stream")
 
     def _admit(self, model: ServedModel) -> None:
         try:
@@ -249,64 +254,64 @@ class App:
             raise
 
     async def repository_index(self, request: Request) -> JsonResponse[list[bodies.ModelState]]:
-        """Models and states."""
-        ready = (await self._object(request)).get("ready", False)
+        """All models with their states."""
+        ready = (await read_object(request, self._max_body_bytes)).get("ready", False)
         if not isinstance(ready, bool):
-            raise bad_request("ready is true or false.")
+            raise bad_request("ready must be true or false.")
         return JsonResponse([entry for entry in self.repository.index() if not ready or entry["state"] == "READY"])
 
     async def model_load(self, request: Request) -> JsonResponse[bodies.Nothing]:
         """Load a model, or load it again."""
-        if (await self._object(request)).get("parameters"):
-            raise bad_request("A model is loaded as its folder says: parameters can't be given.")
+        if (await read_object(request, self._max_body_bytes)).get("parameters"):
+            raise bad_request("A model is loaded as its folder says: leave out the parameters.")
         await self.repository.load(request.path_params["name"])
         return JsonResponse({})
 
     async def model_unload(self, request: Request) -> JsonResponse[bodies.Nothing]:
-        """Answer what was asked, and unload."""
-        await self._object(request)
+        """Answer open requests, then unload the model."""
+        await read_object(request, self._max_body_bytes)
         await self.repository.unload(request.path_params["name"])
         return JsonResponse({})
 
-    # --- for people ---
+    # --- for the pages and people ---
 
     async def predict(self, request: Request) -> JsonResponse[bodies.Predictions]:
-        """Names what is in pictures or texts."""
-        started = time.perf_counter()
+        """Classify pictures or texts."""
+        start = time.perf_counter()
         top = request.query_params.get("top") or "5"
         if not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000:
-            raise bad_request("top is a number of 1 or more.")
-        named = request.query_params.get("model")
+            raise bad_request("top must be a number from 1 to 10000.")
+        name = request.query_params.get("model")
 
         def find() -> ServedModel:
             version = request.query_params.get("version") or None
-            return self.repository.find(named, version) if named else self.repository.single()
+            return self.repository.find(name, version) if name else self.repository.single()
 
         model = find()
         self._admit(model)
-        body = await self._body(request)
+        body = await read_body(request, self._max_body_bytes)
         names, raws = await read_inputs(body, request.headers.get("content-type", ""), model.preprocess.kind)
-        model = find()  # again: another may have taken its place meanwhile
+        model = find()  # again, since a newer version may have taken its place meanwhile
         with _cancel_on_disconnect(request.scope):
-            found = await model.predict(names, raws, top=int(top[:9]))
+            predictions = await model.predict(names, raws, top=int(top[:9]))
         return JsonResponse(
             {
                 "model": model.name,
                 "version": model.version,
                 "engine": model.info.engine,
                 "precision": model.info.precision,
-                "seconds": time.perf_counter() - started,
-                "predictions": found,
+                "seconds": time.perf_counter() - start,
+                "predictions": predictions,
             }
         )
 
     async def status(self, _: Request) -> JsonResponse[bodies.Status]:
-        """What the pages show."""
+        """Status of the server and its models, which the pages show."""
         repository = self.repository
         models = [describe.status(model) for model in repository.models()]
-        there = {(model["name"], model["version"]) for model in models}
-        for entry in repository.index():  # what is being loaded, or could not be
-            if (entry["name"], entry["version"]) not in there:
+        loaded = {(model["name"], model["version"]) for model in models}
+        for entry in repository.index():  # also those that are being loaded, or could not be
+            if (entry["name"], entry["version"]) not in loaded:
                 state: bodies.State = "loading" if entry["state"] == "LOADING" else "failed"
                 name, version, reason = entry["name"], entry["version"], entry["reason"]
                 models.append({"name": name, "version": version, "state": state, "reason": reason, "classes": []})
@@ -323,63 +328,31 @@ class App:
         )
 
     async def metrics(self, _: Request) -> Response:
-        """Figures for Prometheus."""
+        """Metrics for Prometheus."""
         return Response(metrics.text(self.repository), headers={"content-type": metrics.CONTENT_TYPE})
 
-    async def openapi(self, _: Request) -> JsonResponse[dict[str, object]]:
+    async def openapi(self, _: Request) -> JsonResponse[dict[str, Any]]:
         """This document."""
         models = {name: self.repository.versions(name) for name in self.repository.names()}
         key_needed = self._key is not None
-        found = await asyncio.to_thread(document, self.operations, key_needed=key_needed, models=models)
-        return JsonResponse(found)
+        return JsonResponse(await asyncio.to_thread(document, self.operations, key_needed=key_needed, models=models))
 
     async def page(self, request: Request) -> Response:
-        """A page, or what it loads."""
+        """A page, or a file that it loads."""
         return pages.answer(request)
-
-    # --- bodies ---
-
-    async def _object(self, request: Request) -> dict[str, object]:
-        """What a body says that may be left out."""
-        body = await self._body(request)
-        values = protocol.parse_json(body) if body else {}
-        if not isinstance(values, dict):
-            raise bad_request("The body is a JSON object, or empty.")
-        return values
-
-    async def _body(self, request: Request) -> bytes:
-        """All of it. Raises Refusal(413) for one that is too large, or (499) where it doesn't come. It isn't read with
-        Starlette's `stream`, which costs as much as reading a small request."""
-        headers, limit = request.scope["suanli.headers"], self._max_body_bytes
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:15]) > limit:
-            raise Refusal(413, f"The body is larger than {limit} bytes.")
-        parts: list[bytes] = []
-        more = True
-        while more:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise Refusal(499, "The client has left.")
-            parts.append(message["body"])
-            if request.scope.get("suanli.too_large") or sum(map(len, parts)) > limit:
-                raise Refusal(413, f"The body is larger than {limit} bytes.")
-            more = message["more_body"]
-        body = b"".join(parts)
-        coding = headers.get(b"content-encoding", b"identity").lower()
-        return body if coding == b"identity" else _decompress(body, coding.decode("latin-1"), limit)
 
 
 @contextlib.contextmanager
 def _cancel_on_disconnect(scope: Scope) -> Iterator[None]:
-    """While a request waits for its answer: when its client leaves, it is withdrawn."""
+    """Around waiting for an answer: cancels the request when its client disconnects."""
     task = asyncio.current_task()
     assert task is not None
 
-    def left() -> None:
+    def cancel() -> None:
         scope["suanli.disconnected"] = True
         task.cancel()
 
-    scope["suanli.on_disconnect"] = left
+    scope["suanli.on_disconnect"] = cancel
     try:
         yield
     finally:
@@ -401,14 +374,3 @@ def _error_response(error: Refusal) -> JsonResponse[bodies.Error]:
     if isinstance(error, WrongMethod):
         headers["allow"] = error.allowed
     return JsonResponse({"error": error.message}, error.status, headers)
-
-
-def _decompress(body: bytes, coding: str, limit: int) -> bytes:
-    """A compressed body. Raises Refusal(413) for one that grows beyond the limit."""
-    modes = {"gzip": 31, "deflate": 15}
-    if coding not in modes:
-        raise Refusal(415, f"The content encoding {coding[:40]} can't be read here.")
-    try:
-        return protocol.decompress(body, limit, wbits=modes[coding])
-    except zlib.error as error:
-        raise bad_request(f"The body can't be decompressed: {error}.") from None

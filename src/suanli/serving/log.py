@@ -1,4 +1,4 @@
-"""What a server says while it runs: one line an event on standard error, as JSON where programs read it.
+"""The log of a server: one line for each event on standard error, in JSON where it isn't a terminal.
 
 {"time": "2026-11-26T09:00:00.000Z", "level": "info", "event": "model ready", "model": "digits", …}
 """
@@ -14,13 +14,11 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Literal, TextIO
 
-from suanli.core.types import Json
-
 Style = Literal["auto", "json", "text", "none"]
 
 
 class Log:
-    """Safe to use from several threads. `requests`: each request is a line too, not only those that failed."""
+    """Safe to use from several threads. `requests`: whether every request gets a line, and not only failed ones."""
 
     def __init__(self, style: Style = "auto", *, requests: bool = False, stream: TextIO | None = None) -> None:
         self.requests = requests
@@ -28,50 +26,50 @@ class Log:
         self._style = style if style != "auto" else "text" if self._stream.isatty() else "json"
         self._lock = threading.Lock()
 
-    def event(self, what: str, **fields: Json) -> None:
+    def event(self, what: str, **fields: object) -> None:
         self._write("info", what, fields)
 
-    def warning(self, what: str, **fields: Json) -> None:
+    def warning(self, what: str, **fields: object) -> None:
         self._write("warning", what, fields)
 
-    def error(self, what: str, **fields: Json) -> None:
+    def error(self, what: str, **fields: object) -> None:
         self._write("error", what, fields)
 
-    def _write(self, level: str, what: str, fields: dict[str, Json]) -> None:
+    def _write(self, level: str, what: str, fields: dict[str, object]) -> None:
         if self._style == "none":
             return
         now = datetime.now(UTC)
         if self._style == "json":
             time = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            values: dict[str, Json] = {"time": time, "level": level, "event": what} | fields
+            values: dict[str, object] = {"time": time, "level": level, "event": what} | fields
             line = json.dumps(values, ensure_ascii=False, default=str)
-            if not line.isprintable():  # what a client sent could move a terminal's cursor, or begin a line of its own
+            if not line.isprintable():  # text from a client could move a terminal's cursor or forge a line
                 line = json.dumps(values, default=str)
         else:
-            told = " ".join(f"{key}={_quote(value)}" for key, value in fields.items())
-            line = f"{now:%H:%M:%S} {'' if level == 'info' else level + ': '}{what} {told}".rstrip()
+            details = " ".join(f"{key}={_quote(value)}" for key, value in fields.items())
+            line = f"{now:%H:%M:%S} {'' if level == 'info' else level + ': '}{what} {details}".rstrip()
         with self._lock:
             try:
                 self._stream.write(line + "\n")
                 self._stream.flush()
-            except (OSError, ValueError):  # nobody reads any more; the server goes on
+            except (OSError, ValueError):  # the reader is gone; the server goes on
                 self._style = "none"
 
 
 class _LibraryErrors(logging.Handler):
     def __init__(self, log: Log) -> None:
-        super().__init__(logging.ERROR)  # warnings are about what clients sent
+        super().__init__(logging.ERROR)  # their warnings are about bad clients
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        told = f"{record.getMessage().strip()}: {error!r}" if error is not None else record.getMessage().strip()
-        self._log.error("library", library=record.name, reason=told[:500])
+        reason = f"{record.getMessage().strip()}: {error!r}" if error is not None else record.getMessage().strip()
+        self._log.error("library", library=record.name, reason=reason[:500])
 
 
 @contextlib.contextmanager
 def log_library_errors(log: Log) -> Iterator[None]:
-    """What goes wrong in the libraries of a server is told in its log, and nothing of them beside it."""
+    """Meanwhile, errors that a library logs go to this log, and nothing that libraries log goes elsewhere."""
     handler = _LibraryErrors(log)
     logging.getLogger().addHandler(handler)
     try:
@@ -80,7 +78,7 @@ def log_library_errors(log: Log) -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
 
 
-def _quote(value: Json) -> str:
-    """On one line, whatever a client put into it."""
+def _quote(value: object) -> str:
+    """One line, even where a client sent line breaks."""
     text = str(value)
     return text if text and text.isprintable() and " " not in text else json.dumps(text, ensure_ascii=True)

@@ -1,11 +1,11 @@
-"""The messages of gRPC, and from them to requests and back.
+"""The messages of gRPC: their classes, and their conversion to requests and from answers.
 
-Their classes are made on first use from `messages.binpb`, which is `inference.proto` and `health.proto` compiled
-(`make proto`), in a pool of descriptors of their own: generated code would tie suanli to one version of protobuf, and
-its names would meet those of a client in the same process.
+The classes are made on first use from `messages.binpb`, which is `inference.proto` and `health.proto` compiled
+(`make proto`). They have their own descriptor pool: generated code would tie suanli to one version of protobuf, and its
+names would collide with those of a client in the same process.
 
-Answers are always in `raw_output_contents`, like Triton's: its clients read numbers nowhere else. What this doesn't do:
-BF16 and shared memory.
+Answers always use `raw_output_contents`, as Triton's do: its clients read numbers nowhere else. Not supported: BF16 and
+shared memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from suanli.core.types import Json
 from suanli.serving.protocol import (
     DATATYPES,
     MAX_ELEMENTS,
@@ -37,7 +36,7 @@ from suanli.serving.protocol import (
 INFERENCE = "inference"
 HEALTH = "grpc.health.v1"
 
-# Where the numbers of a datatype are when they aren't raw. FP16 has no field.
+# The field with the elements of a datatype where they aren't raw. FP16 has none.
 _CONTENTS = {
     "BOOL": "bool_contents",
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -69,23 +68,23 @@ def _classes() -> dict[str, Any]:
 
 
 def fill_message(name: str, values: Mapping[str, Any]) -> Any:
-    """A message with the values of a JSON object."""
+    """A new message of this name with the values of a JSON object."""
     from google.protobuf.json_format import ParseDict
 
     return ParseDict(values, message_class(name)())
 
 
-# --- from messages, and to them ---
+# --- conversion ---
 
 
-def to_request(asked: Any) -> InferRequest:
-    """What a ModelInferRequest asks. Raw bytes are not copied. Raises Refusal(400) where it contradicts itself."""
-    tensors, raws = asked.inputs, asked.raw_input_contents
+def to_request(message: Any) -> InferRequest:
+    """The request in a ModelInferRequest. Raw bytes are not copied. Raises Refusal(400) where it contradicts itself."""
+    tensors, raws = message.inputs, message.raw_input_contents
     if not tensors:
         raise bad_request("inputs is missing: at least one tensor.")
-    if len(tensors) > MAX_TENSORS or len(asked.outputs) > MAX_TENSORS:
+    if len(tensors) > MAX_TENSORS or len(message.outputs) > MAX_TENSORS:
         raise bad_request(
-            f"There are {len(tensors)} inputs and {len(asked.outputs)} outputs; {MAX_TENSORS} are the most."
+            f"There are {len(tensors)} inputs and {len(message.outputs)} outputs; {MAX_TENSORS} are the most."
         )
     if raws and len(raws) != len(tensors):
         raise bad_request(f"raw_input_contents has {len(raws)} elements for {len(tensors)} inputs.")
@@ -93,12 +92,12 @@ def to_request(asked: Any) -> InferRequest:
         _read_tensor(tensor, raw) for tensor, raw in zip(tensors, raws or [None] * len(tensors), strict=True)
     )
     if len({tensor.name for tensor in inputs}) < len(inputs):
-        raise bad_request("Two inputs have one name.")
+        raise bad_request("Two inputs have the same name.")
     return InferRequest(
-        id=asked.id or None,
+        id=message.id or None,
         inputs=inputs,
-        outputs=tuple(map(_read_output, asked.outputs)),
-        parameters=_read_parameters(asked.parameters),
+        outputs=tuple(map(_read_output, message.outputs)),
+        parameters=_read_parameters(message.parameters),
         binary_output=True,
     )
 
@@ -114,25 +113,24 @@ def to_message(response: InferResponse) -> Any:
     return answer
 
 
-def _read_tensor(sent: Any, raw: bytes | None) -> Tensor:
-    name, datatype, shape = sent.name, sent.datatype, tuple(sent.shape)
+def _read_tensor(message: Any, raw: bytes | None) -> Tensor:
+    name, datatype, shape = message.name, message.datatype, tuple(message.shape)
     if not name:
         raise bad_request("An input has no name.")
     if datatype not in DATATYPES and datatype != "BYTES":
         known = ", ".join((*DATATYPES, "BYTES"))
         raise bad_request(f"The datatype of input {name[:200]!r} is {datatype[:40]!r}; there are {known}.")
     if len(shape) > MAX_RANK or min(shape, default=0) < 0:
-        raise bad_request(
-            f"The shape of input {name[:200]!r} is {list(shape[:MAX_RANK])}: 0 or more, {MAX_RANK} of them at most."
-        )
+        start = list(shape[:MAX_RANK])
+        raise bad_request(f"The shape of input {name[:200]!r} is {start}, not up to {MAX_RANK} numbers of 0 or more.")
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise bad_request(f"The shape of input {name[:200]!r} is {list(shape)}: larger than any request.")
-    parameters = _read_parameters(sent.parameters)
+    parameters = _read_parameters(message.parameters)
     data: np.ndarray | list[bytes]
     if raw is None:
-        data = _read_contents(name, datatype, shape, sent.contents)
-    elif sent.HasField("contents") and sent.contents.ByteSize():
-        raise bad_request(f"Input {name[:200]!r} has contents, and raw_input_contents too: only one of them.")
+        data = _read_contents(name, datatype, shape, message.contents)
+    elif message.HasField("contents") and message.contents.ByteSize():
+        raise bad_request(f"Input {name[:200]!r} has both contents and raw_input_contents.")
     else:
         data = from_bytes(name, datatype, shape, raw)
     return Tensor(name=name, datatype=datatype, shape=shape, data=data, parameters=parameters)
@@ -160,20 +158,20 @@ def _read_contents(name: str, datatype: str, shape: tuple[int, ...], contents: A
     return wide.astype(dtype).reshape(shape)
 
 
-def _read_output(asked: Any) -> RequestedOutput:
-    classes = _read_parameters(asked.parameters).get("classification", 0)
-    if not asked.name:
+def _read_output(message: Any) -> RequestedOutput:
+    classes = _read_parameters(message.parameters).get("classification", 0)
+    if not message.name:
         raise bad_request("An output has no name.")
     if type(classes) is not int or classes < 0:
-        raise bad_request(f"classification of output {asked.name[:200]!r} is a number of 0 or more.")
-    return RequestedOutput(name=asked.name, binary=True, class_count=classes)
+        raise bad_request(f"classification of output {message.name[:200]!r} must be a number of 0 or more.")
+    return RequestedOutput(name=message.name, binary=True, class_count=classes)
 
 
-def _read_parameters(parameters: Mapping[str, Any]) -> dict[str, Json]:
-    """A map of InferParameter as plain values; one that says nothing is None."""
+def _read_parameters(parameters: Mapping[str, Any]) -> dict[str, object]:
+    """Plain values from a map of InferParameter; None for one without a value."""
     if not parameters:
         return {}
     if "shared_memory_region" in parameters:
         raise bad_request("Shared memory is not supported: send the bytes of a tensor in raw_input_contents.")
-    chosen = {key: value.WhichOneof("parameter_choice") for key, value in parameters.items()}
-    return {key: getattr(parameters[key], choice) if choice else None for key, choice in chosen.items()}
+    fields = {key: value.WhichOneof("parameter_choice") for key, value in parameters.items()}
+    return {key: getattr(parameters[key], field) if field else None for key, field in fields.items()}

@@ -1,4 +1,4 @@
-"""The figures of every model in Prometheus' text form, made when they are asked for."""
+"""/metrics: the figures of every model in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -32,31 +32,33 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         models = self._repository.models()
-        ready = GaugeMetricFamily("suanli_model_ready", "1 if the model answers.", labels=LABELS)
-        waiting = GaugeMetricFamily("suanli_waiting_inputs", "Inputs that no engine has yet.", labels=LABELS)
-        memory = GaugeMetricFamily("suanli_engine_memory_bytes", "Main memory of the engine's process.", labels=LABELS)
-        inputs = CounterMetricFamily("suanli_inputs", "Inputs that were answered.", labels=LABELS)
-        restarts = CounterMetricFamily("suanli_engine_restarts", "Engines that were replaced.", labels=LABELS)
+        ready = GaugeMetricFamily("suanli_model_ready", "1 if the model is ready.", labels=LABELS)
+        waiting = GaugeMetricFamily("suanli_waiting_inputs", "Inputs that wait for an engine.", labels=LABELS)
+        memory = GaugeMetricFamily(
+            "suanli_engine_memory_bytes", "Resident memory of the engine's process.", labels=LABELS
+        )
+        inputs = CounterMetricFamily("suanli_inputs", "Answered inputs.", labels=LABELS)
+        restarts = CounterMetricFamily("suanli_engine_restarts", "Restarts of engines.", labels=LABELS)
         refused = CounterMetricFamily("suanli_refused", "Requests without an answer.", labels=(*LABELS, "status"))
         for model in models:
-            at, figures = (model.name, model.version), model.figures
-            ready.add_metric(at, float(model.ready))
-            waiting.add_metric(at, model.batcher.waiting)
-            memory.add_metric(at, model.memory_bytes or 0)
-            inputs.add_metric(at, figures.inputs)
-            restarts.add_metric(at, figures.restarts)
+            labels, figures = (model.name, model.version), model.figures
+            ready.add_metric(labels, float(model.ready))
+            waiting.add_metric(labels, model.batcher.waiting)
+            memory.add_metric(labels, model.memory_bytes or 0)
+            inputs.add_metric(labels, figures.inputs)
+            restarts.add_metric(labels, figures.restarts)
             for code, count in sorted(figures.refused.items()):
-                refused.add_metric((*at, str(code)), count)
+                refused.add_metric((*labels, str(code)), count)
         yield from (ready, waiting, memory, inputs, restarts, refused)
-        for name, about, pick in (
-            ("suanli_request_seconds", "From a request's body to its answer.", "answered"),
-            ("suanli_queue_seconds", "That inputs waited for an engine.", "queue"),
-            ("suanli_encode_seconds", "Decoding and resizing, of one request.", "encode"),
-            ("suanli_engine_seconds", "Of one batch in the engine.", "infer"),
+        for name, help_text, attribute in (
+            ("suanli_request_seconds", "Time from a request's body to its answer.", "answered"),
+            ("suanli_queue_seconds", "Time that inputs waited for an engine.", "queue"),
+            ("suanli_encode_seconds", "Time to decode and resize the inputs of a request.", "encode"),
+            ("suanli_engine_seconds", "Time of a batch in the engine.", "infer"),
         ):
-            family = HistogramMetricFamily(name, about, labels=LABELS)
+            family = HistogramMetricFamily(name, help_text, labels=LABELS)
             for model in models:
-                times: Times = getattr(model.figures, pick)
+                times: Times = getattr(model.figures, attribute)
                 family.add_metric(
                     (model.name, model.version), buckets=_cumulative_buckets(times), sum_value=times.total_s
                 )
@@ -64,8 +66,9 @@ class _Collector:
 
 
 def _cumulative_buckets(times: Times) -> list[tuple[str, float]]:
-    total, found = 0, []
+    """Upper bounds, and how many values are at most as large."""
+    total, buckets = 0, []
     for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), times.buckets, strict=True):
         total += count
-        found.append((bound, float(total)))
-    return found
+        buckets.append((bound, float(total)))
+    return buckets

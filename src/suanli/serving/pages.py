@@ -1,10 +1,8 @@
-"""The pages for people, `/` and `/health`, and what they load from `/page/NAME`.
+"""The web pages `/` and `/health`, and the files that they load from `/page/NAME`.
 
-Plain files from `page/`, read once and kept. There is no template: everything that changes comes from
-`/status` and `/predict`, so one entity tag serves every visit. The headers let a page load and ask this server
-and nothing else: no script or style inside the page, no frame around it, no address that it could send to.
-
-What this doesn't do: routes and methods (see `http`).
+They are plain files from the folder `page`, read once. They have no template: everything that changes comes from
+`/status` and `/predict`, so that a file keeps its entity tag. The headers allow a page to load files from this server
+and to send requests to it, and nothing else: no inline script or style, no frame around it, no other address.
 """
 
 from __future__ import annotations
@@ -37,25 +35,25 @@ SECURITY = {
 
 
 def answer(request: Request) -> Response:
-    """The page or file of a request's path. A browser keeps it and asks each time whether its tag still holds; the
-    answer to that is a 304 without content."""
-    path = request.scope["path"].rstrip("\n")  # which a route takes, too
+    """The page or file of a request's path, or 304 without content if the browser has it already: it keeps files, and
+    asks each time whether they have changed."""
+    path = request.scope["path"].rstrip("\n")  # a route ignores a line break at the end
     content, media_type, tag = files()[path]
     headers = {"Content-Type": media_type, "ETag": tag, "Cache-Control": "no-cache", **SECURITY}
-    known = [known.strip().removeprefix("W/") for known in request.headers.get("if-none-match", "").split(",")]
-    if tag in known or "*" in known:  # by the weak comparison of RFC 9110, 13.1.2
+    tags = [value.strip().removeprefix("W/") for value in request.headers.get("if-none-match", "").split(",")]
+    if tag in tags or "*" in tags:  # by the weak comparison of RFC 9110, 13.1.2
         return Response(status_code=304, headers=headers)
     return Response(content, headers=headers)
 
 
 @cache
 def files() -> dict[str, tuple[bytes, str, str]]:
-    """Content, media type and entity tag by path. No path of a file is ever made of a request."""
-    found = {}
+    """Content, media type and entity tag by path. A request can name only these, never a path on disk."""
+    by_path = {}
     for file in resources.files("suanli").joinpath(FOLDER).iterdir():
         media_type = MEDIA_TYPES.get(file.name.rpartition(".")[2])
         if media_type is not None:
             content = file.read_bytes()
             path = {"page.html": "/", "health.html": "/health"}.get(file.name, f"/page/{file.name}")
-            found[path] = (content, media_type, f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"')
-    return found
+            by_path[path] = (content, media_type, f'"{hashlib.blake2b(content, digest_size=12).hexdigest()}"')
+    return by_path

@@ -1,8 +1,8 @@
-"""How many requests make a batch, how long one waits for the next, and when one is turned away.
+"""The rules for batches: how many inputs make one, how long it waits for another request, when a request is refused.
 
-Nothing here is a constant of the author's: all of it follows from the curve of the engine (seconds of a batch against
-its size, which `suanli optimize` measured), from the time that a request may take (`--p99-ms`), and from what is
-observed on the way. No clock and no queue is in here, so every rule can be tested by itself.
+They follow from the engine's curve (seconds of a batch by its size, which `suanli optimize` measured), from the time
+that a request may take (`--p99-ms`), and from what is observed while serving. There is no clock and no queue here, so
+that every rule can be tested by itself.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping
 
-USUAL_S = 1.0  # that a request may take where the user doesn't say
+DEFAULT_P99_S = 1.0  # that a request may take
 SIZES = (1, 2, 4, 8, 16, 32, 64)
-AS_GOOD = 0.97  # of the best rate: a smaller batch that has it answers sooner
-TAIL = 2.9  # mean absolute deviations from the mean to the 99th percentile of a normal distribution
+AS_GOOD = 0.97  # the smallest batch with this share of the best rate is used, since it answers sooner
+TAIL = 2.9  # mean absolute deviations between the mean and the 99th percentile of a normal distribution
 NEWEST = 0.1  # weight of the newest observation in a running mean
 
 
 class Curve:
-    """Seconds of a batch against its size: measured points, straight lines between them, the last one goes on."""
+    """Seconds of a batch by its size: straight lines between measured points, the last of which goes on."""
 
     def __init__(self, points: Mapping[int, float]) -> None:
         """`points` has at least one size. A larger batch never takes less time than a smaller one."""
@@ -32,7 +32,7 @@ class Curve:
         i = bisect_left(sizes, size)
         if i < len(sizes) and sizes[i] == size:
             return seconds[i]
-        if len(sizes) == 1 or i == 0:  # in proportion, which is on the safe side for larger ones
+        if len(sizes) == 1 or i == 0:  # in proportion, which overestimates larger batches
             return seconds[min(i, len(sizes) - 1)] * max(1.0, size / sizes[min(i, len(sizes) - 1)])
         i = min(i, len(sizes) - 1)
         slope = (seconds[i] - seconds[i - 1]) / (sizes[i] - sizes[i - 1])
@@ -44,7 +44,7 @@ class Curve:
 
 
 class _Mean:
-    """A running mean of observations, and of how far they are off it."""
+    """A running mean of observations, and of their absolute deviations from it."""
 
     __slots__ = ("deviation", "value")
 
@@ -57,54 +57,55 @@ class _Mean:
 
 
 class Policy:
-    """The rules for one model."""
+    """The rules for one model, with what was observed of it."""
 
     def __init__(self, curve: Curve, *, p99_s: float | None, most: int) -> None:
         """`most` is the largest batch that memory allows."""
         self.curve = curve
         sizes = [size for size in SIZES if size <= most] or [1]
-        target = p99_s if p99_s is not None else max(USUAL_S, 4 * curve.seconds(1))
-        # Whoever comes just after a batch has begun waits for all of it, and then for the one that it is in.
+        target = p99_s if p99_s is not None else max(DEFAULT_P99_S, 4 * curve.seconds(1))
+        # A request that arrives just after a batch has started waits for that batch and then for its own.
         quick = [size for size in sizes if 2 * curve.seconds(size) <= target] or sizes[:1]
         best = max(curve.rate(size) for size in quick)
         self.batch = next(size for size in quick if curve.rate(size) >= AS_GOOD * best)
         self.target_s = target
         self.reachable = 2 * curve.seconds(1) <= target
-        self._pace = _Mean(1.0)  # observed seconds of a batch, as a multiple of the curve's
-        self._outside_s = _Mean(0.0)  # that requests spend before and after the queue and the engine
+        self._pace = _Mean(1.0)  # observed seconds of a batch as a multiple of the curve's
+        self._outside_s = _Mean(0.0)  # time of requests before and after the queue and the engine
         self._gap_s: float | None = None  # between arrivals
         self._last = 0.0
 
     @property
     def pace(self) -> float:
-        """Observed seconds of a batch, as a multiple of the curve's."""
+        """Observed seconds of a batch as a multiple of the curve's."""
         return self._pace.value
 
     def add_arrival(self, now: float) -> None:
+        """Observes that a request arrived at `now`, in seconds of any clock."""
         if self._last:
             gap = now - self._last
             self._gap_s = gap if self._gap_s is None else (1 - NEWEST) * self._gap_s + NEWEST * gap
         self._last = now
 
     def add_batch_time(self, size: int, seconds: float) -> None:
-        """A batch of `size` came back after so long, the way there and back included."""
+        """Observes that a batch of `size` came back after `seconds`, including the way there and back."""
         self._pace.add(seconds / max(self.curve.seconds(size), 1e-9))
 
     def add_outside_time(self, seconds: float) -> None:
-        """A request took so long beside the queue and its batch: to be read, decoded and answered."""
+        """Observes the seconds that a request spent outside the queue and the engine: to be read, decoded, answered."""
         self._outside_s.add(seconds)
 
     def predicted_s(self, rows: int) -> float:
-        """Until the last of `rows` that are in the house is answered."""
+        """Seconds until the last of `rows` accepted inputs is answered."""
         full, rest = divmod(rows, self.batch)
         seconds = full * self.curve.seconds(self.batch) + (self.curve.seconds(rest) if rest else 0.0)
         return seconds * self.pace
 
     def retry_after_s(self, rows: int, more: int) -> float | None:
-        """Seconds until there is room again, where `more` would be answered too late behind `rows`; None: come in.
+        """None if `more` inputs can be answered in time behind `rows` accepted ones, else seconds after which to retry.
 
-        An empty house takes whatever comes. Of a hundred requests one may be late, so it isn't the mean that has to
-        fit, but the mean and `TAIL` times what observations are off it.
+        An idle server accepts any request. Only one request in a hundred may be late, so what has to fit is not the
+        mean, but the mean plus `TAIL` times the mean deviation.
         """
         late = 1 + TAIL * self._pace.deviation / max(self.pace, 1e-9)
         outside_s = self._outside_s.value + TAIL * self._outside_s.deviation
@@ -115,17 +116,17 @@ class Policy:
     def pause_s(self, rows: int, waited_s: float) -> float:
         """How long a batch of `rows` that could begin now should wait for one more; 0: not at all.
 
-        Waiting costs `rows` requests the expected gap. It saves the machine t(n) + t(1) - t(n+1), which gains as
-        much time for each of those that arrive while the batch is computed. So it pays only for an engine that is
-        better with larger batches, and only under load.
+        Waiting costs `rows` inputs the expected gap between arrivals. It saves the engine t(n) + t(1) - t(n+1), which
+        each of the inputs that arrive while the batch is computed gains. So it pays only for an engine that is faster
+        with larger batches, and only under load.
         """
         if self._gap_s is None or rows >= self.batch:
             return 0.0
-        now, saved = self.curve.seconds(rows), self.curve.seconds(rows) + self.curve.seconds(1)
-        saved -= self.curve.seconds(rows + 1)
-        room = self.target_s - waited_s - 2 * self.curve.seconds(self.batch) * self.pace
-        gap = self._gap_s
-        if gap <= 0 or saved <= 0 or gap > room:
+        batch_s = self.curve.seconds(rows)
+        saved_s = batch_s + self.curve.seconds(1) - self.curve.seconds(rows + 1)
+        slack_s = self.target_s - waited_s - 2 * self.curve.seconds(self.batch) * self.pace
+        gap_s = self._gap_s
+        if gap_s <= 0 or saved_s <= 0 or gap_s > slack_s:
             return 0.0
-        arriving = now * self.pace / gap
-        return gap if arriving * saved * self.pace > rows * gap else 0.0
+        arriving = batch_s * self.pace / gap_s
+        return gap_s if arriving * saved_s * self.pace > rows * gap_s else 0.0

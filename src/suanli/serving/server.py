@@ -1,7 +1,7 @@
-"""A server from its first socket to its last answer: HTTP and gRPC on one loop, and an end that loses nothing.
+"""Runs a server: HTTP and gRPC on one loop, from the first socket to a shutdown that loses no request.
 
-On SIGTERM or Ctrl-C it says that it isn't ready, takes no new connections, answers what it has, and ends; a second
-Ctrl-C ends it at once. What this doesn't do: several processes for one port; one engine uses all cores.
+On SIGTERM or Ctrl-C the server reports that it isn't ready, accepts no new connections, answers the requests that it
+has, and ends; a second Ctrl-C ends it at once. A port has one server process, since one engine uses all cores.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_S = 75
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-DRAIN_S = 60.0  # for what was accepted
-LAST_S = 0.25  # in which clients with a connection are told that the answer is the last
+DRAIN_S = 60.0  # limit for answering accepted requests
+CLOSING_S = 0.25  # time in which every answer says that its connection will close
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,29 +47,31 @@ class ServerOptions:
     api_key: str | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
-    shutdown_delay_s: float = 0.0  # between saying that it isn't ready and taking no more connections
+    shutdown_delay_s: float = 0.0  # between reporting that it isn't ready and refusing connections
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which leaves signals to us."""
+    """uvicorn's server, without its handling of signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-async def serve(
+async def serve_models(
     subject: Path,
-    settings: ModelOptions,
+    model_options: ModelOptions,
     options: ServerOptions,
     log: Log,
     *,
     on_start: Callable[[int, int | None], None],
 ) -> None:
-    """Serves until a signal ends it. `on_start` is told the ports once it listens. Raises MachineError where a port is
-    in use or the model's engine doesn't come up, DataError where there is no model."""
-    loop = asyncio.get_running_loop()
-    repository = Repository(subject, settings, log)
+    """Serves until a signal ends it. `on_start` gets the ports, of HTTP and gRPC, once the server listens.
+
+    Raises MachineError where a port is in use or a single model's engine doesn't come up, DataError where there is no
+    model, UsageError for a host or TLS files that can't be used.
+    """
+    repository = Repository(subject, model_options, log)
     loopback = options.host in LOOPBACK
     app = App(
         repository,
@@ -78,11 +80,12 @@ async def serve(
         api_key=options.api_key,
         host_names=LOOPBACK if loopback else None,
     )
-    with _bind(options.host, options.port) as listener, log_library_errors(log):
+    with (
+        _bind(options.host, options.port) as listener,
+        log_library_errors(log),
+        _catch_signals() as (stop, stop_now),
+    ):
         server = _Server(_make_config(app, options))
-        stop, now = asyncio.Event(), asyncio.Event()  # a first signal, and a second
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _request_stop, stop, now)
         running = asyncio.create_task(server.serve(sockets=[listener]))
         grpc = None
         try:
@@ -92,48 +95,73 @@ async def serve(
             while not server.started and not running.done():
                 await asyncio.sleep(0.005)
             gc.collect()
-            gc.freeze()  # what was imported stays: else each collection of old garbage halts all answers to look at it
+            gc.freeze()  # else each full collection would stop all answers to scan what was imported
             on_start(listener.getsockname()[1], None if grpc is None else grpc.port)
-            stopped = asyncio.create_task(stop.wait())
-            await asyncio.wait({loading, stopped, running}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-                await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
-            loading.cancel()
-            log.event("stopping", requests="those that were accepted are answered")
-            ending = asyncio.create_task(_shut_down(server, running, grpc, repository, options.shutdown_delay_s))
-            at_once = asyncio.create_task(now.wait())
+            await _wait_for_stop(stop, loading, running)
+            log.event("stopping", requests="accepted requests are still answered")
+            shutdown = asyncio.create_task(_shut_down(server, running, grpc, repository, options.shutdown_delay_s))
+            second_signal = asyncio.create_task(stop_now.wait())
             limit_s = options.shutdown_delay_s + DRAIN_S
-            await asyncio.wait({ending, at_once}, return_when=asyncio.FIRST_COMPLETED, timeout=limit_s)
-            ending.cancel()
+            await asyncio.wait({shutdown, second_signal}, return_when=asyncio.FIRST_COMPLETED, timeout=limit_s)
+            shutdown.cancel()
         except EngineDied as error:
-            raise MachineError(f"The model can't be served: {error}", fix="See suanli predict for the same.") from error
+            raise MachineError(
+                f"The model can't be served: {error}", fix="Try suanli predict with the same model."
+            ) from error
         finally:
             server.should_exit = server.force_exit = True
-            for connection in list(server.server_state.connections):  # none, but where there was no time
+            for connection in list(server.server_state.connections):  # only those that had no time to end
                 connection.transport.abort()
             if grpc is not None:
                 await grpc.stop(0)
             await asyncio.gather(running, return_exceptions=True)
             repository.close()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """Two events: SIGINT or SIGTERM sets the first one, and a second signal the other."""
+    loop = asyncio.get_running_loop()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def handle() -> None:
+        if stop.is_set():
+            stop_now.set()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle)
+    try:
+        yield stop, stop_now
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _wait_for_stop(stop: asyncio.Event, loading: asyncio.Task[None], running: asyncio.Task[None]) -> None:
+    """Returns when `stop` is set or uvicorn ends by itself. Raises what `loading` raises."""
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({loading, stopped, running}, return_when=asyncio.FIRST_COMPLETED)
+    if loading.done():
+        loading.result()
+        await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
+    loading.cancel()
 
 
 async def _shut_down(
     server: uvicorn.Server, running: asyncio.Task[None], grpc: GrpcServer | None, repository: Repository, delay_s: float
 ) -> None:
-    """Takes nothing new, and returns when what was accepted is answered.
+    """Accepts no new requests, and returns when the accepted ones are answered.
 
-    Who keeps a connection and asks again and again would lose the request that is on its way when that is closed. So
-    for a moment every answer says that it is the last of its connection.
+    A client that sends one request after another over a connection would lose the one that is on its way when the
+    connection closes. So for a moment every answer says that its connection will close.
     """
     repository.draining = True
     await asyncio.sleep(delay_s)
     server.config.http_protocol_class.shared.closing = True  # type: ignore[attr-defined]  # a Connection
     for listener in server.servers:
         listener.close()
-    await asyncio.sleep(LAST_S)
+    await asyncio.sleep(CLOSING_S)
     server.should_exit = True
     if grpc is not None:
         await grpc.stop(DRAIN_S)
@@ -155,12 +183,6 @@ async def _start_grpc(repository: Repository, options: ServerOptions, log: Log) 
         tls_key=options.tls_key,
         log=log,
     )
-
-
-def _request_stop(stop: asyncio.Event, now: asyncio.Event) -> None:
-    if stop.is_set():
-        now.set()
-    stop.set()
 
 
 def _make_config(app: App, options: ServerOptions) -> uvicorn.Config:
@@ -196,7 +218,9 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
         )[0]
         listener = socket.socket(family, kind, number)
     except OSError as error:
-        raise UsageError(f"{host!r} can't be listened on ({error}).", fix="Give an address of this machine.") from error
+        raise UsageError(
+            f"The host {host!r} can't be used ({error}).", fix="Give an address of this machine."
+        ) from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -204,7 +228,7 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(1024)
         except OSError as error:
             raise MachineError(
-                f"Port {port} of {host} can't be had ({error.strerror}).", fix="Choose another: --port 8080, or 0."
+                f"Port {port} of {host} can't be opened ({error.strerror}).", fix="Choose another: --port 8080, or 0."
             ) from error
         listener.setblocking(False)
         yield listener

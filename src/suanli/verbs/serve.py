@@ -1,4 +1,4 @@
-"""serve: answers requests with the engine that `optimize` chose, over HTTP and gRPC, until it is told to stop."""
+"""serve: answers requests over HTTP and gRPC, with the engine that `suanli optimize` chose, until it is stopped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -38,31 +39,28 @@ def serve(
     log_requests: bool = False,
     trust_code: bool = False,
 ) -> None:
-    """Returns when SIGTERM or Ctrl-C has ended it and what was accepted is answered.
+    """Serves until SIGTERM or Ctrl-C, then answers the accepted requests and returns.
 
-    `subject` is a run, a model/ folder, a folder of engines, or a folder of models (NAME/ or NAME/1/). `p99_ms` is
-    what a request may take: batches and the queue are made so that it holds, and who comes when it can't is refused.
-    `grpc_port` None: no gRPC. An API key is read from `api_key_file`, or from $SUANLI_API_KEY; it is not an option,
-    since options can be seen by other users of the machine.
+    `subject` is a run, a model/ folder, a folder of engines, or a folder of models (NAME/ or NAME/1/). `p99_ms` is the
+    time that a request may take: it decides the size of batches, and a request that can't be answered in time is
+    refused. `grpc_port` None: no gRPC. The API key is read from `api_key_file` or $SUANLI_API_KEY; it is not an option,
+    since other users of the machine can see options.
 
     Raises UsageError, DataError where there is no model, MachineError where the port is in use or packages are missing.
     """
-    _check(port, grpc_port, p99_ms, max_body_mb, max_image_megapixels, threads, log)
+    _check_numbers(port, grpc_port, p99_ms, max_body_mb, max_image_megapixels, threads)
+    if log not in get_args(Style):
+        raise unknown("way to log", log, get_args(Style))
     if (tls_cert is None) != (tls_key is None):
         raise UsageError("TLS needs a certificate and its key.", fix="Give --tls-cert and --tls-key.")
-    path = Path(subject).expanduser()
-    if not path.is_dir():
-        raise DataError(f"There is no folder {path}.", fix="Name a run, a model/ folder, or a folder of them.")
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise MachineError(f"Serving needs {', '.join(missing)}.", fix=f"Install it: {pip_install('suanli[serve]')}")
+    path = _find_folder(subject)
     from suanli.serving.model import ModelOptions
-    from suanli.serving.server import LOOPBACK, ServerOptions
-    from suanli.serving.server import serve as work
+    from suanli.serving.server import LOOPBACK, ServerOptions, serve_models
 
-    key = _key(api_key_file)
-    if host not in LOOPBACK and key is None:
-        warn(f"Whoever reaches {host} can use this server. Set a key: --api-key-file, or ${KEY}.")
-    settings = ModelOptions(
+    api_key = _read_key(api_key_file)
+    if host not in LOOPBACK and api_key is None:
+        warn(f"Anyone who can reach {host} can use this server. Set a key: --api-key-file, or ${KEY}.")
+    model_options = ModelOptions(
         engine=engine,
         device=device,
         threads=threads,
@@ -70,29 +68,38 @@ def serve(
         p99_s=None if p99_ms is None else p99_ms / 1e3,
         max_pixels=int(max_image_megapixels * 1e6),
     )
-    listening = ServerOptions(
+    options = ServerOptions(
         host=host,
         port=port,
         grpc_port=grpc_port,
         max_body_bytes=int(max_body_mb * 1e6),
-        api_key=key,
+        api_key=api_key,
         tls_cert=tls_cert,
         tls_key=tls_key,
         shutdown_delay_s=shutdown_delay_s,
     )
-    scheme = "http" if tls_cert is None else "https"
-
-    def started(at: int, grpc_at: int | None) -> None:
-        shown = f"[{host}]" if ":" in host else host
-        say(f"Serving on {scheme}://{shown}:{at}" + (f" and gRPC on {shown}:{grpc_at}" if grpc_at else ""))
-        say("Ctrl-C ends it.")
-
+    announce = partial(_announce, "http" if tls_cert is None else "https", host)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(work(path, settings, listening, Log(log, requests=log_requests), on_start=started))
+        runner.run(serve_models(path, model_options, options, Log(log, requests=log_requests), on_start=announce))
+
+
+def _find_folder(subject: AnyPath) -> Path:
+    path = Path(subject).expanduser()
+    if not path.is_dir():
+        raise DataError(f"There is no folder {path}.", fix="Name a run, a model/ folder, or a folder of them.")
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise MachineError(f"Serving needs {', '.join(missing)}.", fix=f"Install it: {pip_install('suanli[serve]')}")
+    return path
+
+
+def _announce(scheme: str, host: str, port: int, grpc_port: int | None) -> None:
+    name = f"[{host}]" if ":" in host else host
+    say(f"Serving on {scheme}://{name}:{port}" + (f" and gRPC on {name}:{grpc_port}" if grpc_port else ""))
+    say("Ctrl-C ends it.")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it is installed: twice the requests of asyncio's own."""
+    """uvloop's where it is installed, which answers twice as many requests as asyncio's."""
     if importlib.util.find_spec("uvloop") is None:
         return None
     from uvloop import new_event_loop
@@ -101,18 +108,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _check(
+def _check_numbers(
     port: int,
     grpc_port: int | None,
     p99_ms: float | None,
     max_body_mb: float,
     max_image_megapixels: float,
     threads: int | None,
-    log: str,
 ) -> None:
     for name, value in (("--port", port), ("--grpc-port", grpc_port)):
         if value is not None and not 0 <= value <= 65535:
-            raise UsageError(f"{name} {value} is no port.", fix="Give 1 to 65535, or 0 for a free one.")
+            raise UsageError(f"{name} {value} is not a port.", fix="Give 1 to 65535, or 0 for a free one.")
     for name, number in (
         ("--p99-ms", p99_ms),
         ("--max-body-mb", max_body_mb),
@@ -120,12 +126,10 @@ def _check(
         ("--threads", threads),
     ):
         if number is not None and not 0 < number < 1e9:
-            raise UsageError(f"{name} {number} can't be.", fix="Give more than 0.")
-    if log not in get_args(Style):
-        raise unknown("way to log", log, get_args(Style))
+            raise UsageError(f"{name} {number} is out of range.", fix="Give a number above 0.")
 
 
-def _key(file: Path | None) -> str | None:
+def _read_key(file: Path | None) -> str | None:
     """The API key. Raises UsageError for one that is empty or has spaces."""
     if file is None:
         key = os.environ.get(KEY)
