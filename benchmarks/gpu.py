@@ -69,8 +69,8 @@ def main() -> int:
         run.say(f"{'A REHEARSAL ON THE CPU, no measurement: ' if given.rehearse else ''}{device_name(given.rehearse)}")
         for stage in stages(given.data, work, out, airbench=given.airbench, tiny=given.rehearse):
             run.stage(stage)
-        if (ladder := work / "bench" / "bench.json").exists():
-            shutil.copy(ladder, out / "bench.json")
+        if (figures := work / "bench" / "bench.json").exists():
+            shutil.copy(figures, out / "bench.json")
         run.summary()
     return 1 if run.failed else 0
 

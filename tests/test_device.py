@@ -433,7 +433,7 @@ def test_report_holds_what_this_process_may_use(tmp_path: Path, monkeypatch: pyt
 
 
 @needs_cpu_build
-def test_the_gpu_that_cannot_be_used_is_the_headline(nvidia_smi: Callable[[str], None]) -> None:
+def test_the_gpu_that_cannot_be_used_comes_first(nvidia_smi: Callable[[str], None]) -> None:
     nvidia_smi(answers(f"{H100}\n{H100}"))
     found = device()
     shown = table(found).splitlines()

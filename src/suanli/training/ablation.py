@@ -47,11 +47,11 @@ MOST_BATCHES = 50  # of evaluation in a block
 def run_ablation(
     setup: Setup,
     plan: Plan,
+    ceilings: Ceilings,
     *,
     steps: int | None = None,
     rounds: int = ROUNDS,
     budget_s: float | None = None,
-    ceilings: Ceilings | None = None,
     price_per_hour: float | None = None,
 ) -> tuple[Ablation, Recipe]:
     """Measures plain PyTorch and every variant up to `plan`. Gives the figures and the recipe that was trained.
@@ -69,7 +69,7 @@ def run_ablation(
     recipe = shorten(setup.recipe, steps, facts.steps_per_epoch)
     comparison = _Comparison(with_recipe(setup, recipe), contenders, divide_steps(steps, rounds))
     comparison.run(limit_s)
-    highest = None if ceilings is None else ceiling_flops(ceilings)
+    highest = ceiling_flops(ceilings)
     ablation = Ablation(
         device=setup.device.name,
         batch_size=facts.batch_size,
@@ -240,14 +240,13 @@ class _Comparison:
         self,
         contender: _Contender,
         facts: Survey,
-        highest_flops: Mapping[str, float] | None,
+        highest_flops: Mapping[str, float],
         price_per_hour: float | None,
     ) -> Variant:
         run, plain = contender.run, self._plain_run
         train = evaluate = None
         if run is not None:
-            highest = highest_flops or {}
-            ceiling = highest.get(contender.precision) or highest.get("float32")
+            ceiling = highest_flops.get(contender.precision) or highest_flops.get("float32")
             common = _figures(run.training, plain.training, facts.training_flops, ceiling, price_per_hour)
             p50, p95 = _percentiles_ms(run.training)
             train = TrainingFigures(**common, step_ms_p50=p50, step_ms_p95=p95)

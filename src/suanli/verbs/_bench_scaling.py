@@ -6,8 +6,9 @@ measured is in `training/scaling.py`. It starts no processes on other hosts and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from suanli.core.console import plural
@@ -15,6 +16,7 @@ from suanli.core.errors import MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement
 from suanli.core.types import AnyPath, Device, Environment, Json, Measurement, Recipe
+from suanli.data.cache import PreparedData
 from suanli.machine.device import cores, detect
 from suanli.parallel import group, launch
 from suanli.reporting import scaling_views
@@ -84,9 +86,26 @@ def bench_scaling(
         "steps": steps,
         "cache": str(cache_dir_of(options.cache_dir)),
     }
+    scaling = _measure(counts, rounds, job, recipe, prepared, target)
+    measurements = partial(_measurements, scaling.sizes, recipe)
+    figures = scaling.to_json()
+    run = save_figures(
+        "scaling", figures, measurements, out, recipe=recipe, prepared=prepared, options=options, device=target
+    )
+    return ScalingResult(run=run, scaling=scaling)
+
+
+def _measure(
+    counts: Sequence[int],
+    rounds: int,
+    job: Mapping[str, Json],
+    recipe: Recipe,
+    prepared: PreparedData,
+    target: Device,
+) -> Scaling:
     shared = target.type == "cpu"
     sizes = summarize(measure_groups(counts, job, rounds), shared=shared)
-    scaling = Scaling(
+    return Scaling(
         data=prepared.name,
         model=recipe.model,
         device=target.name,
@@ -97,17 +116,6 @@ def bench_scaling(
         sizes=sizes,
         verdict=judge(sizes, shared=shared),
     )
-    run = save_figures(
-        "scaling",
-        scaling.to_json(),
-        lambda environment: [_measurement(size, environment, recipe) for size in sizes],
-        out=out,
-        recipe=recipe,
-        prepared=prepared,
-        options=options,
-        device=target,
-    )
-    return ScalingResult(run=run, scaling=scaling)
 
 
 def _counts(processes: str | Sequence[int] | None, steps: int | None, rounds: int, target: Device) -> list[int]:
@@ -129,19 +137,20 @@ def _counts(processes: str | Sequence[int] | None, steps: int | None, rounds: in
     return sorted({1, *(launch.check_count("--processes", count, target) for count in counts)})
 
 
-def _measurement(size: ScalingSize, environment: Environment, recipe: Recipe) -> Measurement:
-    rate = size.images_per_s
-    return measurement(
-        "examples_per_s",
-        rate.median,
-        "1/s",
-        environment=environment,
-        recipe=recipe,
-        variant=plural(size.processes, "process", "processes"),
-        scores={},
-        spread=rate.half_iqr,
-        count=rate.count,
-    )
+def _measurements(sizes: Sequence[ScalingSize], recipe: Recipe, environment: Environment) -> Iterator[Measurement]:
+    for size in sizes:
+        rate = size.images_per_s
+        yield measurement(
+            "examples_per_s",
+            rate.median,
+            "1/s",
+            environment=environment,
+            recipe=recipe,
+            variant=plural(size.processes, "process", "processes"),
+            scores={},
+            spread=rate.half_iqr,
+            count=rate.count,
+        )
 
 
 def table(result: ScalingResult) -> Group:

@@ -10,7 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from suanli.compute import planner
 from suanli.compute.plan import plain_plan
@@ -19,7 +21,7 @@ from suanli.core.console import size, warn
 from suanli.core.errors import GateError, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement
-from suanli.core.types import AnyPath, Environment, Json, Measurement, Recipe
+from suanli.core.types import AnyPath, Environment, Json, Measurement, Plan, Recipe
 from suanli.data.decode import decode
 from suanli.machine import peak
 from suanli.machine.device import detect
@@ -78,15 +80,17 @@ def bench(
     time_budget_s: float | None = None,
     price_per_hour: float | None = None,
     out: AnyPath | None = None,
+    input_column: str | None = None,
+    label_column: str | None = None,
+    max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
-    **columns: Any,
 ) -> BenchResult:
     """Measure what each change of the plan brings on this data and this machine, in training and evaluation.
 
     Every variant trains `steps` steps from the same start, in `rounds` rounds; without `steps`, as many as fit into
     `time_budget_s` (five minutes) and at most the recipe's. `price_per_hour` of the machine, in any currency, adds how
-    many examples one unit of it buys. `columns`: see `DataOptions`.
+    many examples one unit of it buys.
 
     Raises PlanRefused (a GateError) when the full plan's score on the validation split is worse than plain PyTorch's
     by more than the task tolerates, MachineError when a speedup that was named doesn't run; the run directory has the
@@ -96,37 +100,32 @@ def bench(
     check_options(steps, rounds, time_budget_s, price_per_hour)
     target = detect(device)
     refuse_place(data, out)
-    options = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, **columns)
+    columns = {"input_column": input_column, "label_column": label_column}
+    options = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, max_bad=max_bad, **columns)
     changes = {"model": model, "epochs": epochs, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None} | dict(settings or {})
     recipe, prepared = resolve(options, recipe=recipe, settings=changes)
     cache = cache_dir_of(options.cache_dir)
     with explain_out_of_memory(target):
         setup = Setup(recipe, prepared, target)
-        steps_ahead = round(setup.trial(plain_plan(target)).full_size_steps_left)
-        plan = planner.plan(setup, speedups, steps=steps_ahead, threads=threads, cache=cache)
+        plan = _plan(setup, speedups, threads, cache)
+        ceilings = peak.probe(target, cache, decode)
         ablation, trained = run_ablation(
-            setup,
-            plan,
-            steps=steps,
-            rounds=rounds,
-            budget_s=time_budget_s,
-            ceilings=peak.probe(target, cache, decode),
-            price_per_hour=price_per_hour,
+            setup, plan, ceilings, steps=steps, rounds=rounds, budget_s=time_budget_s, price_per_hour=price_per_hour
         )
+    measurements = partial(_measurements, ablation, trained)
+    figures = ablation.to_json()
     run = save_figures(
-        "bench",
-        ablation.to_json(),
-        lambda environment: _measurements(ablation, trained, environment),
-        out=out,
-        recipe=trained,
-        prepared=prepared,
-        options=options,
-        device=target,
+        "bench", figures, measurements, out, recipe=trained, prepared=prepared, options=options, device=target
     )
     result = BenchResult(run=run, ablation=ablation, seconds=time.perf_counter() - started)
     _apply_gate(result, speedups, PlanCache(cache, setup.key, threads))
     return result
+
+
+def _plan(setup: Setup, speedups: str, threads: int | None, cache: Path) -> Plan:
+    steps = round(setup.trial(plain_plan(setup.device)).full_size_steps_left)
+    return planner.plan(setup, speedups, steps=steps, threads=threads, cache=cache)
 
 
 def check_options(steps: int | None, rounds: int, budget_s: float | None, price_per_hour: float | None) -> None:

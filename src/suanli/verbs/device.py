@@ -1,8 +1,7 @@
 """device: what this machine has, what this torch build can use of it, and what would add the rest.
 
-Without `probe` everything is asked and nothing is timed, so it answers in seconds; how fast the machine is, is then
-what was measured and cached before. A GPU that is there and can't be used is the headline, with the command that
-mends it.
+Without `probe` nothing is timed, so it answers in seconds, and the machine's speed is that of an earlier measurement. A
+GPU that can't be used comes first, with the command that fixes it.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.paths import data_dir
 from suanli.core.types import AnyPath, Json
 from suanli.data.decode import decode
-from suanli.machine import device as hardware
+from suanli.machine import device as devices
 from suanli.machine.ceilings import Ceilings
 from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
-from suanli.machine.peak import probe as measured
+from suanli.machine.peak import probe as measure_ceilings
 from suanli.machine.peak import read_cached, title
 
 
@@ -50,8 +49,8 @@ class Part:
 class DeviceReport:
     """One machine, as this process sees it. Unknown is None."""
 
-    headline: str
-    fix: str | None  # what to do about the headline
+    status: str  # where work runs, or why a GPU can't be used; "headline" in JSON
+    fix: str | None  # what to do about it
     runs_on: tuple[str, ...]  # torch names of where this torch build runs, best first
     cpu: str
     architecture: str
@@ -70,13 +69,14 @@ class DeviceReport:
     python: str
     torch: str
     parts: tuple[Part, ...]
-    ceilings: Ceilings | None  # of the asked device; None: not measured yet
+    ceilings: Ceilings | None  # of the requested device; None: not measured yet
 
     def to_json(self) -> dict[str, Json]:
-        return asdict(self)
+        values = asdict(self)
+        return {"headline": values.pop("status"), **values}
 
 
-# Name of the distribution, what to ask pip for, and what it adds.
+# Name of the distribution, its requirement for pip, and what it adds.
 _PARTS = (
     ("simplejpeg", "simplejpeg>=1.8", "faster JPEG decoding"),
     ("timm", "timm>=1.0", "models by timm:NAME"),
@@ -99,27 +99,27 @@ def device(
     or it is a UsageError or MachineError."""
     import torch
 
-    found, driver = gpus(), nvidia_driver()
-    runs_on = (*(gpu.torch_name for gpu in found if gpu.torch_name and gpu.why_not is None), "cpu")
-    automatic = device is None or device.strip().lower() == "auto"  # the headline tells why a GPU isn't used
-    asked = hardware.detect(runs_on[0] if automatic else device)
+    present, driver = gpus(), nvidia_driver()
+    runs_on = (*(gpu.torch_name for gpu in present if gpu.torch_name and gpu.why_not is None), "cpu")
+    automatic = device is None or device.strip().lower() == "auto"  # the status says why a GPU isn't used
+    target = devices.detect(runs_on[0] if automatic else device)
     cache = cache_dir_of(cache_dir)
-    ceilings = measured(asked, cache, decode, fresh=fresh) if probe or fresh else read_cached(asked, cache)
-    headline, fix = _headline(found, driver.problem)
-    cpu = hardware.detect("cpu")
+    ceilings = measure_ceilings(target, cache, decode, fresh=fresh) if probe or fresh else read_cached(target, cache)
+    status, fix = _status(present, driver.problem)
+    cpu = devices.detect("cpu")
     return DeviceReport(
-        headline=headline,
+        status=status,
         fix=fix,
         runs_on=runs_on,
         cpu=cpu.name,
         architecture=platform.machine(),
-        cores=hardware.cores(),
-        physical_cores=hardware.physical_cores(),
-        instruction_sets=tuple(n for n in hardware.INSTRUCTION_SETS if n in hardware.instruction_sets()),
+        cores=devices.cores(),
+        physical_cores=devices.physical_cores(),
+        instruction_sets=tuple(n for n in devices.INSTRUCTION_SETS if n in devices.instruction_sets()),
         memory_bytes=cpu.memory_bytes,
-        available_memory_bytes=hardware.available_memory_bytes(cpu),
+        available_memory_bytes=devices.available_memory_bytes(cpu),
         disks=(_disk("prepared data", cache), _disk("downloads", data_dir())),
-        gpus=found,
+        gpus=present,
         driver=driver.version,
         driver_cuda=driver.cuda,
         cuda=torch.version.cuda,
@@ -132,13 +132,13 @@ def device(
     )
 
 
-def _headline(found: tuple[Gpu, ...], problem: str | None) -> tuple[str, str | None]:
-    refused = [gpu for gpu in found if gpu.why_not]
+def _status(present: tuple[Gpu, ...], problem: str | None) -> tuple[str, str | None]:
+    refused = [gpu for gpu in present if gpu.why_not]
     if refused:
         return f"{refused[0].name} can't be used: {refused[0].why_not}", refused[0].fix
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        return f"Work runs on {found[0].torch_name} ({found[0].name}){more}.", None
+    if present:
+        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
+        return f"Work runs on {present[0].torch_name} ({present[0].name}){more}.", None
     if are_gpus_hidden():
         return "Work runs on the CPU: CUDA_VISIBLE_DEVICES hides every GPU.", None
     if problem:
@@ -150,7 +150,7 @@ def _headline(found: tuple[Gpu, ...], problem: str | None) -> tuple[str, str | N
 
 
 def _cudnn() -> str | None:
-    """As people write it: 91002 is 9.10.2, and before version 9 8907 was 8.9.7."""
+    """As people write it: 91002 is 9.10.2; before version 9, 8907 was 8.9.7."""
     import torch
 
     number = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
@@ -170,14 +170,14 @@ def _disk(use: str, path: Path) -> Disk:
 
 
 def _part(name: str, requirement: str, gives: str) -> Part:
-    found = hardware.versions((name, _SAME.get(name, name)))
-    if found:
-        return Part(name=name, gives=gives, version=next(iter(found.values())), install=None)
+    versions = devices.versions((name, _SAME.get(name, name)))
+    if versions:
+        return Part(name=name, gives=gives, version=next(iter(versions.values())), install=None)
     return Part(name=name, gives=gives, version=None, install=pip_install(*_arguments(requirement)))
 
 
 def _arguments(requirement: str) -> Iterator[str]:
-    """What pip must be told so that it adds the package and leaves torch as it is."""
+    """The arguments with which pip adds the package and leaves torch as it is."""
     import torch
 
     yield requirement
@@ -194,7 +194,7 @@ def _arguments(requirement: str) -> Iterator[str]:
 def table(report: DeviceReport, width: int = 80) -> str:
     """The report for people, plain lines. Only a command may be longer than `width`: it stays on one
     line, so that it can be copied."""
-    lines = textwrap.wrap(report.headline, width)
+    lines = textwrap.wrap(report.status, width)
     if report.fix:
         lines.append(report.fix)
     rows = [*_machine_rows(report), *_software_rows(report)]
@@ -260,7 +260,7 @@ _UNITS = {
 
 def _ceiling_lines(ceilings: Ceilings | None, width: int) -> Iterator[str]:
     if ceilings is None:
-        yield "How fast it is was never measured here. suanli device --probe does, in < 20 s."
+        yield "Its speed was never measured. suanli device --probe does it in less than 20 s."
         return
     busy = "" if ceilings.steady else ", on a busy machine"
     threads = f" with {plural(ceilings.threads, 'thread')}" if ceilings.torch_name == "cpu" else ""
@@ -276,7 +276,7 @@ def _ceiling_lines(ceilings: Ceilings | None, width: int) -> Iterator[str]:
 
 
 def _absent(ceilings: Ceilings) -> str:
-    """Every reason once, behind the names that it holds for."""
+    """Every reason once, after the names to which it applies."""
     names: dict[str, list[str]] = {}
     for name, reason in ceilings.absent.items():
         names.setdefault(reason, []).append(title(name))
@@ -284,7 +284,7 @@ def _absent(ceilings: Ceilings) -> str:
 
 
 def _figures(ceilings: Ceilings) -> Iterator[tuple[str, float]]:
-    """Every figure that there is, by the name that its spread has."""
+    """Every figure that there is, by the name of its spread."""
     for name, value in ceilings.to_json().items():
         if isinstance(value, dict) and name in _UNITS:
             yield from ((f"{name}.{precision}", rate) for precision, rate in value.items())

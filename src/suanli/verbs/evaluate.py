@@ -1,7 +1,7 @@
-"""evaluate: the exam of a trained model.
+"""evaluate: the scores of a trained model.
 
-In float32 without speedups, so that the figure is the reference that faster ways of computing are
-held against. Single-view; test-time augmentation is a separate, named figure.
+In float32 without speedups, so that the figure is the reference for all faster ways of computing. Single-view;
+test-time augmentation is a separate, named figure.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -24,31 +25,55 @@ from suanli.core.types import SPLITS, AnyPath, Columns, Device, Json, Split, Ste
 from suanli.data.cache import prepare_source
 from suanli.data.checks import refuse_bad_share
 from suanli.data.loader import Feed, find_source
-from suanli.machine import device as hardware
+from suanli.machine.device import cores, detect, environment
 from suanli.models.model_folder import SavedModel, add_scores, load_model
 from suanli.training.augment import compose
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.validation import validation_batch_size
 
-SHOWN = 24  # samples, and mistakes, that are kept with their pictures
+LISTED = 24  # samples, and mistakes, that are kept with their pictures
+
+
+class AugmentedScores(TypedDict):
+    """Scores of the mean over several views of each input."""
+
+    views: int
+    scores: dict[str, float]
+
+
+class Preview(TypedDict):
+    media_type: str
+    base64: str
+
+
+class Example(TypedDict):
+    """One input and its answer."""
+
+    name: str
+    true: str
+    predicted: str
+    probability: float
+    true_probability: float
+    preview: Preview
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The outcome of one exam; fractions, not percent."""
+    """All scores of one model on one split; fractions, not percent."""
 
     split: str
     count: int
-    headline: str  # which of the scores
+    metric: str  # the primary one of the scores; "headline" in the file
     scores: Mapping[str, float]
-    with_augmentation: Mapping[str, Json] | None  # {"views": n, "scores": {...}}
-    details: Mapping[str, Json]  # what the task examines beyond scores: intervals, classes, confusion
-    mistakes: Sequence[Mapping[str, Json]]  # the most confident first
-    samples: Sequence[Mapping[str, Json]]
+    with_augmentation: AugmentedScores | None
+    details: Mapping[str, object]  # what the task adds for the report: interval, classes, confusion
+    mistakes: Sequence[Example]  # the most confident first
+    samples: Sequence[Example]
     seconds: float
 
     def to_json(self) -> dict[str, Json]:
-        values: dict[str, Json] = asdict(self)
+        values = asdict(self)
+        values["headline"] = values.pop("metric")
         details: dict[str, Json] = values.pop("details")
         return values | details
 
@@ -63,7 +88,7 @@ def evaluate(
     cache_dir: AnyPath | None = None,
     trust_code: bool = False,
 ) -> Evaluation:
-    """Examine the model of a run on one of its splits, or on another data set.
+    """Evaluate the model of a run on one of its splits, or on another data set.
 
     Writes evaluation/<split>.json and the scores into model.json; with `data`, nothing is written.
     `augmented_views` adds the figure with test-time augmentation where the recipe's augmentations
@@ -79,9 +104,9 @@ def evaluate(
         examples = _own_split(run, saved, options, split)
     else:
         examples = _other_data(saved, options, data, split)
-    target = hardware.detect(device)
-    found = _Exam(saved, examples, target).hold(augmented_views)
-    evaluation = Evaluation(split=split, headline=saved.task.metric, seconds=time.perf_counter() - started, **found)
+    target = detect(device)
+    evaluation = _Evaluator(saved, examples, target).evaluate(split, augmented_views)
+    evaluation = replace(evaluation, seconds=time.perf_counter() - started)  # with loading
     if data is None:
         _write(run, evaluation, target, saved)
     return evaluation
@@ -91,8 +116,8 @@ def _own_split(run: Run, saved: SavedModel, options: DataOptions, split: str) ->
     _, prepared = resolve(options, recipe=saved.recipe, settings={}, announce=False)
     if prepared.digest != run.data["digest"]:
         raise DataError(
-            "The data has changed since this model was trained, so its test split may hold what it has learned.",
-            fix="Put the data back as it was, or examine on it as new data with --data.",
+            "The data has changed since this model was trained, so its test split may contain training inputs.",
+            fix="Put the data back as it was, or evaluate it as new data with --data.",
         )
     return prepared.splits[split]
 
@@ -112,14 +137,14 @@ def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: s
     rows = [replace(r, split="test") for r in source.rows if r.split in (split, None)]
     source = replace(source, rows=rows, classes=saved.classes, fingerprint=f"{source.fingerprint}:{split}")
     prepared = prepare_source(
-        source, saved.recipe, cache_dir_of(options.cache_dir), threads=hardware.cores(), preprocess=saved.preprocess
+        source, saved.recipe, cache_dir_of(options.cache_dir), threads=cores(), preprocess=saved.preprocess
     )
     refuse_bad_share(prepared.findings, options.max_bad)
     return prepared.splits["test"]
 
 
 def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) -> None:
-    environment = hardware.environment(device)
+    here = environment(device)
     with run.lock():
         run.write(f"evaluation/{evaluation.split}.json", evaluation.to_json())
         add_scores(run.model_path, evaluation.split, evaluation.scores)
@@ -129,7 +154,7 @@ def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) 
                     f"{evaluation.split}_{name}",
                     value,
                     "nats" if name == "log_loss" else "fraction",
-                    environment=environment,
+                    environment=here,
                     recipe=saved.recipe,
                     variant="reference",
                     scores=evaluation.scores,
@@ -138,31 +163,38 @@ def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) 
             )
 
 
-class _Exam:
+class _Evaluator:
+    """One model on one split."""
+
     def __init__(self, saved: SavedModel, split: Split, device: Device) -> None:
         self.saved, self.split, self.device = saved, split, device
         self.step = Step(model=saved.module.to(device.torch_name))
         self.feed = Feed(split, device)
         self.batch_size = validation_batch_size(saved.recipe)
 
-    def hold(self, augmented_views: bool) -> dict[str, Json]:
-        task, split, classes = self.saved.task, self.split, self.saved.classes
+    def evaluate(self, name: str, augmented_views: bool) -> Evaluation:
+        """`name`: of the split. Raises DataError for no examples."""
+        started = time.perf_counter()
+        task, split = self.saved.task, self.split
         if len(split) == 0:
             raise DataError("The split has no examples.", fix="Choose another split.")
         say(f"evaluating {len(split):,} examples")
         probabilities = infer(self.step, self.saved.preprocess, task, self._rows("Evaluating"))
         predicted = probabilities.argmax(axis=1)
         wrong = np.flatnonzero(predicted != split.targets)
-        wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:SHOWN]
-        spread = np.random.default_rng(0).permutation(len(split))[:SHOWN]
-        return {
-            "count": len(split),
-            "scores": task.scores(probabilities, split.targets),
-            "with_augmentation": self._augmented() if augmented_views else None,
-            "details": task.evaluate(probabilities, split.targets, classes),
-            "mistakes": [self._shown(int(i), probabilities[i]) for i in wrong],
-            "samples": [self._shown(int(i), probabilities[i]) for i in spread],
-        }
+        wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:LISTED]
+        sample = np.random.default_rng(0).permutation(len(split))[:LISTED]
+        return Evaluation(
+            split=name,
+            count=len(split),
+            metric=task.metric,
+            scores=task.scores(probabilities, split.targets),
+            with_augmentation=self._score_views() if augmented_views else None,
+            details=task.evaluate(probabilities, split.targets, self.saved.classes),
+            mistakes=[self._example(int(i), probabilities[i]) for i in wrong],
+            samples=[self._example(int(i), probabilities[i]) for i in sample],
+            seconds=time.perf_counter() - started,
+        )
 
     def _rows(self, title: str) -> Iterator[torch.Tensor]:
         done = 0
@@ -172,17 +204,17 @@ class _Exam:
                 done += len(rows)
                 progress.update(done)
 
-    def _augmented(self) -> Json:
+    def _score_views(self) -> AugmentedScores | None:
         """Scores over the mean of several views; None where the recipe's augmentations have none."""
         pipeline = compose(self.saved.recipe.augment, self.saved.preprocess.kind)
         views = len(pipeline.views(self.saved.preprocess.to_model(self.feed.rows(torch.arange(1)))))
         if views == 1:
             return None
         rows = self._rows(f"Evaluating {views} views")
-        found = infer(self.step, self.saved.preprocess, self.saved.task, rows, views=pipeline.views)
-        return {"views": views, "scores": self.saved.task.scores(found, self.split.targets)}
+        probabilities = infer(self.step, self.saved.preprocess, self.saved.task, rows, views=pipeline.views)
+        return {"views": views, "scores": self.saved.task.scores(probabilities, self.split.targets)}
 
-    def _shown(self, position: int, probabilities: np.ndarray) -> dict[str, Json]:
+    def _example(self, position: int, probabilities: np.ndarray) -> Example:
         target, predicted = int(self.split.targets[position]), int(probabilities.argmax())
         preview = self.saved.preprocess.preview(self.split.inputs[self.split.index[position]])
         return {
@@ -200,18 +232,18 @@ class _Exam:
 
 def table(evaluation: Evaluation) -> str:
     """The scores as text for people."""
+    metric, augmented = evaluation.metric, evaluation.with_augmentation
     lines = [f"{evaluation.split}, {evaluation.count:,} examples"]
-    interval = evaluation.details.get("interval")
     for name, value in evaluation.scores.items():
-        note = (
-            f"   95 % interval {interval[0]:.2%} to {interval[1]:.2%}"
-            if interval and name == evaluation.headline
-            else ""
-        )
-        lines.append(f"  {name:<20} {value:8.4f}{note}")
-    if evaluation.with_augmentation:
-        value = evaluation.with_augmentation["scores"][evaluation.headline]
-        lines.append(
-            f"  with {evaluation.with_augmentation['views']} augmented views: {evaluation.headline} {value:.4f}"
-        )
+        lines.append(f"  {name:<20} {value:8.4f}{_interval(evaluation) if name == metric else ''}")
+    if augmented is not None:
+        score = augmented["scores"][metric]
+        lines.append(f"  with {augmented['views']} augmented views: {metric} {score:.4f}")
     return "\n".join(lines)
+
+
+def _interval(evaluation: Evaluation) -> str:
+    match evaluation.details.get("interval"):
+        case [float(low), float(high)]:
+            return f"   95 % interval {low:.2%} to {high:.2%}"
+    return ""
