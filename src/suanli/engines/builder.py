@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from suanli.core.errors import pip_install
-from suanli.core.types import Device, Engine, Json, Placement
+from suanli.core.types import Device, Engine, Placement
 from suanli.engines.candidates import Candidate
 from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.engines.subject import Subject
@@ -27,9 +27,6 @@ class EngineBuilder:
     threads: int  # all that there are
     graph: Path | None  # the ONNX graph
     no_graph: str | None  # why there is none
-
-    def folder(self, candidate: Candidate) -> Path:
-        return engine_folder(self.work, candidate)
 
     def why_not(self, engine: Engine, precision: str) -> str | None:
         """Why the engine can't be built in this precision; None: it can be tried."""
@@ -53,7 +50,7 @@ class EngineBuilder:
 
         It is built in one process and loaded in another, so that memory and load time are those that a user will see.
         """
-        folder = self.folder(candidate)
+        folder = engine_folder(self.work, candidate)
         folder.mkdir()
         with start_sandbox(self.work) as sandbox:
             reply = sandbox.ask(
@@ -81,7 +78,7 @@ class EngineBuilder:
             "load",
             engine=candidate.engine,
             precision=candidate.precision,
-            folder=str(self.folder(candidate)),
+            folder=str(engine_folder(self.work, candidate)),
             placement=self._placement(threads),
         )
         return float(reply["took_s"])
@@ -109,7 +106,7 @@ class EngineBuilder:
             "kept": list(kept),
         }
 
-    def _placement(self, threads: int) -> dict[str, Json]:
+    def _placement(self, threads: int) -> dict[str, object]:
         return asdict(Placement(device=self.device, threads=threads, trust_code=self.subject.trust_code))
 
 

@@ -153,19 +153,19 @@ class _EngineRequests:
         return {}
 
     def build(
-        self, engine: str, precision: str, inputs: dict[str, Json], folder: str, placement: dict[str, Json]
+        self, engine: str, precision: str, inputs: dict[str, Json], folder: str, placement: object
     ) -> dict[str, object]:
         from suanli.core.registry import load
 
         load("engines", engine).build(_read_inputs(inputs), precision, Path(folder), _read_placement(placement))
         return {}
 
-    def rank_layers(self, inputs: dict[str, Json], placement: dict[str, Json]) -> dict[str, object]:
+    def rank_layers(self, inputs: dict[str, Json], placement: object) -> dict[str, object]:
         from suanli.engines.sensitivity import rank_layers
 
         return {"layers": rank_layers(_read_inputs(inputs), _read_placement(placement))}
 
-    def load(self, engine: str, precision: str, folder: str, placement: dict[str, Json]) -> dict[str, object]:
+    def load(self, engine: str, precision: str, folder: str, placement: object) -> dict[str, object]:
         from suanli.core.registry import load
 
         where = _read_placement(placement)
@@ -215,7 +215,7 @@ class _EngineRequests:
                 seconds.append(time.perf_counter() - before)
         return {"seconds": seconds, "joules": meter.joules}
 
-    def memory(self, placement: dict[str, Json]) -> dict[str, object]:
+    def memory(self, placement: object) -> dict[str, object]:
         """The peak of this process's main memory, or of its memory on a GPU; bytes."""
         from suanli.machine.device import peak_memory_bytes
 
@@ -245,7 +245,7 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def _read_placement(values: dict[str, Json]) -> Placement:
+def _read_placement(values: object) -> Placement:
     return TypeAdapter(Placement).validate_python(values)
 
 

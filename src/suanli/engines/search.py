@@ -21,7 +21,7 @@ from suanli.core import registry
 from suanli.core.console import say
 from suanli.core.types import Device, Engine
 from suanli.engines.acceptance import BATCH, AcceptanceCheck, AnswerFiles
-from suanli.engines.builder import EngineBuilder, engine_folder, make_builder
+from suanli.engines.builder import EngineBuilder, make_builder
 from suanli.engines.candidates import Candidate, SearchResult, choose, mark_best
 from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.engines.subject import Subject
@@ -95,10 +95,6 @@ class EngineSearch:
                 budget_s=self.budget_s,
                 seconds=time.monotonic() - self._started,
             )
-
-    def folder(self, candidate: Candidate) -> Path:
-        """Where its files are."""
-        return engine_folder(self.work, candidate)
 
     def left_s(self) -> float:
         return self.budget_s - (time.monotonic() - self._started)

@@ -108,7 +108,7 @@ class StoredEngine:
     portable: bool
 
 
-def save(folder: Path, engines: Sequence[StoredEngine], *, device: Device, about: Mapping[str, Json]) -> None:
+def save(folder: Path, engines: Sequence[StoredEngine], *, device: Device, about: Mapping[str, object]) -> None:
     """Move the engines' files into `folder` and write engines.json; the first engine is the chosen one, the last the
     reference. `about` goes into engines.json as it is."""
     previous = _stored_names(folder)

@@ -23,10 +23,11 @@ from suanli.core.settings import parse_duration
 from suanli.core.storage import raise_storage_errors
 from suanli.core.types import AnyPath, Device, Engine, Recipe
 from suanli.engines import store
+from suanli.engines.builder import engine_folder
 from suanli.engines.candidates import GOALS, Candidate, SearchResult
 from suanli.engines.sandbox import SandboxError
 from suanli.engines.search import EngineSearch
-from suanli.machine.device import detect, environment
+from suanli.machine.device import cores, detect, environment
 from suanli.machine.energy import counters
 from suanli.verbs._subjects import ResolvedSubject, SubjectOptions, resolve_subject
 
@@ -93,8 +94,7 @@ def optimize(
     names = _parse_engines(engines)
     budget_s = parse_duration(time_budget)
     target = detect(device)
-    if goal == "energy":
-        _refuse_unreadable_energy(target)
+    _check_energy(goal, target)
     options = SubjectOptions(
         data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
     )
@@ -115,9 +115,8 @@ def optimize(
             started=started,
         )
         result = OptimizeResult(path=resolved.engines, search=_run(search), metric=resolved.task.metric)
-        if max_latency_ms is not None:
-            _refuse_too_slow(result, max_latency_ms)
-        _store(search, result, resolved, target)
+        _check_latency(result, max_latency_ms)
+        _store(work, result, resolved, target)
         if resolved.run is not None:
             _record(resolved.run, result, resolved.recipe, target)
     return result
@@ -145,9 +144,9 @@ def _parse_engines(text: str | None) -> list[str] | None:
     return names
 
 
-def _refuse_unreadable_energy(device: Device) -> None:
-    meters = counters(device)
-    if not meters or any(meter.read_j() is None for meter in meters):
+def _check_energy(goal: str, device: Device) -> None:
+    meters = counters(device) if goal == "energy" else []
+    if goal == "energy" and (not meters or any(meter.read_j() is None for meter in meters)):
         raise MachineError(
             f"The energy that {device.name} takes can't be read here.",
             fix="Choose another goal; on most machines only root may read it.",
@@ -163,9 +162,9 @@ def _run(search: EngineSearch) -> SearchResult:
         ) from error
 
 
-def _refuse_too_slow(result: OptimizeResult, max_latency_ms: float) -> None:
+def _check_latency(result: OptimizeResult, max_latency_ms: float | None) -> None:
     speed = result.chosen.latency()
-    if speed is not None and speed.p95_s * 1000 > max_latency_ms:
+    if max_latency_ms is not None and speed is not None and speed.p95_s * 1000 > max_latency_ms:
         raise TooSlow(
             result,
             f"No engine answers in {max_latency_ms:g} ms here; the best, {result.chosen.name}, takes "
@@ -198,8 +197,8 @@ def _work_folder(folder: Path) -> Iterator[Path]:
             lock.release()
 
 
-def _store(search: EngineSearch, result: OptimizeResult, resolved: ResolvedSubject, device: Device) -> None:
-    engines = [_stored_engine(search, c, result.search.goal) for c in _choose_stored(result.search)]
+def _store(work: Path, result: OptimizeResult, resolved: ResolvedSubject, device: Device) -> None:
+    engines = [_describe_engine(work, c, result.search.goal) for c in _choose_stored(result.search)]
     store.save(
         resolved.engines,
         engines,
@@ -227,14 +226,14 @@ def _engine(candidate: Candidate) -> Engine:
     return engine
 
 
-def _stored_engine(search: EngineSearch, candidate: Candidate, goal: str) -> store.StoredEngine:
+def _describe_engine(work: Path, candidate: Candidate, goal: str) -> store.StoredEngine:
     engine = _engine(candidate)
     speed = candidate.throughput() if goal == "throughput" else candidate.latency()
     return store.StoredEngine(
         engine=candidate.engine,
         precision=candidate.precision,
-        folder=search.folder(candidate),
-        threads=search.threads if speed is None else speed.threads,
+        folder=engine_folder(work, candidate),
+        threads=cores() if speed is None else speed.threads,
         packages=engine.packages,
         portable=engine.portable,
     )
