@@ -1,4 +1,4 @@
-"""Augmentations by their spelling, and several as one."""
+"""Augmentations from their text in a recipe, and several as one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from suanli.core.types import Batch
 from suanli.training.augment import AugmentationPipeline, compose, parse
 
 
-def test_spellings():
+def test_parsing():
     assert parse("crop(padding=2)").padding == 2
     assert parse(" crop ( padding = 2 , fraction = 0.5 ) ") == parse("crop(padding=2, fraction=.5)")
     assert parse("crop()") == parse("crop")
@@ -35,7 +35,7 @@ def test_spellings():
         ("__import__('os')", "crop(padding=2)"),
     ],
 )
-def test_bad_spellings_are_refused_with_the_way_out(spec, hint):
+def test_what_cannot_be_parsed_is_refused_with_advice(spec, hint):
     with pytest.raises(UsageError) as caught:
         parse(spec)
     assert hint in caught.value.fix
@@ -61,7 +61,7 @@ def batch_of(inputs):
     return Batch(inputs=inputs, targets=torch.arange(count), index=torch.arange(count), epoch=0, classes=count)
 
 
-def test_parts_work_in_order_from_one_generator():
+def test_parts_are_applied_in_order_with_one_generator():
     batch = batch_of(torch.randn(6, 3, 8, 8))
     composed = compose(["crop(padding=2)", "flip"], "image")(batch, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)

@@ -1,4 +1,4 @@
-"""What each augmentation of images does to a batch, beyond what every one owes."""
+"""What each image augmentation does to a batch, beyond the contract of all augmentations."""
 
 from dataclasses import replace
 
@@ -24,13 +24,13 @@ def apply(spec, inputs, seed=0, **fields):
 
 
 def ramp(count=1, height=8, width=8):
-    """Every pixel its own value."""
+    """Every pixel has a value of its own."""
     return torch.arange(count * height * width, dtype=torch.float32).view(count, 1, height, width)
 
 
 @pytest.mark.parametrize("name", ["affine", "auto", "crop", "flip", "resized_crop", "mixup", "cutmix"])
 @given(value=st.floats(-3, 3), height=st.integers(2, 12), width=st.integers(2, 12))
-def test_what_moves_pixels_leaves_a_constant_picture(name, value, height, width):
+def test_moving_pixels_leaves_a_constant_picture(name, value, height, width):
     inputs = torch.full((4, 1, height, width), value)
     result = apply(name, inputs).inputs
     spread = result.amax((1, 2, 3)) - result.amin((1, 2, 3))
@@ -53,7 +53,7 @@ def test_what_moves_pixels_leaves_a_constant_picture(name, value, height, width)
         "resized_crop(scale=(1, 1), ratio=(1, 1))",
     ],
 )
-def test_no_strength_is_no_change(spec):
+def test_zero_strength_changes_nothing(spec):
     inputs = torch.randn(32, 3, 9, 12)
     # Posterize at its weakest still rounds to 64 levels of the picture's range.
     step = float((inputs.amax() - inputs.amin()) / 63 / 2) if "auto" in spec else 1e-5
@@ -67,7 +67,7 @@ def test_crop_is_a_window_of_the_mirrored_picture():
     inputs = ramp(200)
     result = apply("crop(padding=2)", inputs).inputs
     padded = torch.nn.functional.pad(inputs, (2, 2, 2, 2), mode="reflect")
-    found = set()
+    seen = set()
     for number in range(200):
         places = [
             (dy, dx)
@@ -76,11 +76,11 @@ def test_crop_is_a_window_of_the_mirrored_picture():
             if torch.equal(result[number], padded[number, :, dy : dy + 8, dx : dx + 8])
         ]
         assert len(places) == 1
-        found.add(places[0])
-    assert len(found) == 25, "200 draws should reach all 25 places"
+        seen.add(places[0])
+    assert len(seen) == 25, "200 draws should reach all 25 places"
 
 
-def test_crop_reaches_no_further_than_the_picture():
+def test_crop_moves_less_than_the_size_of_the_picture():
     assert apply("crop(padding=100)", torch.randn(3, 1, 2, 5)).inputs.shape == (3, 1, 2, 5)
 
 
@@ -109,14 +109,14 @@ def test_resized_crop_shows_a_part_within_the_bounds():
     assert result.abs().max() <= 1
 
 
-def test_affine_turns_without_shearing_on_oblong_pictures():
+def test_affine_rotates_oblong_pictures_without_shearing():
     y, x = torch.meshgrid(torch.arange(40.0) - 19.5, torch.arange(80.0) - 39.5, indexing="ij")
     disc = ((x**2 + y**2) < 100).float().repeat(20, 1, 1, 1)
     result = apply("affine(degrees=90, translate=0, scale=0)", disc).inputs
     assert (result - disc).abs().mean() < 0.01
 
 
-def test_affine_moves_as_far_as_asked():
+def test_affine_moves_as_far_as_its_setting():
     inputs = torch.zeros(300, 1, 20, 20)
     inputs[:, :, 10, 10] = 1
     result = apply("affine(degrees=0, translate=0.2, scale=0)", inputs).inputs
@@ -151,7 +151,7 @@ def test_alternate_flip_alternates_and_ignores_the_generator():
     assert torch.equal(epochs[3], epochs[1])
 
 
-def test_alternate_flip_follows_the_position_not_the_place_in_the_batch():
+def test_alternate_flip_follows_the_position_in_the_split_not_in_the_batch():
     inputs = torch.randn(100, 1, 3, 4)
     order = torch.randperm(100)
     batch = make_batch(inputs)
@@ -172,7 +172,7 @@ def test_the_half_of_alternate_flip_has_no_period(step):
 # --- color, cutout, auto ---------------------------------------------------------------------
 
 
-def test_color_changes_what_it_says():
+def test_color_changes_what_its_settings_name():
     inputs = torch.randn(200, 3, 6, 6)
     mean = inputs.mean((1, 2, 3))
     brighter = apply("color(brightness=0.5, contrast=0, saturation=0)", inputs).inputs - inputs
@@ -272,5 +272,5 @@ def test_impossible_settings_are_refused(spec):
     assert caught.value.fix
 
 
-def test_lists_do_for_pairs():
+def test_lists_are_accepted_as_pairs():
     assert parse("resized_crop(scale=[0.5, 1])") == parse("resized_crop(scale=(0.5, 1))")

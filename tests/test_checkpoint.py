@@ -1,4 +1,4 @@
-"""Checkpoints come back bit by bit, and a damaged one is never mistaken for a whole one."""
+"""Checkpoints are restored bit by bit, and a damaged one is never mistaken for an intact one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TENSORS = {"model.weight": torch.randn(3, 4), "model.count": torch.tensor(7), "e
 
 def test_round_trip(tmp_path: Path) -> None:
     path = checkpoint.save_step(tmp_path, 12, TENSORS, {"loop": {"step": 12, "best": None}})
-    found = checkpoint.read(path)
-    assert found.step == 12
-    assert found.progress == {"loop": {"step": 12, "best": None}}
-    assert all(torch.equal(found.tensors[k], v) for k, v in TENSORS.items())
+    saved = checkpoint.read(path)
+    assert saved.step == 12
+    assert saved.progress == {"loop": {"step": 12, "best": None}}
+    assert all(torch.equal(saved.tensors[k], v) for k, v in TENSORS.items())
 
 
 def test_tied_weights_are_stored(tmp_path: Path) -> None:
@@ -35,24 +35,26 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.safetensors", "step-00000003.safetensors"]
 
 
-def test_one_from_a_future_that_did_not_happen_goes(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_later_step_is_removed(tmp_path: Path) -> None:
     for step in (10, 30, 20):
         checkpoint.save_step(tmp_path, step, TENSORS, {})
     assert checkpoint.read_newest(tmp_path).step == 20  # type: ignore[union-attr]
 
 
 @given(cut=st.floats(0, 0.999))
-def test_any_cut_is_noticed_and_the_one_before_is_used(tmp_path_factory: pytest.TempPathFactory, cut: float) -> None:
+def test_any_truncation_is_noticed_and_the_checkpoint_before_is_used(
+    tmp_path_factory: pytest.TempPathFactory, cut: float
+) -> None:
     folder = tmp_path_factory.mktemp("checkpoints")
     checkpoint.save_step(folder, 1, TENSORS, {})
     newest = checkpoint.save_step(folder, 2, TENSORS, {})
     newest.write_bytes(newest.read_bytes()[: int(newest.stat().st_size * cut)])
-    found = checkpoint.read_newest(folder)
-    assert found is not None
-    assert found.step == 1
+    saved = checkpoint.read_newest(folder)
+    assert saved is not None
+    assert saved.step == 1
 
 
-def test_all_damaged_is_an_error_none_is_not(tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_are_an_error_but_none_is_not(tmp_path: Path) -> None:
     assert checkpoint.read_newest(tmp_path / "nowhere") is None
     path = checkpoint.save_step(tmp_path, 1, TENSORS, {})
     path.write_bytes(b"rubbish")
@@ -60,7 +62,7 @@ def test_all_damaged_is_an_error_none_is_not(tmp_path: Path) -> None:
         checkpoint.read_newest(tmp_path)
 
 
-def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     checkpoint.save_step(tmp_path, 1, TENSORS, {})
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
@@ -73,7 +75,7 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     lambda p: torch.optim.AdamW(p, lr=0.1, betas=(0.8, 0.9), amsgrad=True),
     lambda p: torch.optim.RMSprop(p, lr=0.1, centered=True),
 ])  # fmt: skip
-def test_an_optimizer_goes_on_exactly(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_an_optimizer_resumes_exactly(make, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     def steps(weight: torch.Tensor, optimizer: torch.optim.Optimizer, count: int) -> None:
         for i in range(count):
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The clock of a training step and the verdict: real timed work, and the rules that hold for all shares."""
+"""The clock of a training step and the diagnosis: real timed work, and the rules that hold for all shares."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GPU = Facts(device_type="cuda", batch_size=64, cores=16)
 
 
 def compute(milliseconds: float) -> None:
-    """Keeps the calling thread on its core for so much CPU time."""
+    """Keeps the calling thread busy for this much CPU time."""
     end = time.thread_time() + milliseconds / 1e3
     while time.thread_time() < end:
         pass
@@ -54,13 +54,13 @@ def timed(steps: int, **phases: Callable[[], None]) -> Shares:
     clock = HostClock()
     for _ in range(SKIPPED + steps):
         timed_step(clock, **phases)
-    found = clock.window()
-    assert found is not None
-    return found
+    window = clock.window()
+    assert window is not None
+    return window
 
 
-def made(**shares: float) -> Shares:
-    """Shares of the step as given, all others None."""
+def shares_with(**shares: float) -> Shares:
+    """These shares of the step; all others are None."""
     known: dict[str, float | None] = dict.fromkeys(REPORTED)
     return Shares(shares={**known, "host": 0.0, "idle": 0.0, **shares}, step_s=0.1, steps=17)
 
@@ -69,11 +69,11 @@ def made(**shares: float) -> Shares:
 
 
 def test_waiting_for_input_counts_as_input() -> None:
-    found = timed(8, input=lambda: sleep(12), forward=lambda: compute(0.5), backward=lambda: compute(0.5))
-    share = found.shares["input"]
+    window = timed(8, input=lambda: sleep(12), forward=lambda: compute(0.5), backward=lambda: compute(0.5))
+    share = window.shares["input"]
     assert share is not None
     assert share > 0.5
-    assert diagnose(found, CPU).limited_by == "input"
+    assert diagnose(window, CPU).limited_by == "input"
 
 
 def test_computing_counts_as_its_phase_and_sleeping_in_it_as_idle() -> None:
@@ -99,15 +99,15 @@ def test_another_program_on_the_core_shows_as_idle() -> None:
         with subprocess.Popen(rival, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()  # it has started
-            found = timed(25, forward=lambda: compute(8))
+            window = timed(25, forward=lambda: compute(8))
             process.kill()
     finally:
         os.sched_setaffinity(0, before)
-    idle = found.shares["idle"]
+    idle = window.shares["idle"]
     assert idle is not None
     assert idle > 0.2  # half, if the kernel shares evenly
-    assert found.cores_used is not None
-    assert found.cores_used < 0.9
+    assert window.cores_used is not None
+    assert window.cores_used < 0.9
 
 
 def test_a_name_may_come_twice_and_what_is_left_is_host() -> None:
@@ -121,37 +121,37 @@ def test_a_name_may_come_twice_and_what_is_left_is_host() -> None:
             clock.mark("backward")
         compute(4)
         clock.end()
-    found = clock.window()
-    assert found is not None
-    forward, host = found.shares["forward"], found.shares["host"]
+    window = clock.window()
+    assert window is not None
+    forward, host = window.shares["forward"], window.shares["host"]
     assert forward is not None
     assert host is not None
     assert 1.5 < host / forward < 2.5
 
 
-def test_what_was_never_marked_is_unknown_and_not_zero() -> None:
-    found = timed(2, input=lambda: None, forward=lambda: compute(1))
-    assert set(found.shares) == set(REPORTED)
-    assert found.shares["copy"] is None
-    assert found.shares["communication"] is None
-    assert found.shares["optimizer"] is None
+def test_a_phase_that_was_never_marked_is_unknown_and_not_zero() -> None:
+    window = timed(2, input=lambda: None, forward=lambda: compute(1))
+    assert set(window.shares) == set(REPORTED)
+    assert window.shares["copy"] is None
+    assert window.shares["communication"] is None
+    assert window.shares["optimizer"] is None
     graph = timed(2, input=lambda: None, graph=lambda: compute(1))
     assert graph.shares["forward"] is None
     assert graph.shares["graph"] is not None
-    assert "the captured forward and backward pass" in diagnose(made(graph=0.9, host=0.1), GPU).verdict
+    assert "the captured forward and backward pass" in diagnose(shares_with(graph=0.9, host=0.1), GPU).verdict
 
 
-def test_first_steps_are_skipped_and_a_window_starts_anew() -> None:
+def test_first_steps_are_skipped_and_windows_are_separate() -> None:
     clock = HostClock()
     for _ in range(SKIPPED):
         timed_step(clock, forward=lambda: sleep(20))
     assert clock.window() is None
     for _ in range(4):
         timed_step(clock, forward=lambda: compute(2.5))
-    found = clock.window()
-    assert found is not None
-    assert found.steps == 4
-    assert found.step_s < 0.02
+    window = clock.window()
+    assert window is not None
+    assert window.steps == 4
+    assert window.step_s < 0.02
     assert clock.window() is None
 
 
@@ -159,15 +159,15 @@ def test_one_hiccup_does_not_spoil_a_window() -> None:
     clock = HostClock()
     for number in range(SKIPPED + 20):
         timed_step(clock, input=(lambda: sleep(200)) if number == 9 else (lambda: None), forward=lambda: compute(2))
-    found = clock.window()
-    assert found is not None
-    assert found.steps == 19
-    share = found.shares["input"]
+    window = clock.window()
+    assert window is not None
+    assert window.steps == 19
+    share = window.shares["input"]
     assert share is not None
     assert share < 0.4  # 0.8 with it
 
 
-def test_short_steps_are_timed_only_so_often() -> None:
+def test_short_steps_are_not_all_timed() -> None:
     clock = HostClock(every_s=0.02)
     for _ in range(SKIPPED + 1):
         timed_step(clock)
@@ -176,9 +176,9 @@ def test_short_steps_are_timed_only_so_often() -> None:
     for _ in range(30):
         timed_step(clock, forward=lambda: sleep(1))
     took = time.perf_counter() - started
-    found = clock.window()
-    assert found is not None
-    assert found.steps <= took / 0.01 + 1  # half of the interval is the least
+    window = clock.window()
+    assert window is not None
+    assert window.steps <= took / 0.01 + 1  # half of the interval is the least
 
 
 def test_a_step_that_was_not_ended_does_not_count() -> None:
@@ -188,10 +188,10 @@ def test_a_step_that_was_not_ended_does_not_count() -> None:
     clock.begin()
     clock.mark("input")
     timed_step(clock, forward=lambda: compute(0.1))
-    found = clock.window()
-    assert found is not None
-    assert found.steps == 3
-    assert found.shares["input"] is None
+    window = clock.window()
+    assert window is not None
+    assert window.steps == 3
+    assert window.shares["input"] is None
 
 
 def test_an_unknown_phase_is_refused() -> None:
@@ -203,7 +203,7 @@ def test_an_unknown_phase_is_refused() -> None:
         clock.mark("foward")
 
 
-def test_a_device_whose_time_cannot_be_told_apart_has_a_clock_that_knows_nothing() -> None:
+def test_a_device_whose_phases_cannot_be_timed_has_a_clock_that_reports_nothing() -> None:
     assert isinstance(StepClock.of(torch.device("cpu")), HostClock)
     clock = StepClock.of(torch.device("meta"))
     for _ in range(30):
@@ -218,7 +218,7 @@ times = st.floats(0, 1e-2)
 
 
 @given(st.lists(st.tuples(st.sampled_from(("input", "forward", "backward", "host")), times, times, times), min_size=1))
-def test_every_second_of_a_step_goes_somewhere(phases: list[tuple[str, float, float, float]]) -> None:
+def test_every_second_of_a_step_is_attributed(phases: list[tuple[str, float, float, float]]) -> None:
     issued, reached, cpu = [0.0], [1e-5], [0.0]
     for _, host_s, device_s, cpu_s in phases:
         issued.append(issued[-1] + host_s)
@@ -229,7 +229,7 @@ def test_every_second_of_a_step_goes_somewhere(phases: list[tuple[str, float, fl
     assert sum(took for _, took in parts) == pytest.approx(reached[-1] - reached[0], abs=1e-12)
 
 
-def test_who_sets_the_pace_decides_whose_the_time_is() -> None:
+def test_time_is_attributed_to_the_slower_of_host_and_device() -> None:
     behind = 100 * CAUGHT_UP_S
     ahead_of_host = attribute_time(["forward"], [0.0, 0.003], [0.0, 0.003], [0.0, 0.002])
     assert dict(ahead_of_host) == pytest.approx({"forward": 0.0, "host": 0.002, "idle": 0.001})
@@ -266,9 +266,9 @@ def queued(step: Callable[[Queue, StepClock], None]) -> Shares:
         clock.begin()
         step(queue, clock)
         clock.end()
-    found = clock.window()
-    assert found is not None
-    return found
+    window = clock.window()
+    assert window is not None
+    return window
 
 
 def test_a_slow_device_is_limited_by_computing() -> None:
@@ -280,11 +280,11 @@ def test_a_slow_device_is_limited_by_computing() -> None:
         queue.work(4)
         clock.mark("backward")
 
-    found = queued(step)
-    assert found.shares["forward"] == pytest.approx(2 / 6.5, abs=0.1)
-    assert found.shares["backward"] == pytest.approx(4 / 6.5, abs=0.1)
-    assert found.step_s == pytest.approx(0.0065, rel=0.1)
-    assert diagnose(found, GPU).limited_by == "computing"
+    window = queued(step)
+    assert window.shares["forward"] == pytest.approx(2 / 6.5, abs=0.1)
+    assert window.shares["backward"] == pytest.approx(4 / 6.5, abs=0.1)
+    assert window.step_s == pytest.approx(0.0065, rel=0.1)
+    assert diagnose(window, GPU).limited_by == "computing"
 
 
 def test_a_slow_host_starves_the_device() -> None:
@@ -306,23 +306,23 @@ def test_a_slow_host_starves_the_device() -> None:
 
 @given(st.dictionaries(st.sampled_from(("input", "copy", "forward", "backward", "optimizer")), st.integers(0, 3)))
 def test_shares_sum_to_one(work: dict[str, int]) -> None:
-    found = timed(2, **{name: lambda n=n: compute(n / 10) for name, n in work.items()})
-    known = [share for share in found.shares.values() if share is not None]
+    window = timed(2, **{name: lambda n=n: compute(n / 10) for name, n in work.items()})
+    known = [share for share in window.shares.values() if share is not None]
     assert sum(known) == pytest.approx(1)
     assert all(0 <= share <= 1 for share in known)
-    assert {name for name, share in found.shares.items() if share is not None} == {*work, "host", "idle"}
+    assert {name for name, share in window.shares.items() if share is not None} == {*work, "host", "idle"}
 
 
 parts = st.dictionaries(st.sampled_from((*OVERHEADS, *COMPUTING)), st.floats(0, 1), min_size=1)
 
 
 @given(parts, st.sampled_from((CPU, GPU)), st.none() | st.floats(0.01, 1.2))
-def test_a_verdict_is_about_a_large_part_and_its_gain_a_bound(
-    found: dict[str, float], facts: Facts, ceiling: float | None
+def test_the_limit_is_a_large_share_and_the_gain_a_bound(
+    amounts: dict[str, float], facts: Facts, ceiling: float | None
 ) -> None:
-    total = sum(found.values())
+    total = sum(amounts.values())
     assume(total > 1e-6)
-    shares = made(**{name: value / total for name, value in found.items()})
+    shares = shares_with(**{name: value / total for name, value in amounts.items()})
     diagnosis = diagnose(shares, replace(facts, share_of_ceiling=ceiling))
     names = COMPUTING if diagnosis.limited_by == "computing" else (diagnosis.limited_by,)
     share = sum(shares.shares.get(name) or 0.0 for name in names)
@@ -341,47 +341,47 @@ def test_a_verdict_is_about_a_large_part_and_its_gain_a_bound(
 # --- the words ---
 
 
-def test_input_names_the_work_and_the_augmentations() -> None:
-    shares = made(input=0.61, forward=0.2, backward=0.19)
-    found = diagnose(shares, replace(CPU, augment=("flip", "cutout(size=8)"), speedups=("bf16",)))
-    assert found.verdict == "limited by input: 61 % of the step goes into reading and augmentation"
-    assert "now flip, cutout(size=8)" in found.remedy
-    assert found.gain_at_most == pytest.approx(1 / 0.39)
-    assert found.applied == ()
-    assert str(found).endswith("At most 2.56 times as fast.")
+def test_a_limit_by_input_names_the_work_and_the_augmentations() -> None:
+    shares = shares_with(input=0.61, forward=0.2, backward=0.19)
+    diagnosis = diagnose(shares, replace(CPU, augment=("flip", "cutout(size=8)"), speedups=("bf16",)))
+    assert diagnosis.verdict == "limited by input: 61 % of the step goes into reading and augmentation"
+    assert "now flip, cutout(size=8)" in diagnosis.remedy
+    assert diagnosis.gain_at_most == pytest.approx(1 / 0.39)
+    assert diagnosis.applied == ()
+    assert str(diagnosis).endswith("At most 2.56 times as fast.")
     resident = diagnose(shares, replace(CPU, resident=True, size_setting="preprocess.size"))
     assert resident.verdict == "limited by input: 61 % of the step goes into normalising the batch"
     assert "--set preprocess.size=…" in resident.remedy
 
 
-def test_a_speedup_that_is_left_is_offered_with_those_in_use() -> None:
-    shares = made(forward=0.3, backward=0.6, host=0.1)
+def test_an_unused_speedup_is_offered_with_those_in_use() -> None:
+    shares = shares_with(forward=0.3, backward=0.6, host=0.1)
     facts = replace(CPU, speedups=("bf16", "channels_last", "fused_optimizer"), offered=("compile", "read_ahead"))
-    found = diagnose(shares, facts)
-    assert found.verdict == "limited by computing: 90 % of the step is the forward and backward pass"
+    diagnosis = diagnose(shares, facts)
+    assert diagnosis.verdict == "limited by computing: 90 % of the step is the forward and backward pass"
     expected = "bf16 and channels_last are in use. Try --speedups bf16,channels_last,fused_optimizer,compile."
-    assert found.remedy == expected
-    assert found.applied == ("bf16", "channels_last")
-    assert found.gain_at_most is None
+    assert diagnosis.remedy == expected
+    assert diagnosis.applied == ("bf16", "channels_last")
+    assert diagnosis.gain_at_most is None
     dropped = replace(facts, offered=(), dropped={"compile": "0.98 times as fast"}, share_of_ceiling=0.31)
-    found = diagnose(shares, dropped)
-    assert "at 31 % of the measured ceiling" in found.verdict
-    assert "The plan left out compile." in found.remedy
-    assert "--batch-size 128" in found.remedy
-    assert found.gain_at_most == pytest.approx(1 / 0.31)
+    diagnosis = diagnose(shares, dropped)
+    assert "at 31 % of the measured ceiling" in diagnosis.verdict
+    assert "The plan left out compile." in diagnosis.remedy
+    assert "--batch-size 128" in diagnosis.remedy
+    assert diagnosis.gain_at_most == pytest.approx(1 / 0.31)
     assert "--model" in diagnose(shares, replace(dropped, share_of_ceiling=0.8)).remedy
 
 
-def test_of_several_processes_other_programs_are_not_blamed() -> None:
-    found = diagnose(made(forward=0.3, idle=0.7), replace(CPU, processes=2))
-    assert found.limited_by == "idle"
-    assert "for other processes" in found.verdict
-    assert "--batch-size 128" in found.remedy
-    assert "ther programs" not in found.remedy
+def test_with_several_processes_other_programs_are_not_blamed() -> None:
+    diagnosis = diagnose(shares_with(forward=0.3, idle=0.7), replace(CPU, processes=2))
+    assert diagnosis.limited_by == "idle"
+    assert "for other processes" in diagnosis.verdict
+    assert "--batch-size 128" in diagnosis.remedy
+    assert "ther programs" not in diagnosis.remedy
 
 
-def test_waiting_for_cores_tells_one_program_from_the_others() -> None:
-    shares = replace(made(idle=0.5, forward=0.2, backward=0.3), cores_used=1.0)
+def test_waiting_for_cores_distinguishes_this_program_from_others() -> None:
+    shares = replace(shares_with(idle=0.5, forward=0.2, backward=0.3), cores_used=1.0)
     two = diagnose(shares, replace(CPU, threads=2))
     assert two.verdict.endswith("50 % of the step is waiting for a core (this process got 1.0 of 2 cores)")
     assert "Other programs use the cores: end them, or use --threads 1" in two.remedy
@@ -396,49 +396,49 @@ def test_waiting_for_cores_tells_one_program_from_the_others() -> None:
 
 @pytest.mark.parametrize("limit", ["copy", "optimizer", "communication", "host"])
 @pytest.mark.parametrize("facts", [CPU, GPU])
-def test_every_other_limit_has_a_remedy_that_admits_its_price(limit: str, facts: Facts) -> None:
-    found = diagnose(made(forward=0.5, **{limit: 0.5}), facts)
-    assert found.limited_by == limit
-    assert "changes what is learned" in found.remedy
-    assert found.gain_at_most == pytest.approx(2)
+def test_every_other_limit_has_a_remedy_that_states_its_price(limit: str, facts: Facts) -> None:
+    diagnosis = diagnose(shares_with(forward=0.5, **{limit: 0.5}), facts)
+    assert diagnosis.limited_by == limit
+    assert "changes what is learned" in diagnosis.remedy
+    assert diagnosis.gain_at_most == pytest.approx(2)
 
 
-# --- when to speak ---
+# --- when to report ---
 
 
-class Told(StepClock):
-    """Gives the windows that a test has thought out."""
+class FixedWindows(StepClock):
+    """Gives the windows that a test chooses."""
 
     def __init__(self, limits: Iterator[str]) -> None:
         self._limits = limits
 
     def window(self) -> Shares:
-        return made(**{next(self._limits): 1.0})
+        return shares_with(**{next(self._limits): 1.0})
 
 
 def watched(limits: str, *, step_s: float = 0.1, steps: int = 10_000) -> list[tuple[int, str]]:
-    """(step, limit) of all that was said; i input, f forward, h host."""
+    """(step, limit) of all reports; i input, f forward, h host."""
     words = {"i": "input", "f": "forward", "h": "host"}
     step = 0
-    watch = Watch(Told(words[c] for c in limits), lambda: CPU, steps, now=lambda: step * step_s)
-    said = []
+    watch = Watch(FixedWindows(words[c] for c in limits), lambda: CPU, steps, now=lambda: step * step_s)
+    reports = []
     for step in range(1, steps + 1):
         try:
-            found = watch.after_step(step)
+            diagnosis = watch.after_step(step)
         except StopIteration:
             break
-        if found is not None:
-            said.append((step, found.limited_by))
-    return said
+        if diagnosis is not None:
+            reports.append((step, diagnosis.limited_by))
+    return reports
 
 
-def test_the_first_verdict_comes_within_thirty_steps() -> None:
+def test_the_first_diagnosis_comes_within_thirty_steps() -> None:
     assert watched("i") == [(20, "input")]
     assert watched("i", steps=5) == [(5, "input")]  # a run of five steps
     assert watched("i", step_s=30) == [(8, "input")]  # of long steps
 
 
-def test_it_speaks_again_only_when_another_limit_stays() -> None:
+def test_it_reports_again_only_when_another_limit_lasts() -> None:
     assert [limit for _, limit in watched("iiiii")] == ["input"]
     assert [limit for _, limit in watched("ififififif")] == ["input"]
     assert [limit for _, limit in watched("ifhfhfh")] == ["input"]
@@ -450,14 +450,14 @@ def test_later_windows_are_long_enough() -> None:
     assert watched("iff", step_s=10) == [(8, "input"), (8 + 2 * 20, "computing")]
 
 
-def test_the_newest_diagnosis_of_the_spoken_limit_is_kept() -> None:
+def test_the_newest_diagnosis_of_the_reported_limit_is_kept() -> None:
     clock = HostClock()
     watch = Watch(clock, lambda: CPU, 40)
-    said = []
+    reports = []
     for step in range(1, 25):
         timed_step(clock, input=lambda: sleep(2), forward=lambda: compute(0.1))
-        said.append(watch.after_step(step))
-    assert [d.limited_by for d in said if d] == ["input"]
-    assert said[19] is watch.current
+        reports.append(watch.after_step(step))
+    assert [d.limited_by for d in reports if d] == ["input"]
+    assert reports[19] is watch.current
     assert watch.current is not None
     assert watch.current.steps == 20 - SKIPPED - 1

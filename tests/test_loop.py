@@ -1,4 +1,4 @@
-"""The loop: wherever it is taken apart and put together again, the bits stay the same."""
+"""The loop: wherever it stops and resumes, the bits stay the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 
 def tiny(*, classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
-    """No batch norm, so parts of a batch don't see each other; dropout, so there is chance inside."""
+    """Without batch norms, so that the parts of a batch don't influence each other; with dropout, which is random."""
     height, width = image_size
     return nn.Sequential(
         nn.Conv2d(in_channels, 6, 3, padding=1),
@@ -63,7 +63,7 @@ RECIPES = st.builds(
 
 
 def loop_of(recipe: Recipe, prepared: PreparedData, *, fresh: bool = True) -> Loop:
-    """Computed in another layout, and by the optimizer's fused kernel where there is one."""
+    """In another memory layout, and with the fused kernel of the optimizer where there is one."""
     speedups = ("channels_last",) if recipe.optimizer == "muon" else ("channels_last", "fused_optimizer")
     return Setup(recipe, prepared, CPU, fresh=fresh).loop(Plan(device="cpu", speedups=speedups))
 
@@ -75,7 +75,7 @@ def bits(loop: Loop) -> dict[str, torch.Tensor]:
 
 @settings(max_examples=15)
 @given(recipe=RECIPES, stops=st.lists(st.integers(1, 20), max_size=3, unique=True))
-def test_going_on_from_any_step_gives_the_same_bits(
+def test_resuming_from_any_step_gives_the_same_bits(
     prepared: PreparedData, tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, stops: list[int]
 ) -> None:
     whole = loop_of(recipe, prepared)
@@ -121,7 +121,7 @@ def test_another_networks_checkpoint_is_refused(prepared: PreparedData, tmp_path
 
 
 def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: PreparedData) -> None:
-    """Only batch norms see the parts; a network without them computes the same gradient."""
+    """Only batch norms depend on the parts; a network without them computes the same gradient."""
     results = []
     for parts in (1, 4):
         recipe = Recipe(model=TINY, optimizer="sgd", lr=0.05, batch_size=30, accumulate=parts, epochs=1)

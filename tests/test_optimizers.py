@@ -1,4 +1,4 @@
-"""What single optimizers promise beyond the contract."""
+"""What individual optimizers promise beyond the contract."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_batch_is_orthogonalised_like_each_alone() -> None:
     torch.testing.assert_close(together, alone)
 
 
-def test_newton_schulz_keeps_zero_and_loses_scale() -> None:
+def test_newton_schulz_keeps_zero_and_ignores_scale() -> None:
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 9), 5, torch.float32), torch.zeros(1, 4, 9))
     matrix = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(orthogonalize(matrix * 1000, 3, torch.float32), orthogonalize(matrix, 3, torch.float32))

@@ -1,4 +1,4 @@
-"""Pictures that grow while a network learns."""
+"""Progressive resizing: pictures that grow during training."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ shares = st.floats(0.01, 0.99)
 
 
 @given(st.lists(shares, unique=True, max_size=4), st.lists(shares, min_size=4, max_size=4), st.integers(1, 5000))
-def test_each_step_has_the_scale_of_its_stage_and_the_last_is_whole(
+def test_each_step_has_the_scale_of_its_stage_and_the_last_is_full_size(
     untils: list[float], scales: list[float], steps: int
 ) -> None:
     stages = tuple(zip(sorted(untils), scales, strict=False))
-    found = [scale_at(stages, step, steps) for step in range(steps)]
+    scales_by_step = [scale_at(stages, step, steps) for step in range(steps)]
     for (until, factor), begun in zip(stages, (0.0, *sorted(untils)), strict=False):
         first, end = round(begun * steps), round(until * steps)
-        assert found[first:end] == [factor] * (end - first)
-    rest = found[round(max(untils, default=0.0) * steps) :]
+        assert scales_by_step[first:end] == [factor] * (end - first)
+    rest = scales_by_step[round(max(untils, default=0.0) * steps) :]
     assert rest == [1.0] * len(rest)
 
 
 @given(st.lists(st.tuples(shares, shares), unique_by=lambda s: s[0], max_size=4), st.integers(1, 200), st.data())
-def test_work_is_the_sum_over_the_steps(stages: list[tuple[float, float]], steps: int, data: st.DataObject) -> None:
+def test_full_size_steps_are_the_sum_over_the_steps(
+    stages: list[tuple[float, float]], steps: int, data: st.DataObject
+) -> None:
     stages.sort()
     first = data.draw(st.integers(0, steps))
     end = data.draw(st.integers(first, steps + 50))  # a continuation goes beyond
@@ -51,7 +53,7 @@ def test_a_side_is_never_enlarged_nor_made_tiny(pixels: int, factor: float) -> N
     assert min(pixels, SMALLEST) <= shrink_side(pixels, factor) <= pixels
 
 
-def test_a_smaller_picture_keeps_its_brightness_and_an_odd_one_its_proportions() -> None:
+def test_shrinking_keeps_brightness_and_proportions() -> None:
     images = torch.rand(3, 4, 48, 96)
     small = shrink(images, 0.5)
     assert small.shape == (3, 4, 24, 48)
@@ -59,7 +61,7 @@ def test_a_smaller_picture_keeps_its_brightness_and_an_odd_one_its_proportions()
     assert shrink(images, 1.0) is images
 
 
-def test_the_network_sees_small_pictures_first_and_whole_ones_last(picture_folder: Callable[..., Path]) -> None:
+def test_the_network_sees_small_pictures_first_and_full_size_ones_last(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder(each=40, size=(32, 24))
     settings = {"progressive_resizing": STAGES, "epochs": 4, "batch_size": 16}
     recipe, prepared = resolve(DataOptions.of(root, data_dir=None, cache_dir=None), recipe=None, settings=settings)
@@ -105,23 +107,23 @@ def test_stopping_between_two_sizes_changes_nothing(picture_folder: Callable[...
     "stages",
     [[[0.5, 0.5], [0.5, 0.7]], [[0.7, 0.5], [0.2, 0.7]], [[0.5, 1.5]], [[0, 0.5]], [[0.5]], "half", [[1, 0.5]]],
 )
-def test_stages_that_make_no_sense_are_refused(picture_folder: Callable[..., Path], stages: object) -> None:
+def test_invalid_stages_are_refused(picture_folder: Callable[..., Path], stages: object) -> None:
     with pytest.raises(suanli.UsageError, match="progressive_resizing"):
         suanli.train(picture_folder(), settings={"progressive_resizing": stages})
 
 
-def test_texts_have_no_size(text_table: Path) -> None:
+def test_progressive_resizing_is_refused_for_texts(text_table: Path) -> None:
     with pytest.raises(suanli.UsageError, match="progressive_resizing is for images"):
         suanli.train(text_table, settings={"progressive_resizing": STAGES})
 
 
-def test_a_network_for_one_size_says_so(picture_folder: Callable[..., Path]) -> None:
+def test_a_network_for_one_size_is_refused(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder(size=(32, 32))
     with pytest.raises(suanli.UsageError, match="vit_tiny"):
         suanli.train(root, model="vit_tiny", settings={"progressive_resizing": STAGES})
 
 
-def test_a_recipe_of_before_has_no_stages() -> None:
+def test_an_old_recipe_has_no_stages() -> None:
     values = Recipe().model_dump()
     del values["progressive_resizing"]
     assert Recipe.model_validate(values).progressive_resizing == ()

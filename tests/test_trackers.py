@@ -1,4 +1,4 @@
-"""What each tracker wrote is read back with that tracker's own reader."""
+"""Reads what each tracker wrote, with the tracker's own reader."""
 
 import getpass
 import json
@@ -54,7 +54,7 @@ def test_mlflow_reads_it_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_mlflow_settings")
-def test_mlflow_goes_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_follows_the_tracking_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = (tmp_path / "chosen").as_uri()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", chosen)
     write("mlflow", tmp_path / "run")
@@ -76,13 +76,13 @@ def _check_mlflow(uri: str) -> None:
     assert [(m.step, m.value) for m in history] == [(1, 1.5), (2, 0.5)]
 
 
-def test_mlflow_that_cannot_start_says_so_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_that_cannot_start_fails_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "gopher://nowhere")
     with pytest.raises(MachineError, match=r"gopher://nowhere.*--track mlflow"):
         write("mlflow", tmp_path / "run")
 
 
-def test_wandb_is_offline_and_names_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_offline_and_sends_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
     write("wandb", tmp_path / "run")
     import wandb

@@ -1,4 +1,4 @@
-"""What every augmentation owes, over shapes, dtypes and seeds."""
+"""The contract of every augmentation, over shapes, dtypes and seeds."""
 
 from dataclasses import fields, is_dataclass, replace
 
@@ -48,7 +48,7 @@ def _generator(seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_spelling_gives_its_defaults(name):
+def test_its_name_alone_gives_its_defaults(name):
     augment = parse(name)
     assert augment == registry.load("augments", name)()
     assert is_dataclass(augment)
@@ -60,7 +60,7 @@ def test_its_spelling_gives_its_defaults(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data(), seed=st.integers(0, 2**40))
-def test_batch_in_batch_out(name, data, seed):
+def test_a_batch_becomes_a_batch_of_the_same_form(name, data, seed):
     augment = parse(name)
     batch = data.draw(batches(augment.kinds))
     before = replace(batch, inputs=batch.inputs.clone(), targets=batch.targets.clone())

@@ -1,4 +1,4 @@
-"""What every optimizer promises: groups, learning, and going on exactly from a saved state."""
+"""The contract of every optimizer: groups, learning, and exact resumption from a saved state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parametrize("optimizer", registry.load_all("optimizers"
 
 
 class Net(nn.Module):
-    """One of each that optimizers tell apart: filters, norms, an embedding, a frozen layer, a head."""
+    """One of each kind that optimizers distinguish: filters, norms, an embedding, a frozen layer, a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def learn(module: nn.Module, built: torch.optim.Optimizer, steps: int) -> list[f
     return losses
 
 
-def test_is_called_as_its_file_and_names_a_source(optimizer: Optimizer) -> None:
+def test_has_the_name_of_its_file_and_a_source(optimizer: Optimizer) -> None:
     assert registry.load("optimizers", optimizer.name) is optimizer
     assert optimizer.source
 
@@ -129,7 +129,7 @@ def test_a_frozen_backbone_stays_and_costs_no_gradient(optimizer: Optimizer) -> 
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_goes_on_bit_by_bit_from_its_state(optimizer: Optimizer, fused: bool) -> None:
+def test_resumes_bit_by_bit_from_its_state(optimizer: Optimizer, fused: bool) -> None:
     module = net()
     built = fuse(make(optimizer, module), fused)
     learn(module, built, 3)
@@ -151,7 +151,7 @@ def test_its_state_is_plain(optimizer: Optimizer) -> None:
     json.dumps(state["param_groups"])
 
 
-def test_a_parameter_without_gradient_is_passed_over(optimizer: Optimizer) -> None:
+def test_a_parameter_without_gradient_is_skipped(optimizer: Optimizer) -> None:
     module = net()
     built = make(optimizer, module, weight_decay=0.0)
     before = copy.deepcopy(module.state_dict())

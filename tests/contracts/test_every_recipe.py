@@ -1,4 +1,4 @@
-"""What every recipe promises: its parts exist, fit together, and some recipe suits all data."""
+"""The contract of every recipe: its parts exist and fit together, and all data has a recipe that suits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chosen(traits: Traits) -> Recipe:
 
 
 @every
-def test_is_called_as_its_file(name: str) -> None:
+def test_has_the_name_of_its_file(name: str) -> None:
     assert RECIPES[name].recipe.name == name
 
 
@@ -66,7 +66,7 @@ def test_its_parts_exist_and_fit_together(name: str) -> None:
 
 
 def example(kind: str, recipe: Recipe) -> Traits:
-    """Traits of data that the recipe should suit, found among a few."""
+    """Traits of data that the recipe suits, chosen from a few."""
     for shape in ((3, 32, 32), (1, 8, 8), (3, 224, 224), (64,)):
         for examples in (500, 100_000):
             for weights in (False, True):

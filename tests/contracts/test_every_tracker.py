@@ -1,4 +1,4 @@
-"""Every tracker: says how to install it, takes what a run logs, and needs no network."""
+"""The contract of every tracker: it says how to install it, takes what a run logs, and needs no network."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,7 @@ def files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_missing_package_comes_with_its_command(tracker: type[Tracker]) -> None:
+def test_a_missing_package_is_reported_with_its_install_command(tracker: type[Tracker]) -> None:
     reason = tracker.why_not()
     assert reason is None or " -m pip install " in reason
 
