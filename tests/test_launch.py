@@ -200,7 +200,7 @@ FACTS = {
 }
 
 
-@pytest.mark.parametrize(("key", "error"), [(k, e) for k, _, e, _ in preflight.ALIKE])
+@pytest.mark.parametrize(("key", "error"), [(k, e) for k, _, e, _ in preflight.MUST_AGREE])
 def test_who_differs_is_named(key, error):
     facts = [FACTS, FACTS, FACTS | {"host": "b", key: "other"}]
     with pytest.raises(error, match=r"Process 2 on b differs .*: other, where the others have"):

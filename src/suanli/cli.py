@@ -225,7 +225,7 @@ def _emit(result: _Result, verb: str, context: typer.Context) -> None:
     emitted = emit(
         asked, kind=cluster["emit"], nodes=cluster["nodes"], image=cluster["image"], submitting=cluster["submit"]
     )
-    result.values = emitted
+    result.values = {**emitted}
     result.render = lambda: emitted["emitted"].rstrip("\n")
     if emitted["submitted"] is not None:
         say(emitted["submitted"])

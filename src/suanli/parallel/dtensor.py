@@ -1,9 +1,9 @@
-"""Tensors of which this process holds a piece: rows of a parameter that several processes share (torch's DTensor).
+"""Sharded tensors (torch's DTensor), of which each process holds some rows.
 
-Each has a stretch of the first dimension, cut as `torch.chunk` does it, so the last ones may have none. An ordinary
-tensor is its own piece: code that goes through here needs no case of its own for one process.
+The rows are divided as by `torch.chunk`, so the last processes may have none. An ordinary tensor counts as all local:
+callers need no separate case for one process.
 
-torch.distributed.tensor takes most of a second to load, so nothing here does unless there are such tensors.
+torch.distributed.tensor takes most of a second to import, so it is imported only where there are sharded tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds: the same memory."""
+    """The rows that this process holds, in the same memory."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -24,7 +24,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_rows(tensor: torch.Tensor) -> slice | None:
-    """The places in the first dimension that this process holds; None: the tensor is whole here."""
+    """Which rows this process holds; None: the tensor isn't sharded."""
     if not is_sharded(tensor):
         return None
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
@@ -34,21 +34,21 @@ def local_rows(tensor: torch.Tensor) -> slice | None:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """A collective for a shared tensor: all of it, in memory of its own."""
+    """All rows, in new memory; a collective for a sharded tensor, and an ordinary tensor itself."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         return tensor.full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
-def from_local_part(held: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The shared tensor of which this process holds `held`, as it holds its rows of `like`."""
+def from_local_part(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The tensor of which this process holds `part`, sharded like `like`."""
     if not is_sharded(like):
-        return held
+        return part
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        held,
+        part,
         like.device_mesh,  # type: ignore[attr-defined]
         like.placements,  # type: ignore[attr-defined]
         run_check=False,

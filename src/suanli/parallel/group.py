@@ -1,13 +1,13 @@
-"""The processes that train one network together: who this one is, and what it asks of the others.
+"""The processes that train one network together: the rank of this one, and how it communicates with the others.
 
-The engine is torch.distributed. Who a process is comes from the variables that torchrun, Slurm's srun or an
-operator of Kubernetes set; nothing else is read, so whoever starts the processes may do it.
+The engine is torch.distributed. Rank and size come from the environment variables that torchrun, Slurm's srun or an
+operator of Kubernetes set, and from nothing else, so any of them may start the processes.
 
-A collective is a call that every process must make, in the same order. Only a training step and what says so in its
-docstring is one; all else (measuring, planning, forecasting) computes alone, because processes that measure
-don't make the same number of steps.
+A collective is a call that every process must make, in the same order. Training steps are collectives, and functions
+whose docstring says so. All else (measuring, planning, forecasting) is local, because processes that measure don't
+make the same number of steps.
 
-Small facts travel through the store as JSON, tensors through the process group. Nothing is pickled.
+Small values travel through the store as JSON, tensors through the process group. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from suanli.machine.device import cores
 
 STORE_TIMEOUT = timedelta(hours=2)  # one process may plan, decode or download while the others wait for it
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own; `watchdog` notices earlier
-POLL_S = 0.05  # of the store, for processes that have not come yet
-ALIGNED = 2  # shares of a batch begin at multiples of it: augmentations that blend pictures pair neighbours
+POLL_S = 0.05  # of the store, for processes that haven't joined yet
+ALIGNMENT = 2  # shares of a batch begin at multiples of it: augmentations that blend images pair neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessPlace:
-    """Where a process stands among those that were started together."""
+    """The rank of a process among those that were started together."""
 
     rank: int
     size: int  # of the world
@@ -52,14 +52,14 @@ class ProcessPlace:
 
 
 def process_place(environment: Mapping[str, str] = os.environ) -> ProcessPlace | None:
-    """From the variables of torchrun or of a step of Slurm; None: this process is alone.
+    """From the variables of torchrun or of a Slurm step; None: this process is alone.
 
-    Raises UsageError where a variable is missing or no number.
+    Raises UsageError where a variable is missing or not a number.
     """
     try:
         if "WORLD_SIZE" in environment:
             local_size = environment.get("LOCAL_WORLD_SIZE")
-            return _checked(
+            return _check_rank(
                 ProcessPlace(
                     rank=int(environment["RANK"]),
                     size=int(environment["WORLD_SIZE"]),
@@ -69,7 +69,7 @@ def process_place(environment: Mapping[str, str] = os.environ) -> ProcessPlace |
                 )
             )
         if "SLURM_STEP_ID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            return _checked(
+            return _check_rank(
                 ProcessPlace(
                     rank=int(environment["SLURM_PROCID"]),
                     size=int(environment["SLURM_STEP_NUM_TASKS"]),
@@ -86,10 +86,10 @@ def process_place(environment: Mapping[str, str] = os.environ) -> ProcessPlace |
     return None
 
 
-def _checked(found: ProcessPlace) -> ProcessPlace:
-    if not 0 <= found.rank < found.size:
-        raise ValueError(f"rank {found.rank} of {found.size}")
-    return found
+def _check_rank(place: ProcessPlace) -> ProcessPlace:
+    if not 0 <= place.rank < place.size:
+        raise ValueError(f"rank {place.rank} of {place.size}")
+    return place
 
 
 def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
@@ -103,21 +103,22 @@ def _slurm_tasks_here(environment: Mapping[str, str]) -> int | None:
 
 
 def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
-    """Address and port on which the first process is found: the first node, and a port from the job's number, so
-    that two jobs on one node don't meet."""
+    """Address and port of the first process: the first node, and a port derived from the job's number, so that two
+    jobs on one node don't collide."""
     nodes = environment.get("SLURM_STEP_NODELIST", environment.get("SLURM_JOB_NODELIST", ""))
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if listed.returncode or not listed.stdout.split():
+    result = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    if result.returncode or not result.stdout.split():
         raise MachineError(
-            f"scontrol can't tell the nodes of {nodes!r}: {listed.stderr.strip()}.", fix="Set MASTER_ADDR."
+            f"scontrol can't list the nodes of {nodes!r}: {result.stderr.strip()}.", fix="Set MASTER_ADDR."
         )
     job, step = int(environment.get("SLURM_JOB_ID", 0)), int(environment["SLURM_STEP_ID"])
-    return {"MASTER_ADDR": listed.stdout.split()[0], "MASTER_PORT": str(20_000 + (job * 7 + step) % 10_000)}
+    return {"MASTER_ADDR": result.stdout.split()[0], "MASTER_PORT": str(20_000 + (job * 7 + step) % 10_000)}
 
 
 @dataclass(eq=False)
 class Group:
-    """The processes that train together, as one of them sees them. Alone, every collective is the identity."""
+    """The processes that train together, from the point of view of one. With one process, every collective is the
+    identity."""
 
     rank: int = 0
     size: int = 1
@@ -125,9 +126,9 @@ class Group:
     local_size: int = 1
     restarts: int = 0
     store: Store | None = None
-    shares: tuple[float, ...] = ()  # of a batch, one for each process; empty: all alike
-    in_joint_step: bool = False  # inside a training step: batch norms ask the others
-    _exchanges: int = field(default=0, repr=False)  # facts exchanged so far
+    shares: tuple[float, ...] = ()  # of a batch, one for each process; empty: all equal
+    in_joint_step: bool = False  # all processes compute the same step now, so batch norms communicate
+    _exchanges: int = field(default=0, repr=False)  # of values through the store, so far
 
     @property
     def is_first(self) -> bool:
@@ -141,25 +142,26 @@ class Group:
     # --- the shares of a batch ---
 
     def batch_share(self, count: int) -> slice:
-        """The places of a batch of `count` that this process computes. Raises UsageError where some process would
-        have none."""
+        """Which examples of a batch of `count` this process computes. Raises UsageError where a process would have
+        none."""
         ends = self.batch_ends(count)
         return slice(ends[self.rank], ends[self.rank + 1])
 
     def batch_ends(self, count: int) -> list[int]:
-        """Where each process's part of `count` begins, and `count`. Parts begin at even places where they can."""
+        """Where each process's share of `count` examples begins, and `count`. Shares begin at multiples of ALIGNMENT
+        where `count` allows it."""
         if count < self.size:
             raise too_many_processes(self.size, count)
         shares = self.shares or (1 / self.size,) * self.size
-        aligned = ALIGNED if count >= ALIGNED * self.size else 1
-        places = count // aligned
-        ends = np.floor(np.cumsum((0.0, *shares)) / sum(shares) * places + 0.5).astype(int)
-        for i in range(1, self.size + 1):  # nobody without work
-            ends[i] = min(max(ends[i], ends[i - 1] + 1), places - (self.size - i))
-        return [*(int(end) * aligned for end in ends[:-1]), count]
+        unit = ALIGNMENT if count >= ALIGNMENT * self.size else 1
+        units = count // unit
+        ends = np.floor(np.cumsum((0.0, *shares)) / sum(shares) * units + 0.5).astype(int)
+        for i in range(1, self.size + 1):  # each process gets at least one unit
+            ends[i] = min(max(ends[i], ends[i - 1] + 1), units - (self.size - i))
+        return [*(int(end) * unit for end in ends[:-1]), count]
 
     def even_share(self, count: int) -> slice:
-        """Of `count` things in order, those that this process does; it may be none."""
+        """Which of `count` items in order this process handles; may be empty."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     # --- collectives ---
@@ -174,27 +176,28 @@ class Group:
         """A collective: the largest of each value over all processes."""
         if self.is_alone:
             return list(values)
-        found = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return [float(v) for v in found]
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return [float(v) for v in largest]
 
     def gather_rows(self, rows: np.ndarray, first: int, count: int, width: int) -> np.ndarray:
-        """A collective: the (n, K) float32 rows of every process, here those from place `first` on, as (count, K)."""
+        """A collective: the (n, width) float32 rows of all processes as one array (count, width). Those of this process
+        begin at row `first`."""
         if self.is_alone:
             return rows
-        found = torch.zeros(count, width)
+        total = torch.zeros(count, width)
         if len(rows):
-            found[first : first + len(rows)] = torch.from_numpy(rows)
-        dist.all_reduce(found)  # each place has one term that isn't zero: nothing is rounded
-        return found.numpy()
+            total[first : first + len(rows)] = torch.from_numpy(rows)
+        dist.all_reduce(total)  # at most one term of each sum isn't zero, so nothing is rounded
+        return total.numpy()
 
     def barrier(self) -> None:
-        """A collective: until all are here."""
+        """A collective: wait until all processes have made this call."""
         self.gather(None)
 
     def finish(self) -> None:
-        """A collective, and the last one: nobody goes before all have what they wait for. The first process may hold
-        the store."""
+        """The last collective: no process ends before all have what they wait for. The first process, which may host
+        the store, ends last."""
         self.barrier()
         if self.store is not None:
             self.store.set(f"left/{self.rank}", "")
@@ -202,7 +205,7 @@ class Group:
                 self.store.wait([f"left/{rank}" for rank in range(self.size)])
 
     def gather(self, value: Json) -> list[Json]:
-        """A collective: what every process said, by rank."""
+        """A collective: the values of all processes, by rank."""
         if self.store is None:
             return [value]
         self._exchanges += 1
@@ -211,7 +214,7 @@ class Group:
         return [json.loads(self.store.get(key)) for key in keys]
 
     def broadcast(self, value: Json) -> Json:
-        """A collective: what the first process said."""
+        """A collective: the value of the first process."""
         if self.store is None:
             return value
         self._exchanges += 1
@@ -222,7 +225,7 @@ class Group:
 
     @contextmanager
     def joint_step(self) -> Iterator[None]:
-        """Inside, the network asks the other processes: every process computes the same step now."""
+        """Inside the block the network communicates: every process computes the same step now."""
         before, self.in_joint_step = self.in_joint_step, not self.is_alone
         try:
             yield
@@ -231,7 +234,7 @@ class Group:
 
 
 def too_many_processes(processes: int, examples: int) -> UsageError:
-    """For fewer examples in a batch than there are processes."""
+    """The error for fewer examples in a batch than there are processes."""
     return UsageError(
         f"A batch of {examples} can't be shared by {processes} processes.",
         fix=f"Use at most {examples} processes, or a larger --batch-size.",
@@ -243,57 +246,72 @@ _current = ALONE
 
 
 def current_group() -> Group:
-    """The group of this process: ALONE before `join` and where nobody started others."""
+    """The group of this process: ALONE before `join_group`, and where it was started alone."""
     return _current
 
 
 def join_group(device: str) -> Group:
-    """Meets the others that were started together with this process, and gives the group; ALONE where there are
-    none. `device` is torch's name of the one that this process computes on. Later calls give the same group. Raises
-    MachineError where they can't be met."""
+    """Connect to the processes that were started together with this one, and return the group; ALONE where there are
+    none. `device` is torch's name of the device that this process computes on. Later calls return the same group.
+    Raises MachineError where the processes can't be reached."""
     global _current
-    here = process_place()
-    if here is None or _current is not ALONE:
+    place = process_place()
+    if place is None or _current is not ALONE:
         return _current
-    if device == "mps" and here.size > 1:
+    if device == "mps" and place.size > 1:
         raise MachineError("Several processes can't share an Apple GPU.", fix="Use --device cpu.")
-    environment = dict(os.environ)
-    if "MASTER_ADDR" not in environment and "SLURM_STEP_ID" in environment:
-        environment |= _slurm_master(environment)
-    os.environ.update({"RANK": str(here.rank), "WORLD_SIZE": str(here.size)})
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        os.environ.setdefault(name, environment.get(name, ""))
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    address = _set_master_address(place)
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=STORE_TIMEOUT)))
-        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = PrefixStore(_agree_on_attempt(store, rank, size), store)
-        if device.startswith("cuda:"):
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        store = _init_process_group(device)
     except (ValueError, RuntimeError, dist.DistError) as error:
         raise MachineError(
-            f"Process {here.rank} of {here.size} can't meet the others at {address}: {first_line(error, 200)}",
+            f"Process {place.rank} of {place.size} can't reach the others at {address}: {first_line(error, 200)}",
             fix="Check that every host reaches that address and port, and that nothing else uses the port.",
         ) from error
+    facts = PrefixStore("facts", store)
+    facts.set_timeout(STORE_TIMEOUT)
     _current = Group(
-        rank=rank,
-        size=size,
-        local_rank=here.local_rank,
-        local_size=here.local_size or 1,
-        restarts=here.restarts,
-        store=PrefixStore("facts", store),
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=place.local_rank,
+        local_size=place.local_size or 1,
+        restarts=place.restarts,
+        store=facts,
     )
-    if rank:
+    if not _current.is_first:
         console.mute()
-    _current.store.set_timeout(STORE_TIMEOUT)  # type: ignore[union-attr]
     return _current
 
 
+def _set_master_address(place: ProcessPlace) -> str:
+    """Set the variables that torch reads, from Slurm's where those are missing. Returns address and port of the first
+    process."""
+    master: dict[str, str] = {}
+    if "MASTER_ADDR" not in os.environ and "SLURM_STEP_ID" in os.environ:
+        master = _slurm_master(os.environ)
+    os.environ.update({"RANK": str(place.rank), "WORLD_SIZE": str(place.size)})
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        os.environ.setdefault(name, master.get(name, ""))
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def _init_process_group(device: str) -> Store:
+    """Start torch's process group, and return its store."""
+    store: Store
+    store, rank, size = next(iter(rendezvous("env://", timeout=STORE_TIMEOUT)))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = PrefixStore(_agree_on_attempt(store, rank, size), store)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    return store
+
+
 def _agree_on_attempt(store: Store, rank: int, size: int) -> str:
-    """A name for this start of the processes. torchrun keeps one store for all starts, which still has the addresses of
-    processes that are gone; and its agents count restarts each by itself, so that number isn't the same for all."""
+    """A name for this start of the processes, agreed through the store. torchrun uses one store for all starts, which
+    still has the addresses of processes that are gone; its agents count restarts separately, so their number isn't the
+    same everywhere."""
     own = uuid.uuid4().hex
     if rank:
         store.set(f"asks/{rank}", own)
@@ -302,14 +320,14 @@ def _agree_on_attempt(store: Store, rank: int, size: int) -> str:
         return name
     for other in range(1, size):
         while not store.check([f"{own}/{other}"]):
-            if store.check([f"asks/{other}"]):  # perhaps by a process that is gone; then the next one asks soon
+            if store.check([f"asks/{other}"]):  # perhaps from a process that is gone; then its successor asks soon
                 store.set(f"answers/{store.get(f'asks/{other}').decode()}", own)
             time.sleep(POLL_S)
     return own
 
 
 def threads_per_process(group: Group) -> int:
-    """Of operations on the CPU in this process: what who started it has set, else its share of the cores."""
+    """CPU threads for operations in this process: what the launcher has set, else its share of the cores."""
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
         if os.environ.get(name, "").isdecimal():
             return max(1, int(os.environ[name]))
@@ -317,13 +335,13 @@ def threads_per_process(group: Group) -> int:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether an error of a collective says that another process is gone."""
-    # gloo has no class of its own for it.
+    """Whether an error of a collective means that another process is gone."""
+    # gloo has no class of its own for this.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def leave_group() -> None:
-    """The process group ends: after the last collective of every process."""
+    """End the process group, after the last collective of every process."""
     global _current
     if _current is not ALONE:
         with contextlib.suppress(RuntimeError):

@@ -1,8 +1,7 @@
-"""Starts the processes that train one run together on this machine, by torch's elastic agent, the one of torchrun.
+"""Starts the processes that train one run together on this machine, with torch's elastic agent, which torchrun uses.
 
-It tells each process who it is, and where one dies starts all of them anew, which then go on from the run's newest
-checkpoint. What this adds is the account: an error that no new start can mend ends the run at once, with its own exit
-code.
+The agent sets the rank of each process. Where one dies, it restarts all of them, and they resume from the run's newest
+checkpoint. suanli adds that an error that no restart fixes ends the run at once, with its own exit code.
 """
 
 from __future__ import annotations
@@ -29,48 +28,49 @@ from suanli.parallel import fatal
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # torch warns of a process that has gone with a stack of C++; that is said in words
+LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # torch reports a lost process with a C++ stack; suanli says it in a sentence
 GPU = "usable GPU"
 RESTARTS = 3
-SHUTDOWN_S = 20  # for a process that was asked to end, before it is ended
+SHUTDOWN_S = 20  # for a process to end by itself, before it is killed
 
 
-def process_count(wanted: str | int | None, device: Device) -> int:
-    """How many processes "auto" or a number is: a GPU each, and one where there are none, since one process uses all
-    cores of a CPU. Raises UsageError."""
-    if wanted is None:
+def process_count(requested: str | int | None, device: Device) -> int:
+    """The number of processes for "auto" or a number. "auto" is one per GPU, and one on a CPU, since a single process
+    uses all cores. Raises UsageError."""
+    if requested is None:
         return 1
-    if device.type == "mps" and wanted not in ("auto", "1", 1):
+    if device.type == "mps" and requested not in ("auto", "1", 1):
         raise UsageError("Several processes can't share an Apple GPU.", fix="Use --device cpu.")
-    if wanted == "auto":
-        most, what = max_processes(device)
-        return most if what == GPU else 1
+    if requested == "auto":
+        limit, unit = max_processes(device)
+        return limit if unit == GPU else 1
     try:
-        count = int(wanted)
+        count = int(requested)
     except ValueError:
-        raise UsageError(f"--nproc can't be {wanted!r}.", fix="Give a number, or auto.") from None
+        raise UsageError(f"--nproc can't be {requested!r}.", fix="Give a number, or auto.") from None
     return check_count("--nproc", count, device)
 
 
 def max_processes(device: Device) -> tuple[int, str]:
-    """How many processes make sense on this machine, and what they are counted by: usable GPUs, else cores."""
+    """How many processes make sense on this machine, and what they were counted by: usable GPUs, else cores."""
     usable = sum(gpu.why_not is None for gpu in gpus()) if device.type == "cuda" else 0
     return (usable, GPU) if usable else (cores(), "core")
 
 
 def check_count(option: str, count: int, device: Device) -> int:
-    """`count`, if this machine can have so many processes. Raises UsageError that names the option."""
-    most, what = max_processes(device)
-    if not 1 <= count <= most:
-        raise UsageError(f"{option} can't be {count}.", fix=f"This machine has {plural(most, what)}: give 1 to {most}.")
+    """`count`, if it is a sensible number of processes on this machine. Raises UsageError that names the option."""
+    limit, unit = max_processes(device)
+    if not 1 <= count <= limit:
+        fix = f"This machine has {plural(limit, unit)}: give 1 to {limit}."
+        raise UsageError(f"{option} can't be {count}.", fix=fix)
     return count
 
 
 def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts: int = RESTARTS) -> None:
-    """Trains `run` from its newest checkpoint with `count` processes of `suanli train RUN`.
+    """Train `run` from its newest checkpoint with `count` processes of `suanli train RUN`.
 
-    Raises what a process raised that no new start can mend; MachineError where they were started anew `restarts`
-    times; Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved.
+    Raises the error that a process reported because no restart fixes it; MachineError where all `restarts` are used
+    up; Interrupted after Ctrl-C or SIGTERM, with the checkpoint saved.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,8 +78,8 @@ def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts:
 
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count)))
     problem: SuanliError | None = None
-    with tempfile.TemporaryDirectory(prefix="suanli-", ignore_cleanup_errors=True) as folder, _put_back():
-        file = Path(folder) / "verdict.json"
+    with tempfile.TemporaryDirectory(prefix="suanli-", ignore_cleanup_errors=True) as folder, _restore_process():
+        file = Path(folder) / "report.json"
         os.environ |= {fatal.REPORT_VARIABLE: str(file), "OMP_NUM_THREADS": threads}
         os.environ.setdefault(LOG_LEVEL, "ERROR")
         say(f"{plural(count, 'process', 'processes')}, {threads} CPU threads each")
@@ -88,16 +88,17 @@ def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts:
             agent("-m", "suanli", "train", str(run.path), *arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            reason = _exit_reason(failure.exitcode)
             problem = MachineError(
-                f"Process {rank} ended {_how(failure.exitcode)}, and {plural(restarts, 'new start')} didn't help.",
-                fix=f"What it said stands above. To go on from the last checkpoint: suanli train {run.path}",
+                f"Process {rank} ended {reason}, and {plural(restarts, 'restart')} didn't help.",
+                fix=f"Its own message is above. To resume from the last checkpoint: suanli train {run.path}",
             )
         except SignalException as error:
             name = signal.Signals(error.sigval).name
-            problem = Interrupted(f"Stopped by {name}.", fix=f"Go on with: suanli train {run.path}")
-        word = fatal.read_report(file, interrupted=isinstance(problem, Interrupted))
-    if word is not None:
-        raise fatal.restore_error(word)
+            problem = Interrupted(f"Stopped by {name}.", fix=f"Resume with: suanli train {run.path}")
+        report = fatal.read_report(file, interrupted=isinstance(problem, Interrupted))
+    if report is not None:
+        raise fatal.restore_error(**report)
     if problem is not None:
         raise problem
 
@@ -107,14 +108,14 @@ def _config(count: int, restarts: int, folder: str) -> LaunchConfig:
     from torch.distributed.launcher.api import LaunchConfig
 
     for logger in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed")]:
-        logging.getLogger(logger).setLevel(logging.CRITICAL)  # it is said here, in fewer words
+        logging.getLogger(logger).setLevel(logging.CRITICAL)  # `launch_training` reports the same in one sentence
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=count,
         run_id="suanli",
         role="train",
-        # The agent unpickles its state. In a file of this user's, nobody else can write it.
+        # The agent unpickles its state, so it lies in a file that only this user can write.
         rdzv_backend="c10d",
         rdzv_endpoint=str(Path(folder) / "rendezvous"),
         rdzv_configs={"store_type": "file", "last_call_timeout": 1},
@@ -122,13 +123,13 @@ def _config(count: int, restarts: int, folder: str) -> LaunchConfig:
         max_restarts=restarts,
         monitor_interval=0.2,
         shutdown_timeout=SHUTDOWN_S,
-        logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.OUT),  # the result is printed by this process
+        logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.OUT),  # this process prints the result
     )
 
 
 @contextmanager
-def _put_back() -> Iterator[None]:
-    """Environment and signal handlers are afterwards as before: torch's agent leaves its own behind."""
+def _restore_process() -> Iterator[None]:
+    """Restore environment and signal handlers afterwards: torch's agent leaves its own behind."""
     environment = dict(os.environ)
     numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, n)]
     main = threading.current_thread() is threading.main_thread()
@@ -142,5 +143,5 @@ def _put_back() -> Iterator[None]:
         os.environ.update(environment)
 
 
-def _how(code: int) -> str:
+def _exit_reason(code: int) -> str:
     return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"

@@ -1,7 +1,7 @@
-"""Before the first step of several processes: whether they are fit to train together.
+"""Checks before the first step that several processes can train together.
 
-Every process says what it has; all look at the same list and come to the same verdict, which names the process and
-what differs. Then a sum over all processes shows that they hear each other rightly, and how fast.
+The processes exchange their versions, data and options. All compare the same list and reach the same result, which
+names the process that differs and how. Then a sum over all processes tests the communication and measures its speed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from suanli.core.types import Device, Json
 from suanli.machine.device import available_memory_bytes
 from suanli.parallel.group import Group
 
-CLOCKS_S = 2.0  # apart; more, and the times in logs don't fit together
-SUMMED = 1 << 20  # float32 numbers of the trial sum: 4 MB, a bucket of gradients or so
+MAX_CLOCK_SKEW_S = 2.0  # with more, times in the logs of different hosts can't be compared
+SUM_LENGTH = 1 << 20  # float32 numbers in the test sum: 4 MB, about a bucket of gradients
 SUMS = 5
-ALIKE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
-    # what is said, what it is called, the error, the way out
+MUST_AGREE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
+    # key of the facts, its name in messages, the error, the fix
     ("python", "Python", MachineError, "Install the same version everywhere."),
     ("torch", "torch", MachineError, "Install the same version everywhere."),
     ("suanli", "suanli", MachineError, "Install the same version everywhere."),
@@ -44,8 +44,8 @@ ALIKE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
 def check(
     group: Group, device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False
 ) -> dict[str, Json]:
-    """A collective. Gives what is worth keeping of the processes. `recipe` and `data` are digests; the run is written
-    to `folder` or below it.
+    """A collective: check that the processes fit together, and return a record of them for the run. `recipe` and `data`
+    are digests; the run is written to `folder` or below it.
 
     Raises MachineError, UsageError or DataError that names the process that doesn't fit.
     """
@@ -54,11 +54,10 @@ def check(
     compare_facts(facts)
     rate = _sum_of_all(group, device)
     hosts = sorted({f["host"] for f in facts})
-    kept = ("host", "device", "memory_bytes", "disk_bytes")
-    found = {"all_reduce_bytes_per_s": rate, "each": [{k: f[k] for k in kept} for f in facts]}
     where = "this host" if len(hosts) == 1 else plural(len(hosts), "host")
     say(f"{group.size} processes on {where} agree; they sum at {size(rate)}/s")
-    return found
+    recorded = ("host", "device", "memory_bytes", "disk_bytes")
+    return {"all_reduce_bytes_per_s": rate, "each": [{k: f[k] for k in recorded} for f in facts]}
 
 
 def local_facts(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
@@ -75,51 +74,51 @@ def local_facts(device: Device, *, recipe: str, data: str, folder: Path, shard: 
         "shard": shard,
         "clock": time.time(),
         "memory_bytes": available_memory_bytes(device),
-        "disk_bytes": _free(folder),
+        "disk_bytes": _free_bytes(folder),
     }
 
 
 def compare_facts(facts: Sequence[Mapping[str, Json]]) -> None:
-    """Raises the error for what differs between processes, by rank; warns of clocks that are apart."""
-    for key, called, error, fix in ALIKE:
+    """Raise the error for what differs between processes, in the order of their ranks; warn of clock skew."""
+    for key, name, error, fix in MUST_AGREE:
         usual = statistics.mode(f[key] for f in facts)
         odd = [rank for rank, f in enumerate(facts) if f[key] != usual]
         if odd:
             rank = odd[0]
             more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
             raise error(
-                f"Process {rank} on {facts[rank]['host']}{more} differs in {called}: {facts[rank][key]}, "
+                f"Process {rank} on {facts[rank]['host']}{more} differs in {name}: {facts[rank][key]}, "
                 f"where the others have {usual}.",
                 fix=fix,
             )
     middle = statistics.median(f["clock"] for f in facts)
     for rank, f in enumerate(facts):
-        if abs(f["clock"] - middle) > CLOCKS_S:
+        if abs(f["clock"] - middle) > MAX_CLOCK_SKEW_S:
             warn(f"The clock of process {rank} on {f['host']} is off by {f['clock'] - middle:+.0f} s.")
             break
 
 
-def refuse_full_disk(first: Mapping[str, Json], needs_bytes: int) -> None:
-    """Raises MachineError where the first process, which writes, has too little room."""
+def refuse_full_disk(first: Mapping[str, Json], needed_bytes: int) -> None:
+    """Raise MachineError where the first process, which writes, has too little disk space."""
     free = first["disk_bytes"]
-    if free is not None and free < needs_bytes:
+    if free is not None and free < needed_bytes:
         raise MachineError(
-            f"The run needs {size(needs_bytes)} on the storage of {first['host']}, and {size(free)} are free.",
+            f"The run needs {size(needed_bytes)} on the storage of {first['host']}, and {size(free)} are free.",
             fix="Free some space, or choose another --out.",
         )
 
 
 @cache
 def code_digest() -> str:
-    """Of suanli's own source files."""
-    root = Path(__file__).parents[1]
+    """The digest of suanli's own source files."""
+    root = Path(__file__).parents[1]s[1]
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def _free(folder: Path) -> int | None:
+def _free_bytes(folder: Path) -> int | None:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -129,12 +128,12 @@ def _free(folder: Path) -> int | None:
 
 
 def _sum_of_all(group: Group, device: Device) -> float:
-    """A collective: bytes a second that a sum over all processes moves for each of them. Raises MachineError where the
+    """A collective: bytes per second that each process moves in a sum over all processes. Raises MachineError where the
     sum is wrong."""
     expected = group.size * (group.size + 1) / 2
     seconds = []
     for _ in range(SUMS):
-        values = torch.full((SUMMED,), float(group.rank + 1), device=device.torch_name)
+        values = torch.full((SUM_LENGTH,), float(group.rank + 1), device=device.torch_name)
         group.barrier()
         started = time.perf_counter()
         group.sum(values)
@@ -143,9 +142,9 @@ def _sum_of_all(group: Group, device: Device) -> float:
         if not low == high == expected:
             raise MachineError(
                 f"The sum over {group.size} processes is {low} to {high} on {socket.gethostname()}, not {expected}.",
-                fix="The network or a device of this host gives wrong numbers: leave it out, and have it looked at.",
+                fix="The network or a device of this host computes wrong numbers: leave it out, and have it checked.",
             )
-    # Each process sends and gets this share of the tensor: R. Rabenseifner, "Optimization of Collective Reduction
+    # Each process sends and receives this share of the tensor: R. Rabenseifner, "Optimization of Collective Reduction
     # Operations", ICCS 2004.
-    moved = 2 * (group.size - 1) / group.size * SUMMED * 4
+    moved = 2 * (group.size - 1) / group.size * SUM_LENGTH * 4
     return moved / min(seconds)

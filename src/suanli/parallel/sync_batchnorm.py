@@ -1,11 +1,11 @@
-"""Batch norms that take their statistics over the batch of all processes.
+"""Batch norms that compute their statistics over the batch of all processes.
 
-With them a network learns the same however many processes share a batch. torch's SyncBatchNorm runs on GPUs only; this
-one runs wherever torch does, from the same operations that torch's own batch norm consists of. A process asks the
-others twice a layer: for the statistics on the way forward, for two sums of gradients on the way back.
+With them a network learns the same with any number of processes. torch's SyncBatchNorm runs on GPUs only; this one
+runs wherever torch does, with the operations of torch's own batch norm. The processes communicate twice per layer: the
+statistics in the forward pass, and two sums of gradients in the backward pass.
 
-Source of the formulas: S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015; statistics of parts are joined as in
-T. Chan, G. Golub and R. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+Source of the formulas: S. Ioffe and C. Szegedy, "Batch Normalization", ICML 2015; statistics of parts are combined as
+in T. Chan, G. Golub and R. LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ def batch_norms(model: nn.Module) -> list[Norm]:
 
 
 def synchronize_batch_norms(model: nn.Module, group: Group) -> None:
-    """From now on the batch norms of `model` ask the other processes, inside `group.joint_step()` and in training."""
+    """From now on the batch norms of `model` communicate inside `group.joint_step()` while the model is in training
+    mode."""
     for norm in batch_norms(model):
         norm.forward = partial(_forward, norm, norm.forward, group)  # type: ignore[method-assign]
 
 
-def _forward(norm: Norm, alone: Any, group: Group, x: torch.Tensor) -> torch.Tensor:
+def _forward(norm: Norm, local_forward: Any, group: Group, x: torch.Tensor) -> torch.Tensor:
     if not (group.in_joint_step and norm.training):
-        return alone(x)  # type: ignore[no-any-return]
+        return local_forward(x)  # type: ignore[no-any-return]
     weight = norm.weight if norm.affine else torch.ones(x.shape[1], device=x.device)
     bias = norm.bias if norm.affine else torch.zeros(x.shape[1], device=x.device)
-    y, mean, variance, count = _Normalised.apply(x, weight, bias, norm.eps, group)  # type: ignore[no-untyped-call]
+    y, mean, variance, count = _Normalize.apply(x, weight, bias, norm.eps, group)  # type: ignore[no-untyped-call]
     if norm.track_running_stats and norm.running_mean is not None:
-        _follow(norm, mean, variance, count)
+        _update_running_statistics(norm, mean, variance, count)
     return y  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def _follow(norm: Norm, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
-    """The running statistics, as torch's batch norm moves them."""
+def _update_running_statistics(norm: Norm, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
+    """As torch's batch norm does it."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     momentum = norm.momentum
@@ -58,7 +59,7 @@ def _follow(norm: Norm, mean: torch.Tensor, variance: torch.Tensor, count: torch
     norm.running_var.lerp_((variance * (count / (count - 1).clamp(min=1))).to(norm.running_var.dtype), momentum or 0.0)
 
 
-class _Normalised(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, group: Group
@@ -66,13 +67,13 @@ class _Normalised(torch.autograd.Function):
         channels = x.shape[1]
         mean, variance = _statistics(x)
         own = torch.cat([mean, variance, mean.new_tensor([x.numel() / channels])])
-        listed = [torch.empty_like(own) for _ in range(group.size)]
-        dist.all_gather(listed, own)
-        every = torch.stack(listed)
-        counts = every[:, -1:]
+        parts = [torch.empty_like(own) for _ in range(group.size)]
+        dist.all_gather(parts, own)
+        statistics = torch.stack(parts)
+        counts = statistics[:, -1:]
         count = counts.sum()
         share = counts / count
-        means, variances = every[:, :channels], every[:, channels:-1]
+        means, variances = statistics[:, :channels], statistics[:, channels:-1]
         mean = (share * means).sum(0)
         variance = (share * (variances + (means - mean).square())).sum(0)
         y = torch.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
@@ -88,8 +89,8 @@ class _Normalised(torch.autograd.Function):
         dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
         )
-        # So far as if the statistics were constants; what they owe to x is the same for all places of a channel,
-        # up to a term that is linear in x.
+        # This treats the statistics as constants. The gradient through them is the same at all positions of a channel,
+        # except for a term that is linear in x.
         sums = torch.stack([d_bias, d_weight]).to(mean.dtype)
         dist.all_reduce(sums)
         slope = sums[1] / count * weight / (variance + ctx.eps)

@@ -17,13 +17,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output={{ name }}-%j.out
 
-restarts={{ restarts }}  # at most, for whatever reason
+restarts={{ restarts }}  # at most
 
 cd -- {{ folder }} || exit 3
 
 # {{ grace_s }} s before the time limit, and on preemption, every process gets SIGTERM and saves a checkpoint. The same
-# command then goes on from the newest checkpoint. Where that can't help (wrong options, damaged data, a full disk) a
-# process writes why into this file. Exit codes don't say: srun kills the process that knows along with the others.
+# command then resumes from the newest checkpoint. Where a restart can't help (wrong options, damaged data, a full disk)
+# a process reports the error in this file. Exit codes are not enough: srun kills that process along with the others.
 export SUANLI_VERDICT="$PWD/.suanli-$SLURM_JOB_ID.json"
 rm -f -- "$SUANLI_VERDICT"
 
@@ -41,7 +41,7 @@ if [ -e "$SUANLI_VERDICT" ]; then
   esac
 fi
 case $code in
-  0 | 2 | 3 | 5) exit $code ;;  # 4 without that file: a process has lost the others
+  0 | 2 | 3 | 5) exit $code ;;  # 4 without that file: a process lost its connection to the others
 esac
 if [ "${SLURM_RESTART_COUNT:-0}" -ge "$restarts" ]; then
   echo "Exit code $code, after $restarts restarts."
