@@ -111,7 +111,7 @@ def refuse_full_disk(first: Mapping[str, Json], needed_bytes: int) -> None:
 @cache
 def code_digest() -> str:
     """The digest of suanli's own source files."""
-    root = Path(__file__).parents[1]s[1]
+    root = Path(__file__).parents[1]
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
