@@ -1,6 +1,6 @@
 """Bad input as a user meets it: through the command line, on real files, servers, mounts and processes.
 
-Each must end with its exit code and one paragraph that says what was given and the way out, and
+Each must end with its exit code and one paragraph that says what was given and what to do, and
 lose nothing: no file that was there changes, nothing half-written has a final name, and a run that
 never started leaves no directory.
 """
@@ -60,25 +60,25 @@ def call(*arguments: str | Path) -> int:
 
 def files_below(top: Path) -> dict[str, str]:
     """Every file that a user could miss, by its content; locks and prepared data can be made again."""
-    found = {}
+    digests = {}
     for folder, folders, names in os.walk(top):
         if Path(folder) == top:
             folders[:] = [f for f in folders if f not in ("cache", "datasets")]
         for name in names:
             path = Path(folder, name)
             if path.is_file() and not name.endswith(".lock") and "__pycache__" not in path.parts:
-                found[os.fsdecode(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+                digests[os.fsdecode(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
-def assert_one_paragraph(said: str) -> None:
+def assert_one_paragraph(stderr: str) -> None:
     """The last thing on standard error: 'suanli: what is wrong. What to do.'"""
-    assert "Traceback" not in said
-    assert said.count("suanli: ") == 1, said
-    paragraph = said[said.index("suanli: ") :].rstrip("\n")
+    assert "Traceback" not in stderr
+    assert stderr.count("suanli: ") == 1, stderr
+    paragraph = stderr[stderr.index("suanli: ") :].rstrip("\n")
     assert "\n\n" not in paragraph
     assert re.search(r"[.:)\d/'\"\w]$", paragraph)
-    assert len(re.findall(r"[.:?] ?", paragraph)) >= 2, f"no way out in: {paragraph}"
+    assert len(re.findall(r"[.:?] ?", paragraph)) >= 2, f"no fix in: {paragraph}"
 
 
 @pytest.fixture
@@ -89,14 +89,14 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         before = files_below(tmp_path)
         capsys.readouterr()
         assert call(*arguments) == code, capsys.readouterr().err
-        said = capsys.readouterr().err
-        assert_one_paragraph(said)
+        stderr = capsys.readouterr().err
+        assert_one_paragraph(stderr)
         for words in [says] if isinstance(says, str) else says:
-            assert words in said
+            assert words in stderr
         assert files_below(tmp_path) == before
         assert not (tmp_path / "runs").exists()
         assert not list(tmp_path.rglob(".*.tmp"))
-        return said
+        return stderr
 
     return check
 
@@ -119,22 +119,22 @@ def process(*arguments: str | Path, before: str = "", **options: object) -> subp
 
 def ended(started: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit code and what it said on standard error."""
-    _, said = started.communicate(timeout=120)
-    return started.returncode, said
+    _, stderr = started.communicate(timeout=120)
+    return started.returncode, stderr
 
 
 @contextmanager
 def small_disk(place: Path, *, size: str = "1m", options: str = "rw") -> Iterator[Path]:
     """A real file system of that size."""
     place.mkdir()
-    made = subprocess.run(
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size},{options}", "suanli-test", str(place)],
         capture_output=True,
         text=True,
         check=False,
     )
-    if made.returncode:
-        pytest.skip(f"a file system can't be mounted here: {made.stderr.strip()}")
+    if mounted.returncode:
+        pytest.skip(f"a file system can't be mounted here: {mounted.stderr.strip()}")
     try:
         yield place
     finally:
@@ -188,7 +188,7 @@ def whole_jpeg(folder: Path) -> bytes:
 @pytest.mark.parametrize(
     "kind", ["zero bytes", "truncated png", "truncated jpeg", "corrupt", "text", "too many pixels"]
 )
-def test_a_picture_that_is_none(
+def test_a_file_that_is_no_picture(
     kind: str, picture_folder: Folder, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = picture_folder()
@@ -278,7 +278,7 @@ def test_a_table_with_missing_columns_or_files(picture_folder: Folder, refused: 
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Makes a server on this machine the publisher of `mnist`; it answers as it is told to."""
+    """Makes a server on this machine the publisher of `mnist`; it answers as the test says."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert fetch.__kwdefaults__ is not None
     monkeypatch.setitem(fetch.__kwdefaults__, "pause_s", 0.01)
@@ -340,10 +340,10 @@ def test_a_download_cut_short(
 ) -> None:
     published(content=b"x" * 1000, sends=b"x" * 500)
     assert call("train", "mnist", "--data-dir", "kept") == 3
-    said = capsys.readouterr().err
-    assert_one_paragraph(said)
-    assert "connection ended after 500 B of 1.0 kB (tried 4 times)" in said
-    assert "a partial download is resumed" in said
+    stderr = capsys.readouterr().err
+    assert_one_paragraph(stderr)
+    assert "connection ended after 500 B of 1.0 kB (tried 4 times)" in stderr
+    assert "a partial download is resumed" in stderr
     # What came is kept, under a name that says what it is.
     assert Path("kept/mnist/images.gz.part").read_bytes() == b"x" * 500
     assert len(files_below(tmp_path)) == 1
@@ -363,10 +363,10 @@ def test_no_space_while_preparing(picture_folder: Folder, tmp_path: Path, refuse
     root = picture_folder(each=100, size=(48, 48))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))"
     before = files_below(tmp_path)
-    code, said = ended(process("train", root, "--cache-dir", "made", before=limit))
-    assert code == 4, said
-    assert_one_paragraph(said)
-    assert "Can't write" in said
+    code, stderr = ended(process("train", root, "--cache-dir", "made", before=limit))
+    assert code == 4, stderr
+    assert_one_paragraph(stderr)
+    assert "Can't write" in stderr
     assert files_below(tmp_path) == before
     assert all(path.suffix == ".lock" for path in Path("made/prepared").iterdir())
     with small_disk(tmp_path / "disk") as disk:
@@ -381,10 +381,10 @@ def test_no_space_for_a_checkpoint(
     with small_disk(tmp_path / "disk") as disk:  # room for two checkpoints of 0.4 MB, not for three
         options = [*tiny, "--set", "model_args.width=80", "--out", disk / "run", "--checkpoint-every-s", "0"]
         assert call("train", picture_folder(), *options, "--epochs", "9") == 4
-        said = capsys.readouterr().err
-        assert_one_paragraph(said)
-        assert "checkpoints/step-00000003.safetensors: No space left" in said
-        assert "Free some space" in said
+        stderr = capsys.readouterr().err
+        assert_one_paragraph(stderr)
+        assert "checkpoints/step-00000003.safetensors: No space left" in stderr
+        assert "Free some space" in stderr
         assert not list(disk.rglob("*.tmp"))
         assert not (disk / "run" / "model").exists()
         kept = sorted((disk / "run" / "checkpoints").iterdir())
@@ -403,9 +403,9 @@ def test_no_space_for_the_report(
         before = files_below(disk)
         capsys.readouterr()
         assert call("report", disk / "run") == 4
-        said = capsys.readouterr().err
-        assert_one_paragraph(said)
-        assert "No space left" in said
+        stderr = capsys.readouterr().err
+        assert_one_paragraph(stderr)
+        assert "No space left" in stderr
         assert call("evaluate", disk / "run") == 4
         assert files_below(disk) == before
 
@@ -440,22 +440,22 @@ def test_a_run_that_another_process_writes(
     try:
         wait_for(lambda: bool(list(Path("busy").glob("checkpoints/step-*"))), other)
         assert call("train", "busy") == 4
-        said = capsys.readouterr().err
-        assert_one_paragraph(said)
-        assert "Another process is writing busy. Wait until it ends" in said
+        stderr = capsys.readouterr().err
+        assert_one_paragraph(stderr)
+        assert "Another process is writing busy. Wait until it ends" in stderr
         assert call("train", "pictures", *options) == 2
         assert "exists and is not an empty directory" in capsys.readouterr().err
         assert call("report", "busy") == 0  # reading is allowed
         other.send_signal(signal.SIGINT)
-        code, said = ended(other)
+        code, stderr = ended(other)
     finally:
         other.kill()
     assert code == 130
-    assert_one_paragraph(said)
-    assert "suanli train busy" in said
+    assert_one_paragraph(stderr)
+    assert "suanli train busy" in stderr
     saved = checkpoint.read_newest(Path("busy/checkpoints"))
     assert saved is not None
-    assert f"at step {saved.step} of" in said
+    assert f"at step {saved.step} of" in stderr
 
 
 def wait_for(reached: Callable[[], bool], other: subprocess.Popen[str]) -> None:
@@ -505,9 +505,9 @@ def test_only_the_newest_checkpoint_cut_short(
     newest.write_bytes(newest.read_bytes()[:100])
     capsys.readouterr()
     assert call("train", "run") == 0
-    said = capsys.readouterr().err
-    assert f"{newest} is damaged" in said
-    assert f"going on from step {int(before.stem[5:])}" in said
+    stderr = capsys.readouterr().err
+    assert f"{newest} is damaged" in stderr
+    assert f"going on from step {int(before.stem[5:])}" in stderr
     assert Path("run/model/weights.safetensors").read_bytes() == whole
 
 
@@ -599,7 +599,7 @@ def test_weights_that_can_not_be_used(
         (["prepare", "digits", "--max-bad", "2"], "--max-bad"),
     ],
 )
-def test_unknown_words_and_impossible_values(
+def test_unknown_names_and_impossible_values(
     arguments: list[str], says: str, tiny: list[str], refused: Refused
 ) -> None:
     assert tiny  # writes mynet.py
@@ -641,21 +641,21 @@ def test_a_batch_that_does_not_fit_into_memory(
     options = ["train", root, "--model", "deep:net", "--epochs", "0.01"]
     plain = [*options, "--speedups", "none", "--out", "made"]
     before = files_below(tmp_path)
-    code, said = ended(process(*plain, "--batch-size", "150", before=limit))
-    assert code == 4, said
-    assert_one_paragraph(said)
-    fits = re.search(r"--batch-size (\d+) would fit", said)
-    assert fits, said
+    code, stderr = ended(process(*plain, "--batch-size", "150", before=limit))
+    assert code == 4, stderr
+    assert_one_paragraph(stderr)
+    fits = re.search(r"--batch-size (\d+) would fit", stderr)
+    assert fits, stderr
     assert files_below(tmp_path) == before
-    code, said = ended(process(*plain, "--batch-size", fits[1], before=limit))
-    assert code == 0, said
+    code, stderr = ended(process(*plain, "--batch-size", fits[1], before=limit))
+    assert code == 0, stderr
     if "bfloat16" not in device.detect("cpu").fast_dtypes:
         pytest.skip("the last part: in float32 no way needs little enough, and this processor has no other precision")
     # Left to choose, suanli computes the whole batch in a way that needs less.
-    code, said = ended(process(*options, "--batch-size", "150", "--out", "smaller", before=limit))
-    assert code == 0, said
+    code, stderr = ended(process(*options, "--batch-size", "150", "--out", "smaller", before=limit))
+    assert code == 0, stderr
     saved_by = {"activation_checkpointing", "bf16"} & set(Run.open("smaller").summary["plan"]["speedups"])
-    assert saved_by, said
+    assert saved_by, stderr
 
 
 @linux_only
@@ -671,10 +671,10 @@ def test_a_network_that_does_not_fit_into_memory(
     )
     before = files_below(tmp_path)
     limit = LIMITED.format(room=500_000_000)
-    code, said = ended(process("train", root, "--model", "wide:net", "--out", "made", before=limit))
-    assert code == 4, said
-    assert_one_paragraph(said)
-    assert "smaller model" in said
+    code, stderr = ended(process("train", root, "--model", "wide:net", "--out", "made", before=limit))
+    assert code == 4, stderr
+    assert_one_paragraph(stderr)
+    assert "smaller model" in stderr
     assert files_below(tmp_path) == before
 
 
@@ -695,14 +695,14 @@ def test_a_loss_that_becomes_nan(picture_folder: Folder, tiny: list[str], capsys
     options = [*tiny, "--model", "late:net", "--out", "run", "--epochs", "99", "--checkpoint-every-s", "0"]
     options += ["--speedups", "none"]  # another plan would try again with one speedup less
     assert call("train", root, *options) == 1
-    said = capsys.readouterr().err
-    assert_one_paragraph(said)
-    step = re.search(r"The loss became nan at step (\d+)", said)
-    assert step, said
+    stderr = capsys.readouterr().err
+    assert_one_paragraph(stderr)
+    step = re.search(r"The loss became nan at step (\d+)", stderr)
+    assert step, stderr
     saved = checkpoint.read_newest(Path("run/checkpoints"))
     assert saved is not None
     assert saved.step == int(step[1]) - 1
-    assert f"last good checkpoint is kept (step {saved.step})" in said
+    assert f"last good checkpoint is kept (step {saved.step})" in stderr
     assert all(t.isfinite().all() for t in saved.tensors.values() if t.is_floating_point())
     assert not Path("run/model").exists()
     assert json.loads(Path("run/summary.json").read_text())["status"] == "diverged"
@@ -715,11 +715,11 @@ def test_weights_that_blow_up_are_noticed_with_their_step(
 ) -> None:
     options = [*tiny, "--lr", "1e38", "--set", "optimizer=sgd", "--set", "schedule=constant", "--out", "run"]
     assert call("train", picture_folder(), *options, "--set", "warmup_epochs=0", "--epochs", "9") == 1
-    said = capsys.readouterr().err
-    assert_one_paragraph(said)
-    assert re.search(r"at step \d+", said)
-    assert "No checkpoint" in said
-    assert "--lr" in said
+    stderr = capsys.readouterr().err
+    assert_one_paragraph(stderr)
+    assert re.search(r"at step \d+", stderr)
+    assert "No checkpoint" in stderr
+    assert "--lr" in stderr
     assert call("report", "run") == 0
 
 
@@ -760,7 +760,7 @@ def test_data_that_changes_while_it_is_prepared(
 NAMES = ["two words", 'it\'s "quoted"', "naïve 漢字", "🐈", "x" * 200, "-rf", "$(touch hacked)", "<b>&"]
 
 
-def test_odd_class_names(picture_folder: Folder, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusual_class_names(picture_folder: Folder, tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     root = picture_folder(classes=len(NAMES), each=20)
     for i, name in enumerate(NAMES):
         (root / f"class{i}").rename(root / name)
@@ -800,30 +800,30 @@ def test_links_in_a_circle(picture_folder: Folder, capsys: pytest.CaptureFixture
     (root / "class1" / "self.png").symlink_to("self.png")
     (root / "class1" / "gone.png").symlink_to("nowhere.png")
     assert call("prepare", root) == 0
-    said = capsys.readouterr().err
-    assert "links to a folder above" in said
-    assert "2 broken links" in said
+    stderr = capsys.readouterr().err
+    assert "links to a folder above" in stderr
+    assert "2 broken links" in stderr
 
 
-def test_a_bare_terminal(picture_folder: Folder, tiny: list[str]) -> None:
+def test_an_ascii_environment_without_input(picture_folder: Folder, tiny: list[str]) -> None:
     """LANG=C, pipes, nothing to read."""
     root = picture_folder()
     (root / "class0").rename(root / "漢字")
     environment = os.environ | {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    code, said = ended(process("train", root, *tiny, "--out", "run", env=environment, stdin=subprocess.DEVNULL))
-    assert code == 0, said
-    code, said = ended(process("train", "\u6f22", env=environment))
+    code, stderr = ended(process("train", root, *tiny, "--out", "run", env=environment, stdin=subprocess.DEVNULL))
+    assert code == 0, stderr
+    code, stderr = ended(process("train", "\u6f22", env=environment))
     assert code == 2
-    assert_one_paragraph(said)
+    assert_one_paragraph(stderr)
 
 
 def test_standard_input_that_is_closed(picture_folder: Folder, tiny: list[str]) -> None:
     assert call("train", picture_folder(), *tiny, "--out", "run") == 0
     script = f"{sys.executable} -m suanli predict run - --trust-code <&-"
-    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    assert found.returncode == 3, found.stderr
-    assert_one_paragraph(found.stderr)
-    assert "Standard input is closed" in found.stderr
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 3, result.stderr
+    assert_one_paragraph(result.stderr)
+    assert "Standard input is closed" in result.stderr
 
 
 def test_many_tiny_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

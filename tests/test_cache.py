@@ -32,10 +32,10 @@ def test_split_depends_on_content_alone(content: bytes, val: float, test: float)
 @given(st.integers(0, 2**32), FRACTIONS, FRACTIONS)
 def test_splits_have_their_shares(seed: int, val: float, test: float) -> None:
     digests = [content_digest(f"{seed}:{i}") for i in range(2000)]
-    found = [split_of(d, val, test) for d in digests]
+    splits = [split_of(d, val, test) for d in digests]
     # Five standard deviations of a binomial share of 2,000.
-    assert found.count("val") / 2000 == pytest.approx(val, abs=0.056)
-    assert found.count("test") / 2000 == pytest.approx(test, abs=0.056)
+    assert splits.count("val") / 2000 == pytest.approx(val, abs=0.056)
+    assert splits.count("test") / 2000 == pytest.approx(test, abs=0.056)
 
 
 def array_source(arrays: list[np.ndarray], labels: list[str], splits: list[str | None] | None = None) -> Source:
@@ -83,12 +83,12 @@ def test_equal_inputs_are_in_one_split(tmp_path: Path) -> None:
     assert prepared.findings["counts"]["duplicates_within"] == 50
 
 
-def test_given_splits_are_kept_and_missing_ones_are_cut_from_train(tmp_path: Path) -> None:
+def test_published_splits_are_kept_and_missing_ones_are_taken_from_train(tmp_path: Path) -> None:
     arrays = pictures(200)
     labels = ["ab"[i % 2] for i in range(200)]
-    found = members(array_source(arrays, labels, ["test"] * 50 + ["train"] * 150), tmp_path)
-    assert [n for n, s in found.items() if s == "test"] == [f"row{i}" for i in range(50)]
-    assert 0 < sum(s == "val" for s in found.values()) < 40
+    split_by_name = members(array_source(arrays, labels, ["test"] * 50 + ["train"] * 150), tmp_path)
+    assert [n for n, s in split_by_name.items() if s == "test"] == [f"row{i}" for i in range(50)]
+    assert 0 < sum(s == "val" for s in split_by_name.values()) < 40
 
 
 def test_every_input_is_in_exactly_one_split_with_its_own_pixels(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_every_input_is_in_exactly_one_split_with_its_own_pixels(tmp_path: Path)
     assert sorted(seen) == list(range(90))
 
 
-def test_a_leak_between_given_splits_is_the_headline(picture_folder: Callable[..., Path]) -> None:
+def test_a_leak_between_published_splits_comes_first(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder()
     for split in ("train", "test"):
         for c in ("class0", "class1"):
@@ -147,16 +147,16 @@ def test_a_damaged_cache_is_made_again(picture_folder: Callable[..., Path], file
     assert again.digest == first.digest
 
 
-def test_two_at_once_both_get_the_data(picture_folder: Callable[..., Path]) -> None:
+def test_processes_that_prepare_the_same_data_all_get_it(picture_folder: Callable[..., Path]) -> None:
     root = picture_folder(each=60)
-    found: list[str] = []
-    threads = [threading.Thread(target=lambda: found.append(suanli.prepare(root).digest)) for _ in range(3)]
+    digests: list[str] = []
+    threads = [threading.Thread(target=lambda: digests.append(suanli.prepare(root).digest)) for _ in range(3)]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert len(found) == 3
-    assert len(set(found)) == 1
+    assert len(digests) == 3
+    assert len(set(digests)) == 1
     assert not list(Path(suanli.prepare(root).path).parent.glob(".*.tmp"))
 
 

@@ -17,7 +17,7 @@ from suanli.tasks.classification import TASK, confusion_matrix, wilson_interval
 task = TASK()
 
 
-def answers(count: int, classes: int, seed: int = 0, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
+def make_answers(count: int, classes: int, seed: int = 0, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities that are right more often than by chance, and targets."""
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, classes, count)
@@ -27,9 +27,9 @@ def answers(count: int, classes: int, seed: int = 0, dtype=np.float32) -> tuple[
 
 
 @st.composite
-def exams(draw):
+def random_answers(draw):
     classes, count = draw(st.integers(2, 12)), draw(st.integers(1, 40))
-    return answers(count, classes, draw(st.integers(0, 10_000)))
+    return make_answers(count, classes, draw(st.integers(0, 10_000)))
 
 
 # --- loss ---
@@ -92,9 +92,9 @@ def test_huge_logits_give_finite_loss_and_gradient():
 # --- scores ---
 
 
-@given(exams())
-def test_scores_are_those_of_scikit_learn(exam):
-    probabilities, targets = exam
+@given(random_answers())
+def test_scores_are_those_of_scikit_learn(answers):
+    probabilities, targets = answers
     classes = probabilities.shape[1]
     predicted, scores = probabilities.argmax(1), task.scores(probabilities, targets)
     recall = metrics.recall_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0)
@@ -109,24 +109,24 @@ def test_scores_are_those_of_scikit_learn(exam):
         assert scores["top5_accuracy"] == pytest.approx(expected)
 
 
-@given(exams())
-def test_scores_stay_in_bounds(exam):
-    scores = task.scores(*exam)
-    assert ("top5_accuracy" in scores) == (exam[0].shape[1] > 5)
+@given(random_answers())
+def test_scores_stay_in_bounds(answers):
+    scores = task.scores(*answers)
+    assert ("top5_accuracy" in scores) == (answers[0].shape[1] > 5)
     assert all(0 <= value <= 1 for name, value in scores.items() if name != "log_loss")
     assert scores["log_loss"] >= 0
     assert scores.get("top5_accuracy", 1.0) >= scores["accuracy"]
     assert task.metric in scores
 
 
-@given(exams(), st.integers(0, 100))
-def test_scores_do_not_depend_on_the_order_of_examples(exam, seed):
-    probabilities, targets = exam
+@given(random_answers(), st.integers(0, 100))
+def test_scores_do_not_depend_on_the_order_of_examples(answers, seed):
+    probabilities, targets = answers
     order = np.random.default_rng(seed).permutation(len(targets))
     assert task.scores(probabilities[order], targets[order]) == pytest.approx(task.scores(probabilities, targets))
 
 
-def test_perfect_and_hopeless_answers():
+def test_perfect_and_always_wrong_answers():
     targets = np.array([0, 1, 2])
     perfect = task.scores(np.eye(3, dtype=np.float32), targets)
     assert perfect["accuracy"] == perfect["macro_f1"] == perfect["balanced_accuracy"] == 1
@@ -167,40 +167,40 @@ def test_broken_probabilities_are_refused():
         task.scores(np.array([[np.nan, 0.5]]), np.array([0]))
 
 
-# --- examine ---
+# --- evaluate ---
 
 
-def test_examine_agrees_with_scikit_learn():
-    probabilities, targets = answers(500, 4)
+def test_evaluate_agrees_with_scikit_learn():
+    probabilities, targets = make_answers(500, 4)
     predicted = probabilities.argmax(1)
-    found = task.evaluate(probabilities, targets, ["a", "b", "c", "d"])
+    details = task.evaluate(probabilities, targets, ["a", "b", "c", "d"])
     expected = metrics.precision_recall_fscore_support(targets, predicted)
     for key, values in zip(("precision", "recall", "f1", "count"), expected, strict=True):
-        assert [one[key] for one in found["per_class"]] == pytest.approx(list(values))
-    assert found["confusion"] == metrics.confusion_matrix(targets, predicted).tolist()
-    assert [one["name"] for one in found["per_class"]] == ["a", "b", "c", "d"]
+        assert [one[key] for one in details["per_class"]] == pytest.approx(list(values))
+    assert details["confusion"] == metrics.confusion_matrix(targets, predicted).tolist()
+    assert [one["name"] for one in details["per_class"]] == ["a", "b", "c", "d"]
 
 
 def test_confused_pairs_are_the_largest_mistakes_in_order():
     probabilities = np.eye(3)[[1, 1, 1, 2, 0, 0]]
-    found = task.evaluate(probabilities, np.array([0, 0, 1, 0, 2, 0]), ["cat", "dog", "cow"])
-    assert found["confused"] == [
+    details = task.evaluate(probabilities, np.array([0, 0, 1, 0, 2, 0]), ["cat", "dog", "cow"])
+    assert details["confused"] == [
         {"true": "cat", "predicted": "dog", "count": 2},
         {"true": "cat", "predicted": "cow", "count": 1},
         {"true": "cow", "predicted": "cat", "count": 1},
     ]
 
 
-def test_undefined_figures_are_none_and_all_of_it_is_json():
+def test_undefined_figures_are_none_and_the_result_is_json():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]], np.float32)
-    found = task.evaluate(probabilities, np.array([0, 1]), ["a", "b", "c"])
-    assert found["per_class"][1] == {"name": "b", "count": 1, "precision": None, "recall": 0.0, "f1": 0.0}
-    assert found["per_class"][2] == {"name": "c", "count": 0, "precision": None, "recall": None, "f1": None}
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    details = task.evaluate(probabilities, np.array([0, 1]), ["a", "b", "c"])
+    assert details["per_class"][1] == {"name": "b", "count": 1, "precision": None, "recall": 0.0, "f1": 0.0}
+    assert details["per_class"][2] == {"name": "c", "count": 0, "precision": None, "recall": None, "f1": None}
+    assert json.loads(json.dumps(details, allow_nan=False)) == details
 
 
 def test_reliability_bins_hold_every_example_and_explain_the_calibration_error():
-    probabilities, targets = answers(300, 3)
+    probabilities, targets = make_answers(300, 3)
     bins = task.evaluate(probabilities, targets, "abc")["reliability"]
     assert sum(one["count"] for one in bins) == 300
     error = sum(abs(b["confidence"] - b["accuracy"]) * b["count"] for b in bins if b["count"]) / 300
@@ -211,14 +211,14 @@ def test_reliability_bins_hold_every_example_and_explain_the_calibration_error()
 
 
 def test_many_classes_give_the_worst_pairs_instead_of_the_matrix():
-    probabilities, targets = answers(3000, 150)
-    found = task.evaluate(probabilities, targets, [str(i) for i in range(150)])
-    assert found["confusion"] is None
-    assert len(found["confused"]) == 20
+    probabilities, targets = make_answers(3000, 150)
+    details = task.evaluate(probabilities, targets, [str(i) for i in range(150)])
+    assert details["confusion"] is None
+    assert len(details["confused"]) == 20
     matrix = confusion_matrix(probabilities, targets)
     np.fill_diagonal(matrix, 0)
     largest = np.sort(matrix, axis=None)[::-1][:20]
-    assert [pair["count"] for pair in found["confused"]] == largest.tolist()
+    assert [pair["count"] for pair in details["confused"]] == largest.tolist()
 
 
 def test_the_interval_is_that_of_the_literature():
@@ -239,5 +239,5 @@ def test_the_interval_holds_the_share_and_stays_within_zero_and_one(counts):
 
 def test_importing_the_task_loads_neither_torch_layers_nor_scikit_learn():
     code = "import sys, suanli.tasks.classification; print('sklearn' in sys.modules, 'torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["False", "False"]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["False", "False"]

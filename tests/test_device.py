@@ -1,4 +1,4 @@
-"""The machine: what is detected, what is refused with which way out, and the limits that count."""
+"""The machine: what is detected, what is refused and with which fix, and the limits that count."""
 
 import errno
 import json
@@ -66,22 +66,22 @@ esac"""
 
 
 def test_cpu_by_name() -> None:
-    found = hardware.detect("cpu")
-    assert found.torch_name == found.type == "cpu"
-    assert found.name.strip()
-    assert found.fast_dtypes[0] == "float32"
-    total, free = found.memory_bytes, hardware.available_memory_bytes(found)
+    cpu = hardware.detect("cpu")
+    assert cpu.torch_name == cpu.type == "cpu"
+    assert cpu.name.strip()
+    assert cpu.fast_dtypes[0] == "float32"
+    total, free = cpu.memory_bytes, hardware.available_memory_bytes(cpu)
     assert total is not None
     if free is not None:
         assert 0 < free <= total
 
 
 @pytest.mark.parametrize("name", [None, "auto", "AUTO "])
-def test_auto_is_a_place_where_torch_really_computes(name: str | None) -> None:
-    found = hardware.detect(name)
-    assert torch.ones(4, device=found.torch_name).sum().item() == 4
-    for dtype in set(found.fast_dtypes) - {"tfloat32"}:  # a way to compute, not to store
-        assert torch.ones(4, device=found.torch_name, dtype=getattr(torch, dtype)).dtype is getattr(torch, dtype)
+def test_auto_is_a_device_on_which_torch_computes(name: str | None) -> None:
+    device = hardware.detect(name)
+    assert torch.ones(4, device=device.torch_name).sum().item() == 4
+    for dtype in set(device.fast_dtypes) - {"tfloat32"}:  # a way to compute, not to store
+        assert torch.ones(4, device=device.torch_name, dtype=getattr(torch, dtype)).dtype is getattr(torch, dtype)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +94,7 @@ def test_a_name_that_is_no_device(name: str) -> None:
 
 @needs_cpu_build
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
-def test_what_is_not_here_is_refused_with_the_way_out(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_device_is_refused_with_a_fix(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     with pytest.raises(MachineError, match=r"isn't here|no NVIDIA GPU was found") as caught:
         hardware.detect(name)
@@ -113,9 +111,9 @@ def test_a_gpu_that_this_torch_misses(nvidia_smi: Callable[[str], None], capsys:
     assert caught.value.fix.count("/whl/cu130") == 1
 
     assert hardware.detect("auto").type == "cpu"  # may pass over it, and says so
-    said = " ".join(capsys.readouterr().err.split())
-    assert "H100" in said
-    assert "/whl/cu130" in said
+    stderr = " ".join(capsys.readouterr().err.split())
+    assert "H100" in stderr
+    assert "/whl/cu130" in stderr
 
 
 @needs_cpu_build
@@ -142,7 +140,7 @@ def test_the_wheel_fits_gpu_and_driver(
 
 
 @needs_cpu_build
-def test_a_user_who_hides_the_gpus_gets_no_lecture(
+def test_hidden_gpus_cause_no_warning(
     nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nvidia_smi(answers(H100))
@@ -163,7 +161,7 @@ def test_a_user_who_hides_the_gpus_gets_no_lecture(
         ("sleep 60", "no answer within 0.3 s"),
     ],
 )
-def test_nvidia_smi_in_trouble(
+def test_nvidia_smi_that_fails(
     nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, script: str, problem: str
 ) -> None:
     monkeypatch.setattr(gpus, "NVIDIA_SMI_TIMEOUT_S", 0.3)
@@ -259,7 +257,7 @@ def test_memory_limit_of_cgroup_version_1_in_a_container(tmp_path: Path) -> None
     assert hardware.memory_bytes(root) == 300 << 20
 
 
-def test_no_limit_means_what_is_built_in(tmp_path: Path) -> None:
+def test_no_limit_means_the_installed_memory(tmp_path: Path) -> None:
     root = tree(
         tmp_path,
         {
@@ -355,7 +353,7 @@ def test_real_failed_allocations_are_recognised(work: Callable[[], object]) -> N
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
 )
-def test_known_words_of_out_of_memory(error: BaseException) -> None:
+def test_known_messages_of_out_of_memory(error: BaseException) -> None:
     assert hardware.is_out_of_memory(error)
 
 
@@ -373,35 +371,35 @@ def test_other_errors_are_not_out_of_memory(work: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "memory"),
+    ("message", "memory"),
     [
         ("error return without exception set", True),
         ("<built-in method conv2d of type object> returned NULL without setting an exception", True),
         ("bad argument to internal function", False),
     ],
 )
-def test_c_code_that_had_no_memory_for_an_exception(said: str, memory: bool) -> None:
-    assert hardware.is_out_of_memory(SystemError(said)) is memory
+def test_c_code_that_had_no_memory_for_an_exception(message: str, memory: bool) -> None:
+    assert hardware.is_out_of_memory(SystemError(message)) is memory
 
 
 def test_no_space_left_is_not_out_of_memory() -> None:
     assert not hardware.is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
 
 
-def test_peak_memory_grows_by_what_is_held() -> None:
+def test_peak_memory_grows_by_what_is_allocated() -> None:
     cpu = hardware.detect("cpu")
     before = hardware.peak_memory_bytes(cpu)
     assert before is not None
-    held = np.ones(before // 8 + (64 << 20) // 8)
+    array = np.ones(before // 8 + (64 << 20) // 8)
     after = hardware.peak_memory_bytes(cpu)
     assert after is not None
-    assert after >= held.nbytes
+    assert after >= array.nbytes
 
 
 # --- the record and the report --------------------------------------------------------------
 
 
-def test_environment_names_the_work_and_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_has_no_personal_names(monkeypatch: pytest.MonkeyPatch) -> None:
     home = "/home/alice-of-nowhere"
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("SUANLI_TEST_SECRET", "token-9f2c")
@@ -420,40 +418,40 @@ def test_environment_names_the_work_and_nobody(monkeypatch: pytest.MonkeyPatch) 
 
 def test_report_holds_what_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUANLI_CACHE", str(tmp_path / "not" / "yet"))
-    found = device()
-    values = json.loads(json.dumps(found.to_json()))
+    report = device()
+    values = json.loads(json.dumps(report.to_json()))
     assert values["cores"] == hardware.cores()
     assert values["runs_on"][-1] == "cpu"
     assert values["torch"] == torch.__version__
     assert values["disks"][0]["path"] == str(tmp_path / "not" / "yet")
     assert values["disks"][0]["free_bytes"] > 0
     assert not (tmp_path / "not").exists()
-    for part in found.parts:
+    for part in report.parts:
         assert (part.version is None) == (part.install is not None)
 
 
 @needs_cpu_build
 def test_the_gpu_that_cannot_be_used_comes_first(nvidia_smi: Callable[[str], None]) -> None:
     nvidia_smi(answers(f"{H100}\n{H100}"))
-    found = device()
-    shown = table(found).splitlines()
-    assert "H100" in shown[0]
-    assert "can't be used" in " ".join(shown[:2])
-    assert found.fix in shown
-    assert found.runs_on == ("cpu",)
-    assert len(found.gpus) == 2
-    assert found.driver == "580.82.07"
-    assert found.driver_cuda == "13.0"
+    report = device()
+    lines = table(report).splitlines()
+    assert "H100" in lines[0]
+    assert "can't be used" in " ".join(lines[:2])
+    assert report.fix in lines
+    assert report.runs_on == ("cpu",)
+    assert len(report.gpus) == 2
+    assert report.driver == "580.82.07"
+    assert report.driver_cuda == "13.0"
 
 
 def test_table_fits_and_leaves_commands_whole() -> None:
-    found = device()
-    shown = table(found, width=80).splitlines()
-    commands = {part.install for part in found.parts if part.install} | {found.fix}
-    for line in shown:
+    report = device()
+    lines = table(report, width=80).splitlines()
+    commands = {part.install for part in report.parts if part.install} | {report.fix}
+    for line in lines:
         assert len(line) <= 80 or line.strip() in commands or " " not in line.strip()
         assert line == line.rstrip()
-    assert commands - {None} <= {line.strip() for line in shown}
+    assert commands - {None} <= {line.strip() for line in lines}
 
 
 # --- what it reaches ------------------------------------------------------------------------
@@ -466,25 +464,25 @@ def command(*arguments: str | Path) -> int:
 
 
 def test_known_ceilings_are_part_of_the_report(measured: tuple[Ceilings, Path]) -> None:
-    found = device(device="cpu", cache_dir=measured[1])
-    assert found.ceilings == measured[0]
+    report = device(device="cpu", cache_dir=measured[1])
+    assert report.ceilings == measured[0]
     assert device(device="cpu", probe=True, cache_dir=measured[1]).ceilings == measured[0]
-    shown = table(found).splitlines()
-    start = next(i for i, line in enumerate(shown) if line.startswith("What cpu reaches with 1 thread, measured on 2"))
-    rows = {line[2:].split("  ")[0]: line for line in shown[start + 1 :] if line.startswith("  ")}
+    lines = table(report).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("What cpu reaches with 1 thread, measured on 2"))
+    rows = {line[2:].split("  ")[0]: line for line in lines[start + 1 :] if line.startswith("  ")}
     assert " GFLOP/s" in rows["matrix product in float32"]
     assert " GB/s" in rows["memory copy"]
     assert " µs" in rows["launch of an operation"]
     assert " images/s" in rows["JPEG decoding"]
     for name, spread in measured[0].spread.items():  # None: too few rounds in so short a time
         assert rows[title(name)].endswith("s" if spread is None else f"± {spread:.1%}")
-    assert all(len(line) <= 80 for line in shown[start : start + len(measured[0].spread) + 3])
+    assert all(len(line) <= 80 for line in lines[start : start + len(measured[0].spread) + 3])
 
 
 def test_what_was_never_measured_says_how(tmp_path: Path) -> None:
-    found = device(device="cpu", cache_dir=tmp_path)
-    assert found.ceilings is None
-    assert "suanli device --probe" in table(found)
+    report = device(device="cpu", cache_dir=tmp_path)
+    assert report.ceilings is None
+    assert "suanli device --probe" in table(report)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -495,9 +493,9 @@ def test_the_command_line_shows_ceilings(measured: tuple[Ceilings, Path], capsys
     assert command("--json", "--device", "cpu", "--cache-dir", "empty") == 0
     assert json.loads(capsys.readouterr().out)["ceilings"] is None
     assert command("--probe", *options) == 0
-    shown = capsys.readouterr()
-    assert "matrix product in float32" in shown.out
-    assert shown.err == ""
+    output = capsys.readouterr()
+    assert "matrix product in float32" in output.out
+    assert output.err == ""
 
 
 @needs_cpu_build

@@ -120,7 +120,7 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
-def test_arrives_whole_and_once(publisher: Publisher, tmp_path: Path, algorithm: str) -> None:
+def test_a_file_is_downloaded_once(publisher: Publisher, tmp_path: Path, algorithm: str) -> None:
     wanted = download(publisher.url(), algorithm=algorithm)
     seen: list[float] = []
     path = fetch(wanted, tmp_path / "new" / "folder", report=seen.append)
@@ -157,7 +157,7 @@ def test_a_server_that_ignores_range_starts_again(publisher: Publisher, tmp_path
 
 
 @pytest.mark.parametrize("span", ["bytes 999999-1048575/1048576", "bytes 524288-1048575/77", "", "nonsense"])
-def test_a_wrong_content_range_is_not_believed(publisher: Publisher, tmp_path: Path, span: str) -> None:
+def test_a_wrong_content_range_starts_again(publisher: Publisher, tmp_path: Path, span: str) -> None:
     def answer(handler: _Handler, number: int) -> None:
         if number > 1:
             return handler.proper()
@@ -207,7 +207,7 @@ def test_wrong_bytes_are_refused_and_removed(publisher: Publisher, tmp_path: Pat
 
 
 @pytest.mark.parametrize("stated", [True, False])
-def test_never_more_than_the_stated_size(publisher: Publisher, tmp_path: Path, stated: bool) -> None:
+def test_never_more_than_the_expected_size(publisher: Publisher, tmp_path: Path, stated: bool) -> None:
     def answer(handler: _Handler, _: int) -> None:
         handler.head(200, **({"Content_Length": len(CONTENT) * 8} if stated else {}))
         handler.wfile.write(CONTENT * 8)
@@ -236,7 +236,7 @@ def test_a_refusal_is_final(publisher: Publisher, tmp_path: Path, status: int) -
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_passing_fault_is_tried_again(publisher: Publisher, tmp_path: Path, status: int) -> None:
+def test_a_temporary_error_is_tried_again(publisher: Publisher, tmp_path: Path, status: int) -> None:
     publisher.answer = lambda handler, n: handler.head(status) if n < 3 else handler.proper()
     assert get(publisher, tmp_path).read_bytes() == CONTENT
 
@@ -283,7 +283,7 @@ def test_redirects_lead_only_to_the_web_and_end(publisher: Publisher, tmp_path: 
     assert len(publisher.ranges) < 20
 
 
-def test_no_network_names_the_address_and_the_way_out(tmp_path: Path) -> None:
+def test_no_network_names_the_address_and_the_fix(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/data.bin"
@@ -312,7 +312,7 @@ def test_a_wrong_file_with_its_name_is_replaced(publisher: Publisher, tmp_path: 
     assert get(publisher, tmp_path).read_bytes() == CONTENT
 
 
-def test_a_wrong_file_stays_where_there_is_no_better(publisher: Publisher, tmp_path: Path) -> None:
+def test_a_wrong_file_stays_if_the_download_fails(publisher: Publisher, tmp_path: Path) -> None:
     (tmp_path / "data.bin").write_bytes(b"old")
     publisher.answer = lambda handler, _: handler.head(404)
     with pytest.raises(DownloadError):
@@ -320,7 +320,7 @@ def test_a_wrong_file_stays_where_there_is_no_better(publisher: Publisher, tmp_p
     assert (tmp_path / "data.bin").read_bytes() == b"old"
 
 
-def test_a_place_that_is_no_folder(publisher: Publisher, tmp_path: Path) -> None:
+def test_a_target_that_is_no_folder(publisher: Publisher, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError) as error:
         get(publisher, tmp_path / "file" / "data")

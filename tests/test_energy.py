@@ -48,7 +48,7 @@ def test_the_packages_add_up_and_nothing_counts_twice(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, RANGE_UJ - 1), st.integers(0, RANGE_UJ - 1))
-def test_a_counter_that_starts_again(start: int, used: int) -> None:
+def test_a_counter_that_wraps_around(start: int, used: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         counter = zone(Path(folder), "intel-rapl:0", "package-0", start)
         with energy.measure_energy(CPU, root=Path(folder)) as meter:
@@ -56,7 +56,7 @@ def test_a_counter_that_starts_again(start: int, used: int) -> None:
         assert meter.joules == pytest.approx(used / 1e6)
 
 
-def test_a_long_block_misses_no_turn(tmp_path: Path) -> None:
+def test_a_long_block_misses_no_wrap(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     new = tmp_path / "new"
     with energy.measure_energy(CPU, root=tmp_path, poll_s=0.005) as meter:
@@ -67,7 +67,7 @@ def test_a_long_block_misses_no_turn(tmp_path: Path) -> None:
     assert meter.joules == pytest.approx(4 * 0.6 * RANGE_UJ / 1e6)
 
 
-def test_an_error_in_the_block_passes_and_ends_the_watch(tmp_path: Path) -> None:
+def test_an_error_in_the_block_is_raised_and_ends_the_poller(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 0)
     meters = []
 
@@ -100,7 +100,7 @@ def test_a_counter_that_goes_away_is_unknown(tmp_path: Path) -> None:
     assert meter.joules is None
 
 
-def test_going_back_without_a_known_end_is_unknown(tmp_path: Path) -> None:
+def test_going_back_without_a_known_wrap_is_unknown(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
     (counter.parent / "max_energy_range_uj").unlink()
     with energy.measure_energy(CPU, root=tmp_path) as meter:
@@ -116,7 +116,7 @@ def test_a_machine_without_counters_is_unknown(tmp_path: Path, torch_name: str) 
     assert meter.joules is None
 
 
-def test_this_machine_takes_energy_or_does_not_tell() -> None:
+def test_this_machine_uses_energy_or_it_is_unknown() -> None:
     with energy.measure_energy(detect("cpu")) as meter:
         time.sleep(0.05)
     assert meter.joules is None or meter.joules > 0

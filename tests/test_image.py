@@ -83,7 +83,7 @@ def test_settings_win():
         {"sise": 32},
     ],
 )
-def test_bad_settings_are_refused_with_the_way_out(settings):
+def test_bad_settings_are_refused_with_a_fix(settings):
     with pytest.raises(UsageError) as caught:
         fit(saved(smooth()), **settings)
     assert caught.value.fix
@@ -129,7 +129,7 @@ def test_fit_without_images():
 # --- encode: what is stored --------------------------------------------------------------------
 
 
-def test_lossless_pixels_come_out_as_they_were():
+def test_lossless_pixels_are_unchanged():
     pixels = smooth()
     encoded = native().encode(saved(pixels))
     assert (encoded.row == pixels).all()
@@ -199,7 +199,7 @@ def test_sixteen_bit_colour_is_a_trait():
     assert abs(int(encoded.row[0, 1, 2]) - 50000 // 257) <= 1
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_composed_on_white():
     pixels = np.zeros((4, 4, 4), np.uint8)
     pixels[:2, :, 3] = 255  # black above, nothing below
     for raw in (saved(pixels), saved(pixels, "WEBP", lossless=True), pixels):
@@ -306,7 +306,7 @@ def error_of(raw):
     return caught.value.message
 
 
-def test_it_says_what_was_found_instead():
+def test_the_error_says_what_the_bytes_are():
     assert "0 bytes" in error_of(b"")
     assert "<html" in error_of(b"<html><body>404</body></html>")
     assert "de ad be ef" in error_of(b"\xde\xad\xbe\xef" * 10)
@@ -390,8 +390,8 @@ def test_threads_get_the_same_rows():
     expected = [preprocess.encode(raw) for raw in raws]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
-            found = list(pool.map(preprocess.encode, raws))
-            assert all((a.row == b.row).all() and a.digest == b.digest for a, b in zip(found, expected, strict=True))
+            encoded = list(pool.map(preprocess.encode, raws))
+            assert all((a.row == b.row).all() and a.digest == b.digest for a, b in zip(encoded, expected, strict=True))
 
 
 # --- to the model ------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_measured_inputs_have_zero_mean_and_unit_spread():
     torch.testing.assert_close(inputs.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
 
 
-def test_to_model_is_the_formula():
+def test_to_model_computes_the_formula():
     rows = RANDOM.integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
     preprocess = native(5, 4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     expected = ((rows / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]).transpose(0, 3, 1, 2).astype(np.float32)
@@ -471,9 +471,9 @@ def test_inputs_of_a_folder_and_of_a_file(tmp_path: Path):
     (tmp_path / ".hidden").mkdir()
     for name in ("z.PNG", "b/a.jpg", "notes.txt", "._z.png", ".hidden/x.png"):
         (tmp_path / name).write_bytes(name.encode())
-    found = list(ImagePreprocess.inputs(tmp_path))
-    assert [name for name, _ in found] == [str(Path("b/a.jpg")), "z.PNG"]
-    assert [read() for _, read in found] == [b"b/a.jpg", b"z.PNG"]
+    inputs = list(ImagePreprocess.inputs(tmp_path))
+    assert [name for name, _ in inputs] == [str(Path("b/a.jpg")), "z.PNG"]
+    assert [read() for _, read in inputs] == [b"b/a.jpg", b"z.PNG"]
     [(name, read)] = ImagePreprocess.inputs(tmp_path / "notes.txt")
     assert (name, read()) == (str(tmp_path / "notes.txt"), b"notes.txt")
 
@@ -494,11 +494,11 @@ def test_inputs_from_standard_input(monkeypatch, tmp_path: Path):
         [(name, read)] = standard_input(monkeypatch, data)
         assert (name, read()) == ("-", data)
     (tmp_path / "a.png").write_bytes(b"A")
-    found = standard_input(monkeypatch, f"{tmp_path / 'a.png'}\r\n\n  {tmp_path / 'b.png'}\n".encode())
-    assert [name for name, _ in found] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    assert found[0][1]() == b"A"
+    inputs = standard_input(monkeypatch, f"{tmp_path / 'a.png'}\r\n\n  {tmp_path / 'b.png'}\n".encode())
+    assert [name for name, _ in inputs] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert inputs[0][1]() == b"A"
     with pytest.raises(OSError, match=r"b\.png"):
-        found[1][1]()
+        inputs[1][1]()
     with pytest.raises(DataError):
         standard_input(monkeypatch, b" \n")
 

@@ -24,11 +24,11 @@ def test_percentile_is_numpys(values: list[float], share: float) -> None:
 
 @given(values=VALUES)
 def test_spread_lies_among_the_values_in_any_order(values: list[float]) -> None:
-    found = timing.spread(values)
-    assert found == timing.spread(values[::-1])
-    assert found.low == min(values) <= found.median <= max(values) == found.high
-    assert 0 <= found.half_iqr <= (found.high - found.low) / 2 * (1 + 1e-9)
-    assert found.count == len(values)
+    spread = timing.spread(values)
+    assert spread == timing.spread(values[::-1])
+    assert spread.low == min(values) <= spread.median <= max(values) == spread.high
+    assert 0 <= spread.half_iqr <= (spread.high - spread.low) / 2 * (1 + 1e-9)
+    assert spread.count == len(values)
 
 
 @given(values=VALUES, scale=st.floats(0.01, 100))
@@ -37,7 +37,7 @@ def test_relative_spread_has_no_unit(values: list[float], scale: float) -> None:
     assert scaled.relative == pytest.approx(timing.spread(values).relative, abs=1e-9)
 
 
-def test_a_wild_value_among_many_moves_the_spread_little() -> None:
+def test_one_outlier_among_many_values_changes_the_spread_little() -> None:
     calm = [1.0 + 0.001 * i for i in range(20)]
     assert timing.spread([*calm, 1e6]).half_iqr < 2 * timing.spread(calm).half_iqr
     assert timing.spread([0.0, 0.0]).relative == math.inf
@@ -46,21 +46,21 @@ def test_a_wild_value_among_many_moves_the_spread_little() -> None:
 @given(rounds=ROUNDS)
 def test_gain_of_the_exchanged_sides_is_the_inverse_of_a_round(rounds: list[tuple[float, float]]) -> None:
     before, after = [list(side) for side in zip(*rounds, strict=True)]
-    found = timing.gain(before, after)
+    gain = timing.gain(before, after)
     ratios = [b / a for b, a in rounds]
-    assert min(ratios) <= found.ratio <= max(ratios)
-    assert found.rounds == len(rounds)
+    assert min(ratios) <= gain.ratio <= max(ratios)
+    assert gain.rounds == len(rounds)
     if len(rounds) % 2:  # a median of an even count lies between two rounds
-        assert timing.gain(after, before).ratio == pytest.approx(1 / found.ratio)
+        assert timing.gain(after, before).ratio == pytest.approx(1 / gain.ratio)
 
 
 @given(seconds=VALUES, noise=VALUES)
 def test_what_slows_both_sides_of_a_round_cancels_out(seconds: list[float], noise: list[float]) -> None:
     slowed = [s * n for s, n in zip(seconds, noise, strict=False)]
-    found = timing.gain(slowed, [s / 2 for s in slowed])
-    assert found.ratio == pytest.approx(2)
-    assert found.spread == pytest.approx(0, abs=1e-9)
-    assert found.proven
+    gain = timing.gain(slowed, [s / 2 for s in slowed])
+    assert gain.ratio == pytest.approx(2)
+    assert gain.spread == pytest.approx(0, abs=1e-9)
+    assert gain.proven
 
 
 @given(seconds=VALUES)
@@ -100,17 +100,17 @@ def test_seconds_waits_before_and_after() -> None:
 
 
 @given(count=st.integers(1, 4), rounds=st.integers(1, 5), warm_up=st.integers(0, 3))
-def test_turns_go_forth_and_back(count: int, rounds: int, warm_up: int) -> None:
+def test_every_other_round_runs_in_reverse(count: int, rounds: int, warm_up: int) -> None:
     seen: list[int] = []
     works = {key: (lambda key=key: seen.append(key)) for key in range(count)}
-    found = timing.time_interleaved(works, rounds=rounds, warm_up=warm_up)
+    times = timing.time_interleaved(works, rounds=rounds, warm_up=warm_up)
     keys = list(range(count))
     assert seen == [k for number in range(warm_up + rounds) for k in (keys if number % 2 == 0 else keys[::-1])]
-    assert {key: len(values) for key, values in found.items()} == dict.fromkeys(keys, rounds)
+    assert {key: len(values) for key, values in times.items()} == dict.fromkeys(keys, rounds)
 
 
-def test_a_spent_budget_ends_the_turns_after_the_first() -> None:
-    found = timing.time_interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.0)
-    assert len(found["a"]) == 1
-    found = timing.time_interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.05)
-    assert 1 <= len(found["a"]) < 10
+def test_a_spent_budget_ends_the_rounds_after_the_first() -> None:
+    times = timing.time_interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.0)
+    assert len(times["a"]) == 1
+    times = timing.time_interleaved({"a": lambda: time.sleep(0.01)}, rounds=50, budget_s=0.05)
+    assert 1 <= len(times["a"]) < 10

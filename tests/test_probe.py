@@ -34,8 +34,8 @@ def entry(cache: Path) -> Path:
 
 
 def test_every_figure_is_a_rate_with_its_spread(measured: tuple[Ceilings, Path]) -> None:
-    found, _ = measured
-    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    ceilings, _ = measured
+    values = json.loads(json.dumps(ceilings.to_json(), allow_nan=False))
     assert set(values["matmul_flops"]) | set(values["absent"]) >= set(PRECISIONS)
     assert not set(values["matmul_flops"]) & set(values["absent"])
     assert "float32" in values["matmul_flops"]
@@ -50,12 +50,12 @@ def test_every_figure_is_a_rate_with_its_spread(measured: tuple[Ceilings, Path])
 
 def test_the_figures_are_of_this_machine(measured: tuple[Ceilings, Path]) -> None:
     """Between an abacus and the fastest processor: a wrong unit or a wrong count is a factor of a thousand."""
-    found, _ = measured
-    assert 1e8 < found.matmul_flops["float32"] < 1e14
-    assert 1e8 < found.conv_flops["float32"] < 1e14
-    assert 1e8 < found.memory_bytes_per_s < 1e13
-    assert 1e-8 < found.launch_s < 1e-3
-    assert 10 < found.jpeg_images_per_s < 1e7
+    ceilings, _ = measured
+    assert 1e8 < ceilings.matmul_flops["float32"] < 1e14
+    assert 1e8 < ceilings.conv_flops["float32"] < 1e14
+    assert 1e8 < ceilings.memory_bytes_per_s < 1e13
+    assert 1e-8 < ceilings.launch_s < 1e-3
+    assert 10 < ceilings.jpeg_images_per_s < 1e7
 
 
 def test_a_slow_emulation_is_no_ceiling() -> None:
@@ -114,30 +114,30 @@ def test_memory_is_no_disk() -> None:
 # --- the cache ------------------------------------------------------------------------------
 
 
-def test_what_is_known_is_not_measured_again(
+def test_cached_figures_are_not_measured_again(
     measured: tuple[Ceilings, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found, cache = measured
-    assert read_cached(CPU, cache) == found
-    assert probe(CPU, cache, decode) == found  # the full budget would take seconds
+    ceilings, cache = measured
+    assert read_cached(CPU, cache) == ceilings
+    assert probe(CPU, cache, decode) == ceilings  # the full budget would take seconds
     assert capsys.readouterr().err == ""
-    assert [path.name for path in (cache / "probe").glob("*.json")] == [f"{found.fingerprint}.json"]
+    assert [path.name for path in (cache / "probe").glob("*.json")] == [f"{ceilings.fingerprint}.json"]
 
 
 def test_another_number_of_threads_is_another_machine(measured: tuple[Ceilings, Path]) -> None:
-    found, cache = measured
+    ceilings, cache = measured
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(before + 1)
-        assert fingerprint(CPU) != found.fingerprint
+        assert fingerprint(CPU) != ceilings.fingerprint
         assert read_cached(CPU, cache) is None
     finally:
         torch.set_num_threads(before)
-    assert fingerprint(CPU) == found.fingerprint
+    assert fingerprint(CPU) == ceilings.fingerprint
 
 
 @given(st.data())
-def test_a_cut_entry_is_unknown(
+def test_a_truncated_entry_is_unknown(
     measured: tuple[Ceilings, Path], tmp_path_factory: pytest.TempPathFactory, data
 ) -> None:
     whole = entry(measured[1]).read_bytes().rstrip()
@@ -170,24 +170,24 @@ def test_an_altered_entry_is_unknown(
     assert read_cached(CPU, tmp_path) is None
 
 
-def test_a_damaged_entry_is_measured_anew(tmp_path: Path) -> None:
+def test_a_damaged_entry_is_measured_again(tmp_path: Path) -> None:
     entry(tmp_path).parent.mkdir()
     entry(tmp_path).write_bytes(b"\xff\x00")
-    found = measure(tmp_path)
-    assert read_cached(CPU, tmp_path) == found
+    ceilings = measure(tmp_path)
+    assert read_cached(CPU, tmp_path) == ceilings
     again = measure(tmp_path, fresh=True)
-    assert again != found
+    assert again != ceilings
     assert read_cached(CPU, tmp_path) == again
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    found = measure(tmp_path / "file" / "cache")
-    assert found.matmul_flops["float32"] > 0
-    assert found.disk_read_bytes_per_s is None
-    assert "can't be written" in found.absent["disk_read_bytes_per_s"]
-    said = " ".join(capsys.readouterr().err.split())
-    assert "warning: The figures could not be cached. Can't write" in said
+    ceilings = measure(tmp_path / "file" / "cache")
+    assert ceilings.matmul_flops["float32"] > 0
+    assert ceilings.disk_read_bytes_per_s is None
+    assert "can't be written" in ceilings.absent["disk_read_bytes_per_s"]
+    stderr = " ".join(capsys.readouterr().err.split())
+    assert "warning: The figures could not be cached. Can't write" in stderr
 
 
 def test_of_two_processes_one_measures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,11 +206,11 @@ print(json.dumps(measure(pathlib.Path("shared"), fresh=True).to_json()))
         assert other.stdin is not None
         other.stdout.readline()
         print(file=other.stdin, flush=True)
-        found = measure(Path("shared"), fresh=True)
-        answer, said = other.communicate(timeout=120)
-    assert other.returncode == 0, said
-    assert json.loads(answer) == json.loads(json.dumps(found.to_json()))
-    assert sum("waiting for another process" in text for text in (said, capsys.readouterr().err)) == 1
+        ceilings = measure(Path("shared"), fresh=True)
+        answer, stderr = other.communicate(timeout=120)
+    assert other.returncode == 0, stderr
+    assert json.loads(answer) == json.loads(json.dumps(ceilings.to_json()))
+    assert sum("waiting for another process" in text for text in (stderr, capsys.readouterr().err)) == 1
 
 
 # --- a busy machine -------------------------------------------------------------------------
@@ -218,16 +218,16 @@ print(json.dumps(measure(pathlib.Path("shared"), fresh=True).to_json()))
 
 @given(st.dictionaries(st.text(), st.none() | st.floats(0, 10)), st.floats(0, 10))
 def test_wide_or_unknown_is_unsteady(spread: dict[str, float | None], widest: float) -> None:
-    found = unsteady_figures(spread, widest)
-    assert set(found) == {name for name, value in spread.items() if value is None or value > widest}
-    worst = [math.inf if spread[name] is None else spread[name] for name in found]
+    figures = unsteady_figures(spread, widest)
+    assert set(figures) == {name for name, value in spread.items() if value is None or value > widest}
+    worst = [math.inf if spread[name] is None else spread[name] for name in figures]
     assert worst == sorted(worst, reverse=True)
 
 
-def test_wide_figures_are_said_and_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wide_figures_are_reported_and_not_cached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     random, precision = torch.random.get_rng_state(), torch.get_float32_matmul_precision()
-    found = measure(tmp_path, widest=0)
-    assert not found.steady
+    ceilings = measure(tmp_path, widest=0)
+    assert not ceilings.steady
     assert "warning: This machine was busy" in capsys.readouterr().err
     assert read_cached(CPU, tmp_path) is None
     # Measuring leaves the user's process as it was.
@@ -252,9 +252,9 @@ def rival():
 @needs_linux
 def test_a_rival_for_the_core_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with rival():
-        found = measure(tmp_path, widest=STEADY)
-    assert found.waiting is not None
-    assert found.waiting > 0.2
-    assert not found.steady
+        ceilings = measure(tmp_path, widest=STEADY)
+    assert ceilings.waiting is not None
+    assert ceilings.waiting > 0.2
+    assert not ceilings.steady
     assert "something else had the cores" in capsys.readouterr().err
     assert list((tmp_path / "probe").glob("*.json")) == []

@@ -111,7 +111,7 @@ def test_usual_names_of_splits(kind: str, names: tuple[str, ...], splits: set[st
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_deeper_folders_belong_to_the_class_and_litter_to_nobody(kind: str, tmp_path: Path) -> None:
+def test_deeper_folders_belong_to_the_class_and_hidden_files_are_ignored(kind: str, tmp_path: Path) -> None:
     files = {
         **FLAT,
         "cat/more/deep/2.jpg": b"c2",
@@ -127,7 +127,7 @@ def test_deeper_folders_belong_to_the_class_and_litter_to_nobody(kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip"])
-def test_what_is_passed_over_is_noted(kind: str, tmp_path: Path) -> None:
+def test_skipped_files_are_noted(kind: str, tmp_path: Path) -> None:
     files = {**FLAT, "README.md": b"", "cat/labels.xml": b"", "dog/a.mp4": b"", "dog/b.mp4": b"", "up.jpg": b""}
     source = pack(kind, tmp_path, files)
     assert source.notes == (
@@ -176,7 +176,9 @@ def test_numbers_are_in_their_order(tmp_path: Path) -> None:
         ({"t/train.tsv": b"", "t/dev.tsv": b""}, "no images, but tables"),
     ],
 )
-def test_no_set_of_class_folders(kind: str, files: dict[str, bytes], message: str, tmp_path: Path) -> None:
+def test_folders_that_are_no_class_folders_are_refused(
+    kind: str, files: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=message) as error:
         pack(kind, tmp_path, files)
     assert str(tmp_path) in error.value.message
@@ -336,7 +338,7 @@ def test_an_archive_cut_short(kind: str, share: float, tmp_path: Path) -> None:
         archive.read(path, Columns())
 
 
-def test_a_tar_damaged_in_the_middle_loses_nothing_in_silence(tmp_path: Path) -> None:
+def test_a_tar_damaged_in_the_middle_is_an_error(tmp_path: Path) -> None:
     pack("tar", tmp_path, {f"{label}/{i}.jpg": bytes([i]) * 600 for label in "ab" for i in range(9)})
     path = tmp_path / "pets.tar"
     content = bytearray(path.read_bytes())
@@ -384,7 +386,7 @@ def test_links_and_devices_in_archives_are_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["size", "packed size", "content", "offset"])
-def test_a_zip_that_lies_is_not_believed(field: str, tmp_path: Path) -> None:
+def test_a_zip_with_wrong_sizes_is_refused(field: str, tmp_path: Path) -> None:
     """The member is refused when it is read, and never more than the declared size comes out."""
     path = write_zip(tmp_path / "x.zip", {"a/1.jpg": b"abc" * 9000, "b/1.jpg": b"b"})
     content = bytearray(path.read_bytes())
@@ -404,7 +406,7 @@ def test_a_zip_that_lies_is_not_believed(field: str, tmp_path: Path) -> None:
     assert source.rows[1].read() == b"b"
 
 
-def test_a_zip_member_behind_the_end(tmp_path: Path) -> None:
+def test_a_zip_member_beyond_the_end_is_refused(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "x.zip", FLAT)
     content = bytearray(path.read_bytes())
     struct.pack_into("<I", content, content.index(b"PK\x01\x02") + 20, 1 << 30)
@@ -453,14 +455,14 @@ def test_a_compressed_tar_is_unpacked_when_its_first_row_is_read(
 
 
 def test_a_compressed_tar_is_unpacked_once_for_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+    folders = []
     make = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **where: made.append(where) or make(**where))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **where: folders.append(where) or make(**where))
     source = pack("tgz", tmp_path, {f"{label}/{i}.jpg": os.urandom(9000) for label in "ab" for i in range(40)})
-    assert made == []
+    assert folders == []
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(lambda row: row.read(), source.rows))
-    assert len(made) == 1
+    assert len(folders) == 1
 
 
 def test_a_compressed_tar_that_changes_after_it_was_listed(tmp_path: Path) -> None:
@@ -515,7 +517,7 @@ def test_60_000_members_are_listed_quickly(shared_data: Path) -> None:
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
     keep=st.floats(0.3, 1),
 )
-def test_any_damage_is_an_error_of_suanli(
+def test_any_damage_is_a_data_error(
     name: str, changes: list[tuple[float, int]], keep: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("damage") / name
@@ -635,7 +637,7 @@ def test_columns_are_found_by_usual_names(header: str, expected: tuple[str, str]
 
 
 @pytest.mark.parametrize("header", ["whatever,label", "text,whatever"])
-def test_of_two_columns_the_other_is_the_other(header: str, tmp_path: Path) -> None:
+def test_the_only_other_column_is_the_input_or_label(header: str, tmp_path: Path) -> None:
     assert contents(read_text(tmp_path / "t.csv", f"{header}\na,b\nc,d\n")) == [("a", "b"), ("c", "d")]
 
 
@@ -691,7 +693,7 @@ def test_tables_that_cant_be_used(name: str, content: bytes, message: str, tmp_p
     assert error.value.fix
 
 
-def test_a_large_text_is_no_damage(tmp_path: Path) -> None:
+def test_a_large_text_is_read(tmp_path: Path) -> None:
     text = "word " * 100_000
     assert contents(read_text(tmp_path / "t.csv", f"text,label\n{text},1\nb,2\n"))[0] == (text, "1")
 
@@ -952,7 +954,7 @@ def test_arrays_that_cant_be_used(arrays: dict[str, np.ndarray], message: str, t
     assert error.value.fix
 
 
-def test_an_npz_that_is_too_large_or_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npz_that_is_too_large_or_has_a_wrong_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.npz"
     np.savez(path, images=IMAGES, labels=LABELS)
     content = path.read_bytes()
@@ -1036,5 +1038,5 @@ except DataError as error:
     print(error)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "a.npz")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "don't fit into the free memory" in said
+    stdout = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "don't fit into the free memory" in stdout

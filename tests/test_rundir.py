@@ -23,7 +23,7 @@ def test_numbers_follow_each_other() -> None:
     assert create("a b/../c").path == Path("runs/a-b-..-c-1")
 
 
-def test_two_at_once_get_different_runs() -> None:
+def test_processes_at_the_same_time_get_different_runs() -> None:
     paths: list[Path] = []
     threads = [threading.Thread(target=lambda: paths.append(create().path)) for _ in range(8)]
     for t in threads:
@@ -66,7 +66,7 @@ def test_a_recipe_of_another_version() -> None:
         _ = run.recipe
 
 
-def test_a_line_cut_short_is_passed_over() -> None:
+def test_a_line_cut_short_is_skipped() -> None:
     run = create()
     run.log(step=1, loss=0.5)
     run.log(step=2, loss=0.25)
@@ -81,7 +81,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     with run.lock(), pytest.raises(RunBusy, match="Another process"), Run(run.path).lock():
         pass
     with run.lock():
-        found = subprocess.run([sys.executable, "-c", other, run.path], capture_output=True, text=True, timeout=60)
-        assert "RunBusy" in found.stderr
-    found = subprocess.run([sys.executable, "-c", other, run.path], capture_output=True, text=True, timeout=60)
-    assert found.stdout == "mine\n"
+        result = subprocess.run([sys.executable, "-c", other, run.path], capture_output=True, text=True, timeout=60)
+        assert "RunBusy" in result.stderr
+    result = subprocess.run([sys.executable, "-c", other, run.path], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "mine\n"

@@ -64,12 +64,12 @@ def test_a_byte_order_mark_is_no_part_of_the_text():
 
 @given(st.text())
 def test_any_text_has_tokens_that_fit_into_json_and_lose_no_letter(raw):
-    found = split(raw, lowercase=False)
-    json.dumps(found, ensure_ascii=False).encode()
-    assert all(found)
-    assert not any(any(c.isspace() for c in token) for token in found)
+    tokens = split(raw, lowercase=False)
+    json.dumps(tokens, ensure_ascii=False).encode()
+    assert all(tokens)
+    assert not any(any(c.isspace() for c in token) for token in tokens)
     letters = [c for c in normalise(raw) if c.isalnum()]
-    assert [c for c in "".join(found) if c.isalnum()] == letters
+    assert [c for c in "".join(tokens) if c.isalnum()] == letters
 
 
 @given(st.text(), st.sampled_from([" ", "\n", "\t ", "\u3000"]))
@@ -98,7 +98,7 @@ def test_the_length_holds_nearly_all_texts_whole_and_is_capped():
     assert fit(short, length=7).length == 7
 
 
-def test_bad_inputs_among_the_training_texts_are_passed_over():
+def test_bad_inputs_among_the_training_texts_are_skipped():
     assert fit([b"\xff\xfe", "", *TEXTS, np.zeros(3)]) == fit()
 
 
@@ -144,7 +144,7 @@ def test_a_row_is_ids_then_padding():
     assert preprocess.preview(encoded.row).content == b"a <unk> fine film"
 
 
-def test_what_is_odd_about_a_text_is_said():
+def test_unusual_texts_have_traits():
     preprocess = fit(length=2)
     assert preprocess.encode("fine film").traits == ()
     assert preprocess.encode("fine film story").traits == ("truncated",)
@@ -235,7 +235,7 @@ def test_standard_input_is_read_line_by_line(monkeypatch):
     assert read(Path("-")) == [("stdin:1", b"one"), ("stdin:3", b"two")]
 
 
-def test_paths_without_texts_are_refused_with_a_way_out(tmp_path):
+def test_paths_without_texts_are_refused_with_a_fix(tmp_path):
     (tmp_path / "data.tsv").write_text("label\ttext\n0\tbad\n")
     with pytest.raises(UsageError, match="one text a line"):
         PREPROCESS.inputs(tmp_path / "data.tsv")

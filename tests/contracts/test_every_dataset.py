@@ -25,7 +25,7 @@ def test_is_named_as_its_file(dataset: Dataset) -> None:
     assert DATASETS[dataset.name] is dataset
 
 
-def test_says_whose_it_is(dataset: Dataset) -> None:
+def test_states_licence_and_homepage(dataset: Dataset) -> None:
     assert dataset.licence
     assert re.fullmatch(r"https?://\S+", dataset.homepage)
     assert dataset.kind in registry.names("preprocess")
@@ -43,7 +43,7 @@ def test_downloads_are_exact_and_encrypted(dataset: Dataset) -> None:
     assert len(set(checksums)) == len(checksums)
 
 
-def test_files_of_noise_are_an_error_with_a_way_out(dataset: Dataset, tmp_path: Path) -> None:
+def test_files_of_noise_are_an_error_with_a_fix(dataset: Dataset, tmp_path: Path) -> None:
     for content in (b"", b"\x1f\x8b\x08\0 not really", bytes(range(256)) * 4):
         for download in dataset.downloads:
             (tmp_path / file_name(download)).write_bytes(content)

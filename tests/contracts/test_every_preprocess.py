@@ -64,9 +64,9 @@ def test_model_inputs_have_the_promised_shape(fitted, rows):
 
 
 def test_to_model_leaves_its_rows_alone(fitted, rows):
-    given = torch.from_numpy(rows.copy())
-    fitted.measure(rows).to_model(given)
-    assert (given.numpy() == rows).all()
+    copy = torch.from_numpy(rows.copy())
+    fitted.measure(rows).to_model(copy)
+    assert (copy.numpy() == rows).all()
 
 
 def test_settings_survive_json(fitted, rows, kind):
@@ -93,12 +93,12 @@ def test_fit_is_repeatable(fitted, kind):
     assert type(fitted).fit(lambda: iter(RAWS[kind]), {}) == fitted
 
 
-def test_fit_passes_over_bad_inputs(kind, fitted):
+def test_fit_skips_bad_inputs(kind, fitted):
     raws = [RUBBISH[kind], *RAWS[kind]]
     assert type(fitted).fit(lambda: iter(raws), {}) == fitted
 
 
-def test_rubbish_is_a_bad_input(fitted, kind):
+def test_invalid_bytes_are_a_bad_input(fitted, kind):
     for raw in (RUBBISH[kind], b"", 7):
         with pytest.raises(BadInput) as caught:
             fitted.encode(raw)

@@ -27,7 +27,7 @@ def picture(shade: int = 0) -> bytes:
     return stream.getvalue()
 
 
-def made(kind: str, folder: Path) -> Path:
+def make_data(kind: str, folder: Path) -> Path:
     """A small thing that exactly one reader reads."""
     if kind == "folder":
         for label in ("cat", "dog"):
@@ -66,12 +66,12 @@ def test_says_why_not_for_another_kind_of_file(reader: Reader, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", sorted(READERS))
 def test_exactly_one_reads_each_kind(kind: str, tmp_path: Path) -> None:
-    path = made(kind, tmp_path)
+    path = make_data(kind, tmp_path)
     assert [name for name, reader in READERS.items() if reader.why_not(path) is None] == [kind]
 
 
 def test_what_it_lists_can_be_read(reader: Reader, tmp_path: Path) -> None:
-    source = reader.read(made(reader.name, tmp_path), Columns())
+    source = reader.read(make_data(reader.name, tmp_path), Columns())
     assert source.kind in registry.names("preprocess")
     assert {row.label for row in source.rows} <= set(source.classes)
     assert len(source.classes) == 2
@@ -83,14 +83,14 @@ def test_what_it_lists_can_be_read(reader: Reader, tmp_path: Path) -> None:
 
 
 def test_the_same_files_have_the_same_fingerprint_and_order(reader: Reader, tmp_path: Path) -> None:
-    path = made(reader.name, tmp_path)
+    path = make_data(reader.name, tmp_path)
     first, second = reader.read(path, Columns()), reader.read(path, Columns())
     assert first.fingerprint == second.fingerprint
     assert [row.name for row in first.rows] == [row.name for row in second.rows]
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 600, b"PK\x03\x04", b"\x1f\x8b\x08\0\0", b"a\n\xff\xfe"])
-def test_damaged_files_are_errors_with_a_way_out(reader: Reader, content: bytes, tmp_path: Path) -> None:
+def test_damaged_files_are_errors_with_a_fix(reader: Reader, content: bytes, tmp_path: Path) -> None:
     """Whatever is in a file whose name it takes: an error of suanli, never a traceback."""
     for name in ("x.zip", "x.tar", "x.tar.gz", "x.tar.xz", "x.tgz", "x.csv", "x.tsv", "x.jsonl", "x.npz"):
         path = tmp_path / name

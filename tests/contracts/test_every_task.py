@@ -16,21 +16,21 @@ CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 
 @pytest.fixture(params=registry.names("tasks"))
 def task(request) -> Task:
-    found = registry.load("tasks", request.param)()
-    assert found.name == request.param
-    return found
+    task = registry.load("tasks", request.param)()
+    assert task.name == request.param
+    return task
 
 
 @pytest.fixture
-def exam(task: Task) -> tuple[np.ndarray, np.ndarray]:
+def answers(task: Task) -> tuple[np.ndarray, np.ndarray]:
     logits = torch.randn(60, len(CLASSES), generator=torch.Generator().manual_seed(0))
     return task.probabilities(logits).numpy(), np.arange(60) % len(CLASSES)
 
 
-def test_the_gate_has_a_tolerance_and_a_metric_among_the_scores(task, exam):
+def test_the_gate_has_a_tolerance_and_a_metric_among_the_scores(task, answers):
     assert isinstance(task, Task)
     assert 0 <= task.tolerance < 0.1
-    scores = task.scores(*exam)
+    scores = task.scores(*answers)
     assert task.metric in scores
     assert all(type(value) is float and math.isfinite(value) for value in scores.values())
 
@@ -43,10 +43,10 @@ def test_better_answers_have_a_higher_metric(task):
 
 
 def test_probabilities_are_float32_and_sum_to_one(task):
-    found = task.probabilities(torch.randn(5, 3).bfloat16() * 20)
-    assert found.dtype == torch.float32
-    assert ((found >= 0) & (found <= 1)).all()
-    torch.testing.assert_close(found.sum(1), torch.ones(5))
+    probabilities = task.probabilities(torch.randn(5, 3).bfloat16() * 20)
+    assert probabilities.dtype == torch.float32
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -63,14 +63,14 @@ def test_going_down_the_loss_makes_it_smaller(task, shares, weights):
     assert after < before
 
 
-def test_what_is_examined_is_json(task, exam):
-    found = task.evaluate(*exam, CLASSES)
-    assert isinstance(found, dict)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+def test_evaluation_details_are_json(task, answers):
+    details = task.evaluate(*answers, CLASSES)
+    assert isinstance(details, dict)
+    assert json.loads(json.dumps(details, allow_nan=False)) == details
 
 
-def test_classes_without_examples_are_no_obstacle(task, exam):
-    probabilities, targets = exam
+def test_classes_may_have_no_examples(task, answers):
+    probabilities, targets = answers
     only = targets < 2
     task.scores(probabilities[only], targets[only])
     json.dumps(task.evaluate(probabilities[only], targets[only], CLASSES), allow_nan=False)

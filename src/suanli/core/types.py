@@ -479,7 +479,9 @@ class Speedup:
     stage: int  # speedups are applied from the lowest
     apply: Callable[[Step, Device], Step]
     why_not: Callable[[Device], str | None]  # the reason why it can't run there; None: it can
-    needless: Callable[[Step, Device], str | None] = _never_needless  # the reason why this training can't gain; None: it may
+    needless: Callable[[Step, Device], str | None] = (
+        _never_needless  # the reason why this training can't gain; None: it may
+    )
     usual: bool = False  # used where a run is too short to measure; elsewhere tried first
     tolerance: float = 1e-3  # relative error (L2) of outputs that is accepted; of gradients, four times as much
     risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
