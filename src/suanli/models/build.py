@@ -1,9 +1,8 @@
 """From a model's name to a network that fits the data, and from a weights file to its parameters.
 
-A model is a built-in name, `package.module:function` of the user's, or `timm:NAME`. Whatever builds it,
-the network is tried on a tiny batch before anything long starts. Weights come from safetensors only: a
-pickle can run any code when it is opened. What fits by name and shape is taken; the rest is reported,
-never silently dropped.
+A model is a built-in name, a user's `package.module:function`, or `timm:NAME`. Every network is tried on a tiny batch
+before anything long starts. Weights come from safetensors only: a pickle can run any code when it is opened. Tensors
+that fit by name and shape are taken; the others are reported, never silently dropped.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from suanli.core import registry
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")  # wrappers that leave their mark in names
+PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")  # that wrappers add to the names of tensors
 PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
 
@@ -35,17 +35,17 @@ PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
 
 def resolve(spec: str) -> Model:
-    """The model that `spec` names. `head` is empty where only the built network tells (see `head_of`).
-    Raises UsageError for what doesn't exist."""
+    """The model that `spec` names. Its `head` is empty where it is known only once the network is built (see
+    `head_of`). Raises UsageError for a name that doesn't exist."""
     if spec.startswith("timm:"):
-        return _timm(spec)
+        return _resolve_timm(spec)
     if ":" in spec:
-        return _function(spec)
+        return _resolve_function(spec)
     model: Model = registry.load("models", spec)
     return model
 
 
-def _function(spec: str) -> Model:
+def _resolve_function(spec: str) -> Model:
     module_name, _, function_name = spec.partition(":")
     function = getattr(_import(module_name, spec), function_name, None)
     if not callable(function):
@@ -56,8 +56,8 @@ def _function(spec: str) -> Model:
     return Model(name=spec, kinds=registry.names("preprocess"), build=function, head="", source=spec)
 
 
-def _import(module_name: str, spec: str) -> Any:
-    """The user's module; the current directory counts, as it does for `python -m`."""
+def _import(module_name: str, spec: str) -> ModuleType:
+    """Import the user's module; the current directory is searched, as with `python -m`."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
@@ -70,11 +70,11 @@ def _import(module_name: str, spec: str) -> Any:
     except Exception as error:  # the user's file may raise anything
         raise UsageError(
             f"Can't import {module_name!r}: {type(error).__name__}: {error}.",
-            fix="Mend that file; a model is written package.module:function.",
+            fix="Fix that file; a model is written package.module:function.",
         ) from error
 
 
-def _timm(spec: str) -> Model:
+def _resolve_timm(spec: str) -> Model:
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"Model {spec!r} needs timm.", fix=f"Install it: {pip_install('timm>=1.0')}")
     import timm
@@ -99,9 +99,9 @@ def _timm(spec: str) -> Model:
 
 
 def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, on_meta: bool = False) -> nn.Module:
-    """The recipe's network for inputs of `preprocess`, tried on a tiny batch. Raises UsageError where the
-    model is for another kind of data, an argument is wrong or the output isn't (B, classes). `on_meta`: its values
-    come from elsewhere, so that an outline will do, untried."""
+    """The recipe's network for inputs of `preprocess`, tried on a tiny batch. Raises UsageError where the model is for
+    another kind of data, an argument is wrong or the output isn't (B, classes). `on_meta`: on the meta device and
+    untried where that is possible, since the caller gets the values from elsewhere."""
     model = resolve(recipe.model)
     if preprocess.kind not in model.kinds:
         fitting = [n for n, m in registry.load_all("models").items() if preprocess.kind in m.kinds]
@@ -110,28 +110,28 @@ def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, on_meta: bool
             fix=f"Models for {preprocess.kind} data: {', '.join(fitting)}.",
         )
     args = builder_arguments(recipe, preprocess, classes)
-    if on_meta and (found := build_on_meta(model, args)) is not None:
-        return found
+    if on_meta and (outline := build_on_meta(model, args)) is not None:
+        return outline
     module = construct(model, args)
-    _try(model, module, preprocess, classes)
+    _try_batch(model, module, preprocess, classes)
     return module
 
 
 def builder_arguments(recipe: Recipe, preprocess: Preprocess, classes: int) -> dict[str, Json]:
-    """What the model builder is called with; plain values, so that a saved model can be built again.
-    Raises UsageError for a model argument that the builder doesn't take."""
-    taken = _accepted(resolve(recipe.model).build)
-    if taken is None:
+    """The arguments for the model's builder: JSON values, so that a saved model can be built again. Raises UsageError
+    for a model argument that the builder doesn't take."""
+    accepted = _accepted_arguments(resolve(recipe.model).build)
+    if accepted is None:
         return {"classes": classes, **preprocess.model_args, **recipe.model_args}
-    known = {"classes": classes, **preprocess.model_args}
+    defaults = {"classes": classes, **preprocess.model_args}
     for name in recipe.model_args:
-        if name not in taken:
-            raise unknown("model argument", name, [t for t in taken if t not in known])
-    return {**{k: v for k, v in known.items() if k in taken}, **recipe.model_args}
+        if name not in accepted:
+            raise unknown("model argument", name, [a for a in accepted if a not in defaults])
+    return {**{k: v for k, v in defaults.items() if k in accepted}, **recipe.model_args}
 
 
 def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
-    """Calls the builder. Raises UsageError where it fails or returns something else than a module."""
+    """Call the builder. Raises UsageError where it fails or returns something else than a module."""
     from torch import nn
 
     try:
@@ -141,7 +141,7 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
             raise
         raise UsageError(
             f"Model {model.name!r} can't be built: {type(error).__name__}: {error}.",
-            fix="Change the model's arguments, or mend the function that builds it.",
+            fix="Change the model's arguments, or fix the function that builds it.",
         ) from error
     if not isinstance(module, nn.Module):
         raise UsageError(
@@ -152,8 +152,8 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
 
 
 def build_on_meta(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
-    """The network with shapes and no values, which takes no memory. None where something needs values: its builder, its
-    `initialize`, or a tensor that is kept beside parameters and buffers."""
+    """The network on the meta device: shapes without values, which take no memory. None where something needs values:
+    the builder, the network's `initialize`, or a tensor that is neither a parameter nor a buffer."""
     import torch
     from torch.nn.parameter import is_lazy
     from torch.utils._pytree import tree_leaves
@@ -164,16 +164,16 @@ def build_on_meta(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
             module = construct(model, args)
     except UsageError:
         return None
-    held = [*module.parameters(), *module.buffers()]
-    if callable(getattr(module, "initialize", None)) or any(map(is_lazy, held)):
+    registered = [*module.parameters(), *module.buffers()]
+    if callable(getattr(module, "initialize", None)) or any(map(is_lazy, registered)):
         return None
     registries = ("_parameters", "_buffers", "_modules")
-    beside = tree_leaves([[v for k, v in vars(part).items() if k not in registries] for part in module.modules()])
-    if any(isinstance(value, torch.Tensor) and value.is_meta for value in beside):
+    others = tree_leaves([[v for k, v in vars(part).items() if k not in registries] for part in module.modules()])
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in others):
         return None
-    # Also where no attribute leads, such as in what a function remembers.
-    strays = _meta_tensors().keys() - before.keys() - set(map(id, held))
-    return None if strays else module
+    # Tensors that no attribute refers to, such as those in a closure.
+    hidden = _meta_tensors().keys() - before.keys() - set(map(id, registered))
+    return None if hidden else module
 
 
 def _meta_tensors() -> dict[int, torch.Tensor]:
@@ -184,13 +184,14 @@ def _meta_tensors() -> dict[int, torch.Tensor]:
 
 
 def describe_tensors(module: nn.Module) -> list[Json]:
-    """Each parameter and buffer, without its values: networks that agree in these can have each other's."""
+    """Name, shape, dtype and requires_grad of each parameter and buffer: networks that agree in these can take each
+    other's values."""
     tensors = (*module.named_parameters(), *module.named_buffers())
     return [[name, list(tensor.shape), str(tensor.dtype), tensor.requires_grad] for name, tensor in tensors]
 
 
-def _accepted(function: Callable[..., Any]) -> list[str] | None:
-    """The names that a builder takes; None: any, or not known."""
+def _accepted_arguments(function: Callable[..., object]) -> list[str] | None:
+    """The names of a builder's arguments; None: it takes any, or they aren't known."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
@@ -200,7 +201,8 @@ def _accepted(function: Callable[..., Any]) -> list[str] | None:
     return [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _try(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) -> None:
+def _try_batch(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) -> None:
+    """Raises UsageError unless a batch of 2 gives logits (2, classes)."""
     import numpy as np
     import torch
 
@@ -220,10 +222,10 @@ def _try(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) 
         ) from error
     finally:
         module.train(was_training)
-    came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-    if came != (2, classes):
+    output = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+    if output != (2, classes):
         raise UsageError(
-            f"Model {model.name!r} gave {came} for a batch of 2, where {(2, classes)} logits belong.",
+            f"Model {model.name!r} returned {output} for a batch of 2, where {(2, classes)} logits belong.",
             fix="Return one tensor of shape (batch, classes); the number of classes is the argument classes=….",
         )
 
@@ -239,13 +241,13 @@ def head_of(module: nn.Module, model: Model) -> str:
     if isinstance(named, str) and named in layers:
         return named
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = [name for name, layer in layers.items() if name and isinstance(layer, kinds)]
-    if not found:
+    candidates = [name for name, layer in layers.items() if name and isinstance(layer, kinds)]
+    if not candidates:
         raise UsageError(
             f"Model {model.name!r} has no linear or convolution layer to be its head.",
             fix="End the network in torch.nn.Linear(features, classes), as a submodule.",
         )
-    return str(found[-1])
+    return str(candidates[-1])
 
 
 # --- weights --------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def head_of(module: nn.Module, model: Model) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsReport:
-    """What became of each tensor of a weights file; names as in the network, or as in the file where the
+    """What happened to each tensor of a weights file. Names are those in the network, or those in the file where the
     network has no such name."""
 
     taken: tuple[str, ...]
@@ -268,20 +270,19 @@ class WeightsReport:
 
 
 def load_weights(module: nn.Module, path: Path, head: str, *, new_head: bool = False) -> WeightsReport:
-    """Copies what fits from a safetensors file into `module`; a head for other classes stays new. That it
-    is for others shows in its shape; where only names differ, the caller knows and says `new_head`.
+    """Copy the tensors that fit from a safetensors file into `module`. A head for other classes is not taken: it is
+    recognised by its shape, or the caller sets `new_head` where the classes are as many but others.
 
-    Nothing is changed unless the whole file could be read. Raises UsageError for another format or no
-    file, DamagedFile for one that is cut short or holds values that aren't numbers, and DataError where
-    nothing but the head fits.
+    Nothing is changed unless the whole file could be read. Raises UsageError for another format or a missing file,
+    DamagedFile for one that is truncated or contains NaN or infinity, and DataError where nothing but the head fits.
     """
     import torch
 
     state = module.state_dict()
-    tensors, skipped = _named(_read(path), state)
+    tensors, skipped = _match_names(_read(path), state)
     for name, tensor in tensors.items():
         if tensor.shape != state[name].shape:
-            skipped[name] = f"has shape {_shape(tensor)}, the model wants {_shape(state[name])}"
+            skipped[name] = f"has shape {_shape(tensor)}, the model needs {_shape(state[name])}"
     in_head = {name for name in tensors if name.startswith(f"{head}.")}
     if new_head or in_head & skipped.keys():
         skipped |= dict.fromkeys(in_head - skipped.keys(), "part of a head for other classes")
@@ -313,7 +314,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise DamagedFile(
-            f"{path} is not a whole safetensors file ({error}).", fix="Fetch or convert it again."
+            f"{path} is not a complete safetensors file ({error}).", fix="Download or convert it again."
         ) from error
     except OSError as error:
         raise UsageError(
@@ -321,31 +322,31 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _named(
+def _match_names(
     tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors that the network has a name for, by that name, and why not the others. A name in the
-    file may carry wrappers' prefixes; the plain name wins over a wrapped one."""
-    found: dict[str, torch.Tensor] = {}
+    """The tensors by their names in the network, and for the others the reason why they have none. A name in the file
+    may have prefixes of wrappers; a name without them is preferred."""
+    matches: dict[str, torch.Tensor] = {}
     skipped: dict[str, str] = {}
-    for given in sorted(tensors, key=len):
-        name = given
+    for name_in_file in sorted(tensors, key=len):
+        name = name_in_file
         while name not in state and (prefix := next((p for p in PREFIXES if name.startswith(p)), None)):
             name = name.removeprefix(prefix)
         if name not in state:
-            skipped[given] = "the model has no tensor of this name"
-        elif name in found:
-            skipped[given] = f"{name} is in the file twice"
+            skipped[name_in_file] = "the model has no tensor of this name"
+        elif name in matches:
+            skipped[name_in_file] = f"{name} is in the file twice"
         else:
-            found[name] = tensors[given]
-    return found, skipped
+            matches[name] = tensors[name_in_file]
+    return matches, skipped
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     bad = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
     if bad:
         raise DamagedFile(
-            f"{path} holds NaN or infinity in {_few(bad)}.", fix="Take the weights of an earlier checkpoint."
+            f"{path} contains NaN or infinity in {_few(bad)}.", fix="Use the weights of an earlier checkpoint."
         )
 
 

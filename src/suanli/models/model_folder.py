@@ -3,8 +3,8 @@
     model.json             builder and arguments, preprocessing, classes, task, scores, versions
     weights.safetensors    the weights, with their checksum in model.json
 
-The weights are written first and named by model.json last, so a folder with a model.json is whole. What only reads
-model.json needs no torch.
+model.json is written last and holds the checksum of the weights, so a folder with a model.json is complete. Reading
+only model.json needs no torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """A trained model in memory: what it takes from raw input to named probabilities."""
+    """A trained model in memory: all that is needed from raw inputs to the probabilities of named classes."""
 
     module: nn.Module  # in evaluation mode, float32, on the CPU
     preprocess: Preprocess
@@ -50,8 +50,8 @@ def save_model(
     data: Json,
     writes: bool = True,
 ) -> None:
-    """A collective where processes share the weights: these are gathered one after the other, for the process that
-    `writes`."""
+    """Write the model folder. For a sharded network this is a collective: the tensors are gathered one after the other,
+    for the process that `writes`."""
     from suanli.models import safetensors_io
     from suanli.parallel import dtensor
 
@@ -80,19 +80,20 @@ def save_model(
 
 
 def add_scores(folder: Path, split: str, scores: Mapping[str, float]) -> None:
-    """Writes the scores of a split into model.json."""
+    """Write the scores of a split into model.json."""
     card = read_card(folder)
     card["scores"][split] = dict(scores)
     write_json(folder / "model.json", card)
 
 
 def read_card(folder: Path) -> dict[str, Json]:
+    """The content of model.json. Raises DataError where there is none, and DamagedFile for another format."""
     try:
         card = read_json(folder / "model.json")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
-            f"{folder} holds no model (no model.json).",
-            fix="Name a run directory whose training finished, or its model/ folder.",
+            f"{folder} contains no model (no model.json).",
+            fix="Give a run directory whose training finished, or its model/ folder.",
         ) from error
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise DamagedFile(
@@ -103,7 +104,8 @@ def read_card(folder: Path) -> dict[str, Json]:
 
 
 def build_preprocess(values: Mapping[str, Json]) -> Preprocess:
-    """From its kind and settings. Raises KeyError, TypeError or what the kind itself raises for others."""
+    """The preprocessing with a saved kind and settings. Raises KeyError, TypeError or what the kind itself raises for
+    wrong ones."""
     preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
     return preprocess
 
@@ -112,11 +114,12 @@ def find_model_folder(subject: AnyPath) -> Path:
     """The model folder of a run directory, or the folder itself."""
     path = Path(subject).expanduser()
     if not path.exists():
-        raise DataError(f"There is nothing at {path}.", fix="Name a run directory or a model/ folder.")
+        raise DataError(f"There is nothing at {path}.", fix="Give a run directory or a model/ folder.")
     return path / "model" if (path / "recipe.json").exists() or (path / "model" / "model.json").exists() else path
 
 
 def refuse_foreign_code(model: str, path: Path) -> None:
+    """Raise UsageError for a model that is built by code outside suanli and timm."""
     if ":" in model and not model.startswith("timm:"):
         raise UsageError(
             f"The network of {path} is built by {model!r}, which is not part of suanli.",
@@ -125,7 +128,8 @@ def refuse_foreign_code(model: str, path: Path) -> None:
 
 
 def find_weights(path: Path) -> tuple[Path, dict[str, Json] | None]:
-    """The weights file behind a run, a model folder or a weights file, and its model.json if any."""
+    """The weights file of a run directory, a model folder or a weights file, and the content of its model.json if it
+    has one."""
     folder = find_model_folder(path) if path.is_dir() else path.parent
     file = folder / WEIGHTS if path.is_dir() else path
     if file.name != WEIGHTS or not (folder / "model.json").exists():
@@ -134,8 +138,8 @@ def find_weights(path: Path) -> tuple[Path, dict[str, Json] | None]:
 
 
 def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
-    """Reads nothing but this folder. Raises DataError, DamagedFile, and UsageError for a model whose
-    network is built by code outside suanli, unless `trust_code`: a model.json could name any function."""
+    """Load a model from nothing but its folder. Raises DataError, DamagedFile, and UsageError for a network that is
+    built by code outside suanli, unless `trust_code`: a model.json could name any function."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -147,7 +151,7 @@ def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
         if _digest(content) != card["weights"]["blake2b"]:
             raise DamagedFile(
                 f"The weights in {folder} don't have the checksum that model.json states.",
-                fix="Copy the whole folder again: they were cut short, altered, or belong to another model.",
+                fix="Copy the whole folder again: they are truncated, altered, or of another model.",
             )
         recipe = Recipe.model_validate(card["recipe"])
         if not trust_code:

@@ -1,7 +1,7 @@
-"""safetensors files, written and read tensor by tensor: neither needs memory for all of them at once.
+"""safetensors files, written and read tensor by tensor, so that memory for one tensor is enough.
 
-The format is eight bytes with the length of a header in JSON (for each name its dtype, shape and place) and then the
-tensors' bytes. Source: https://github.com/huggingface/safetensors, "Format".
+The format is eight bytes with the length of a JSON header (the dtype, shape and offsets of each name), the header, and
+the tensors' bytes. Source: https://github.com/huggingface/safetensors, "Format".
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from suanli.core.errors import DamagedFile
 
-PLACES = "places"  # key of the header: where the rows of a file belong in tensors that lie in several files
-_NAMES = {  # in the order in which their tensors lie in a file
+PLACES = "places"  # metadata key: which rows of a tensor that is divided over several files this file has
+_DTYPES = {  # in the order in which their tensors are written
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -40,9 +40,9 @@ _NAMES = {  # in the order in which their tensors lie in a file
 
 
 def file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names as `write` takes them: the widest numbers first, so that all lie at multiples of their width."""
-    kinds = list(_NAMES)
-    return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    """The names in the order of `write_tensors`: the widest numbers first, so that all are aligned to their width."""
+    dtypes = list(_DTYPES)
+    return sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
 
 
 def write_tensors(
@@ -52,14 +52,14 @@ def write_tensors(
     *,
     of: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> None:
-    """`of` gives the values of a tensor, of the same shape and dtype, when it is its turn. Raises ValueError
-    for a dtype that the format doesn't have."""
+    """Write the tensors one after the other. `of(tensor)` returns its values, of the same shape and dtype, when it is
+    written. Raises ValueError for a dtype that the format doesn't have."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     names, end = file_order(tensors), 0
     for name in names:
         tensor = tensors[name]
         first, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
@@ -70,30 +70,30 @@ def write_tensors(
 
 
 def gather_only(tensors: Mapping[str, torch.Tensor], of: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Takes part in `of` where another process writes."""
+    """Call the collective `of` for each tensor, in a process that doesn't write."""
     for name in file_order(tensors):
         of(tensors[name])
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stretch:
+class _FileRows:
     """Rows of one tensor in one file."""
 
     file: Path
-    first: int  # their place in the whole tensor
+    first: int  # index of the first one in the whole tensor
     count: int
 
 
 class StoredTensors(Mapping[str, torch.Tensor]):
-    """The tensors of files, by name, read each time that one is asked for. The rows of one may lie in several files."""
+    """The tensors in files, by name, read at each access. The rows of a tensor may be divided over several files."""
 
     def __init__(self, files: list[Path]) -> None:
-        """Raises DamagedFile for files that are missing or cut short, and where rows of a tensor are in none."""
+        """Raises DamagedFile for files that are missing or truncated, and where no file has some rows of a tensor."""
         self.metadata: list[dict[str, str]] = []  # of each file
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._stretches: dict[str, list[_Stretch]] = {}
+        self._pieces: dict[str, list[_FileRows]] = {}
         for path in files:
-            with _opened(path) as file:
+            with _open(path) as file:
                 metadata = file.metadata() or {}
                 self.metadata.append(metadata)
                 places = json.loads(metadata.get(PLACES, "{}"))
@@ -102,14 +102,14 @@ class StoredTensors(Mapping[str, torch.Tensor]):
                     place = places.get(name)
                     first = place["first"] if place else 0
                     self._shapes[name] = tuple(place["shape"]) if place else shape
-                    stretch = _Stretch(file=path, first=first, count=shape[0] if shape else 1)
-                    self._stretches.setdefault(name, []).append(stretch)
-        for name, stretches in self._stretches.items():
-            stretches.sort(key=lambda s: s.first)
-            ends = [0, *(s.first + s.count for s in stretches)]
+                    piece = _FileRows(file=path, first=first, count=shape[0] if shape else 1)
+                    self._pieces.setdefault(name, []).append(piece)
+        for name, pieces in self._pieces.items():
+            pieces.sort(key=lambda p: p.first)
+            ends = [0, *(p.first + p.count for p in pieces)]
             shape = self._shapes[name]
-            if [s.first for s in stretches] != ends[:-1] or ends[-1] != (shape[0] if shape else 1):
-                raise _damaged(stretches[0].file, f"rows of {name} are missing")
+            if [p.first for p in pieces] != ends[:-1] or ends[-1] != (shape[0] if shape else 1):
+                raise _damage(pieces[0].file, f"rows of {name} are missing")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -123,35 +123,35 @@ class StoredTensors(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.rows(name, None)
 
-    def rows(self, name: str, wanted: slice | None) -> torch.Tensor:
-        """The rows `wanted` of a tensor; None: all of it. Raises DamagedFile."""
-        stretches = self._stretches[name]
-        if wanted is None and len(stretches) == 1:
-            with _opened(stretches[0].file) as file:
+    def rows(self, name: str, selection: slice | None) -> torch.Tensor:
+        """These rows of a tensor; None: all of it. Raises DamagedFile."""
+        pieces = self._pieces[name]
+        if selection is None and len(pieces) == 1:
+            with _open(pieces[0].file) as file:
                 return file.get_tensor(name)  # type: ignore[no-any-return]
-        begin, end = (0, self._shapes[name][0]) if wanted is None else (wanted.start, wanted.stop)
-        found = []
-        for stretch in stretches:
-            first, last = max(begin, stretch.first), min(end, stretch.first + stretch.count)
-            if first < last or stretch is stretches[0]:  # the first tells the dtype, even of no rows
-                with _opened(stretch.file) as file:
-                    part = file.get_slice(name)
-                    start = first - stretch.first if first < last else 0
-                    found.append(part[start : start + max(0, last - first)])
-        return found[0] if len(found) == 1 else torch.cat(found)
+        begin, end = (0, self._shapes[name][0]) if selection is None else (selection.start, selection.stop)
+        parts = []
+        for piece in pieces:
+            first, last = max(begin, piece.first), min(end, piece.first + piece.count)
+            if first < last or piece is pieces[0]:  # the first piece has the dtype, even where no rows are selected
+                with _open(piece.file) as file:
+                    stored = file.get_slice(name)
+                    start = first - piece.first if first < last else 0
+                    parts.append(stored[start : start + max(0, last - first)])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; what is wrong with it is a DamagedFile."""
+def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file; any error in it is raised as DamagedFile."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _damage(path, str(error)) from error
 
 
-def _damaged(path: Path, why: str) -> DamagedFile:
+def _damage(path: Path, why: str) -> DamagedFile:
     return DamagedFile(
-        f"{path} is damaged ({why}).", fix="Remove it to go on from the checkpoint before, or train again."
+        f"{path} is damaged ({why}).", fix="Remove it to resume from the checkpoint before, or train again."
     )

@@ -22,7 +22,7 @@ Stem: TypeAlias = Literal["auto", "small", "large"]
 
 
 def small_stem(stem: Stem, image_size: tuple[int, int]) -> bool:
-    """Whether the stem for small images is meant. Raises ValueError for an unknown stem."""
+    """Whether `stem` stands for the stem for small images. Raises ValueError for an unknown stem."""
     if stem not in ("auto", "small", "large"):
         raise ValueError(f'stem is "auto", "small" or "large", not {stem!r}')
     return min(image_size) <= SMALL_PX if stem == "auto" else stem == "small"

@@ -1,16 +1,16 @@
 """A small convolutional network that learns fast, for images up to 64 px; larger ones work but cost more.
 
-A frozen 2x2 convolution first turns pixels into decorrelated patch features, so that the trained layers
-see inputs of equal spread from the first step. Then come groups of 3x3 convolutions, three by default, each halving
-the side after its first. Convolutions have no bias and norms no trained scale: with `normalize_filters`
-of the `muon` optimizer a filter has only a direction. The first filters of a convolution start as the
-identity, and the head starts small, so that early predictions are soft.
+A frozen 2x2 convolution first turns pixels into decorrelated patch features, so that the trained layers see inputs of
+equal variance from the first step. Then follow groups of 3x3 convolutions, three by default, each halving the side
+after its first convolution. Convolutions have no bias and norms no trained scale: with `normalize_filters` of the
+`muon` optimizer a filter has only a direction. The first filters of a convolution start as the identity, and the head
+starts small, so that early predictions are close to uniform.
 
-Unlike the original it accepts any number of channels and any side of at least 2 px, keeps the usual
-epsilon in its norms (a constant border pixel is common in real data), and doesn't flip or average views:
-that belongs to augmentations and to `evaluate`. Its first group has one convolution and the whitening no bias: both
-are cheaper, most of all in the backward pass at the largest side, and lost nothing (docs/LOG.md). `whitening_bias`
-and `depths` bring them back.
+Unlike the original it accepts any number of channels and any side of at least 2 px, keeps the usual epsilon in its
+norms (constant border pixels are common in real data), and doesn't flip or average views: that belongs to
+augmentations and to `evaluate`. Its first group has one convolution and the whitening no bias: this is cheaper, most
+of all in the backward pass at the largest side, and costs no accuracy (docs/LOG.md). `whitening_bias` and `depths`
+restore them.
 
 Source: K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (2024), arXiv:2404.00498; the
 whitening follows T. Page, "How to Train Your ResNet 8" (2019).
@@ -31,8 +31,8 @@ MAX_PATCHES = 1_000_000  # enough for a stable covariance of a few dozen values,
 
 
 class Whitening(nn.Conv2d):
-    """2x2 convolution onto the principal directions of image patches and their negatives, each scaled to
-    equal spread. The weights are set by `fit` and stay."""
+    """2x2 convolution onto the principal directions of image patches and their negatives, each scaled to equal
+    variance. `fit` sets the weights; they aren't trained."""
 
     def __init__(self, in_channels: int, *, bias: bool = False) -> None:
         super().__init__(in_channels, 2 * 4 * in_channels, kernel_size=2, bias=bias)
@@ -40,9 +40,9 @@ class Whitening(nn.Conv2d):
 
     @torch.no_grad()
     def fit(self, inputs: torch.Tensor, eps: float = 5e-4) -> None:
-        """Sets the weights from the patches of `inputs` (B, C, H, W)."""
+        """Set the weights from the patches of `inputs` (B, C, H, W)."""
         per_image = (inputs.shape[2] - 1) * (inputs.shape[3] - 1)
-        stride = -(-len(inputs) * per_image // MAX_PATCHES)  # whole images are left out, evenly
+        stride = -(-len(inputs) * per_image // MAX_PATCHES)  # skips whole images, evenly
         images = inputs[::stride].float()
         windows = images.unfold(2, 2, 1).unfold(3, 2, 1)  # (B, C, H-1, W-1, 2, 2)
         patches = windows.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1).double()
@@ -101,7 +101,7 @@ class SpeedNet(nn.Module):
             self.head.weight.div_(widths[-1])
 
     def initialize(self, inputs: torch.Tensor) -> None:
-        """Fits the whitening to training images (B, C, H, W); a few thousand are plenty."""
+        """Fit the whitening to training images (B, C, H, W); a few thousand are enough."""
         if isinstance(self.whitening, Whitening):
             self.whitening.fit(inputs)
 
@@ -138,10 +138,10 @@ def build(
     norm_momentum: float = 0.4,
 ) -> SpeedNet:
     """Images (B, in_channels, *image_size) to logits (B, classes). `widths` are the channels of the groups, `depths`
-    their convolutions: one in the first and two in the others, unless given. `whitening` False trains the first
-    layer as any other; `identity` False starts every filter at random; `norm_momentum` is what a batch counts in
-    the statistics that prediction uses, much, as trainings are short. Raises ValueError for images under 2 px, and
-    for widths and depths that don't fit together."""
+    their numbers of convolutions, by default one in the first and two in the others. `whitening` False trains the
+    first layer like any other; `identity` False initializes every filter at random; `norm_momentum` is the weight of a
+    batch in the running statistics, high since trainings are short. Raises ValueError for images under 2 px, and for
+    widths and depths that don't fit together."""
     if min(image_size) < 2:
         raise ValueError(f"speednet needs images of at least 2x2 pixels, not {image_size}")
     if depths is None:

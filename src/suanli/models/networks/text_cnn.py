@@ -1,10 +1,9 @@
 """A small network for text: the mean of the word embeddings, beside one convolution over them.
 
-The mean carries the general tone; the convolution, through the strongest answer of each filter,
-finds phrases such as "not good". One kernel width and narrow embeddings learn short texts as well
-as the several widths of the source at a fraction of the work, which is what counts on a CPU.
-Padding changes nothing: its embedding is zero, and no window is centred on it. There are no
-pretrained vectors: all weights start at random.
+The mean carries the general tone; the convolution, through the strongest response of each filter, finds phrases such
+as "not good". One kernel width and narrow embeddings learn short texts as well as the several widths of the source,
+with a fraction of the operations. Padding changes nothing: its embedding is zero, and no window is centred on it.
+There are no pretrained vectors: all weights start at random.
 
 Source: Y. Kim, "Convolutional Neural Networks for Sentence Classification", EMNLP 2014,
 arXiv:1408.5882; the mean follows A. Joulin et al., "Bag of Tricks for Efficient Text
@@ -39,7 +38,7 @@ class TextCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=PADDING)
-        # Small beside the default spread of 1, so that rare words don't drown the learned ones.
+        # Much smaller than the default of 1, so that untrained embeddings of rare words don't dominate.
         nn.init.normal_(self.embedding.weight, std=0.1)
         with torch.no_grad():
             self.embedding.weight[PADDING].zero_()
@@ -53,14 +52,14 @@ class TextCNN(nn.Module):
         present = (ids != PADDING).unsqueeze(2)  # (B, L, 1)
         embedded_BLD = self.embedding_dropout(self.embedding(ids)) * present
         mean_BD = embedded_BLD.sum(1) / present.sum(1).clamp(min=1)
-        answers_BLF = F.relu(self.convolution(self._windows(embedded_BLD))) * present
-        features = torch.cat([mean_BD, answers_BLF.amax(1)], dim=1)
+        responses_BLF = F.relu(self.convolution(self._windows(embedded_BLD))) * present
+        features = torch.cat([mean_BD, responses_BLF.amax(1)], dim=1)
         logits: torch.Tensor = self.head(self.dropout(features))
         return logits
 
     def _windows(self, embedded_BLD: torch.Tensor) -> torch.Tensor:
-        """Each token with its neighbours, (B, L, kernel_size * D). A convolution as one matrix
-        product: on a CPU this took a third of the time of a convolution layer."""
+        """Each token with its neighbours, (B, L, kernel_size * D). This makes the convolution one matrix product,
+        which took a third of the time of a convolution layer on a CPU."""
         length, before = embedded_BLD.shape[1], (self.kernel_size - 1) // 2
         padded = F.pad(embedded_BLD, (0, 0, before, self.kernel_size - 1 - before))
         return torch.cat([padded[:, i : i + length] for i in range(self.kernel_size)], dim=2)
@@ -70,7 +69,7 @@ def build(
     *,
     classes: int,
     vocabulary_size: int,
-    length: int,  # noqa: ARG001  # every text model is told; this one takes any
+    length: int,  # noqa: ARG001  # every text model gets it; this one needs no fixed length
     width: int = 32,
     filters: int = 64,
     kernel_size: int = 5,

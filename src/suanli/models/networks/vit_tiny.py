@@ -23,7 +23,7 @@ WIDTH, DEPTH, HEADS = 192, 12, 3
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) to tokens (B, L, D), one a patch."""
+    """Images (B, C, H, W) to tokens (B, L, D), one per patch."""
 
     def __init__(self, in_channels: int, patch: int) -> None:
         super().__init__()
