@@ -152,7 +152,7 @@ def test_files_that_are_chosen(browser: Browser, tmp_path: Path) -> None:
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > 50
     said = browser.text(".by")
-    assert re.search(r"[\d.]+\sm?s in the server, [\d.]+\sm?s round trip", said)
+    assert re.search(r"[\d.]+\sm?s on the server, [\d.]+\sm?s round trip", said)
     assert "eager float32" in said
     assert "digits, version 1" in said
     assert browser.run("return document.querySelector('.batch img').naturalWidth") == 8
@@ -206,7 +206,7 @@ def test_strokes_change_one_answer_and_a_clear_slate_begins_another(browser: Bro
     browser.click("#forget")
     assert not browser.find_all(".batch")
     assert (
-        browser.text("#empty") == "The likeliest classes come here, with the time it took and the engine that answered."
+        browser.text("#empty") == "The most likely classes will appear here, with the time taken and the engine used."
     )
 
 

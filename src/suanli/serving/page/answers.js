@@ -1,32 +1,32 @@
-// What was asked and what came back: one Batch for each drop, drawing, photograph or text, the newest first.
+// The list of answers: one Batch for each drop, drawing, photograph or text, the newest first.
 //
-// Everything from outside (names of classes, files and models, the server's sentences) is set as text.
+// Everything from outside (names of classes, files and models, the server's messages) is set as text, never as HTML.
 
 import { brief, percent, say } from "./language.js";
 
-const SMALL = 64; // px: a picture of at most this width is shown with its pixels
-const LONG = 14; // characters: longer names of classes stand above their bars, in smaller type
+const SMALL = 64; // px: pictures up to this width are enlarged with sharp pixels
+const LONG = 14; // characters: longer names of classes are above their bars, in smaller type
 
 export function element(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.append(...children);
+  return node;
 }
 
-// Text from outside: it may be of any direction.
+// Text from outside, which may run in either direction.
 export function outside(text) {
-  const made = document.createElement("bdi");
-  made.textContent = text;
-  return made;
+  const node = document.createElement("bdi");
+  node.textContent = text;
+  return node;
 }
 
-// One thing to ask about. `name` is text, or {key} for what the page itself made.
+// One input. `name` is text, or {key} for an input that the page made itself.
 export class Item {
   constructor({ name, file = null, text = null }) {
     Object.assign(this, { name, file, text });
     this.address = file && URL.createObjectURL(file);
-    this.shown = file ? this.#picture() : this.#quote();
+    this.preview = file ? this.#picture() : this.#quote();
   }
 
   drop() {
@@ -38,16 +38,16 @@ export class Item {
   }
 
   #picture() {
-    const image = element("img", "shown");
+    const image = element("img", "preview");
     image.alt = "";
     image.addEventListener("load", () => image.classList.toggle("tiny", image.naturalWidth <= SMALL));
-    image.addEventListener("error", () => image.replaceWith((this.shown = element("span", "shown unshown", "?"))));
+    image.addEventListener("error", () => image.replaceWith((this.preview = element("span", "preview missing", "?"))));
     image.src = this.address;
     return image;
   }
 
   #quote() {
-    const quote = element("blockquote", "shown");
+    const quote = element("blockquote", "preview");
     quote.dir = "auto";
     quote.textContent = this.text;
     return quote;
@@ -60,52 +60,52 @@ export class Batch {
 
   constructor() {
     this.root = element("article", "batch");
-    this.asked = null; // the AbortController of the question that is open
-    this.gone = false; // removed: what is asked next is another batch
+    this.request = null; // the AbortController of the open request
+    this.removed = false; // then the next request needs a new batch
   }
 
-  // Draws all of it anew. `found` has a prediction for each item, or null: not yet. `answer` is the last whole answer
-  // of the server, with the sums of `seconds` and `tripS`; `failure` says why the rest got none, `again` asks again.
-  show(items, { found = [], answer = null, failure = null, again = null }) {
+  // Draws the batch anew. `predictions` has one for each item, or null if there is none yet. `answer` is the last answer
+  // of the server, with the sums of `seconds` and `tripS`; `failure` says why the rest has none, `again` asks again.
+  show(items, { predictions = [], answer = null, failure = null, again = null }) {
     clearInterval(this.#timer);
-    const [before, after] = [this.#items, items];
-    this.#items = after;
-    this.drop(before);
+    const previous = this.#items;
+    this.#items = items;
+    this.drop(previous);
     const most = items.length === 1 ? Infinity : 3;
-    const list = element("ul", "items", ...items.map((item, i) => row(item, found[i], most, failure)));
+    const list = element("ul", "items", ...items.map((item, i) => row(item, predictions[i], most, failure)));
     this.root.className = `batch ${items.length === 1 ? "single" : "many"} ${items[0].text === null ? "" : "quoted"}`;
     this.root.replaceChildren(list);
-    if (failure) this.root.append(this.#trouble(failure, again));
+    if (failure) this.root.append(this.#banner(failure, again));
     if (answer) this.root.append(byline(answer));
   }
 
-  // Items that are not shown are done with.
+  // Releases the items that are not shown.
   drop(items) {
     for (const item of items) if (!this.#items.includes(item)) item.drop();
   }
 
   remove() {
-    this.gone = true;
+    this.removed = true;
     clearInterval(this.#timer);
-    this.asked?.abort();
+    this.request?.abort();
     this.drop(this.#items.splice(0));
     this.root.remove();
   }
 
-  #trouble(failure, again) {
-    const told = element("p", "", say(element("strong"), failure.kind));
-    if (failure.told) told.append(" ", outside(failure.told));
-    const trouble = element("div", "banner", told);
-    if (!again) return trouble;
+  #banner(failure, again) {
+    const text = element("p", "", say(element("strong"), failure.kind));
+    if (failure.detail) text.append(" ", outside(failure.detail));
+    const banner = element("div", "banner", text);
+    if (!again) return banner;
     const button = element("button");
     button.type = "button";
     button.addEventListener("click", again);
-    trouble.append(element("p", "row", button));
+    banner.append(element("p", "row", button));
     this.#countDown(button, Math.ceil(failure.retryAfterS ?? 0));
-    return trouble;
+    return banner;
   }
 
-  // "Try again" can be pressed when the server said that it is of use.
+  // Enables "Try again" after the time that the server asked for.
   #countDown(button, seconds) {
     let left = seconds;
     const tick = () => {
@@ -119,17 +119,17 @@ export class Batch {
 }
 
 function row(item, prediction, most, failure) {
-  const said = element("div", "said");
+  const result = element("div");
   if (prediction && prediction.error === null) {
     const size = prediction.label.length > LONG ? "label long" : "label";
-    said.append(element("p", size, outside(prediction.label)), bars(prediction.probabilities, most));
+    result.append(element("p", size, outside(prediction.label)), bars(prediction.probabilities, most));
   } else if (prediction) {
-    said.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(prediction.error)));
+    result.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(prediction.error)));
   } else {
-    said.append(say(element("p", "label none"), failure ? "no_answer" : "pending"));
+    result.append(say(element("p", "label none"), failure ? "no_answer" : "pending"));
   }
-  if (item.text === null) said.append(element("p", "note file", item.title()));
-  return element("li", "item", item.shown, said);
+  if (item.text === null) result.append(element("p", "note file", item.title()));
+  return element("li", "item", item.preview, result);
 }
 
 function bars(probabilities, most) {

@@ -1,19 +1,19 @@
-// The camera, in a <video>: on, off, and one picture of what it sees.
+// The camera in a <video>: on, off, and taking a picture.
 
 const QUALITY = 0.92; // of the JPEG that is sent
 const LONGEST = 1280; // px
 
-// The word for why there is no camera, or null: it may be asked for.
+// The key of the text that says why there is no camera, or null if the page may ask for it.
 export function whyNoCamera() {
   if (navigator.mediaDevices?.getUserMedia) return null;
   return window.isSecureContext ? "camera_absent" : "camera_insecure";
 }
 
-// Shows the camera, the one at the back of a phone. Raises an Error whose message is the word for the reason.
+// Shows the camera, on a phone the one at the back. Throws an Error whose message is the key of a text.
 export async function turnOn(video) {
-  const wanted = { facingMode: "environment", width: { ideal: LONGEST }, height: { ideal: 720 } };
+  const constraints = { facingMode: "environment", width: { ideal: LONGEST }, height: { ideal: 720 } };
   try {
-    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: wanted, audio: false });
+    video.srcObject = await navigator.mediaDevices.getUserMedia({ video: constraints, audio: false });
     await video.play();
   } catch (error) {
     const reasons = { NotAllowedError: "camera_denied", SecurityError: "camera_denied", NotFoundError: "camera_none" };

@@ -1,13 +1,13 @@
-// A slate to draw on. Strokes are kept as points, not as pixels, so that what is sent doesn't depend on how large,
-// where, or with which pen somebody drew: `picture` sets the drawing to the size and the stroke that the data sets of
-// handwritten digits have, light on black.
+// A canvas to draw a digit on. Strokes are kept as points, not as pixels, so that the picture that is sent depends
+// neither on the size and place of the drawing nor on the pen: `picture` gives it the size and stroke width of the data
+// sets of handwritten digits, light on black.
 
-const PEN = 0.07; // of the slate's side, on screen
+const PEN = 0.07; // share of the canvas, on screen
 const SENT_SIDE = 256; // px; the server scales it to the model's size, as it does with any picture
-const SMALLEST = 0.2; // of the slate: a dot isn't blown up to the size of a digit
+const SMALLEST = 0.2; // share of the canvas: a dot isn't enlarged to the size of a digit
 
-// MNIST fits digits into 20 of 28 pixels. scikit-learn's digits of 8 pixels reach the edges, with thick strokes: set
-// so, 84 % of 160 made-up drawings were named right, and 46 % with a margin and a thin stroke.
+// MNIST fits digits into 20 of 28 pixels. The digits of scikit-learn have 8 pixels, reach the edges and have thick
+// strokes: drawn like that, 84 % of 160 generated drawings were classified right; with MNIST's margin and stroke, 46 %.
 const layout = (height) => (height <= 12 ? { margin: 0, pen: 0.16 } : { margin: 4 / 28, pen: 0.085 });
 
 export class Drawing {
@@ -16,12 +16,12 @@ export class Drawing {
   #canvas;
   #changed;
 
-  // `changed` is called when a stroke ends, and when something is taken back.
+  // `changed` is called after a stroke, an undo and a clear.
   constructor(canvas, changed) {
     this.#canvas = canvas;
     this.#changed = changed;
     canvas.addEventListener("pointerdown", (event) => this.#begin(event));
-    canvas.addEventListener("pointermove", (event) => this.#go(event));
+    canvas.addEventListener("pointermove", (event) => this.#move(event));
     for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => this.#end(event));
     new ResizeObserver(() => this.#fit()).observe(canvas);
   }
@@ -72,10 +72,10 @@ export class Drawing {
     this.#redraw();
   }
 
-  #go(event) {
+  #move(event) {
     if (event.pointerId !== this.#open?.pointer) return;
     const all = event.getCoalescedEvents?.() ?? [];
-    for (const one of all.length ? all : [event]) this.#open.points.push(this.#at(one));
+    for (const part of all.length ? all : [event]) this.#open.points.push(this.#at(part));
     this.#redraw();
   }
 
@@ -92,7 +92,7 @@ export class Drawing {
 
   #fit() {
     const side = Math.round(this.#canvas.clientWidth * devicePixelRatio);
-    if (side === 0 || side === this.#canvas.width) return; // hidden, or as it was
+    if (side === 0 || side === this.#canvas.width) return; // hidden, or unchanged
     this.#canvas.width = this.#canvas.height = side;
     this.#redraw();
   }
@@ -107,7 +107,7 @@ export class Drawing {
   }
 }
 
-// Round strokes through the middles between points: smooth, however few events a slow machine delivers.
+// Curves through the midpoints between points: smooth even with the few events of a slow machine.
 function paint(context, strokes, width) {
   Object.assign(context, { strokeStyle: "#fff", lineWidth: width, lineCap: "round", lineJoin: "round" });
   for (const points of strokes) {

@@ -1,4 +1,4 @@
-// The page at /health: /status for people, asked every 2 s while somebody looks.
+// The page /health: shows /status, and refreshes it every 2 s while the page is visible.
 
 import { brief, count, label, long, say, startLanguage } from "./language.js";
 import { Failure, fetchStatus } from "./server.js";
@@ -7,10 +7,10 @@ const EVERY_MS = 2000;
 const STATES = ["ready", "loading", "failed", "draining"];
 
 const $ = (id) => document.getElementById(id);
-let seen = null; // the last /status, and when it came
-let before = null; // the one before it, for rates
+let latest = null; // the last /status, and its time
+let previous = null; // the one before it, for rates
 
-// A column: its word, and the cell's text for a model; `n` for numbers.
+// Each column: the key of its title, and the cell for a model; `n` marks numbers.
 const COLUMNS = [
   { key: "model", of: nameCell, row: true },
   { key: "state", of: stateCell },
@@ -25,22 +25,22 @@ const COLUMNS = [
   { key: "restarts", of: (entry) => number(entry.restarts), n: true },
 ];
 
-// A model that never came up has no figures.
+// A model that never came up has no numbers.
 const number = (value) => (Number.isFinite(value) ? count(value) : "–");
 const ms = (value) => (Number.isFinite(value) ? brief(value / 1000) : "–");
 const idOf = (entry) => JSON.stringify([entry.name, entry.version]);
 
 function make(tag, className, ...children) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  made.append(...children);
-  return made;
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.append(...children);
+  return node;
 }
 
 function outside(tag, text) {
-  const made = document.createElement(tag);
-  made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  node.textContent = text;
+  return node;
 }
 
 function nameCell(entry) {
@@ -58,11 +58,11 @@ function stateCell(entry) {
   return cell;
 }
 
-// Requests per second between the last two looks.
+// Requests per second between the last two refreshes.
 function rate(entry) {
-  const old = before?.status.models.find((other) => idOf(other) === idOf(entry));
+  const old = previous?.status.models.find((other) => idOf(other) === idOf(entry));
   if (!old || !(entry.requests >= old.requests)) return "–";
-  const perSecond = (1000 * (entry.requests - old.requests)) / (seen.at - before.at);
+  const perSecond = (1000 * (entry.requests - old.requests)) / (latest.at - previous.at);
   return perSecond < 9.95 ? perSecond.toFixed(1) : count(Math.round(perSecond));
 }
 
@@ -79,7 +79,7 @@ function showState(key, state) {
   const title = $("overall");
   const text = title.lastElementChild;
   title.className = `state ${state}`;
-  if (text.dataset.t !== key) say(text, key); // not said again while nothing changed
+  if (text.dataset.t !== key) say(text, key); // so that a screen reader doesn't repeat it
 }
 
 function showModels({ models }) {
@@ -95,7 +95,7 @@ function showModels({ models }) {
     COLUMNS.forEach(({ of }, j) => {
       const value = body.children[i].children[j].lastElementChild;
       const fresh = make("span", "value", of(entry));
-      if (!fresh.isEqualNode(value)) value.replaceWith(fresh); // what is as it was keeps focus and selection
+      if (!fresh.isEqualNode(value)) value.replaceWith(fresh); // unchanged cells keep focus and selection
     });
   });
 }
@@ -107,7 +107,7 @@ function heading(key, n) {
   return cell;
 }
 
-// The roles are said because a narrow page lays the table out as blocks, which takes them away.
+// The roles are explicit, since a narrow page shows the table as blocks, which removes them.
 function emptyRow(id) {
   const row = make("tr");
   row.dataset.id = id;
@@ -116,19 +116,19 @@ function emptyRow(id) {
     const cell = make(first ? "th" : "td", n ? "n" : "");
     if (first) cell.scope = "row";
     cell.setAttribute("role", first ? "rowheader" : "cell");
-    const told = say(make("span", "told"), key); // shown where the head of the column isn't
-    told.setAttribute("aria-hidden", "true");
-    cell.append(told, make("span", "value"));
+    const caption = say(make("span", "caption"), key); // visible where the table's head is not
+    caption.setAttribute("aria-hidden", "true");
+    cell.append(caption, make("span", "value"));
     row.append(cell);
   }
   return row;
 }
 
-async function look() {
+async function refresh() {
   try {
     const status = await fetchStatus();
-    before = seen;
-    seen = { status, at: performance.now() };
+    previous = latest;
+    latest = { status, at: performance.now() };
     showState(...overall(status));
     say($("about"), "health_about", { version: status.version, time: long(status.uptime_s) });
     $("since").hidden = true;
@@ -136,19 +136,19 @@ async function look() {
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure;
     showState("health_lost", "failed");
-    $("since").hidden = seen === null;
-    if (seen) say($("since"), "health_since", { time: long((performance.now() - seen.at) / 1000) });
+    $("since").hidden = latest === null;
+    if (latest) say($("since"), "health_since", { time: long((performance.now() - latest.at) / 1000) });
   }
 }
 
-async function keepLooking() {
+async function keepRefreshing() {
   const started = performance.now();
-  await look();
-  const wait = () => setTimeout(keepLooking, Math.max(EVERY_MS - (performance.now() - started), 500));
-  if (document.hidden) document.addEventListener("visibilitychange", keepLooking, { once: true });
+  await refresh();
+  const wait = () => setTimeout(keepRefreshing, Math.max(EVERY_MS - (performance.now() - started), 500));
+  if (document.hidden) document.addEventListener("visibilitychange", keepRefreshing, { once: true });
   else wait();
 }
 
 startLanguage($("language"));
 label($("models"), "table");
-keepLooking();
+keepRefreshing();

@@ -1,21 +1,21 @@
-// The ways in: pictures that are chosen, dropped or pasted, a drawing, the camera, and text. Each makes Items and asks.
+// The inputs: pictures (chosen, dropped or pasted), a drawing, the camera, and text. Each makes Items and asks.
 
 import { Batch, Item } from "./answers.js";
 import { photograph, turnOff, turnOn, whyNoCamera } from "./camera.js";
 import { Drawing } from "./drawing.js";
 import { say } from "./language.js";
 
-const PAUSE_MS = 150; // after a stroke, before the drawing is sent: the next stroke often follows
-const FRAME_MS = 200; // between two questions of the camera
+const PAUSE_MS = 150; // between a stroke and sending the drawing, since another stroke often follows
+const FRAME_MS = 200; // between two pictures of the camera
 
 const $ = (id) => document.getElementById(id);
-let open = ""; // the way that is open: draw, picture, camera or text
-let ask; // (batch, items) -> a Failure, if there was one
+let open = ""; // the open input: draw, picture, camera or text
+let ask; // (batch, items) -> a Failure or nothing
 let current; // () -> the model's entry of /status, or null
 
-// Once. `ask` and `current` as above.
-export function startInputs(given) {
-  ({ ask, current } = given);
+// Called once; `ask` and `current` are as above.
+export function startInputs(functions) {
+  ({ ask, current } = functions);
   startTabs();
   startFiles();
   startDrawing();
@@ -23,11 +23,11 @@ export function startInputs(given) {
   startText();
 }
 
-// Shows the ways that the model has; the one that is open stays, if the model has it too.
-export function openWaysFor(model) {
+// Shows the inputs that the model takes. The open one stays open if the model takes it too.
+export function showInputsFor(model) {
   $("tab-draw").hidden = !model?.draws;
-  const possible = !model?.kind ? [""] : model.kind === "text" ? ["text"] : shownTabs().map(nameOf);
-  if (!possible.includes(open)) openWay(possible[0]);
+  const possible = !model?.kind ? [""] : model.kind === "text" ? ["text"] : visibleTabs().map(nameOf);
+  if (!possible.includes(open)) openInput(possible[0]);
 }
 
 const takesPictures = () => current()?.kind === "image";
@@ -41,13 +41,13 @@ function submit(files) {
 
 const tabs = [...document.querySelectorAll("[role=tab]")];
 const nameOf = (tab) => tab.id.replace("tab-", "");
-const shownTabs = () => tabs.filter((tab) => !tab.hidden);
+const visibleTabs = () => tabs.filter((tab) => !tab.hidden);
 
-function openWay(name) {
+function openInput(name) {
   if (open === "camera" && name !== "camera") cameraOff();
   open = name;
   $("tabs").hidden = name === "text" || name === "";
-  for (const way of ["draw", "picture", "camera", "text"]) $(`panel-${way}`).hidden = way !== name;
+  for (const input of ["draw", "picture", "camera", "text"]) $(`panel-${input}`).hidden = input !== name;
   for (const tab of tabs) {
     const selected = nameOf(tab) === name;
     tab.setAttribute("aria-selected", selected);
@@ -57,15 +57,15 @@ function openWay(name) {
 }
 
 function startTabs() {
-  for (const tab of tabs) tab.addEventListener("click", () => openWay(nameOf(tab)));
+  for (const tab of tabs) tab.addEventListener("click", () => openInput(nameOf(tab)));
   $("tabs").addEventListener("keydown", (event) => {
-    const shown = shownTabs();
-    const at = shown.indexOf(document.activeElement);
-    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: shown.length - 1 }[event.key];
+    const visible = visibleTabs();
+    const at = visible.indexOf(document.activeElement);
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: visible.length - 1 }[event.key];
     if (at < 0 || to === undefined) return;
     event.preventDefault();
-    const tab = shown[(to + shown.length) % shown.length];
-    openWay(nameOf(tab));
+    const tab = visible[(to + visible.length) % visible.length];
+    openInput(nameOf(tab));
     tab.focus();
   });
 }
@@ -99,7 +99,7 @@ function startFiles() {
 }
 
 function startDrawing() {
-  let batch = null; // of the drawing that is on the slate; a cleared slate begins another
+  let batch = null; // of the current drawing; after a clear there is a new one
   let timer = 0;
   const drawing = new Drawing($("drawing"), () => {
     clearTimeout(timer);
@@ -109,10 +109,10 @@ function startDrawing() {
     else timer = setTimeout(send, PAUSE_MS);
   });
   async function send() {
-    if (!batch || batch.gone) batch = new Batch();
-    const to = batch; // the slate may be cleared, and begun anew, while the picture is made
+    if (!batch || batch.removed) batch = new Batch();
+    const target = batch; // the drawing may be cleared and begun anew meanwhile
     const picture = await drawing.picture(current().height, current().width);
-    ask(to, [new Item({ name: { key: "drawn" }, file: new File([picture], "drawing.png", { type: picture.type }) })]);
+    ask(target, [new Item({ name: { key: "drawn" }, file: new File([picture], "drawing.png", { type: picture.type }) })]);
   }
   $("undo").addEventListener("click", () => drawing.undo());
   $("clear").addEventListener("click", () => drawing.clear());
@@ -122,7 +122,7 @@ function startDrawing() {
 
 let live = false;
 
-function cameraShows(on, note) {
+function showCamera(on, note) {
   $("video").hidden = !on;
   $("camera-note").hidden = on;
   $("camera-on").hidden = on || whyNoCamera() !== null;
@@ -133,7 +133,7 @@ function cameraShows(on, note) {
 function cameraOff() {
   stopLive();
   turnOff($("video"));
-  cameraShows(false, whyNoCamera() ?? "camera_is_off");
+  showCamera(false, whyNoCamera() ?? "camera_is_off");
 }
 
 function stopLive() {
@@ -142,14 +142,14 @@ function stopLive() {
 }
 
 async function cameraOn() {
-  cameraShows(false, "camera_asks");
+  showCamera(false, "camera_asks");
   try {
     await turnOn($("video"));
-    if (open !== "camera") return cameraOff(); // left while the browser asked
-    cameraShows(true);
+    if (open !== "camera") return cameraOff(); // the user went elsewhere while the browser asked
+    showCamera(true);
   } catch (error) {
     turnOff($("video"));
-    cameraShows(false, error.message);
+    showCamera(false, error.message);
   }
 }
 
@@ -158,13 +158,13 @@ async function frame() {
   return [new Item({ name: { key: "photographed" }, file: new File([picture], "camera.jpg", { type: picture.type }) })];
 }
 
-// One question after the other, never two at once; a server that refuses ends it.
+// Sends one picture after another, never two at once, until the server refuses one.
 async function keepAnswering() {
   live = !live;
   $("camera-live").setAttribute("aria-pressed", live);
   let batch = new Batch();
   while (live && $("video").srcObject) {
-    if (batch.gone) batch = new Batch();
+    if (batch.removed) batch = new Batch();
     if (await ask(batch, await frame())) return stopLive();
     await new Promise((resolve) => setTimeout(resolve, FRAME_MS));
   }

@@ -1,7 +1,7 @@
-// English and Chinese: what the pages say, and the switch between them.
+// The texts of the pages in English and Chinese, and the switch between them.
 //
-// An element says what its data-t names; `say` also keeps the values, so that everything that is on the page, answers
-// included, changes with the switch. Values are only ever set as text.
+// An element's data-t is the key of its text. `say` also stores the values of the text in the element, so that the switch
+// changes everything on the page, answers included. Values are always set as text, never as HTML.
 
 const LANGUAGE = "suanli.language";
 
@@ -29,24 +29,24 @@ const WORDS = {
     camera_off: "Turn off",
     camera_take: "Take picture",
     camera_live: "Keep answering",
-    camera_is_off: "The camera is off. Its pictures go to this server only.",
+    camera_is_off: "The camera is off. Its pictures are sent only to this server.",
     camera_asks: "Waiting for the camera…",
     camera_insecure:
-      "Browsers give the camera only to pages from https or from localhost. Start the server with --tls-cert and " +
-      "--tls-key, or choose a picture instead: a phone offers its camera there.",
-    camera_absent: "This browser has no camera for pages. Choose a picture instead.",
+      "Browsers allow the camera only on pages from https or localhost. Start the server with --tls-cert and " +
+      "--tls-key, or choose a picture instead: on a phone you can take one there.",
+    camera_absent: "This browser offers pages no camera. Choose a picture instead.",
     camera_denied: "The camera is blocked for this page. Allow it in the browser's settings, then turn it on again.",
     camera_none: "No camera was found.",
     camera_busy: "The camera can't be started. Another program may be using it.",
     text: "Text",
     text_ask: "Classify",
     text_hint: "or Ctrl + Enter",
-    shell: "The same from a shell",
+    shell: "Do the same from a shell",
     answers: "Answers",
-    empty: "The likeliest classes come here, with the time it took and the engine that answered.",
+    empty: "The most likely classes will appear here, with the time taken and the engine used.",
     forget: "Remove all answers",
-    knows: "The {n} classes that it knows",
-    knows_one: "The one class that it knows",
+    knows: "All {n} classes",
+    knows_one: "The only class",
     more: "and {n} more",
     is_image: "Pictures, {width} × {height}, {colour}",
     is_text: "Texts",
@@ -57,41 +57,41 @@ const WORDS = {
     version: "version {version}",
     drawn: "Drawing",
     photographed: "Camera",
-    pending: "Asking…",
-    took: "{server} in the server, {trip} round trip",
+    pending: "Working…",
+    took: "{server} on the server, {trip} round trip",
     by: "{engine} {precision}",
     by_model: "{model}, version {version}",
-    told: "{name}: {label}, {share}",
-    told_many: "{n} of {all} answered",
-    told_error: "{name}: no answer. {error}",
+    result: "{name}: {label}, {share}",
+    result_many: "{n} of {all} answered",
+    result_error: "{name}: no answer. {error}",
     no_answer: "No answer",
     again: "Try again",
     again_in: "Try again in {n}\u00a0s",
     offline: "No connection to the server.",
-    offline_still: "No connection to the server. Trying again by itself.",
-    full: "The server is full and refused this at once, to stay quick for the others.",
+    offline_still: "No connection to the server. Retrying automatically.",
+    full: "The server is full. It refused this at once so that other requests stay fast.",
     not_ready: "The model is not ready.",
     large: "Too large for this server.",
-    late: "No answer in time.",
-    refused: "The server refused this.",
-    broken: "The server failed on this.",
+    late: "The answer took too long.",
+    refused: "The server refused this input.",
+    broken: "The server failed on this input.",
     key_wrong: "The server didn't accept the key.",
     loading: "The model is loading.",
     failed: "The model is not running.",
-    draining: "The server is shutting down: it finishes what it has and accepts nothing new.",
+    draining: "The server is shutting down. It finishes open requests and accepts no new ones.",
     no_models: "The server has no model.",
-    key_needed: "This server asks for its API key.",
+    key_needed: "This server needs an API key.",
     key_use: "Use this key",
-    key_kept: "Kept in this tab until it is closed.",
-    key_checking: "Asking the server…",
+    key_kept: "Kept only in this tab, until it is closed.",
+    key_checking: "Checking the key…",
     health_ready: "Ready",
     health_partly: "Partly ready",
     health_not: "Not ready",
     health_draining: "Shutting down",
     health_none: "No model",
     health_lost: "No connection",
-    health_about: "suanli {version}, up {time}. Refreshed every 2\u00a0s.",
-    health_since: "What is shown is {time} old.",
+    health_about: "suanli {version}, up for {time}. Refreshed every 2\u00a0s.",
+    health_since: "These figures are {time} old.",
     table: "Models",
     state: "State",
     engine: "Engine",
@@ -139,18 +139,18 @@ const WORDS = {
     camera_asks: "正在等待摄像头……",
     camera_insecure:
       "浏览器只允许通过 https 或 localhost 打开的页面使用摄像头。请用 --tls-cert 和 --tls-key 启动服务，或改为选择图片：手机在选择图片时可以直接拍照。",
-    camera_absent: "此浏览器不向网页提供摄像头。请改为选择图片。",
-    camera_denied: "此页面被禁止使用摄像头。请在浏览器的网站设置中允许，然后重新打开。",
+    camera_absent: "此浏览器不允许网页使用摄像头。请改为选择图片。",
+    camera_denied: "此页面被禁止使用摄像头。请在浏览器的网站设置中允许，然后重新打开摄像头。",
     camera_none: "没有找到摄像头。",
     camera_busy: "无法启动摄像头，可能正被其他程序占用。",
     text: "文本",
     text_ask: "分类",
     text_hint: "或按 Ctrl + Enter",
-    shell: "在命令行里做同样的事",
+    shell: "用命令行完成同样的操作",
     answers: "结果",
-    empty: "这里会显示最可能的类别、所用的时间，以及由哪个引擎得出。",
+    empty: "这里会显示最可能的类别、所用时间和所用引擎。",
     forget: "移除全部结果",
-    knows: "它认识的 {n} 个类别",
+    knows: "全部 {n} 个类别",
     more: "以及另外 {n} 个",
     is_image: "图片，{width} × {height}，{colour}",
     is_text: "文本",
@@ -164,29 +164,29 @@ const WORDS = {
     took: "服务器用时 {server}，往返 {trip}",
     by: "{engine} {precision}",
     by_model: "{model}，版本 {version}",
-    told: "{name}：{label}，{share}",
-    told_many: "{all} 个中有 {n} 个已得到结果",
-    told_error: "{name}：没有结果。{error}",
+    result: "{name}：{label}，{share}",
+    result_many: "共 {all} 个，其中 {n} 个有结果",
+    result_error: "{name}：没有结果。{error}",
     no_answer: "没有结果",
     again: "重试",
     again_in: "{n} 秒后可重试",
     offline: "无法连接服务器。",
     offline_still: "无法连接服务器，正在自动重试。",
-    full: "服务器已满，因此立即拒绝了这次请求，以免拖慢其他请求。",
+    full: "服务器已满，为了不拖慢其他请求，拒绝了这次请求。",
     not_ready: "模型尚未就绪。",
     large: "超过了服务器允许的大小。",
-    late: "没有及时得到结果。",
-    refused: "服务器拒绝了这次请求。",
-    broken: "服务器处理时出错。",
+    late: "等待结果超时。",
+    refused: "服务器拒绝了此输入。",
+    broken: "服务器处理此输入时出错。",
     key_wrong: "服务器不接受这个密钥。",
     loading: "模型正在加载。",
-    failed: "模型没有在运行。",
-    draining: "服务器正在关闭：会完成已接受的请求，不再接受新的请求。",
+    failed: "模型未在运行。",
+    draining: "服务器正在关闭：已接受的请求会完成，不再接受新请求。",
     no_models: "服务器上没有模型。",
     key_needed: "这台服务器需要 API 密钥。",
     key_use: "使用此密钥",
     key_kept: "只保存在此标签页中，关闭后即清除。",
-    key_checking: "正在询问服务器……",
+    key_checking: "正在验证密钥……",
     health_ready: "就绪",
     health_partly: "部分就绪",
     health_not: "未就绪",
@@ -217,28 +217,28 @@ const WORDS = {
   },
 };
 
-let language = remembered() ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+let language = storedLanguage() ?? (navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
 
-function remembered() {
+function storedLanguage() {
   try {
-    const kept = localStorage.getItem(LANGUAGE);
-    return Object.hasOwn(WORDS, kept ?? "") ? kept : null;
+    const stored = localStorage.getItem(LANGUAGE);
+    return Object.hasOwn(WORDS, stored ?? "") ? stored : null;
   } catch {
-    return null; // storage is off in this browser: then the language of the browser holds
+    return null; // the browser has no storage: use its own language
   }
 }
 
 export function words(key, values = {}) {
-  const said = WORDS[language];
-  const text = (values.n === 1 && said[`${key}_one`]) || said[key] || key;
+  const texts = WORDS[language];
+  const text = (values.n === 1 && texts[`${key}_one`]) || texts[key] || key;
   return text.replace(/\{(\w+)\}/g, (whole, name) => {
     const value = values[name];
     if (value === undefined || value === null) return whole;
-    return typeof value === "object" ? words(value.key, value) : String(value); // {key: …} is said in its turn
+    return typeof value === "object" ? words(value.key, value) : String(value); // {key: …} is a text too
   });
 }
 
-// From now on the element says this, in whichever language is chosen.
+// Sets the text of an element, in the chosen language and after a switch, too.
 export function say(element, key, values) {
   element.dataset.t = key;
   if (values) element.dataset.values = JSON.stringify(values);
@@ -253,7 +253,7 @@ export function label(element, key) {
   return element;
 }
 
-function sayAll() {
+function showAll() {
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
   for (const element of document.querySelectorAll("[data-t]")) {
     const { t, values } = element.dataset;
@@ -266,7 +266,7 @@ function sayAll() {
 
 export function startLanguage(button) {
   const show = () => {
-    sayAll();
+    showAll();
     button.textContent = words("other");
     button.lang = language === "zh" ? "en" : "zh-CN";
   };
@@ -275,7 +275,7 @@ export function startLanguage(button) {
     try {
       localStorage.setItem(LANGUAGE, language);
     } catch {
-      // storage is off: the choice holds for this page
+      // no storage: the choice lasts as long as the page
     }
     show();
   });
@@ -284,14 +284,14 @@ export function startLanguage(button) {
 
 const NO_BREAK = "\u00a0"; // between a number and its unit
 
-// Seconds as people say them: "3.2 ms", "48 ms", "1.24 s".
+// Seconds in short: "3.2 ms", "48 ms", "1.24 s".
 export function brief(seconds) {
   const ms = 1000 * seconds;
   if (ms < 9.95) return `${ms.toFixed(1)}${NO_BREAK}ms`;
   return ms < 999.5 ? `${ms.toFixed(0)}${NO_BREAK}ms` : `${seconds.toFixed(2)}${NO_BREAK}s`;
 }
 
-// A longer time as values for `say`: "48 s", "3 min 5 s", "2 h 10 min", "4 d 3 h".
+// A longer time, as values for `say`: "48 s", "3 min 5 s", "2 h 10 min", "4 d 3 h".
 export function long(seconds) {
   const s = Math.floor(seconds);
   if (s < 60) return { key: "seconds", n: s };

@@ -1,26 +1,26 @@
-// The page at /: what the server is like, asking it, and the key. The ways in are in inputs.js.
+// The page /: the state of the server, requests, and the key. The inputs are in inputs.js.
 
 import { element, outside } from "./answers.js";
-import { openWaysFor, startInputs } from "./inputs.js";
+import { showInputsFor, startInputs } from "./inputs.js";
 import { percent, say, startLanguage, words } from "./language.js";
 import { Failure, checkKey, fetchStatus, hasKey, predict, useKey } from "./server.js";
 
-const AT_ONCE = 16; // files in one request
+const AT_ONCE = 16; // files per request
 const AT_ONCE_BYTES = 16e6;
-const POLL_MS = { well: 10000, ill: 1500 };
-const MANY_CLASSES = 200; // names that are listed
-const KEPT = 60; // batches; the oldest goes
-const ALL_SHOWN = 12; // as many classes are all shown in an answer, else the first five
+const POLL_MS = { ready: 10000, notReady: 1500 };
+const MANY_CLASSES = 200; // at most as many names are listed
+const MAX_BATCHES = 60; // older ones are removed
+const FEW_CLASSES = 12; // up to as many are all shown in an answer, else the first five
 
 const $ = (id) => document.getElementById(id);
 const batches = [];
-let status = null; // the last one that came
+let status = null; // the last /status
 let reached = false; // the server answers
-let model = null; // the entry of /status that is asked
-let shown = ""; // what the page says of it
-let heldByKey = []; // questions that were refused for want of a key
+let model = null; // the chosen model: its entry of /status
+let description = ""; // what the page shows of it
+let waitingForKey = []; // requests that were refused for lack of a key
 
-// ---- What the server is like
+// ---- The server
 
 async function poll() {
   try {
@@ -30,28 +30,28 @@ async function poll() {
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure;
     reached = false;
-    notice(failure.kind === "offline" || failure.kind === "late" ? "offline_still" : failure.kind, failure.told);
+    notice(failure.kind === "offline" || failure.kind === "late" ? "offline_still" : failure.kind, failure.detail);
   }
 }
 
 async function keepPolling() {
   await poll();
-  const well = reached && status.ready && !status.draining;
-  setTimeout(whenSeen, well ? POLL_MS.well : POLL_MS.ill);
+  const ready = reached && status.ready && !status.draining;
+  setTimeout(pollWhenVisible, ready ? POLL_MS.ready : POLL_MS.notReady);
 }
 
-function whenSeen() {
-  if (document.hidden) document.addEventListener("visibilitychange", whenSeen, { once: true });
+function pollWhenVisible() {
+  if (document.hidden) document.addEventListener("visibilitychange", pollWhenVisible, { once: true });
   else keepPolling();
 }
 
-function notice(key, told = "") {
+function notice(key, detail = "") {
   const box = $("notice");
   box.hidden = key === null;
-  if (key === null || (box.dataset.said === key + told && box.firstChild)) return; // said once, not at every poll
-  box.dataset.said = key + told;
+  if (key === null || (box.dataset.content === key + detail && box.firstChild)) return; // so that a screen reader reads it once
+  box.dataset.content = key + detail;
   const text = element("p", "", say(element("span"), key));
-  text.append(" ", outside(told));
+  text.append(" ", outside(detail));
   box.replaceChildren(text);
 }
 
@@ -59,8 +59,8 @@ const idOf = (entry) => JSON.stringify([entry.name, entry.version]);
 
 function showServer() {
   const { models } = status;
-  const before = model && models.find((entry) => idOf(entry) === idOf(model));
-  chooseModel(before ?? models.find((entry) => entry.state === "ready") ?? models[0] ?? null);
+  const same = model && models.find((entry) => idOf(entry) === idOf(model));
+  chooseModel(same ?? models.find((entry) => entry.state === "ready") ?? models[0] ?? null);
   showChoice();
   if (status.draining) notice("draining");
   else if (!model) notice("no_models");
@@ -82,26 +82,26 @@ function showChoice() {
   const list = $("model");
   const same = options.length === list.length && options.every((option, i) => option.value === list.options[i].value);
   if (same) list.value = model === null ? "" : idOf(model);
-  else list.replaceChildren(...options); // not while it is open and nothing is new
+  else list.replaceChildren(...options); // only on a change, since the list may be open
 }
 
 function chooseModel(entry) {
   model = entry;
   const { name, version, engine, precision, kind, classes, draws } = entry ?? {};
-  const fresh = JSON.stringify([name, version, engine, precision, kind, classes, draws, status.key_needed]);
-  if (fresh === shown) return; // what somebody reads, selects or has scrolled stays as it is
-  shown = fresh;
+  const now = JSON.stringify([name, version, engine, precision, kind, classes, draws, status.key_needed]);
+  if (now === description) return; // so that scrolling and selection stay
+  description = now;
   $("title").textContent = name ?? "suanli";
   document.title = name ? `${name} · suanli` : "suanli";
   $("about").replaceChildren(...(entry ? about(entry) : []));
   showClasses();
   showShell();
-  openWaysFor(entry);
+  showInputsFor(entry);
 }
 
 function about({ kind, height, width, channels, classes, engine, precision, version }) {
   const part = (key, values) => say(element("span"), key, values);
-  if (!kind) return [part("version", { version })]; // it never came up
+  if (!kind) return [part("version", { version })]; // it has never come up
   const size = { height, width, colour: { key: channels === 1 ? "grey" : "colour" } };
   const what = kind === "text" ? part("is_text") : part("is_image", size);
   const many = part("classes", { n: classes.length });
@@ -130,39 +130,39 @@ function showShell() {
   $("shell").querySelector("code").textContent = `curl${key} ${what} '${address.href.replaceAll("'", "%27")}'`;
 }
 
-// ---- Asking
+// ---- Requests
 
-// Asks about `items`, and shows what came in `batch`. What a batch showed before stays until there is an answer.
+// Asks for predictions of `items` and shows them in `batch`, which keeps its previous content until there is an answer.
 async function ask(batch, items) {
-  if (batch.gone) return batch.drop(items);
-  batch.asked?.abort();
-  const asked = (batch.asked = new AbortController());
-  const found = items.map(() => null);
+  if (batch.removed) return batch.drop(items);
+  batch.request?.abort();
+  const request = (batch.request = new AbortController());
+  const predictions = items.map(() => null);
   let answer = null;
   if (!batch.root.isConnected) {
     batches.unshift(batch);
-    for (const old of batches.splice(KEPT)) old.remove();
+    for (const old of batches.splice(MAX_BATCHES)) old.remove();
     $("list").prepend(batch.root);
-    batch.show(items, { found });
+    batch.show(items, { predictions });
   }
   showEmpty();
   try {
     for (const [start, part] of parts(items)) {
-      const more = await askPart(part, asked.signal);
-      if (asked.signal.aborted) return batch.drop(items);
-      more.predictions.forEach((prediction, i) => (found[start + i] = prediction));
+      const more = await askPart(part, request.signal);
+      if (request.signal.aborted) return batch.drop(items);
+      more.predictions.forEach((prediction, i) => (predictions[start + i] = prediction));
       answer = { ...more, seconds: more.seconds + (answer?.seconds ?? 0), tripS: more.tripS + (answer?.tripS ?? 0) };
-      batch.show(items, { found, answer });
+      batch.show(items, { predictions, answer });
     }
-    announce(items, found);
+    announce(items, predictions);
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure;
-    if (asked.signal.aborted) return batch.drop(items);
+    if (request.signal.aborted) return batch.drop(items);
     const again = () => {
       batch.show(items, {});
       return ask(batch, items);
     };
-    batch.show(items, { found, answer, failure: told(failure), again });
+    batch.show(items, { predictions, answer, failure: explain(failure), again });
     $("announcer").textContent = words(failure.kind);
     if (failure.kind === "key") askForKey(again);
     else if (failure.kind !== "refused") poll();
@@ -172,12 +172,12 @@ async function ask(batch, items) {
 
 async function askPart(items, signal) {
   if (!model?.kind) throw new Failure("not_ready");
-  const top = model.classes.length <= ALL_SHOWN ? Math.max(model.classes.length, 1) : 5;
+  const top = model.classes.length <= FEW_CLASSES ? Math.max(model.classes.length, 1) : 5;
   if (items[0].text !== null) return predict({ model, top, text: items[0].text, signal });
   return predict({ model, top, files: items.map((item) => item.file), signal });
 }
 
-// Pieces of at most 16 files and about 16 MB, each with the number of its first item.
+// Parts of at most 16 files and about 16 MB, each with the index of its first item.
 function* parts(items) {
   let start = 0;
   while (start < items.length) {
@@ -189,22 +189,22 @@ function* parts(items) {
   }
 }
 
-// 503 is a full server or a model that isn't there yet: the last /status knows which.
-function told(failure) {
+// 503 means a full server or a model that isn't ready: the last /status says which.
+function explain(failure) {
   if (failure.kind !== "full" || failure.status !== 503 || model?.state === "ready") return failure;
   return new Failure("not_ready", failure);
 }
 
-function announce(items, found) {
-  const [prediction] = found;
-  const { name: given } = items[0];
-  const name = given?.key ? words(given.key) : (given ?? words("text"));
+function announce(items, predictions) {
+  const [prediction] = predictions;
+  const title = items[0].name;
+  const name = title?.key ? words(title.key) : (title ?? words("text"));
   let text;
-  if (found.length > 1) {
-    const n = found.filter((one) => one && one.error === null).length;
-    text = words("told_many", { n, all: found.length });
-  } else if (prediction.error !== null) text = words("told_error", { name, error: prediction.error });
-  else text = words("told", { name, label: prediction.label, share: percent(prediction.probability) });
+  if (predictions.length > 1) {
+    const n = predictions.filter((each) => each && each.error === null).length;
+    text = words("result_many", { n, all: predictions.length });
+  } else if (prediction.error !== null) text = words("result_error", { name, error: prediction.error });
+  else text = words("result", { name, label: prediction.label, share: percent(prediction.probability) });
   $("announcer").textContent = text;
 }
 
@@ -221,7 +221,7 @@ function askForKey(again) {
     useKey("");
     say($("key-note"), "key_wrong");
   }
-  heldByKey.push(again);
+  waitingForKey.push(again);
   $("key-form").hidden = false;
   $("key").focus();
 }
@@ -242,7 +242,7 @@ async function tryKey(event) {
   $("key").value = "";
   $("key-form").hidden = true;
   say($("key-note"), "key_kept");
-  for (const again of heldByKey.splice(0)) again();
+  for (const again of waitingForKey.splice(0)) again();
 }
 
 startLanguage($("language"));

@@ -1,15 +1,15 @@
-// What the pages ask the server: /status, /predict, and whether a key is right. Addresses are relative to the page,
-// so that it also works below a prefix of a proxy.
+// Requests to the server: /status, /predict, and whether a key is accepted. Addresses are relative to the page, so that
+// it also works under a proxy's prefix.
 
 const KEY = "suanli.key";
 const STATUS_LIMIT_MS = 5000;
 const PREDICT_LIMIT_MS = 120000;
 
-// Why there is no answer. `kind` names what the page says; `told` is the server's own sentence, if it sent one.
+// Why there is no answer. `kind` is the key of a text; `detail` is the server's own message, if it sent one.
 export class Failure extends Error {
-  constructor(kind, { status = 0, told = "", retryAfterS = null } = {}) {
-    super(told || kind);
-    Object.assign(this, { kind, status, told, retryAfterS });
+  constructor(kind, { status = 0, detail = "", retryAfterS = null } = {}) {
+    super(detail || kind);
+    Object.assign(this, { kind, status, detail, retryAfterS });
   }
 }
 
@@ -17,13 +17,13 @@ let key = "";
 try {
   key = sessionStorage.getItem(KEY) ?? "";
 } catch {
-  // storage is off in this browser: the key holds as long as the page
+  // the browser has no storage: the key lasts as long as the page
 }
 
 export const hasKey = () => key !== "";
 
-export function useKey(given) {
-  key = given;
+export function useKey(value) {
+  key = value;
   try {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
@@ -37,13 +37,13 @@ export async function fetchStatus() {
   return (await body(response)) ?? fail(response, {});
 }
 
-// Raises Failure("key") where the key isn't accepted.
+// Throws Failure("key") if the key isn't accepted.
 export async function checkKey() {
   const response = await ask("v2", { headers: authorization() }, STATUS_LIMIT_MS);
   if (response.status === 401) throw new Failure("key", { status: 401 });
 }
 
-// The server's answer to files or to one text, with `tripS`: the seconds from here until it had come whole.
+// The server's answer for files or one text, with `tripS`: the seconds until the whole answer was here.
 export async function predict({ model, top, files = null, text = null, signal = null }) {
   const query = new URLSearchParams({ model: model.name, version: model.version, top });
   const headers = authorization();
@@ -91,16 +91,16 @@ async function body(response) {
   try {
     return await response.json();
   } catch (error) {
-    if (error instanceof SyntaxError) return null; // not JSON: an answer of something between
+    if (error instanceof SyntaxError) return null; // not JSON: the answer of a proxy
     throw new Failure(error.name === "AbortError" ? "withdrawn" : "offline");
   }
 }
 
 function fail(response, answer) {
   const { status } = response;
-  const told = typeof answer.error === "string" ? answer.error : "";
+  const detail = typeof answer.error === "string" ? answer.error : "";
   const after = Number.parseFloat(response.headers.get("Retry-After") ?? "");
   const kinds = { 401: "key", 413: "large", 429: "full", 503: "full", 504: "late" };
   const kind = kinds[status] ?? (status >= 500 ? "broken" : "refused");
-  throw new Failure(kind, { status, told, retryAfterS: Number.isFinite(after) ? after : null });
+  throw new Failure(kind, { status, detail, retryAfterS: Number.isFinite(after) ? after : null });
 }
