@@ -65,7 +65,7 @@ def run_group(
 
 
 def read_outputs(done: Sequence[subprocess.CompletedProcess]) -> list:
-    """What each has printed, as JSON. All must have succeeded."""
+    """What each process printed, as JSON. All must have succeeded."""
     assert [p.returncode for p in done] == [0] * len(done), done[0].stderr + done[-1].stderr
     return [json.loads(p.stdout) for p in done]
 

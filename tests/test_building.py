@@ -1,4 +1,4 @@
-"""From names to networks, and from weights files to parameters."""
+"""Building networks from names, and loading weights files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], str]]:
-    """Writes a module into the current directory and gives its name; leaves no trace of it."""
+    """Writes a module into the current directory and returns its name; removes it afterwards."""
     import sys
 
     monkeypatch.chdir(tmp_path)
@@ -66,7 +66,7 @@ def recipe(model: str, **args: Json) -> Recipe:
 
 
 @pytest.mark.parametrize("name", ["speednet", "resnet18"])
-def test_builds_what_is_built_in(name: str) -> None:
+def test_built_in_models_can_be_built(name: str) -> None:
     module = building.build(recipe(name), SMALL, classes=7)
     assert module.training
     assert module(torch.zeros(2, 3, 12, 16)).shape == (2, 7)
@@ -74,7 +74,7 @@ def test_builds_what_is_built_in(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(registry.names("models")))
-def test_an_outline_of_what_is_built_in_has_all_but_values(name: str) -> None:
+def test_built_in_models_on_the_meta_device_differ_only_in_values(name: str) -> None:
     model = building.resolve(name)
     preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
     args = building.builder_arguments(recipe(name), preprocess, 7)
@@ -92,7 +92,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 @pytest.mark.parametrize(
-    ("line", "outlined"),
+    ("line", "on_meta"),
     [
         ("net.conv.bias.data.fill_(3)", True),
         ("net.register_buffer('table', torch.arange(3.0), persistent=False)", True),
@@ -105,10 +105,12 @@ def shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
         ("net.initialize = lambda inputs: None", False),
     ],
 )
-def test_what_needs_values_has_no_outline(user_module: Callable[[str, str], str], line: str, outlined: bool) -> None:
+def test_what_needs_values_isnt_built_on_the_meta_device(
+    user_module: Callable[[str, str], str], line: str, on_meta: bool
+) -> None:
     user_module("mine_o", f"def build(classes):\n    net = Net(classes)\n    {line}\n    return net\n")
     module = building.build(recipe("mine_o:build"), SMALL, classes=4, on_meta=True)
-    assert all(p.is_meta == outlined for p in module.parameters())
+    assert all(p.is_meta == on_meta for p in module.parameters())
 
 
 def test_model_arguments_reach_the_builder() -> None:
@@ -144,7 +146,7 @@ def test_a_model_for_other_data_names_those_that_fit() -> None:
 # --- the user's functions ---
 
 
-def test_a_users_function_gets_what_it_asks_for(user_module: Callable[[str, str], str]) -> None:
+def test_a_users_function_gets_the_arguments_that_it_names(user_module: Callable[[str, str], str]) -> None:
     user_module("mine_a", "def build(classes, in_channels, wide=1):\n    return Net(classes, in_channels)\n")
     module = building.build(recipe("mine_a:build", wide=3), SMALL, classes=4)
     assert module(torch.zeros(1, 3, 12, 16)).shape == (1, 4)
@@ -184,7 +186,7 @@ def test_a_users_function_that_is_wrong(user_module: Callable[[str, str], str], 
 
 
 @pytest.mark.parametrize("spec", ["mine_nowhere:build", ":build", "os:", "..:x", "a b:c", "speednet:"])
-def test_a_spelling_that_leads_nowhere(spec: str) -> None:
+def test_model_names_that_cant_be_resolved(spec: str) -> None:
     with pytest.raises(UsageError):
         building.resolve(spec)
 
@@ -291,7 +293,7 @@ def test_a_pickle_is_refused_without_opening_it(tmp_path: Path, name: str) -> No
 
 
 @given(kept=st.floats(0, 0.999))
-def test_a_file_cut_short_is_damaged(tmp_path_factory: pytest.TempPathFactory, kept: float) -> None:
+def test_a_truncated_file_is_damaged(tmp_path_factory: pytest.TempPathFactory, kept: float) -> None:
     path = tmp_path_factory.mktemp("cut") / "w.safetensors"
     save_file({"weight": torch.ones(40, 3), "bias": torch.ones(40)}, path)
     whole = path.read_bytes()
@@ -308,7 +310,7 @@ def test_any_bytes_are_damaged_or_do_not_fit(tmp_path_factory: pytest.TempPathFa
         building.load_weights(nn.Linear(3, 40), path, "head")
 
 
-def test_no_file_or_a_folder_is_the_users_error(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_the_users_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(UsageError, match="Can't read weights"):
             building.load_weights(resnet(), path, "fc")

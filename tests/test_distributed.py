@@ -1,4 +1,4 @@
-"""Several processes learn what one does: the same losses, the same evaluation, from the same examples."""
+"""Several processes learn the same as one: same losses and scores, from the same examples."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> dict[tuple[str, int], list[tuple[dict, dict]]]:
-    """By case and number of processes, what each of them found in float64 and in float32. Starting processes takes
+    """By case and number of processes, the results of each process in float64 and in float32. Starting processes takes
     most of the time, so each group learns all of its cases."""
-    found = {}
+    results = {}
     with pytest.MonkeyPatch.context() as patched, use_threads(1):
         folder = tmp_path_factory.mktemp("learned")
         patched.chdir(folder)
@@ -45,12 +45,12 @@ def learned(tmp_path_factory) -> dict[tuple[str, int], list[tuple[dict, dict]]]:
             wanted = [{"data": "digits", "settings": CASES[c], **kind, **shares} for c in cases for kind in kinds]
             every = [main(wanted)] if count == 1 else read_outputs(run_group(count, [str(MEMBER), json.dumps(wanted)]))
             for i, case in enumerate(cases):
-                found[case, count] = [(one[2 * i], one[2 * i + 1]) for one in every]
-    return found
+                results[case, count] = [(one[2 * i], one[2 * i + 1]) for one in every]
+    return results
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_and_four_processes_learn_what_one_does(learned, case):
+def test_two_and_four_processes_learn_the_same_as_one(learned, case):
     ((one, one_single),) = learned[case, 1]
     for count in (2, 4):
         if (every := learned.get((case, count))) is None:
@@ -86,12 +86,12 @@ def test_every_example_of_a_batch_is_computed_once(size, count, data):
 
 
 @given(st.integers(1, 64), st.integers(0, 1000))
-def test_every_example_of_a_split_is_examined_once(size, count):
+def test_every_example_of_a_split_is_evaluated_once(size, count):
     seen = [i for r in range(size) for i in range(count)[Group(rank=r, size=size).even_share(count)]]
     assert seen == list(range(count))
 
 
-def test_processes_of_one_start_agree_whatever_earlier_ones_have_left() -> None:
+def test_processes_of_one_start_agree_despite_traces_of_earlier_ones() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def process(rank: int, size: int) -> str:
@@ -111,14 +111,14 @@ def test_processes_of_one_start_agree_whatever_earlier_ones_have_left() -> None:
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "5", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
 
-def test_who_a_process_is():
+def test_the_rank_of_a_process_comes_from_its_environment():
     assert group.process_place({}) is None
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    found = group.process_place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
-    assert found == group.ProcessPlace(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
+    place = group.process_place(torchrun | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert place == group.ProcessPlace(rank=3, size=4, local_rank=1, local_size=2, restarts=2)
     nodes = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "1", "SLURM_RESTART_COUNT": "1"}
-    found = group.process_place(SLURM | nodes)
-    assert found == group.ProcessPlace(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
+    place = group.process_place(SLURM | nodes)
+    assert place == group.ProcessPlace(rank=3, size=5, local_rank=1, local_size=2, restarts=1)
     # The shell of a batch script has the variables of its job, but is no step of it.
     assert group.process_place({k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}) is None
 
@@ -132,6 +132,6 @@ def test_who_a_process_is():
         SLURM | {"SLURM_PROCID": ""},
     ],
 )
-def test_variables_that_say_nothing_are_refused(wrong):
+def test_incomplete_variables_are_refused(wrong):
     with pytest.raises(UsageError, match="incomplete"):
         group.process_place(wrong)

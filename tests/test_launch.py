@@ -1,4 +1,4 @@
-"""`suanli train --nproc`: several processes on this machine, what kills one of them, and what they differ in."""
+"""`suanli train --nproc`: several processes on this machine, how they fail, and how they may differ."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def train(*arguments: object, **environment: str) -> int:
         return process.wait()
 
 
-def said() -> str:
+def errors() -> str:
     return Path("err").read_text()
 
 
 def members(launcher: int) -> list[int]:
-    """Process numbers of those that were started, which are sessions of their own."""
-    found = []
+    """Process ids of the started processes, each of which is a session of its own."""
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -64,8 +64,8 @@ def members(launcher: int) -> list[int]:
             except OSError:
                 continue
             if int(words[1]) == launcher and b"suanli" in line and words[0] != "Z":
-                found.append(int(entry.name))
-    return sorted(found)
+                pids.append(int(entry.name))
+    return sorted(pids)
 
 
 def steps_saved(run: str) -> list[int]:
@@ -82,11 +82,11 @@ def weights(run: Path | str) -> str:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run of two processes that nothing has disturbed, in a folder with what the command printed."""
+    """An undisturbed run of two processes, in a folder with the output of the command."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
-        assert train("digits", "--nproc=2", "--out=whole", "--json", *SETTINGS) == 0, said()
+        assert train("digits", "--nproc=2", "--out=whole", "--json", *SETTINGS) == 0, errors()
     return folder / "whole"
 
 
@@ -114,12 +114,12 @@ def test_two_processes_leave_one_run(whole):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("shared_cache")
-def test_what_is_killed_goes_on_to_the_same_bits(whole):
+def test_a_killed_run_resumes_to_the_same_bits(whole):
     with started("digits", "--nproc=2", "--out=killed", *SETTINGS, "--checkpoint-every-s=0.2") as process:
         wait_for_checkpoint("killed")
         os.kill(members(process.pid)[-1], signal.SIGKILL)
-        assert process.wait() == 0, said()
-    assert "going on from step" in said()
+        assert process.wait() == 0, errors()
+    assert "going on from step" in errors()
     assert weights("killed") == weights(whole)
     assert not list(Path("killed").rglob("*.tmp"))
 
@@ -127,22 +127,22 @@ def test_what_is_killed_goes_on_to_the_same_bits(whole):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 @pytest.mark.usefixtures("shared_cache")
-def test_one_that_hangs_is_replaced_and_a_stop_saves(capsys):
+def test_a_process_that_hangs_is_replaced_and_stopping_saves(capsys):
     options = ("--epochs=60", "--checkpoint-every-s=0.2", "--hang-timeout-s=4", "--balance")
     with started("digits", "--nproc=2", "--out=run", *SETTINGS, *options) as process:
         wait_for_checkpoint("run")
         first = members(process.pid)
         os.kill(first[-1], signal.SIGSTOP)
-        until(lambda: f"(pid {first[-1]})" in said(), within_s=90, what="the one that hangs is named")
+        until(lambda: f"(pid {first[-1]})" in errors(), within_s=90, what="the one that hangs is named")
         os.kill(first[-1], signal.SIGCONT)  # or torch waits half a minute before it ends it by force
-        until(lambda: "going on from step" in said(), within_s=90, what="others take their place")
+        until(lambda: "going on from step" in errors(), within_s=90, what="others take their place")
         assert not set(first) & set(members(process.pid))
         before = steps_saved("run")[-1]
         until(lambda: steps_saved("run")[-1] > before, within_s=90, what="a newer checkpoint")
         process.terminate()
-        assert process.wait(60) == 130, said()
+        assert process.wait(60) == 130, errors()
         until(lambda: not members(process.pid), within_s=60, what="all processes have ended")
-    assert "suanli train run" in said()
+    assert "suanli train run" in errors()
     run = Run.open("run")
     assert run.summary["status"] == "interrupted"
     assert sum(run.summary["processes"]["shares"]) == pytest.approx(1)
@@ -153,7 +153,7 @@ def test_one_that_hangs_is_replaced_and_a_stop_saves(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--nproc=0"], "can't be 0"),
         (["--nproc=many"], "can't be 'many'"),
@@ -161,23 +161,23 @@ def test_one_that_hangs_is_replaced_and_a_stop_saves(capsys):
         (["--nproc=2", "--batch-size=1"], "can't be shared by 2"),
     ],
 )
-def test_numbers_that_make_no_sense(arguments, said, capsys):
+def test_numbers_of_processes_that_cant_be_right(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train", "digits", *arguments, "--device=cpu"])
     assert stopped.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["--shard"], marks=pytest.mark.long)])  # all notice it, or one
-def test_what_no_new_start_can_mend_is_told_once(tmp_path, options):
+def test_an_error_that_no_restart_fixes_is_reported_once(tmp_path, options):
     (tmp_path / "wrong.py").write_text(
         "from torch import nn\ndef build(**_):\n    return nn.Sequential(nn.Flatten(), nn.Linear(7, 10))\n"
     )
     line = ["digits", "--nproc=2", "--model=wrong:build", "--out=run", "--device=cpu", *options]
-    assert train(*line, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])) == 2, said()
-    assert said().count("cannot be multiplied") == 1
-    assert "frame #" not in said()
+    assert train(*line, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path])) == 2, errors()
+    assert errors().count("cannot be multiplied") == 1
+    assert "frame #" not in errors()
 
 
 # --- what processes differ in ---
@@ -201,14 +201,14 @@ FACTS = {
 
 
 @pytest.mark.parametrize(("key", "error"), [(k, e) for k, _, e, _ in preflight.MUST_AGREE])
-def test_who_differs_is_named(key, error):
+def test_the_process_that_differs_is_named(key, error):
     facts = [FACTS, FACTS, FACTS | {"host": "b", key: "other"}]
     with pytest.raises(error, match=r"Process 2 on b differs .*: other, where the others have"):
         preflight.compare_facts(facts)
     preflight.compare_facts([FACTS, FACTS])
 
 
-def test_clocks_that_are_apart_are_told(capsys):
+def test_clock_skew_is_reported(capsys):
     preflight.compare_facts([FACTS, FACTS, FACTS | {"host": "b", "clock": 1100.0}])
     assert "clock of process 2 on b is off by +100 s" in capsys.readouterr().err
 
@@ -219,7 +219,7 @@ def test_a_full_disk_is_refused():
         preflight.refuse_full_disk(FACTS, 11)
 
 
-def test_another_recipe_is_noticed_before_the_first_step(tmp_path):
+def test_a_different_recipe_is_detected_before_the_first_step(tmp_path):
     line = ["-m", "suanli", "train", "digits", "--device=cpu", "--epochs=1", "--out=run"]
     done = run_group(2, line, own=lambda rank: [f"--seed={rank}"])
     assert {p.returncode for p in done} == {2}
@@ -230,7 +230,7 @@ def test_another_recipe_is_noticed_before_the_first_step(tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_fifty_kills_cost_only_time():
-    """The like in `make test`: one kill."""
+    """`make test` has the same with one kill."""
     random.seed(5)
     settings = [*SETTINGS, "--epochs=300"]
     assert train("digits", "--nproc=2", "--out=whole", *settings) == 0
@@ -240,12 +240,12 @@ def test_fifty_kills_cost_only_time():
         for kill in range(50):
             if kill % 5:  # else it is killed while it starts
                 least = kill * whole_steps // 60
-                until(lambda least=least: max(steps_saved("run"), default=0) > least, within_s=300, what=said())
+                until(lambda least=least: max(steps_saved("run"), default=0) > least, within_s=300, what=errors())
             time.sleep(random.uniform(0, 0.5))
             while not (alive := members(process.pid)):
                 time.sleep(0.05)
             with suppress(ProcessLookupError):
                 os.kill(random.choice(alive), signal.SIGKILL)
-        assert process.wait() == 0, said()
+        assert process.wait() == 0, errors()
     assert weights("run") == weights("whole")
     assert not list(Path("run").rglob("*.tmp"))

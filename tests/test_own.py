@@ -99,7 +99,7 @@ def plain_loop(kind: str, clip_norm: float | None) -> tuple[list[float], nn.Modu
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("speedups", "clip_norm"), [("none", 0.5), ("auto", None), ("auto", 0.5)])
-def test_it_trains_as_the_plain_loop(kind: str, speedups: str, clip_norm: float | None) -> None:
+def test_it_trains_like_the_plain_loop(kind: str, speedups: str, clip_norm: float | None) -> None:
     expected, reference = plain_loop(kind, clip_norm)
     model, optimizer, scheduler = made(kind)
     batches = some(kind)
@@ -136,7 +136,7 @@ def test_planning_measures_and_leaves_no_trace() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_switches_are_on_until_close(speedup_folder: Callable[..., str]) -> None:
+def test_settings_are_on_until_close(speedup_folder: Callable[..., str]) -> None:
     speedup_folder(
         "other_threads",
         "from suanli.compute.plan import use_threads\n"
@@ -233,7 +233,7 @@ def refused(
         suanli.speed_up(model, optimizer, F.cross_entropy, batch, **options)
 
 
-def test_wrong_uses_are_refused_in_words() -> None:
+def test_wrong_uses_are_refused_with_a_reason() -> None:
     model, optimizer, _ = made("cnn")
     other, _, _ = made("cnn")
     refused(suanli.UsageError, "aren't the model's", other, optimizer)
@@ -247,7 +247,7 @@ def test_wrong_uses_are_refused_in_words() -> None:
     refused(suanli.UsageError, "no parameters to train", model, optimizer)
 
 
-def test_a_model_that_cant_be_copied_can_still_be_used_plainly() -> None:
+def test_a_model_that_cant_be_copied_can_be_used_without_speedups() -> None:
     class Locked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -269,7 +269,7 @@ def test_a_model_that_cant_be_copied_can_still_be_used_plainly() -> None:
         assert step(*batch).dim() == 0
 
 
-def test_weights_that_hold_a_history_cant_be_copied() -> None:
+def test_weights_with_an_autograd_history_cant_be_copied() -> None:
     """torch refuses to copy a tensor that is no leaf, with a RuntimeError."""
     model = nn.Linear(3, 2)
     model.extra = model.weight * 2
@@ -277,7 +277,7 @@ def test_weights_that_hold_a_history_cant_be_copied() -> None:
     refused(suanli.UsageError, "can't be copied", model, optimizer, batch=(torch.randn(4, 3), torch.arange(4) % 2))
 
 
-def test_errors_of_the_callers_own_code_are_the_callers(speedup_folder: Callable[..., str]) -> None:
+def test_errors_of_the_callers_code_are_raised_unchanged(speedup_folder: Callable[..., str]) -> None:
     """A batch that the model can't take fails with the model's own error, whatever the plan."""
     speedup_folder("nothing", "return step")
     model, optimizer, _ = made("cnn")

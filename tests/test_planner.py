@@ -67,7 +67,7 @@ class Sleeper(nn.Module):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time limits are kept by the real clock."""
+    """Time limits use the real clock."""
     pauses = SimpleNamespace(perf_counter=Sleeper.perf_counter, monotonic=time.monotonic)
     monkeypatch.setattr(planner, "time", pauses)
     monkeypatch.setattr(timing, "time", pauses)
@@ -79,7 +79,7 @@ INPUTS, TARGETS = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)),
 def plan(*, pause_s: float = PAUSE_S, steps: int = PLENTY, speedups: str = "auto", cache: Path | None = None) -> Plan:
     Sleeper.steps = 0
     model = Sleeper(pause_s)
-    step, found = suanli.speed_up(
+    step, result = suanli.speed_up(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1),
         F.cross_entropy,
@@ -90,7 +90,7 @@ def plan(*, pause_s: float = PAUSE_S, steps: int = PLENTY, speedups: str = "auto
     )
     step.close()
     assert torch.equal(model.fc.weight, Sleeper().fc.weight)  # nothing is trained while planning
-    return found
+    return result
 
 
 def key() -> str:
@@ -123,10 +123,10 @@ def failing(error: str) -> str:
 def test_faster_is_kept_and_slower_dropped_with_its_ratio(speedup_folder: Put) -> None:
     speedup_folder("quick", QUICK)
     speedup_folder("drag", DRAG, usual=False)
-    found = plan()
-    assert found.origin == "measured"
-    assert found.speedups == ("quick",)
-    trial = next(t for t in found.trials if t.change == "+quick")
+    result = plan()
+    assert result.origin == "measured"
+    assert result.speedups == ("quick",)
+    trial = next(t for t in result.trials if t.change == "+quick")
     assert trial.kept
     assert trial.ratio is not None
     assert trial.ratio > 5
@@ -138,36 +138,36 @@ def test_faster_is_kept_and_slower_dropped_with_its_ratio(speedup_folder: Put) -
 
 def test_slower_is_dropped_with_its_ratio(speedup_folder: Put) -> None:
     speedup_folder("drag", DRAG)
-    found = plan()
-    assert found.speedups == ()
-    (trial,) = found.trials
+    result = plan()
+    assert result.speedups == ()
+    (trial,) = result.trials
     assert trial.ratio == pytest.approx(2 / 3, rel=0.1)
-    assert found.dropped["drag"] == trial.reason
+    assert result.dropped["drag"] == trial.reason
     assert "0.6" in trial.reason or "0.7" in trial.reason
 
 
-def test_what_drags_beside_what_helps_is_taken_out_again(speedup_folder: Put) -> None:
+def test_a_slow_speedup_in_the_short_list_is_removed(speedup_folder: Put) -> None:
     speedup_folder("half", "model.pause_s /= 4", stage=1)
     speedup_folder("drag", DRAG, stage=2)
-    found = plan()
-    assert [t.change for t in found.trials if t.kept] == ["+half +drag", "-drag"]
-    assert found.speedups == ("half",)
+    result = plan()
+    assert [t.change for t in result.trials if t.kept] == ["+half +drag", "-drag"]
+    assert result.speedups == ("half",)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_numbers_are_refused_with_the_error(speedup_folder: Put, name: str) -> None:
     speedup_folder(name, f"{QUICK}\n{WRONG[name]}")
-    found = plan()
-    assert found.speedups == ()
-    (trial,) = found.trials
+    result = plan()
+    assert result.speedups == ()
+    (trial,) = result.trials
     assert not trial.kept
     assert trial.error is not None
     assert trial.error > ORDER_OF_SUMS
     assert trial.ratio is None  # not even timed
-    assert f"differ by {trial.error:.2g}" in found.dropped[name]
+    assert f"differ by {trial.error:.2g}" in result.dropped[name]
 
 
-def test_errors_within_its_own_tolerance_are_no_reason(speedup_folder: Put) -> None:
+def test_errors_within_the_speedups_tolerance_are_accepted(speedup_folder: Put) -> None:
     body = f"{QUICK}\nstep = replace(step, compute=lambda x: 1.01 * model(x))"
     speedup_folder("rounds", body, tolerance=0.05)
     assert plan().speedups == ("rounds",)
@@ -178,36 +178,36 @@ def test_errors_within_its_own_tolerance_are_no_reason(speedup_folder: Put) -> N
 @pytest.mark.parametrize(
     "error", ["RuntimeError('the kernel is broken.\\n  at line 7')", "KeyError('x')", "AssertionError"]
 )
-def test_what_raises_is_dropped_with_its_message(speedup_folder: Put, error: str) -> None:
+def test_a_speedup_that_raises_is_dropped_with_its_message(speedup_folder: Put, error: str) -> None:
     speedup_folder("broken", failing(error))
     speedup_folder("quick", QUICK)
-    found = plan()
-    assert found.speedups == ("quick",)  # though both were tried together at first
-    assert found.dropped["broken"].startswith(f"failed: {error.partition('(')[0]}")
-    assert "line 7" not in found.dropped["broken"]
-    assert found.trials[0].change == "+broken +quick"
-    assert not found.trials[0].kept
+    result = plan()
+    assert result.speedups == ("quick",)  # though both were tried together at first
+    assert result.dropped["broken"].startswith(f"failed: {error.partition('(')[0]}")
+    assert "line 7" not in result.dropped["broken"]
+    assert result.trials[0].change == "+broken +quick"
+    assert not result.trials[0].kept
 
 
-def test_what_raises_while_it_is_set_up_or_only_later_is_dropped(speedup_folder: Put) -> None:
+def test_a_speedup_that_raises_in_its_setup_or_later_is_dropped(speedup_folder: Put) -> None:
     speedup_folder("at_once", "raise OSError('no such library')", usual=False)
     late = (
         "left = [4]\ndef compute(x):\n    left[0] -= 1\n    if not left[0]:\n        raise RuntimeError('too late')\n"
     )
     speedup_folder("late", f"{late}    return model(x)\nstep = replace(step, compute=compute)", usual=False)
-    found = plan()
-    assert found.speedups == ()
-    assert found.dropped == {"at_once": "failed: OSError: no such library", "late": "failed: RuntimeError: too late"}
+    result = plan()
+    assert result.speedups == ()
+    assert result.dropped == {"at_once": "failed: OSError: no such library", "late": "failed: RuntimeError: too late"}
 
 
 @pytest.mark.parametrize(
     "error", ["torch.OutOfMemoryError('CUDA out of memory')", "MemoryError", "RuntimeError('not enough memory')"]
 )
-def test_memory_that_runs_out_in_a_trial_costs_only_the_trial(speedup_folder: Put, error: str) -> None:
+def test_running_out_of_memory_ends_only_the_trial(speedup_folder: Put, error: str) -> None:
     speedup_folder("hungry", failing(error))
-    found = plan()
-    assert found.speedups == ()
-    assert found.dropped["hungry"].startswith("failed: ")
+    result = plan()
+    assert result.speedups == ()
+    assert result.dropped["hungry"].startswith("failed: ")
 
 
 def test_a_first_step_that_hangs_is_ended(speedup_folder: Put, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +218,9 @@ def test_a_first_step_that_hangs_is_ended(speedup_folder: Put, monkeypatch: pyte
     own = signal.setitimer(signal.ITIMER_REAL, 50.0)
     try:
         started = time.perf_counter()
-        found = plan()
+        result = plan()
         assert time.perf_counter() - started < 50  # not the minute that it sleeps
-        assert "didn't end within" in found.dropped["hangs"]
+        assert "didn't end within" in result.dropped["hangs"]
         assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 50  # the caller's own alarm goes on
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -228,32 +228,32 @@ def test_a_first_step_that_hangs_is_ended(speedup_folder: Put, monkeypatch: pyte
     assert not alarms
 
 
-def test_of_a_group_one_is_in_use(speedup_folder: Put) -> None:
+def test_only_one_speedup_of_a_group_is_used(speedup_folder: Put) -> None:
     speedup_folder("first", "model.pause_s /= 2", group="g", stage=1)
     speedup_folder("second", "model.pause_s /= 8", group="g", stage=2)
-    found = plan()
-    assert found.speedups == ("second",)
-    assert next(t for t in found.trials if t.change == "+second -first").kept
+    result = plan()
+    assert result.speedups == ("second",)
+    assert next(t for t in result.trials if t.change == "+second -first").kept
     with pytest.raises(suanli.UsageError, match="'first' and 'second' exclude each other"):
         plan(speedups="first,second")
 
 
-def test_what_only_saves_memory_isnt_tried(speedup_folder: Put) -> None:
+def test_speedups_that_only_save_memory_arent_tried(speedup_folder: Put) -> None:
     speedup_folder("frugal", QUICK, saves_memory=True)
-    found = plan()
-    assert found.speedups == found.trials == ()
-    assert "memory" in found.dropped["frugal"]
+    result = plan()
+    assert result.speedups == result.trials == ()
+    assert "memory" in result.dropped["frugal"]
 
 
-def test_what_shows_only_between_processes_is_used_by_name_alone(speedup_folder: Put) -> None:
+def test_speedups_between_processes_are_used_only_by_name(speedup_folder: Put) -> None:
     speedup_folder("quiet", QUICK, distributed_only=True)
-    found = plan()
-    assert found.speedups == found.trials == ()
-    assert "only by name" in found.dropped["quiet"]
+    result = plan()
+    assert result.speedups == result.trials == ()
+    assert "only by name" in result.dropped["quiet"]
     assert plan(speedups="quiet").speedups == ("quiet",)
 
 
-def test_compiling_comes_last_and_must_win_its_start_back(
+def test_compiling_comes_last_and_must_save_more_than_its_start_costs(
     speedup_folder: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(planner, "COMPILING_S", (0.3, 0.0))
@@ -265,10 +265,10 @@ def test_compiling_comes_last_and_must_win_its_start_back(
     )
     speedup_folder("drag", DRAG)
     assert "would save" in plan(steps=70).dropped["compiled"]
-    found = plan(cache=tmp_path / "c")
-    assert [t.change for t in found.trials] == ["+drag", "+compiled"]
-    assert found.speedups == ("compiled",)
-    assert found.trials[-1].start_s == pytest.approx(0.3, abs=0.1)
+    result = plan(cache=tmp_path / "c")
+    assert [t.change for t in result.trials] == ["+drag", "+compiled"]
+    assert result.speedups == ("compiled",)
+    assert result.trials[-1].start_s == pytest.approx(0.3, abs=0.1)
     # A run too short to win the start back does without, though the plan is kept.
     short = plan(steps=10, cache=tmp_path / "c")
     assert (short.origin, short.speedups) == ("cached", ())
@@ -284,37 +284,37 @@ def test_a_short_run_measures_nothing(speedup_folder: Put) -> None:
     speedup_folder("quick", QUICK)
     speedup_folder("unusual", QUICK, usual=False)
     speedup_folder("other", QUICK, group="g", stage=60)
-    found = plan(steps=planner.MIN_STEPS - 1)
-    assert found.origin == "short list"
-    assert found.speedups == ("drag", "quick")
+    result = plan(steps=planner.MIN_STEPS - 1)
+    assert result.origin == "short list"
+    assert result.speedups == ("drag", "quick")
     assert Sleeper.steps == 0
 
 
-def test_planning_takes_its_share_and_goes_on_the_next_time(speedup_folder: Put, tmp_path: Path) -> None:
+def test_planning_stops_at_its_share_of_time_and_continues_next_time(speedup_folder: Put, tmp_path: Path) -> None:
     for number in range(5):
         speedup_folder(f"drag{number}", DRAG, usual=False)
     pause_s, steps = 0.02, 500
     before, tried = 0, []
     for _ in range(8):
-        found = plan(pause_s=pause_s, steps=steps, cache=tmp_path)
-        if found.origin == "cached":
+        result = plan(pause_s=pause_s, steps=steps, cache=tmp_path)
+        if result.origin == "cached":
             break
-        assert found.origin == "measured"
+        assert result.origin == "measured"
         assert Sleeper.steps <= 2 * planner.PLANNING_SHARE * steps
-        assert found.seconds <= 2 * planner.PLANNING_SHARE * steps * pause_s
-        assert len(found.trials) > before
-        assert {n for n, r in found.dropped.items() if "not tried yet" in r} == {
-            f"drag{n}" for n in range(len(found.trials), 5)
+        assert result.seconds <= 2 * planner.PLANNING_SHARE * steps * pause_s
+        assert len(result.trials) > before
+        assert {n for n, r in result.dropped.items() if "not tried yet" in r} == {
+            f"drag{n}" for n in range(len(result.trials), 5)
         }
-        before = len(found.trials)
+        before = len(result.trials)
         tried.append(before)
     assert len(tried) > 1  # not all at once
     assert before == 5
     assert Sleeper.steps == 0  # what is known isn't measured
-    assert set(found.dropped) == {f"drag{n}" for n in range(5)}
+    assert set(result.dropped) == {f"drag{n}" for n in range(5)}
 
 
-def test_what_was_found_before_is_where_the_next_search_begins(speedup_folder: Put, tmp_path: Path) -> None:
+def test_a_search_starts_from_the_stored_plan(speedup_folder: Put, tmp_path: Path) -> None:
     speedup_folder("a_quick", "model.pause_s = 0.005")
     speedup_folder("drag", DRAG, usual=False)
     first = plan(pause_s=0.02, steps=200, cache=tmp_path)
@@ -331,7 +331,7 @@ def test_what_was_found_before_is_where_the_next_search_begins(speedup_folder: P
 # --- what is kept on disk -------------------------------------------------------------------------
 
 
-def test_a_kept_plan_is_the_measured_one(speedup_folder: Put, tmp_path: Path) -> None:
+def test_the_stored_plan_is_the_measured_one(speedup_folder: Put, tmp_path: Path) -> None:
     speedup_folder("quick", QUICK)
     first = plan(cache=tmp_path)
     again = plan(cache=tmp_path)
@@ -356,7 +356,7 @@ def test_a_kept_plan_is_the_measured_one(speedup_folder: Put, tmp_path: Path) ->
         b"\xff\xfe",
     ],
 )
-def test_a_damaged_plan_is_measured_anew(speedup_folder: Put, tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_plan_is_measured_again(speedup_folder: Put, tmp_path: Path, content: bytes) -> None:
     speedup_folder("quick", QUICK)
     path = PlanCache(tmp_path, key(), None).path
     assert path is not None
@@ -366,21 +366,21 @@ def test_a_damaged_plan_is_measured_anew(speedup_folder: Put, tmp_path: Path, co
     assert json.loads(path.read_text())["plan"]["speedups"] == ["quick"]
 
 
-def test_a_cache_that_cant_be_written_costs_only_measuring(speedup_folder: Put, tmp_path: Path) -> None:
+def test_a_cache_that_cant_be_written_only_repeats_the_measuring(speedup_folder: Put, tmp_path: Path) -> None:
     speedup_folder("quick", QUICK)
     (tmp_path / "file").write_text("in the way")
     for _ in range(2):
-        found = plan(cache=tmp_path / "file" / "cache")
-        assert (found.origin, found.speedups) == ("measured", ("quick",))
+        result = plan(cache=tmp_path / "file" / "cache")
+        assert (result.origin, result.speedups) == ("measured", ("quick",))
 
 
-def test_what_the_gate_has_refused_isnt_used_again(speedup_folder: Put, tmp_path: Path) -> None:
+def test_a_speedup_that_the_gate_refused_isnt_used_again(speedup_folder: Put, tmp_path: Path) -> None:
     speedup_folder("quick", QUICK)
     speedup_folder("half", "model.pause_s /= 2", usual=False, stage=1)
     PlanCache(tmp_path, key(), None).refuse({"quick": "it cost 2 %"})
-    found = plan(cache=tmp_path)
-    assert found.speedups == ("half",)
-    assert found.dropped["quick"] == "it cost 2 %"
+    result = plan(cache=tmp_path)
+    assert result.speedups == ("half",)
+    assert result.dropped["quick"] == "it cost 2 %"
     PlanCache(tmp_path, key(), None).refuse({"half": "this one too"})
     again = plan(cache=tmp_path)
     assert again.speedups == ()
@@ -388,20 +388,20 @@ def test_what_the_gate_has_refused_isnt_used_again(speedup_folder: Put, tmp_path
     assert plan(steps=10, cache=tmp_path).speedups == ()
 
 
-def test_while_another_measures_nothing_is_measured(
+def test_nothing_is_measured_while_another_process_measures(
     speedup_folder: Put, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(plan_cache, "LOCK_TIMEOUT_S", 0.1)
     speedup_folder("quick", QUICK)
     with PlanCache(tmp_path, "of another training", None).lock() as mine:
         assert mine
-        found = plan(cache=tmp_path)
-    assert (found.origin, found.speedups, Sleeper.steps) == ("short list", ("quick",), 0)
+        result = plan(cache=tmp_path)
+    assert (result.origin, result.speedups, Sleeper.steps) == ("short list", ("quick",), 0)
     assert "another process is planning" in capsys.readouterr().err
     assert plan(cache=tmp_path).origin == "measured"
 
 
-def test_of_two_processes_one_measures_and_the_other_uses_it(tmp_path: Path) -> None:
+def test_of_two_processes_one_measures_and_the_other_uses_its_plan(tmp_path: Path) -> None:
     (tmp_path / "nothing.py").write_text(
         "from suanli.core.types import Speedup\n"
         "SPEEDUP = Speedup(name='nothing', stage=50, usual=True, apply=lambda step, _: step, why_not=lambda _: None)\n"
@@ -425,15 +425,15 @@ model = Sleeper()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 batch = torch.randn(8, 6), torch.arange(8) % 3
 from suanli.compute import plan_cache as plans
-plans.PATIENCE_S = 60
+plans.LOCK_TIMEOUT_S = 60
 _, plan = suanli.speed_up(model, optimizer, nn.functional.cross_entropy, batch, cache_dir=sys.argv[1], steps=9000)
 print(plan.origin, len(plan.trials))
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = sorted(process.communicate(timeout=120)[0].split() for process in both)
-    assert [origin for origin, _ in said] == ["cached", "measured"]
-    assert said[0][1] == said[1][1] != "0"
+    outputs = sorted(process.communicate(timeout=120)[0].split() for process in both)
+    assert [origin for origin, _ in outputs] == ["cached", "measured"]
+    assert outputs[0][1] == outputs[1][1] != "0"
 
 
 # --- named by the user ----------------------------------------------------------------------------
@@ -441,11 +441,11 @@ print(plan.origin, len(plan.trials))
 
 def test_a_named_plan_is_checked_not_measured(speedup_folder: Put) -> None:
     speedup_folder("drag", DRAG)
-    found = plan(speedups="drag")
-    assert (found.origin, found.speedups) == ("named", ("drag",))
+    result = plan(speedups="drag")
+    assert (result.origin, result.speedups) == ("named", ("drag",))
     assert Sleeper.steps == 2  # a step of each
-    assert found.trials[0].error == 0
-    assert found.trials[0].ratio is None
+    assert result.trials[0].error == 0
+    assert result.trials[0].ratio is None
     assert plan(speedups="none") == plain_plan(device.detect("cpu"))
 
 
@@ -464,7 +464,7 @@ def test_a_named_plan_is_checked_not_measured(speedup_folder: Put) -> None:
         ),
     ],
 )
-def test_a_named_one_that_cant_be_used(
+def test_a_named_speedup_that_cant_be_used(
     speedup_folder: Put, fields: dict[str, str], body: str, error: type[suanli.SuanliError], code: int, says: str
 ) -> None:
     speedup_folder("odd", body, **fields)
@@ -523,7 +523,7 @@ def test_difference_is_infinite_where_a_number_isnt_finite(sizes: list[int], see
 
 
 @given(sizes=SIZES, seed=st.integers(0, 1000))
-def test_other_shapes_differ_but_parts_of_a_batch_dont(sizes: list[int], seed: int) -> None:
+def test_other_shapes_differ_but_micro_batches_dont(sizes: list[int], seed: int) -> None:
     right = numbers(sizes, seed)
     longer = replace(right, outputs=(*right.outputs, torch.ones(2, 9)))
     assert planner.difference(right, longer) == math.inf

@@ -1,4 +1,4 @@
-"""The roofline: exact operations and bytes, whatever a model is made of, and nothing left behind."""
+"""The roofline: operations and bytes are exact for any model, and no hook or setting is left behind."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
 def layers(model: nn.Module, *inputs: Any, mode: str = "training", **options: Any) -> dict[str, Layer]:
     model.train(mode == "training")
     with MODES[mode]():
-        found = measure_layers(model, lambda: model(*inputs, **options), device=CPU, passes=1)
+        measured = measure_layers(model, lambda: model(*inputs, **options), device=CPU, passes=1)
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
-    return {one.name: one for one in found}
+    return {one.name: one for one in measured}
 
 
 # --- operations -----------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_a_backward_pass_of_attention_computes_the_scores_again() -> None:
     assert flops(lambda: F.scaled_dot_product_attention(x, x, x).sum().backward()) == 7 * product
 
 
-def test_of_two_branches_the_longer_counts() -> None:
+def test_the_longer_of_two_branches_counts() -> None:
     inputs, once = torch.randn(4, 8), torch.nn.Linear(8, 8)
     branches = (once, lambda x: once(once(x)))
 
@@ -174,22 +174,22 @@ def test_autocast_moves_half_the_bytes() -> None:
 
 def test_an_embedding_reads_only_the_rows_that_are_looked_up() -> None:
     tokens = torch.zeros(B, L, dtype=torch.int64)
-    found = layers(nn.Embedding(1000, D), tokens)["(model)"]
-    assert found.bytes == 8 * B * L + 4 * (B * L * D) * 2
+    by_name = layers(nn.Embedding(1000, D), tokens)["(model)"]
+    assert by_name.bytes == 8 * B * L + 4 * (B * L * D) * 2
     small = layers(nn.Embedding(2, D), tokens)["(model)"]
     assert small.bytes == 8 * B * L + 4 * (2 * D + B * L * D)
 
 
-def test_one_tensor_given_twice_is_read_once() -> None:
-    found = layers(nn.MultiheadAttention(D, 2, batch_first=True), SEQUENCE, SEQUENCE, SEQUENCE, need_weights=False)
-    assert found["(model)"].bytes == 4 * (2 * SEQUENCE.numel() + 4 * D * D + 4 * D)
+def test_a_tensor_passed_twice_is_read_once() -> None:
+    by_name = layers(nn.MultiheadAttention(D, 2, batch_first=True), SEQUENCE, SEQUENCE, SEQUENCE, need_weights=False)
+    assert by_name["(model)"].bytes == 4 * (2 * SEQUENCE.numel() + 4 * D * D + 4 * D)
 
 
 # --- any model ------------------------------------------------------------------------------
 
 
 class Shared(nn.Module):
-    """One module under two names, called three times; more done outside of modules."""
+    """One module under two names, called three times, and operations outside of modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,12 +204,12 @@ class Shared(nn.Module):
 
 
 def test_a_shared_module_is_one_layer_with_all_its_calls() -> None:
-    found = layers(Shared(), torch.zeros(B, D))
-    assert set(found) == {"first", "out", "(model)"}
-    assert found["first"].flops == 3 * 2 * B * D * D
-    assert found["first"].bytes == 3 * 4 * (B * D + D * D + D + B * D)
-    assert found["(model)"].flops == 2 * 2 * B * B * D  # its own products
-    assert found["(model)"].kind == "Shared"
+    by_name = layers(Shared(), torch.zeros(B, D))
+    assert set(by_name) == {"first", "out", "(model)"}
+    assert by_name["first"].flops == 3 * 2 * B * D * D
+    assert by_name["first"].bytes == 3 * 4 * (B * D + D * D + D + B * D)
+    assert by_name["(model)"].flops == 2 * 2 * B * B * D  # its own products
+    assert by_name["(model)"].kind == "Shared"
 
 
 @dataclass
@@ -232,14 +232,14 @@ class Nested(nn.Module):
         return self.bag({"x": x, "more": (x + 1, None, "text")}, scale=torch.ones(1)).logits, None
 
 
-def test_tensors_are_found_in_whatever_holds_them() -> None:
-    found = layers(Nested(), torch.zeros(B, D))
-    assert found["bag"].bytes == 4 * (4 * B * D + 1)
-    assert found["(model)"].bytes is None  # a container without products of its own
+def test_tensors_are_found_in_all_containers() -> None:
+    by_name = layers(Nested(), torch.zeros(B, D))
+    assert by_name["bag"].bytes == 4 * (4 * B * D + 1)
+    assert by_name["(model)"].bytes is None  # a container without products of its own
 
 
 class Tries(nn.Module):
-    """Goes on after a layer has failed."""
+    """Continues after a layer has failed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,12 +254,12 @@ class Tries(nn.Module):
 
 
 def test_a_layer_that_fails_does_not_shift_the_others() -> None:
-    found = layers(Tries(), torch.zeros(B, D))
-    assert found["good"].flops == 2 * B * D * D
-    assert found["broken"].flops == found["(model)"].flops == 0
+    by_name = layers(Tries(), torch.zeros(B, D))
+    assert by_name["good"].flops == 2 * B * D * D
+    assert by_name["broken"].flops == by_name["(model)"].flops == 0
 
 
-def test_hooks_go_when_the_model_fails() -> None:
+def test_hooks_are_removed_when_the_model_fails() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Linear(D + 1, D))
     with pytest.raises(RuntimeError, match="shapes"):
         measure_layers(model, lambda: model(torch.zeros(B, D)), device=CPU)
@@ -269,18 +269,18 @@ def test_hooks_go_when_the_model_fails() -> None:
 
 def test_a_forward_pass_may_call_only_parts() -> None:
     model = nn.ModuleDict({"model": nn.Linear(D, H), "unused": nn.Linear(D, H)})
-    found = measure_layers(model, lambda: model["model"](torch.zeros(B, D)), device=CPU, passes=1)
-    assert [(one.name, one.flops) for one in found] == [("model", 2 * B * D * H)]
+    by_name = measure_layers(model, lambda: model["model"](torch.zeros(B, D)), device=CPU, passes=1)
+    assert [(one.name, one.flops) for one in by_name] == [("model", 2 * B * D * H)]
 
 
-def test_time_is_shared_out_among_layers_without_overlap() -> None:
+def test_the_time_of_layers_doesnt_overlap() -> None:
     wide = nn.Sequential(nn.Linear(400, 400), nn.Sequential(nn.Linear(400, 400), nn.ReLU()))
     inputs = torch.zeros(2000, 400)
-    found = {one.name: one for one in measure_layers(wide, lambda: wide(inputs), device=CPU, passes=3)}
-    products = found["0"].seconds + found["1.0"].seconds
-    assert products > 0.5 * sum(one.seconds for one in found.values())
-    assert found["1"].seconds < products / 4
-    assert all(one.seconds > 0 for one in found.values())
+    by_name = {one.name: one for one in measure_layers(wide, lambda: wide(inputs), device=CPU, passes=3)}
+    products = by_name["0"].seconds + by_name["1.0"].seconds
+    assert products > 0.5 * sum(one.seconds for one in by_name.values())
+    assert by_name["1"].seconds < products / 4
+    assert all(one.seconds > 0 for one in by_name.values())
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -297,24 +297,24 @@ def layer(name: str, seconds: float, **values: Any) -> Layer:
     return Layer(**({"name": name, "kind": "Linear", "flops": 100, "bytes": 10, "seconds": seconds} | values))
 
 
-def test_the_record_shows_the_longest_and_sums_the_rest() -> None:
+def test_the_record_lists_the_longest_layers_and_sums_the_rest() -> None:
     many = tuple(layer(f"l{i}", i + 1.0) for i in range(50))
     idle = layer("between", 0.5, flops=0, bytes=None)
     record = Roofline(device="a CPU", dtype="float32", batch=10, layers=(*many, idle))
     assert record.flops_per_example == 500
-    told = json.loads(json.dumps(record.to_json()))
-    assert [one["name"] for one in told["layers"]] == [*(f"l{i}" for i in range(49, 9, -1)), "…"]
-    rest = told["layers"][-1]
+    record_json = json.loads(json.dumps(record.to_json()))
+    assert [one["name"] for one in record_json["layers"]] == [*(f"l{i}" for i in range(49, 9, -1)), "…"]
+    rest = record_json["layers"][-1]
     assert (rest["flops"], rest["bytes"], rest["seconds"]) == (1000, 100, sum(range(1, 11)) + 0.5)
-    assert sum(one["flops"] for one in told["layers"]) == record.flops_per_example * record.batch
+    assert sum(one["flops"] for one in record_json["layers"]) == record.flops_per_example * record.batch
 
 
-def test_a_container_that_takes_long_is_shown() -> None:
+def test_a_container_that_takes_long_is_listed() -> None:
     record = Roofline(
         device="a CPU",
         dtype="float32",
         batch=1,
         layers=(layer("a", 1.0), layer("b", 0.5, flops=0, bytes=None), layer("c", 0.001, flops=0, bytes=None)),
     )
-    told = record.to_json()["layers"]
-    assert [(one["name"], one["bytes"]) for one in told] == [("a", 10), ("b", None), ("…", None)]
+    record_json = record.to_json()["layers"]
+    assert [(one["name"], one["bytes"]) for one in record_json] == [("a", 10), ("b", None), ("…", None)]

@@ -1,4 +1,4 @@
-"""`suanli train --shard`: a network that is shared out learns what a whole one does, in less memory, and goes on with
+"""`suanli train --shard`: a sharded network learns the same as an unsharded one, in less memory, and resumes with
 any number of processes."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from suanli.machine import device
 from suanli.models.model_folder import load_model
 from suanli.training import checkpoint
 from test_cli import call
-from test_launch import SETTINGS, members, said, started, train
+from test_launch import SETTINGS, errors, members, started, train
 
 NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, "batch_size": 90}
 # Muon needs whole matrices; no width is a multiple of three.
@@ -46,7 +46,7 @@ def shared_cache(tmp_path_factory, monkeypatch):
 
 
 def group(count: int, settings: dict, *trainings: dict) -> list[list[dict]]:
-    """What each of `count` processes found in each of the trainings, one after the other."""
+    """The results of each of `count` processes in each of the trainings, one after the other."""
     wanted = [{"data": "digits", "settings": settings, "double": True} | training for training in trainings]
     if count == 1:
         with use_threads(1):
@@ -82,7 +82,7 @@ def test_what_is_learned_is_the_same(alone, count, shares):
 
 
 @pytest.mark.long
-def test_speedups_work_on_what_is_shared_out():
+def test_speedups_work_on_a_sharded_network():
     ((one,),) = group(1, BLOCKS, {"steps": 8})
     names = "activation_checkpointing,allocator,channels_last,fused_optimizer,read_ahead"
     (every,) = group(2, BLOCKS, {"steps": 8, "shard": True, "speedups": names})
@@ -91,7 +91,7 @@ def test_speedups_work_on_what_is_shared_out():
     assert_alike(every[0]["losses"], one["losses"])
 
 
-def test_what_does_not_work_says_why():
+def test_speedups_that_dont_work_sharded_say_why():
     step = Step(model=torch.nn.Linear(2, 2), distributed=True, sharded=True)
     cpu = device.detect("cpu")
     reasons = {
@@ -130,7 +130,7 @@ WEIGHTS_BYTES = 16 * 2 * 1024 * 1025 * 4
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
-def test_what_does_not_fit_one_process_is_trained_by_two(monkeypatch):
+def test_a_network_too_large_for_one_process_is_trained_by_two(monkeypatch):
     # The limit counts what each thread only reserves, and what is free within the heap, too.
     monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
@@ -173,7 +173,7 @@ leave_group()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
-def test_only_the_first_process_builds_all_of_it(monkeypatch):
+def test_only_the_first_process_builds_the_whole_network(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is let go doesn't stay in the heap
     Path("large.py").write_text(LARGE)
     code = BUILT.replace("NET", "large:net")
@@ -229,20 +229,20 @@ def begun(tmp_path_factory):
         return folder, [every[0] for every in group(2, SMALL, *trainings)]
 
 
-def test_the_same_number_goes_on_to_the_same_bits(begun):
+def test_the_same_number_of_processes_resumes_to_the_same_bits(begun):
     straight, again = begun[1][:2]
     assert again["losses"] == straight["losses"][8:]
     assert again["weights"] == straight["weights"]
 
 
-def test_whole_and_shared_out_go_on_from_each_other(begun):
+def test_sharded_and_unsharded_runs_resume_from_each_other(begun):
     straight, _, plain, sharded = begun[1]
     assert_alike(plain["losses"], straight["losses"][8:])
     assert_alike(sharded["losses"], straight["losses"][12:])
 
 
 @pytest.mark.long
-def test_any_number_goes_on(begun, tmp_path):
+def test_any_number_of_processes_can_resume(begun, tmp_path):
     folder, (straight, *_) = begun
     on = {"steps": 8, "shard": True, "resume": str(folder / "sharded"), "save": str(tmp_path), "save_at": [4]}
     ((three, *_),) = group(3, SMALL, on)
@@ -261,8 +261,8 @@ def of_step(step: int) -> list[str]:
 
 
 def part(folder: Path, step: int, rank: int) -> Path:
-    (found,) = folder.glob(f"step-{step:08d}.*.{rank}-of-2.safetensors")
-    return found
+    (path,) = folder.glob(f"step-{step:08d}.*.{rank}-of-2.safetensors")
+    return path
 
 
 def test_each_process_writes_what_it_holds(begun):
@@ -277,7 +277,7 @@ def test_each_process_writes_what_it_holds(begun):
 
 
 @pytest.mark.parametrize("what", ["a part is cut", "a part is missing", "no index", "the index is cut"])
-def test_what_is_damaged_is_passed_over(begun, tmp_path, what):
+def test_damaged_checkpoints_are_skipped(begun, tmp_path, what):
     folder = shutil.copytree(begun[0] / "sharded", tmp_path / "copy")
     assert checkpoint.read_newest(folder).step == 8
     victim = part(folder, 8, 1) if "part" in what else folder / "step-00000008.json"
@@ -285,15 +285,15 @@ def test_what_is_damaged_is_passed_over(begun, tmp_path, what):
         os.truncate(victim, victim.stat().st_size // 2)
     else:
         victim.unlink()
-    found = checkpoint.read_newest(folder)
-    assert found.step == 4
-    assert all(found.tensors[name].shape == found.tensors.shape(name) for name in found.tensors)
+    newest = checkpoint.read_newest(folder)
+    assert newest.step == 4
+    assert all(newest.tensors[name].shape == newest.tensors.shape(name) for name in newest.tensors)
     part(folder, 4, 0).unlink()
     with pytest.raises(DamagedFile):
         checkpoint.read_newest(folder)
 
 
-def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
+def test_unfinished_checkpoints_are_removed(begun, tmp_path):
     folder = shutil.copytree(begun[0] / "sharded", tmp_path / "copy")
     (folder / "step-00000008.json").unlink()
     (folder / ".step-00000009.1234.0-of-2.safetensors.x.tmp").write_bytes(b"cut short")
@@ -309,7 +309,7 @@ def test_what_was_never_finished_is_cleaned_up(begun, tmp_path):
 @pytest.mark.slow
 def test_a_run_by_two_processes(tmp_path, capsys):
     code = train("digits", "--nproc=2", "--shard", "--out=run", *SETTINGS, "--epochs=1", "--speedups=auto")
-    assert code == 0, said()
+    assert code == 0, errors()
     run = Run.open("run")
     assert run.summary["shard"] is True
     assert run.summary["plan"]["origin"] == "sharded"
@@ -323,15 +323,15 @@ def test_a_run_by_two_processes(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
+def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(tmp_path):
     options = ["digits", "--nproc=2", "--shard", *SETTINGS]
-    assert train(*options, "--out=whole") == 0, said()
+    assert train(*options, "--out=whole") == 0, errors()
     folder = tmp_path / "killed" / "checkpoints"
     with started(*options, "--out=killed", "--checkpoint-every-s=0") as process:
         until(lambda: bool(list(folder.glob("*.json"))), within_s=90, what="a checkpoint")
         os.kill(members(process.pid)[-1], signal.SIGKILL)
-        assert process.wait() == 0, said()
-    assert "going on from step" in said()
+        assert process.wait() == 0, errors()
+    assert "going on from step" in errors()
     weights = [(tmp_path / name / "model" / "weights.safetensors").read_bytes() for name in ("whole", "killed")]
     assert weights[0] == weights[1]
     named = {part["file"] for index in folder.glob("*.json") for part in json.loads(index.read_text())["parts"]}
@@ -346,7 +346,7 @@ def test_what_is_killed_while_it_saves_goes_on_to_the_same_bits(tmp_path):
         (["--shard", "--nproc=2", "--balance"], "--balance"),
     ],
 )
-def test_what_can_not_be_sharded(options, says, capsys):
+def test_networks_that_cant_be_sharded(options, says, capsys):
     assert call("train", "digits", *SETTINGS, *options, "--out=refused") == 2
     assert says in capsys.readouterr().err
     assert not Path("refused").exists()

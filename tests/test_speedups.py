@@ -1,4 +1,4 @@
-"""What each speedup sets, where it is used, and that the promise in its first line holds."""
+"""What each speedup changes, where it is used, and that the first line of its file is true."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def device(kind: str, *dtypes: str) -> Device:
 
 
 def speedup(name: str) -> Speedup:
-    found: Speedup = registry.load("speedups", name)
-    return found
+    value: Speedup = registry.load("speedups", name)
+    return value
 
 
 def test_a_loss_scale_that_overflows_at_first_is_no_error_of_float16() -> None:
@@ -143,11 +143,11 @@ CONV, LINEAR = net(), nn.Linear(4, 2)
         ("whole_batch", step_of(net(norm=False), micro_batches=2), CPU, False),
     ],
 )
-def test_for_what_training_it_is_needless(name: str, step: Step, where: Device, needless: bool) -> None:
+def test_which_trainings_have_no_use_for_it(name: str, step: Step, where: Device, needless: bool) -> None:
     assert (speedup(name).needless(step, where) is not None) == needless
 
 
-def test_reasons_name_what_is_meant() -> None:
+def test_reasons_name_the_cause() -> None:
     assert "the device" in (speedup("bf16").why_not(device("cpu", "float32")) or "")
     rms = replace(step_of(LINEAR), optimizer=torch.optim.RMSprop(LINEAR.parameters()))
     assert "RMSprop" in (speedup("fused_optimizer").needless(rms, CPU) or "")
@@ -156,7 +156,7 @@ def test_reasons_name_what_is_meant() -> None:
 # --- layout and blocks ----------------------------------------------------------------------------
 
 
-def test_channels_last_lays_out_filters_and_leaves_matrices() -> None:
+def test_channels_last_changes_filters_and_not_matrices() -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     step = speedup("channels_last").apply(Step(model=model), CPU)
     conv, _, linear = step.model
@@ -173,8 +173,8 @@ def test_blocks_are_the_repeated_parts_and_none_is_inside_another() -> None:
     assert repeated_blocks(layers) == list(layers.layers)
     for name in ("resnet18", "speednet"):
         built = registry.load("models", name).build(classes=3, in_channels=3, image_size=(32, 32))
-        found = repeated_blocks(built)
-        inside = [id(m) for outer in found for m in outer.modules()]
+        outermost = repeated_blocks(built)
+        inside = [id(m) for outer in outermost for m in outer.modules()]
         assert len(inside) == len(set(inside))
 
 
@@ -187,7 +187,7 @@ def batch(examples: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_recomputing_gives_the_same_bits_and_counts_statistics_once() -> None:
-    """Dropout included: the second pass draws what the first has drawn."""
+    """With dropout: the second pass draws the same as the first."""
     results = []
     for change in (lambda s: s, lambda s: speedup("activation_checkpointing").apply(s, CPU)):
         step = change(step_of(nn.Sequential(net(), nn.Identity())))
@@ -226,7 +226,7 @@ def test_recomputing_keeps_fewer_bytes() -> None:
     assert kept[1] < 0.7 * kept[0]
 
 
-def test_recomputing_leaves_evaluation_as_it_is_and_can_be_copied() -> None:
+def test_recomputing_doesnt_change_evaluation_and_can_be_copied() -> None:
     step = speedup("activation_checkpointing").apply(step_of(net()), CPU)
     plain = net()
     inputs, _ = batch()
@@ -249,7 +249,7 @@ def test_the_whole_batch_is_the_same_as_its_parts() -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
 
-def test_dropout_is_as_it_was_after_an_exam() -> None:
+def test_dropout_is_restored_after_computing_numbers() -> None:
     model = net()
     StepRunner(step_of(model), F.cross_entropy).compute_numbers(*batch())
     assert model[3].p == 0.3
@@ -258,7 +258,7 @@ def test_dropout_is_as_it_was_after_an_exam() -> None:
 # --- the optimizer --------------------------------------------------------------------------------
 
 
-def test_the_fused_kernel_is_really_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fused_kernel_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     step = speedup("fused_optimizer").apply(step_of(net()), CPU)
     assert step.optimizer is not None
     calls: list[int] = []
@@ -275,8 +275,8 @@ linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="on
 
 
 @linux_only
-def test_bound_threads_are_set_free_again() -> None:
-    """With two threads, in a process of its own: here operations have one."""
+def test_bound_threads_may_run_anywhere_afterwards() -> None:
+    """With two threads, in a separate process: operations have one in this one."""
     script = """
 import os, sys
 from pathlib import Path
@@ -304,7 +304,7 @@ print(inside.count(1))
 
 
 @linux_only
-def test_threads_are_set_free_after_an_error_too() -> None:
+def test_threads_may_run_anywhere_after_an_error() -> None:
     allowed = os.sched_getaffinity(0)
     idle = threading.Event()
     other = threading.Thread(target=idle.wait)
@@ -361,7 +361,7 @@ def test_reading_ahead_gives_the_same_batches() -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_reader_that_fails_or_isnt_wanted_ends() -> None:
+def test_a_reader_that_fails_or_isnt_needed_ends() -> None:
     rows, targets = np.zeros((10, 2), np.uint8), np.zeros(10, np.int64)
     split = Split(inputs=rows, index=np.arange(10), targets=targets, names=[""] * 10, classes=("a",))
     feed = Feed(split, CPU)
@@ -385,8 +385,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)
 
 
-def test_the_plan_of_one_process_is_not_kept_for_several(prepared: PreparedData) -> None:
-    """It may have what they have no use for, such as a recorded step."""
+def test_the_plan_of_one_process_is_not_used_for_several(prepared: PreparedData) -> None:
+    """It may contain speedups that they have no use for, such as graphs."""
     alone = Setup(Recipe(), prepared, CPU).key
     keys = {size: Setup(Recipe(), prepared, CPU, group=Group(rank=0, size=size)).key for size in (1, 2, 4)}
     assert keys[1] == alone
@@ -394,7 +394,7 @@ def test_the_plan_of_one_process_is_not_kept_for_several(prepared: PreparedData)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "adamw"])
-def test_a_recorded_step_learns_the_same_with_a_changing_rate(prepared: PreparedData, optimizer: str) -> None:
+def test_a_captured_step_learns_the_same_with_a_changing_rate(prepared: PreparedData, optimizer: str) -> None:
     """On a device without graphs all but the recording is as on a GPU: tensors that stay where they are, and
     learning rates that are read from them."""
     recipe = Recipe(
@@ -455,7 +455,7 @@ def test_a_captured_step_reads_from_fixed_tensors_one_set_for_each_shape() -> No
 # --- together -------------------------------------------------------------------------------------
 
 
-def test_all_that_is_usual_here_computes_the_same_together() -> None:
+def test_all_usual_speedups_together_compute_the_same() -> None:
     plain = step_of(net())
     chosen: dict[str, str] = {}
     for name, found in usable_speedups(CPU)[0].items():
@@ -470,7 +470,7 @@ def test_all_that_is_usual_here_computes_the_same_together() -> None:
     assert planner.difference(numbers, found_numbers) <= error_tolerance(plan.speedups, CPU)
 
 
-def test_the_number_of_threads_holds_while_the_step_computes() -> None:
+def test_the_number_of_threads_applies_while_the_step_computes() -> None:
     before = torch.get_num_threads()
     step = apply_plan(Plan(device="cpu", speedups=(), threads=before + 1), step_of(LINEAR), CPU)
     with apply_settings(step):
@@ -478,8 +478,8 @@ def test_the_number_of_threads_holds_while_the_step_computes() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_a_graph_is_for_optimizers_whose_first_steps_can_be_taken_back() -> None:
-    """What was not there before the steps that precede a recording becomes zero: Rprop's step sizes don't begin so."""
+def test_graphs_are_for_optimizers_whose_first_steps_can_be_undone() -> None:
+    """State that did not exist before the warm-up steps becomes zero, but step sizes of Rprop start otherwise."""
     model = nn.Linear(2, 2)
     for optimizer, taken in ((torch.optim.AdamW, True), (torch.optim.SGD, True), (torch.optim.Rprop, False)):
         step = Step(model=model, optimizer=optimizer(model.parameters(), lr=0.1))

@@ -1,5 +1,5 @@
-"""Files for clusters: whatever a user gives comes through a shell and YAML unchanged, and a job starts again where that
-helps and only there. `test_slurm` and `test_torchrun` run the files."""
+"""Files for clusters: all names and options pass a shell and YAML unchanged, and a job restarts only where that can
+help. `test_slurm` and `test_torchrun` run the files."""
 
 from __future__ import annotations
 
@@ -61,14 +61,16 @@ words = texts | hostile
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of commands: srun writes down what it was asked and ends as $ENDS says, leaving the word in $WORD."""
+    """A folder of commands: srun writes its arguments to $CALLS, copies the report $REPORT, and exits with $ENDS."""
     folder = tmp_path_factory.mktemp("bin")
-    told = "import json, os, sys; json.dump({'argv': sys.argv[1:], 'cwd': os.getcwd()}, open(os.environ['TOLD'], 'w'))"
+    write_call = (
+        "import json, os, sys; json.dump({'argv': sys.argv[1:], 'cwd': os.getcwd()}, open(os.environ['CALLS'], 'w'))"
+    )
     commands = {
-        "srun": f'"{sys.executable}" -IS -c "{told}" "$@"\n'
-        '[ -z "$WORD" ] || cp "$WORD" "$SUANLI_VERDICT"\nexit "$ENDS"',
-        "scontrol": 'echo "$@" >> "$TOLD.scontrol"',
-        "sbatch": 'cat > "$TOLD"\n[ "$ENDS" = 0 ] || echo "no such partition" >&2\n'
+        "srun": f'"{sys.executable}" -IS -c "{write_call}" "$@"\n'
+        '[ -z "$REPORT" ] || cp "$REPORT" "$SUANLI_VERDICT"\nexit "$ENDS"',
+        "scontrol": 'echo "$@" >> "$CALLS.scontrol"',
+        "sbatch": 'cat > "$CALLS"\n[ "$ENDS" = 0 ] || echo "no such partition" >&2\n'
         'echo "Submitted batch job 7"\nexit "$ENDS"',
     }
     for name, body in commands.items():
@@ -77,20 +79,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def played(
-    text: str, cluster: Path, folder: Path, *, ends: int = 0, word: Path | str = "", restarts: int | None = None
+def run_script(
+    text: str, cluster: Path, folder: Path, *, ends: int = 0, report: Path | str = "", restarts: int | None = None
 ) -> tuple[subprocess.CompletedProcess[str], dict[str, Any], str]:
-    """Runs a script as Slurm would, with commands that only write down: how it ended, what srun and scontrol got."""
-    told = folder / "told"
-    for path in (told, Path(f"{told}.scontrol")):
+    """Run a script as Slurm would, with commands that only write their arguments to files. Returns the finished process
+    and the arguments of srun and scontrol."""
+    calls = folder / "calls"
+    for path in (calls, Path(f"{calls}.scontrol")):
         path.unlink(missing_ok=True)
-    known = {"PATH": f"{cluster}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "TOLD": str(told), "LC_ALL": "C"}
-    known |= {"ENDS": str(ends), "WORD": str(word)} | (
+    known = {"PATH": f"{cluster}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CALLS": str(calls), "LC_ALL": "C"}
+    known |= {"ENDS": str(ends), "REPORT": str(report)} | (
         {} if restarts is None else {"SLURM_RESTART_COUNT": str(restarts)}
     )
     done = subprocess.run(["bash", "-s"], input=text, cwd=folder, env=known, capture_output=True, encoding="utf-8")
-    requeued = Path(f"{told}.scontrol")
-    return done, json.loads(told.read_text()), requeued.read_text() if requeued.exists() else ""
+    requeued = Path(f"{calls}.scontrol")
+    return done, json.loads(calls.read_text()), requeued.read_text() if requeued.exists() else ""
 
 
 # --- what a user gives comes through unchanged ---
@@ -105,12 +108,12 @@ def test_any_argument_survives_the_shell(
     folder = tmp_path_factory.mktemp("job") / place
     folder.mkdir()
     text = render("slurm", Job(name=name, arguments=tuple(arguments), folder=str(folder)))
-    done, got, requeued = played(text, cluster, folder.parent)
+    done, got, requeued = run_script(text, cluster, folder.parent)
     assert (done.returncode, done.stdout, done.stderr, requeued) == (0, "", "", "")
     assert got["cwd"] == str(folder)
     assert got["argv"][:3] == ["--kill-on-bad-exit=1", "--wait=60", "--cpus-per-task=1"]
     assert got["argv"][3:] == [sys.executable, "-m", "suanli", "train", *arguments]
-    assert sorted(p.name for p in folder.parent.rglob("*")) == sorted([place, "told"])
+    assert sorted(p.name for p in folder.parent.rglob("*")) == sorted([place, "calls"])
     plain = render("slurm", Job(name="plain", arguments=()))
     for_sbatch = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert for_sbatch == [
@@ -119,13 +122,13 @@ def test_any_argument_survives_the_shell(
     assert text.replace("\n", "").isprintable()  # what it does can be seen
 
 
-def expanded(text: str) -> str:
+def expand_variables(text: str) -> str:
     """As Kubernetes does it with a variable HOME: $(NAME) is its value if there is one, $$ is $."""
 
-    def one(found: re.Match[str]) -> str:
-        return "$" if found[0] == "$$" else {"$(HOME)": "/root"}.get(found[0], found[0])
+    def expand(match: re.Match[str]) -> str:
+        return "$" if match[0] == "$$" else {"$(HOME)": "/root"}.get(match[0], match[0])
 
-    return re.sub(r"\$\$|\$\([^)]*\)", one, text)
+    return re.sub(r"\$\$|\$\([^)]*\)", expand, text)
 
 
 @given(st.lists(words, max_size=5), words, words.filter(bool))
@@ -136,7 +139,7 @@ def test_any_argument_survives_yaml_and_torchrun(arguments: list[str], name: str
     text = render("kubernetes", Job(name=name, arguments=tuple(arguments), image=image))
     trainer = yaml.safe_load(text)["spec"]["trainer"]
     assert trainer["image"] == image
-    given_on = [expanded(a) for a in trainer["args"]]
+    given_on = [expand_variables(a) for a in trainer["args"]]
     assert given_on == [*TORCHRUN, *arguments]
     assert text.replace("\n", "").isprintable()
     read = parse_args(given_on)  # an option for suanli is none of torchrun's
@@ -146,7 +149,7 @@ def test_any_argument_survives_yaml_and_torchrun(arguments: list[str], name: str
 
 @given(words)
 @example("a" * 50)
-def test_names_are_taken_by_every_cluster(name: str) -> None:
+def test_names_are_allowed_by_every_cluster(name: str) -> None:
     assert re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", cluster_name(name))
     assert cluster_name("digits-1") == "digits-1"
 
@@ -168,23 +171,23 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_when_a_job_is_put_back(case: str, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_a_job_is_requeued(case: str, cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ends, error, code, again = CASES[case]
-    word: Path | str = ""
-    if error is not None:  # in the very form in which processes leave it
-        word = tmp_path / "word"
-        monkeypatch.setenv(REPORT_VARIABLE, str(word))
-        assert fatal.report(error) == (not isinstance(error, Interrupted))  # which a new start may follow
+    report: Path | str = ""
+    if error is not None:  # in the form in which processes write it
+        report = tmp_path / "report"
+        monkeypatch.setenv(REPORT_VARIABLE, str(report))
+        assert fatal.report(error) == (not isinstance(error, Interrupted))  # which a restart may follow
     script = render("slurm", Job(name="x", arguments=(), folder=str(tmp_path)))
-    done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word)
+    done, _, requeued = run_script(script, cluster, tmp_path, ends=ends, report=report)
     assert requeued == ("requeue 7\n" if again else "")
     assert done.returncode == (0 if again else code)  # what Slurm does with it isn't the script's
     assert (error is None or again) or error.message in json.loads(done.stdout)["message"]
     assert again == (f"code {code}:" in done.stdout)
     if again:
-        done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word, restarts=2)
+        done, _, requeued = run_script(script, cluster, tmp_path, ends=ends, report=report, restarts=2)
         assert requeued
-        done, _, requeued = played(script, cluster, tmp_path, ends=ends, word=word, restarts=3)
+        done, _, requeued = run_script(script, cluster, tmp_path, ends=ends, report=report, restarts=3)
         assert (done.returncode, requeued) == (code, "")
     assert not list(tmp_path.glob(".suanli*"))
 
@@ -197,19 +200,19 @@ EMIT = ("train", "digits", "--out", "/runs/a b", "--nodes", "2", "--threads", "1
 
 def test_the_text_is_all_that_is_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert call(*EMIT, "--emit", "slurm") == 0
-    shown = capsys.readouterr()
-    assert shown.out.startswith("#!/bin/bash\n")
-    assert shown.out.endswith("|| exit $code\n")
-    assert shown.err == ""
+    output = capsys.readouterr()
+    assert output.out.startswith("#!/bin/bash\n")
+    assert output.out.endswith("|| exit $code\n")
+    assert output.err == ""
     assert call(*EMIT, "--emit", "slurm", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told.pop("seconds") >= 0
-    assert told == {"emitted": shown.out, "kind": "slurm", "submitted": None}
+    result = json.loads(capsys.readouterr().out)
+    assert result.pop("seconds") >= 0
+    assert result == {"emitted": output.out, "kind": "slurm", "submitted": None}
     assert not list(tmp_path.iterdir())  # nothing was trained or made
 
 
-def test_the_options_are_those_that_were_given(capsys: pytest.CaptureFixture[str]) -> None:
-    """What stands in the file is read by the same command line as the same options."""
+def test_the_emitted_options_are_those_of_the_user(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command line reads the options in the file as it reads those of the user."""
     yaml = pytest.importorskip("yaml", reason=f"needs: {pip_install('suanli[test]')}")
     train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
     given_line = ["-x y.zip", "--out=/r/1", "--set=a=b c", "--set=c=$(D)", "--track=mlflow", "--trust-code"]
@@ -220,7 +223,7 @@ def test_the_options_are_those_that_were_given(capsys: pytest.CaptureFixture[str
     resources = {"cpu": str(device.cores() // 3 * 3 or 3), "nvidia.com/gpu": "3"}
     assert trainer["resourcesPerNode"] == {"requests": resources, "limits": resources}
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (1, 3)
-    args = [expanded(a) for a in trainer["args"]]
+    args = [expand_variables(a) for a in trainer["args"]]
     assert args[0] == "--max-restarts=5"
 
     def read(words: list[str]) -> dict[str, Any]:
@@ -245,27 +248,27 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_makes_no_job_is_refused(case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options, said = WRONG[case]
+def test_options_that_make_no_job_are_refused(case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options, message = WRONG[case]
     assert call("train", "digits", *options) == 2
-    shown = capsys.readouterr()
-    assert said in shown.err
-    assert shown.out == ""
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_only_train_is_emitted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_emit_is_for_train_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("run", "digits", "--out", "x", "--emit", "slurm") == 2
     assert "suanli train" in capsys.readouterr().err
 
 
-def test_what_sbatch_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """A GPU that is named is asked for, though this machine may have none."""
+def test_the_options_of_sbatch(capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU that is named is text for, though this machine may have none."""
     assert call(*EMIT[:-1], "cuda", "--nproc", "4", "--emit", "slurm") == 0
-    asked = capsys.readouterr().out
+    text = capsys.readouterr().out
     for option in ("nodes=2", "ntasks-per-node=4", "cpus-per-task=1", "gpus-per-node=4", "requeue", "signal=TERM@60"):
-        assert f"\n#SBATCH --{option}\n" in asked
-    assert "\nrestarts=20 " in asked
+        assert f"\n#SBATCH --{option}\n" in text
+    assert "\nrestarts=20 " in text
     assert call(*EMIT, "--nproc", "4", "--emit", "slurm") == 0
     assert "gpus-per-node" not in capsys.readouterr().out
 
@@ -274,21 +277,21 @@ def test_a_file_is_submitted(
     cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", f"{cluster}:{os.environ['PATH']}")
-    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("ENDS", "0")
     assert call(*EMIT, "--emit", "slurm", "--submit", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["submitted"] == "Submitted batch job 7"
-    assert (tmp_path / "told").read_text() == told["emitted"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["submitted"] == "Submitted batch job 7"
+    assert (tmp_path / "calls").read_text() == result["emitted"]
     assert call(*EMIT, "--emit", "slurm", "--submit") == 0
-    shown = capsys.readouterr()
-    assert shown.out == told["emitted"]
-    assert "Submitted batch job 7" in shown.err
+    output = capsys.readouterr()
+    assert output.out == result["emitted"]
+    assert "Submitted batch job 7" in output.err
 
 
-def test_what_refuses_a_file_is_quoted(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_submission_quotes_the_message(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{cluster}:{os.environ['PATH']}")
-    monkeypatch.setenv("TOLD", str(tmp_path / "told"))
+    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("ENDS", "1")
     with pytest.raises(MachineError, match="no such partition"):
         submission.submit("slurm", "x")
@@ -333,13 +336,13 @@ def instructions() -> list[tuple[str, str]]:
     ]
 
 
-def test_the_container_file_keeps_the_rules_that_matter() -> None:
-    found = instructions()
-    by_word = {word: [rest for w, rest in found if w == word] for word, _ in found}
+def test_the_container_file_follows_the_rules_that_matter() -> None:
+    lines = instructions()
+    by_word = {word: [rest for w, rest in lines if w == word] for word, _ in lines}
     (base,) = by_word["FROM"]
     assert re.fullmatch(r"docker\.io/nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.04", base)
     assert re.fullmatch(r"[1-9]\d*", by_word["USER"][-1])  # a number other than root's, so that a cluster can tell
-    assert [w for w, _ in found][::-1].index("USER") < [w for w, _ in found][::-1].index("RUN")
+    assert [w for w, _ in lines][::-1].index("USER") < [w for w, _ in lines][::-1].index("RUN")
     assert "ADD" not in by_word
     assert "ARG" not in by_word  # it would stay in the image's history
     assert not re.search(r"password|token|secret|api_key", CONTAINERFILE.read_text(), re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Who of several processes hangs, from what they say of themselves."""
+"""Which of several processes hangs, from what they publish."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def beat(beats: int, step: int, phase: str) -> dict[str, object]:
         ({0: (3, 7, "compute"), 1: (3, 7, "compute")}, {0: (4, 7, "compute"), 1: (4, 7, "compute")}, [0, 1]),
     ],
 )
-def test_the_one_that_the_others_wait_for_is_found(before, now, expected):
+def test_the_process_that_the_others_wait_for_is_identified(before, now, expected):
     assert find_hanging({r: beat(*b) for r, b in before.items()}, {r: beat(*b) for r, b in now.items()}, 2) == expected

@@ -1,4 +1,4 @@
-"""What every speedup promises: it says where it can't be used, and changes nothing but rounding."""
+"""The contract of every speedup: it returns why it can't be used, and changes nothing but rounding."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def process_settings() -> dict[str, object]:
 
 
 @by_file
-def test_is_called_as_its_file(name: str) -> None:
+def test_its_name_is_that_of_its_file(name: str) -> None:
     assert registry.load("speedups", name).name == name
 
 
 @every
-def test_says_why_not_in_words(speedup: Speedup) -> None:
+def test_why_not_is_a_sentence(speedup: Speedup) -> None:
     reasons = [speedup.why_not(device) for device in DEVICES]
     reasons += [speedup.needless(s, d) for d in DEVICES for s in (step_of(), Step(model=nn.Linear(2, 2)))]
     for reason in reasons:
@@ -136,7 +136,7 @@ def test_says_why_not_in_words(speedup: Speedup) -> None:
 
 
 @every
-def test_what_it_declares_makes_sense(speedup: Speedup) -> None:
+def test_its_fields_are_consistent(speedup: Speedup) -> None:
     assert set(speedup.risks) <= {"memory", "numerics", "backend"}
     assert ORDER_OF_SUMS <= speedup.tolerance <= 0.1
     assert ("numerics" in speedup.risks) == (speedup.tolerance > ORDER_OF_SUMS and not speedup.slow_start)
@@ -172,7 +172,7 @@ def flat(model: nn.Module) -> torch.Tensor:
 
 
 @every
-def test_keeps_what_others_have_set(speedup: Speedup) -> None:
+def test_keeps_settings_of_other_speedups(speedup: Speedup) -> None:
     before = replace(step_of(), micro_batches=2)
     own = {
         f.name for f in fields(Step) if getattr(speedup.apply(copied(before), HERE), f.name) != getattr(before, f.name)
@@ -203,19 +203,19 @@ def test_keeps_the_objects_their_names_and_their_values(speedup: Speedup) -> Non
     after = speedup.apply(step, HERE)
     assert after.model is step.model
     assert after.optimizer is step.optimizer
-    found = after.model.state_dict(keep_vars=True)
-    assert list(found) == list(before)
+    tensors = after.model.state_dict(keep_vars=True)
+    assert list(tensors) == list(before)
     for name, (identity, value) in before.items():
-        assert id(found[name]) == identity, name  # the optimizer still holds it
-        assert torch.equal(found[name], value)
+        assert id(tensors[name]) == identity, name  # the optimizer still holds it
+        assert torch.equal(tensors[name], value)
     assert torch.utils._pytree.tree_all(
-        lambda p: any(p is q for q in found.values()), after.optimizer.param_groups[0]["params"]
+        lambda p: any(p is q for q in tensors.values()), after.optimizer.param_groups[0]["params"]
     )
 
 
 @every
-def test_does_something(speedup: Speedup) -> None:
-    """On the step, or, as the optimizer's kernels and the blocks' own forward, on what it holds."""
+def test_changes_the_step(speedup: Speedup) -> None:
+    """The step itself, or what it contains: options of the optimizer, or the forward method of a block."""
     step = replace(step_of(), micro_batches=2)
     groups, forwards = _inside(step)
     after = speedup.apply(step, HERE)
@@ -223,7 +223,7 @@ def test_does_something(speedup: Speedup) -> None:
 
 
 @every
-def test_its_settings_are_put_back_after_an_error_too(speedup: Speedup) -> None:
+def test_its_settings_are_restored_after_an_error(speedup: Speedup) -> None:
     if speedup.name == "allocator" and speedup.why_not(HERE) is not None:
         pytest.skip("its settings are the C library's")
     step, before = speedup.apply(step_of(), HERE), process_settings()
@@ -243,11 +243,11 @@ def _inside(step: Step) -> tuple[list[dict[str, object]], list[object]]:
 
 
 @every
-def test_a_step_that_has_it_learns_from_a_copy_too(speedup: Speedup) -> None:
-    """Trials are copies of copies: deepcopy of model and optimizer together keeps them tied."""
+def test_a_copied_step_with_it_can_be_trained(speedup: Speedup) -> None:
+    """Trials are copies: deepcopy of model and optimizer together keeps them connected."""
     step = step_of()
     only_where_used(speedup, step)
     step = speedup.apply(copied(step), HERE)
     assert step.optimizer is not None
-    held = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in step.model.parameters()}
+    parameters = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    assert parameters == {id(p) for p in step.model.parameters()}

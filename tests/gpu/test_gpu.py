@@ -1,7 +1,7 @@
-"""What only an NVIDIA GPU can show: speedups compute the same there, graphs replay what they recorded, rows that
-lie on the device are those of the cache, and training goes on where it stopped.
+"""What only an NVIDIA GPU can test: speedups compute the same there, graphs replay what was captured, rows that lie
+on the device are those of the cache, and training resumes where it stopped.
 
-A GPU adds in no fixed order, so equality is up to rounding unless cuDNN is held to one algorithm.
+A GPU adds in no fixed order, so equality is up to rounding unless cuDNN is fixed to one algorithm.
 """
 
 from __future__ import annotations
@@ -101,21 +101,21 @@ def test_a_speedup_computes_the_same(name: str, prepared: PreparedData, device: 
 
 @pytest.mark.parametrize("recipe", [RECIPE, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("others", ["", "channels_last,"])
-def test_a_recorded_step_learns_what_an_issued_one_does(
+def test_a_captured_step_learns_the_same_as_an_eager_one(
     recipe: Recipe, others: str, prepared: PreparedData, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over two epochs, in which the learning rate falls: a graph that kept its first rate would drift away. In full
     float32, since Muon makes a step of what is only rounding."""
     monkeypatch.setattr(muon, "fast_dtype", lambda _device: torch.float32)
     setup = Setup(recipe, prepared, device)
-    recorded = plan_for(f"{others}graphs", setup)
+    captured = plan_for(f"{others}graphs", setup)
     plain = plan_of_names(others.rstrip(",") or "none", device)
     with eager.tf32_switch("float32", device.type):
-        assert_same(trained(setup.trial(plain)), trained(setup.trial(recorded)), tolerance=2e-3)
+        assert_same(trained(setup.trial(plain)), trained(setup.trial(captured)), tolerance=2e-3)
 
 
-def test_a_recorded_step_drops_others_each_time(prepared: PreparedData, device: Device) -> None:
-    """A network that doesn't learn, on one batch: only dropout changes its loss."""
+def test_a_captured_step_draws_new_dropout_each_time(prepared: PreparedData, device: Device) -> None:
+    """With almost no learning rate and one batch, only dropout changes its loss."""
     recipe = RECIPE.model_copy(
         update={"model": f"{__name__}:dropping", "lr": 1e-12, "weight_decay": 0.0, "augment": (), "batch_size": 100_000}
     )
@@ -143,7 +143,7 @@ def test_rows_on_the_device_are_those_of_the_cache(prepared: PreparedData, devic
 
 
 @pytest.mark.parametrize("speedups", ["none", "channels_last,resident", "channels_last,resident,graphs"])
-def test_training_goes_on_where_it_stopped(
+def test_training_resumes_where_it_stopped(
     speedups: str, prepared: PreparedData, device: Device, tmp_path: Path
 ) -> None:
     setup = Setup(RECIPE, prepared, device)
@@ -176,7 +176,7 @@ def test_a_run_on_the_device(speedups: str, device: Device, tmp_path: Path) -> N
     assert speedups == "auto" or not run.summary["plan"]["speedups"]
 
 
-def test_a_loop_of_the_users_is_sped_up(device: Device) -> None:
+def test_a_users_own_loop_is_sped_up(device: Device) -> None:
     torch.manual_seed(0)
     where = device.torch_name
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
