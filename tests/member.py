@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from suanli.compute import planner
+from suanli.compute.plan_trial import difference
 from suanli.compute.step_runner import Numbers, apply_settings
 from suanli.machine import device
 from suanli.parallel import dtensor
@@ -82,7 +82,7 @@ def train(options: dict, group: Group, numbers: list[Numbers]) -> dict:
     with apply_settings(loop.compute):
         if options.get("compare"):
             numbers.append(loop.compute_numbers())
-            result["difference"] = planner.difference(numbers[-2:][0], numbers[-1])  # to the training before
+            result["difference"] = difference(numbers[-2:][0], numbers[-1])  # to the training before
         before = received_bytes(group)
         for loss in loop.run():
             losses.append(loss)

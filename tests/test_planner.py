@@ -25,9 +25,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import suanli
-from suanli.compute import plan_cache, planner
+from suanli.compute import plan_cache, plan_search
 from suanli.compute.plan import ORDER_OF_SUMS, check_threads, plain_plan
 from suanli.compute.plan_cache import PlanCache
+from suanli.compute.plan_trial import difference
 from suanli.compute.speed_up import _OwnLoop
 from suanli.compute.step_runner import Numbers
 from suanli.core.types import Plan
@@ -67,9 +68,9 @@ class Sleeper(nn.Module):
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time limits use the real clock."""
-    pauses = SimpleNamespace(perf_counter=Sleeper.perf_counter, monotonic=time.monotonic)
-    monkeypatch.setattr(planner, "time", pauses)
+    """Only measuring uses the clock of pauses; time limits use the real one."""
+    pauses = SimpleNamespace(perf_counter=Sleeper.perf_counter)
+    monkeypatch.setattr(plan_search, "time", pauses)
     monkeypatch.setattr(timing, "time", pauses)
 
 
@@ -133,7 +134,7 @@ def test_faster_is_kept_and_slower_dropped_with_its_ratio(speedup_folder: Put) -
     assert trial.error == 0
     assert trial.step_s is not None
     assert trial.step_s < PAUSE_S
-    assert 2 <= trial.rounds <= planner.ROUNDS[1]
+    assert 2 <= trial.rounds <= plan_search.ROUNDS[1]
 
 
 def test_slower_is_dropped_with_its_ratio(speedup_folder: Put) -> None:
@@ -211,7 +212,7 @@ def test_running_out_of_memory_ends_only_the_trial(speedup_folder: Put, error: s
 
 
 def test_a_first_step_that_hangs_is_ended(speedup_folder: Put, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "FIRST_STEP_LIMIT_S", 0.2)
+    monkeypatch.setattr(plan_search, "FIRST_STEP_LIMIT_S", 0.2)
     speedup_folder("hangs", "step = replace(step, compute=lambda x: time.sleep(60))")
     alarms: list[int] = []
     before = signal.signal(signal.SIGALRM, lambda number, _: alarms.append(number))
@@ -256,7 +257,7 @@ def test_speedups_between_processes_are_used_only_by_name(speedup_folder: Put) -
 def test_compiling_comes_last_and_must_save_more_than_its_start_costs(
     speedup_folder: Put, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(planner, "COMPILING_S", (0.3, 0.0))
+    monkeypatch.setattr(plan_search, "COMPILING_S", (0.3, 0.0))
     slow_start = (
         "seen = []\ndef compute(x):\n    model.pause(0 if seen else 0.3)\n    seen.append(1)\n    return model(x)\n"
     )
@@ -284,7 +285,7 @@ def test_a_short_run_measures_nothing(speedup_folder: Put) -> None:
     speedup_folder("quick", QUICK)
     speedup_folder("unusual", QUICK, usual=False)
     speedup_folder("other", QUICK, group="g", stage=60)
-    result = plan(steps=planner.MIN_STEPS - 1)
+    result = plan(steps=plan_search.MIN_STEPS - 1)
     assert result.origin == "short list"
     assert result.speedups == ("drag", "quick")
     assert Sleeper.steps == 0
@@ -300,8 +301,8 @@ def test_planning_stops_at_its_share_of_time_and_continues_next_time(speedup_fol
         if result.origin == "cached":
             break
         assert result.origin == "measured"
-        assert Sleeper.steps <= 2 * planner.PLANNING_SHARE * steps
-        assert result.seconds <= 2 * planner.PLANNING_SHARE * steps * pause_s
+        assert Sleeper.steps <= 2 * plan_search.PLANNING_SHARE * steps
+        assert result.seconds <= 2 * plan_search.PLANNING_SHARE * steps * pause_s
         assert len(result.trials) > before
         assert {n for n, r in result.dropped.items() if "not tried yet" in r} == {
             f"drag{n}" for n in range(len(result.trials), 5)
@@ -505,13 +506,13 @@ def numbers(sizes: list[int], seed: int) -> Numbers:
 @given(sizes=SIZES, seed=st.integers(0, 1000), error=st.floats(1e-4, 10))
 def test_difference_is_the_relative_error(sizes: list[int], seed: int, error: float) -> None:
     right = numbers(sizes, seed)
-    assert planner.difference(right, right) == 0
+    assert difference(right, right) == 0
     scaled = tuple(t * (1 + error) for t in right.outputs)
     off = replace(right, outputs=scaled)
-    assert planner.difference(right, off) == pytest.approx(error, rel=1e-2)
+    assert difference(right, off) == pytest.approx(error, rel=1e-2)
     steep = tuple(t * (1 + error) for t in right.gradients)
     off = replace(right, gradients=steep)
-    assert planner.difference(right, off) == pytest.approx(error / 4, rel=1e-2)
+    assert difference(right, off) == pytest.approx(error / 4, rel=1e-2)
 
 
 @given(sizes=SIZES, seed=st.integers(0, 1000), place=st.integers(0, 7), bad=st.sampled_from([math.nan, math.inf]))
@@ -519,17 +520,17 @@ def test_difference_is_infinite_where_a_number_isnt_finite(sizes: list[int], see
     right, broken = numbers(sizes, seed), numbers(sizes, seed)
     tensors = [*broken.outputs, *broken.gradients]
     tensors[place % len(tensors)][-1, -1] = bad
-    assert planner.difference(right, broken) == math.inf
+    assert difference(right, broken) == math.inf
 
 
 @given(sizes=SIZES, seed=st.integers(0, 1000))
 def test_other_shapes_differ_but_micro_batches_dont(sizes: list[int], seed: int) -> None:
     right = numbers(sizes, seed)
     longer = replace(right, outputs=(*right.outputs, torch.ones(2, 9)))
-    assert planner.difference(right, longer) == math.inf
+    assert difference(right, longer) == math.inf
     logits, values = torch.arange(12.0).view(4, 3), torch.arange(4.0)  # two outputs, of the batch and of two parts
     whole = replace(right, outputs=(logits, values))
     parts = replace(right, outputs=(logits[:2], values[:2], logits[2:], values[2:]))
-    assert planner.difference(whole, parts) == planner.difference(parts, whole) == 0
+    assert difference(whole, parts) == difference(parts, whole) == 0
     parts = replace(right, outputs=(logits[2:], values[2:], logits[:2], values[:2]))
-    assert planner.difference(whole, parts) > 0.1
+    assert difference(whole, parts) > 0.1

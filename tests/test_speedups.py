@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from suanli.compute import cuda_graph, planner
+from suanli.compute import cuda_graph
 from suanli.compute.cuda_graph import CapturedStep
 from suanli.compute.plan import apply_plan, error_tolerance, sort_speedups, usable_speedups
+from suanli.compute.plan_trial import difference
 from suanli.compute.speedups import allocator, bind_threads
 from suanli.compute.step_runner import StepRunner, apply_settings
 from suanli.core import registry
@@ -54,7 +55,7 @@ def test_a_loss_scale_that_overflows_at_first_is_no_error_of_float16() -> None:
     plain_step = Step(model=plain, optimizer=torch.optim.SGD(plain.parameters(), lr=0.1))
     expected = StepRunner(plain_step, loss).compute_numbers(inputs, targets)
     runner = StepRunner(speedup("fp16").apply(step, CPU), loss)
-    assert planner.difference(expected, runner.compute_numbers(inputs, targets)) <= speedup("fp16").tolerance
+    assert difference(expected, runner.compute_numbers(inputs, targets)) <= speedup("fp16").tolerance
     assert runner.scaler.get_scale() < 1 << 16
 
 
@@ -467,7 +468,7 @@ def test_all_usual_speedups_together_compute_the_same() -> None:
     numbers = StepRunner(plain, F.cross_entropy).compute_numbers(*batch())
     with apply_settings(together):
         found_numbers = StepRunner(together, F.cross_entropy).compute_numbers(*batch())
-    assert planner.difference(numbers, found_numbers) <= error_tolerance(plan.speedups, CPU)
+    assert difference(numbers, found_numbers) <= error_tolerance(plan.speedups, CPU)
 
 
 def test_the_number_of_threads_applies_while_the_step_computes() -> None:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from suanli.compute import planner
 from suanli.compute.plan import ORDER_OF_SUMS, apply_plan
+from suanli.compute.plan_trial import difference
 from suanli.compute.step_runner import StepRunner, apply_settings
 from suanli.core import registry
 from suanli.core.types import Device, Plan, Speedup, Step
@@ -155,7 +155,7 @@ def test_learns_the_same_up_to_its_tolerance(speedup: Speedup, optimizer: str) -
     with apply_settings(faster):
         numbers = runners[1].compute_numbers(*batch(0))
     assert process_settings() == before
-    error = planner.difference(runners[0].compute_numbers(*batch(0)), numbers)
+    error = difference(runners[0].compute_numbers(*batch(0)), numbers)
     assert error <= speedup.tolerance
     for seed in range(1, STEPS):
         runners[0](*batch(seed))

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import suanli
-from suanli.compute import planner
 from suanli.compute.plan import error_tolerance, plain_plan, plan_of_names
+from suanli.compute.plan_trial import difference
 from suanli.compute.step_runner import Numbers, apply_settings
 from suanli.core.registry import load, names
 from suanli.core.types import Device, Plan, Recipe
@@ -95,7 +95,7 @@ def numbers(setup: Setup, plan: Plan) -> Numbers:
 def test_a_speedup_computes_the_same(name: str, prepared: PreparedData, device: Device) -> None:
     setup = Setup(RECIPE, prepared, device)
     plan = plan_for(name, setup)
-    error = planner.difference(numbers(setup, plain_plan(device)), numbers(setup, plan))
+    error = difference(numbers(setup, plain_plan(device)), numbers(setup, plan))
     assert error <= error_tolerance((name,), device)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from suanli.compute import planner
 from suanli.compute.plan import PLAIN, check_threads, plain_plan, plan_of_names, sort_speedups
 from suanli.compute.plan_cache import PlanCache
+from suanli.compute.plan_trial import first_line, free_memory
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.core.registry import names
 from suanli.core.types import Device, Json, Plan, Recipe, Trial
@@ -184,7 +185,7 @@ class Session:
 
     def _free(self) -> None:
         self._loop = None  # its memory is needed
-        planner.free_memory(self.device)
+        free_memory(self.device)
 
     # --- when a plan fails on the way ---
 
@@ -250,4 +251,4 @@ def _risk(error: Exception) -> tuple[str, str]:
         return "memory", "memory ran out"
     if isinstance(error, Diverged):
         return "numerics", error.message.rstrip(".")
-    return "backend", planner.first_line(error)
+    return "backend", first_line(error)
