@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,40 +184,40 @@ def test_an_error_that_no_restart_fixes_is_reported_once(tmp_path, options):
 # --- what processes differ in ---
 
 
-FACTS = {
-    "host": "a",
-    "python": "3.11",
-    "torch": "2.13",
-    "suanli": "0.1",
-    "code": "c0de",
-    "device": "cpu",
-    "device_type": "cpu",
-    "recipe": "r",
-    "data": "d",
-    "shard": False,
-    "clock": 1000.0,
-    "memory_bytes": 1,
-    "disk_bytes": 10,
-}
+FACTS = preflight.Facts(
+    host="a",
+    python="3.11",
+    torch="2.13",
+    suanli="0.1",
+    code="c0de",
+    device="cpu",
+    device_type="cpu",
+    recipe="r",
+    data="d",
+    shard=False,
+    clock=1000.0,
+    memory_bytes=1,
+    disk_bytes=10,
+)
 
 
 @pytest.mark.parametrize(("key", "error"), [(k, e) for k, _, e, _ in preflight.MUST_AGREE])
 def test_the_process_that_differs_is_named(key, error):
-    facts = [FACTS, FACTS, FACTS | {"host": "b", key: "other"}]
+    facts = [FACTS, FACTS, replace(FACTS, **{"host": "b", key: "other"})]
     with pytest.raises(error, match=r"Process 2 on b differs .*: other, where the others have"):
         preflight.compare_facts(facts)
     preflight.compare_facts([FACTS, FACTS])
 
 
 def test_clock_skew_is_reported(capsys):
-    preflight.compare_facts([FACTS, FACTS, FACTS | {"host": "b", "clock": 1100.0}])
+    preflight.compare_facts([FACTS, FACTS, replace(FACTS, host="b", clock=1100.0)])
     assert "clock of process 2 on b is off by +100 s" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_refused():
-    preflight.refuse_full_disk(FACTS | {"disk_bytes": None}, 11)
+    preflight.refuse_full_disk("a", None, 11)
     with pytest.raises(MachineError, match="11 B on the storage of a, and 10 B are free"):
-        preflight.refuse_full_disk(FACTS, 11)
+        preflight.refuse_full_disk("a", 10, 11)
 
 
 def test_a_different_recipe_is_detected_before_the_first_step(tmp_path):

@@ -183,7 +183,7 @@ def _meta_tensors() -> dict[int, torch.Tensor]:
     return {id(o): o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.is_meta}
 
 
-def describe_tensors(module: nn.Module) -> list[Json]:
+def describe_tensors(module: nn.Module) -> list[list[Json]]:
     """Name, shape, dtype and requires_grad of each parameter and buffer: networks that agree in these can take each
     other's values."""
     tensors = (*module.named_parameters(), *module.named_buffers())

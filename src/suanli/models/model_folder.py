@@ -47,7 +47,7 @@ def save_model(
     recipe: Recipe,
     preprocess: Preprocess,
     classes: tuple[str, ...],
-    data: Json,
+    data: Mapping[str, object],
     writes: bool = True,
 ) -> None:
     """Write the model folder. For a sharded network this is a collective: the tensors are gathered one after the other,

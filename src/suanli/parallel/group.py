@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from suanli.machine.device import cores
 STORE_TIMEOUT = timedelta(hours=2)  # one process may plan, decode or download while the others wait for it
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own; `watchdog` notices earlier
 POLL_S = 0.05  # of the store, for processes that haven't joined yet
+T = TypeVar("T")
 ALIGNMENT = 2  # shares of a batch begin at multiples of it: augmentations that blend images pair neighbours
 
 
@@ -204,8 +206,8 @@ class Group:
             if self.is_first:
                 self.store.wait([f"left/{rank}" for rank in range(self.size)])
 
-    def gather(self, value: Json) -> list[Json]:
-        """A collective: the values of all processes, by rank."""
+    def gather(self, value: T) -> list[T]:
+        """A collective: the values of all processes, by rank. They travel as JSON."""
         if self.store is None:
             return [value]
         self._exchanges += 1
@@ -214,7 +216,7 @@ class Group:
         return [json.loads(self.store.get(key)) for key in keys]
 
     def broadcast(self, value: Json) -> Json:
-        """A collective: the value of the first process."""
+        """A collective: the value of the first process. It travels as JSON."""
         if self.store is None:
             return value
         self._exchanges += 1

@@ -12,7 +12,8 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ MAX_CLOCK_SKEW_S = 2.0  # with more, times in the logs of different hosts can't 
 SUM_LENGTH = 1 << 20  # float32 numbers in the test sum: 4 MB, about a bucket of gradients
 SUMS = 5
 MUST_AGREE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
-    # key of the facts, its name in messages, the error, the fix
+    # field of Facts, its name in messages, the error, the fix
     ("python", "Python", MachineError, "Install the same version everywhere."),
     ("torch", "torch", MachineError, "Install the same version everywhere."),
     ("suanli", "suanli", MachineError, "Install the same version everywhere."),
@@ -41,6 +42,25 @@ MUST_AGREE: tuple[tuple[str, str, type[SuanliError], str], ...] = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a process sends to the others."""
+
+    host: str
+    python: str
+    torch: str
+    suanli: str
+    code: str  # digest
+    device: str
+    device_type: str
+    recipe: str  # digest
+    data: str  # digest
+    shard: bool
+    clock: float  # seconds since 1970
+    memory_bytes: int | None  # free on the device; None: unknown
+    disk_bytes: int | None  # free where the run is written; None: unknown
+
+
 def check(
     group: Group, device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False
 ) -> dict[str, Json]:
@@ -50,60 +70,61 @@ def check(
     Raises MachineError, UsageError or DataError that names the process that doesn't fit.
     """
     group.barrier()
-    facts = group.gather(local_facts(device, recipe=recipe, data=data, folder=folder, shard=shard))
+    own = local_facts(device, recipe=recipe, data=data, folder=folder, shard=shard)
+    facts = [Facts(**values) for values in group.gather(asdict(own))]
     compare_facts(facts)
-    rate = _sum_of_all(group, device)
-    hosts = sorted({f["host"] for f in facts})
+    rate = _measure_sum(group, device)
+    hosts = {f.host for f in facts}
     where = "this host" if len(hosts) == 1 else plural(len(hosts), "host")
     say(f"{group.size} processes on {where} agree; they sum at {size(rate)}/s")
     recorded = ("host", "device", "memory_bytes", "disk_bytes")
-    return {"all_reduce_bytes_per_s": rate, "each": [{k: f[k] for k in recorded} for f in facts]}
+    return {"all_reduce_bytes_per_s": rate, "each": [{name: getattr(f, name) for name in recorded} for f in facts]}
 
 
-def local_facts(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> dict[str, Json]:
-    return {
-        "host": socket.gethostname(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "suanli": version("suanli"),
-        "code": code_digest(),
-        "device": device.name,
-        "device_type": device.type,
-        "recipe": recipe,
-        "data": data,
-        "shard": shard,
-        "clock": time.time(),
-        "memory_bytes": available_memory_bytes(device),
-        "disk_bytes": _free_bytes(folder),
-    }
+def local_facts(device: Device, *, recipe: str, data: str, folder: Path, shard: bool = False) -> Facts:
+    return Facts(
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        suanli=version("suanli"),
+        code=code_digest(),
+        device=device.name,
+        device_type=device.type,
+        recipe=recipe,
+        data=data,
+        shard=shard,
+        clock=time.time(),
+        memory_bytes=available_memory_bytes(device),
+        disk_bytes=_free_bytes(folder),
+    )
 
 
-def compare_facts(facts: Sequence[Mapping[str, Json]]) -> None:
-    """Raise the error for what differs between processes, in the order of their ranks; warn of clock skew."""
-    for key, name, error, fix in MUST_AGREE:
-        usual = statistics.mode(f[key] for f in facts)
-        odd = [rank for rank, f in enumerate(facts) if f[key] != usual]
+def compare_facts(facts: Sequence[Facts]) -> None:
+    """Raise the error for the first process that differs from most; warn of clock skew."""
+    for field, name, error, fix in MUST_AGREE:
+        values = [getattr(f, field) for f in facts]
+        usual = statistics.mode(values)
+        odd = [rank for rank, value in enumerate(values) if value != usual]
         if odd:
             rank = odd[0]
             more = f" (and {len(odd) - 1} more)" if len(odd) > 1 else ""
             raise error(
-                f"Process {rank} on {facts[rank]['host']}{more} differs in {name}: {facts[rank][key]}, "
+                f"Process {rank} on {facts[rank].host}{more} differs in {name}: {values[rank]}, "
                 f"where the others have {usual}.",
                 fix=fix,
             )
-    middle = statistics.median(f["clock"] for f in facts)
+    middle = statistics.median(f.clock for f in facts)
     for rank, f in enumerate(facts):
-        if abs(f["clock"] - middle) > MAX_CLOCK_SKEW_S:
-            warn(f"The clock of process {rank} on {f['host']} is off by {f['clock'] - middle:+.0f} s.")
+        if abs(f.clock - middle) > MAX_CLOCK_SKEW_S:
+            warn(f"The clock of process {rank} on {f.host} is off by {f.clock - middle:+.0f} s.")
             break
 
 
-def refuse_full_disk(first: Mapping[str, Json], needed_bytes: int) -> None:
-    """Raise MachineError where the first process, which writes, has too little disk space."""
-    free = first["disk_bytes"]
-    if free is not None and free < needed_bytes:
+def refuse_full_disk(host: str, free_bytes: int | None, needed_bytes: int) -> None:
+    """Raise MachineError where the process that writes has too little disk space."""
+    if free_bytes is not None and free_bytes < needed_bytes:
         raise MachineError(
-            f"The run needs {size(needed_bytes)} on the storage of {first['host']}, and {size(free)} are free.",
+            f"The run needs {size(needed_bytes)} on the storage of {host}, and {size(free_bytes)} are free.",
             fix="Free some space, or choose another --out.",
         )
 
@@ -127,7 +148,7 @@ def _free_bytes(folder: Path) -> int | None:
         return None
 
 
-def _sum_of_all(group: Group, device: Device) -> float:
+def _measure_sum(group: Group, device: Device) -> float:
     """A collective: bytes per second that each process moves in a sum over all processes. Raises MachineError where the
     sum is wrong."""
     expected = group.size * (group.size + 1) / 2

@@ -96,7 +96,8 @@ class Trainer:
         """A collective. Raises Interrupted, with the checkpoint saved; Diverged; OutOfMemory; LostProcess."""
         self._announce()
         if self.processes is not None:
-            preflight.refuse_full_disk(self.processes["each"][0], self.session.forecast.disk_bytes)
+            first = self.processes["each"][0]  # the process that writes
+            preflight.refuse_full_disk(first["host"], first["disk_bytes"], self.session.forecast.disk_bytes)
         self.directory.write("check.json", self.prepared.findings)
         if self.session.spec.more_epochs is not None:
             self._save()  # from here on the run is a longer one
