@@ -1,12 +1,11 @@
-"""What each idea of the fast recipe brings: the same training with one of them switched off, over several seeds.
+"""The effect of each idea in the fast recipe: the same training with one of them switched off, over several seeds.
 
-All trainings have equal epochs and are scored on validation. Each is a process with one thread; as many run side by
-side as there are cores, so seconds are for comparing within this table only.
+All trainings have the same number of epochs and are scored on validation. Each is a process with one thread; as many
+run in parallel as there are cores, so compare the seconds only within this table.
 
     python benchmarks/bench_ablation.py ../shared/data --out records/…  [--epochs 1.5] [--seeds 5] [--ideas size,muon]
 
-`--way NAME JSON` adds changes of the recipe's fields that are not a switch of the fast recipe; `--ideas nothing` leaves
-those alone.
+`--way NAME JSON` adds other changes of the recipe's fields; `--ideas nothing` runs only those.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from processes import Scored, standard_error, train_all
 from record import Record, arguments, start
 from suanli.core.types import Json
 
-# What switches each idea off. Rates of the other optimizers are usual ones; they were not searched.
+# The changes that switch each idea off. The learning rates of the other optimizers are usual ones and were not tuned.
 IDEAS: dict[str, dict[str, Json]] = {
     "nothing": {},
     "progressive image size": {"progressive_resizing": []},
@@ -50,27 +49,25 @@ def main() -> None:
     parser.add_argument("--ideas", help="parts of their names; default: all")
     parser.add_argument("--size", type=int, help="px of the pictures; default: the recipe's")
     parser.add_argument("--way", nargs=2, action="append", default=[], metavar=("NAME", "JSON"))
-    given = parser.parse_args()
-    wanted = [idea for idea in IDEAS if not given.ideas or any(part in idea for part in given.ideas.split(","))]
-    ideas = ["nothing", *(idea for idea in wanted if idea != "nothing")]
-    record = Record("ablation", given.out, start(given))
-    record.say(
-        f"{given.recipe} on {given.file}, {given.epochs:g} epochs, {given.seeds} seeds, validation accuracy in %"
-    )
-    found: dict[str, Scored] = {}
-    ways = {idea: IDEAS[idea] for idea in ideas} | {name: json.loads(text) for name, text in given.way}
-    options = ["--recipe", given.recipe]
-    every: dict[str, Json] = {"epochs": given.epochs} | ({} if given.size is None else {"preprocess.size": given.size})
+    args = parser.parse_args()
+    chosen = [idea for idea in IDEAS if not args.ideas or any(part in idea for part in args.ideas.split(","))]
+    ideas = ["nothing", *(idea for idea in chosen if idea != "nothing")]
+    record = Record("ablation", args.out, start(args))
+    record.say(f"{args.recipe} on {args.file}, {args.epochs:g} epochs, {args.seeds} seeds, validation accuracy in %")
+    results: dict[str, Scored] = {}
+    ways = {idea: IDEAS[idea] for idea in ideas} | {name: json.loads(text) for name, text in args.way}
+    options = ["--recipe", args.recipe]
+    every: dict[str, Json] = {"epochs": args.epochs} | ({} if args.size is None else {"preprocess.size": args.size})
     ways = {idea: every | changes for idea, changes in ways.items()}
-    for idea, one in train_all(given.data / given.file, ways, options, given.seeds):
-        found[idea] = one
-        tell(record, idea, one, found["nothing"], added=idea not in IDEAS)
-        record.write({"ideas": {idea: asdict(one) for idea, one in found.items()}})
-    record.close({"ideas": {idea: asdict(one) for idea, one in found.items()}})
+    for idea, one in train_all(args.data / args.file, ways, options, args.seeds):
+        results[idea] = one
+        report(record, idea, one, results["nothing"], added=idea not in IDEAS)
+        record.write({"ideas": {idea: asdict(one) for idea, one in results.items()}})
+    record.close({"ideas": {idea: asdict(one) for idea, one in results.items()}})
 
 
-def tell(record: Record, idea: str, one: Scored, base: Scored, *, added: bool) -> None:
-    """The score without the idea, or with what was `added`, and in pairs of equal seeds what it brings."""
+def report(record: Record, idea: str, one: Scored, base: Scored, *, added: bool) -> None:
+    """Prints the score without the idea, or with an `added` change, and its effect, from pairs of equal seeds."""
     text = f"{'with' if added else 'without'} {idea:50} {one}"
     if one is not base:
         sign = 100 if added else -100

@@ -1,16 +1,16 @@
-"""What the diagnosis costs: training steps with the clock and the watch, against the same steps without.
+"""The cost of the diagnosis: training steps with the clock and the watch, compared with the same steps without.
 
-Both sides are the same loop with the same network in one process, which gets the clock or goes without it by turns,
-a few steps at a time; a third side, without it as well, shows what a ratio of equals looks like here. The loop is
-written by hand and marks where suanli's own loop marks: input, forward, backward, optimizer. Two sizes: `small`
-is the worst case, a network of digits whose steps take a few milliseconds; `large` takes some hundred.
+Both sides are the same loop with the same network in one process, with and without the clock, alternating every few
+steps; a third side, also without it, shows what the ratio of equal sides looks like here. The loop is written by hand
+and marks the same phases as suanli's own: input, forward, backward, optimizer. There are two sizes: `small` is the
+worst case, a network for digits whose steps take a few milliseconds; a step of `large` takes some hundred.
 
     python benchmarks/bench_diagnosis.py [--rounds 600] [--threads 1] [--device cpu] [--out records/…/diagnosis.json]
 
-Two figures each. `ratio` is how many times as long the steps take with the clock, from pairs; it holds everything,
-but the machine's noise as well, so its standard error is given. `share` is the time of the calls by themselves, in a
-loop without work, over the time of a step, if every step is timed: what is left out is that a step drives them out of
-the caches. `--every-step` times every step in the first figure, too, for what that costs.
+There are two figures for each. `ratio` is how many times as long the steps take with the clock, from pairs. It includes
+all costs, but also the noise of the machine, so its standard error is printed. `share` is the time of the calls alone,
+in a loop without work, divided by the time of a step, as if every step were timed. It leaves out that a step evicts
+their data from the caches. `--every-step` times every step for the first figure, too.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from suanli.machine.device import cores, detect, environment
 from suanli.machine.timing import gain, spread, time_interleaved
 from suanli.training.diagnose import Facts, Watch
 
-# Batch, channels, side, width, steps a turn. A turn is longer than the clock's interval, which goes on while the others
-# have theirs: the first step of each turn is timed, as one in several is otherwise.
+# Batch, channels, side, width, steps of a turn. A turn is longer than the clock's interval, which goes on during the
+# turns of the others, so the first step of each turn is timed, like one in several otherwise.
 SIZES = {
     "small": (64, 1, 8, 24, 10),
     "large": (64, 3, 32, 48, 1),
@@ -85,14 +85,14 @@ class Loop:
                 watch.after_step(self.step)
 
 
-def untiring(device: torch.device) -> StepClock:
+def clock_every_step(device: torch.device) -> StepClock:
     """Times every step."""
     return HostClock(every_s=0) if device.type == "cpu" else DeviceClock(CudaTimeline(device), every_s=0)
 
 
-def calls_s(device: torch.device) -> float:
-    """Seconds that clock and watch take of a step that is timed, its part of the window's evaluation included."""
-    clock = untiring(device)
+def measure_calls_s(device: torch.device) -> float:
+    """Seconds that clock and watch take of a timed step, including its part of the evaluation of a window."""
+    clock = clock_every_step(device)
     facts = Facts(device_type=device.type, batch_size=1, cores=1)
     watch = Watch(clock, lambda: facts, 10**9)
     started = time.perf_counter()
@@ -106,24 +106,24 @@ def calls_s(device: torch.device) -> float:
     return (time.perf_counter() - started) / CALLS
 
 
-def measured(size: str, device: torch.device, clock: StepClock, rounds: int, budget_s: float) -> dict[str, Json]:
+def measure(size: str, device: torch.device, clock: StepClock, rounds: int, budget_s: float) -> dict[str, Json]:
     loop = Loop(size, device, clock)
     settle = None if device.type == "cpu" else partial(torch.cuda.synchronize, device)
     sides = {"plain": loop.plain, "clocked": loop.clocked, "plain again": loop.plain}
     turns = time_interleaved(sides, rounds=rounds, warm_up=5, budget_s=budget_s, settle=settle)
-    found, equals = gain(turns["clocked"], turns["plain"]), gain(turns["plain again"], turns["plain"])
+    ratio, equals = gain(turns["clocked"], turns["plain"]), gain(turns["plain again"], turns["plain"])
     step_s = spread(turns["plain"]).median / loop.turn
     diagnosis = loop.watch.current
     return {
         "step_ms": step_s * 1e3,
-        "ratio": found.ratio,
-        "spread": found.spread,
+        "ratio": ratio.ratio,
+        "spread": ratio.spread,
         # Of a median: 1.25 standard deviations over the root of the count, one being 1.48 half interquartile ranges.
-        "standard_error": 1.25 * 1.48 * found.spread / math.sqrt(found.rounds),
-        "rounds": found.rounds,
+        "standard_error": 1.25 * 1.48 * ratio.spread / math.sqrt(ratio.rounds),
+        "rounds": ratio.rounds,
         "steps_a_round": loop.turn,
         "ratio_of_equals": equals.ratio,
-        "call_us": (call_us := calls_s(device) * 1e6),
+        "call_us": (call_us := measure_calls_s(device) * 1e6),
         "share": call_us / 1e6 / step_s,
         "diagnosis": None if diagnosis is None else diagnosis.to_json(),
     }
@@ -137,27 +137,28 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--every-step", action="store_true")
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    device = detect(given.device)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = detect(args.device)
     where = torch.device(device.torch_name)
     sizes = {}
     for size in SIZES:
-        clock = untiring(where) if given.every_step else StepClock.of(where)
-        sizes[size] = found = measured(size, where, clock, given.rounds, given.budget_s)
+        clock = clock_every_step(where) if args.every_step else StepClock.of(where)
+        sizes[size] = figures = measure(size, where, clock, args.rounds, args.budget_s)
         print(
-            f"{size}: a step of {found['step_ms']:.2f} ms takes {found['ratio']:.4f} times as long with the clock, "
-            f"{found['ratio_of_equals']:.4f} times without it "
-            f"(spread {found['spread']:.4f}, standard error {found['standard_error']:.4f}, {found['rounds']} rounds of "
-            f"{found['steps_a_round']}); the calls take {found['call_us']:.1f} us, {found['share']:.3%} of the step",
+            f"{size}: a step of {figures['step_ms']:.2f} ms takes {figures['ratio']:.4f} times as long with the clock, "
+            f"{figures['ratio_of_equals']:.4f} times without it "
+            f"(spread {figures['spread']:.4f}, standard error {figures['standard_error']:.4f}, "
+            f"{figures['rounds']} rounds of {figures['steps_a_round']}); the calls take {figures['call_us']:.1f} us, "
+            f"{figures['share']:.3%} of the step",
             flush=True,
         )
     result = {"what": "cost of the diagnosis", "sizes": sizes, "environment": environment(device)}
     text = json.dumps(result, indent=1)
     print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(text + "\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

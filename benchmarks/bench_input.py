@@ -1,9 +1,9 @@
-"""Images per second that reach the model: suanli's cache against a stock DataLoader.
+"""Images per second that reach the model: suanli's cache compared with an ordinary DataLoader.
 
-Both deliver every image of the data set once an epoch as normalised float32 batches of the same
-size on the CPU. The peer is what a tutorial does: a Dataset that opens each file with Pillow,
-resizes, crops and converts, every epoch anew, with 0 and with 2 worker processes. suanli starts
-with an empty cache in every round, so its first epoch pays for listing, checking and decoding.
+Both deliver each image of the data set once per epoch, as normalised float32 batches of the same size on the CPU. The
+peer does what tutorials do: a Dataset opens each file with Pillow, resizes, crops and converts it, again in every
+epoch, with 0 and with 2 worker processes. suanli starts with an empty cache in each round, so its first epoch includes
+listing, checking and decoding.
 
     python benchmarks/bench_input.py DATA.zip [--rounds 5] [--size 128] [--out records/…/input.json]
 
@@ -93,49 +93,49 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as unpacked:
-        with zipfile.ZipFile(given.data) as archive:
+        with zipfile.ZipFile(args.data) as archive:
             archive.extractall(unpacked)
         sides: dict[str, Callable[[], Iterator[tuple[int, float]]]] = {
-            "pillow, 0 workers": lambda: pillow_epochs(Path(unpacked), given.size, 0),
-            "pillow, 2 workers": lambda: pillow_epochs(Path(unpacked), given.size, 2),
-            "suanli, resident": lambda: suanli_epochs(given.data, given.size, resident=True),
-            "suanli, mapped": lambda: suanli_epochs(given.data, given.size, resident=False),
+            "pillow, 0 workers": lambda: pillow_epochs(Path(unpacked), args.size, 0),
+            "pillow, 2 workers": lambda: pillow_epochs(Path(unpacked), args.size, 2),
+            "suanli, resident": lambda: suanli_epochs(args.data, args.size, resident=True),
+            "suanli, mapped": lambda: suanli_epochs(args.data, args.size, resident=False),
         }
         rates: dict[str, list[list[float]]] = {name: [] for name in sides}
-        for number in range(given.rounds):
+        for number in range(args.rounds):
             for name, epochs in sides.items():
                 rates[name].append([count / seconds for count, seconds in epochs()])
                 print(f"round {number + 1}  {name:18}", "  ".join(f"{r:8,.0f}" for r in rates[name][-1]), flush=True)
     result = {
         "what": "images per second of each epoch (columns) in each round (rows)",
-        "data": given.data.name,
-        "size_px": given.size,
+        "data": args.data.name,
+        "size_px": args.size,
         "batch": BATCH,
         "rates": rates,
         "ratios": {f"{s} / best pillow": ratios(rates, s) for s in ("suanli, resident", "suanli, mapped")},
         "environment": environment(detect("cpu")),
         "disk_free_bytes": shutil.disk_usage(".").free,
     }
-    for name, found in result["ratios"].items():
-        for epoch, (low, middle, high) in found.items():
+    for name, by_epoch in result["ratios"].items():
+        for epoch, (low, middle, high) in by_epoch.items():
             print(f"{name}, {epoch}: {middle:.2f} ({low:.2f} to {high:.2f})")
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def ratios(rates: dict[str, list[list[float]]], side: str) -> dict[str, tuple[float, float, float]]:
-    """Against the faster of the two peers in the same round: minimum, median, maximum."""
-    found = {}
+    """Compared with the faster of the two peers in the same round: minimum, median, maximum."""
+    result = {}
     for epoch, title in ((0, "first epoch"), (1, "second epoch"), (2, "third epoch")):
         values = [
             rates[side][r][epoch] / max(rates["pillow, 0 workers"][r][epoch], rates["pillow, 2 workers"][r][epoch])
             for r in range(len(rates[side]))
         ]
-        found[title] = (min(values), statistics.median(values), max(values))
-    return found
+        result[title] = (min(values), statistics.median(values), max(values))
+    return result
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""suanli against PyTorch Lightning: the same model, data, batch size and optimizer, whole epochs by turns.
+"""suanli compared with PyTorch Lightning: the same model, data, batch size and optimizer; whole epochs alternate.
 
 Two comparisons, each in one process:
 
-- `equal`: Lightning as well tuned as it gets. The same uint8 rows in memory, a whole batch gathered at once
+- `equal`: Lightning, tuned as well as possible. The same uint8 rows in memory, a whole batch gathered at once
   (a batch sampler, no collation), suanli's own augmentations on the batch, bf16-mixed, channels_last, the same
   optimizer with its fused kernel, no logger, progress bar, checkpoint or summary. suanli has the same
   speedups, and no others.
-- `defaults`: what a person gets without tuning, `Trainer(max_epochs=…)` and a `DataLoader` over decoded images:
-  float32, one example at a time, collated, logger and checkpoint on. suanli has its defaults, too: its own plan.
+- `defaults`: what a user gets without tuning, `Trainer(max_epochs=…)` and a `DataLoader` over decoded images:
+  float32, one example at a time, collated, logger and checkpoint on. suanli has its defaults, too, with its own plan.
 
-suanli's epoch runs inside a callback at the end of each of Lightning's, so that neither side's start-up counts
-and the machine is the same for both. Everything that Lightning does between the end of suanli's epoch and the
-end of its own is Lightning's time, its checkpoint of the epoch before included.
+suanli's epoch runs in a callback at the end of each of Lightning's, so that start-up counts for neither side and the
+machine is the same for both. All that Lightning does between the end of suanli's epoch and the end of its own is
+Lightning's time, including the checkpoint of the epoch before.
 
     python benchmarks/bench_lightning.py ../shared/data --out records/…  [--subjects speednet] [--rounds 3]
 
-Needs the package `lightning`, of which nothing else in suanli knows.
+It needs the package `lightning`, which nothing else in suanli uses.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ IMAGES = ("speednet", "resnet18")
 
 
 class Network(pl.LightningModule):
-    """What a person writes: a loss, an optimizer, a schedule. `augment` works on a batch; None where the data
-    set has done that."""
+    """As a user writes it: a loss, an optimizer, a schedule. `augment` works on a batch; None where the data set
+    augments."""
 
     def __init__(
         self,
@@ -89,14 +89,14 @@ class Network(pl.LightningModule):
             inputs, targets = batch
         else:
             rows, targets, index = batch
-            made = Batch(
+            own_batch = Batch(
                 inputs=self.to_model(rows),
                 targets=targets,
                 index=index,
                 epoch=self.current_epoch,
                 classes=self.classes,
             )
-            changed = self.augment(made, self.generator)
+            changed = self.augment(own_batch, self.generator)
             inputs, targets = changed.inputs, changed.targets
         return F.cross_entropy(self.network(inputs), targets, label_smoothing=self.recipe.label_smoothing)
 
@@ -129,8 +129,8 @@ class Rows(Dataset[Any]):
 
 
 class Images(Dataset[Any]):
-    """One decoded image at a time, as tensors of float32, with the recipe's augmentations for one image: what
-    torchvision's transforms do."""
+    """One decoded image at a time, as float32 tensors, with the recipe's augmentations for a single image, as
+    torchvision's transforms do it."""
 
     def __init__(self, recipe: Recipe, prepared: PreparedData) -> None:
         split = prepared.splits["train"]
@@ -188,7 +188,7 @@ def _part(image: torch.Tensor, scale: tuple[float, float], ratio: tuple[float, f
 
 
 class Turns(Callback):
-    """At the end of each epoch of Lightning it is suanli's turn; keeps the seconds of both."""
+    """Trains an epoch of suanli at the end of each epoch of Lightning, and keeps the seconds of both."""
 
     def __init__(self, other: Side, steps: int, settle: Callable[[], object] | None) -> None:
         self.other, self.steps, self.settle = other, steps, settle
@@ -213,20 +213,20 @@ class Turns(Callback):
 # --- both sides -----------------------------------------------------------------------------
 
 
-def compare(kind: str, name: str, given: argparse.Namespace, device: Device) -> tuple[dict[str, list[float]], Plan]:
-    """Seconds of each epoch of both sides, without the first, which warms up; suanli's plan."""
-    recipe, prepared = load(name, given.data, cache=given.cache)
+def compare(kind: str, name: str, args: argparse.Namespace, device: Device) -> tuple[dict[str, list[float]], Plan]:
+    """Seconds of each epoch of both sides without the first, which is a warm-up; and suanli's plan."""
+    recipe, prepared = load(name, args.data, cache=args.cache)
     setup = Setup(endless(recipe), prepared, device)
     if kind == "equal":
         plan = plan_of(MEANS, setup)
     else:
-        plan = auto_plan(Setup(recipe, prepared, device), given.cache)
+        plan = auto_plan(Setup(recipe, prepared, device), args.cache)
     loop = setup.trial(plan)
-    batch, steps = loop.order.batch_size, given.steps or loop.order.steps_per_epoch
+    batch, steps = loop.order.batch_size, args.steps or loop.order.steps_per_epoch
     turns = Turns(Side.of(loop), steps, settler(device))
     recipe, module = setup.recipe, copy.deepcopy(setup.module)
     options: dict[str, Any] = {
-        "max_epochs": given.rounds + 1,
+        "max_epochs": args.rounds + 1,
         "accelerator": "gpu" if device.type == "cuda" else "cpu",
         "devices": 1,
         "gradient_clip_val": recipe.clip_norm,
@@ -239,7 +239,7 @@ def compare(kind: str, name: str, given: argparse.Namespace, device: Device) -> 
         else:
             network = Network(recipe, prepared, module, augment=None, fused=False)
             images = Images(recipe, prepared)
-            loader = DataLoader(images, batch, shuffle=True, drop_last=True, num_workers=given.workers)
+            loader = DataLoader(images, batch, shuffle=True, drop_last=True, num_workers=args.workers)
             trainer = pl.Trainer(default_root_dir=folder, **options)
         trainer.fit(network, loader)
     return {side: values[1:] for side, values in turns.seconds.items()}, plan
@@ -273,23 +273,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of an epoch; default: all of it")
     parser.add_argument("--workers", type=int, default=0, help="of the DataLoader of `defaults`; its own default is 0")
-    given = parser.parse_args()
+    args = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    device = start(given)
-    record = Record("lightning", given.out, device)
+    device = start(args)
+    record = Record("lightning", args.out, device)
     record.say(f"lightning {pl.__version__}\n")
-    found: dict[str, Json] = {}
-    for name in given.subjects.split(","):
-        for kind in given.kinds.split(","):
-            seconds, plan = compare(kind, name, given, device)
+    results: dict[str, Json] = {}
+    for name in args.subjects.split(","):
+        for kind in args.kinds.split(","):
+            seconds, plan = compare(kind, name, args, device)
             for side, values in seconds.items():
                 record.say(f"{name:9} {kind:9} {side:10} {timing.spread(values).median:8.2f} s an epoch")
             gain = timing.gain(seconds["lightning"], seconds["suanli"])
             ratio = record.compare(f"{name}, {kind}: suanli / Lightning", gain, floor=FLOORS[kind])
-            shown = {"speedups": plan.speedups, "threads": plan.threads}
-            found[f"{name} {kind}"] = {"seconds": seconds, "plan": shown, "suanli_over_lightning": ratio}
-    record.close({"lightning": pl.__version__, "steps_of_an_epoch": given.steps, "found": found})
+            description = {"speedups": plan.speedups, "threads": plan.threads}
+            results[f"{name} {kind}"] = {"seconds": seconds, "plan": description, "suanli_over_lightning": ratio}
+    record.close({"lightning": pl.__version__, "steps_of_an_epoch": args.steps, "found": results})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What suanli's loop costs: its images per second against a loop written by hand, with the same settings.
+"""The cost of suanli's loop: its images per second compared with a loop written by hand, with the same settings.
 
 Both sides train copies of one network with the same optimizer, batch size, augmentations, precision and
 layout, on the same rows. suanli's side is `Loop.run()`, with everything that it does in a step: order of
 examples, seeds, learning rate, clocks, the check of the loss. The other is `handwritten.py`. Blocks of steps
-alternate; a ratio is taken within each round.
+alternate, and each round gives a ratio.
 
     python benchmarks/bench_loop.py ../shared/data --out records/…  [--subjects speednet,text_cnn] [--rounds 15]
 
-`text_cnn` is the hard case: its step is so short that a millisecond of framework would be seen.
+`text_cnn` is the hard case: its step is so short that a millisecond of overhead would show.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import copy
 
 from handwritten import MEANS, Handwritten
 from record import Record, arguments, start
-from sides import Side, by_turns, plan_of
+from sides import Side, alternate, plan_of
 from suanli.core.types import Json
 from suanli.machine import timing
 from suanli.training.setup import Setup
@@ -30,29 +30,29 @@ def main() -> None:
     parser.add_argument("--subjects", default=",".join(SUBJECTS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, help="of a block; default: a second or two")
-    given = parser.parse_args()
-    device = start(given)
-    record = Record("loop", given.out, device)
-    found = {}
-    for name in given.subjects.split(","):
-        recipe, prepared = load(name, given.data, cache=given.cache)
+    args = parser.parse_args()
+    device = start(args)
+    record = Record("loop", args.out, device)
+    results = {}
+    for name in args.subjects.split(","):
+        recipe, prepared = load(name, args.data, cache=args.cache)
         setup = Setup(endless(recipe), prepared, device)
         plan = plan_of(MEANS, setup)
         loop = setup.trial(plan)
         hand = Handwritten(setup.recipe, prepared, copy.deepcopy(loop.model), device, plan.speedups)
         record.say(f"{name}: both sides with {', '.join(plan.speedups) or 'plain PyTorch'}")
-        count = given.steps or SUBJECTS[name].block
+        count = args.steps or SUBJECTS[name].block
         sides = {"hand": Side(steps=hand.steps()), "suanli": Side.of(loop)}
-        seconds = by_turns(sides, count, rounds=given.rounds, device=device)
-        found[name] = {"speedups": plan.speedups, **figures(record, name, seconds, count, hand.batch_size)}
-    record.close({"subjects": found})
+        seconds = alternate(sides, count, rounds=args.rounds, device=device)
+        results[name] = {"speedups": plan.speedups, **figures(record, name, seconds, count, hand.batch_size)}
+    record.close({"subjects": results})
 
 
 def figures(record: Record, name: str, seconds: dict[str, list[float]], count: int, batch: int) -> dict[str, Json]:
     step_s = {side: timing.spread([s / count for s in values]) for side, values in seconds.items()}
-    for side, found in step_s.items():
-        rate = batch / found.median
-        record.say(f"{name:9} {side:7} {1e3 * found.median:9.2f} ms a step of {batch}, {rate:10,.0f} examples/s")
+    for side, times in step_s.items():
+        rate = batch / times.median
+        record.say(f"{name:9} {side:7} {1e3 * times.median:9.2f} ms a step of {batch}, {rate:10,.0f} examples/s")
     ratio = record.compare(
         f"{name}: suanli / hand-written", timing.gain(seconds["hand"], seconds["suanli"]), floor=FLOOR
     )
@@ -62,7 +62,7 @@ def figures(record: Record, name: str, seconds: dict[str, list[float]], count: i
         "batch": batch,
         "steps_of_a_block": count,
         "block_s": seconds,
-        "step_s": {side: found.median for side, found in step_s.items()},
+        "step_s": {side: times.median for side, times in step_s.items()},
         "suanli_over_handwritten": ratio,
     }
 

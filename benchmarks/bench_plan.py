@@ -1,12 +1,12 @@
-"""The plan that suanli measures for itself against plain PyTorch: speed, and the score after equal steps.
+"""suanli's own plan compared with plain PyTorch: speed, and the score after the same number of steps.
 
-Three sides take turns, a block of steps each: `plain`, a loop written by hand in plain PyTorch (float32,
-images as planes, eager; see `handwritten.py`); suanli with `--speedups none`; and suanli with its plan. The
-first shows that suanli's own `none` isn't slowed down to look good beside it.
+Blocks of steps of three sides alternate: `plain`, a loop written by hand in plain PyTorch (float32, contiguous images,
+eager; see `handwritten.py`); suanli with `--speedups none`; and suanli with its plan. The first shows that suanli's
+own `none` isn't slowed down to make the plan look good.
 
-Then `none` and the plan train from the same start over the same examples, and both are examined on the
-validation split. The difference is taken example by example, with its 95 % interval. Rounding alone sends
-two trainings apart as another seed would, so several seeds (`--seeds`) narrow it.
+Then `none` and the plan train from the same start on the same examples, and both are evaluated on the validation
+split. The difference is taken example by example, with its 95 % interval. Rounding alone makes two trainings differ as
+another seed would, so more seeds (`--seeds`) narrow the interval.
 
     python benchmarks/bench_plan.py ../shared/data --out records/…  [--subjects speednet] [--seeds 3]
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 from handwritten import Handwritten
 from record import Record, arguments, start
-from sides import Side, auto_plan, by_turns
+from sides import Side, alternate, auto_plan
 from suanli.compute.infer import infer
 from suanli.compute.plan import plain_plan
 from suanli.compute.step_runner import apply_settings
@@ -44,29 +44,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a block; default: a second or two")
     parser.add_argument("--train", type=int, help="steps before the scores are compared; 0: no scores")
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each side")
-    given = parser.parse_args()
-    device = start(given)
-    record = Record("plan", given.out, device)
-    found = {}
-    for name in given.subjects.split(","):
-        plan, rates = speed(record, name, given, device)
-        found[name] = rates
-        count = TRAINED[name] if given.train is None else given.train
+    args = parser.parse_args()
+    device = start(args)
+    record = Record("plan", args.out, device)
+    results = {}
+    for name in args.subjects.split(","):
+        plan, rates = speed(record, name, args, device)
+        results[name] = rates
+        count = TRAINED[name] if args.train is None else args.train
         if count:
-            found[name] |= {"scores": scores(record, name, given, device, plan, count)}
-    record.close({"subjects": found})
+            results[name] |= {"scores": scores(record, name, args, device, plan, count)}
+    record.close({"subjects": results})
 
 
-def speed(record: Record, name: str, given: argparse.Namespace, device: Device) -> tuple[Plan, dict[str, Json]]:
-    recipe, prepared = load(name, given.data, cache=given.cache)
-    plan = auto_plan(Setup(recipe, prepared, device), given.cache)
+def speed(record: Record, name: str, args: argparse.Namespace, device: Device) -> tuple[Plan, dict[str, Json]]:
+    recipe, prepared = load(name, args.data, cache=args.cache)
+    plan = auto_plan(Setup(recipe, prepared, device), args.cache)
     setup = Setup(endless(recipe), prepared, device)
     record.say(f"\n{name}: the plan is {', '.join(plan.speedups) or 'plain'}, {plan.threads} threads; {plan.origin}")
     none, fast = setup.trial(plain_plan(device)), setup.trial(plan)
     hand = Handwritten(setup.recipe, prepared, copy.deepcopy(none.model), device)
-    count = given.steps or SUBJECTS[name].block
+    count = args.steps or SUBJECTS[name].block
     sides = {"plain": Side(steps=hand.steps()), "none": Side.of(none), "plan": Side.of(fast)}
-    seconds = by_turns(sides, count, rounds=given.rounds, device=device)
+    seconds = alternate(sides, count, rounds=args.rounds, device=device)
     step_s = {side: timing.spread(values).median / count for side, values in seconds.items()}
     for side, took in step_s.items():
         record.say(f"{name:9} {side:6} {1e3 * took:9.2f} ms a step, {hand.batch_size / took:10,.0f} examples/s")
@@ -78,21 +78,21 @@ def speed(record: Record, name: str, given: argparse.Namespace, device: Device) 
         )
         for fast_side, slow_side in (("plan", "plain"), ("plan", "none"), ("none", "plain"))
     }
-    shown = {"speedups": plan.speedups, "threads": plan.threads, "origin": plan.origin, "seconds": plan.seconds}
-    return plan, {"plan": shown, "batch": hand.batch_size, "step_s": step_s, "block_s": seconds, "ratios": ratios}
+    description = {"speedups": plan.speedups, "threads": plan.threads, "origin": plan.origin, "seconds": plan.seconds}
+    return plan, {"plan": description, "batch": hand.batch_size, "step_s": step_s, "block_s": seconds, "ratios": ratios}
 
 
 # --- scores ---------------------------------------------------------------------------------
 
 
 def scores(
-    record: Record, name: str, given: argparse.Namespace, device: Device, plan: Plan, count: int
+    record: Record, name: str, args: argparse.Namespace, device: Device, plan: Plan, count: int
 ) -> dict[str, Json]:
-    """Of both sides after `count` steps from the same start, for each seed."""
+    """Scores of both sides after `count` steps from the same start, for each seed."""
     sides = {"none": plain_plan(device), "plan": plan}
     right: dict[str, list[np.ndarray]] = {side: [] for side in sides}
-    for seed in range(given.seeds):
-        recipe, prepared = load(name, given.data, cache=given.cache, settings={"seed": seed})
+    for seed in range(args.seeds):
+        recipe, prepared = load(name, args.data, cache=args.cache, settings={"seed": seed})
         recipe = recipe.model_copy(update={"epochs": count / steps_per_epoch(recipe, prepared)})
         setup = Setup(recipe, prepared, device)
         for side, chosen in sides.items():
@@ -101,26 +101,26 @@ def scores(
                 for _ in loop.run():
                     pass
                 right[side].append(answers(loop))
-    shown = {side: [describe(one) for one in values] for side, values in right.items()}
-    for seed in range(given.seeds):
-        text = ", ".join(f"{side} {shown[side][seed]['accuracy']:.4f}" for side in sides)
+    texts = {side: [describe(one) for one in values] for side, values in right.items()}
+    for seed in range(args.seeds):
+        text = ", ".join(f"{side} {texts[side][seed]['accuracy']:.4f}" for side in sides)
         record.say(f"{name}: validation accuracy after {count} steps, seed {seed}: {text}")
     differences = np.mean(right["plan"], axis=0) - np.mean(right["none"], axis=0)
     low, middle, high = interval(differences)
     same = low <= 0 <= high
     record.say(
         f"{name}: plan minus none {100 * middle:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f}, 95 %, paired, "
-        f"{len(differences):,} examples, {given.seeds} seeds): {'no difference' if same else 'DIFFERENT'}"
+        f"{len(differences):,} examples, {args.seeds} seeds): {'no difference' if same else 'DIFFERENT'}"
     )
-    return {"steps": count, **shown, "difference": {"mean": middle, "low": low, "high": high}, "same": same}
+    return {"steps": count, **texts, "difference": {"mean": middle, "low": low, "high": high}, "same": same}
 
 
 def answers(loop: Loop) -> np.ndarray:
-    """1.0 for each validation example that is answered rightly, else 0.0."""
+    """1.0 for each validation example with a correct answer, else 0.0."""
     with loop.use_averaged_weights():
         batches = (rows for rows, _, _ in loop.val_feed.in_order(validation_batch_size(loop.recipe)))
-        found = infer(loop.compute, loop.preprocess, loop.task, batches)
-    return (found.argmax(1) == loop.val_feed.split.targets).astype(float)
+        probabilities = infer(loop.compute, loop.preprocess, loop.task, batches)
+    return (probabilities.argmax(1) == loop.val_feed.split.targets).astype(float)
 
 
 def describe(right: np.ndarray) -> dict[str, Json]:

@@ -1,12 +1,12 @@
-"""Whole runs of every shipped recipe: the time of `suanli train` with its plan against `--speedups none`.
+"""Whole runs of every shipped recipe: the time of `suanli train` with its plan compared with `--speedups none`.
 
-A side is a whole process, from the start of Python to the saved model, planning and validations included. Each
-process has a cache of its own in which only the prepared data is warm, so that the plan is measured anew every
-time. The number of epochs is set, recipe by recipe, so that `none` trains a bit over a minute. Sides alternate.
+A side is a whole process, from the start of Python to the saved model, including planning and validations. Each process
+has a cache of its own that contains only the prepared data, so the plan is measured anew every time. The number of
+epochs is chosen for each recipe so that `none` trains a bit over a minute. Sides alternate.
 
     python benchmarks/bench_recipes.py ../shared/data --out records/…  [--recipes text,photos] [--seconds 65]
 
-What it doesn't do: compare scores closely. Both are printed; `bench_plan.py` compares them by seeds.
+Scores are printed but not compared closely; `bench_plan.py` does that over seeds.
 """
 
 from __future__ import annotations
@@ -59,40 +59,40 @@ def main() -> None:
     parser.add_argument("--recipes", default="all", help=f"of {', '.join(names('recipes'))}")
     parser.add_argument("--seconds", type=float, default=65.0, help="that `none` trains")
     parser.add_argument("--rounds", type=int, default=1)
-    given = parser.parse_args()
-    wanted = list(CASES) if given.recipes == "all" else given.recipes.split(",")
+    args = parser.parse_args()
+    wanted = list(CASES) if args.recipes == "all" else args.recipes.split(",")
     if unknown := set(wanted) - set(CASES):
         parser.error(f"no data is known for {', '.join(sorted(unknown))}; known: {', '.join(CASES)}")
     for missing in set(names("recipes")) - set(CASES):
         parser.error(f"the shipped recipe {missing} has no case here")
-    record = Record("recipes", given.out, start(given))
-    found = {}
+    record = Record("recipes", args.out, start(args))
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(given, Path(folder))
+        bench = Bench(args, Path(folder))
         for name in wanted:
-            found[name] = bench.compare(record, name)
+            results[name] = bench.compare(record, name)
     record.say(f"\n{'recipe':24} {'none':>8} {'auto':>8} {'auto/none':>9}")
-    for name, one in found.items():
+    for name, one in results.items():
         record.say(f"{name:24} {one['none_s']:7.1f}s {one['auto_s']:7.1f}s {one['ratio']:9.3f} {one['verdict']}")
-    record.close({"ceiling": CEILING, "recipes": found})
+    record.close({"ceiling": CEILING, "recipes": results})
 
 
 class Bench:
-    def __init__(self, given: argparse.Namespace, folder: Path) -> None:
-        self.given, self.folder = given, folder
-        self.processes = Processes(folder, given.threads)
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        self.args, self.folder = args, folder
+        self.processes = Processes(folder, args.threads)
         self._weights: dict[str, Path] = {}
 
     def compare(self, record: Record, name: str) -> dict[str, Json]:
         case = CASES[name]
         data = self.data(case.data)
-        options = ["--recipe", name, "--device", self.given.device]
+        options = ["--recipe", name, "--device", self.args.device]
         if case.weights_of is not None:
             options += ["--weights", str(self.weights(case.weights_of, data))]
         epochs = self.epochs(data, options)
         seconds: dict[str, list[float]] = {"none": [], "auto": []}
         last: dict[str, Json] = {}
-        for number in range(self.given.rounds):
+        for number in range(self.args.rounds):
             for side in ("none", "auto") if number % 2 == 0 else ("auto", "none"):
                 took, last[side] = self.processes.train(
                     data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", side]
@@ -119,35 +119,35 @@ class Bench:
         }
 
     def epochs(self, data: Path, options: Sequence[str]) -> float:
-        """So many that `none` trains for the wanted seconds, by the rate of a short training."""
+        """The number with which `none` trains for the requested seconds, from the rate of a short training."""
         epochs = 0.02
         while True:
-            _, found = self.processes.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", "none"])
-            took = found["seconds"]["train"]
-            if took >= min(CALIBRATED_S, self.given.seconds / 3):
-                return epochs * self.given.seconds / took
-            epochs *= min(10.0, 1.3 * min(CALIBRATED_S, self.given.seconds / 3) / took)
+            _, summary = self.processes.train(data, [*options, "--epochs", f"{epochs:.6g}", "--speedups", "none"])
+            took = summary["seconds"]["train"]
+            if took >= min(CALIBRATED_S, self.args.seconds / 3):
+                return epochs * self.args.seconds / took
+            epochs *= min(10.0, 1.3 * min(CALIBRATED_S, self.args.seconds / 3) / took)
 
     def weights(self, recipe: str, data: Path) -> Path:
         if recipe not in self._weights:
-            short = ["--recipe", recipe, "--epochs", "0.1", "--speedups", "none", "--device", self.given.device]
-            _, found = self.processes.train(data, short)
-            self._weights[recipe] = Path(found["run"]) / "model" / "weights.safetensors"
+            short = ["--recipe", recipe, "--epochs", "0.1", "--speedups", "none", "--device", self.args.device]
+            _, summary = self.processes.train(data, short)
+            self._weights[recipe] = Path(summary["run"]) / "model" / "weights.safetensors"
         return self._weights[recipe]
 
     def data(self, file: str) -> Path:
         """The data, prepared in the cache that all runs share."""
-        path = self.given.data / file
+        path = self.args.data / file
         if file.endswith(".npz"):
             path = self.folder / file
             if not path.exists():
-                write_variants(self.given.data / "cifar10.zip", self.folder)
+                write_variants(self.args.data / "cifar10.zip", self.folder)
         self.processes.prepare(path)
         return path
 
 
 def write_variants(cifar10: Path, folder: Path) -> None:
-    """From CIFAR-10: few colour images, all of them grey, and few of them grey, as .npz."""
+    """From CIFAR-10, as .npz: a few colour images, all images in grey, and a few images in grey."""
     with hide_progress():
         whole = prepare(cifar10, cache_dir=folder)
     train, test = whole.splits["train"], whole.splits["test"]

@@ -1,11 +1,11 @@
-"""What it costs that a process of a run is killed, with two processes on this machine.
+"""The cost of a killed process, in a run with two processes on this machine.
 
-`recovery`: `speednet` on CIFAR-10. Once it runs at full rate, one process is killed; the time until losses are logged
-again, and until they come at full rate: nine tenths of the median before. The agent's notice, the new processes'
-start, the check before the first step and the checkpoint's reading are all in it, as are the steps computed again.
+`recovery`: `speednet` on CIFAR-10. Once it runs at full rate, one process is killed. Measured is the time until losses
+are logged again, and until they come at full rate: nine tenths of the median before. It includes the agent's reaction,
+the start of the new processes, the check before the first step, reading the checkpoint, and the repeated steps.
 
-`kills`: a small net on digits, in which processes are killed at random times, while they start, too. What is left must
-be the weights of a run that nobody disturbed, bit by bit, with the same score and no half-written file.
+`kills`: a small network on digits, whose processes are killed at random times, also while they start. The final weights
+must be those of an undisturbed run, bit by bit, with the same score, and no half-written file may remain.
 
     python benchmarks/bench_recovery.py ../shared/data --out records/…  [--parts recovery,kills] [--kills 50]
 
@@ -46,44 +46,44 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="kills of which each is recovered from")
     parser.add_argument("--kills", type=int, default=50, help="kills at random times")
     parser.add_argument("--epochs", type=int, default=250, help="on digits, between which the kills fall")
-    given = parser.parse_args()
-    parts = given.parts.split(",")
-    record = Record("_".join(parts), given.out, start(given))
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    record = Record("_".join(parts), args.out, start(args))
     values: dict[str, Json] = {}
     with tempfile.TemporaryDirectory() as folder:
         if "recovery" in parts:
-            data = given.data if given.data.is_file() else given.data / SUBJECTS["speednet"].file
-            values["recovery"] = recovery(record, data, Path(folder), given.rounds, given.cache)
+            data = args.data if args.data.is_file() else args.data / SUBJECTS["speednet"].file
+            values["recovery"] = recovery(record, data, Path(folder), args.rounds, args.cache)
             record.write(values)
         if "kills" in parts:
-            values["kills"] = kills(record, Path(folder), given.kills, given.epochs)
+            values["kills"] = kills(record, Path(folder), args.kills, args.epochs)
     record.close(values)
 
 
 @contextlib.contextmanager
 def training(*command: object) -> Iterator[subprocess.Popen[str]]:
-    """Ends what it started, in any case."""
-    with tempfile.TemporaryFile("w+") as said:
+    """Runs `suanli train` during the block, and always ends what it started."""
+    with tempfile.TemporaryFile("w+") as output:
         line = [sys.executable, "-m", "suanli", "train", *map(str, command), "--nproc=2", "--device=cpu", "--json"]
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=said, text=True)
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=output, text=True)
         try:
             yield process
             if process.poll() not in (None, 0):
-                said.seek(0)
-                sys.exit(f"{' '.join(line)}\nended with {process.returncode}:\n{said.read()[-3000:]}")
+                output.seek(0)
+                sys.exit(f"{' '.join(line)}\nended with {process.returncode}:\n{output.read()[-3000:]}")
         finally:
             send(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The processes that train: children of the agent with suanli in their command."""
-    found = []
+    """The training processes: children of the agent with suanli in their command."""
+    pids = []
     for one in tree(process.pid)[1:]:
         with contextlib.suppress(OSError):
             if b"suanli" in Path(f"/proc/{one}/cmdline").read_bytes():
-                found.append(one)
-    return found
+                pids.append(one)
+    return pids
 
 
 def logged(run: Path) -> list[Logged]:
@@ -94,7 +94,7 @@ def recovery(record: Record, data: Path, folder: Path, rounds: int, cache: Path 
     run = folder / "recovered"
     settings = ["--speedups=none", "--epochs=1000", f"--max-restarts={rounds}", "--checkpoint-every-s=5"]
     settings += [f"--out={run}"] + ([f"--cache-dir={cache}"] if cache else [])
-    found = []
+    recoveries = []
     with training(data, *settings) as process:
         for number in range(rounds):
             chance = random.Random(number)
@@ -110,21 +110,20 @@ def recovery(record: Record, data: Path, folder: Path, rounds: int, cache: Path 
             rate = _new(process, run, seen, least=FULL * full)[2]
             whole = time.perf_counter() - killed
             one = {"step": seen[-1][0], "saved": saved, "first_s": first, "full_s": whole}
-            found.append(one | {"rate_before": full, "rate_after": rate})
+            recoveries.append(one | {"rate_before": full, "rate_after": rate})
             record.say(
                 f"kill {number + 1} after step {seen[-1][0]}, saved at {saved}: losses again after {first:.1f} s, "
                 f"at full rate after {whole:.1f} s ({rate:.0f} of {full:.0f} images/s)"
             )
-    worst = max(f["full_s"] for f in found)
-    median = statistics.median(f["full_s"] for f in found)
+    worst = max(f["full_s"] for f in recoveries)
+    median = statistics.median(f["full_s"] for f in recoveries)
     record.say(f"from the kill to full rate: median {median:.1f} s, worst {worst:.1f} s of {rounds}")
     record.figure(f"{LIMIT_S:.0f} s / the worst recovery", LIMIT_S / worst, 0.0, rounds, floor=1.0)
-    return {"kills": found, "median_s": median, "worst_s": worst}
+    return {"kills": recoveries, "median_s": median, "worst_s": worst}
 
 
 def _new(process: subprocess.Popen[str], run: Path, seen: list[Logged], least: float = 0.0) -> Logged:
-    """The first loss that is logged beside those seen, at a rate of at least so much. Ends the benchmark where there
-    is none."""
+    """Waits for a logged loss that isn't in `seen`, at a rate of at least `least`. Exits where none comes."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end and process.poll() is None:
         for line in logged(run):

@@ -1,17 +1,17 @@
-"""`suanli serve` against what the wire allows, against peers, and under too much load, by `h2load` on the same machine.
+"""`suanli serve` compared with a bare server and with peers, and under too much load, by `h2load` on the same machine.
 
-- `wire`: a body of 150,528 bytes (UINT8 1x224x224x3), 32 clients, and an engine that looks at ten pixels: uvicorn that
-  sends the body back; suanli over HTTP and gRPC; MLServer over gRPC, with processes for models and without, of which
-  the faster counts; LitServe with its fast queue. Servers take turns (A B C, then C B A), several rounds; one whose
-  turn it isn't is stopped (SIGSTOP), since some of them poll.
-- `overload`: `MODEL` offered three times what 32 clients get out of it, once with the defaults and once with
-  `--p99-ms`, twice the 99th percentile at a tenth of that: how long accepted requests take, how soon the others are
-  refused, memory, and how soon it is as before. Times count from when a request is sent.
+- `wire`: bodies of 150,528 bytes (UINT8 1x224x224x3), 32 clients, and an engine that looks at ten pixels. The sides are
+  uvicorn, which sends the body back; suanli over HTTP and gRPC; MLServer over gRPC, with and without processes for
+  models, of which the faster counts; LitServe with its fast queue. Servers alternate (A B C, then C B A) for several
+  rounds. The others are stopped meanwhile (SIGSTOP), since some of them poll.
+- `overload`: `MODEL` gets three times the load that 32 clients reach with it, once with the defaults and once with
+  `--p99-ms`, twice the 99th percentile at a tenth of that load. Measured are how long accepted requests take, how soon
+  the others are refused, memory, and the time to recover. Times count from when a request is sent.
 
     python benchmarks/bench_serve.py wire --out records/… [--peers /path/to/python] [--rounds 5] [--seconds 4]
     python benchmarks/bench_serve.py overload MODEL --out records/… [--seconds 60]
 
-`--peers` is a Python with mlserver and litserve; a peer that isn't there is left out, and that is said. `MODEL` is a
+`--peers` is a Python with mlserver and litserve; a peer that isn't installed is left out, with a message. `MODEL` is a
 run or a model folder; in README, an untrained resnet18 at 224 px in OpenVINO int8. Linux only: it reads /proc.
 """
 
@@ -53,7 +53,7 @@ OVERLOAD, TAIL, REFUSED_MS, GROWN, RECOVERED_S = 3.0, 2.0, 10.0, 1.1, 2.0
 
 @dataclass
 class Side:
-    """A server that is up, and its turns."""
+    """A running server, and the results of its turns."""
 
     name: str
     pid: int
@@ -61,7 +61,7 @@ class Side:
     answers: list[Answers] = field(default_factory=list)
 
     def turn(self, seconds: float) -> None:
-        """It runs during its turn only."""
+        """Runs the server for this turn only."""
         send(self.pid, signal.SIGCONT)
         try:
             self.answers.append(closed(self.target, CLIENTS, seconds))
@@ -101,15 +101,15 @@ def trivial(folder: Path) -> Path:
 
 
 def infer(port: int) -> Target:
-    """One input of the only model of a server, as bytes behind the JSON."""
+    """A request with one input for the only model of a server, as bytes after the JSON."""
     url = f"http://127.0.0.1:{port}/v2"
     with urlopen(Request(f"{url}/repository/index", b"{}")) as answer:
         path = f"{url}/models/{json.load(answer)[0]['name']}"
     with urlopen(path) as answer:
-        (given,) = json.load(answer)["inputs"]
-    shape = [1, *given["shape"][1:]]
+        (about,) = json.load(answer)["inputs"]
+    shape = [1, *about["shape"][1:]]
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8).tobytes()
-    tensor = {"name": given["name"], "datatype": given["datatype"], "shape": shape}
+    tensor = {"name": about["name"], "datatype": about["datatype"], "shape": shape}
     tensor["parameters"] = {"binary_data_size": len(pixels)}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
     headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
@@ -117,54 +117,54 @@ def infer(port: int) -> Target:
 
 
 def infer_grpc(port: int, pixels: bytes) -> Target:
-    """The same over gRPC, after one call that shows that it is answered."""
+    """The same over gRPC, after a call that checks that the server answers."""
     import grpc
     from tritonclient.grpc import service_pb2
 
-    asked = service_pb2.ModelInferRequest(model_name="trivial", raw_input_contents=[pixels])
-    asked.inputs.add(name="image", datatype="UINT8", shape=SHAPE)
-    message, method = asked.SerializeToString(), "/inference.GRPCInferenceService/ModelInfer"
+    request = service_pb2.ModelInferRequest(model_name="trivial", raw_input_contents=[pixels])
+    request.inputs.add(name="image", datatype="UINT8", shape=SHAPE)
+    message, method = request.SerializeToString(), "/inference.GRPCInferenceService/ModelInfer"
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         channel.unary_unary(method)(message, timeout=30, wait_for_ready=True)
     framed = struct.pack(">?I", False, len(message)) + message
     return Target(url=f"http://127.0.0.1:{port}{method}", body=framed, headers=GRPC)
 
 
-def start(given: argparse.Namespace, work: Path, stack: ExitStack) -> list[Side]:
+def start(args: argparse.Namespace, work: Path, stack: ExitStack) -> list[Side]:
     pixels = np.random.default_rng(0).integers(0, 256, SHAPE, np.uint8).tobytes()
     port, pid = stack.enter_context(peer(sys.executable, "serve_peers.py echo", "/"))
-    found = [Side("uvicorn echo", pid, Target(url=f"http://127.0.0.1:{port}/", body=pixels))]
+    sides = [Side("uvicorn echo", pid, Target(url=f"http://127.0.0.1:{port}/", body=pixels))]
     grpc_port = free_port()
     port, pid = stack.enter_context(served(trivial(work), "--grpc-port", str(grpc_port)))
-    found += [Side("suanli HTTP", pid, infer(port)), Side("suanli gRPC", pid, infer_grpc(grpc_port, pixels))]
-    if has(given.peers, "mlserver"):
+    sides += [Side("suanli HTTP", pid, infer(port)), Side("suanli gRPC", pid, infer_grpc(grpc_port, pixels))]
+    if has(args.peers, "mlserver"):
         for workers in ("1", "0"):
             ready = "/v2/models/trivial/ready"
-            started = peer(given.peers, "serve_peers.py mlserver", ready, MLSERVER_PARALLEL_WORKERS=workers)
+            started = peer(args.peers, "serve_peers.py mlserver", ready, MLSERVER_PARALLEL_WORKERS=workers)
             port, pid = stack.enter_context(started)
-            found.append(Side(f"MLServer gRPC, {workers} more processes", pid, infer_grpc(port + 1, pixels)))
-    if has(given.peers, "litserve"):
-        port, pid = stack.enter_context(peer(given.peers, "serve_litserve.py", "/health"))
+            sides.append(Side(f"MLServer gRPC, {workers} more processes", pid, infer_grpc(port + 1, pixels)))
+    if has(args.peers, "litserve"):
+        port, pid = stack.enter_context(peer(args.peers, "serve_litserve.py", "/health"))
         head = b'--edge\r\nContent-Disposition: form-data; name="request"; filename="pixels"\r\n\r\n'
         target = Target(
             url=f"http://127.0.0.1:{port}/predict",
             body=head + pixels + b"\r\n--edge--\r\n",
             headers={"content-type": "multipart/form-data; boundary=edge"},
         )
-        found.append(Side("LitServe", pid, target))
-    return found
+        sides.append(Side("LitServe", pid, target))
+    return sides
 
 
-def wire(given: argparse.Namespace, record: Record, work: Path) -> Json:
+def wire(args: argparse.Namespace, record: Record, work: Path) -> Json:
     with ExitStack() as stack:
-        sides = start(given, work, stack)
+        sides = start(args, work, stack)
         try:
             for side in sides:
                 send(side.pid, signal.SIGSTOP)
-            for number in range(given.rounds):
+            for number in range(args.rounds):
                 for side in sides if number % 2 == 0 else sides[::-1]:
-                    side.turn(given.seconds or 4.0)
-        finally:  # what is stopped can't end
+                    side.turn(args.seconds or 4.0)
+        finally:  # a stopped process can't end
             for side in sides:
                 send(side.pid, signal.SIGCONT)
     for side in sides:
@@ -177,9 +177,9 @@ def wire(given: argparse.Namespace, record: Record, work: Path) -> Json:
             record.say(f"{name} is left out: --peers has none.")
             continue
         best = max(rivals, key=lambda side: statistics.median(side.per_s))
-        found = spread([a / b for a, b in zip(ours.per_s, best.per_s, strict=True)])
+        ratio = spread([a / b for a, b in zip(ours.per_s, best.per_s, strict=True)])
         record.figure(
-            f"suanli HTTP / {best.name}, requests per second", found.median, found.half_iqr, found.count, floor=floor
+            f"suanli HTTP / {best.name}, requests per second", ratio.median, ratio.half_iqr, ratio.count, floor=floor
         )
     return {side.name: [one.to_json() for one in side.answers] for side in sides}
 
@@ -187,9 +187,9 @@ def wire(given: argparse.Namespace, record: Record, work: Path) -> Json:
 # --- overload -----------------------------------------------------------------------------------
 
 
-def overload(given: argparse.Namespace, record: Record) -> Json:
-    seconds = given.seconds or 60.0
-    with served(given.model) as (port, _):  # with a target, clients that don't wait are refused: they get less
+def overload(args: argparse.Namespace, record: Record) -> Json:
+    seconds = args.seconds or 60.0
+    with served(args.model) as (port, _):  # with a target, clients that don't wait are refused, and get less
         capacity_per_s = closed(infer(port), CLIENTS, min(5.0, seconds)).per_s
         unloaded = offered(infer(port), 0.1 * capacity_per_s, seconds / 2)
     if not unloaded.accepted_ms:
@@ -197,11 +197,11 @@ def overload(given: argparse.Namespace, record: Record) -> Json:
     target_ms = TAIL * unloaded.p99_ms
     record.say(f"{CLIENTS} clients get {capacity_per_s:,.1f}/s; at a tenth of that, p99 is {unloaded.p99_ms:.2f} ms")
     ways = {"defaults": [], "with --p99-ms": ["--p99-ms", f"{target_ms:.3f}"]}
-    found: Json = {"capacity_per_s": capacity_per_s, "unloaded": unloaded.to_json()}
+    result: Json = {"capacity_per_s": capacity_per_s, "unloaded": unloaded.to_json()}
     for name, options in ways.items():
-        with served(given.model, *options) as (port, pid):
-            found[name] = overloaded(record, name, infer(port), pid, capacity_per_s, target_ms, seconds)
-    return found
+        with served(args.model, *options) as (port, pid):
+            result[name] = overloaded(record, name, infer(port), pid, capacity_per_s, target_ms, seconds)
+    return result
 
 
 def overloaded(
@@ -216,7 +216,7 @@ def overloaded(
         after = offered(target, max(8.0, 0.1 * capacity_per_s), 0.5)
         if not after.refused_ms and after.p99_ms <= target_ms:
             recovered_s = since_s
-    values = memory.values[len(memory.values) // 10 : -1]  # connections have their buffers by then
+    values = memory.values[len(memory.values) // 10 : -1]  # from when all connections have their buffers
     tenth = max(1, len(values) // 10)
     grown = statistics.median(values[-tenth:]) / statistics.median(values[:tenth])
     count = len(under.accepted_ms) + len(under.refused_ms) + under.failed
@@ -244,16 +244,16 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="a Python with mlserver and litserve")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, help="of a turn (4), or of the overload (60)")
-    given = parser.parse_args()
-    if (given.part == "overload") != (given.model is not None):
+    args = parser.parse_args()
+    if (args.part == "overload") != (args.model is not None):
         parser.error("overload needs a model, and only overload")
-    record = Record(f"serve_{given.part}", given.out, device.detect("cpu"))
-    if given.part == "wire":
+    record = Record(f"serve_{args.part}", args.out, device.detect("cpu"))
+    if args.part == "wire":
         with tempfile.TemporaryDirectory() as work:
-            found = wire(given, record, Path(work))
+            result = wire(args, record, Path(work))
     else:
-        found = overload(given, record)
-    record.close({given.part: found})
+        result = overload(args, record)
+    record.close({args.part: result})
 
 
 if __name__ == "__main__":

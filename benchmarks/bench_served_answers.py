@@ -1,7 +1,7 @@
-"""Whether a server says of each file what `suanli predict` says: label by label, probability by probability.
+"""Checks that a server answers each file as `suanli predict` does: label by label, probability by probability.
 
-The pictures of a data set are written as files; both answer them, the server in requests of many files, and from many
-clients at once with one file each, so that they come in batches of every size. `suanli predict --url` is the client.
+The pictures of a data set are written as files. The server gets them in requests of many files, and from many clients
+at once with one file each, which gives batches of all sizes. `suanli predict --url` is the client.
 
     python benchmarks/bench_served_answers.py RUN ../shared/data/cifar10.zip --out records/…  [--images 1000]
 """
@@ -33,12 +33,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a zip of pictures")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    record = Record("served_answers", given.out, device.detect("cpu"))
+    args = parser.parse_args()
+    record = Record("served_answers", args.out, device.detect("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        files = pictures(given.data, Path(folder), given.images)
-        alone = predicted([str(given.run), *map(str, files)])
-        with served(given.run) as (port, _):
+        files = pictures(args.data, Path(folder), args.images)
+        alone = predicted([str(args.run), *map(str, files)])
+        with served(args.run) as (port, _):
             url = f"http://127.0.0.1:{port}"
             together = predicted(["--url", url, *map(str, files)])
             one_by_one = from_many(url, files)
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def pictures(data: Path, folder: Path, count: int) -> list[Path]:
-    """The first pictures of a zip, evenly spread, as files."""
+    """Pictures of a zip, evenly spread, as files."""
     with zipfile.ZipFile(data) as archive:
         names = [n for n in archive.namelist() if n.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES]
         names = names[:: max(1, len(names) // count)][:count]

@@ -1,14 +1,14 @@
-"""Seconds until a wanted accuracy on CIFAR-10: `suanli train --target-accuracy` beside what others write.
+"""Seconds to a target accuracy on CIFAR-10: `suanli train --target-accuracy` compared with other people's trainings.
 
-Cold is a whole process, from the start of Python to the saved model: choosing, planning, compiling and validation
-included. Its cache holds the decoded images and nothing else; what decoding takes is measured once and told beside it.
-Warm is from the first step. Accuracy is that of the test split, single view, examined afterwards, which no choice was
-made by. Each seed is a process of its own.
+Cold is a whole process, from the start of Python to the saved model, including planning, compiling and validation. Its
+cache contains only the decoded images; the time of decoding is measured once and printed separately. Warm is from the
+first step. Accuracy is that of the test split with a single view, evaluated afterwards; no choice depends on it. Each
+seed is a process of its own.
 
     python benchmarks/bench_time_to_accuracy.py ../shared/data --out records/…  [--targets 0.7,0.8,0.9] [--seeds 5]
 
-Beside it (`--peers plain,resnet18`): the two trainings of `peers.py`, decoded beforehand too, given `--peer-limit-s`
-seconds each; for them every test score on the way counts. With `--airbench FILE`, a copy of airbench94_muon.py of
+The peers (`--peers plain,resnet18`) are the two trainings of `peers.py`, also on decoded images, with `--peer-limit-s`
+seconds each; for them every test score during training counts. With `--airbench FILE`, a copy of airbench94_muon.py of
 https://github.com/KellerJordan/cifar10-airbench is run on the same images; it needs an NVIDIA GPU.
 """
 
@@ -44,26 +44,26 @@ def main() -> None:
     parser.add_argument("--peers", default="plain,resnet18")
     parser.add_argument("--peer-limit-s", type=float, default=600.0)
     parser.add_argument("--airbench", type=Path, help="airbench94_muon.py, on a GPU")
-    given = parser.parse_args()
-    record = Record("time_to_accuracy", given.out, start(given))
+    args = parser.parse_args()
+    record = Record("time_to_accuracy", args.out, start(args))
     values: dict[str, Json] = {"targets": {}, "peers": {}}
     with tempfile.TemporaryDirectory() as folder:
-        processes = Processes(Path(folder), given.threads)
-        data = given.data / "cifar10.zip"
+        processes = Processes(Path(folder), args.threads)
+        data = args.data / "cifar10.zip"
         started = time.perf_counter()
         prepared = processes.prepare(data)
         values["decoding_s"] = time.perf_counter() - started
         record.say(f"decoding, once: {values['decoding_s']:.1f} s")
-        for target in given.targets:
-            values["targets"][f"{target:g}"] = one_target(record, processes, data, target, given)
+        for target in args.targets:
+            values["targets"][f"{target:g}"] = one_target(record, processes, data, target, args)
             record.write(values)
         arrays = Path(folder) / "arrays.npz"
         np.savez(arrays, **as_arrays(prepared))
-        for peer in (p for p in given.peers.split(",") if p):
-            values["peers"][peer] = one_peer(record, peer, arrays, given)
+        for peer in (p for p in args.peers.split(",") if p):
+            values["peers"][peer] = one_peer(record, peer, arrays, args)
             record.write(values)
-        if given.airbench is not None:
-            values["peers"]["airbench"] = airbench(record, given.airbench, arrays, max(2, given.seeds))
+        if args.airbench is not None:
+            values["peers"]["airbench"] = airbench(record, args.airbench, arrays, max(2, args.seeds))
     record.close(values)
 
 
@@ -72,11 +72,11 @@ def numbers(text: str) -> list[float]:
 
 
 def one_target(
-    record: Record, processes: Processes, data: Path, target: float, given: argparse.Namespace
+    record: Record, processes: Processes, data: Path, target: float, args: argparse.Namespace
 ) -> dict[str, Json]:
-    found = []
-    for seed in range(given.seeds):
-        options = ["--target-accuracy", f"{target:g}", "--seed", str(seed), "--device", given.device]
+    runs = []
+    for seed in range(args.seeds):
+        options = ["--target-accuracy", f"{target:g}", "--seed", str(seed), "--device", args.device]
         cold_s, summary = processes.train(data, options)
         one = {
             "cold_s": cold_s,
@@ -85,31 +85,31 @@ def one_target(
             "memory_bytes": summary["peak_memory_bytes"],
             **{key: summary[key] for key in ("score", "plan", "steps", "epochs")},
         }
-        found.append(one)
+        runs.append(one)
         record.say(
             f"{target:.0%} seed {seed}: {cold_s:6.1f} s cold, {one['warm_s']:6.1f} s warm, test {one['accuracy']:.4f}, "
             f"validation {one['score']:.4f}, {one['memory_bytes'] / 2**30:.2f} GiB, {'+'.join(one['plan']['speedups'])}"
         )
-    cold, accuracy = [f["cold_s"] for f in found], [f["accuracy"] for f in found]
-    memory = max(f["memory_bytes"] for f in found)
-    text = f"{target:.0%}: {said(cold, '.1f')} s cold, {said([f['warm_s'] for f in found], '.1f')} s warm"
-    text += f", test accuracy {said([100 * a for a in accuracy], '.2f')} %"
+    cold, accuracy = [f["cold_s"] for f in runs], [f["accuracy"] for f in runs]
+    memory = max(f["memory_bytes"] for f in runs)
+    text = f"{target:.0%}: {format_mean(cold, '.1f')} s cold, {format_mean([f['warm_s'] for f in runs], '.1f')} s warm"
+    text += f", test accuracy {format_mean([100 * a for a in accuracy], '.2f')} %"
     reached = statistics.mean(accuracy) >= target and memory < MEMORY_LIMIT
     if (limit := LIMITS_S.get(target)) is not None:
         reached = reached and statistics.mean(cold) <= limit
         text += f"; to reach {target:.0%} in {limit:.0f} s: {'reached' if reached else 'MISSED'}"
     record.say(text)
-    return {"runs": found, "limit_s": limit, "reached": reached, "memory_bytes": memory}
+    return {"runs": runs, "limit_s": limit, "reached": reached, "memory_bytes": memory}
 
 
-def said(values: list[float], form: str) -> str:
+def format_mean(values: list[float], form: str) -> str:
     """The mean with the standard deviation."""
     spread = statistics.stdev(values) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):{form}} (sd {spread:{form}}, {len(values)} seeds)"
 
 
 def as_arrays(prepared: PreparedData) -> dict[str, np.ndarray]:
-    """All that is not test, as others would train on it, and the test split."""
+    """All but the test split, as the peers train on it, and the test split."""
     splits = {name: (split.inputs[split.index], split.targets) for name, split in prepared.splits.items()}
     rest = [splits[name] for name in splits if name != "test"]
     return {
@@ -120,9 +120,9 @@ def as_arrays(prepared: PreparedData) -> dict[str, np.ndarray]:
     }
 
 
-def one_peer(record: Record, peer: str, arrays: Path, given: argparse.Namespace) -> dict[str, Json]:
+def one_peer(record: Record, peer: str, arrays: Path, args: argparse.Namespace) -> dict[str, Json]:
     command = [sys.executable, str(Path(__file__).parent / "peers.py"), peer, str(arrays)]
-    command += ["--limit-s", str(given.peer_limit_s), "--started", str(time.time())]
+    command += ["--limit-s", str(args.peer_limit_s), "--started", str(time.time())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr}")
@@ -130,7 +130,7 @@ def one_peer(record: Record, peer: str, arrays: Path, given: argparse.Namespace)
     for at in course:
         record.say(f"{peer}: {at['seconds']:6.1f} s, {at['epochs']:.2f} epochs, test {at['accuracy']:.4f}")
     first = {}
-    for target in given.targets:
+    for target in args.targets:
         first[f"{target:g}"] = next((at["seconds"] for at in course if at["accuracy"] >= target), None)
         when = "not reached" if first[f"{target:g}"] is None else f"after {first[f'{target:g}']:.1f} s"
         record.say(f"{peer}: {target:.0%} {when}")
@@ -138,11 +138,11 @@ def one_peer(record: Record, peer: str, arrays: Path, given: argparse.Namespace)
 
 
 def airbench(record: Record, script: Path, arrays: Path, seeds: int) -> dict[str, Json]:
-    """Its own output: it trains many times in one process, warm, and prints accuracy (with its views) and seconds of
-    each run. Of its 200 runs a few are enough."""
+    """Runs it and reads its output: it trains many times in one warm process and prints accuracy (with its views) and
+    seconds of each run. A few of its 200 runs are enough."""
     if not torch.cuda.is_available():
         sys.exit("--airbench needs an NVIDIA GPU.")
-    place = arrays.parent / "cifar10"  # where it looks before it would download
+    place = arrays.parent / "cifar10"  # where it looks before it downloads
     place.mkdir()
     with np.load(arrays) as loaded:
         for split in ("train", "test"):

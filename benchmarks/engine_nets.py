@@ -1,8 +1,8 @@
-"""Networks that suanli has no model of, for `bench_engines.py`: small, plain PyTorch, written from the papers.
+"""Networks for `bench_engines.py` that suanli doesn't have: small, plain PyTorch, written from the papers.
 
 `mobilenet` has depthwise convolutions inside inverted residuals, `convnext` has large ones with a norm over channels:
-both are what engines find harder than a residual network. They are named as `engine_nets:mobilenet` and
-`engine_nets:convnext`, as a user names a network of their own.
+both are harder for engines than a residual network. They are named as `engine_nets:mobilenet` and
+`engine_nets:convnext`, as users name networks of their own.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ def mobilenet(*, classes: int, in_channels: int) -> nn.Module:
 
     Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv:1801.04381.
     """
-    layers: list[nn.Module] = [convolved(in_channels, 32, 3, stride=2)]
+    layers: list[nn.Module] = [conv_block(in_channels, 32, 3, stride=2)]
     width = 32
     for expansion, channels, blocks, stride in MOBILENET:
         for number in range(blocks):
             layers.append(InvertedResidual(width, channels, expansion, stride if number == 0 else 1))
             width = channels
-    layers.append(convolved(width, 1280, 1))
-    return nn.Sequential(*layers, Pooled(), nn.Dropout(0.2), nn.Linear(1280, classes))
+    layers.append(conv_block(width, 1280, 1))
+    return nn.Sequential(*layers, GlobalMean(), nn.Dropout(0.2), nn.Linear(1280, classes))
 
 
-def convolved(given: int, wanted: int, size: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_block(in_channels: int, out_channels: int, size: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU6."""
-    convolution = nn.Conv2d(given, wanted, size, stride, size // 2, groups=groups, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(wanted), nn.ReLU6())
+    convolution = nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU6())
 
 
 class InvertedResidual(nn.Module):
     """Wider, depthwise, narrower without an activation; added to its input where the shapes agree."""
 
-    def __init__(self, given: int, wanted: int, expansion: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, expansion: int, stride: int) -> None:
         super().__init__()
-        wide = given * expansion
-        self.adds = stride == 1 and given == wanted
+        wide = in_channels * expansion
+        self.adds = stride == 1 and in_channels == out_channels
         self.layers = nn.Sequential(
-            *([convolved(given, wide, 1)] if expansion > 1 else []),
-            convolved(wide, wide, 3, stride=stride, groups=wide),
-            nn.Conv2d(wide, wanted, 1, bias=False),
-            nn.BatchNorm2d(wanted),
+            *([conv_block(in_channels, wide, 1)] if expansion > 1 else []),
+            conv_block(wide, wide, 3, stride=stride, groups=wide),
+            nn.Conv2d(wide, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class InvertedResidual(nn.Module):
         return x + out if self.adds else out
 
 
-class Pooled(nn.Module):
+class GlobalMean(nn.Module):
     """The mean over all places: (B, C, H, W) to (B, C)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def convnext(*, classes: int, in_channels: int) -> nn.Module:
     """ConvNeXt with the widths of "atto": images (B, in_channels, H, W) to logits (B, classes).
 
     Without the paper's layer scale and stochastic depth: the scale begins at a millionth, so that after one epoch the
-    blocks would still do next to nothing, and any precision would do.
+    blocks would still do almost nothing, and any precision would pass.
     Sources: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545; the sizes of "atto" are those of Woo et al.,
     "ConvNeXt V2", arXiv:2301.00808.
     """
@@ -81,7 +81,7 @@ def convnext(*, classes: int, in_channels: int) -> nn.Module:
             layers += [ChannelNorm(width), nn.Conv2d(width, channels, 2, stride=2)]
         layers += [ConvNextBlock(channels) for _ in range(blocks)]
         width = channels
-    return nn.Sequential(*layers, Pooled(), nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes))
+    return nn.Sequential(*layers, GlobalMean(), nn.LayerNorm(width, eps=1e-6), nn.Linear(width, classes))
 
 
 class ChannelNorm(nn.Module):
@@ -113,7 +113,7 @@ class ConvNextBlock(nn.Module):
 
 
 class FromRows(nn.Module):
-    """Rows of pixels (B, H, W, C) uint8 to probabilities (B, K): what a person writes around a network of theirs."""
+    """Rows of pixels (B, H, W, C) uint8 to probabilities (B, K): what a user writes around a network."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

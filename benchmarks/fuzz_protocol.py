@@ -1,15 +1,15 @@
-"""The reader of requests (`suanli.serving.codec.parse`) against bodies that are nearly right.
+"""Fuzzes the parser of requests (`suanli.serving.codec.parse`) with bodies that are nearly valid.
 
     nice -n 19 python benchmarks/fuzz_protocol.py [--cases 1000000] [--seed 1] [--out records/…/fuzz_protocol.json]
 
 A case is a valid request, JSON or binary, of any datatype, that was changed one to four times: bits flipped, cut short,
-spliced with another, a piece repeated or lost, a number replaced by one that nobody expects, a value of the JSON by one
-of another type, the length of a BYTES element or the header by a lie. Whatever comes, the reader either gives tensors
-whose shapes, datatypes and data agree, and which an answer can be made of, or says in one sentence why not
-(`Refusal`, 400). Anything else is a failure: it is printed with its seed and its bytes, and the exit code is 1.
+spliced with another, a piece repeated or lost, a number replaced by an unexpected one, a JSON value by one of another
+type, the length of a BYTES element or of the header by a wrong one. The parser must either return tensors whose shapes,
+datatypes and data agree, and which can be sent back, or refuse with one sentence (`Refusal`, 400). Anything else is a
+failure: it is printed with its seed and its bytes, and the exit code is 1.
 
-The cases of a seed are the same everywhere, one by one: case N of seed S is `case(S, N)`. What this doesn't do: sockets
-and HTTP headers (the tests of the server have those), or coverage guidance.
+The cases of a seed are the same everywhere: case N of seed S is `case(S, N)`. Not covered are sockets and HTTP headers
+(the tests of the server cover those), and there is no coverage guidance.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ import numpy as np
 from suanli.serving.codec import parse, render
 from suanli.serving.protocol import DATATYPES, InferRequest, InferResponse, Refusal, Tensor, join_bytes
 
-EVERY = 50_000  # cases, how far it has come is told
-SLOW_MS = 500.0  # of CPU; a case that takes longer is a failure: bodies here are of at most some kilobytes
+EVERY = 50_000  # cases, between two lines of progress
+SLOW_MS = 500.0  # of CPU; a case that takes longer is a failure: bodies have at most some kilobytes
 SIZES = (0, 1, 2, 4, 7, 255, 256, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64, 10**40)
 NUMBERS = [
     *(str(n).encode() for n in SIZES), *(str(-n).encode() for n in SIZES[1:]), b"1e999", b"-1e999", b"1e-999", b"1.5",
@@ -55,25 +55,25 @@ Body = tuple[bytes, int | None]  # and where its JSON ends
 
 def valid() -> list[Body]:
     """Requests of every datatype, JSON nested and flat, and binary, with all that the extensions add."""
-    found: list[Body] = []
+    bodies: list[Body] = []
     for datatype, dtype in DATATYPES.items():
         array = np.arange(12).astype(dtype).reshape(2, 3, 2)
         flat: dict[str, Any] = {"name": "a", "datatype": datatype, "shape": [2, 3, 2], "data": array.ravel().tolist()}
-        found.append(whole([flat]))
-        found.append(whole([flat | {"data": array.tolist()}], id="7", outputs=[{"name": "b"}]))
-        found.append(whole([flat], [array.tobytes()], parameters={"binary_data_output": True, "timeout": 1000}))
+        bodies.append(whole([flat]))
+        bodies.append(whole([flat | {"data": array.tolist()}], id="7", outputs=[{"name": "b"}]))
+        bodies.append(whole([flat], [array.tobytes()], parameters={"binary_data_output": True, "timeout": 1000}))
     strings = [b"", b"a", b"\xff\0\xfe", "算力".encode(), bytes(300)]
     text = {"name": "t", "datatype": "BYTES", "shape": [5]}
-    found.append(whole([text], [join_bytes(strings)], id="8"))
-    found.append(whole([text | {"data": ["", "a", "b", "算力", '\n\\"']}]))
+    bodies.append(whole([text], [join_bytes(strings)], id="8"))
+    bodies.append(whole([text | {"data": ["", "a", "b", "算力", '\n\\"']}]))
     pair = [text, {"name": "e", "datatype": "FP32", "shape": [0, 4]}, {"name": "s", "datatype": "INT64", "shape": []}]
     wanted = [{"name": "o", "parameters": {"binary_data": True, "classification": 3}}, {"name": "p"}]
-    found.append(whole(pair, [join_bytes(strings), b"", bytes(8)], outputs=wanted))
+    bodies.append(whole(pair, [join_bytes(strings), b"", bytes(8)], outputs=wanted))
     for datatype in ("INT32", "BYTES"):  # an empty tensor may have any shape with a 0
         empty = {"name": "e", "datatype": datatype, "shape": [3, 0, 5], "data": []}
-        found += [whole([empty]), whole([empty], [b""])]
-    found.append((bytes(range(256)), 0))
-    return found
+        bodies += [whole([empty]), whole([empty], [b""])]
+    bodies.append((bytes(range(256)), 0))
+    return bodies
 
 
 def whole(inputs: list[dict[str, Any]], raws: list[bytes] | None = None, **more: Any) -> Body:
@@ -96,10 +96,10 @@ Change = Callable[[random.Random, bytes, "int | None"], Body]
 
 
 def flip(chance: random.Random, body: bytes, header: int | None) -> Body:
-    found = bytearray(body or b"\0")
+    changed = bytearray(body or b"\0")
     for _ in range(chance.choice((1, 1, 2, 8))):
-        found[chance.randrange(len(found))] ^= 1 << chance.randrange(8)
-    return bytes(found), header
+        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+    return bytes(changed), header
 
 
 def cut(chance: random.Random, body: bytes, header: int | None) -> Body:
@@ -108,8 +108,8 @@ def cut(chance: random.Random, body: bytes, header: int | None) -> Body:
 
 def splice(chance: random.Random, body: bytes, header: int | None) -> Body:
     other, length = chance.choice(VALID)
-    found = body[: chance.randrange(len(body) + 1)] + other[chance.randrange(len(other) + 1) :]
-    return found, chance.choice((header, length))
+    spliced = body[: chance.randrange(len(body) + 1)] + other[chance.randrange(len(other) + 1) :]
+    return spliced, chance.choice((header, length))
 
 
 def repeat(chance: random.Random, body: bytes, header: int | None) -> Body:
@@ -129,7 +129,7 @@ def add(chance: random.Random, body: bytes, header: int | None) -> Body:
 
 
 def number(chance: random.Random, body: bytes, header: int | None) -> Body:
-    """One number of the JSON becomes another; the header follows, so that the reader gets as far as it can."""
+    """One number of the JSON becomes another; the header stays right, so that the parser gets as far as it can."""
     end = len(body) if header is None else header
     places = list(re.finditer(rb"-?\d+(?:\.\d+)?", body[:end]))
     if not places:
@@ -140,13 +140,13 @@ def number(chance: random.Random, body: bytes, header: int | None) -> Body:
 
 
 def value(chance: random.Random, body: bytes, header: int | None) -> Body:
-    """One value of the JSON, at any depth, becomes another, is lost, or is there once more."""
+    """One value of the JSON, at any depth, is replaced, removed or repeated."""
     end = len(body) if header is None else header
     try:
-        said = json.loads(body[:end])
+        content = json.loads(body[:end])
     except (ValueError, RecursionError):
         return body, header
-    places = _places(said)
+    places = _places(content)
     if not places:
         return body, header
     holder, key = chance.choice(places)
@@ -160,25 +160,25 @@ def value(chance: random.Random, body: bytes, header: int | None) -> Body:
     else:
         holder[key] = chance.choice(VALUES)
     try:
-        head = json.dumps(said).encode()
-    except (ValueError, RecursionError):  # a value inside itself
+        head = json.dumps(content).encode()
+    except (ValueError, RecursionError):  # a value that contains itself
         return body, header
     return head + body[end:], None if header is None else len(head)
 
 
-def _places(said: Any) -> list[tuple[Any, Any]]:
-    found: list[tuple[Any, Any]] = []
-    rest = [said]
-    while rest and len(found) < 500:
+def _places(content: Any) -> list[tuple[Any, Any]]:
+    places: list[tuple[Any, Any]] = []
+    rest = [content]
+    while rest and len(places) < 500:
         holder = rest.pop()
         keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else ()
-        found += [(holder, key) for key in keys]
+        places += [(holder, key) for key in keys]
         rest += [holder[key] for key in keys]
-    return found
+    return places
 
 
 def length(chance: random.Random, body: bytes, header: int | None) -> Body:
-    """Four bytes behind the JSON become a size that isn't there."""
+    """Four bytes after the JSON become a wrong size."""
     start = header or 0
     if len(body) - start < 4:
         return body, header
@@ -195,7 +195,7 @@ def lie(chance: random.Random, body: bytes, header: int | None) -> Body:
 
 
 def nest(chance: random.Random, body: bytes, header: int | None) -> Body:
-    """A value becomes a deep one."""
+    """A value becomes a deeply nested one."""
     end = len(body) if header is None else header
     at = body.find(b":", chance.randrange(max(end, 1)), end) + 1
     deep = chance.choice((2, 9, 500, 990, 1000, 5000))
@@ -216,7 +216,9 @@ def case(seed: int, n: int) -> Body:
     body, header = chance.choice(VALID)
     for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 4))):
         change = chance.choice(CHANGES)
-        if change in BLIND and chance.random() < 0.7:  # most of them spoil any JSON: rather what is behind it
+        if (
+            change in BLIND and chance.random() < 0.7
+        ):  # most changes break the JSON, so change what follows it more often
             start = header if header is not None and 0 < header < len(body) else len(body)
             tail, _ = change(chance, body[start:], None)
             body = body[:start] + tail
@@ -226,15 +228,15 @@ def case(seed: int, n: int) -> Body:
     return body, header
 
 
-# --- what must hold ---
+# --- what must be true ---
 
 
 class Broken(Exception):
-    """What was read contradicts itself."""
+    """The parsed request contradicts itself."""
 
 
 def agrees(request: InferRequest) -> None:
-    """Raises Broken for tensors whose parts don't agree, or that an answer can't be made of."""
+    """Raises Broken for tensors whose parts don't agree, or that can't be sent back."""
     if not request.inputs or not isinstance(request.id, str | None):
         raise Broken("no inputs, or an id that is no text")
     for tensor in request.inputs:
@@ -265,10 +267,10 @@ def same(sent: tuple[Tensor, ...], back: tuple[Tensor, ...]) -> None:
 
 @dataclass
 class Outcomes:
-    """What became of the cases."""
+    """The outcomes of the cases."""
 
     accepted: int = 0
-    refused: Counter[str] = field(default_factory=Counter)  # by sentence, without what is the case's own
+    refused: Counter[str] = field(default_factory=Counter)  # by sentence, without what it quotes of the case
     failures: list[dict[str, Any]] = field(default_factory=list)
     slowest_ms: float = 0.0
     longest_message: int = 0
@@ -314,14 +316,14 @@ def sentence(message: str) -> str:
     return re.sub(r"\[[^\]]*\]|-?\d+(\.\d+)?", "N", text)[:120]
 
 
-def fuzz(cases: int, seed: int, told: Callable[[Outcomes], None] = lambda _: None) -> Outcomes:
-    """Cases 0 to `cases` of a seed; `told` hears of it now and then."""
-    found = Outcomes()
+def fuzz(cases: int, seed: int, report: Callable[[Outcomes], None] = lambda _: None) -> Outcomes:
+    """Cases 0 to `cases` of a seed; `report` is called now and then."""
+    outcomes = Outcomes()
     for n in range(cases):
-        found.add(seed, n)
+        outcomes.add(seed, n)
         if (n + 1) % EVERY == 0:
-            told(found)
-    return found
+            report(outcomes)
+    return outcomes
 
 
 def main() -> int:
@@ -329,42 +331,42 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="the file that gets the outcome as JSON")
-    given = parser.parse_args()
+    args = parser.parse_args()
     started, used = time.perf_counter(), time.process_time()
 
-    def told(found: Outcomes) -> None:
-        rate = found.cases / (time.perf_counter() - started)
-        print(f"{found.cases:>10,} cases, {rate:,.0f} a second, {found.accepted:,} accepted, "
-              f"{found.refused.total():,} refused, {len(found.failures)} failures", flush=True)  # fmt: skip
+    def report(outcomes: Outcomes) -> None:
+        rate = outcomes.cases / (time.perf_counter() - started)
+        print(f"{outcomes.cases:>10,} cases, {rate:,.0f} a second, {outcomes.accepted:,} accepted, "
+              f"{outcomes.refused.total():,} refused, {len(outcomes.failures)} failures", flush=True)  # fmt: skip
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = fuzz(given.cases, given.seed, told)
-    if given.cases % EVERY:
-        told(found)
-    for failure in found.failures[:20]:
+    outcomes = fuzz(args.cases, args.seed, report)
+    if args.cases % EVERY:
+        report(outcomes)
+    for failure in outcomes.failures[:20]:
         print(json.dumps(failure))
     values = {
         "benchmark": "fuzz_protocol",
         "command": ["python", *sys.argv],
-        "cases": found.cases,
-        "seed": given.seed,
+        "cases": outcomes.cases,
+        "seed": args.seed,
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - used,
-        "cases_per_s": found.cases / (time.perf_counter() - started),
-        "accepted": found.accepted,
-        "refused": found.refused.total(),
-        "failures": found.failures,
-        "slowest_ms": found.slowest_ms,
-        "longest_message": found.longest_message,
+        "cases_per_s": outcomes.cases / (time.perf_counter() - started),
+        "accepted": outcomes.accepted,
+        "refused": outcomes.refused.total(),
+        "failures": outcomes.failures,
+        "slowest_ms": outcomes.slowest_ms,
+        "longest_message": outcomes.longest_message,
         "memory_grown_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
-        "sentences": dict(found.refused.most_common()),
+        "sentences": dict(outcomes.refused.most_common()),
         "environment": _environment(),
     }
-    print(f"slowest case {found.slowest_ms:.1f} ms; {len(found.refused)} different sentences")
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return 1 if found.failures else 0
+    print(f"slowest case {outcomes.slowest_ms:.1f} ms; {len(outcomes.refused)} different sentences")
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if outcomes.failures else 0
 
 
 def _environment() -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """Tests and benchmarks that need an NVIDIA card, in one command: `make gpu`.
 
-Uses the Python it is run with and the packages that are there; it installs nothing, needs no network and ends
-within ten minutes: each stage is a process of its own with a time limit, and what one stage leaves of its time
-is the next ones'. Leaves records/<date>_<device>_gpu/ with all output and the figures.
+It uses the Python that runs it and the installed packages; it installs nothing, needs no network and ends within ten
+minutes. Each stage is a process of its own with a time limit; time that a stage doesn't use is left for the next ones.
+It writes records/<date>_<device>_gpu/ with all output and the figures.
 
     PYTHONPATH=src python3 benchmarks/gpu.py [DATA] [--records records] [--limit 580] [--airbench FILE]
     PYTHONPATH=src python3 benchmarks/gpu.py --rehearse
 
-DATA is a folder with cifar10.zip and imagenette5k.zip; where one is missing, made-up pictures take its place.
-`--rehearse` runs the same stages on the CPU with tiny sizes, to see that they run: it measures nothing and
-leaves nothing.
+DATA is a folder with cifar10.zip and imagenette5k.zip; where one is missing, generated pictures take its place.
+`--rehearse` runs the same stages on the CPU with tiny sizes, to check that they work: it measures nothing and writes
+nothing.
 
-Exit codes: 0 every stage ran; 1 one didn't, or a test failed; 4 not possible on this machine. A figure that is
-missed is printed and is no failure.
+Exit codes: 0 every stage ran; 1 a stage or a test failed; 4 not possible on this machine. A missed figure is printed
+and is no failure.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=580, help="seconds for everything")
     parser.add_argument("--airbench", type=Path, help="a copy of airbench94_muon.py to run beside suanli")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, leaving nothing")
-    given = parser.parse_args()
-    if (reason := why_not(given.rehearse)) is not None:
+    args = parser.parse_args()
+    if (reason := why_not(args.rehearse)) is not None:
         print(reason, file=sys.stderr)
         return IMPOSSIBLE
     with tempfile.TemporaryDirectory(prefix="suanli-gpu-") as folder:
         work = Path(folder)
-        out = work / "records" if given.rehearse else record_folder(given.records)
+        out = work / "records" if args.rehearse else record_folder(args.records)
         out.mkdir(parents=True, exist_ok=True)
-        run = Run(out, given.limit, environment(work), rehearsal=given.rehearse)
-        run.say(f"{'A REHEARSAL ON THE CPU, no measurement: ' if given.rehearse else ''}{device_name(given.rehearse)}")
-        for stage in stages(given.data, work, out, airbench=given.airbench, tiny=given.rehearse):
+        run = Run(out, args.limit, environment(work), rehearsal=args.rehearse)
+        run.say(f"{'A REHEARSAL ON THE CPU, no measurement: ' if args.rehearse else ''}{device_name(args.rehearse)}")
+        for stage in stages(args.data, work, out, airbench=args.airbench, tiny=args.rehearse):
             run.stage(stage)
         if (figures := work / "bench" / "bench.json").exists():
             shutil.copy(figures, out / "bench.json")
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 def why_not(rehearse: bool) -> str | None:
-    """One sentence and the way out, or None."""
+    """Why it can't run here, and what to do; None: it can."""
     if missing := [PACKAGES.get(name, name) for name in NEEDED if importlib.util.find_spec(name) is None]:
         return (
             f"{sys.executable} lacks {', '.join(missing)}. Where there is a network: pip install --target packages "
@@ -104,7 +104,7 @@ def device_name(rehearse: bool) -> str:
 
 
 def record_folder(records: Path) -> Path:
-    """records/<date>_<device>_gpu, with a number where that is taken."""
+    """records/<date>_<device>_gpu, with a number if that exists."""
     device = re.sub(r"[^a-z0-9]+", "-", device_name(False).lower().replace("nvidia", "")).strip("-")
     name = f"{datetime.now(UTC):%Y-%m-%d}_{device}_gpu"
     numbered = (records / (name if n == 1 else f"{name}-{n}") for n in range(1, 1000))
@@ -112,7 +112,7 @@ def record_folder(records: Path) -> Path:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Of every stage: suanli from this tree, a cache that is empty at the start, no surprise from the network."""
+    """The environment of every stage: suanli from this tree, a cache that is empty at the start, no network."""
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
     own = {"PYTHONPATH": path, "SUANLI_CACHE": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **own}
@@ -133,7 +133,7 @@ def stages(data: Path, work: Path, out: Path, *, airbench: Path | None, tiny: bo
     bench += ["--steps", "4", "--rounds", "1", "--set", "batch_size=50"] if tiny else ["--time-budget-s", "60"]
     lightning = [python, str(here / "bench_lightning.py"), str(small), "--subjects", "speednet", "--device", device]
     lightning += ["--out", str(out), *(["--rounds", "1", "--steps", "2"] if tiny else ["--rounds", "3"])]
-    found = [
+    result = [
         Stage(name="device", command=[python, "-m", "suanli", "device", "--probe", "--device", device], limit_s=60),
         Stage(name="prepare", command=[*figures, "--what", "prepare"], limit_s=60),
         Stage(name="speednet", command=[*figures, "--what", "speednet"], limit_s=100),
@@ -150,14 +150,14 @@ def stages(data: Path, work: Path, out: Path, *, airbench: Path | None, tiny: bo
         accuracy += ["--out", str(out), "--targets", "0.8,0.84", "--seeds", "2", "--peers", ""]
         accuracy += ["--airbench", str(airbench)] if airbench is not None else []
         # airbench compiles for some minutes before its first training: the stages after it may find no time.
-        found.insert(4, Stage(name="accuracy", command=accuracy, limit_s=100 if airbench is None else 400))
+        result.insert(4, Stage(name="accuracy", command=accuracy, limit_s=100 if airbench is None else 400))
     if importlib.util.find_spec("lightning") is not None:
-        found.append(Stage(name="lightning", command=lightning, limit_s=90))
-    return found
+        result.append(Stage(name="lightning", command=lightning, limit_s=90))
+    return result
 
 
 class Run:
-    """The stages of one call, their output and how they ended."""
+    """The stages of one call, their output and their results."""
 
     def __init__(self, out: Path, limit_s: float, environment: Mapping[str, str], *, rehearsal: bool) -> None:
         self.out, self.environment, self.rehearsal = out, environment, rehearsal
@@ -177,7 +177,7 @@ class Run:
         print(text, file=self._output, flush=True)
 
     def stage(self, stage: Stage) -> None:
-        """Runs it and prints what it prints; ends it where its time is up."""
+        """Runs a stage and prints its output; ends it when its time is up."""
         left = self._limit_s - (time.perf_counter() - self._started)
         limit = min(stage.limit_s, left)
         self.say(f"\n=== {stage.name} (at most {max(limit, 0):.0f} s)\n$ {' '.join(map(str, stage.command))}")
@@ -193,7 +193,7 @@ class Run:
             errors="replace",
             cwd=ROOT,
             env=dict(self.environment),
-            start_new_session=True,  # so that what it starts ends with it
+            start_new_session=True,  # so that the processes that it starts end with it
         )
         reader = threading.Thread(target=self._copy, args=(process,), daemon=True)
         reader.start()

@@ -1,15 +1,15 @@
-"""What only a GPU shows: how near `speednet` comes to the card's ceiling, and whether input keeps up with it.
+"""Figures that need a GPU: how close `speednet` comes to the peak of the card, and whether input keeps up.
 
     python benchmarks/gpu_figures.py DATA --what prepare|speednet|resnet50 --device cuda --out records/…
 
-`speednet`: the operations of a training step over its time, as a share of what the same card was measured to
-reach in half precision, with and without whole-step graphs and the data on the device. Twice: as shipped, and at
-the widths and batch size for which the network was designed on GPUs.
+`speednet`: the operations of a training step divided by its time, as a share of the measured peak of the card in half
+precision, with and without whole-step graphs and data on the device. It runs twice: as shipped, and with the widths and
+batch size for which the network was designed on GPUs.
 `resnet50`: images per second at 224 px with rows from suanli's cache (through the memory map, and from the
-device's memory) against a loop written by hand that computes on random tensors on the device, without any input.
+device's memory), compared with a loop written by hand that computes on random tensors on the device, without any input.
 
-Every clock is read after the device has finished; sides alternate; medians. Pictures that DATA lacks are
-made up: `prepare` writes them there and decodes all. `--tiny` makes everything so small that it runs anywhere.
+Clocks are read after the device has finished; sides alternate; figures are medians. Pictures that DATA lacks are
+generated: `prepare` writes them there and decodes all. `--tiny` makes everything so small that it runs anywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from handwritten import MEANS, Handwritten
 from record import Record, arguments, start
-from sides import Side, by_turns, half_precision_flops, plan_of
+from sides import Side, alternate, half_precision_flops, plan_of
 from suanli.compute.flops import flops
 from suanli.compute.plan import plain_plan
 from suanli.core.console import hide_progress
@@ -64,41 +64,41 @@ def main() -> None:
     parser.add_argument("--what", choices=works, required=True)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: sizes that say nothing about speed")
     parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
-    device = start(given)
-    works[given.what](given, device, Record(given.what, given.out, device))
+    args = parser.parse_args()
+    device = start(args)
+    works[args.what](args, device, Record(args.what, args.out, device))
 
 
 # --- data -----------------------------------------------------------------------------------
 
 
-def prepare(given: argparse.Namespace, device: Device, record: Record) -> None:  # noqa: ARG001
-    """Makes up what isn't there, and fills the cache, so that later clocks don't see it."""
-    given.data.mkdir(parents=True, exist_ok=True)
-    if not (given.data / SMALL[0]).exists():
-        make_small(given.data / SMALL[1], 600 if given.tiny else 30_000)
-    if not (given.data / PHOTOS[0]).exists():
-        make_photos(given.data / PHOTOS[1], 60 if given.tiny else 1_280)
-    for name, (_, prepared) in {"small": small(given, {}), "photos": photos(given)}.items():
+def prepare(args: argparse.Namespace, device: Device, record: Record) -> None:  # noqa: ARG001
+    """Generates missing data and fills the cache, so that it isn't timed later."""
+    args.data.mkdir(parents=True, exist_ok=True)
+    if not (args.data / SMALL[0]).exists():
+        make_small(args.data / SMALL[1], 600 if args.tiny else 30_000)
+    if not (args.data / PHOTOS[0]).exists():
+        make_photos(args.data / PHOTOS[1], 60 if args.tiny else 1_280)
+    for name, (_, prepared) in {"small": small(args, {}), "photos": photos(args)}.items():
         shape = "x".join(map(str, prepared.preprocess.input_shape))
         record.say(f"{name}: {prepared.name}, {len(prepared.splits['train']):,} for training, {shape}")
 
 
-def small(given: argparse.Namespace, settings: dict[str, Json]) -> tuple[Recipe, PreparedData]:
-    return _resolve(given, SMALL, "small_images", settings)
+def small(args: argparse.Namespace, settings: dict[str, Json]) -> tuple[Recipe, PreparedData]:
+    return _resolve(args, SMALL, "small_images", settings)
 
 
-def photos(given: argparse.Namespace) -> tuple[Recipe, PreparedData]:
-    pixels, batch = (64, 8) if given.tiny else (224, 256)
+def photos(args: argparse.Namespace) -> tuple[Recipe, PreparedData]:
+    pixels, batch = (64, 8) if args.tiny else (224, 256)
     settings = {"model": "resnet50", "preprocess.size": pixels, "batch_size": batch}
-    return _resolve(given, PHOTOS, "photos", settings)
+    return _resolve(args, PHOTOS, "photos", settings)
 
 
 def _resolve(
-    given: argparse.Namespace, names: tuple[str, str], recipe: str, settings: dict[str, Json]
+    args: argparse.Namespace, names: tuple[str, str], recipe: str, settings: dict[str, Json]
 ) -> tuple[Recipe, PreparedData]:
-    path = next(p for p in (given.data / name for name in names) if p.exists())
-    options = DataOptions.of(path, data_dir=None, cache_dir=given.cache)
+    path = next(p for p in (args.data / name for name in names) if p.exists())
+    options = DataOptions.of(path, data_dir=None, cache_dir=args.cache)
     with hide_progress():
         return resolve(options, recipe=recipe, settings={"epochs": ENDLESS, **settings}, announce=False)
 
@@ -138,56 +138,56 @@ def _smooth(random: np.random.Generator, count: int, side: int) -> np.ndarray:
 # --- speednet -------------------------------------------------------------------------------
 
 
-def speednet(given: argparse.Namespace, device: Device, record: Record) -> None:
-    ceiling, precision = half_precision_flops(device, given.cache)
+def speednet(args: argparse.Namespace, device: Device, record: Record) -> None:
+    ceiling, precision = half_precision_flops(device, args.cache)
     record.say(f"ceiling, measured: {ceiling / 1e12:,.3g} TFLOP/s in {precision}")
-    found: dict[str, Json] = {}
+    result: dict[str, Json] = {}
     failed: list[str] = []
-    count = 2 if given.tiny else 60
+    count = 2 if args.tiny else 60
     for name, settings in NETWORKS.items():
-        recipe, prepared = small(given, {**settings, **({"batch_size": 50} if given.tiny else {})})
+        recipe, prepared = small(args, {**settings, **({"batch_size": 50} if args.tiny else {})})
         setup = Setup(recipe, prepared, device)
         plain = setup.trial(plain_plan(device))
         work, batch = training_flops(plain), plain.order.batch_size
         record.say(f"\n{name}: {work / 1e9:,.1f} GFLOP a step of {batch}")
         sides = {"plain": Side.of(plain), **running(record, setup, WAYS)}
         failed += [f"{name}, {way}" for way in WAYS if way not in sides]
-        seconds = by_turns(sides, count, rounds=given.rounds, device=device)
-        found[name] = {"batch": batch, "flops_of_a_step": work, "block_s": seconds}
+        seconds = alternate(sides, count, rounds=args.rounds, device=device)
+        result[name] = {"batch": batch, "flops_of_a_step": work, "block_s": seconds}
         for side, values in seconds.items():
             step_s = timing.spread([s / count for s in values])
             share = work / step_s.median / ceiling
             record.say(f"  {side:17} {1e3 * step_s.median:8.3f} ms, {batch / step_s.median:10,.0f} images/s")
             floor = SHARE if "graphs" in WAYS.get(side, ()) else None
             what = f"speednet, {name}, {side}: share of the half-precision ceiling"
-            found[name][side] = record.figure(what, share, share * step_s.relative, step_s.count, floor=floor)
-        record.write({"ceiling_flops": ceiling, "precision": precision, "failed": failed, "networks": found})
-    record.close({"ceiling_flops": ceiling, "precision": precision, "failed": failed, "networks": found})
+            result[name][side] = record.figure(what, share, share * step_s.relative, step_s.count, floor=floor)
+        record.write({"ceiling_flops": ceiling, "precision": precision, "failed": failed, "networks": result})
+    record.close({"ceiling_flops": ceiling, "precision": precision, "failed": failed, "networks": result})
     if failed:
         sys.exit(1)
 
 
 def running(record: Record, setup: Setup, ways: Mapping[str, tuple[str, ...]]) -> dict[str, Side]:
-    """A side for each way that gets through its first steps; the others are told, and don't cost the rest."""
-    found = {}
+    """A side for each way that succeeds in its first steps; the others are reported and left out."""
+    result = {}
     for way, wanted in ways.items():
         try:
             side = Side.of(setup.trial(plan_of(wanted, setup)))
             side.block(3)
-        except (RuntimeError, SuanliError) as error:  # what torch raises where a backend can't, and suanli
+        except (RuntimeError, SuanliError) as error:  # what torch raises where a backend fails, and suanli
             record.say(f"  {way} doesn't run: {error}")
         else:
-            found[way] = side
-    return found
+            result[way] = side
+    return result
 
 
 def training_flops(loop: Loop) -> int:
-    """Of the matrix products and convolutions in one forward and backward pass, as PyTorch counts them; the
-    optimizer's are not among them."""
+    """Operations of the matrix products and convolutions in a forward and backward pass, as PyTorch counts them,
+    without the optimizer's."""
     batch = loop.first_batch()
-    found = flops(lambda: F.cross_entropy(loop.runner.forward(batch.inputs), batch.targets).backward())
+    operations = flops(lambda: F.cross_entropy(loop.runner.forward(batch.inputs), batch.targets).backward())
     loop.model.zero_grad(set_to_none=True)
-    return found
+    return operations
 
 
 # --- resnet50 -------------------------------------------------------------------------------
@@ -208,30 +208,30 @@ class Synthetic(Handwritten):
         return self._batches[self._turn % len(self._batches)]
 
 
-def resnet50(given: argparse.Namespace, device: Device, record: Record) -> None:
-    recipe, prepared = photos(given)
+def resnet50(args: argparse.Namespace, device: Device, record: Record) -> None:
+    recipe, prepared = photos(args)
     setup = Setup(recipe, prepared, device)
     plans = {name: plan_of((*USUAL_ON_GPU, name), setup) for name in ("read_ahead", "resident")}
     mapped, resident = (setup.trial(plan) for plan in plans.values())
     usual = plan_of(MEANS, setup).speedups
     synthetic = Synthetic(recipe, prepared, copy.deepcopy(setup.module), device, usual)
-    count = 1 if given.tiny else 12
+    count = 1 if args.tiny else 12
     sides = {
         "synthetic": Side(steps=synthetic.steps()),
         "cache, memory map": Side.of(mapped),
         "cache, on the device": Side.of(resident),
     }
-    seconds = by_turns(sides, count, rounds=given.rounds, device=device)
+    seconds = alternate(sides, count, rounds=args.rounds, device=device)
     side = prepared.preprocess.input_shape[-1]
-    found: dict[str, Json] = {"batch": synthetic.batch_size, "pixels": side, "speedups": usual, "block_s": seconds}
+    result: dict[str, Json] = {"batch": synthetic.batch_size, "pixels": side, "speedups": usual, "block_s": seconds}
     for name, values in seconds.items():
         rate = count * synthetic.batch_size / timing.spread(values).median
         record.say(f"resnet50, {side} px, {name:21} {rate:9,.0f} images/s")
-        found |= {f"{name}, images_per_s": rate}
+        result |= {f"{name}, images_per_s": rate}
         if name != "synthetic":
             gain = timing.gain(seconds["synthetic"], values)
-            found |= {f"{name} / synthetic": record.compare(f"resnet50, {name} / synthetic", gain, floor=OF_SYNTHETIC)}
-    record.close(found)
+            result |= {f"{name} / synthetic": record.compare(f"resnet50, {name} / synthetic", gain, floor=OF_SYNTHETIC)}
+    record.close(result)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """What came within some seconds. h2load reads no status of gRPC: there, every answer counts as accepted."""
+    """The answers within some seconds. h2load doesn't read the status of gRPC: there, every answer counts as
+    accepted."""
 
     seconds: float
     accepted_ms: Sequence[float]
@@ -47,18 +48,18 @@ class Answers:
         return percentile(self.refused_ms, 0.99) if self.refused_ms else None
 
     def to_json(self) -> Json:
-        found = {name: getattr(self, name) for name in ("seconds", "per_s", "p99_ms", "refused_p99_ms", "failed")}
-        return found | {"accepted": len(self.accepted_ms), "refused": len(self.refused_ms)}
+        values = {name: getattr(self, name) for name in ("seconds", "per_s", "p99_ms", "refused_p99_ms", "failed")}
+        return values | {"accepted": len(self.accepted_ms), "refused": len(self.refused_ms)}
 
 
 def closed(target: Target, clients: int, seconds: float) -> Answers:
-    """Clients that send the next request when they have the answer to the last."""
+    """A closed loop: each client sends its next request when it has the answer to the last."""
     return _run(target, ["-c", str(clients), "-D", f"{round(1000 * seconds)}ms", "--warm-up-time", "500ms"], seconds)
 
 
 def offered(target: Target, per_s: float, seconds: float) -> Answers:
-    """Requests at even distances of whole milliseconds; several at once where that is too slow. One connection after
-    the other opens and then keeps its own pace, so that they don't all send at the same moment."""
+    """An open loop: requests at even intervals of whole milliseconds, several at once where that is too slow.
+    Connections open one after the other and keep their own pace, so that they don't all send at the same moment."""
     every_ms = max(1, math.floor(1000 / per_s))
     at_once = math.ceil(per_s * every_ms / 1000)
     per_s = 1000 * at_once / every_ms

@@ -1,11 +1,11 @@
-"""A training loop as a careful person writes it for one recipe: the peer of suanli's.
+"""A training loop as a careful engineer writes it for one recipe, to compare with suanli's.
 
-The same network, optimizer, schedule, augmentations, clipping and averaging of weights, on the same rows;
-no clock, no progress, no checkpoint, no check of the loss, no way to go on after an interruption. Rows are
-gathered by index from one uint8 tensor: a `DataLoader` would only make it slower.
+It has the same network, optimizer, schedule, augmentations, clipping and averaging of weights, on the same rows; no
+clock, no progress, no checkpoint, no check of the loss, no way to resume. Rows are gathered by index from one uint8
+tensor: a `DataLoader` would only make it slower.
 
-Of the usual means (MEANS) it takes those that it is told; with none it is plain PyTorch: float32, images as
-planes (B, C, H, W), eager, a default optimizer.
+Of the usual speed-ups (MEANS) it uses those that are requested; without any it is plain PyTorch: float32, contiguous
+images (B, C, H, W), eager, a default optimizer.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Handwritten:
         self.average = copy.deepcopy(self.module) if recipe.ema_decay is not None else None
 
     def steps(self) -> Iterator[torch.Tensor]:
-        """The loss of each step, not waited for."""
+        """The loss of each step, without waiting for it."""
         self.module.train()
         step = 0
         while True:
@@ -99,8 +99,8 @@ class Handwritten:
 
 
 def optimizer_of(recipe: Recipe, module: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
-    """The recipe's optimizer as a person builds it: with `fused` where its class has that."""
-    made = registry.load("optimizers", recipe.optimizer).build(
+    """The recipe's optimizer as an engineer builds it: with `fused` where its class has that."""
+    optimizer = registry.load("optimizers", recipe.optimizer).build(
         list(module.named_parameters()),
         head=build.head_of(module, build.resolve(recipe.model)),
         lr=recipe.lr,
@@ -108,7 +108,7 @@ def optimizer_of(recipe: Recipe, module: nn.Module, *, fused: bool) -> torch.opt
         backbone_lr_scale=recipe.backbone_lr_scale,
         **recipe.optimizer_args,
     )
-    if fused and "fused" in made.defaults:
-        for group in made.param_groups:
+    if fused and "fused" in optimizer.defaults:
+        for group in optimizer.param_groups:
             group["fused"] = True
-    return made
+    return optimizer

@@ -1,5 +1,5 @@
-"""Whole processes of `suanli`, each with a cache of its own in which only the prepared data is warm: plans and what is
-known of the machine are found anew every time. One at a time, or many short trainings side by side, for their scores.
+"""Whole processes of `suanli`, each with a cache of its own that contains only the prepared data: plans and figures of
+the machine are measured anew every time. They run one at a time, or many short trainings in parallel for their scores.
 """
 
 from __future__ import annotations
@@ -39,18 +39,17 @@ class Processes:
             return prepare(data, cache_dir=self.folder)
 
     def train(self, data: Path | str, options: Sequence[str]) -> tuple[float, dict[str, Json]]:
-        """Seconds of the whole process, and its summary with the score on validation. Ends the benchmark where it
-        fails."""
+        """Seconds of the whole process, and its summary with the validation score. Exits where the process fails."""
         number = next(self._numbers)
         cache, out = self.folder / f"cache{number}", self.folder / f"run{number}"
         cache.mkdir()
         (cache / "prepared").symlink_to(self.prepared)
         command = ["train", str(data), *options, "--out", str(out), "--cache-dir", str(cache)]
-        took, found = self._run(command)
+        took, answer = self._run(command)
         summary = json.loads((out / "summary.json").read_text())
         kept = ("plan", "seconds", "steps", "epochs", "examples_per_s", "peak_memory_bytes", "fallbacks")
         return took, {key: summary.get(key) for key in kept} | {
-            "score": found["scores"].get("val_accuracy"),
+            "score": answer["scores"].get("val_accuracy"),
             "run": str(out),
         }
 
@@ -61,7 +60,7 @@ class Processes:
         return scores
 
     def _run(self, arguments: Sequence[str]) -> tuple[float, dict[str, Json]]:
-        """Seconds of the whole process, and what it answered."""
+        """Seconds of the whole process, and its JSON answer."""
         command = [sys.executable, "-m", "suanli", *arguments, "--json"]
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=self._environment)
@@ -74,7 +73,7 @@ class Processes:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """Trainings that differ in their seed only."""
+    """Trainings that differ only in their seed."""
 
     scores: list[float]  # on validation
     seconds: list[float]  # of training
@@ -94,8 +93,8 @@ class Scored:
 def train_all(
     data: Path | str, ways: Mapping[str, Mapping[str, Json]], options: Sequence[str], seeds: int
 ) -> Iterator[tuple[str, Scored]]:
-    """Trains `seeds` times in each way, a way being changes of the recipe's fields. Each training is a process with one
-    thread and named speedups; as many run side by side as there are cores."""
+    """Trains with `seeds` seeds for each way: a set of changes of the recipe's fields. Each training is a process with
+    one thread and fixed speedups; as many run in parallel as there are cores."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(device.cores()) as side_by_side:
         processes = Processes(Path(folder), 1)
         processes.prepare(data)
@@ -107,8 +106,8 @@ def train_all(
             sets = [part for field, value in changes.items() for part in ("--set", f"{field}={json.dumps(value)}")]
             return processes.train(data, [*usual, *options, *sets])[1]
 
-        asked = {way: [side_by_side.submit(train, ways[way], seed) for seed in range(seeds)] for way in ways}
-        for way, runs in asked.items():
+        submitted = {way: [side_by_side.submit(train, ways[way], seed) for seed in range(seeds)] for way in ways}
+        for way, runs in submitted.items():
             done = [run.result() for run in runs]
             yield way, Scored(scores=[d["score"] for d in done], seconds=[d["seconds"]["train"] for d in done])
 

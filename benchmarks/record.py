@@ -1,11 +1,12 @@
-"""What a benchmark leaves: its text in <out>/<name>.txt, its figures in <out>/<name>.json, both with the
-command, the machine and the versions. Without `--out` the text is only printed."""
+"""The output of a benchmark: text in <out>/<name>.txt and figures in <out>/<name>.json, both with the command, the
+machine and the versions. Without `--out` the text is only printed."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,31 +37,33 @@ class Record:
         if self.out is not None:
             (self.out / f"{self.name}.txt").write_text("\n".join(self._lines) + "\n", encoding="utf-8")
 
-    def compare(self, what: str, found: Gain, *, floor: float | None = None) -> dict[str, Json]:
-        """Prints how many times as fast one side was, against the figure to reach; the JSON of it."""
-        return self.figure(what, found.ratio, found.spread, found.rounds, floor=floor)
+    def compare(self, what: str, gain: Gain, *, floor: float | None = None) -> dict[str, Json]:
+        """Prints how many times as fast one side was, and whether it reached `floor`; returns the figure as JSON."""
+        return self.figure(what, gain.ratio, gain.spread, gain.rounds, floor=floor)
 
     def figure(
         self, what: str, value: float, spread: float, rounds: int, *, floor: float | None = None
     ) -> dict[str, Json]:
-        """A ratio with its spread; with a `floor` it is one of the figures of this benchmark."""
-        found: dict[str, Json] = {"what": what, "value": value, "spread": spread, "rounds": rounds}
+        """Prints a ratio with its spread. With a `floor` to reach, it counts as a figure of this benchmark."""
+        result: dict[str, Json] = {"what": what, "value": value, "spread": spread, "rounds": rounds}
         text = f"{what}: {value:.3f} (spread {spread:.3f}, {rounds} rounds)"
         if floor is not None:
-            found |= {"floor": floor, "reached": value >= floor}
+            result |= {"floor": floor, "reached": value >= floor}
             text += f", to reach {floor:.2f}: {'reached' if value >= floor else 'MISSED'}"
-            self.figures.append(found)
+            self.figures.append(result)
         self.say(text)
-        return found
+        return result
 
-    def write(self, values: Json) -> None:
-        """May be called again when more is known."""
+    def write(self, values: Mapping[str, object]) -> None:
+        """Writes the figures so far; to be called again with more."""
         took = time.perf_counter() - self._started
         if self.out is not None:
             about = {"benchmark": self.name, "environment": self.environment, "seconds": took, "figures": self.figures}
-            (self.out / f"{self.name}.json").write_text(json.dumps(about | values, indent=1) + "\n", encoding="utf-8")
+            (self.out / f"{self.name}.json").write_text(
+                json.dumps(about | dict(values), indent=1) + "\n", encoding="utf-8"
+            )
 
-    def close(self, values: Json) -> None:
+    def close(self, values: Mapping[str, object]) -> None:
         self.write(values)
         self.say(f"took {time.perf_counter() - self._started:.0f} s")
 
@@ -76,6 +79,6 @@ def arguments(documentation: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def start(given: argparse.Namespace) -> Device:
-    torch.set_num_threads(given.threads)
-    return detect(given.device)
+def start(args: argparse.Namespace) -> Device:
+    torch.set_num_threads(args.threads)
+    return detect(args.device)

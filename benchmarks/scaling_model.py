@@ -1,17 +1,17 @@
-"""What many processes are expected to reach, worked out from what `suanli bench DATA --scaling` measured of a few.
+"""Predicts the speed of many processes from what `suanli bench DATA --scaling` measured with a few.
 
     python benchmarks/scaling_model.py runs/DATA-scaling-1/scaling.json
     python benchmarks/scaling_model.py SCALING.JSON --per-host 8 --gbit 100 --latency-us 5    # between hosts
 
-A step of n processes takes compute(share of the batch) + all-reduce that isn't hidden + wait for the slowest. The
-processes are like those of the largest group that was measured, each with a device (or threads) of its own.
+A step of n processes takes compute(share of the batch) + the exposed part of the all-reduce + the wait for the slowest.
+The processes are like those of the largest measured group, each with a device (or threads) of its own.
 
 Sources. All-reduce as a ring: P. Patarasuk and X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of
 workstations", JPDC 2009. Time of a message as latency + bytes / bandwidth: R. Hockney, "The communication challenge for
 MPP", Parallel Computing 1994. Buckets that are summed during the backward pass: S. Li et al., "PyTorch Distributed",
 VLDB 2020. A fixed batch (strong scaling): G. Amdahl, AFIPS 1967; a fixed share (weak scaling): J. Gustafson, CACM 1988.
 The largest of n normal values: G. Blom, "Statistical Estimates and Transformed Beta-Variables", 1958.
-docs/scaling.md has the formulas, and what the model doesn't know.
+docs/scaling.md has the formulas, and what the model leaves out.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def link_of(size: dict[str, Any]) -> Link:
 
 
 def exposed_s(bucket_s: list[float], backward_s: float) -> float:
-    """What comes after the backward pass. Buckets fill at even distances, the last one at its end, and are summed one
-    after the other."""
+    """The communication after the backward pass. Buckets fill at even intervals, the last at the end of the pass, and
+    are summed one after the other."""
     end_s = 0.0
     for number, took_s in enumerate(bucket_s, start=1):
         end_s = max(end_s, backward_s * number / len(bucket_s)) + took_s
@@ -60,20 +60,20 @@ def exposed_s(bucket_s: list[float], backward_s: float) -> float:
 
 
 def slowest(n: int) -> float:
-    """How many standard deviations the largest of n normal values is above the mean."""
+    """The expected distance of the largest of n normal values from the mean, in standard deviations."""
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25))
 
 
 class Model:
-    def __init__(self, found: dict[str, Any], between: Link | None = None, per_host: int = MOST) -> None:
+    def __init__(self, measured: dict[str, Any], between: Link | None = None, per_host: int = MOST) -> None:
         """Raises ValueError where only one process was measured, KeyError for a file of another version."""
-        self.last = last = found["sizes"][-1]
+        self.last = last = measured["sizes"][-1]
         if last["processes"] < 2:
             raise ValueError("only one process was measured")
         self.within, self.between, self.per_host = link_of(last), between, per_host
         self.spread = last["wait_s"] / last["compute_s"] / slowest(last["processes"])
-        # On a CPU, processes of smaller groups have more threads, so they aren't like these.
-        alike = [last] if found["shared"] else found["sizes"]
+        # On a CPU, processes of smaller groups have more threads, so they are different.
+        alike = [last] if measured["shared"] else measured["sizes"]
         self.fixed_s, self.each_s = line([(max(one["local_batch"]), one["compute_s"]) for one in alike])
 
     def compute_s(self, examples: int) -> float:
@@ -117,17 +117,17 @@ def main() -> None:
     parser.add_argument("--per-host", type=int, default=1, help="processes of a host, with --gbit")
     parser.add_argument("--gbit", type=float, help="gigabits a second between hosts; default: all as measured")
     parser.add_argument("--latency-us", type=float, default=0.0, help="between hosts, in microseconds")
-    given = parser.parse_args()
-    found = json.loads(given.file.read_text())
-    between = None if given.gbit is None else Link(given.latency_us * 1e-6, given.gbit * 1e9 / 8)
+    args = parser.parse_args()
+    scaling = json.loads(args.file.read_text())
+    between = None if args.gbit is None else Link(args.latency_us * 1e-6, args.gbit * 1e9 / 8)
     try:
-        model = Model(found, between, given.per_host)
+        model = Model(scaling, between, args.per_host)
     except (KeyError, ValueError) as error:
-        parser.error(f"{given.file} has no use here ({error}). Measure: suanli bench DATA --scaling --processes 1,2")
+        parser.error(f"{args.file} has no use here ({error}). Measure: suanli bench DATA --scaling --processes 1,2")
     link = model.within
     print(f"link as measured: {1e6 * link.latency_s:.1f} µs, {link.bytes_per_s / 1e9:.2f} GB/s\n")
     print("Checked where it was measured, with computing as measured there:")
-    for one in found["sizes"]:
+    for one in scaling["sizes"]:
         rate = sum(one["local_batch"]) / model.step_s(one["processes"], one["compute_s"])
         measured = one["images_per_s"]["median"]
         print(

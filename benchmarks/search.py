@@ -1,10 +1,10 @@
-"""Many short trainings for their scores on validation: what to look for before a recipe's efforts are measured.
+"""Many short trainings and their validation scores: the search before a recipe's budgets are measured.
 
     python benchmarks/search.py DATA --ways FILE --out records/…  [--seeds 3] [--worker 0/4] [--until-s 100]
 
-FILE has a JSON object a line: changes of the recipe's fields. Each way is trained with every seed in one process;
-of several workers each takes its part of the lines. Prints a JSON object a line: the changes, scores (one view, and
-the views of the augmentations), seconds, operations of a whole training. It looks at validation only.
+Each line of FILE is a JSON object: changes of the recipe's fields. Each way is trained with every seed in one process;
+several workers share the lines. Each line of the output is a JSON object: the changes, scores (one view, and the views
+of the augmentations), seconds, operations of a whole training. It uses only the validation split.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ def main() -> None:
     parser.add_argument("--ways", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--worker", default="0/1", help="which part of the lines, of how many")
-    parser.add_argument("--until-s", type=float, default=1e9, help="no way is begun later")
+    parser.add_argument("--until-s", type=float, default=1e9, help="no way starts later")
     parser.add_argument("--speedups", default=",".join(SPEEDUPS))
-    given = parser.parse_args()
+    args = parser.parse_args()
     began = time.perf_counter()
-    device = start(given)
-    worker, workers = map(int, given.worker.split("/"))
-    options = DataOptions.of(given.data / given.file, data_dir=None, cache_dir=given.cache)
+    device = start(args)
+    worker, workers = map(int, args.worker.split("/"))
+    options = DataOptions.of(args.data / args.file, data_dir=None, cache_dir=args.cache)
     with hide_progress():
-        recipe, prepared = resolve(options, recipe=given.recipe, settings={}, announce=False)
-    lines = [line for line in given.ways.read_text().splitlines() if line.strip()][worker::workers]
+        recipe, prepared = resolve(options, recipe=args.recipe, settings={}, announce=False)
+    lines = [line for line in args.ways.read_text().splitlines() if line.strip()][worker::workers]
     for line in lines:
-        if time.perf_counter() - began > given.until_s:
+        if time.perf_counter() - began > args.until_s:
             break
         changes = json.loads(line)
-        found: dict[str, object] = {"changes": changes}
+        result: dict[str, object] = {"changes": changes}
         try:
             subject = change(recipe, changes)
-            warm = Warm(subject, prepared, device, given.speedups.split(","))
-            runs = [warm.train(seed) for seed in range(given.seeds)]
+            warm = Warm(subject, prepared, device, args.speedups.split(","))
+            runs = [warm.train(seed) for seed in range(args.seeds)]
             single = [run.single for run in runs]
             plain = Setup(subject, prepared, device).trial(plain_plan(device))
-            found |= {
+            result |= {
                 "single": statistics.mean(single),
                 "standard_error": standard_error(single),
                 "views": statistics.mean(run.views for run in runs),
@@ -67,12 +67,12 @@ def main() -> None:
                 "runs": [asdict(run) for run in runs],
             }
         except (SuanliError, RuntimeError) as error:
-            found["failed"] = str(error)[:300]
-        text = json.dumps(found)
+            result["failed"] = str(error)[:300]
+        text = json.dumps(result)
         print(text, flush=True)
-        if given.out is not None:
-            given.out.mkdir(parents=True, exist_ok=True)
-            with (given.out / f"search{worker}.jsonl").open("a", encoding="utf-8") as file:
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            with (args.out / f"search{worker}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
 

@@ -1,10 +1,10 @@
 """The trivial engine of `serve_peers.py` behind LitServe: python serve_litserve.py PORT.
 
-Source: "LitAPI", "LitServer" and "fast_queue" in its documentation. Pixels come as an uploaded file, which is how it
-takes bytes.
+Source: "LitAPI", "LitServer" and "fast_queue" in its documentation. Pixels are an uploaded file, its way to
+take bytes.
 """
 
-# No `from __future__ import annotations` here: it reads the type of `request` as it stands.
+# No `from __future__ import annotations` here: LitServe needs the type of `request` itself.
 import sys
 
 import litserve

@@ -15,5 +15,7 @@ class Trivial(MLModel):  # type: ignore[misc]
 
     async def predict(self, payload: types.InferenceRequest) -> types.InferenceResponse:
         rows = NumpyCodec.decode_input(payload.inputs[0])
-        found = np.array([probabilities(row.reshape(-1)) for row in rows], np.float32)
-        return types.InferenceResponse(model_name=self.name, outputs=[NumpyCodec.encode_output("probabilities", found)])
+        answers = np.array([probabilities(row.reshape(-1)) for row in rows], np.float32)
+        return types.InferenceResponse(
+            model_name=self.name, outputs=[NumpyCodec.encode_output("probabilities", answers)]
+        )

@@ -1,11 +1,12 @@
-"""The servers that `bench_serve.py` runs beside suanli, each as its own documentation has it, with a trivial engine.
+"""The servers that `bench_serve.py` compares with suanli, each as its documentation describes it, with a trivial
+engine.
 
-    python benchmarks/serve_peers.py echo PORT              # uvicorn that sends a body back: what the wire allows
+    python benchmarks/serve_peers.py echo PORT              # uvicorn that sends a body back: the upper bound
     PEERS/python benchmarks/serve_peers.py mlserver PORT    # and gRPC on the next port
     PEERS/python benchmarks/serve_litserve.py PORT
 
-Needs nothing of suanli, since peers live in a Python of their own. The trivial engine looks at ten pixels, as that of
-suanli does, and gives ten probabilities.
+It doesn't use suanli, since peers have a Python of their own. The trivial engine looks at ten pixels, like that of
+suanli, and returns ten probabilities.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def serve_echo(port: int) -> None:
 
 
 def serve_mlserver(port: int) -> None:
-    """HTTP on `port`, gRPC on the next. $MLSERVER_PARALLEL_WORKERS says how many processes it has for models; 0 is none
-    but its own."""
+    """HTTP on `port`, gRPC on the next. $MLSERVER_PARALLEL_WORKERS is its number of processes for models; 0: only its
+    own."""
     from mlserver.cli import main as start
 
     here = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""Servers as processes: started, stopped, and what they cost. Linux only, by /proc."""
+"""Servers as processes: starting, stopping, and measuring them. Linux only: it reads /proc."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ HERE = Path(__file__).resolve().parent
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all that it started."""
+    """A process and all its descendants."""
     parents: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
-    found = [pid]
-    for one in found:  # it grows meanwhile
-        found += parents.get(one, [])
-    return found
+    pids = [pid]
+    for one in pids:  # it grows during the loop
+        pids += parents.get(one, [])
+    return pids
 
 
 def memory_bytes(pid: int) -> int:
-    """Of all processes together, pages that they share counted once."""
+    """Of all processes together; pages that they share count once."""
     total = 0
     for one in tree(pid):
         with contextlib.suppress(OSError):
@@ -63,14 +63,14 @@ def free_port() -> int:
 def peer(
     python: Path | str, script: str, path: str, **environment: str
 ) -> contextlib.AbstractContextManager[tuple[int, int]]:
-    """A script of this folder, with arguments, that serves: its port, which is the last argument, and its process, once
-    `path` is answered by 200."""
+    """Runs a script of this folder with arguments, the last of them a port. Yields the port and the process, once
+    `path` is answered with 200."""
     name, *arguments = script.split()
     return running([str(python), str(HERE / name), *arguments], path, environment)
 
 
 def served(model: Path, *options: str) -> contextlib.AbstractContextManager[tuple[int, int]]:
-    """`suanli serve` of a model: its port and its process, once it is ready."""
+    """Runs `suanli serve` on a model. Yields its port and its process, once it is ready."""
     command = [sys.executable, "-m", "suanli", "serve", str(model), *options, "--port"]
     return running(command, "/v2/health/ready", {})
 
@@ -78,14 +78,16 @@ def served(model: Path, *options: str) -> contextlib.AbstractContextManager[tupl
 @contextlib.contextmanager
 def running(command: Sequence[str], path: str, environment: Mapping[str, str]) -> Iterator[tuple[int, int]]:
     port = free_port()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen([*command, str(port)], stdout=said, stderr=said, env=os.environ | dict(environment))
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [*command, str(port)], stdout=output, stderr=output, env=os.environ | dict(environment)
+        )
         try:
             until = time.monotonic() + 120
             while not answers(port, path):
                 if time.monotonic() > until or process.poll() is not None:
-                    said.seek(0)
-                    sys.exit(f"{' '.join(command)} did not start:\n{said.read().decode(errors='replace')[-3000:]}")
+                    output.seek(0)
+                    sys.exit(f"{' '.join(command)} did not start:\n{output.read().decode(errors='replace')[-3000:]}")
                 time.sleep(0.1)
             yield port, process.pid
         finally:
@@ -109,8 +111,8 @@ def answers(port: int, path: str) -> bool:
 def has(python: Path | None, package: str) -> bool:
     if python is None:
         return False
-    found = subprocess.run([str(python), "-c", f"import {package}"], capture_output=True, check=False)
-    return found.returncode == 0
+    result = subprocess.run([str(python), "-c", f"import {package}"], capture_output=True, check=False)
+    return result.returncode == 0
 
 
 class MemoryWatch:

@@ -1,8 +1,8 @@
-"""The sides of a comparison and their turns: how each is asked for steps while the others wait.
+"""The sides of a comparison: each trains for some steps while the others wait.
 
-A block is some steps of one side; blocks alternate, every other round backwards. suanli's side brings its
-switches of the whole process (number of threads, precision of layers, …): they are set before its block and put
-back after it. The first step of a block isn't timed, on any side: it finds the caches full of another's data.
+A block is some steps of one side. Blocks alternate, in reverse order every other round. suanli's side has settings of
+the whole process (number of threads, precision of layers, …), which are applied before its block and restored after it.
+The first step of a block isn't timed on any side: the caches contain another side's data.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from suanli.compute.step_runner import apply_settings
 from suanli.core import paths
 from suanli.core.registry import load
 from suanli.core.types import AnyPath, Device, Plan, Step
+from suanli.data.decode import decode
 from suanli.machine import peak
 from suanli.machine.timing import seconds
 from suanli.training.loop import Loop
@@ -30,7 +31,7 @@ from suanli.training.setup import Setup
 @dataclass(frozen=True, kw_only=True)
 class Side:
     steps: Iterator[object]  # each `next` is a whole step, input included
-    step: Step | None = None  # suanli's, for its switches
+    step: Step | None = None  # suanli's, for its settings of the process
 
     @classmethod
     def of(cls, loop: Loop) -> Side:
@@ -41,27 +42,27 @@ class Side:
             next(self.steps)
 
     def block(self, count: int, settle: Callable[[], object] | None = None, *, untimed: int = 1) -> float:
-        """Seconds of `count` steps after some that aren't timed, with the switches set."""
+        """Seconds of `count` steps after some that aren't timed, with the settings applied."""
         with nullcontext() if self.step is None else apply_settings(self.step):
             self.advance(untimed)
             return seconds(partial(self.advance, count), settle)
 
 
-def by_turns(
+def alternate(
     sides: Mapping[str, Side], count: int, *, rounds: int, device: Device, warm_up: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of a block of `count` steps of each side in each round."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warm_up + rounds):
         for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
             took = sides[name].block(count, settler(device))
             if number >= warm_up:
-                found[name].append(took)
-    return found
+                times[name].append(took)
+    return times
 
 
 def settler(device: Device) -> Callable[[], None] | None:
-    """What waits until the device has done all that it was given."""
+    """A function that waits for the device; None: a CPU needs none."""
     return partial(torch.cuda.synchronize, device.torch_name) if device.type == "cuda" else None
 
 
@@ -69,7 +70,7 @@ def settler(device: Device) -> Callable[[], None] | None:
 
 
 def plan_of(wanted: Collection[str], setup: Setup) -> Plan:
-    """Those of the named speedups that have something to do on this device, for this network."""
+    """The plan with those of the named speedups that are useful on this device, for this network."""
     device = setup.device
     model, optimizer = copy.deepcopy((setup.module, setup.optimizer))
     step, used = replace(setup.step, model=model, optimizer=optimizer), []
@@ -88,9 +89,9 @@ def auto_plan(setup: Setup, cache: AnyPath | None) -> Plan:
 
 
 def half_precision_flops(device: Device, cache: AnyPath | None) -> tuple[float, str]:
-    """What the device was measured to reach in matrix products of bfloat16 or float16, the better one; FLOP/s.
-    Of float32 where it has neither."""
-    found = peak.probe(device, paths.cache_dir(cache)).matmul_flops
-    halves = {name: rate for name, rate in found.items() if name in ("bfloat16", "float16")} or found
+    """The measured peak of matrix products in bfloat16 or float16, whichever is faster, in FLOP/s, and its name.
+    Float32's where the device has neither."""
+    flops = peak.probe(device, paths.cache_dir(cache), decode).matmul_flops
+    halves = {name: rate for name, rate in flops.items() if name in ("bfloat16", "float16")} or flops
     best = max(halves, key=lambda name: halves[name])
     return halves[best], best

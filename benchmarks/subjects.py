@@ -1,4 +1,4 @@
-"""What the benchmarks train: a model, its data and its recipe, prepared once and shared by both sides."""
+"""What the benchmarks train: a model, its data and its recipe, prepared once for both sides."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Subject:
     file: str  # below the folder of data
     recipe: str
     settings: Mapping[str, Json] = field(default_factory=dict)
-    block: int  # steps of one side before it is the other's turn: a second or two on two cores
+    block: int  # steps of a block: a second or two on two cores
 
 
 SUBJECTS = {
     "speednet": Subject(file="cifar10.zip", recipe="small_images", block=3),
     "resnet18": Subject(file="imagenette5k.zip", recipe="photos", settings={"preprocess.size": 128}, block=3),
-    # The small step: a few milliseconds, in which everything that isn't computing shows.
+    # A small step of a few milliseconds, in which every overhead shows.
     "text_cnn": Subject(file="sentiment_en", recipe="text", block=60),
 }
 ENDLESS = 100_000.0  # epochs
@@ -32,8 +32,8 @@ ENDLESS = 100_000.0  # epochs
 def load(
     name: str, data: Path, *, cache: Path | None, settings: Mapping[str, Json] | None = None
 ) -> tuple[Recipe, PreparedData]:
-    """The recipe of a subject, with `settings` on top, and its data: below the folder `data`, or in the file
-    `data`. Raises DataError where it isn't there."""
+    """The recipe of a subject with changes by `settings`, and its data, from the folder or the file `data`. Raises
+    DataError where it is missing."""
     subject = SUBJECTS[name]
     options = DataOptions.of(data if data.is_file() else data / subject.file, data_dir=None, cache_dir=cache)
     chosen = {**subject.settings, **(settings or {})}
@@ -42,7 +42,7 @@ def load(
 
 
 def endless(recipe: Recipe) -> Recipe:
-    """The same without an end: a benchmark stops asking for steps."""
+    """The same recipe without an end: the benchmark decides how many steps to run."""
     return recipe.model_copy(update={"epochs": ENDLESS})
 
 

@@ -1,5 +1,5 @@
-"""One recipe trained again and again in one process, each time from another seed: what is recorded and compiled in the
-first training serves the others, so their seconds are those of a warm start."""
+"""Trains one recipe repeatedly in one process, each time with another seed. What the first training captures and
+compiles serves the others, so their seconds are those of a warm start."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from suanli.data.loader import Order
 from suanli.training.loop import Progress
 from suanli.training.setup import Setup
 
-EXAMINED = 2000  # examples at a time
+EVALUATED = 2000  # examples at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    start_s: float  # what is fitted to the data before the first step
+    start_s: float  # of the data-dependent initialisation before the first step
     train_s: float
     single: float  # accuracy with one view
     views: float  # with the views of the recipe's augmentations
@@ -40,8 +40,8 @@ class Warm:
         self._settle: Callable[[], None] = settler(device) or (lambda: None)
 
     def train(self, seed: int) -> Trained:
-        """Trains from a new start and examines it on validation. The weights change in place: a recording refers to
-        them."""
+        """Trains from a new start and evaluates it on validation. The weights change in place: a captured graph refers
+        to them."""
         recipe, loop = change(self.recipe, {"seed": seed}), self.loop
         fresh = Setup(recipe, self.prepared, self.device).module
         with torch.no_grad():
@@ -62,29 +62,29 @@ class Warm:
                 pass
             loop.read_losses()
         train_s = self._now() - began
-        single, _ = self._examine(views=False)
-        several, examine_s = self._examine(views=True)
+        single, _ = self._evaluate(views=False)
+        several, examine_s = self._evaluate(views=True)
         return Trained(start_s=start_s, train_s=train_s, single=single, views=several, examine_s=examine_s)
 
     def _fit(self, fresh: torch.nn.Module) -> float:
-        """Seconds of the network's own start, done once more on a network that is not used."""
+        """Seconds of the network's data-dependent initialisation, repeated on a network that isn't used."""
         rows = self.loop.train_feed.rows(torch.arange(min(2000, len(self.loop.train_feed))))
         began = self._now()
         if callable(initialize := getattr(fresh, "initialize", None)):
             initialize(self.prepared.preprocess.to_model(rows))
         return self._now() - began
 
-    def _examine(self, *, views: bool) -> tuple[float, float]:
-        """Accuracy, and seconds for it."""
+    def _evaluate(self, *, views: bool) -> tuple[float, float]:
+        """Accuracy, and the seconds that it took."""
         loop = self.loop
         feed = loop.val_feed
         began = self._now()
         with loop.use_averaged_weights(), apply_settings(loop.compute):
-            batches = (rows for rows, _, _ in feed.in_order(EXAMINED))
-            shown = loop.augment.views if views else None
-            found = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown)
+            batches = (rows for rows, _, _ in feed.in_order(EVALUATED))
+            shown_views = loop.augment.views if views else None
+            probabilities = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown_views)
         took = self._now() - began
-        return float((found.argmax(1) == feed.split.targets).mean()), took
+        return float((probabilities.argmax(1) == feed.split.targets).mean()), took
 
     def _now(self) -> float:
         self._settle()
