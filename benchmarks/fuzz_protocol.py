@@ -23,7 +23,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,7 +369,7 @@ def main() -> int:
     return 1 if outcomes.failures else 0
 
 
-def _environment() -> dict[str, Any]:
+def _environment() -> Mapping[str, Any]:
     from suanli.machine import device
 
     return device.environment(device.detect("cpu"))
