@@ -1,4 +1,4 @@
-"""Plain files for use without suanli: each is read here by a process that has nothing of suanli in it."""
+"""Plain files for use without suanli: each is read here by a process without suanli."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def form(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def untouched() -> Iterator[None]:
-    """The current directory holds afterwards what it held before."""
+    """The current directory is the same afterwards."""
     before = sorted(os.listdir("."))
     yield
     assert sorted(os.listdir(".")) == before
@@ -111,42 +111,42 @@ every_form = pytest.mark.parametrize("form", list(SUFFIXES), indirect=True)
 
 @every_form
 def test_the_file_answers_as_the_model_without_suanli(form: str, run: suanli.Run, digits: np.ndarray) -> None:
-    made = suanli.export(run, to=form)
-    assert made.path == Path(f"digits-1{SUFFIXES[form]}")
-    assert sorted(os.listdir(".")) == [made.path.name]  # what was in work is gone
-    files = [made.path] if made.path.is_file() else list(made.path.iterdir())
-    assert made.size_bytes == sum(file.stat().st_size for file in files) > 1_000_000
+    exported = suanli.export(run, to=form)
+    assert exported.path == Path(f"digits-1{SUFFIXES[form]}")
+    assert sorted(os.listdir(".")) == [exported.path.name]  # the temporary folder is gone
+    files = [exported.path] if exported.path.is_file() else list(exported.path.iterdir())
+    assert exported.size_bytes == sum(file.stat().st_size for file in files) > 1_000_000
     here = str(Path(suanli.__file__).parent).encode()
     assert not any(here in file.read_bytes() for file in files)  # names no files of this machine
 
-    found, about = read_apart(form, made.path, digits[..., None])
+    answers, about = read_apart(form, exported.path, digits[..., None])
     assert json.loads(about["classes"]) == [str(i) for i in range(10)]
     preprocess = json.loads(about["preprocess"])
     assert preprocess == load_model(run.model_path).card["preprocess"]
     assert [preprocess["settings"][name] for name in ("height", "width", "channels")] == [8, 8, 1]
     if form == "safetensors":
-        assert made.difference is None
-        assert np.array_equal(found, load_model(run.model_path).module.state_dict()["head.weight"].numpy())
+        assert exported.difference is None
+        assert np.array_equal(answers, load_model(run.model_path).module.state_dict()["head.weight"].numpy())
         assert about["model"] == "speednet"
         assert json.loads(about["model_args"]) == {"classes": 10, "in_channels": 1, "image_size": [8, 8]}
         return
-    assert made.difference is not None
-    assert made.difference < 1e-4
+    assert exported.difference is not None
+    assert exported.difference < 1e-4
     assert json.loads(about["rows"])["shape"] == [8, 8, 1]
     predictor = suanli.load(run, engine="reference", device="cpu", threads=1)
     rows = np.stack([predictor.encode(picture) for picture in digits])
     assert np.array_equal(rows, digits[..., None])  # at their own size pictures are rows already
     expected = predictor.probabilities(rows)
-    assert found.shape == (40, 10)
-    assert np.abs(found - expected).max() < 1e-4
+    assert answers.shape == (40, 10)
+    assert np.abs(answers - expected).max() < 1e-4
     assert np.ptp(expected, axis=0).min() > 0.5  # answers that differ from input to input
 
 
 @pytest.mark.parametrize("form", ["openvino"], indirect=True)
 def test_a_text_model_with_the_vocabulary_in_its_metadata(form: str, text_table: Path) -> None:
     run = suanli.train(text_table, epochs=2, speedups="none", threads=1, out="reviews-1")
-    made = suanli.export(run.model_path, to=form)  # a model folder has the name of its run
-    assert made.path.name == f"reviews-1{SUFFIXES[form]}"
+    exported = suanli.export(run.model_path, to=form)  # a model folder has the name of its run
+    assert exported.path.name == f"reviews-1{SUFFIXES[form]}"
 
     texts = ["great lovely fine film", "dull awful story", "zebra , poor plot"]
     # From words to rows by the metadata alone: padding is 0, what is unknown 1, the vocabulary follows.
@@ -156,12 +156,12 @@ def test_a_text_model_with_the_vocabulary_in_its_metadata(form: str, text_table:
     for row, text in zip(rows, texts, strict=True):
         words = text.split()[: settings["length"]]
         row[: len(words)] = [ids.get(word, 1) for word in words]
-    found, about = read_apart(form, made.path, rows)
+    answers, about = read_apart(form, exported.path, rows)
     assert json.loads(about["preprocess"]) == {"kind": "text", "settings": settings}
-    answers = suanli.load(run, engine="reference", device="cpu", threads=1).predict(texts)
+    predictions = suanli.load(run, engine="reference", device="cpu", threads=1).predict(texts)
     classes = json.loads(about["classes"])
-    expected = [[answer.probabilities[name] for name in classes] for answer in answers]
-    assert np.abs(found - expected).max() < 1e-4
+    expected = [[prediction.probabilities[name] for name in classes] for prediction in predictions]
+    assert np.abs(answers - expected).max() < 1e-4
 
 
 @every_form
@@ -174,13 +174,13 @@ def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
     check = module.check_export
     weights = load_model(run.model_path).module.state_dict()["head.weight"].numpy()
 
-    def spoil_and_check(saved: Any, made: Path, *rest: Any) -> Any:
-        file = made / "model.bin" if made.is_dir() else made
+    def spoil_and_check(saved: Any, path: Path, *rest: Any) -> Any:
+        file = path / "model.bin" if path.is_dir() else path
         content = file.read_bytes()
         spoiled = content.replace(weights.tobytes(), (-weights).tobytes())
         assert spoiled != content
         file.write_bytes(spoiled)
-        return check(saved, made, *rest)
+        return check(saved, path, *rest)
 
     monkeypatch.setattr(module, "check_export", spoil_and_check)
     says = r"up to 0\.\d+ apart" if form in GRAPHS else "weights are not the model's"
@@ -193,9 +193,9 @@ def test_a_file_whose_weights_were_spoiled_after_writing_is_refused(
 def test_a_file_that_was_cut_short_is_refused(form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     check = module.check_export
 
-    def cut_and_check(saved: Any, made: Path, *rest: Any) -> Any:
-        os.truncate(made, made.stat().st_size // 2)
-        return check(saved, made, *rest)
+    def cut_and_check(saved: Any, path: Path, *rest: Any) -> Any:
+        os.truncate(path, path.stat().st_size // 2)
+        return check(saved, path, *rest)
 
     monkeypatch.setattr(module, "check_export", cut_and_check)
     with pytest.raises(MachineError, match="can't be used without suanli"):
@@ -253,7 +253,7 @@ def test_a_network_that_no_graph_can_hold(form: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("form", ["onnx"], indirect=True)
 def test_a_graph_for_one_size_of_batch_is_refused(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`len` of a batch is a plain number, and the exporter takes it for a constant without a word."""
+    """`len` of a batch is a plain number, which the exporter silently takes for a constant."""
     monkeypatch.syspath_prepend(os.getcwd())
     Path("fixed.py").write_text(
         BRANCHES.replace("x.flatten(1)", "x.reshape(len(x), 64)").replace("if x.sum() > 0", "if 1")
@@ -268,7 +268,7 @@ def test_a_graph_for_one_size_of_batch_is_refused(form: str, monkeypatch: pytest
 
 
 @every_form
-def test_what_exists_is_refused(form: str, run: suanli.Run) -> None:
+def test_an_occupied_target_is_refused(form: str, run: suanli.Run) -> None:
     target = Path(f"digits-1{SUFFIXES[form]}")
     target.write_text("mine")
     with pytest.raises(suanli.UsageError, match="exists"):
@@ -288,8 +288,8 @@ def test_an_empty_folder_is_filled_and_another_writer_is_noticed(
     form: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("empty").mkdir()
-    made = suanli.export(run, to=form, out="empty")
-    assert sorted(p.name for p in made.path.iterdir()) == ["model.bin", "model.xml"]
+    exported = suanli.export(run, to=form, out="empty")
+    assert sorted(p.name for p in exported.path.iterdir()) == ["model.bin", "model.xml"]
 
     def check_while_another_writes(*_: Any) -> None:
         Path("late").mkdir()
@@ -312,10 +312,10 @@ def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: p
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     write: Callable[..., None] = module.FORMATS[form].write
 
-    def write_little(*given: Any) -> None:
+    def write_little(*arguments: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
         try:
-            write(*given)
+            write(*arguments)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -325,7 +325,7 @@ def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: p
 
 
 @pytest.mark.usefixtures("untouched")
-def test_words_that_can_not_be_used(run: suanli.Run) -> None:
+def test_wrong_options(run: suanli.Run) -> None:
     with pytest.raises(suanli.UsageError, match=r"Did you mean 'onnx'\? Allowed: onnx, openvino, pt2, safetensors"):
         suanli.export(run, to="onx")
     with pytest.raises(suanli.DataError, match="There is nothing at"):
@@ -344,9 +344,9 @@ def test_the_command(run: suanli.Run, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit) as ended:
         main(["export", str(run.path), "--to", "safetensors", "--out", "weights.safetensors"])
     assert not ended.value.code
-    shown = capsys.readouterr().out
-    assert "weights.safetensors (1.1 MB): every tensor is the model's." in shown
-    assert "Use it: safetensors.torch.load_file('weights.safetensors')" in shown
+    output = capsys.readouterr().out
+    assert "weights.safetensors (1.1 MB): every tensor is the model's." in output
+    assert "Use it: safetensors.torch.load_file('weights.safetensors')" in output
     with pytest.raises(SystemExit) as ended:
         main(["export", str(run.path), "--to", "safetensors", "--out", "weights.safetensors", "--json"])
     assert ended.value.code == 2

@@ -103,13 +103,13 @@ def answers(graph: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"rows": rows})[0])
 
 
-# --- what is understood ---
+# --- what is imported ---
 
 
 def test_a_plain_network_scores_as_the_model_that_it_is(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     mean, std = plain(trained, path)
-    found = suanli.optimize(
+    result = suanli.optimize(
         path,
         data="digits",
         mean=mean,
@@ -118,11 +118,11 @@ def test_a_plain_network_scores_as_the_model_that_it_is(trained: Path, tmp_path:
         cache_dir=trained.parent / "cache",
     )
     own = suanli.evaluate(shutil.copytree(trained, tmp_path / "run"), split="val").scores["accuracy"]
-    states = {c.name: c for c in found.search.candidates}
+    states = {c.name: c for c in result.search.candidates}
     assert states["onnxruntime float32"].score == pytest.approx(own)
     assert states["onnxruntime int8"].state == "accepted"
     assert "only an ONNX graph" in states["eager float32"].reason
-    assert found.path == Path("net-engines")
+    assert result.path == Path("net-engines")
     row = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1)).astype(np.uint8)
     there, here = suanli.load("net-engines", engine="reference"), suanli.load(trained, engine="reference")
     assert (there.engine, there.precision) == ("onnxruntime", "float32")
@@ -131,28 +131,28 @@ def test_a_plain_network_scores_as_the_model_that_it_is(trained: Path, tmp_path:
     again = suanli.optimize(
         path, data="digits", mean=mean, std=std, engines="onnxruntime", cache_dir=trained.parent / "cache"
     )
-    assert again.path == found.path
+    assert again.path == result.path
 
 
 @pytest.mark.long
 def test_wrong_normalisation_shows_in_the_score(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     plain(trained, path)
-    found = suanli.optimize(
+    result = suanli.optimize(
         path, data="digits", mean=[5.0], std=[0.1], engines="onnxruntime", cache_dir=trained.parent / "cache"
     )
-    assert found.search.candidates[0].score < 0.6
+    assert result.search.candidates[0].score < 0.6
 
 
-def test_what_was_exported_comes_back(trained: Path, tmp_path: Path) -> None:
+def test_an_exported_file_is_imported_unchanged(trained: Path, tmp_path: Path) -> None:
     exported = suanli.export(trained, to="onnx", out=tmp_path / "digits.onnx")
-    understood = onnx_import.read(exported.path)
+    imported = onnx_import.read(exported.path)
     saved = load_model(trained / "model")
-    assert understood.preprocess == saved.preprocess
-    assert understood.classes == saved.classes
+    assert imported.preprocess == saved.preprocess
+    assert imported.classes == saved.classes
     rows = np.random.default_rng(1).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
     expected = suanli.load(trained, engine="reference").probabilities(rows)
-    np.testing.assert_allclose(answers(understood.graph, rows), expected, atol=1e-5)
+    np.testing.assert_allclose(answers(imported.graph, rows), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -160,18 +160,20 @@ def test_what_was_exported_comes_back(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("opset", [11, 13, 17])
 def test_channels_last_of_another_framework(tmp_path: Path, softmax: bool, number: int, opset: int) -> None:
     weights = small(tmp_path / "net.onnx", softmax=softmax, number=number, opset=opset)
-    understood = onnx_import.read(tmp_path / "net.onnx", mean=[0.25], std=[0.5])
-    assert understood.count == 10
-    assert understood.classes is None
-    assert understood.preprocess.row_shape == (8, 8, 1)
+    imported = onnx_import.read(tmp_path / "net.onnx", mean=[0.25], std=[0.5])
+    assert imported.count == 10
+    assert imported.classes is None
+    assert imported.preprocess.row_shape == (8, 8, 1)
     rows = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
     logits = ((rows.reshape(3, 64) / 255 - 0.25) / 0.5) @ weights
     expected = np.exp(logits - logits.max(1, keepdims=True))
-    found = answers(understood.graph, rows)
-    np.testing.assert_allclose(found, expected / expected.sum(1, keepdims=True), atol=2e-2 if number == 10 else 1e-4)
+    probabilities = answers(imported.graph, rows)
+    np.testing.assert_allclose(
+        probabilities, expected / expected.sum(1, keepdims=True), atol=2e-2 if number == 10 else 1e-4
+    )
 
 
-def test_an_open_size_is_asked_for(tmp_path: Path) -> None:
+def test_an_open_size_has_to_be_given(tmp_path: Path) -> None:
     small(tmp_path / "net.onnx", shape=("n", "h", "w", 1))
     with pytest.raises(UsageError, match="--size"):
         onnx_import.read(tmp_path / "net.onnx")
@@ -182,7 +184,7 @@ def test_an_open_size_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("graph", "told"),
+    ("graph", "message"),
     [
         ({"more_inputs": ("mask",)}, r"2 inputs \(pixels, mask\)"),
         ({"shape": (1, 8, 8, 1)}, "batches of 1 only"),
@@ -193,16 +195,14 @@ def test_an_open_size_is_asked_for(tmp_path: Path) -> None:
         ({"out": ("n", "k")}, "not one number for each"),
     ],
 )
-def test_a_graph_of_another_form_is_refused_with_what_it_is(
-    tmp_path: Path, graph: dict[str, object], told: str
-) -> None:
+def test_a_graph_of_another_form_is_refused(tmp_path: Path, graph: dict[str, object], message: str) -> None:
     small(tmp_path / "net.onnx", **graph)  # type: ignore[arg-type]
-    with pytest.raises((DataError, DamagedFile), match=told):
+    with pytest.raises((DataError, DamagedFile), match=message):
         onnx_import.read(tmp_path / "net.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x08" * 100, None])
-def test_a_file_that_is_no_whole_graph(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_is_not_a_complete_graph(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "net.onnx"
     small(path)
     path.write_bytes(path.read_bytes()[:-400] if content is None else content)
@@ -221,9 +221,9 @@ def test_a_newer_opset(tmp_path: Path) -> None:
 
 
 def test_weights_in_another_file_that_is_gone(tmp_path: Path) -> None:
-    small(tmp_path / "whole.onnx")
+    small(tmp_path / "complete.onnx")
     onnx.save(
-        onnx.load(tmp_path / "whole.onnx"), tmp_path / "net.onnx", save_as_external_data=True, location="net.data",
+        onnx.load(tmp_path / "complete.onnx"), tmp_path / "net.onnx", save_as_external_data=True, location="net.data",
         size_threshold=0,
     )  # fmt: skip
     assert onnx_import.read(tmp_path / "net.onnx").count == 10
@@ -234,7 +234,7 @@ def test_weights_in_another_file_that_is_gone(tmp_path: Path) -> None:
 
 def test_options_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
     small(tmp_path / "net.onnx")
-    for options, told in (
+    for options, message in (
         ({"mean": [0.5, 0.5, 0.5]}, "3 numbers; there are 1"),
         ({"std": [0.0]}, "above 0"),
         ({"size": "nine"}, "no size"),
@@ -242,7 +242,7 @@ def test_options_that_do_not_fit(trained: Path, tmp_path: Path) -> None:
         ({"size": "16"}, "Leave --size out"),
         ({"weights": "w.safetensors"}, "--weights doesn't go"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             suanli.optimize(tmp_path / "net.onnx", **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--mean doesn't go"):
         suanli.optimize(trained, mean=[0.5])
@@ -256,7 +256,7 @@ def test_data_of_other_classes(tmp_path: Path, picture_folder: Callable[..., Pat
         suanli.optimize(tmp_path / "net.onnx", data=picture_folder())
 
 
-def test_no_data_and_an_operation_that_nothing_knows(tmp_path: Path) -> None:
+def test_no_data_and_an_unknown_operation(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     small(path)
     assert suanli.optimize(path, engines="onnxruntime,openvino").search.chosen.precision == "float32"
@@ -293,16 +293,16 @@ def test_a_function_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         },
         tmp_path / "w.safetensors",
     )
-    found = suanli.optimize(
+    result = suanli.optimize(
         "linear:build", data="digits", weights=tmp_path / "w.safetensors", mean=[0.0], std=[1.0], engines="onnxruntime"
     )
-    assert found.search.candidates[0].score > 0.9
-    assert found.path == Path("build-model/engines")
+    assert result.search.candidates[0].score > 0.9
+    assert result.path == Path("build-model/engines")
     card = json.loads(Path("build-model/model.json").read_text())
     assert card["preprocess"]["settings"]["mean"] == [0.0]
     assert suanli.load("build-model").predict((digits.images[3] * 15.9).astype(np.uint8))[0].label == "3"
     again = suanli.optimize("linear:build", data="digits", engines="onnxruntime", time_budget=10)
-    assert again.path == found.path  # its own folder is made anew
+    assert again.path == result.path  # its own folder is replaced
     Path("taken").mkdir()
     Path("taken/mine.txt").write_text("mine")
     with pytest.raises(UsageError, match="not an empty directory"):

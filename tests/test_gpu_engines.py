@@ -44,21 +44,21 @@ HERE = Placement(device=CPU, threads=1)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained model, its graph, training rows and rows to answer."""
-    found = tmp_path_factory.mktemp("gpu_engines")
+    folder = tmp_path_factory.mktemp("gpu_engines")
     run = suanli.train(
-        "digits", epochs=2, speedups="none", threads=1, out=found / "run", cache_dir=found / "cache", seed=1
+        "digits", epochs=2, speedups="none", threads=1, out=folder / "run", cache_dir=folder / "cache", seed=1
     )
-    splits = suanli.prepare("digits", settings={}, cache_dir=found / "cache").splits
-    np.save(found / "calibration.npy", splits["train"].inputs[splits["train"].index[:100]])
-    np.save(found / "rows.npy", splits["val"].inputs[splits["val"].index[:100]])
-    write_onnx(load_model(run.model_path), found / "model.onnx")
-    return found
+    splits = suanli.prepare("digits", settings={}, cache_dir=folder / "cache").splits
+    np.save(folder / "calibration.npy", splits["train"].inputs[splits["train"].index[:100]])
+    np.save(folder / "rows.npy", splits["val"].inputs[splits["val"].index[:100]])
+    write_onnx(load_model(run.model_path), folder / "model.onnx")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def rows(place: Path) -> np.ndarray:
-    found: np.ndarray = np.load(place / "rows.npy")
-    return found
+    rows: np.ndarray = np.load(place / "rows.npy")
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def answers(model: Any, inputs: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), onnx_engine.options(1), providers=["CPUExecutionProvider"]
     )
-    found: np.ndarray = session.run(None, {session.get_inputs()[0].name: inputs})[0]
-    return found
+    probabilities: np.ndarray = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+    return probabilities
 
 
 def drift(one: np.ndarray, other: np.ndarray) -> float:
@@ -109,9 +109,9 @@ class Scaled(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, given: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return given.float() * torch.tensor([1.0, 2.0, 3.0])
+        return rows.float() * torch.tensor([1.0, 2.0, 3.0])
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=5), st.integers(0, 1 << 32))
@@ -122,8 +122,8 @@ def test_padding_and_splitting_change_no_answer(counts: list[int], seed: int) ->
         Scaled(), torch.zeros((1, 3), dtype=torch.uint8), "float32", torch.device("cpu")
     )
     for count in counts:
-        given = random.integers(0, 256, (count, 3), np.uint8)
-        np.testing.assert_array_equal(recorded(given), given * np.array([1, 2, 3], np.float32))
+        rows = random.integers(0, 256, (count, 3), np.uint8)
+        np.testing.assert_array_equal(recorded(rows), rows * np.array([1, 2, 3], np.float32))
     assert set(recorded.graphs) == {size for count in counts for *_, size in cuda_graphs.split_batch(count)}
 
 
@@ -133,11 +133,11 @@ def test_answers_in_bfloat16_with_weights_cast_once(saved: SavedModel, rows: np.
     loaded = cuda_graphs.load(place / "run" / "model", "bfloat16", HERE)
     with torch.inference_mode():
         expected = InferenceModule(saved)(torch.from_numpy(rows)).numpy()
-    found = loaded.answer(rows)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)  # the softmax is in float32
-    assert 0 < drift(found, expected) <= DRIFT["bfloat16"]
-    np.testing.assert_allclose(loaded.answer(rows[:3]), found[:3], atol=1e-2)
+    probabilities = loaded.answer(rows)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)  # the softmax is in float32
+    assert 0 < drift(probabilities, expected) <= DRIFT["bfloat16"]
+    np.testing.assert_allclose(loaded.answer(rows[:3]), probabilities[:3], atol=1e-2)
     assert loaded.find_precision(rows[:1]) == "bfloat16"
     assert {parameter.dtype for parameter in saved.module.parameters()} == {torch.float32}  # it got a copy
 
@@ -173,10 +173,10 @@ def test_a_network_that_mixes_dtypes_gets_autocast(saved: SavedModel, rows: np.n
     model = cuda_graphs.prepare_model(mixed, "bfloat16", torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     with torch.inference_mode():
-        found = model(torch.from_numpy(rows))
+        probabilities = model(torch.from_numpy(rows))
         expected = InferenceModule(saved)(torch.from_numpy(rows))
-    assert found.dtype == torch.float32
-    assert drift(found.numpy(), expected.numpy()) <= DRIFT["bfloat16"]
+    assert probabilities.dtype == torch.float32
+    assert drift(probabilities.numpy(), expected.numpy()) <= DRIFT["bfloat16"]
     assert eager.network_precision(model, lambda: model(torch.from_numpy(rows))) == "bfloat16"
 
 
@@ -219,7 +219,7 @@ def switches() -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("precision", "switch"), [("float32", "ieee"), ("tfloat32", "tf32"), ("float16", "ieee"), ("bfloat16", "ieee")]
 )
-def test_float32_is_exact_on_a_gpu_unless_tf32_is_wanted(precision: str, switch: str) -> None:
+def test_float32_is_exact_on_a_gpu_unless_tf32_is_requested(precision: str, switch: str) -> None:
     before = switches()
     with eager.tf32_switch(precision, "cuda"):
         assert switches() == (switch,) * 3
@@ -229,7 +229,7 @@ def test_float32_is_exact_on_a_gpu_unless_tf32_is_wanted(precision: str, switch:
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(1, 1), nn.Conv2d(1, 1, 1)], ids=["linear", "conv"])
-def test_what_a_layer_computes_in_follows_the_switch(layer: nn.Module) -> None:
+def test_the_precision_of_a_layer_follows_the_switch(layer: nn.Module) -> None:
     with eager.tf32_switch("tfloat32", "cuda"):
         assert eager.layer_precision(layer, torch.float32, "cuda") == "tfloat32"
         assert eager.layer_precision(layer, torch.float16, "cuda") == "float16"
@@ -243,12 +243,12 @@ def test_eager_has_tfloat32_on_gpus_only() -> None:
     assert eager.why_not(CPU, "tfloat32") == f"{CPU.name} has no tfloat32 of its own"
 
 
-# --- the graphs that TensorRT is given ---
+# --- the graphs for TensorRT ---
 
 
 def given_types(model: Any) -> set[str]:
     """Of the operations that read an input of the graph."""
-    names = {found.name for found in model.graph.input}
+    names = {value.name for value in model.graph.input}
     return {node.op_type for node in model.graph.node if names.intersection(node.input)}
 
 
@@ -265,24 +265,24 @@ def test_a_graph_is_valid_and_answers_as_the_model_does(
     assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
     expected = answers(original, rows)
     for batch in (1, 3, 64):
-        found = answers(model, rows[:batch])
-        assert found.dtype == np.float32
-        assert drift(found, expected[:batch]) <= DRIFT[precision]
+        probabilities = answers(model, rows[:batch])
+        assert probabilities.dtype == np.float32
+        assert drift(probabilities, expected[:batch]) <= DRIFT[precision]
     if precision in ("float32", "tfloat32"):
-        np.testing.assert_allclose(found, expected[:64], atol=1e-6)
+        np.testing.assert_allclose(probabilities, expected[:64], atol=1e-6)
 
 
 def heavy(model: Any) -> list[Any]:
-    found = [node for node in model.graph.node if node.op_type in onnx_engine.QUANTIZED]
-    assert found
-    return found
+    nodes = [node for node in model.graph.node if node.op_type in onnx_engine.QUANTIZED]
+    assert nodes
+    return nodes
 
 
 def test_float16_reaches_every_product_and_leaves_the_softmax(place: Path, tmp_path: Path) -> None:
     model = _tensorrt_graph.prepare_graph(material(place), "float16", tmp_path)
     assert not any(tensor.data_type == onnx.TensorProto.FLOAT for tensor in model.graph.initializer)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    types = {found.name: found.type.tensor_type.elem_type for found in inferred.graph.value_info}
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     assert {types[node.output[0]] for node in heavy(model)} == {onnx.TensorProto.FLOAT16}
     (softmax,) = [node for node in model.graph.node if node.op_type == "Softmax"]
     assert types[softmax.input[0]] == onnx.TensorProto.FLOAT
@@ -385,8 +385,8 @@ def test_moving_the_cast_changes_no_answer(moves: list[str], transposed: bool, c
         nodes.append(helper.make_node("Cast", [last], ["floating"], to=types.FLOAT))
     if cast in ("INT64", "both"):
         nodes += [
-            helper.make_node("Cast", [last], ["whole"], to=types.INT64),
-            helper.make_node("Cast", ["whole"], ["again"], to=types.FLOAT),
+            helper.make_node("Cast", [last], ["integer"], to=types.INT64),
+            helper.make_node("Cast", ["integer"], ["again"], to=types.FLOAT),
         ]
     ends = {"FLOAT": ["floating", "one"], "INT64": ["again", "one"], "both": ["floating", "again"]}
     nodes += [
@@ -394,17 +394,17 @@ def test_moving_the_cast_changes_no_answer(moves: list[str], transposed: bool, c
         helper.make_node("Reshape", ["product", "flat"], ["probabilities"]),
     ]
     model = graph_of(nodes, CONSTANTS, of=types.UINT8, to=(6,))
-    given = np.random.default_rng(batch).integers(0, 256, (batch, 2, 3), np.uint8)
-    expected = answers(model, given)
+    rows = np.random.default_rng(batch).integers(0, 256, (batch, 2, 3), np.uint8)
+    expected = answers(model, rows)
     _tensorrt_graph.cast_inputs_first(model)
     onnx.checker.check_model(model, full_check=True)
     assert given_types(model) == {"Cast"}
     readers = [node for node in model.graph.node if "rows" in node.input]
     assert [node.attribute[0].i for node in readers] == [types.FLOAT]
-    np.testing.assert_array_equal(answers(model, given), expected)
+    np.testing.assert_array_equal(answers(model, rows), expected)
 
 
-def test_uint8_that_is_computed_with_is_refused_by_name() -> None:
+def test_computing_with_uint8_is_refused() -> None:
     helper, types = onnx.helper, onnx.TensorProto
     nodes = [
         helper.make_node("Add", ["rows", "two"], ["sum"], name="brighter"),
@@ -428,9 +428,9 @@ def test_float16_keeps_float32_inputs_and_outputs() -> None:
     onnx.checker.check_model(model, full_check=True)
     (factor,) = model.graph.initializer
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(factor), np.array([0.5, 65504, -65504], np.float16))
-    found = answers(model, np.ones((4, 2, 3), np.float32))
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found[0, 0], [0.5, 65504, -65504])
+    output = answers(model, np.ones((4, 2, 3), np.float32))
+    assert output.dtype == np.float32
+    np.testing.assert_array_equal(output[0, 0], [0.5, 65504, -65504])
 
 
 def test_float16_keeps_infinity() -> None:
@@ -474,8 +474,8 @@ def test_a_layers_precision_is_that_of_what_it_multiplies(described: dict[str, A
 def test_most_layers_decide_and_only_the_heavy_ones() -> None:
     half, single = {TENSORRT_10: "Half"}, {TENSORRT_10: "Float"}
     light = [layer(kind, "sm50_xmma_pooling_fw", **single) for kind in ("CaskPooling", "Reformat", "kgen", "NoOp")]
-    told = {"Layers": [*light, layer("gemm", **half), layer("gemm", **half), layer("CaskConvolution", **single)]}
-    assert tensorrt.plan_precision(told) == "float16"
+    inspection = {"Layers": [*light, layer("gemm", **half), layer("gemm", **half), layer("CaskConvolution", **single)]}
+    assert tensorrt.plan_precision(inspection) == "float16"
     assert tensorrt.plan_precision({"Layers": light}) == tensorrt.UNKNOWN
     assert tensorrt.plan_precision({"Layers": ["only names, without details"]}) == tensorrt.UNKNOWN
 
@@ -484,7 +484,7 @@ def test_most_layers_decide_and_only_the_heavy_ones() -> None:
 
 
 @pytest.mark.parametrize("precision", tensorrt.ENGINE.precisions)
-def test_tensorrt_says_what_it_lacks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_says_what_is_missing(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.metadata.version
     installed: dict[str, str | None] = {"tensorrt": None}
 
@@ -522,7 +522,7 @@ def test_onnx_runtime_has_int8_on_the_cpu_and_tf32_on_gpus(monkeypatch: pytest.M
     assert onnx_engine.why_not(H100, "int8") is not None
 
 
-def test_onnx_runtime_is_told_the_gpu_and_whether_tf32_is_wanted() -> None:
+def test_onnx_runtime_gets_the_gpu_and_the_tf32_switch() -> None:
     assert onnx_engine.providers("float32", H100) == [(onnx_engine.CUDA, {"device_id": "1", "use_tf32": "0"})]
     assert onnx_engine.providers("tfloat32", PASCAL) == [(onnx_engine.CUDA, {"device_id": "0", "use_tf32": "1"})]
     assert onnx_engine.providers("int8", CPU) == [("CPUExecutionProvider", {})]

@@ -1,4 +1,4 @@
-"""A process that is asked: what it prints, raises, or dies of, and how long it takes."""
+"""The sandbox: engines that print, raise, crash, hang, or outlive their parent."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PLACEMENT = asdict(Placement(device=device.detect("cpu"), threads=1))
 
 @pytest.fixture
 def ask(engine_folder: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., object]]:
-    """Loads an engine whose `answer` has the given body, and asks it for answers to ten rows."""
+    """Loads an engine whose `answer` has this body, and asks it for answers to ten rows."""
     np.save(tmp_path / "rows.npy", np.zeros((10, 4), np.uint8))
-    hosts = []
+    sandboxes = []
 
     def work(body: str, *, limit_s: float = 30, loading: str = "pass") -> np.ndarray:
         name = engine_folder(
@@ -42,29 +42,29 @@ ENGINE = Engine(name="strange", precisions=("float32",), packages=(), why_not=la
                 build=lambda *a: None, load=load, needs="onnx")
 """,
         )
-        host = Sandbox()
-        hosts.append(host)
-        host.ask(30, "load", engine=name, precision="float32", folder=str(tmp_path), placement=PLACEMENT)
+        sandbox = Sandbox()
+        sandboxes.append(sandbox)
+        sandbox.ask(30, "load", engine=name, precision="float32", folder=str(tmp_path), placement=PLACEMENT)
         out = tmp_path / "out.npy"
-        host.ask(limit_s, "answer", threads=1, rows=str(tmp_path / "rows.npy"), count=10, batch=4, out=str(out))
-        found: np.ndarray = np.load(out)
-        return found
+        sandbox.ask(limit_s, "answer", threads=1, rows=str(tmp_path / "rows.npy"), count=10, batch=4, out=str(out))
+        answers: np.ndarray = np.load(out)
+        return answers
 
     yield work
-    for host in hosts:
-        host.close()
+    for sandbox in sandboxes:
+        sandbox.close()
 
 
 def test_answers_come_in_batches_and_in_order(ask: Callable[..., np.ndarray]) -> None:
-    found = ask("return np.full((len(rows), 2), len(rows), np.float64)")
-    assert found.dtype == np.float32
-    assert found[:, 0].tolist() == [4] * 8 + [2] * 2
+    answers = ask("return np.full((len(rows), 2), len(rows), np.float64)")
+    assert answers.dtype == np.float32
+    assert answers[:, 0].tolist() == [4] * 8 + [2] * 2
 
 
 def test_what_a_library_prints_does_not_disturb_the_replies(ask: Callable[..., np.ndarray]) -> None:
     body = "print('{\"error\": 1}'); os.write(1, b'noise\\n'); ctypes.CDLL(None).puts(b'more'); "
-    found = ask(body + "return np.ones((len(rows), 2), np.float32)")
-    assert found.shape == (10, 2)
+    answers = ask(body + "return np.ones((len(rows), 2), np.float32)")
+    assert answers.shape == (10, 2)
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,12 @@ def test_what_a_library_prints_does_not_disturb_the_replies(ask: Callable[..., n
         ("return np.ones(4)", r"4 inputs got answers of shape \(4,\)"),
     ],
 )
-def test_a_failure_is_told_with_its_reason(ask: Callable[..., object], body: str, reason: str) -> None:
+def test_a_failure_is_reported_with_its_reason(ask: Callable[..., object], body: str, reason: str) -> None:
     with pytest.raises(SandboxError, match=reason):
         ask(body)
 
 
-def test_one_that_hangs_is_ended_with_all_it_started(ask: Callable[..., object], tmp_path: Path) -> None:
+def test_a_sandbox_that_hangs_is_killed_with_its_children(ask: Callable[..., object], tmp_path: Path) -> None:
     body = (
         f"import subprocess; child = subprocess.Popen(['sleep', '60']); "
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid)); time.sleep(60)"
@@ -108,34 +108,34 @@ def test_one_that_hangs_is_ended_with_all_it_started(ask: Callable[..., object],
         pytest.fail("the child of a process that was ended is still there")
 
 
-def test_goes_on_after_an_error() -> None:
-    with Sandbox() as host:
+def test_a_sandbox_works_on_after_an_error() -> None:
+    with Sandbox() as sandbox:
         with pytest.raises(SandboxError, match="FileNotFoundError"):
-            host.ask(30, "find_precision", threads=5, rows="nowhere")
+            sandbox.ask(30, "find_precision", threads=5, rows="nowhere")
         with pytest.raises(SandboxError, match="Unknown engine"):
-            host.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
-        assert host.ask(30, "memory", placement=PLACEMENT)["bytes"] > 0
+            sandbox.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
+        assert sandbox.ask(30, "memory", placement=PLACEMENT)["bytes"] > 0
 
 
-def test_it_goes_away_with_the_one_that_asks() -> None:
-    """Even where that is killed and can tell nobody, in the middle of work."""
+def test_a_sandbox_ends_with_its_parent() -> None:
+    """Even where the parent is killed while the sandbox computes."""
     code = (
         "import os, sys, threading, time\n"
         "from suanli.engines.sandbox import Sandbox\n"
-        "host = Sandbox()\n"
-        "print(host._process.pid, flush=True)\n"
+        "sandbox = Sandbox()\n"
+        "print(sandbox._process.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     asking = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert asking.stdout is not None
-    host = int(asking.stdout.readline())
+    sandbox = int(asking.stdout.readline())
     time.sleep(1)
     asking.kill()
     asking.wait()
     asking.stdout.close()
     for _ in range(100):
-        if not Path(f"/proc/{host}").exists() or Path(f"/proc/{host}/stat").read_text().split()[2] == "Z":
+        if not Path(f"/proc/{sandbox}").exists() or Path(f"/proc/{sandbox}/stat").read_text().split()[2] == "Z":
             return
         time.sleep(0.1)
-    os.kill(host, 9)
-    pytest.fail("a host outlives the process that started it")
+    os.kill(sandbox, 9)
+    pytest.fail("a sandbox outlives the process that started it")

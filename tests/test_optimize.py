@@ -1,4 +1,4 @@
-"""optimize and load: what is chosen, what is refused and why, what is left on disk, and what isn't trusted."""
+"""optimize and load: what is chosen, what is refused and why, what is stored, and what isn't trusted."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mine(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> Path:
-    """A copy of the run with engines, to be spoiled."""
+    """A copy of the run with engines, to be damaged."""
     return Path(shutil.copytree(tuned[0], tmp_path / "mine"))
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timing that is enough to choose by, for tests about something else."""
+    """Short timing, for tests about something else."""
     monkeypatch.setattr(timing, "ROUNDS", 1)
     monkeypatch.setattr(timing, "TURN_S", 0.02)
 
@@ -73,12 +73,12 @@ def pictures(count: int = 6) -> list[np.ndarray]:
 
 
 def test_every_engine_is_measured_and_the_fastest_chosen(tuned: tuple[Path, OptimizeResult]) -> None:
-    found = tuned[1].search
-    states = {c.name: c.state for c in found.candidates}
-    assert found.candidates[0].name == "eager float32"
+    result = tuned[1].search
+    states = {c.name: c.state for c in result.candidates}
+    assert result.candidates[0].name == "eager float32"
     for name in ("onnxruntime float32", "onnxruntime int8", "openvino float32", "openvino int8"):
-        assert states[name] == "accepted", found.candidates
-    for c in found.candidates:
+        assert states[name] == "accepted", result.candidates
+    for c in result.candidates:
         if c.state == "accepted":
             assert c.latency() is not None
             assert c.score is not None
@@ -91,11 +91,11 @@ def test_every_engine_is_measured_and_the_fastest_chosen(tuned: tuple[Path, Opti
                 assert s.calls >= 3
         else:
             assert c.reason
-    best = min(c.cost("latency") for c in found.candidates if c.state == "accepted")
-    assert found.chosen.cost("latency") <= 1.02 * best
-    assert found.chosen.best or found.chosen.precision == "float32"
-    assert any(c.best for c in found.candidates)
-    assert found.seconds < found.budget_s + 30
+    best = min(c.cost("latency") for c in result.candidates if c.state == "accepted")
+    assert result.chosen.cost("latency") <= 1.02 * best
+    assert result.chosen.best or result.chosen.precision == "float32"
+    assert any(c.best for c in result.candidates)
+    assert result.seconds < result.budget_s + 30
 
 
 def test_leaves_the_chosen_engine_and_one_that_runs_anywhere(tuned: tuple[Path, OptimizeResult]) -> None:
@@ -129,7 +129,7 @@ def test_the_goal_decides(run: Path) -> None:
     assert {p.name.split("-")[0] for p in exact.path.iterdir() if p.is_dir()} == {"eager"}  # the others are gone
 
 
-def test_energy_is_refused_where_nothing_counts_it(run: Path) -> None:
+def test_energy_is_refused_where_it_cannot_be_read(run: Path) -> None:
     from suanli.machine.energy import counters
 
     if counters(device.detect("cpu")):
@@ -142,40 +142,40 @@ def test_energy_is_refused_where_nothing_counts_it(run: Path) -> None:
 @pytest.mark.long
 def test_without_data_only_float32(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
-    found = suanli.optimize(folder, engines=QUICK).search
+    result = suanli.optimize(folder, engines=QUICK).search
     assert "no data" in capsys.readouterr().err
-    for c in found.candidates:
+    for c in result.candidates:
         if c.precision == "float32":
             assert c.state == "accepted"
             assert c.score is None
             assert c.drift < 1e-5
         else:
             assert c.state == "impossible"
-    assert found.chosen.precision == "float32"
+    assert result.chosen.precision == "float32"
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
-def test_data_can_be_given(run: Path, trained: Path) -> None:
+def test_other_data(run: Path, trained: Path) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
-    found = suanli.optimize(folder, engines="onnxruntime", data="digits", cache_dir=trained.parent / "cache").search
-    assert {c.name: c.state for c in found.candidates}["onnxruntime int8"] == "accepted"
-    assert found.labelled
+    result = suanli.optimize(folder, engines="onnxruntime", data="digits", cache_dir=trained.parent / "cache").search
+    assert {c.name: c.state for c in result.candidates}["onnxruntime int8"] == "accepted"
+    assert result.labelled
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
 def test_a_text_model(text_table: Path, tmp_path: Path) -> None:
     run = suanli.train(text_table, epochs=20, speedups="none", threads=1, out=tmp_path / "run")
-    found = suanli.optimize(run, engines=QUICK).search
-    assert {c.name: c.state for c in found.candidates}["onnxruntime float32"] == "accepted", found
+    result = suanli.optimize(run, engines=QUICK).search
+    assert {c.name: c.state for c in result.candidates}["onnxruntime float32"] == "accepted", result
     answers = suanli.load(run).predict(["great lovely film", "dull awful film"])
     assert [a.label for a in answers] == ["good", "bad"]
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
-def test_a_latency_that_none_meets(run: Path) -> None:
+def test_a_latency_that_no_engine_meets(run: Path) -> None:
     with pytest.raises(MachineError, match="No engine answers in 1e-06 ms"):
         suanli.optimize(run, engines="onnxruntime", max_latency_ms=1e-6, time_budget=20)
     assert not list((run / "model" / "engines").glob("*/"))
@@ -314,19 +314,21 @@ def test_every_planted_fault_is_refused(
             f"ENGINE = replace(real.ENGINE, name={name!r}, precisions=PRECISIONS, build=build, load=load,\n"
             "    quantized_ops=())\n",
         )
-    found = suanli.optimize(run, engines=",".join(names), time_budget="5m").search
-    states = {c.engine: (c.state, c.reason) for c in found.candidates[1:]}
+    result = suanli.optimize(run, engines=",".join(names), time_budget="5m").search
+    states = {c.engine: (c.state, c.reason) for c in result.candidates[1:]}
     assert states.keys() == set(names)
     for name in names:
         state, reason = REASONS[name]
         assert states[name][0] == state, (name, states[name])
         assert reason in states[name][1], (name, states[name])
-    assert found.chosen.name == "eager float32"
+    assert result.chosen.name == "eager float32"
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
-def test_one_that_dies_while_it_is_timed_is_lost_alone(run: Path, engine_folder: Callable[[str, str], str]) -> None:
+def test_an_engine_that_crashes_while_it_is_timed_leaves_the_others(
+    run: Path, engine_folder: Callable[[str, str], str]
+) -> None:
     engine_folder(
         "dies",
         """
@@ -344,11 +346,11 @@ def load(folder, precision, placement):
 ENGINE = replace(real.ENGINE, name="dies", precisions=("float32",), load=load)
 """,
     )
-    found = suanli.optimize(run, engines="dies,onnxruntime").search
-    states = {c.name: c for c in found.candidates}
+    result = suanli.optimize(run, engines="dies,onnxruntime").search
+    states = {c.name: c for c in result.candidates}
     assert states["dies float32"].state == "lost"
     assert "while it was timed" in states["dies float32"].reason
-    assert found.chosen.engine == "onnxruntime"
+    assert result.chosen.engine == "onnxruntime"
 
 
 OUTLIER = """
@@ -390,8 +392,8 @@ def test_layers_that_int8_hurts_are_rescued(tmp_path: Path, monkeypatch: pytest.
         classes=saved.classes,
         data=saved.card["data"],
     )
-    found = suanli.optimize(run, engines=engine, time_budget="4m", trust_code=True).search
-    first, *others = (c for c in found.candidates if c.precision == "int8")
+    result = suanli.optimize(run, engines=engine, time_budget="4m", trust_code=True).search
+    first, *others = (c for c in result.candidates if c.precision == "int8")
     assert first.state == "refused", first
     (rescued,) = others
     assert rescued.state == "accepted", rescued
@@ -401,10 +403,10 @@ def test_layers_that_int8_hurts_are_rescued(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
-def test_time_that_is_up_is_said(run: Path) -> None:
-    found = suanli.optimize(run, engines="onnxruntime,openvino", time_budget=0.5).search
-    assert {c.state for c in found.candidates[1:]} - {"impossible"} == {"no time"}
-    assert found.chosen.name == "eager float32"
+def test_a_time_budget_that_is_spent_is_reported(run: Path) -> None:
+    result = suanli.optimize(run, engines="onnxruntime,openvino", time_budget=0.5).search
+    assert {c.state for c in result.candidates[1:]} - {"impossible"} == {"no time"}
+    assert result.chosen.name == "eager float32"
 
 
 # --- what is loaded ---
@@ -438,7 +440,7 @@ def test_all_forms_of_an_input_answer_alike(tuned: tuple[Path, OptimizeResult], 
     assert [a.name for a in engine.predict(np.stack(pictures())[..., None])] == [f"#{i}" for i in range(6)]
 
 
-def test_an_input_that_cannot_be_read_is_told_and_the_others_answered(tuned: tuple[Path, OptimizeResult]) -> None:
+def test_an_unreadable_input_is_reported_and_the_others_answered(tuned: tuple[Path, OptimizeResult]) -> None:
     good = pictures(1)[0]
     bad, fine = suanli.load(tuned[0]).predict([b"no picture", good])
     assert bad.label is None
@@ -482,23 +484,25 @@ def change(run: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_elsewhere_it_falls_back_and_says_so(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_machine_falls_back_to_the_reference_with_a_warning(
+    mine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     machine = asdict(store.describe_machine(device.detect("cpu")))
-    for changed, told in (
+    for changed, reason in (
         ({"device": "Some other CPU"}, "another device"),
         ({"instruction_sets": ["amx_int8", "no_such_set"]}, "no_such_set"),
         ({"type": "cuda"}, "another kind of device"),
     ):
         change(mine, machine=machine | changed)
         engine = suanli.load(mine)
-        said = " ".join(capsys.readouterr().err.split())
-        assert told in said, said
-        assert "suanli optimize" in said
+        message = " ".join(capsys.readouterr().err.split())
+        assert reason in message, message
+        assert "suanli optimize" in message
         assert (engine.engine, engine.precision) == ("onnxruntime", "float32")
         assert engine.predict(pictures(1)[0])[0].label == "0"
 
 
-def test_another_version_of_its_package_is_another_engine(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_version_of_its_package_makes_an_engine_invalid(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = mine / "model" / "engines" / "engines.json"
     index = json.loads(path.read_text())
     for entry in index["engines"].values():
@@ -590,7 +594,7 @@ def test_a_folder_of_the_users_own_stays_as_it_was(trained: Path, tmp_path: Path
 
 
 @pytest.mark.long
-def test_an_engine_that_was_damaged_is_made_again(mine: Path) -> None:
+def test_a_damaged_engine_is_built_again(mine: Path) -> None:
     index = json.loads((mine / "model" / "engines" / "engines.json").read_text())
     for name in index["engines"]:
         for file in (mine / "model" / "engines" / name).iterdir():
@@ -603,7 +607,7 @@ def test_an_engine_that_was_damaged_is_made_again(mine: Path) -> None:
 def test_machine_code_from_elsewhere_does_not_run(
     mine: Path, portable: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever the file says of itself: which engines hold machine code, suanli knows."""
+    """suanli knows which engines have machine code, whatever engines.json says."""
     monkeypatch.setenv("SUANLI_CACHE", str(tmp_path / "another"))
     path = mine / "model" / "engines" / "engines.json"
     index = json.loads(path.read_text())
@@ -651,7 +655,9 @@ def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, OptimizeResult], 
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_backend_that_hangs_costs_what_was_left(run: Path, engine_folder: Callable[[str, str], str]) -> None:
+def test_an_engine_that_hangs_costs_only_the_remaining_budget(
+    run: Path, engine_folder: Callable[[str, str], str]
+) -> None:
     engine_folder(
         "hangs",
         """
@@ -663,17 +669,17 @@ def load(folder, precision, placement):
 ENGINE = replace(real.ENGINE, name="hangs", precisions=("float32",), load=load)
 """,
     )
-    found = suanli.optimize(run, engines="hangs", time_budget=45).search
-    assert found.candidates[1].state == "lost"
-    assert "not done after" in found.candidates[1].reason
-    assert found.seconds < 300  # of the 600 that it hangs
+    result = suanli.optimize(run, engines="hangs", time_budget=45).search
+    assert result.candidates[1].state == "lost"
+    assert "not done after" in result.candidates[1].reason
+    assert result.seconds < 300  # of the 600 that it hangs
 
 
 # --- wrong use ---
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"goal": "beauty"}, "Allowed: energy, latency, size, throughput"),
         ({"tolerance": -0.1}, "not a share"),
@@ -685,8 +691,8 @@ ENGINE = replace(real.ENGINE, name="hangs", precisions=("float32",), load=load)
         ({"device": "tpu"}, "Unknown device"),
     ],
 )
-def test_wrong_options_are_told_before_any_work(run: Path, options: dict[str, object], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_wrong_options_are_refused_before_any_work(run: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         suanli.optimize(run, **options)  # type: ignore[arg-type]
     assert not (run / "model" / "engines").exists()
 
@@ -705,7 +711,7 @@ def test_data_of_other_classes_is_refused(run: Path, picture_folder: Callable[..
         suanli.optimize(run, data=picture_folder())
 
 
-def test_two_at_once(run: Path) -> None:
+def test_two_processes_at_once_are_refused(run: Path) -> None:
     from filelock import FileLock
 
     folder = run / "model" / "engines"
@@ -716,7 +722,7 @@ def test_two_at_once(run: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
-def test_nothing_of_the_work_is_left(run: Path) -> None:
+def test_temporary_files_are_removed(run: Path) -> None:
     folder = run / "model" / "engines"
     (folder / ".suanli-work-killed").mkdir(parents=True)
     (folder / "mine").mkdir()

@@ -1,4 +1,4 @@
-"""predict: the same answer as the exam, from the model folder alone."""
+"""predict: the same answers as evaluate, from the model folder alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_it_answers_as_evaluate_does(run: suanli.Run) -> None:
         assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
-def test_what_batch_an_input_is_in_does_not_matter(run: suanli.Run) -> None:
+def test_answers_do_not_depend_on_the_batch(run: suanli.Run) -> None:
     together = suanli.predict(run, "pictures")
     alone = [suanli.predict(run, p.name if Path(p.name).exists() else f"pictures/{p.name}")[0] for p in together[:3]]
     for a, b in zip(together, alone, strict=False):
@@ -73,8 +73,8 @@ def test_a_bad_file_among_good_ones(run: suanli.Run) -> None:
 def test_standard_input(run: suanli.Run) -> None:
     picture = Path("pictures/class0/000.png").read_bytes()
     command = [sys.executable, "-m", "suanli", "predict", str(run.path), "-", "--csv"]
-    found = subprocess.run(command, input=picture, capture_output=True, timeout=120, check=True)
-    rows = found.stdout.decode().splitlines()
+    process = subprocess.run(command, input=picture, capture_output=True, timeout=120, check=True)
+    rows = process.stdout.decode().splitlines()
     assert rows[0] == "name,label,probability,error"
     assert rows[1].split(",")[1] in ("class0", "class1")
 
@@ -119,7 +119,7 @@ def test_other_data_with_labels(run: suanli.Run, picture_folder: Callable[..., P
         suanli.evaluate(run, data=other)
 
 
-def test_other_data_is_read_as_the_model_learned_to(text_table: Path, tmp_path: Path) -> None:
+def test_other_data_is_encoded_as_the_training_data_was(text_table: Path, tmp_path: Path) -> None:
     """Words get the numbers of the model's own vocabulary, not of the new data's."""
     run = suanli.train(text_table, epochs=6, batch_size=32, speedups="none")
     own = suanli.evaluate(run, split="train").scores["accuracy"]
@@ -133,6 +133,6 @@ def test_probabilities_do_not_depend_on_the_batch(run: suanli.Run) -> None:
     model = model_folder.load_model(run.model_path)
     rows = torch.randint(0, 256, (9, *model.preprocess.row_shape), dtype=torch.uint8)
     step = Step(model=model.module)
-    whole = infer.infer(step, model.preprocess, model.task, [rows])
+    together = infer.infer(step, model.preprocess, model.task, [rows])
     parts = infer.infer(step, model.preprocess, model.task, rows.split(4))  # type: ignore[no-untyped-call]
-    np.testing.assert_allclose(whole, parts, atol=1e-5)
+    np.testing.assert_allclose(together, parts, atol=1e-5)

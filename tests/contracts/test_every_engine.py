@@ -42,7 +42,7 @@ PAIRS = [
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained model, its graph, training rows and rows to answer."""
     place, trained = tmp_path_factory.mktemp("engines"), digits_run(tmp_path_factory)
     run = shutil.copytree(trained, place / "run")
@@ -55,7 +55,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", registry.names("engines"))
-def test_is_called_like_its_file(name: str) -> None:
+def test_has_the_name_of_its_file(name: str) -> None:
     engine = ENGINES[name]
     assert engine.name == name
     assert engine.precisions
@@ -73,8 +73,8 @@ def test_says_where_it_cannot_be_used(engine: Engine, precision: str, device: De
 
 
 @pytest.mark.parametrize(("engine", "precision"), PAIRS)
-def test_answers_as_the_model_does(engine: Engine, precision: str, material: Path, tmp_path: Path) -> None:
-    """In a process of its own, as it is meant to be run: same answers, at every batch, in the precision it claims."""
+def test_answers_as_the_model_does(engine: Engine, precision: str, inputs: Path, tmp_path: Path) -> None:
+    """In a sandbox: the same answers at every batch size, in the precision that it claims."""
     if reason := engine.why_not(HERE, precision):
         pytest.skip(reason)
     folder = tmp_path / "engine"
@@ -87,30 +87,30 @@ def test_answers_as_the_model_does(engine: Engine, precision: str, material: Pat
             engine=engine.name,
             precision=precision,
             inputs={
-                "model": str(material / "run" / "model"),
-                "onnx": str(material / "model.onnx"),
-                "calibration": str(material / "calibration.npy"),
+                "model": str(inputs / "run" / "model"),
+                "onnx": str(inputs / "model.onnx"),
+                "calibration": str(inputs / "calibration.npy"),
                 "kept": [],
             },
             folder=str(folder),
             placement=placement,
         )
     assert any(folder.iterdir())
-    rows = str(material / "rows.npy")
-    with Sandbox() as host:
-        host.ask(200, "load", engine=engine.name, precision=precision, folder=str(folder), placement=placement)
+    rows = str(inputs / "rows.npy")
+    with Sandbox() as sandbox:
+        sandbox.ask(200, "load", engine=engine.name, precision=precision, folder=str(folder), placement=placement)
         answers = {}
         for batch in (1, 3, 40):
             out = tmp_path / f"{batch}.npy"
-            host.ask(60, "answer", threads=1, rows=rows, count=40, batch=batch, out=str(out))
+            sandbox.ask(60, "answer", threads=1, rows=rows, count=40, batch=batch, out=str(out))
             answers[batch] = np.load(out)
-        assert host.ask(60, "find_precision", threads=1, rows=rows)["precision"] == precision
-        assert host.ask(60, "memory", placement=placement)["bytes"] > 10_000_000
-    found = answers[40]
-    assert found.shape == (40, 10)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found.sum(1), 1, atol=0.02)
+        assert sandbox.ask(60, "find_precision", threads=1, rows=rows)["precision"] == precision
+        assert sandbox.ask(60, "memory", placement=placement)["bytes"] > 10_000_000
+    probabilities = answers[40]
+    assert probabilities.shape == (40, 10)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=0.02)
     for batch in (1, 3):
-        assert np.abs(answers[batch] - found).max() <= STEADY[precision]
-    reference = suanli.load(material / "run", engine="reference").probabilities(np.load(rows))
-    assert np.abs(found - reference).sum(1).mean() / 2 <= DRIFT[precision]
+        assert np.abs(answers[batch] - probabilities).max() <= STEADY[precision]
+    reference = suanli.load(inputs / "run", engine="reference").probabilities(np.load(rows))
+    assert np.abs(probabilities - reference).sum(1).mean() / 2 <= DRIFT[precision]
