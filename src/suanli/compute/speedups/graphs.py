@@ -19,7 +19,7 @@ def why_not(device: Device) -> str | None:
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.distributed:
-        return "the processes communicate in the middle of the step, which a graph would not wait for"
+        return "the step communicates with other processes midway, which a graph would not wait for"
     if step.loss_scaling:
         return "with loss scaling each step reads values on the host, which a graph can't"
     if step.recomputes:
