@@ -447,7 +447,7 @@ def test_the_command_line_and_standard_input(server: Served, run: Path, folder: 
 
 def test_errors_of_the_command_line_say_what_to_do(server: Served, folder: Path) -> None:
     picture = folder / "00.png"
-    with pytest.raises(SuanliError, match="no address"):
+    with pytest.raises(SuanliError, match="not the address"):
         suanli.predict(None, picture, url="digits")
     with pytest.raises(SuanliError, match="doesn't answer"):
         suanli.predict(None, picture, url="http://127.0.0.1:9")

@@ -51,8 +51,7 @@ def serve(
     _check_numbers(port, grpc_port, p99_ms, max_body_mb, max_image_megapixels, threads)
     if log not in get_args(Style):
         raise unknown("way to log", log, get_args(Style))
-    if (tls_cert is None) != (tls_key is None):
-        raise UsageError("TLS needs a certificate and its key.", fix="Give --tls-cert and --tls-key.")
+    scheme = _find_scheme(tls_cert, tls_key)
     path = _find_folder(subject)
     from suanli.serving.model import ModelOptions
     from suanli.serving.server import LOOPBACK, ServerOptions, serve_models
@@ -78,9 +77,17 @@ def serve(
         tls_key=tls_key,
         shutdown_delay_s=shutdown_delay_s,
     )
-    announce = partial(_announce, "http" if tls_cert is None else "https", host)
+    work = serve_models(
+        path, model_options, options, Log(log, requests=log_requests), on_start=partial(_announce, scheme, host)
+    )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(serve_models(path, model_options, options, Log(log, requests=log_requests), on_start=announce))
+        runner.run(work)
+
+
+def _find_scheme(tls_cert: Path | None, tls_key: Path | None) -> str:
+    if (tls_cert is None) != (tls_key is None):
+        raise UsageError("TLS needs a certificate and its key.", fix="Give --tls-cert and --tls-key.")
+    return "http" if tls_cert is None else "https"
 
 
 def _find_folder(subject: AnyPath) -> Path:
