@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -27,34 +27,13 @@ class Bad(TypedDict):
     reason: str
 
 
-class Across(TypedDict):
-    """Equal inputs in more than one split."""
+class EqualInputs(TypedDict):
+    """A group of inputs with equal content."""
 
     names: list[str]
-    splits: list[str]
-
-
-class Within(TypedDict):
-    """Equal inputs in one split."""
-
-    names: list[str]
-    split: str
-
-
-class Conflict(TypedDict):
-    """Equal inputs with different labels."""
-
-    names: list[str]
-    labels: list[str]
-
-
-class Counts(TypedDict):
-    """How many entries the lists have before they are cut."""
-
-    bad: int
-    duplicates_across_splits: int
-    duplicates_within: int
-    label_conflicts: int
+    split: NotRequired[str]  # of duplicates within a split
+    splits: NotRequired[list[str]]  # of duplicates across splits
+    labels: NotRequired[list[str]]  # of label conflicts, one for each name
 
 
 class Sizes(TypedDict):
@@ -72,10 +51,10 @@ class Findings(TypedDict):
     total: int
     bad: list[Bad]
     bad_share: float
-    duplicates_across_splits: list[Across]
-    duplicates_within: list[Within]
-    label_conflicts: list[Conflict]
-    counts: Counts
+    duplicates_across_splits: list[EqualInputs]
+    duplicates_within: list[EqualInputs]
+    label_conflicts: list[EqualInputs]
+    counts: dict[str, int]  # how long the lists of bad inputs, duplicates and conflicts are before they are cut
     class_counts: dict[str, dict[str, int]]  # by split and class, of inputs that can be decoded
     imbalance: float | None  # inputs of the largest class over those of the smallest; None: there are none
     empty_classes: list[str]
@@ -129,14 +108,14 @@ def collect_findings(source: Source, splits: Sequence[str], results: Sequence[De
 
 def _group_equal(
     rows: Sequence[Row], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
-) -> tuple[list[Across], list[Within], list[Conflict]]:
+) -> tuple[list[EqualInputs], list[EqualInputs], list[EqualInputs]]:
     """Groups of inputs with equal content: across splits, within one split, and with several labels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for i in good:
         groups[results[i].digest].append(i)
-    across: list[Across] = []
-    within: list[Within] = []
-    conflicts: list[Conflict] = []
+    across: list[EqualInputs] = []
+    within: list[EqualInputs] = []
+    conflicts: list[EqualInputs] = []
     for members in groups.values():
         if len(members) == 1:
             continue
