@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from suanli.core.types import AnyPath, Json, Recipe
+from suanli.core.types import AnyPath, Json, Recipe, Tracker
 from suanli.parallel.launch import RESTARTS
-from suanli.training.trainer import CHECKPOINT_EVERY_S, HANG_S
+
+CHECKPOINT_EVERY_S = 60.0
+HANG_S = 300.0  # without a step, until processes that wait for each other are ended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +44,18 @@ class ComputeOptions:
     hang_timeout_s: float = HANG_S
     checkpoint_every_s: float = CHECKPOINT_EVERY_S
     track: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """How often to save, whom to report to, and what the summary keeps of before."""
+
+    trackers: Sequence[type[Tracker]] = ()
+    checkpoint_every_s: float = CHECKPOINT_EVERY_S
+    hang_s: float = HANG_S
+    target_score: float | None = None  # that the user asked for
+    shard: bool = False  # was requested, also where there is one process now
+    processes: dict[str, Json] | None = None  # that train together, as preflight saw them; None: there is one
+    prepare_s: float | None = None  # that preparing the data took; None: unknown
+    earlier_s: float = 0.0  # of training before an interruption
+    fallbacks: Sequence[Mapping[str, Json]] = ()  # before an interruption

@@ -26,10 +26,10 @@ from suanli.models.model_folder import find_weights, refuse_foreign_code
 from suanli.parallel import launch, preflight, submission
 from suanli.parallel.group import Group, join_group, process_place, too_many_processes
 from suanli.training import budget, checkpoint
-from suanli.training.options import ComputeOptions, RecipeOptions
+from suanli.training.options import ComputeOptions, RecipeOptions, TrainerOptions
 from suanli.training.prepare import DataOptions, resolve
 from suanli.training.session import Session, TrainingSpec
-from suanli.training.trainer import Trainer, TrainerOptions
+from suanli.training.trainer import Trainer
 
 ENDING_S = 30.0  # that an earlier process of the same run may take to end
 

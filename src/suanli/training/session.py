@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from suanli.compute import planner
-from suanli.compute.plan import PLAIN, check_threads, plain_plan, plan_of_names, sort_speedups
+from suanli.compute.plan import PLAIN, check_threads, plain_plan, plan_of_names, sort_speedups, usable_speedups
 from suanli.compute.plan_cache import PlanCache
 from suanli.compute.plan_trial import first_line, free_memory
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
@@ -19,10 +21,11 @@ from suanli.core.registry import names
 from suanli.core.types import Device, Json, Plan, Recipe, Trial
 from suanli.data.cache import PreparedData
 from suanli.machine import peak
-from suanli.machine.device import is_out_of_memory
+from suanli.machine.device import cores, is_out_of_memory
 from suanli.parallel import group as distributed
 from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
+from suanli.training.diagnose import Facts
 from suanli.training.forecast import check_memory, estimate_memory, explain_out_of_memory, forecast, measure_step_s
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
@@ -186,6 +189,36 @@ class Session:
     def _free(self) -> None:
         self._loop = None  # its memory is needed
         free_memory(self.device)
+
+    def facts(self) -> Facts:
+        """What a diagnosis of the loop's times needs to know."""
+        step, plan = self.loop.compute, self.plan
+        possible = {n: s for n, s in usable_speedups(self.device)[0].items() if s.needless(step, self.device) is None}
+        groups = {possible[n].group for n in plan.speedups if n in possible}
+        untried = (n for n, s in possible.items() if n not in plan.speedups and n not in plan.dropped)
+        sized = "size" in self.spec.prepared.preprocess.settings() or self.spec.prepared.preprocess.kind == "image"
+        return Facts(
+            device_type=self.device.type,
+            batch_size=self.loop.batch_size,
+            cores=max(1, cores() // self.group.local_size),
+            processes=self.group.size,
+            threads=plan.threads or torch.get_num_threads(),
+            speedups=plan.speedups,
+            dropped={n: r for n, r in plan.dropped.items() if n in possible},
+            offered=tuple(n for n in untried if possible[n].group is None or possible[n].group not in groups),
+            resident=step.resident or self.device.type == "cpu",
+            augment=self.recipe.augment,
+            share_of_ceiling=self._share_of_ceiling(),
+            size_setting="preprocess.size" if sized else None,
+        )
+
+    def _share_of_ceiling(self) -> float | None:
+        """Of what the device was measured to reach; None: it wasn't measured."""
+        least = self.ideal_step_s
+        progress = self.loop.progress
+        if least is None or not progress.seconds:
+            return None
+        return least * self.loop.full_size_steps(0, progress.step) / progress.seconds
 
     # --- when a plan fails on the way ---
 

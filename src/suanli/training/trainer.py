@@ -9,23 +9,17 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn, cast
 
-import torch
-
-from suanli.compute.plan import usable_speedups
 from suanli.compute.plan_cache import PlanCache
-from suanli.compute.planner import SHARDED
 from suanli.compute.step_runner import apply_settings
-from suanli.core.console import Progress, duration, plural, say, warn
+from suanli.core.console import Progress, duration, say, warn
 from suanli.core.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
-from suanli.core.run import FINISHED, Run, measurement
+from suanli.core.run import Run
 from suanli.core.signals import StopRequest, catch_stop_signals
-from suanli.core.types import Json, Plan, Recipe, Tracker
+from suanli.core.types import Plan, Recipe, Tracker
 from suanli.engines import store
 from suanli.machine import device
 from suanli.models.model_folder import save_model
@@ -34,33 +28,18 @@ from suanli.parallel.group import is_lost_process
 from suanli.parallel.watchdog import Watchdog
 from suanli.training import checkpoint, precision_check, utilization
 from suanli.training.checkpoint_writer import ShardWriter, Writer
-from suanli.training.diagnose import Facts, Watch
+from suanli.training.diagnose import Diagnosis, Watch
 from suanli.training.divergence import EARLY
 from suanli.training.forecast import out_of_memory_error
 from suanli.training.loop import READ_LOSSES_EVERY, Loop
+from suanli.training.options import TrainerOptions
 from suanli.training.session import UNPLANNED, Session
+from suanli.training.summary import Summary, describe, describe_planning
 from suanli.training.validation import validate
 
 LOG_EVERY_S = 1.0
-CHECKPOINT_EVERY_S = 60.0
-HANG_S = 300.0
 ASKED_S = 5.0  # until a stop that another process was asked for comes to this one, too
 FEW_STEPS = 20  # to begin again after so few costs nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerOptions:
-    """How often to save, whom to report to, and what the summary keeps of before."""
-
-    trackers: Sequence[type[Tracker]] = ()
-    checkpoint_every_s: float = CHECKPOINT_EVERY_S
-    hang_s: float = HANG_S  # without a step, until processes that wait for each other are ended
-    target_score: float | None = None  # that the user asked for
-    shard: bool = False  # was requested, also where there is one process now
-    processes: dict[str, Json] | None = None  # that train together, as preflight saw them; None: there is one
-    prepare_s: float | None = None  # that preparing the data took; None: unknown
-    earlier_s: float = 0.0  # of training before an interruption
-    fallbacks: Sequence[Mapping[str, Json]] = ()  # before an interruption
 
 
 class Trainer:
@@ -69,16 +48,10 @@ class Trainer:
     def __init__(self, session: Session, run: Run, options: TrainerOptions) -> None:
         self.session, self.directory, self.options = session, run, options
         self.prepared, self.device, self.group = session.spec.prepared, session.device, session.group
-        self.seconds = {} if options.prepare_s is None else {"prepare": options.prepare_s}
-        self.fallbacks: list[Mapping[str, Json]] = list(options.fallbacks)
-        self.processes = options.processes
-        if self.processes is not None:
-            self.processes = self.processes | {"shares": list(self.group.shares) or None}
+        self.summary = Summary(session, run, options)
         self.writer = ShardWriter(self.group) if session.spec.shard else Writer()
         self.trackers: list[Tracker] = []
-        self.gate: dict[str, Json] | None = None  # the final score compared with float32
         self.watch: Watch | None = None
-        self.started = time.perf_counter()
 
     @property
     def loop(self) -> Loop:
@@ -92,16 +65,20 @@ class Trainer:
     def recipe(self) -> Recipe:
         return self.session.recipe
 
+    @property
+    def _diagnosis(self) -> Diagnosis | None:
+        return self.watch.current if self.watch else None
+
     def train(self) -> None:
         """A collective. Raises Interrupted, with the checkpoint saved; Diverged; OutOfMemory; LostProcess."""
         self._announce()
-        if self.processes is not None:
-            first = self.processes["each"][0]  # the process that writes
+        if (processes := self.summary.processes) is not None:
+            first = processes["each"][0]  # the process that writes
             preflight.refuse_full_disk(first["host"], first["disk_bytes"], self.session.forecast.disk_bytes)
         self.directory.write("check.json", self.prepared.findings)
         if self.session.spec.more_epochs is not None:
             self._save()  # from here on the run is a longer one
-        self._write_running()
+        self.summary.write_running()
         with ExitStack() as stack:
             for tracker in self.options.trackers:
                 self.trackers.append(tracker(self.directory.path, self.recipe.model_dump(mode="json")))
@@ -110,7 +87,7 @@ class Trainer:
             watchdog = Watchdog(self.group, lambda: self.session.position, self.options.hang_s)
             watchdog.start()
             stack.callback(watchdog.stop)
-            self.started = time.perf_counter()
+            self.summary.started = time.perf_counter()
             status = self._train_to_the_end(stop)
             self._finish(status)
         self.group.finish()  # what follows may read what the first has written
@@ -119,24 +96,11 @@ class Trainer:
         session = self.session
         if session.spec.checkpoint is not None:
             say(f"going on from step {self.loop.progress.step}")
-        if (sentence := _describe_planning(session.plan)) is not None:
+        if (sentence := describe_planning(session.plan)) is not None:
             say(sentence)
-        say(f"{self._title()}: {session.forecast}")
+        say(f"{describe(session)}: {session.forecast}")
         if self.group.shares:
             say("shares of a batch: " + ", ".join(f"{share:.0%}" for share in self.group.shares))
-
-    def _write_running(self) -> None:
-        """Write what a run goes on with if it is cut short."""
-        values: dict[str, Json] = {
-            "status": "running",
-            "forecast": self.session.forecast.to_json(),
-            "plan": asdict(self.plan),
-            "fallbacks": self.fallbacks,
-            "wanted_score": self.options.target_score,
-            "processes": self.processes,
-            "shard": self.options.shard,
-        }
-        self.directory.write("summary.json", values)
 
     def _train_to_the_end(self, stop: StopRequest) -> str:
         """Make all steps. Where a plan fails and the user leaves the choice, a weaker one goes on."""
@@ -161,8 +125,8 @@ class Trainer:
             self._give_up(error)
         warn(f"Step {failed_at + 1} failed: {change}.")
         now = {"speedups": list(self.plan.speedups), "began_again": begin_again}
-        self.fallbacks.append({"step": failed_at, "said": change, **now})
-        self._write_running()
+        self.summary.fallbacks.append({"step": failed_at, "said": change, **now})
+        self.summary.write_running()
 
     def _explain_loss(self, error: Exception, failed_at: int) -> None:
         """Raise what an error means that only several processes see."""
@@ -190,7 +154,7 @@ class Trainer:
             half = self.loop.order.batch_size // 2
             raise out_of_memory_error(self.loop, self.session.forecast.memory_bytes, None, half) from error
         if isinstance(error, Diverged):
-            self._summarize("diverged")
+            self.summary.write("diverged", self._diagnosis)
             self.group.barrier()
             saved = checkpoint.last_step(self.directory.checkpoints)
             kept = f"The last good checkpoint is kept (step {saved})." if saved else "No checkpoint was due yet."
@@ -202,17 +166,8 @@ class Trainer:
         loop = self.loop
         noticed_late = 0 if self.device.type == "cpu" else READ_LOSSES_EVERY
         early = failed_at <= max(FEW_STEPS, EARLY * loop.steps) + noticed_late
-        again = any(before.get("began_again") for before in self.fallbacks)
+        again = any(before.get("began_again") for before in self.summary.fallbacks)
         return early and not again and len(loop.progress.segments) == 1
-
-    def _title(self) -> str:
-        recipe = self.recipe
-        parameters = sum(p.numel() for p in self.loop.model.parameters())
-        how = "+".join(self.plan.speedups) or "plain PyTorch"
-        if self.plan.threads is not None:
-            how += f", {plural(self.plan.threads, 'thread')}"
-        size = f"{parameters / 1e6:.1f} M" if parameters >= 100_000 else f"{parameters:,}"
-        return f"{recipe.model} ({size} parameters), recipe {recipe.name}, {self.device.name}, {how}"
 
     # --- the steps ---
 
@@ -221,7 +176,7 @@ class Trainer:
         validate_every = max(1, round(self.recipe.validate_every * loop.order.steps_per_epoch))
         saved_at = time.monotonic()
         log = _RateLog(loop)
-        self.watch = Watch(loop.runner.clock, self._facts, loop.steps)
+        self.watch = Watch(loop.runner.clock, self.session.facts, loop.steps)
         with Progress("Training", loop.steps) as bar:
             for loss in loop.run():
                 step = loop.progress.step
@@ -259,35 +214,6 @@ class Trainer:
         if self.writer.uncommitted and not most[2]:
             self.writer.commit()
         return int(most[0]), bool(most[1])
-
-    def _facts(self) -> Facts:
-        step, plan = self.loop.compute, self.plan
-        possible = {n: s for n, s in usable_speedups(self.device)[0].items() if s.needless(step, self.device) is None}
-        groups = {possible[n].group for n in plan.speedups if n in possible}
-        untried = (n for n, s in possible.items() if n not in plan.speedups and n not in plan.dropped)
-        sized = "size" in self.prepared.preprocess.settings() or self.prepared.preprocess.kind == "image"
-        return Facts(
-            device_type=self.device.type,
-            batch_size=self.loop.batch_size,
-            cores=max(1, device.cores() // self.group.local_size),
-            processes=self.group.size,
-            threads=plan.threads or torch.get_num_threads(),
-            speedups=plan.speedups,
-            dropped={n: r for n, r in plan.dropped.items() if n in possible},
-            offered=tuple(n for n in untried if possible[n].group is None or possible[n].group not in groups),
-            resident=step.resident or self.device.type == "cpu",
-            augment=self.recipe.augment,
-            share_of_ceiling=self._share_of_ceiling(),
-            size_setting="preprocess.size" if sized else None,
-        )
-
-    def _share_of_ceiling(self) -> float | None:
-        """Of what the device was measured to reach; None: it wasn't measured."""
-        least = self.session.ideal_step_s
-        progress = self.loop.progress
-        if least is None or not progress.seconds:
-            return None
-        return least * self.loop.full_size_steps(0, progress.step) / progress.seconds
 
     def _log(self, loss: float, rate: float) -> None:
         loop = self.loop
@@ -338,7 +264,7 @@ class Trainer:
         self.loop.phase = before
 
     def _interrupt(self, number: int, stop: StopRequest) -> None:
-        self._summarize("interrupted")
+        self.summary.write("interrupted", self._diagnosis)
         self.loop.phase = "end"
         self.group.barrier()  # nobody ends, and ends the others, before the checkpoint is on disk
         if not self.group.is_alone:
@@ -374,7 +300,7 @@ class Trainer:
         roofline = utilization.measure_roofline(loop, self.device, self.session.ceilings)
         self.directory.write("roofline.json", roofline.to_json())
         if self.group.is_first:
-            self._summarize(status)
+            self.summary.write(status, self._diagnosis)
             self._announce_end(status)
 
     def _remove_outdated(self) -> None:
@@ -388,7 +314,7 @@ class Trainer:
         loop, target = self.loop, self.options.target_score
         rate = self.directory.summary["examples_per_s"]
         score = "" if loop.validation_score is None else f", validation {loop.task.metric} {loop.validation_score:.2%}"
-        took = duration(self.seconds["train"])
+        took = duration(self.summary.seconds["train"])
         say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
         if target is not None and loop.validation_score is not None and loop.validation_score < target:
             warn(f"The {loop.task.metric} on validation is below the {target:.2%} that was asked for.")
@@ -406,55 +332,12 @@ class Trainer:
         difference, examples = comparison
         task = self.loop.task
         refused = difference.exceeds(task.tolerance)
-        self.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
+        self.summary.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
         if refused and self.plan.origin not in UNPLANNED and self.group.is_first:
             reason = f"it cost {-difference.median:.1%} of validation {task.metric} against float32"
             session = self.session
             PlanCache(session.spec.cache, session.key, session.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
-
-    def _summarize(self, status: str) -> None:
-        loop = self.loop
-        seconds = loop.progress.seconds
-        self.seconds["train"] = self.options.earlier_s + time.perf_counter() - self.started
-        rate = loop.progress.step * loop.order.batch_size / seconds if seconds else None
-        diagnosis = self.watch.current if self.watch else None
-        self.directory.write(
-            "summary.json",
-            {
-                "status": status,
-                "steps": loop.progress.step,
-                "epochs": loop.epoch,
-                "parameters": sum(p.numel() for p in loop.model.parameters()),
-                "seconds": self.seconds,
-                "examples_per_s": rate,
-                "peak_memory_bytes": device.peak_memory_bytes(self.device),
-                "limited_by": diagnosis.verdict if diagnosis else None,
-                "diagnosis": diagnosis.to_json() if diagnosis else None,
-                "forecast": self.session.forecast.to_json(),
-                "plan": asdict(self.plan),
-                "fallbacks": self.fallbacks,
-                "wanted_score": self.options.target_score,
-                "gate": self.gate,
-                "processes": self.processes,
-                "shard": self.options.shard,
-            },
-        )
-        if status in FINISHED and rate is not None:
-            self.directory.record(
-                measurement(
-                    "examples_per_s",
-                    rate,
-                    "1/s",
-                    environment=device.environment(self.device),
-                    recipe=self.recipe,
-                    variant="+".join(self.plan.speedups) or "none",
-                    scores={f"val_{loop.task.metric}": loop.validation_score}
-                    if loop.validation_score is not None
-                    else {},
-                    count=loop.progress.step,
-                )
-            )
 
 
 class _RateLog:
@@ -475,17 +358,3 @@ class _RateLog:
         self._at, self._seconds, self._step = time.monotonic(), progress.seconds, progress.step
         self.note = f"{rate:,.0f}/s  loss {loss:.3f}"
         return rate
-
-
-def _describe_planning(plan: Plan) -> str | None:
-    """What planning has found, in a sentence; None where nothing was measured."""
-    if plan.origin == SHARDED and plan.speedups:
-        return "plan: the usual speedups; a network that is shared out has no copies to measure more on"
-    if plan.origin == "short list":
-        return "plan: the usual speedups; the run is too short to measure more"
-    if plan.origin != "measured":
-        return None
-    kept = [t for t in plan.trials if t.kept and t.ratio is not None]
-    times = math.prod(t.ratio for t in kept if t.ratio is not None)
-    how = f"{times:.2f} times as fast as plain PyTorch" if kept else "nothing was faster than plain PyTorch"
-    return f"plan: {how}; {plural(len(plan.trials), 'change')} tried in {duration(plan.seconds)}"

@@ -8,10 +8,9 @@ from suanli.core.errors import UsageError
 from suanli.core.run import Run, is_run
 from suanli.core.types import AnyPath, Json, Recipe
 from suanli.parallel.launch import RESTARTS
-from suanli.training.options import ComputeOptions, RecipeOptions
+from suanli.training.options import CHECKPOINT_EVERY_S, HANG_S, ComputeOptions, RecipeOptions
 from suanli.training.prepare import DataOptions
 from suanli.training.runs import find_resources, has_begun, join_run, resume_run, start_run
-from suanli.training.trainer import CHECKPOINT_EVERY_S, HANG_S
 
 
 def train(
