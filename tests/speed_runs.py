@@ -90,8 +90,8 @@ def diagnosis() -> Any:
 
 
 def fallbacks() -> Any:
-    said = "memory ran out; going on from step 100 without graphs"
-    return [{"step": 120, "said": said, "speedups": ["channels_last", "bf16"]}]
+    message = "memory ran out; going on from step 100 without graphs"
+    return [{"step": 120, "said": message, "speedups": ["channels_last", "bf16"]}]
 
 
 def figures(speed: float, ratio: float, wait: str, **more: Any) -> Any:

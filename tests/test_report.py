@@ -86,11 +86,11 @@ class Page(HTMLParser):
             self.words += data
 
     def count(self, tag: str) -> int:
-        return sum(1 for found, _ in self.tags if found == tag)
+        return sum(1 for name, _ in self.tags if name == tag)
 
     def headings(self) -> list[str]:
-        found = re.findall(r"<h[23][^>]*>([^<]+)", self.source)
-        return [html.unescape(one).strip() for one in found]
+        headings = re.findall(r"<h[23][^>]*>([^<]+)", self.source)
+        return [html.unescape(one).strip() for one in headings]
 
     def says(self, words: str) -> bool:
         return words in " ".join(self.words.split())
@@ -127,7 +127,7 @@ def edit(path: Path, **changes: Any) -> None:
 # --- what it says ----------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_told_in_full(finished: Path) -> None:
+def test_a_finished_run_is_reported_in_full(finished: Path) -> None:
     seen = page(finished)
     sections = ["Data", "Training", "Scores", "Examples", "Speed", "Time and memory", "Recipe", "Repeat this run"]
     assert [one for one in seen.headings() if one in sections] == sections
@@ -194,7 +194,7 @@ def test_what_limits_the_run_and_what_would_help(finished: Path) -> None:
     assert seen.says("In use from then on: channels_last, bf16")
 
 
-def test_every_trial_is_told_with_its_measurement(finished: Path) -> None:
+def test_every_trial_has_its_measurement(finished: Path) -> None:
     seen = page(finished)
     assert seen.says("In use: channels_last, bf16, 2 CPU threads. Chosen by trials on this machine")
     assert seen.says("which took 3.2 s.")
@@ -221,7 +221,7 @@ def test_a_plan_without_trials(run: Path) -> None:
     assert not seen.says("times as fast rounds")
 
 
-def test_a_gain_within_the_spread_is_told_as_such(run: Path) -> None:
+def test_a_gain_within_the_spread_is_named_as_such(run: Path) -> None:
     reason = "1.02 times as fast (spread 0.03, 6 rounds)"
     trial = {"change": "+compile", "kept": False, "reason": reason, "ratio": 1.02, "spread": 0.03, "rounds": 6}
     edit(run / "summary.json", plan=PLAN | {"trials": [trial]})
@@ -261,7 +261,7 @@ def test_without_measured_ceilings_there_are_dots_and_the_command(run: Path, cei
     assert not seen.says("of the roof")
 
 
-def test_a_bench_is_told_in_full(tmp_path: Path) -> None:
+def test_a_bench_is_reported_in_full(tmp_path: Path) -> None:
     seen = page(bench_run(tmp_path / "cifar10-bench-1"))
     assert seen.says("speednet bench on cifar10")
     assert seen.says(
@@ -316,8 +316,8 @@ PARTS = ["environment", "data", "check", "metrics", "ledger", "summary", "evalua
 
 @pytest.mark.parametrize("part", PARTS)
 def test_any_part_may_be_absent(run: Path, part: str) -> None:
-    for found in run.glob(f"{part}*"):
-        shutil.rmtree(found) if found.is_dir() else found.unlink()
+    for path in run.glob(f"{part}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert page(run).says("speednet")
 
 
@@ -346,16 +346,16 @@ def test_validation_scores_are_never_taken_for_test_scores(run: Path) -> None:
 
 
 def test_every_field_may_be_absent(run: Path) -> None:
-    for found in [*run.glob("*.json"), *run.glob("evaluation/*.json")]:
-        write(found, {})
+    for path in [*run.glob("*.json"), *run.glob("evaluation/*.json")]:
+        write(path, {})
     write_lines(run / "metrics.jsonl", [{}])
     write_lines(run / "ledger.jsonl", [{}])
     assert page(run).says("A model was trained on the data.")
 
 
 def test_null_is_the_same_as_absent(run: Path) -> None:
-    for found in [*run.glob("*.json"), *run.glob("evaluation/*.json")]:
-        write(found, dict.fromkeys(json.loads(found.read_text(encoding="utf-8"))))
+    for path in [*run.glob("*.json"), *run.glob("evaluation/*.json")]:
+        write(path, dict.fromkeys(json.loads(path.read_text(encoding="utf-8"))))
     assert page(run).says("A model was trained on the data.")
 
 
@@ -422,7 +422,7 @@ def test_where_nothing_can_be_written(run: Path) -> None:
         report(run, out=run / "recipe.json" / "new" / "report.html")
 
 
-def test_the_report_goes_where_it_is_told(run: Path, tmp_path: Path) -> None:
+def test_the_report_goes_where_out_says(run: Path, tmp_path: Path) -> None:
     assert report(str(run)) == run / "report.html"
     assert report(run, out=tmp_path) == tmp_path / "report.html"
     assert report(run, out=tmp_path / "new" / "mine.html").read_bytes() == (run / "report.html").read_bytes()
@@ -474,11 +474,11 @@ def test_any_class_name_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFa
     write(path / "recipe.json", {})
     (path / "data.json").write_text(json.dumps({"classes": [name], "counts": {"train": {name: 1}}}))
     source = report(path).read_text(encoding="utf-8")
-    shown = re.search(r'<th scope="row" class="name"><bdi>(.*?)</bdi></th>', source, re.DOTALL)
-    assert shown is not None
-    assert "<" not in shown[1]
+    cell = re.search(r'<th scope="row" class="name"><bdi>(.*?)</bdi></th>', source, re.DOTALL)
+    assert cell is not None
+    assert "<" not in cell[1]
     safe = name.encode("utf-8", "backslashreplace").decode()
-    assert html.unescape(shown[1]) == html.unescape(html.escape(safe)).replace("\r\n", "\n").replace("\r", "\n")
+    assert html.unescape(cell[1]) == html.unescape(html.escape(safe)).replace("\r\n", "\n").replace("\r", "\n")
 
 
 # --- charts and words ------------------------------------------------------------------------
@@ -489,11 +489,11 @@ numbers = st.floats(-1e12, 1e12)
 @given(numbers, numbers)
 def test_ticks_hold_every_value(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
-    found = ticks(low, high)
-    slack = (found[-1] - found[0]) * 1e-6
-    assert found[0] - slack <= low
-    assert found[-1] + slack >= high
-    assert 2 <= len(found) <= 12
+    values = ticks(low, high)
+    slack = (values[-1] - values[0]) * 1e-6
+    assert values[0] - slack <= low
+    assert values[-1] + slack >= high
+    assert 2 <= len(values) <= 12
 
 
 @given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30))
@@ -515,11 +515,11 @@ positive = st.floats(1e-30, 1e30)
 @given(positive, positive)
 def test_decades_lie_between_the_bounds_and_are_few(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
-    found = decades(low, high)
-    assert all(low <= value <= high for value in found)
-    assert found == sorted(found)
-    assert len(found) <= 9
-    assert found or high < 2.6 * low
+    values = decades(low, high)
+    assert all(low <= value <= high for value in values)
+    assert values == sorted(values)
+    assert len(values) <= 9
+    assert values or high < 2.6 * low
 
 
 @given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30), st.sampled_from(["x", "xy"]))
@@ -554,9 +554,9 @@ def test_marks_never_hide_one_another_and_those_on_top_stay(points: list[tuple[f
     series = [Series(label=label, points=points, dots=True, line=False, marks=marks) for label in ("below", "on top")]
     drawn = chart("a", series, x_label="x")
     assert drawn is not None
-    shown = [dot for line in drawn.lines for dot in line.dots if dot.mark]
-    for number, one in enumerate(shown):
-        for other in shown[:number]:
+    visible = [dot for line in drawn.lines for dot in line.dots if dot.mark]
+    for number, one in enumerate(visible):
+        for other in visible[:number]:
             wide = 7 * len(one.mark if one.mark_x < other.mark_x else other.mark)
             assert abs(one.mark_x - other.mark_x) >= wide - 0.2 or abs(one.mark_y - other.mark_y) >= 7.8
     assert drawn.lines[1].dots[0].mark == "0"
@@ -701,6 +701,6 @@ def test_a_browser_shows_it_without_errors_or_sideways_scrolling(any_run: Path, 
         check=True,
     )
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    told = json.loads(html.unescape(done.stdout.rpartition("<output>")[2].partition("</output>")[0]))
-    assert told["scroll"] <= told["client"] <= width
-    assert told["broken"] == told["alerts"] == 0
+    measured = json.loads(html.unescape(done.stdout.rpartition("<output>")[2].partition("</output>")[0]))
+    assert measured["scroll"] <= measured["client"] <= width
+    assert measured["broken"] == measured["alerts"] == 0

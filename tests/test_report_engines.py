@@ -69,7 +69,7 @@ REFUSED = replace(
 LOST = Candidate(engine="aot_inductor", precision="int8", state="lost", reason="while it was timed: gone", build_s=9.0)
 IMPOSSIBLE = Candidate(engine="tensorrt", precision="float16", state="impossible", reason="needs an NVIDIA GPU")
 
-FOUND = SearchResult(
+SEARCH = SearchResult(
     candidates=(EAGER, REFUSED, RESCUED, INT8, SLOW, LOST, IMPOSSIBLE),
     chosen=INT8,
     goal="latency",
@@ -83,43 +83,43 @@ FOUND = SearchResult(
 )
 
 
-def engines(found: SearchResult = FOUND) -> Any:
+def engines(search: SearchResult = SEARCH) -> Any:
     """As `optimize` writes it."""
     machine = {"device": "AMD EPYC 9R14", "type": "cpu", "cores": 2, "instruction_sets": ["avx2"]}
-    return {"format": 1, "headline": "accuracy", "machine": machine, "found": found.to_json()}
+    return {"format": 1, "headline": "accuracy", "machine": machine, "found": search.to_json()}
 
 
-def run_with(path: Path, told: Any) -> Path:
+def run_with(path: Path, index: Any) -> Path:
     write(path / "recipe.json", {"model": "speednet"})
-    write(path / "model" / "engines" / "engines.json", told)
+    write(path / "model" / "engines" / "engines.json", index)
     return path
 
 
-def seen(path: Path, found: SearchResult = FOUND) -> Page:
-    return page(run_with(path, engines(found)))
+def page_of(path: Path, search: SearchResult = SEARCH) -> Page:
+    return page(run_with(path, engines(search)))
 
 
 # --- what it says ----------------------------------------------------------------------------
 
 
-def test_the_choice_is_told_with_its_gain_and_its_score(tmp_path: Path) -> None:
-    told = seen(tmp_path)
-    assert "Engines" in told.headings()
-    assert ("a", {"href": "#engines"}) in told.tags
-    assert told.says(
+def test_the_choice_has_its_gain_and_its_score(tmp_path: Path) -> None:
+    seen = page_of(tmp_path)
+    assert "Engines" in seen.headings()
+    assert ("a", {"href": "#engines"}) in seen.tags
+    assert seen.says(
         "Chosen for latency: openvino int8, 4.00 times as fast with one input as the reference, eager float32. "
         "On 4,000 of 5,107 validation examples its accuracy is 93.56 %, −0.19 points against the reference "
         "(95 % interval −0.45 to +0.07). Measured on AMD EPYC 9R14 with 2 cores."
     )
-    assert told.says("a loss of up to 0.5 points of accuracy is tolerated.")
-    assert told.says("The search took 2 min 56 s of the 3 min 00 s that were allowed.")
-    assert not told.says("can't show a loss")
+    assert seen.says("a loss of up to 0.5 points of accuracy is tolerated.")
+    assert seen.says("The search took 2 min 56 s of the 3 min 00 s that were allowed.")
+    assert not seen.says("can't show a loss")
 
 
-def test_every_candidate_is_told_the_best_first(tmp_path: Path) -> None:
-    told = seen(tmp_path)
+def test_every_candidate_is_listed_the_best_first(tmp_path: Path) -> None:
+    seen = page_of(tmp_path)
     head = "# engine p50 ms p95 p99 inputs/s batch, threads energy an input size memory load build accuracy"
-    assert told.says(head)
+    assert seen.says(head)
     rows = [
         "1 openvino int8 chosen, unbeaten 0.2 0.3 0.4 16,000 64, 2 1 mJ 360.0 kB – 166 ms 2.3 s "
         "93.56 % −0.19 (−0.45 to +0.07)",
@@ -129,17 +129,17 @@ def test_every_candidate_is_told_the_best_first(tmp_path: Path) -> None:
         "5 onnxruntime int8 refused: accuracy -6.10 points (-7.00 to -5.20) – – – – – 360.0 kB",
         "6 aot_inductor int8 failed: while it was timed: gone – – – – – – – – 9.0 s –",
     ]
-    places = [" ".join(told.words.split()).find(row) for row in rows]
+    places = [" ".join(seen.words.split()).find(row) for row in rows]
     assert -1 not in places
     assert places == sorted(places)
-    assert told.says("Rescued: so many of the most sensitive layers were kept in higher precision.")
-    assert told.says("1 engine not tried, and why")
-    assert told.says("tensorrt float16 impossible: needs an NVIDIA GPU")
+    assert seen.says("Rescued: so many of the most sensitive layers were kept in higher precision.")
+    assert seen.says("1 engine not tried, and why")
+    assert seen.says("tensorrt float16 impossible: needs an NVIDIA GPU")
 
 
-def test_what_nobody_measured_has_no_column(tmp_path: Path) -> None:
-    plain = [replace(one, speeds=speeds(0.5)) if one.speeds else one for one in FOUND.candidates]
-    assert not seen(tmp_path, replace(FOUND, candidates=tuple(plain))).says("energy")
+def test_a_figure_without_measurements_has_no_column(tmp_path: Path) -> None:
+    plain = [replace(one, speeds=speeds(0.5)) if one.speeds else one for one in SEARCH.candidates]
+    assert not page_of(tmp_path, replace(SEARCH, candidates=tuple(plain))).says("energy")
 
 
 @pytest.mark.parametrize(
@@ -153,38 +153,40 @@ def test_what_nobody_measured_has_no_column(tmp_path: Path) -> None:
 )
 def test_the_gain_is_that_of_the_search(tmp_path: Path, goal: str, gain: str) -> None:
     times = EAGER.cost(goal) / INT8.cost(goal)
-    told = seen(tmp_path, replace(FOUND, goal=goal))
-    assert told.says(f"Chosen for {goal}: openvino int8, {gain.format(100 / times if '%' in gain else times)} the ref")
+    seen = page_of(tmp_path, replace(SEARCH, goal=goal))
+    assert seen.says(f"Chosen for {goal}: openvino int8, {gain.format(100 / times if '%' in gain else times)} the ref")
 
 
 def test_the_order_is_that_of_the_goal(tmp_path: Path) -> None:
     small = replace(SLOW, size_bytes=1000)
-    told = seen(tmp_path, replace(FOUND, candidates=(EAGER, INT8, small), goal="size"))
-    assert told.says("1 inductor float32 1 1.5 2")
-    assert told.says("2 openvino int8 chosen")
+    seen = page_of(tmp_path, replace(SEARCH, candidates=(EAGER, INT8, small), goal="size"))
+    assert seen.says("1 inductor float32 1 1.5 2")
+    assert seen.says("2 openvino int8 chosen")
 
 
 def test_the_reference_may_be_the_best(tmp_path: Path) -> None:
-    told = seen(tmp_path, replace(FOUND, chosen=EAGER, examples=5107))
-    assert told.says("Chosen for latency: eager float32, the reference itself; no other engine is clearly better.")
-    assert told.says("On all 5,107 validation examples its accuracy is 93.75 %. Measured")
+    seen = page_of(tmp_path, replace(SEARCH, chosen=EAGER, examples=5107))
+    assert seen.says("Chosen for latency: eager float32, the reference itself; no other engine is clearly better.")
+    assert seen.says("On all 5,107 validation examples its accuracy is 93.75 %. Measured")
 
 
-def test_too_few_examples_are_told(tmp_path: Path) -> None:
+def test_too_few_examples_are_mentioned(tmp_path: Path) -> None:
     unsure = replace(INT8, difference=Difference(median=0.0, low=-0.0106, high=0.0106))
-    told = seen(tmp_path, replace(FOUND, chosen=unsure, candidates=(EAGER, unsure)))
-    assert told.says("So few examples can't show a loss as small as that: the interval is ±1.1 points wide.")
+    seen = page_of(tmp_path, replace(SEARCH, chosen=unsure, candidates=(EAGER, unsure)))
+    assert seen.says("So few examples can't show a loss as small as that: the interval is ±1.1 points wide.")
 
 
 def test_without_labels_there_is_no_score(tmp_path: Path) -> None:
     reference, other = (replace(one, score=None, difference=None) for one in (EAGER, SLOW))
-    found = replace(FOUND, candidates=(reference, other), chosen=reference, labelled=False, examples=64, of_examples=64)
-    told = seen(tmp_path, replace(found, graph="not installed: onnx"))
-    assert told.says("Without labelled data only float32 was tried, and answers were compared on 64 made-up inputs.")
-    assert told.says("There is no ONNX graph: Not installed: onnx.")
-    assert told.says("up: inputs per second")
-    assert not told.says("accuracy")
-    ups = [float(dot["cy"] or 0) for dot in circles(told, "area")]
+    search = replace(
+        SEARCH, candidates=(reference, other), chosen=reference, labelled=False, examples=64, of_examples=64
+    )
+    seen = page_of(tmp_path, replace(search, graph="not installed: onnx"))
+    assert seen.says("Without labelled data only float32 was tried, and answers were compared on 64 made-up inputs.")
+    assert seen.says("There is no ONNX graph: Not installed: onnx.")
+    assert seen.says("up: inputs per second")
+    assert not seen.says("accuracy")
+    ups = [float(dot["cy"] or 0) for dot in circles(seen, "area")]
     assert ups[0] < ups[1]  # the reference has more inputs per second
 
 
@@ -192,10 +194,10 @@ def test_without_labels_there_is_no_score(tmp_path: Path) -> None:
 
 
 def test_accepted_engines_have_a_dot_and_the_unbeaten_a_name(tmp_path: Path) -> None:
-    told = seen(tmp_path)
-    assert told.says("1: openvino int8, 0.2 ms, 93.56")
-    assert told.says("3: eager float32, 0.8 ms, 93.75")
-    dots = circles(told, "area")
+    seen = page_of(tmp_path)
+    assert seen.says("1: openvino int8, 0.2 ms, 93.56")
+    assert seen.says("3: eager float32, 0.8 ms, 93.75")
+    dots = circles(seen, "area")
     assert len(dots) == 4  # neither refused nor failed ones
     others, unbeaten = dots[:2], dots[2:]
     assert sorted(float(dot["r"] or 0) for dot in unbeaten) == [4.0, 6.0]  # the chosen one is larger
@@ -205,7 +207,7 @@ def test_accepted_engines_have_a_dot_and_the_unbeaten_a_name(tmp_path: Path) -> 
     # 0.2 to 0.8 ms is as far as 0.25 to 1 ms: the axis is logarithmic
     x = sorted(float(dot["cx"] or 0) for dot in dots)
     assert x[2] - x[0] == pytest.approx(x[3] - x[1], abs=0.3)
-    caption = re.search(r"<figcaption>Every accepted engine.*?</figcaption>", told.source)
+    caption = re.search(r"<figcaption>Every accepted engine.*?</figcaption>", seen.source)
     assert caption is not None
     assert re.findall(r"<strong>(\d)&nbsp;<bdi>(.*?)</bdi>", caption[0]) == [
         ("1", "openvino int8"),
@@ -214,20 +216,20 @@ def test_accepted_engines_have_a_dot_and_the_unbeaten_a_name(tmp_path: Path) -> 
 
 
 def test_the_lowest_score_that_is_tolerated_is_a_line_below_the_reference(tmp_path: Path) -> None:
-    told = seen(tmp_path)
-    assert told.says("lowest tolerated")
-    line = re.search(r'<g class="rule-line"><path d="M[\d.]+ ([\d.]+)L[\d.]+ ([\d.]+)"', told.source)
+    seen = page_of(tmp_path)
+    assert seen.says("lowest tolerated")
+    line = re.search(r'<g class="rule-line"><path d="M[\d.]+ ([\d.]+)L[\d.]+ ([\d.]+)"', seen.source)
     assert line is not None
     assert line[1] == line[2]
-    heights = [float(dot["cy"] or 0) for dot in circles(told, "area")]
+    heights = [float(dot["cy"] or 0) for dot in circles(seen, "area")]
     assert float(line[1]) > max(heights)
-    assert not seen(tmp_path, replace(FOUND, tolerance=math.nan)).says("lowest tolerated")
+    assert not page_of(tmp_path, replace(SEARCH, tolerance=math.nan)).says("lowest tolerated")
 
 
 def test_engines_of_one_speed_and_no_other_can_be_drawn(tmp_path: Path) -> None:
-    told = seen(tmp_path, replace(FOUND, candidates=(EAGER,), chosen=EAGER))
-    assert len(circles(told, "area")) == 1
-    assert told.says("0.5 1 accuracy, % ms for one input (p50)")  # ticks on both sides
+    seen = page_of(tmp_path, replace(SEARCH, candidates=(EAGER,), chosen=EAGER))
+    assert len(circles(seen, "area")) == 1
+    assert seen.says("0.5 1 accuracy, % ms for one input (p50)")  # ticks on both sides
 
 
 # --- what is missing, wrong or hostile -------------------------------------------------------
@@ -238,9 +240,9 @@ def test_no_file_no_section(tmp_path: Path) -> None:
     assert "Engines" not in page(tmp_path).headings()
 
 
-@pytest.mark.parametrize("told", [{}, {"found": None}, {"found": {}}, {"found": {"candidates": []}}])
-def test_a_file_without_candidates_has_no_section(tmp_path: Path, told: Any) -> None:
-    assert "Engines" not in page(run_with(tmp_path, told)).headings()
+@pytest.mark.parametrize("index", [{}, {"found": None}, {"found": {}}, {"found": {"candidates": []}}])
+def test_a_file_without_candidates_has_no_section(tmp_path: Path, index: Any) -> None:
+    assert "Engines" not in page(run_with(tmp_path, index)).headings()
 
 
 @pytest.mark.parametrize("content", [b"", b'{"found": ', b"[1, 2]", b"\xff\xfe\x00"])
@@ -251,36 +253,36 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_field_of_the_wrong_type_is_named(tmp_path: Path) -> None:
-    told = engines()
-    told["found"]["candidates"][1]["score"] = "high"
+    index = engines()
+    index["found"]["candidates"][1]["score"] = "high"
     with pytest.raises(DamagedFile, match=r"engines\.json.*found\.candidates\.1\.score"):
-        report(run_with(tmp_path, told))
+        report(run_with(tmp_path, index))
 
 
 def parts(value: Any, *path: Any) -> list[tuple[Any, ...]]:
     """The ways to every field, those of the first of a list only."""
     items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
-    return [found for key, item in items for found in ((*path, key), *parts(item, *path, key))]
+    return [way for key, item in items for way in ((*path, key), *parts(item, *path, key))]
 
 
 def test_any_field_may_be_missing(tmp_path: Path) -> None:
     whole = json.dumps(engines())
     for *way, last in parts(json.loads(whole)):
-        told = holder = json.loads(whole)
+        index = holder = json.loads(whole)
         for key in way:
             holder = holder[key]
         if isinstance(holder, dict):  # what stands in a list is a record, not a field
             del holder[last]
-            assert not re.search(r"\b(nan|inf|None)\b", page(run_with(tmp_path, told)).words), (*way, last)
+            assert not re.search(r"\b(nan|inf|None)\b", page(run_with(tmp_path, index)).words), (*way, last)
 
 
 def test_hostile_names_and_numbers_are_only_shown(tmp_path: Path) -> None:
     hostile_engines(run_with(tmp_path, {}))
-    told = page(tmp_path)
-    assert "<script" not in told.source
-    assert "onerror" not in {key for _, attrs in told.tags for key in attrs}
-    assert told.count("img") == 0
-    section = told.source.partition('<section id="engines"')[2].partition("</section>")[0]
+    seen = page(tmp_path)
+    assert "<script" not in seen.source
+    assert "onerror" not in {key for _, attrs in seen.tags for key in attrs}
+    assert seen.count("img") == 0
+    section = seen.source.partition('<section id="engines"')[2].partition("</section>")[0]
     assert section.count("&lt;script&gt;") > 20
-    assert told.says(f"Chosen for {HOSTILE}: {HOSTILE} {'x' * 400}")
-    assert not re.search(r"\b(nan|inf|None)\b", told.words)
+    assert seen.says(f"Chosen for {HOSTILE}: {HOSTILE} {'x' * 400}")
+    assert not re.search(r"\b(nan|inf|None)\b", seen.words)

@@ -149,7 +149,7 @@ def test_what_limits_is_the_largest_loss(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"processes": "0"}, "--processes can't be 0"),
         ({"processes": "9999"}, "--processes can't be 9999"),
@@ -160,8 +160,8 @@ def test_what_limits_is_the_largest_loss(
         pytest.param({"processes": "2", "batch_size": 1}, "A batch of 1 can't be shared by 2", marks=two_cores),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         bench_scaling("digits", device="cpu", **options)
     assert not Path("runs").exists()
 
@@ -229,9 +229,9 @@ def test_an_older_run_is_read_and_resumed() -> None:
 @two_cores
 def test_what_is_expected_of_many(measured: dict[str, Any]) -> None:
     line = [sys.executable, str(MODEL), f"{measured['run']}/scaling.json", "--gbit", "10", "--latency-us", "50"]
-    shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    assert f"a fixed batch of {measured['batch_size']}" in shown
-    assert [int(row.split()[0]) for row in shown.splitlines()[-11:]] == [1 << power for power in range(11)]
+    output = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert f"a fixed batch of {measured['batch_size']}" in output
+    assert [int(row.split()[0]) for row in output.splitlines()[-11:]] == [1 << power for power in range(11)]
 
 
 def test_the_model_by_hand() -> None:

@@ -90,11 +90,11 @@ def _bar(step: Step, base: float, scale: float, top: float) -> Bar:
 
 
 def _value(step: Step) -> float | None:
-    return step.value if words.known(step.value) and step.value >= 0 else None
+    return step.value if words.is_known(step.value) and step.value >= 0 else None
 
 
 def _half(step: Step) -> float:
-    return step.half_iqr if words.known(step.half_iqr) and step.half_iqr > 0 else 0.0
+    return step.half_iqr if words.is_known(step.half_iqr) and step.half_iqr > 0 else 0.0
 
 
 def _place(value: float, scale: float) -> float:

@@ -64,7 +64,7 @@ def _part(ablation: Ablation, key: str) -> Part:
     rows = [[words.UNKNOWN if one is None else show(one) for show in columns.values()] for one in figures]
     names = list(columns)
     if key == "train":
-        names += [words.spaced(ablation.metric), "difference to plain, points"]
+        names += [words.with_spaces(ablation.metric), "difference to plain, points"]
         rows = [[*cells, *_scores(ablation, variant)] for cells, variant in zip(rows, variants, strict=True)]
     known = [i for i in range(len(names)) if any(cells[i] != words.UNKNOWN for cells in rows)]
     return Part(
@@ -124,21 +124,21 @@ def _step(variant: Variant, figures: Figures | None) -> Step:
 
 
 def _rate(speed: Estimate) -> str:
-    large = words.known(speed.median) and abs(speed.median) >= 100
+    large = words.is_known(speed.median) and abs(speed.median) >= 100
     return words.spread(speed.median, speed.half_iqr, _rounded if large else words.number)
 
 
 def _rounded(value: float | None) -> str:
-    return words.number(float(round(value))) if words.known(value) else words.UNKNOWN
+    return words.number(float(round(value))) if words.is_known(value) else words.UNKNOWN
 
 
 def _whole(value: float | None) -> str:
     """Rates over 100 have no need of decimals."""
-    return _rounded(value) if words.known(value) and abs(value) >= 100 else words.number(value)
+    return _rounded(value) if words.is_known(value) and abs(value) >= 100 else words.number(value)
 
 
 def _ms(value: float) -> str:
-    return f"{value:.3g}" if words.known(value) and abs(value) < 100 else _whole(value)
+    return f"{value:.3g}" if words.is_known(value) and abs(value) < 100 else _whole(value)
 
 
 def _last_accepted(ablation: Ablation, key: str) -> Figures | None:
@@ -155,12 +155,12 @@ def _notes(ablation: Ablation) -> list[str]:
             "and ratios are of figures of the same round."
         )
     figures = [one for variant in ablation.variants for one in (variant.train, variant.evaluate) if one is not None]
-    if any(words.known(one.share_of_ceiling) for one in figures):
+    if any(words.is_known(one.share_of_ceiling) for one in figures):
         notes.append(
             "Of ceiling: the share of the FLOP/s that this device was measured to reach in the variant's precision."
         )
     note = f"Scores are on validation after {words.count(ablation.steps, 'step')} from the same start"
-    if words.known(ablation.tolerance):
+    if words.is_known(ablation.tolerance):
         note += f"; the task tolerates a fall of {_points(ablation.tolerance)} points"
     return [*notes, f"{note}.", *_caveats(ablation)]
 
@@ -201,10 +201,10 @@ def sentences(ablation: Ablation, model: str, data: str) -> list[str]:
     brief = [subject]
     for key, title in PARTS.items():
         figures = _last_accepted(ablation, key)
-        if figures is not None and words.known(figures.examples_per_s.median):
+        if figures is not None and words.is_known(figures.examples_per_s.median):
             speed = f"{title} reaches {_whole(figures.examples_per_s.median)} examples per second"
             times = figures.ratio.median
-            brief.append(speed + (f", {words.ratio(times)} times plain PyTorch." if words.known(times) else "."))
+            brief.append(speed + (f", {words.ratio(times)} times plain PyTorch." if words.is_known(times) else "."))
     for verdict, title in (("refused", "Refused for its score"), ("failed", "Doesn't run here")):
         names = [variant.name.removeprefix("+ ") for variant in ablation.variants if variant.verdict == verdict]
         if names:

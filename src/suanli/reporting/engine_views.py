@@ -51,13 +51,13 @@ def search_view(engines: Engines) -> SearchView | None:
     if search is None or not search.candidates:
         return None
     order = sorted(search.candidates, key=lambda one: (one.state != "accepted", one.cost(search.goal)))
-    tried = [one for one in order if one.speeds or words.known(one.build_s) or words.known(one.score)]
+    tried = [one for one in order if one.speeds or words.is_known(one.build_s) or words.is_known(one.score)]
     columns, cells = _table(tried, search, metric)
-    scored = any(words.known(one.score) for one in tried)
+    scored = any(words.is_known(one.score) for one in tried)
     return SearchView(
         sentences=_sentences(engines, search),
         chart=_plot(tried, search, metric if scored else None),
-        score=words.spaced(metric) if scored else None,
+        score=words.with_spaces(metric) if scored else None,
         columns=columns,
         rows=[_row(number, one, search, cells[number - 1]) for number, one in enumerate(tried, 1)],
         untried=[(one.name, f"{_state(one)}: {one.reason}") for one in order if one not in tried],
@@ -94,7 +94,7 @@ def _choice(search: SearchResult) -> str:
     if _same(chosen, reference):
         return f"{choice}, the reference itself; no other engine is clearly better."
     ours, theirs = chosen.cost(goal), reference.cost(goal)
-    if goal in GAINS and ours and words.known(ours) and words.known(theirs):
+    if goal in GAINS and ours and words.is_known(ours) and words.is_known(theirs):
         return f"{choice}, {GAINS[goal](theirs / ours)} the reference, {reference.name}."
     return f"{choice}; the reference is {reference.name}."
 
@@ -104,9 +104,9 @@ def _score(search: SearchResult, metric: str) -> str:
     if not search.labelled:
         made_up = words.count(search.examples, "made-up input")
         return f"Without labelled data only float32 was tried, and answers were compared on {made_up}."
-    if not words.known(chosen.score):
+    if not words.is_known(chosen.score):
         return ""
-    score = f"its {words.spaced(metric)} is {words.score(metric, chosen.score, 2)}"
+    score = f"its {words.with_spaces(metric)} is {words.score(metric, chosen.score, 2)}"
     if not _same(chosen, search.candidates[0]):
         form = f", {{}} points against the reference (95{words.SPACE}% interval {{}} to {{}})"
         score += _difference(chosen, form)
@@ -123,11 +123,11 @@ def _notes(search: SearchResult, metric: str) -> list[str]:
         "p50, p95, p99: one input, with all threads unless one is clearly faster; inputs/s: with the batch size and "
         "the threads that are best. All took turns, each in a process of its own, whose memory is in the table."
     ]
-    if words.known(search.tolerance) and search.labelled:
+    if words.is_known(search.tolerance) and search.labelled:
         allowed = words.points(search.tolerance).lstrip("+−")
         notes.append(
             "Differences are to the reference on the same examples, with the 95 % interval; a loss of up to "
-            f"{allowed} points of {words.spaced(metric)} is tolerated."
+            f"{allowed} points of {words.with_spaces(metric)} is tolerated."
         )
         difference = search.chosen.difference
         if difference and (half := (difference.high - difference.low) / 2) > search.tolerance:
@@ -137,8 +137,10 @@ def _notes(search: SearchResult, metric: str) -> list[str]:
         notes.append("Rescued: so many of the most sensitive layers were kept in higher precision.")
     if search.graph:
         notes.append(f"There is no ONNX graph: {words.sentence(search.graph)}")
-    if words.known(search.seconds):
-        budget = f" of the {words.seconds(search.budget_s)} that were allowed" if words.known(search.budget_s) else ""
+    if words.is_known(search.seconds):
+        budget = (
+            f" of the {words.seconds(search.budget_s)} that were allowed" if words.is_known(search.budget_s) else ""
+        )
         notes.append(f"The search took {words.seconds(search.seconds)}{budget}.")
     return notes
 
@@ -164,7 +166,7 @@ def _table(tried: Sequence[Candidate], search: SearchResult, metric: str) -> tup
         Cell(text="energy", detail="an input"): lambda one: Cell(text=words.si(_joules(one), "J")),
         Cell(text="size", detail="memory"): lambda one: _both(words.memory, one.size_bytes, one.memory_bytes),
         Cell(text="load", detail="build"): lambda one: _both(words.span, one.load_s, one.build_s),
-        Cell(text=words.spaced(metric), detail="difference, points"): score,
+        Cell(text=words.with_spaces(metric), detail="difference, points"): score,
     }
     everything = {title: [show(one) for one in tried] for title, show in columns.items()}
     known = {title: cells for title, cells in everything.items() if any(cell.text != words.UNKNOWN for cell in cells)}
@@ -204,11 +206,11 @@ def _difference(one: Candidate, form: str) -> str:
     if one.difference is None:
         return ""
     values = (one.difference.median, one.difference.low, one.difference.high)
-    return form.format(*(words.points(v, 2) for v in values)) if all(map(words.known, values)) else ""
+    return form.format(*(words.points(v, 2) for v in values)) if all(map(words.is_known, values)) else ""
 
 
 def _ms(value: float | None) -> str:
-    return words.number(float(f"{1000 * value:.3g}")) if words.known(value) else words.UNKNOWN
+    return words.number(float(f"{1000 * value:.3g}")) if words.is_known(value) else words.UNKNOWN
 
 
 # --- the plot ---
@@ -223,7 +225,7 @@ def _plot(tried: Sequence[Candidate], search: SearchResult, metric: str | None) 
     def up(one: Candidate) -> float:
         speed = one.throughput()
         value = one.score if metric is not None else None if speed is None else speed.per_s
-        return (100 if percent else 1) * value if words.known(value) else math.nan
+        return (100 if percent else 1) * value if words.is_known(value) else math.nan
 
     timed = [(number, one, one.latency()) for number, one in enumerate(tried, 1) if one.state == "accepted"]
     placed = [(number, one, (1000 * speed.p50_s, up(one))) for number, one, speed in timed if speed]
@@ -234,11 +236,11 @@ def _plot(tried: Sequence[Candidate], search: SearchResult, metric: str | None) 
     x_range = decades(low / 10, low)[-1], decades(high, 10 * high)[0]  # round values, so that few have ticks, too
     lowest = up(search.candidates[0]) - (100 if percent else 1) * search.tolerance
     tolerated = Series(label="lowest tolerated", points=[(x, lowest) for x in x_range], colour="rule-line")
-    what = words.spaced(metric or "inputs per second")
+    what = words.with_spaces(metric or "inputs per second")
     return chart(
         f"Engines: latency and {what}",
         [
-            *([tolerated] if metric is not None and words.known(search.tolerance) else []),
+            *([tolerated] if metric is not None and words.is_known(search.tolerance) else []),
             _dots("other engines", "rule-line", [p for p in placed if not p[1].best], search),
             _dots("unbeaten", "first", [p for p in placed if p[1].best], search),
         ],

@@ -81,7 +81,7 @@ def _duplicates(check: Check) -> list[Finding]:
 def _unusable(check: Check) -> list[Finding]:
     if not (n := _total(check, "bad", check.bad)):
         return []
-    share = f" ({words.percent(check.bad_share, 2)} of all)" if words.known(check.bad_share) else ""
+    share = f" ({words.percent(check.bad_share, 2)} of all)" if words.is_known(check.bad_share) else ""
     return [
         Finding(
             weight="severe" if (check.bad_share or 0) > MANY_BAD else "warning",
@@ -106,7 +106,7 @@ def _classes(check: Check) -> list[Finding]:
                 total=n,
             )
         )
-    if words.known(check.imbalance) and check.imbalance >= IMBALANCED:
+    if words.is_known(check.imbalance) and check.imbalance >= IMBALANCED:
         findings.append(
             Finding(
                 weight="warning",

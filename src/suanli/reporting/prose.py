@@ -68,7 +68,7 @@ def abstract(run: RunFiles, score: views.PrimaryScore | None) -> list[str]:
         caveat = "which took no part in training or in any choice" if score.split == "test" else ""
         sentence = f"On the {inputs} of the {views.SPLIT_NAMES[score.split].lower()} split"
         sentence += f", {caveat}," if caveat else ","
-        sentence += f" {words.spaced(score.name)} is {words.score(score.name, score.value)}"
+        sentence += f" {words.with_spaces(score.name)} is {words.score(score.name, score.value)}"
         if score.interval:
             low, high = (words.score(score.name, value) for value in score.interval)
             sentence += f" (95 % interval {low} to {high})"
@@ -84,8 +84,8 @@ def _training(run: RunFiles) -> str:
     if sizes.get("train") and run.data:
         classes = words.count(len(views.class_names(run.data)), "class", "classes")
         sentence += f" ({words.count(sizes['train'], 'training input')} in {classes})"
-    if summary and words.known(summary.epochs):
+    if summary and words.is_known(summary.epochs):
         sentence += f" for {words.number(summary.epochs)} epochs"
-    if summary and words.known(summary.seconds.get("train")):
+    if summary and words.is_known(summary.seconds.get("train")):
         sentence += f" in {words.seconds(summary.seconds['train'])}"
     return sentence + "."

@@ -32,12 +32,12 @@ SHARES = {
 
 def shares(diagnosis: Diagnosis) -> tuple[list[Phase], list[str]]:
     """Parts of a training step with their seconds (NaN: not known), and the parts that can't be distinguished."""
-    known = {name: share for name, share in diagnosis.shares.items() if words.known(share) and share >= 0}
+    known = {name: share for name, share in diagnosis.shares.items() if words.is_known(share) and share >= 0}
     parts = [
-        Phase(name=SHARES.get(name, words.spaced(name)), seconds=share * diagnosis.step_s, share=share)
+        Phase(name=SHARES.get(name, words.with_spaces(name)), seconds=share * diagnosis.step_s, share=share)
         for name, share in known.items()
     ]
-    unknown = [SHARES.get(n, words.spaced(n)) for n in diagnosis.shares if n not in known]
+    unknown = [SHARES.get(n, words.with_spaces(n)) for n in diagnosis.shares if n not in known]
     return parts, unknown
 
 
@@ -80,7 +80,7 @@ def untried(plan: Plan) -> dict[str, str]:
 
 def _trial(trial: Trial, plan: Plan) -> PlanRow:
     undone = [name for name in trial.change.split() if not _in_use(name, plan)]
-    reason = MEASURED.sub("", trial.reason) if words.known(trial.ratio) else trial.reason
+    reason = MEASURED.sub("", trial.reason) if words.is_known(trial.ratio) else trial.reason
     if trial.kept and undone:  # later changes and failures in training have the last word
         dropped = next((plan.dropped[name] for name in map(_name, undone) if name in plan.dropped), "")
         reason = dropped or "kept then, and changed again later"
@@ -91,7 +91,7 @@ def _trial(trial: Trial, plan: Plan) -> PlanRow:
         used=trial.kept and not undone,
         times=words.spread(trial.ratio, trial.spread, words.ratio),
         rounds=trial.rounds or None,
-        error=f"{trial.error:.2g}" if words.known(trial.error) else words.UNKNOWN,
+        error=f"{trial.error:.2g}" if words.is_known(trial.error) else words.UNKNOWN,
         reason=reason,
     )
 
@@ -124,7 +124,7 @@ def plan_sentence(plan: Plan) -> str:
     sentence = f"In use: {', '.join(used)}. " if used else "No speedup is in use. "
     origin = ORIGINS.get(plan.origin, "")
     if origin and not origin.endswith("."):
-        planned = words.known(plan.seconds) and plan.origin == "measured"
+        planned = words.is_known(plan.seconds) and plan.origin == "measured"
         took = f", which took {words.seconds(plan.seconds)}" if planned else ""
         origin += f"{took}."
     return (sentence + origin).strip()
@@ -158,9 +158,9 @@ class Roof:
 
 def roof(roofline: Roofline) -> Roof | None:
     """None where no layer has a time."""
-    timed = [one for one in roofline.layers if words.known(one.seconds) and one.seconds > 0]
+    timed = [one for one in roofline.layers if words.is_known(one.seconds) and one.seconds > 0]
     total = sum(one.seconds for one in timed)
-    if not timed or not words.known(total):
+    if not timed or not words.is_known(total):
         return None
     peaks = _peaks(roofline)
     bandwidth = None if roofline.ceilings is None else roofline.ceilings.memory_bytes_per_s

@@ -41,7 +41,7 @@ def primary_score(evaluations: dict[str, Evaluation]) -> PrimaryScore | None:
             name = next(iter(scores))
         low, high = evaluation.interval or (None, None)
         interval = None
-        if words.known(low) and words.known(high):
+        if words.is_known(low) and words.is_known(high):
             interval = low, high
         return PrimaryScore(split=split, name=name, value=scores[name], interval=interval, count=evaluation.count)
     return None
@@ -162,7 +162,7 @@ def curves(metrics: Sequence[Metrics], name: str | None) -> list[Chart]:
     validation_loss = thin(points(validation, "loss"))
     charts = [
         chart(
-            "Loss" if any(words.known(y) for _, y in validation_loss) else "Training loss",
+            "Loss" if any(words.is_known(y) for _, y in validation_loss) else "Training loss",
             [
                 Series(label="training", points=thin(points(training, "loss"))),
                 Series(label="validation", points=validation_loss, colour="second", dots=few),
@@ -172,7 +172,7 @@ def curves(metrics: Sequence[Metrics], name: str | None) -> list[Chart]:
             y_range=(0.0, None),
         ),
         chart(
-            f"Validation {words.spaced(name or 'score')}",
+            f"Validation {words.with_spaces(name or 'score')}",
             [Series(label="validation", points=thin(scores), colour="second", dots=few)],
             x_label=x_label,
             x_range=x_range,
@@ -205,7 +205,7 @@ def _value(value: float | None) -> float:
 
 
 def _score_writer(points: Sequence[Point]) -> Callable[[float], str] | None:
-    values = [y for _, y in points if words.known(y)]
+    values = [y for _, y in points if words.is_known(y)]
     if not values or min(values) < 0 or max(values) > 1:
         return None
     close = max(values) - min(values) <= 0.1  # ticks at 2.5 points, or nearer
@@ -214,7 +214,7 @@ def _score_writer(points: Sequence[Point]) -> Callable[[float], str] | None:
 
 def reliability(evaluation: Evaluation) -> Chart | None:
     """Stated confidence against the share that was right; dots grow with the number of inputs."""
-    bins = [b for b in evaluation.reliability or () if b.count and words.known(b.confidence)]
+    bins = [b for b in evaluation.reliability or () if b.count and words.is_known(b.confidence)]
     most = max((b.count for b in bins), default=1)
     points = [(_value(b.confidence), _value(b.accuracy)) for b in bins]
     radii = [2 + 4 * math.sqrt(b.count / most) for b in bins]
@@ -243,7 +243,7 @@ def phases(summary: Summary, evaluation: Evaluation | None) -> list[Phase]:
     """Where the time went; what belongs to no phase is 'other'."""
     seconds = {"evaluate": evaluation.seconds if evaluation else None, **summary.seconds}
     order = [*summary.seconds, "evaluate"]
-    known = {name: s for name in order if words.known(s := seconds[name]) and s >= 0}
+    known = {name: s for name in order if words.is_known(s := seconds[name]) and s >= 0}
     total = known.pop("total", 0.0)
     rest = total - sum(known.values())
     if rest > 0.01 * total:
@@ -274,11 +274,11 @@ def forecasts(summary: Summary) -> list[ForecastRow]:
             name=name, expected=show(expected), measured=show(measured), difference=_difference(expected, measured)
         )
         for name, expected, measured, show in rows
-        if words.known(expected)
+        if words.is_known(expected)
     ]
 
 
 def _difference(expected: float | None, measured: float | None) -> str:
-    if not words.known(expected) or not words.known(measured) or expected <= 0:
+    if not words.is_known(expected) or not words.is_known(measured) or expected <= 0:
         return words.UNKNOWN
     return f"{100 * (measured / expected - 1):+.0f} %".replace("-", "−")

@@ -15,19 +15,19 @@ UNKNOWN = "–"
 SPACE = "\N{NO-BREAK SPACE}"  # a line never ends between a number and its sign
 
 
-def known(value: float | None) -> TypeGuard[float]:
+def is_known(value: float | None) -> TypeGuard[float]:
     """A number that can be shown; nothing that is measured is as large as 1e100."""
     return value is not None and abs(value) < 1e100  # False for NaN
 
 
 def percent(value: float | None, decimals: int = 1) -> str:
     """A fraction: 0.9834 is '98.3 %'."""
-    return f"{100 * value:.{decimals}f}{SPACE}%" if known(value) else UNKNOWN
+    return f"{100 * value:.{decimals}f}{SPACE}%" if is_known(value) else UNKNOWN
 
 
 def number(value: float | None) -> str:
     """'1,437'; '0.0312'; '12.5'."""
-    if not known(value):
+    if not is_known(value):
         return UNKNOWN
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
@@ -36,7 +36,7 @@ def number(value: float | None) -> str:
 
 def times(value: float | None) -> str:
     """A ratio: '1.1', '12'."""
-    return number(round(value, 1)) if known(value) else UNKNOWN
+    return number(round(value, 1)) if is_known(value) else UNKNOWN
 
 
 def score(name: str, value: float | None, decimals: int = 1) -> str:
@@ -47,12 +47,12 @@ def score(name: str, value: float | None, decimals: int = 1) -> str:
 
 
 def seconds(value: float | None) -> str:
-    return duration(value) if known(value) else UNKNOWN
+    return duration(value) if is_known(value) else UNKNOWN
 
 
 def span(value: float | None) -> str:
     """A short time: '85 µs', '12.3 ms', '1.2 s'."""
-    if not known(value) or abs(value) >= 1:
+    if not is_known(value) or abs(value) >= 1:
         return seconds(value)
     return si(value, "s")
 
@@ -62,7 +62,7 @@ PREFIXES = {15: "P", 12: "T", 9: "G", 6: "M", 3: "k", 0: "", -3: "m", -6: "µ", 
 
 def si(value: float | None, unit: str = "") -> str:
     """Three digits and a prefix of a thousand: '410 GFLOP/s'."""
-    if not known(value):
+    if not is_known(value):
         return UNKNOWN
     digits = f"{abs(value):.3g}"  # rounded first: 999.9 is 1 k
     power = math.floor(math.log10(float(digits))) if float(digits) else 0
@@ -77,23 +77,23 @@ def si(value: float | None, unit: str = "") -> str:
 
 def ratio(value: float | None) -> str:
     """How many times as fast: '1.42', '12.3'."""
-    if not known(value):
+    if not is_known(value):
         return UNKNOWN
     return f"{value:.2f}" if abs(value) < 10 else number(float(f"{value:.3g}"))
 
 
 def spread(value: float | None, half: float | None, show: Callable[[float | None], str] = number) -> str:
     """A value and how far it varies: '1,240 ± 12'."""
-    return f"{show(value)} ± {show(half)}" if known(value) and known(half) else show(value)
+    return f"{show(value)} ± {show(half)}" if is_known(value) and is_known(half) else show(value)
 
 
 def points(value: float | None, decimals: int = 1) -> str:
     """A difference of two scores in percentage points: '−0.1', '+1.0'."""
-    return f"{100 * value:+.{decimals}f}".replace("-", "−") if known(value) else UNKNOWN
+    return f"{100 * value:+.{decimals}f}".replace("-", "−") if is_known(value) else UNKNOWN
 
 
 def memory(value: float | None) -> str:
-    return size(value) if known(value) else UNKNOWN
+    return size(value) if is_known(value) else UNKNOWN
 
 
 def count(how_many: int | None, noun: str, plural: str | None = None) -> str:
@@ -101,7 +101,7 @@ def count(how_many: int | None, noun: str, plural: str | None = None) -> str:
     return f"{number(how_many)} {noun if how_many == 1 else plural or noun + 's'}"
 
 
-def spaced(name: str) -> str:
+def with_spaces(name: str) -> str:
     """A field's name as words: 'balanced_accuracy' is 'balanced accuracy'."""
     return name.replace("_", " ")
 
@@ -136,7 +136,7 @@ def moment(time: str) -> str:
 
 def unit(value: float | None) -> float:
     """As the length of a bar: 0 to 1, nothing for what isn't known."""
-    return round(min(max(value, 0.0), 1.0), 4) if known(value) else 0.0
+    return round(min(max(value, 0.0), 1.0), 4) if is_known(value) else 0.0
 
 
 def present(values: Mapping[str, str | None]) -> list[tuple[str, str]]:
@@ -157,7 +157,7 @@ FILTERS = {
     "si": si,
     "ratio": ratio,
     "count": count,
-    "spaced": spaced,
+    "with_spaces": with_spaces,
     "times": times,
     "sentence": sentence,
     "shape": shape,

@@ -99,7 +99,7 @@ def ask(group: Sequence[Sandbox], do: str, **request: Json) -> dict[str, Json]:
                     fix="If memory ran out, give fewer --processes or a smaller --batch-size.",
                 ) from error
             if "kind" in replies[member]:
-                raise fatal.restore_error(**replies[member])
+                raise fatal.restore_error(**{key: replies[member][key] for key in ("kind", "message", "fix")})
     return replies[group[0]]
 
 
