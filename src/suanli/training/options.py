@@ -18,7 +18,7 @@ class RecipeOptions:
     """What is learned."""
 
     recipe: str | Recipe | None = None  # None: the shipped one that suits the data
-    changes: Mapping[str, Json] = field(default_factory=dict)  # fields of the recipe that the user set
+    changes: Mapping[str, object] = field(default_factory=dict)  # fields of the recipe that the user set
     weights: AnyPath | None = None  # to start from
     target_accuracy: float | None = None  # choose the cheapest training that is known to reach this fraction
     time_budget: str | float | None = None  # choose the best training that is done in time: seconds, or "5m"
@@ -58,4 +58,4 @@ class TrainerOptions:
     processes: dict[str, Json] | None = None  # that train together, as preflight saw them; None: there is one
     prepare_s: float | None = None  # that preparing the data took; None: unknown
     earlier_s: float = 0.0  # of training before an interruption
-    fallbacks: Sequence[Mapping[str, Json]] = ()  # before an interruption
+    fallbacks: Sequence[Mapping[str, object]] = ()  # before an interruption

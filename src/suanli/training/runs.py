@@ -57,7 +57,7 @@ class Resources:
         )
         Trainer(session, run, options).train()
 
-    def start_processes(self, run: Run, data: DataOptions, *, resumed: bool, **more: Json) -> None:
+    def start_processes(self, run: Run, data: DataOptions, *, resumed: bool, **more: object) -> None:
         """Train `run` by processes of this machine, each `suanli train RUN`."""
         names = ("device", "speedups", "threads", "balance", "hang_timeout_s", "checkpoint_every_s", "track")
         values = {name: getattr(self.options, name) for name in names}
@@ -287,14 +287,14 @@ def _resumed_plan(summary: Mapping[str, Json], resources: Resources) -> str | Pl
 
 
 def _read_weights(
-    weights: AnyPath | None, changes: Mapping[str, Json], trust_code: bool
-) -> tuple[dict[str, Json], Mapping[str, Json] | None]:
+    weights: AnyPath | None, changes: Mapping[str, object], trust_code: bool
+) -> tuple[dict[str, object], Mapping[str, object] | None]:
     """What given weights bring along: fields of the recipe, and the preprocessing that they were trained with, which
     stays unless the user changes it."""
     if weights is None:
         return {}, None
     file, card = find_weights(Path(weights).expanduser())
-    network: dict[str, Json] = {"weights": str(file)}
+    network: dict[str, object] = {"weights": str(file)}
     if card is None:
         return network, None
     if "model" not in changes:
@@ -348,7 +348,7 @@ def _refuse_another(run: Run, recipe: Recipe) -> None:
 
 
 def _refuse_two_choices(
-    recipe: Recipe, changes: Mapping[str, Json], target_accuracy: float | None, budget_s: float | None
+    recipe: Recipe, changes: Mapping[str, object], target_accuracy: float | None, budget_s: float | None
 ) -> None:
     if target_accuracy is not None and budget_s is not None:
         raise UsageError("--target-accuracy and --time-budget both choose the training.", fix="Give one of them.")

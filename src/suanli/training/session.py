@@ -6,11 +6,11 @@ Nothing is written here but the plan in the cache directory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from suanli.compute import planner
 from suanli.compute.plan import PLAIN, check_threads, plain_plan, plan_of_names, sort_speedups, usable_speedups
@@ -18,7 +18,7 @@ from suanli.compute.plan_cache import PlanCache
 from suanli.compute.plan_trial import first_line, free_memory
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.core.registry import names
-from suanli.core.types import Device, Json, Plan, Recipe, Trial
+from suanli.core.types import Device, Plan, Recipe
 from suanli.data.cache import PreparedData
 from suanli.machine import peak
 from suanli.machine.device import cores, is_out_of_memory
@@ -170,7 +170,8 @@ class Session:
         if self.group.is_alone:
             assert plan is not None
             return plan
-        return _plan_from(self.group.broadcast(asdict(plan) if plan else None), self.device)
+        values = self.group.broadcast(asdict(plan) if plan else None)
+        return replace(TypeAdapter(Plan).validate_python(values), device=self.device.torch_name)
 
     def _share_by_speed(self, memory_bytes: int) -> None:
         """A collective: all compute at once, as they will in training, without waiting for each other."""
@@ -271,11 +272,6 @@ class Session:
         self._free()
         self._loop = self._setup(fresh=True).loop(self.plan)
         return f"beginning again at a learning rate of {self.recipe.lr:.2g}"
-
-
-def _plan_from(values: Mapping[str, Json], device: Device) -> Plan:
-    trials = tuple(Trial(**t) for t in values["trials"])
-    return Plan(**{**values, "device": device.torch_name, "speedups": tuple(values["speedups"]), "trials": trials})
 
 
 def _risk(error: Exception) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from suanli.compute.planner import SHARDED
 from suanli.core.console import duration, plural
 from suanli.core.run import FINISHED, Run, measurement
-from suanli.core.types import Json, Plan
+from suanli.core.types import Plan
 from suanli.machine.device import environment, peak_memory_bytes
 from suanli.training.diagnose import Diagnosis
 from suanli.training.options import TrainerOptions
@@ -22,12 +22,12 @@ class Summary:
 
     def __init__(self, session: Session, run: Run, options: TrainerOptions) -> None:
         self.session, self.run, self.options = session, run, options
-        self.fallbacks: list[Mapping[str, Json]] = list(options.fallbacks)
+        self.fallbacks: list[Mapping[str, object]] = list(options.fallbacks)
         self.seconds = {} if options.prepare_s is None else {"prepare": options.prepare_s}
         self.processes = options.processes
         if self.processes is not None:
             self.processes = self.processes | {"shares": list(session.group.shares) or None}
-        self.gate: dict[str, Json] | None = None  # the final score compared with float32
+        self.gate: dict[str, object] | None = None  # the final score compared with float32
         self.started = time.perf_counter()
 
     def write_running(self) -> None:
@@ -56,7 +56,7 @@ class Summary:
         if status in FINISHED and rate is not None:
             self._record(rate)
 
-    def _lasting(self) -> dict[str, Json]:
+    def _lasting(self) -> dict[str, object]:
         return {
             "forecast": self.session.forecast.to_json(),
             "plan": asdict(self.session.plan),
