@@ -175,16 +175,16 @@ def serving(
 
 def _listening(process: subprocess.Popen[bytes], log: Path, within_s: float) -> Served:
     """Waits until the server says where it listens."""
-    found: list[re.Match[str]] = []
+    matches: list[re.Match[str]] = []
 
-    def told() -> bool:
+    def listens() -> bool:
         text = log.read_text(encoding="utf-8", errors="replace")
         if process.poll() is not None:
             pytest.fail(f"the server ended with {process.returncode}\n{text}")
-        found.extend(SERVING.finditer(text))
-        return bool(found)
+        matches.extend(SERVING.finditer(text))
+        return bool(matches)
 
-    until(told, within_s=within_s, what="a server that listens")
-    scheme, host, port, grpc = found[0].groups()
+    until(listens, within_s=within_s, what="a server that listens")
+    scheme, host, port, grpc = matches[0].groups()
     bare = host.strip("[]")
     return Served(process, f"{scheme}://{host}:{port}", bare, int(port), None if grpc is None else int(grpc), log)

@@ -40,8 +40,8 @@ PATIENCE_S = 3.0  # of the server, with who is slow; else ten
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with register() as found:
-        yield found
+    with register() as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def server(everyones: Served) -> Iterator[Served]:
 # --- clients that send nonsense, or not all ---
 
 
-def test_who_sends_slowly_or_half_of_it_is_cut_off_and_others_are_answered(server: Served) -> None:
+def test_a_client_that_sends_slowly_or_only_a_part_is_cut_off_and_others_are_answered(server: Served) -> None:
     whole = message((GOOD, 1))
     head, _, body = whole.partition(b"\r\n\r\n")
     large = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900000\r\n\r\n" % INFER.encode()
@@ -115,7 +115,7 @@ def test_one_byte_at_a_time_is_a_request_too(server: Served) -> None:
         assert read(raw.answer()) == [3, 5]
 
 
-def test_who_leaves_in_the_middle_of_a_body_or_before_the_answer_is_forgotten(server: Served) -> None:
+def test_a_client_that_leaves_during_its_body_or_before_the_answer_is_forgotten(server: Served) -> None:
     with Raw(server) as raw:
         raw.send(message((GOOD, 1))[:-5])
     slow = Raw(server)
@@ -183,7 +183,7 @@ def test_headers_that_contradict_are_refused(server: Served, headers: str) -> No
         assert isinstance(answer.json()["error"], str)
 
 
-def test_a_body_that_is_longer_than_said_ends_the_connection_after_the_answer(server: Served) -> None:
+def test_a_body_that_is_longer_than_its_content_length_ends_the_connection_after_the_answer(server: Served) -> None:
     with Raw(server) as raw:
         raw.send(message((GOOD, 4)) + b"\x00\x01 more that nobody announced\r\n\r\n")
         assert read(raw.answer()) in ([4], 400)
@@ -205,7 +205,7 @@ def test_a_body_that_is_longer_than_said_ends_the_connection_after_the_answer(se
         b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n" % INFER.encode(),
     ],
 )
-def test_what_is_no_http_gets_an_error_in_json_or_is_cut_off(server: Served, data: bytes) -> None:
+def test_bytes_that_are_not_http_get_an_error_in_json_or_are_cut_off(server: Served, data: bytes) -> None:
     with Raw(server) as raw:
         raw.send(data)
         raw.socket.settimeout(15)
@@ -217,7 +217,7 @@ def test_what_is_no_http_gets_an_error_in_json_or_is_cut_off(server: Served, dat
         assert isinstance(answer.json()["error"], str)
 
 
-def test_headers_without_an_end_are_cut_off_before_they_fill_the_memory(server: Served) -> None:
+def test_endless_headers_are_cut_off_before_they_fill_the_memory(server: Served) -> None:
     def memory_bytes() -> int:
         return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * 4096
 
@@ -280,7 +280,7 @@ def test_many_bodies_that_never_end_do_not_fill_the_memory(server: Served) -> No
     assert answered(server, (GOOD, 1)) == [1]
 
 
-def test_a_client_that_asks_before_it_sends_is_told_to_go_on(server: Served) -> None:
+def test_a_client_that_expects_100_continue_gets_it(server: Served) -> None:
     whole = message((GOOD, 6), headers="Expect: 100-continue\r\n")
     head, _, body = whole.partition(b"\r\n\r\n")
     with Raw(server) as raw:
@@ -296,11 +296,11 @@ def test_a_client_that_asks_before_it_sends_is_told_to_go_on(server: Served) -> 
         assert raw.answer().status == 413
 
 
-def test_chunks_are_a_body_too(server: Served) -> None:
+def test_a_chunked_body_is_read(server: Served) -> None:
     body, more = request((GOOD, 8))
-    told = "".join(f"{name}: {value}\r\n" for name, value in more.items())
+    lines = "".join(f"{name}: {value}\r\n" for name, value in more.items())
     with Raw(server) as raw:
-        raw.send(f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\n{told}Transfer-Encoding: chunked\r\n\r\n".encode())
+        raw.send(f"POST {INFER} HTTP/1.1\r\nHost: localhost\r\n{lines}Transfer-Encoding: chunked\r\n\r\n".encode())
         for start in range(0, len(body), 7):
             part = body[start : start + 7]
             raw.send(b"%x\r\n" % len(part) + part + b"\r\n")
@@ -308,7 +308,7 @@ def test_chunks_are_a_body_too(server: Served) -> None:
         assert read(raw.answer()) == [8]
 
 
-def test_a_client_that_offers_another_protocol_is_answered_in_this_one(server: Served) -> None:
+def test_a_client_that_offers_another_protocol_is_answered_in_http_1(server: Served) -> None:
     """Java's own client offers HTTP/2 with its first request."""
     offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n"
     whole = message((GOOD, 1), headers=offer)
@@ -404,7 +404,7 @@ BAD_JSON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("what", BAD_JSON)
-def test_a_bad_request_is_told_what_is_wrong(everyones: Served, what: str) -> None:
+def test_a_bad_request_gets_an_error_that_says_what_is_wrong(everyones: Served, what: str) -> None:
     values = BAD_JSON[what]
     body = values if isinstance(values, bytes) else json.dumps(values).encode()
     answer = everyones.ask("POST", INFER, body)
@@ -412,12 +412,12 @@ def test_a_bad_request_is_told_what_is_wrong(everyones: Served, what: str) -> No
     assert 5 < len(answer.json()["error"]) < 600
 
 
-def test_the_server_is_well_after_bad_requests(server: Served) -> None:
+def test_the_server_works_after_bad_requests(server: Served) -> None:
     assert odd(server)["restarts"] == 0
 
 
 @pytest.mark.parametrize("length", ["-1", "5", "0x10", "1e3", "99999999999999999999", "\u0665", "", "10, 20", "100000"])
-def test_a_lying_length_of_the_json_is_refused(everyones: Served, length: str) -> None:
+def test_a_wrong_length_of_the_json_is_refused(everyones: Served, length: str) -> None:
     body, _ = request((GOOD, 1))
     answer = everyones.ask(
         "POST", INFER, body, {"Inference-Header-Content-Length": length.encode("utf-8").decode("latin-1")}
@@ -426,7 +426,7 @@ def test_a_lying_length_of_the_json_is_refused(everyones: Served, length: str) -
 
 
 @pytest.mark.parametrize("size", [-1, 11, 13, 10**12, 1.5, "12", True, None, []])
-def test_a_lying_size_of_a_tensor_is_refused(everyones: Served, size: object) -> None:
+def test_a_wrong_size_of_a_tensor_is_refused(everyones: Served, size: object) -> None:
     head = json.dumps({"inputs": [tensor(data=..., parameters={"binary_data_size": size})]}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
     answer = everyones.ask("POST", INFER, head + bytes(12), headers)
@@ -460,20 +460,24 @@ def elements(*parts: bytes) -> tuple[bytes, dict[str, str]]:
 
 
 def test_a_picture_that_unfolds_to_gigabytes_is_refused(server: Served) -> None:
-    for side, told in ((30_000, "Not an image that suanli can read"), (12_000, "12000x12000"), (7_200, "7200x7200")):
+    for side, expected in (
+        (30_000, "Not an image that suanli can read"),
+        (12_000, "12000x12000"),
+        (7_200, "7200x7200"),
+    ):
         bomb = png(side, side)
         assert len(bomb) < BODY_LIMIT
         before = time.monotonic()
         answer = server.ask("POST", INFER, *elements(bomb))
         assert answer.status == 400
-        assert told in answer.json()["error"]
-        found = server.ask("POST", "/predict", bomb, {"Content-Type": "image/png"})
-        assert found.status == 200
-        assert told in found.json()["predictions"][0]["error"]
+        assert expected in answer.json()["error"]
+        result = server.ask("POST", "/predict", bomb, {"Content-Type": "image/png"})
+        assert result.status == 200
+        assert expected in result.json()["predictions"][0]["error"]
         assert time.monotonic() - before < 5
 
 
-def test_broken_pictures_are_told_beside_good_ones(server: Served) -> None:
+def test_broken_pictures_get_errors_beside_the_answers_of_good_ones(server: Served) -> None:
     good = [file_of(pictures((GOOD, i))[0]) for i in range(3)]
     large = file_of(np.full((300, 400, 3), (0, 6, 0), np.uint8))
     files = {
@@ -493,9 +497,9 @@ def test_broken_pictures_are_told_beside_good_ones(server: Served) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=edge"}
     answer = server.ask("POST", "/predict", form + b"--edge--\r\n", headers)
     assert answer.status == 200, answer.body
-    for found, (name, (_, label)) in zip(answer.json()["predictions"], files.items(), strict=True):
-        assert (found["name"], found["label"]) == (name, label)
-        assert (found["error"] is None) == (label is not None)
+    for result, (name, (_, label)) in zip(answer.json()["predictions"], files.items(), strict=True):
+        assert (result["name"], result["label"]) == (name, label)
+        assert (result["error"] is None) == (label is not None)
     assert read(server.ask("POST", INFER, *elements(good[2], good[0]))) == [2, 0]
     refused = server.ask("POST", INFER, *elements(good[2], files["cut"][0]))
     assert refused.status == 400
@@ -528,15 +532,15 @@ def test_broken_pictures_are_told_beside_good_ones(server: Served) -> None:
 )
 def test_a_bad_form_is_refused(everyones: Served, kind: str, body: bytes) -> None:
     answer = everyones.ask("POST", "/predict", body, {"Content-Type": kind})
-    if answer.status == 200:  # a file that can't be read is told as that
-        assert all(found["error"] for found in answer.json()["predictions"])
+    if answer.status == 200:  # a file that can't be read has an error of its own
+        assert all(result["error"] for result in answer.json()["predictions"])
     else:
         assert answer.status in (400, 415), answer.body
         assert isinstance(answer.json()["error"], str)
 
 
 @pytest.mark.parametrize("query", ["top=0", "top=-1", "top=x", "top=", "top=%F0%9D%9F%93", "top=99999999999999999999"])
-def test_a_bad_query_is_refused_or_made_the_best_of(everyones: Served, query: str) -> None:
+def test_a_bad_query_is_refused_or_ignored(everyones: Served, query: str) -> None:
     content = file_of(pictures((GOOD, 1))[0])
     answer = everyones.ask("POST", f"/predict?{query}", content, {"Content-Type": "image/png"})
     assert answer.status in (200, 400), answer.body
@@ -565,7 +569,7 @@ def test_a_bad_query_is_refused_or_made_the_best_of(everyones: Served, query: st
         ("GET", "/nothing", 404),
     ],
 )
-def test_paths_that_lead_nowhere(everyones: Served, method: str, path: str, status: int) -> None:
+def test_unknown_paths(everyones: Served, method: str, path: str, status: int) -> None:
     with Raw(everyones) as raw:
         raw.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
         answer = raw.answer()
@@ -589,11 +593,11 @@ def test_paths_that_lead_nowhere(everyones: Served, method: str, path: str, stat
         ("\u00fc", 421),
     ],
 )
-def test_only_pages_of_this_machine_can_reach_it(everyones: Served, host: str, status: int) -> None:
+def test_only_host_names_of_this_machine_are_accepted(everyones: Served, host: str, status: int) -> None:
     with Raw(everyones) as raw:
         raw.send(f"GET /v2 HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1"))
-        found = raw.answer().status
-    assert found == status or (status == 421 and found == 400)
+        result = raw.answer().status
+    assert result == status or (status == 421 and result == 400)
 
 
 @pytest.mark.parametrize(
@@ -607,7 +611,7 @@ def test_only_pages_of_this_machine_can_reach_it(everyones: Served, host: str, s
         ("http://example.org/?://localhost:8000", 403),
     ],
 )
-def test_pages_of_other_sites_cannot_ask(everyones: Served, origin: str, status: int) -> None:
+def test_pages_of_other_sites_are_refused(everyones: Served, origin: str, status: int) -> None:
     with Raw(everyones) as raw:
         raw.send(
             message((GOOD, 1), headers=f"Origin: {origin}\r\n").replace(b"Host: localhost", b"Host: localhost:8000")
@@ -615,7 +619,7 @@ def test_pages_of_other_sites_cannot_ask(everyones: Served, origin: str, status:
         assert raw.answer().status == status
 
 
-def test_every_line_of_the_log_is_json_whatever_clients_put_into_it(server: Served) -> None:
+def test_every_line_of_the_log_is_json_whatever_clients_send(server: Served) -> None:
     paths = ['/"}\n', "/%0a%7b", "/%1b[2J", "/\u2028x", "/%ff%00", "/\\\\", "/'\"", "/%ED%A0%80"]
     for path in paths:
         with Raw(server) as raw:
@@ -642,8 +646,8 @@ def test_an_engine_that_fails_or_dies_on_some_inputs_harms_only_those(server: Se
     orders: list[tuple[int, ...]] = [(GOOD, i % 10) for i in range(20)]
     orders[3], orders[9], orders[14] = (THROWS,), (SHAPE,), (NAN,)
     with ThreadPoolExecutor(len(orders)) as pool:
-        found = list(pool.map(lambda order: answered(server, order), orders))
-        for order, answer in zip(orders, found, strict=True):
+        result = list(pool.map(lambda order: answered(server, order), orders))
+        for order, answer in zip(orders, result, strict=True):
             assert answer == ([order[1]] if order[0] == GOOD else 500)
         (engine,) = children(server.process.pid)
         before = odd(server)["restarts"]
@@ -651,9 +655,9 @@ def test_an_engine_that_fails_or_dies_on_some_inputs_harms_only_those(server: Se
         slow = pool.submit(answered, server, (SLEEPS, 5, 50))
         time.sleep(0.2)
         orders = [(GOOD, 1), (GOOD, 2), (DIES,), (GOOD, 3)]
-        found = list(pool.map(lambda order: answered(server, order), orders))
+        result = list(pool.map(lambda order: answered(server, order), orders))
         assert slow.result() == [5]
-    assert found == [[1], [2], 500, [3]], server.events("engine lost")
+    assert result == [[1], [2], 500, [3]], server.events("engine lost")
     until(server.ready, within_s=20, what="ready again")
     assert odd(server)["restarts"] == before + 2
     assert not is_there(engine)

@@ -52,8 +52,8 @@ def pixels() -> np.ndarray:
     """Twelve real digits at the size of the model, (12, 8, 8, 1) uint8."""
     from sklearn.datasets import load_digits
 
-    found: np.ndarray = np.rint(load_digits().images[:12, ..., None] * (255 / 16)).astype(np.uint8)
-    return found
+    result: np.ndarray = np.rint(load_digits().images[:12, ..., None] * (255 / 16)).astype(np.uint8)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,8 @@ def triton() -> ModuleType:
 
 @pytest.fixture
 def client(triton: ModuleType, server: Served) -> Iterator[Any]:
-    with triton.InferenceServerClient(f"{server.host}:{server.port}", concurrency=4) as made:
-        yield made
+    with triton.InferenceServerClient(f"{server.host}:{server.port}", concurrency=4) as connection:
+        yield connection
 
 
 def sent(triton: ModuleType, values: np.ndarray, datatype: str = "UINT8", *, binary: bool = True) -> Any:
@@ -116,7 +116,7 @@ def test_triton_reads_the_server_and_the_model(client: Any) -> None:
 
 @pytest.mark.parametrize("binary_input", [False, True], ids=["JSON in", "bytes in"])
 @pytest.mark.parametrize("binary_output", [False, True, None], ids=["JSON out", "bytes out", "no word of outputs"])
-def test_triton_gets_what_predict_says(
+def test_triton_gets_the_answers_of_predict(
     client: Any,
     triton: ModuleType,
     pixels: np.ndarray,
@@ -130,13 +130,13 @@ def test_triton_gets_what_predict_says(
         if binary_output is None
         else [triton.InferRequestedOutput(name, binary_data=binary_output) for name in names]
     )
-    found = client.infer("digits", [sent(triton, pixels, binary=binary_input)], outputs=outputs, request_id="number 7")
-    about = found.get_response()
+    result = client.infer("digits", [sent(triton, pixels, binary=binary_input)], outputs=outputs, request_id="number 7")
+    about = result.get_response()
     assert (about["id"], about["model_name"], about["model_version"]) == ("number 7", "digits", "1")
     assert all(("data" in output) == (binary_output is False) for output in about["outputs"])
-    says = found.as_numpy("label")
+    says = result.as_numpy("label")
     assert [label.decode() if isinstance(label, bytes) else label for label in says] == labels(local)
-    probabilities = found.as_numpy("probabilities")
+    probabilities = result.as_numpy("probabilities")
     assert (probabilities.dtype, probabilities.shape) == (np.float32, (12, 10))
     np.testing.assert_allclose(probabilities.max(1), [answer.probability for answer in local], atol=1e-5)
 
@@ -146,8 +146,8 @@ def test_triton_asks_for_one_output_of_each_kind(client: Any, triton: ModuleType
         triton.InferRequestedOutput("label", binary_data=False),
         triton.InferRequestedOutput("probabilities", binary_data=True),
     ]
-    found = client.infer("digits", [sent(triton, pixels)], outputs=outputs, model_version="1")
-    assert ["data" in output for output in found.get_response()["outputs"]] == [True, False]
+    result = client.infer("digits", [sent(triton, pixels)], outputs=outputs, model_version="1")
+    assert ["data" in output for output in result.get_response()["outputs"]] == [True, False]
     only = client.infer("digits", [sent(triton, pixels)], outputs=outputs[:1])
     assert [output["name"] for output in only.get_response()["outputs"]] == ["label"]
     assert only.as_numpy("probabilities") is None
@@ -156,13 +156,13 @@ def test_triton_asks_for_one_output_of_each_kind(client: Any, triton: ModuleType
 @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
 def test_triton_compresses(client: Any, triton: ModuleType, pixels: np.ndarray, algorithm: str) -> None:
     plain = client.infer("digits", [sent(triton, pixels)]).as_numpy("probabilities")
-    found = client.infer(
+    result = client.infer(
         "digits",
         [sent(triton, pixels)],
         request_compression_algorithm=algorithm,
         response_compression_algorithm=algorithm,
     )
-    np.testing.assert_allclose(found.as_numpy("probabilities"), plain, atol=1e-6)
+    np.testing.assert_allclose(result.as_numpy("probabilities"), plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -170,9 +170,9 @@ def test_triton_asks_for_classes(
     client: Any, triton: ModuleType, pixels: np.ndarray, local: list[Prediction], binary: bool
 ) -> None:
     outputs = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
-    found = client.infer("digits", [sent(triton, pixels)], outputs=outputs).as_numpy("probabilities")
-    assert found.shape == (12, 3)
-    for row, answer in zip(found, local, strict=True):
+    result = client.infer("digits", [sent(triton, pixels)], outputs=outputs).as_numpy("probabilities")
+    assert result.shape == (12, 3)
+    for row, answer in zip(result, local, strict=True):
         texts = [text.decode() if isinstance(text, bytes) else text for text in row]
         values, _, names = zip(*(text.split(":") for text in texts), strict=True)
         assert [*names] == [*answer.probabilities][:3]
@@ -181,8 +181,8 @@ def test_triton_asks_for_classes(
 
 def test_triton_sends_files(client: Any, triton: ModuleType, pixels: np.ndarray, local: list[Prediction]) -> None:
     files = np.array([png(picture) for picture in pixels], dtype=object)
-    found = client.infer("digits", [sent(triton, files, "BYTES")])
-    assert [label.decode() for label in found.as_numpy("label")] == labels(local)
+    result = client.infer("digits", [sent(triton, files, "BYTES")])
+    assert [label.decode() for label in result.as_numpy("label")] == labels(local)
     files[3] = b"hello"
     with pytest.raises(triton.InferenceServerException, match="Input 3 can't be read"):
         client.infer("digits", [sent(triton, files, "BYTES")])
@@ -190,24 +190,26 @@ def test_triton_sends_files(client: Any, triton: ModuleType, pixels: np.ndarray,
 
 def test_triton_sends_pictures_of_another_size(client: Any, triton: ModuleType, pixels: np.ndarray) -> None:
     large = pixels.repeat(4, axis=1).repeat(4, axis=2)
-    found = client.infer("digits", [sent(triton, large)])
+    result = client.infer("digits", [sent(triton, large)])
     files = np.array([png(picture) for picture in large], dtype=object)
     expected = client.infer("digits", [sent(triton, files, "BYTES")])
-    np.testing.assert_allclose(found.as_numpy("probabilities"), expected.as_numpy("probabilities"), atol=1e-5)
+    np.testing.assert_allclose(result.as_numpy("probabilities"), expected.as_numpy("probabilities"), atol=1e-5)
 
 
 def test_triton_asks_many_at_once(client: Any, triton: ModuleType, pixels: np.ndarray, local: list[Prediction]) -> None:
-    asked = [client.async_infer("digits", [sent(triton, pixels[i % 12][None])], request_id=str(i)) for i in range(40)]
-    for i, answer in enumerate(asked):
-        found = answer.get_result()
-        assert found.get_response()["id"] == str(i)
-        assert found.as_numpy("label")[0].decode() == local[i % 12].label
+    requests = [
+        client.async_infer("digits", [sent(triton, pixels[i % 12][None])], request_id=str(i)) for i in range(40)
+    ]
+    for i, answer in enumerate(requests):
+        result = answer.get_result()
+        assert result.get_response()["id"] == str(i)
+        assert result.as_numpy("label")[0].decode() == local[i % 12].label
 
 
 def test_triton_sees_statistics(client: Any, triton: ModuleType, pixels: np.ndarray) -> None:
     def entry(*which: str) -> dict[str, Any]:
-        (found,) = client.get_inference_statistics(*which)["model_stats"]
-        return dict(found)
+        (result,) = client.get_inference_statistics(*which)["model_stats"]
+        return dict(result)
 
     before = entry("digits", "1")
     client.infer("digits", [sent(triton, pixels)])
@@ -220,7 +222,7 @@ def test_triton_sees_statistics(client: Any, triton: ModuleType, pixels: np.ndar
     assert entry()["name"] == "digits"
 
 
-def test_triton_is_told_what_was_wrong(client: Any, triton: ModuleType, pixels: np.ndarray) -> None:
+def test_triton_gets_the_reasons_of_refusals(client: Any, triton: ModuleType, pixels: np.ndarray) -> None:
     tensor = sent(triton, pixels)
     other = triton.InferInput("picture", list(pixels.shape), "UINT8")
     other.set_data_from_numpy(pixels)
@@ -293,7 +295,7 @@ asyncio.run(main(*sys.argv[1:]))
 """
 
 
-def test_kserve_gets_what_predict_says(
+def test_kserve_gets_the_answers_of_predict(
     server: Served, pixels: np.ndarray, local: list[Prediction], tmp_path: Path
 ) -> None:
     """Its client wants other versions of our packages, so it runs where $KSERVE_PYTHON says that it is installed."""
@@ -304,11 +306,11 @@ def test_kserve_gets_what_predict_says(
     command = [python, "-c", KSERVE, server.url, f"{server.host}:{server.grpc_port}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["health"] == [True, True, True]
-    assert said["labels"] == [labels(local)] * 3
-    assert said["ids"] == ["7"] * 3
-    assert "no model nobody" in said["error"]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["health"] == [True, True, True]
+    assert report["labels"] == [labels(local)] * 3
+    assert report["ids"] == ["7"] * 3
+    assert "no model nobody" in report["error"]
 
 
 # --- curl ---
@@ -323,29 +325,29 @@ def curl(*arguments: str, data: bytes = b"") -> Any:
 
 @pytest.fixture
 def files(pixels: np.ndarray, tmp_path: Path) -> list[Path]:
-    found = []
+    result = []
     for i, picture in enumerate(pixels[:3]):
-        found.append(tmp_path / f"photo{i}.png")
-        found[-1].write_bytes(png(picture))
-    return found
+        result.append(tmp_path / f"photo{i}.png")
+        result[-1].write_bytes(png(picture))
+    return result
 
 
 def test_curl_sends_a_form(server: Served, files: list[Path], local: list[Prediction]) -> None:
-    (said,) = json.loads(curl("-F", f"file=@{files[0]}", f"{server.url}/predict"))["predictions"]
-    assert (said["name"], said["label"], said["error"]) == ("photo0.png", local[0].label, None)
-    assert said["probability"] == pytest.approx(local[0].probability, abs=1e-5)
-    assert [*said["probabilities"]] == [*local[0].probabilities][:5]
+    (prediction,) = json.loads(curl("-F", f"file=@{files[0]}", f"{server.url}/predict"))["predictions"]
+    assert (prediction["name"], prediction["label"], prediction["error"]) == ("photo0.png", local[0].label, None)
+    assert prediction["probability"] == pytest.approx(local[0].probability, abs=1e-5)
+    assert [*prediction["probabilities"]] == [*local[0].probabilities][:5]
     several = [word for file in files for word in ("-F", f"pictures=@{file}")]
     answer = json.loads(curl(*several, f"{server.url}/predict?top=2"))
-    assert [said["label"] for said in answer["predictions"]] == labels(local[:3])
-    assert all(len(said["probabilities"]) == 2 for said in answer["predictions"])
+    assert [prediction["label"] for prediction in answer["predictions"]] == labels(local[:3])
+    assert all(len(prediction["probabilities"]) == 2 for prediction in answer["predictions"])
     assert (answer["model"], answer["version"]) == ("digits", "1")
 
 
 def test_curl_sends_a_file_as_it_is(server: Served, files: list[Path], local: list[Prediction]) -> None:
     for kind in ([], ["-H", "Content-Type: image/png"], ["-H", "Content-Type: application/octet-stream"]):
         answer = json.loads(curl(*kind, "--data-binary", f"@{files[0]}", f"{server.url}/predict"))
-        assert [said["label"] for said in answer["predictions"]] == [local[0].label]
+        assert [prediction["label"] for prediction in answer["predictions"]] == [local[0].label]
     piped = curl("--data-binary", "@-", f"{server.url}/predict", data=files[1].read_bytes())
     assert json.loads(piped)["predictions"][0]["label"] == local[1].label
 
@@ -353,32 +355,32 @@ def test_curl_sends_a_file_as_it_is(server: Served, files: list[Path], local: li
 def test_curl_sends_a_raw_binary_request(server: Served, files: list[Path], local: list[Prediction]) -> None:
     header = ("-H", "Inference-Header-Content-Length: 0", "-H", "Content-Type: application/octet-stream")
     answer = curl(*header, "--data-binary", f"@{files[0]}", f"{server.url}/v2/models/digits/infer")
-    said = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]
-    assert [output["name"] for output in said["outputs"]] == ["probabilities", "label"]
+    head = json.JSONDecoder().raw_decode(answer.decode("latin-1"))[0]
+    assert [output["name"] for output in head["outputs"]] == ["probabilities", "label"]
     assert answer.endswith(b"\1\0\0\0" + str(local[0].label).encode())
 
 
 def test_curl_sends_json(server: Served, pixels: np.ndarray, local: list[Prediction]) -> None:
     inputs = [{"name": "image", "datatype": "UINT8", "shape": [1, 8, 8, 1], "data": pixels[0].ravel().tolist()}]
     answer = curl("--json", json.dumps({"id": "7", "inputs": inputs}), f"{server.url}/v2/models/digits/infer")
-    said = json.loads(answer)
-    assert (said["id"], said["outputs"][1]["data"]) == ("7", [local[0].label])
+    response = json.loads(answer)
+    assert (response["id"], response["outputs"][1]["data"]) == ("7", [local[0].label])
 
 
-def test_curl_sees_the_status_and_what_was_wrong(server: Served, tmp_path: Path) -> None:
+def test_curl_gets_the_status_and_the_reason(server: Served, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("hello")
-    told = curl("-i", "-F", f"file=@{tmp_path / 'bad.png'}", f"{server.url}/predict").decode()
-    assert told.startswith("HTTP/1.1 200")  # the others of the form would have answers
-    (said,) = json.loads(told.split("\r\n\r\n")[-1])["predictions"]
-    assert said["label"] is None
-    assert said["error"]
+    reply = curl("-i", "-F", f"file=@{tmp_path / 'bad.png'}", f"{server.url}/predict").decode()
+    assert reply.startswith("HTTP/1.1 200")  # the others of the form would have answers
+    (prediction,) = json.loads(reply.split("\r\n\r\n")[-1])["predictions"]
+    assert prediction["label"] is None
+    assert prediction["error"]
     for path, status in (("predict?model=nobody", 404), ("predict?top=0", 400), ("v2/models/digits/infer", 400)):
-        told = curl("-i", "--data-binary", "hello", f"{server.url}/{path}").decode()
-        assert told.startswith(f"HTTP/1.1 {status}")
-        assert json.loads(told.split("\r\n\r\n")[-1])["error"].endswith(".")
-    told = curl("-i", "-X", "DELETE", f"{server.url}/v2/models/digits").decode()
-    assert told.startswith("HTTP/1.1 405")
-    assert "\r\nallow: GET, HEAD\r\n" in told
+        reply = curl("-i", "--data-binary", "hello", f"{server.url}/{path}").decode()
+        assert reply.startswith(f"HTTP/1.1 {status}")
+        assert json.loads(reply.split("\r\n\r\n")[-1])["error"].endswith(".")
+    reply = curl("-i", "-X", "DELETE", f"{server.url}/v2/models/digits").decode()
+    assert reply.startswith("HTTP/1.1 405")
+    assert "\r\nallow: GET, HEAD\r\n" in reply
     assert "suanli_inputs_total" in curl(f"{server.url}/metrics").decode()
     assert curl("-I", f"{server.url}/v2").decode().startswith("HTTP/1.1 200")
 
@@ -411,7 +413,7 @@ def folder(pixels: np.ndarray, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["", "/", "/v2/models/digits", "/v2/models/digits/versions/1"])
-def test_the_server_says_what_this_machine_says(server: Served, run: Path, folder: Path, name: str) -> None:
+def test_the_server_and_this_machine_give_the_same_answers(server: Served, run: Path, folder: Path, name: str) -> None:
     here = suanli.predict(run, folder)
     assert sum(answer.error is not None for answer in here) == 3
     equal(suanli.predict(None, folder, url=server.url + name), here, within=RESIZED)
@@ -424,21 +426,21 @@ def test_files_patterns_and_how_many_classes(server: Served, run: Path, folder: 
         suanli.predict(None, folder / "missing.png", url=server.url)
 
 
-def command(*arguments: str | Path, given: bytes | None = None, code: int = 0) -> str:
+def command(*arguments: str | Path, stdin: bytes | None = None, code: int = 0) -> str:
     words = [sys.executable, "-m", "suanli", "predict", *map(str, arguments)]
-    done = subprocess.run(words, input=given, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(words, input=stdin, capture_output=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr.decode()
     return done.stdout.decode() if code == 0 else done.stderr.decode()
 
 
 def test_the_command_line_and_standard_input(server: Served, run: Path, folder: Path) -> None:
     (expected,) = suanli.predict(run, folder / "00.png")
-    rows = command("--url", server.url, "-", "--csv", given=(folder / "00.png").read_bytes()).splitlines()
+    rows = command("--url", server.url, "-", "--csv", stdin=(folder / "00.png").read_bytes()).splitlines()
     name, label, probability, error = rows[1].split(",")
     assert (name, label, error) == ("-", expected.label, "")
     assert float(probability) == pytest.approx(expected.probability, abs=1e-5)
     files = sorted(map(str, folder.glob("*.png")))
-    there = json.loads(command("--url", server.url, "-", "--json", given="\n".join(files).encode()))
+    there = json.loads(command("--url", server.url, "-", "--json", stdin="\n".join(files).encode()))
     assert there["model"] == server.url
     here = suanli.predict(run, files)
     assert [(p["label"], p["error"]) for p in there["predictions"]] == [(p.label, p.error) for p in here]
@@ -467,10 +469,10 @@ def test_texts_are_sent_too(make_reviews: Callable[[], Path], tmp_path: Path) ->
         texts = ["a great lovely film", "an awful dull plot"]
         expected = labels(suanli.load(run).predict(texts))
         answer = json.loads(curl("--json", json.dumps({"inputs": texts}), f"{server.url}/predict"))
-        assert [said["label"] for said in answer["predictions"]] == expected
+        assert [prediction["label"] for prediction in answer["predictions"]] == expected
         plain = ("-H", "Content-Type: text/plain", "--data-binary", texts[0])
         answer = json.loads(curl(*plain, f"{server.url}/predict"))
-        assert [said["label"] for said in answer["predictions"]] == expected[:1]
+        assert [prediction["label"] for prediction in answer["predictions"]] == expected[:1]
         for body in ('{"inputs": ["\\ud800"]}', '{"inputs": [""]}'):
             answer = server.ask("POST", "/predict", body, {"Content-Type": "application/json"})
             assert answer.status == 200
@@ -490,7 +492,7 @@ def make_reviews(text_table: Path, tmp_path: Path) -> Callable[[], Path]:
     return make
 
 
-def test_a_server_with_a_key_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_with_a_key_needs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "picture.png"
     Image.fromarray(hostile.pictures((hostile.GOOD, 3))[0]).save(picture)
     run = hostile.engines(tmp_path / "odd")
@@ -502,12 +504,12 @@ def test_a_server_with_a_key_wants_it(tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(SuanliError, match="needs an API key") as caught:
             suanli.predict(None, picture, url=server.url)
         assert "SUANLI_API_KEY" in str(caught.value.fix)
-        told = curl("-i", "-F", f"file=@{picture}", f"{server.url}/predict").decode()
-        assert told.startswith("HTTP/1.1 401")
-        assert "\r\nwww-authenticate: Bearer\r\n" in told
+        reply = curl("-i", "-F", f"file=@{picture}", f"{server.url}/predict").decode()
+        assert reply.startswith("HTTP/1.1 401")
+        assert "\r\nwww-authenticate: Bearer\r\n" in reply
         for header in ("Authorization: Bearer secret-7", "X-API-Key: secret-7"):
-            told = curl("-i", "-H", header, "-F", f"file=@{picture}", f"{server.url}/predict").decode()
-            assert told.startswith("HTTP/1.1 200")
+            reply = curl("-i", "-H", header, "-F", f"file=@{picture}", f"{server.url}/predict").decode()
+            assert reply.startswith("HTTP/1.1 200")
         for header in ("Authorization: Bearer secret-8", "Authorization: Basic secret-7", "X-API-Key: secret-70"):
             assert "401" in curl("-i", "-H", header, f"{server.url}/v2").decode()[:20]
         document = server.ask("GET", "/openapi.json", headers={"X-API-Key": "secret-7"}).json()

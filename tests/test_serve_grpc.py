@@ -90,10 +90,10 @@ class OneModel:
     def __init__(self, infer: Infer) -> None:
         self.model = SimpleNamespace(name="model", version="1", ready=True, infer=self.infer)
         self.answer = infer
-        self.asked: list[InferRequest] = []
+        self.requests: list[InferRequest] = []
 
     async def infer(self, request: InferRequest, *, deadline: float | None = None) -> InferResponse:
-        self.asked.append(request)
+        self.requests.append(request)
         return await self.answer(request, deadline)
 
     def find(self, name: str, version: str | None = None) -> Any:
@@ -201,8 +201,8 @@ def pictures() -> np.ndarray:
     """Ten real digits at the size of the model."""
     from sklearn.datasets import load_digits
 
-    found = load_digits().images[:10, ..., None]
-    return (found * 255 / 16).round().astype(np.uint8)
+    result = load_digits().images[:10, ..., None]
+    return (result * 255 / 16).round().astype(np.uint8)
 
 
 def test_triton_reads_the_server_and_the_model(versions: Any) -> None:
@@ -229,7 +229,7 @@ def test_triton_reads_the_server_and_the_model(versions: Any) -> None:
     ]
 
 
-def test_triton_gets_what_predict_says(client: Any, triton: ModuleType, run: Path, pictures: np.ndarray) -> None:
+def test_triton_gets_the_answers_of_predict(client: Any, triton: ModuleType, run: Path, pictures: np.ndarray) -> None:
     (about,) = client.get_model_metadata("digits").inputs
     sent = triton.InferInput(about.name, list(pictures.shape), about.datatype)
     sent.set_data_from_numpy(pictures)
@@ -261,8 +261,8 @@ def test_triton_compresses(client: Any, triton: ModuleType, pictures: np.ndarray
     sent = triton.InferInput("image", list(pictures.shape), "UINT8")
     sent.set_data_from_numpy(pictures)
     plain = client.infer("digits", [sent]).as_numpy("probabilities")
-    found = client.infer("digits", [sent], compression_algorithm=algorithm).as_numpy("probabilities")
-    np.testing.assert_allclose(found, plain, atol=1e-6)
+    result = client.infer("digits", [sent], compression_algorithm=algorithm).as_numpy("probabilities")
+    np.testing.assert_allclose(result, plain, atol=1e-6)
 
 
 def test_triton_asks_many_at_once(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
@@ -273,9 +273,9 @@ def test_triton_asks_many_at_once(client: Any, triton: ModuleType, pictures: np.
         client.async_infer(
             "digits", [sent], lambda result, error: answers.put((result, error)), request_id=str(i)
         )  # fmt: skip
-    found = [answers.get(timeout=60) for _ in range(50)]
-    assert [error.message() for _, error in found if error is not None] == []
-    assert sorted(int(result.get_response().id) for result, _ in found) == list(range(50))
+    result = [answers.get(timeout=60) for _ in range(50)]
+    assert [error.message() for _, error in result if error is not None] == []
+    assert sorted(int(result.get_response().id) for result, _ in result) == list(range(50))
 
 
 def test_triton_streams_in_order_past_a_bad_request(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
@@ -285,10 +285,10 @@ def test_triton_streams_in_order_past_a_bad_request(client: Any, triton: ModuleT
         sent = triton.InferInput("image" if i != 3 else "picture", [1, *pictures.shape[1:]], "UINT8")
         sent.set_data_from_numpy(pictures[i % 10][None])
         client.async_stream_infer("digits", [sent], request_id=str(i))
-    found = [answers.get(timeout=60) for _ in range(70)]
+    result = [answers.get(timeout=60) for _ in range(70)]
     client.stop_stream()
-    assert "'image'" in found[3][1].message()
-    assert [result.get_response().id for result, error in found if error is None] == [
+    assert "'image'" in result[3][1].message()
+    assert [result.get_response().id for result, error in result if error is None] == [
         str(i) for i in range(70) if i != 3
     ]
 
@@ -310,7 +310,7 @@ def test_triton_sees_statistics(versions: Any, triton: ModuleType) -> None:
     assert everything[1].inference_stats.success.ns > 0
 
 
-def test_triton_is_told_what_was_wrong(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
+def test_triton_gets_the_reasons_of_refusals(client: Any, triton: ModuleType, pictures: np.ndarray) -> None:
     sent = triton.InferInput("image", list(pictures.shape), "UINT8")
     sent.set_data_from_numpy(pictures)
     for arguments, status in (
@@ -350,8 +350,8 @@ def test_triton_beside_the_server_in_one_process(
     sent = triton.InferInput("x", [2], "BYTES")
     sent.set_data_from_numpy(np.array([b"one", b"another"], object))
     with triton.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
-        found = client.infer("model", [sent], headers={"authorization": "Bearer open sesame"})
-        assert found.as_numpy("x").tolist() == [b"one", b"another"]
+        result = client.infer("model", [sent], headers={"authorization": "Bearer open sesame"})
+        assert result.as_numpy("x").tolist() == [b"one", b"another"]
         with pytest.raises(triton.InferenceServerException, match="key"):
             client.infer("model", [sent])
 
@@ -360,7 +360,7 @@ def test_kserve_gets_the_same_raw_and_typed(digits_server: Served, pictures: np.
     kserve = pytest.importorskip("kserve", reason=f"needs: {pip_install('kserve')}, in an environment of its own")
 
     async def work() -> list[list[bytes]]:
-        found = []
+        result = []
         async with kserve.InferenceGRPCClient(url=f"{digits_server.host}:{digits_server.grpc_port}") as client:
             assert await client.is_server_ready()
             assert await client.is_model_ready("digits")
@@ -370,8 +370,8 @@ def test_kserve_gets_the_same_raw_and_typed(digits_server: Served, pictures: np.
                 request = kserve.InferRequest(model_name="digits", infer_inputs=[tensor], request_id="7")
                 answer = await client.infer(request)
                 assert answer.id == "7"
-                found.append(answer.outputs[1].as_numpy().tolist())
-        return found
+                result.append(answer.outputs[1].as_numpy().tolist())
+        return result
 
     expected = [answer.label.encode() for answer in suanli.load(run).predict(pictures) if answer.label]
     assert asyncio.run(work()) == [expected, expected]
@@ -410,12 +410,12 @@ def samples(kind: Any) -> list[dict[str, Any]]:
 def sample(field: Any) -> Any:
     if field.message_type is None:
         known = {getattr(field, f"TYPE_{name}"): value for name, value in VALUES.items()}
-        found = [known[field.type] if field.enum_type is None else field.enum_type.values[-1].name]
+        result = [known[field.type] if field.enum_type is None else field.enum_type.values[-1].name]
     elif field.message_type.GetOptions().map_entry:
         return {f"key{i}": v for i, v in enumerate(samples(field.message_type.fields_by_name["value"].message_type))}
     else:
-        found = samples(field.message_type)
-    return found if field.is_repeated else found[-1]
+        result = samples(field.message_type)
+    return result if field.is_repeated else result[-1]
 
 
 @pytest.mark.usefixtures("triton")
@@ -453,14 +453,14 @@ def typed(contents: Any, tensor: Tensor) -> None:
     getattr(contents, f"{fields.get(tensor.datatype, usual)}_contents").extend(values)
 
 
-def same(found: Tensor, tensor: Tensor) -> None:
-    assert (found.name, found.datatype, found.shape) == (tensor.name, tensor.datatype, tensor.shape)
+def same(result: Tensor, tensor: Tensor) -> None:
+    assert (result.name, result.datatype, result.shape) == (tensor.name, tensor.datatype, tensor.shape)
     if isinstance(tensor.data, list):
-        assert found.data == tensor.data
+        assert result.data == tensor.data
     else:
-        assert isinstance(found.data, np.ndarray)
-        assert found.data.dtype == tensor.data.dtype
-        np.testing.assert_array_equal(found.data, tensor.data)
+        assert isinstance(result.data, np.ndarray)
+        assert result.data.dtype == tensor.data.dtype
+        np.testing.assert_array_equal(result.data, tensor.data)
 
 
 @given(st.lists(tensors(), min_size=1, max_size=4, unique_by=lambda tensor: tensor.name), st.booleans())
@@ -472,14 +472,14 @@ def test_tensors_come_through_raw_and_typed(sent: list[Tensor], raw: bool) -> No
             Tensor(name="a", datatype="UINT8", shape=(), data=np.array(3, np.uint8))
         ]
     for tensor in sent:
-        asked = request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        tensor_message = request.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
         if not raw:
-            typed(asked.contents, tensor)
+            typed(tensor_message.contents, tensor)
     if raw:
         request.raw_input_contents.extend(response.raw_output_contents)
-    found = to_request(type(request).FromString(request.SerializeToString()))
-    assert found.id == "7"
-    for one, tensor in zip(found.inputs, sent, strict=True):
+    result = to_request(type(request).FromString(request.SerializeToString()))
+    assert result.id == "7"
+    for one, tensor in zip(result.inputs, sent, strict=True):
         same(one, tensor)
 
 
@@ -490,7 +490,7 @@ def test_raw_bytes_are_not_copied() -> None:
     assert not tensor.data.flags.writeable
 
 
-def test_parameters_and_outputs_are_understood() -> None:
+def test_parameters_and_outputs_are_read() -> None:
     request = inputs(x=("UINT8", [1], b"a"))
     request.parameters["timeout"].int64_param = 5
     request.parameters["share"].double_param = 0.5
@@ -499,9 +499,9 @@ def test_parameters_and_outputs_are_understood() -> None:
     request.parameters["word"].string_param = "yes"
     request.outputs.add(name="probabilities").parameters["classification"].int64_param = 3
     request.outputs.add(name="label")
-    found = to_request(request)
-    assert found.parameters == {"timeout": 5, "share": 0.5, "large": 2**63, "flag": False, "word": "yes"}
-    assert [(wanted.name, wanted.binary, wanted.class_count) for wanted in found.outputs] == [
+    result = to_request(request)
+    assert result.parameters == {"timeout": 5, "share": 0.5, "large": 2**63, "flag": False, "word": "yes"}
+    assert [(wanted.name, wanted.binary, wanted.class_count) for wanted in result.outputs] == [
         ("probabilities", True, 3),
         ("label", True, 0),
     ]
@@ -577,11 +577,11 @@ WRONG = {
 }  # fmt: skip
 
 
-def test_what_contradicts_itself_is_refused(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+def test_contradictory_requests_are_refused(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     server, repository = serve()
-    for request, told in WRONG.values():
-        refused(CODE.INVALID_ARGUMENT, lambda request=request: infer(server, request), told)
-    assert repository.asked == []
+    for request, message in WRONG.values():
+        refused(CODE.INVALID_ARGUMENT, lambda request=request: infer(server, request), message)
+    assert repository.requests == []
     assert infer(server, inputs(x=("UINT8", [1], b"a"))).raw_output_contents == [b"a"]
 
 
@@ -619,27 +619,27 @@ def test_every_refusal_has_its_status(serve: Callable[..., tuple[GrpcServer, One
         assert dict(error.trailing_metadata())["grpc-retry-pushback-ms"] == "250"
 
 
-def test_what_nobody_foresaw_is_told_to_the_log_only(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+def test_only_the_log_has_the_reason_of_an_unexpected_error(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     async def fail(_: InferRequest, __: float | None) -> InferResponse:
         raise ZeroDivisionError("a secret")
 
-    told = io.StringIO()
-    server, _ = serve(fail, log=Log("json", stream=told))
+    log_text = io.StringIO()
+    server, _ = serve(fail, log=Log("json", stream=log_text))
     request = inputs(x=("UINT8", [1], b"a"))
     request.id = "number 7"
     error = refused(CODE.INTERNAL, lambda: infer(server, request), "internal error")
     assert "secret" not in error.details()
-    line = json.loads(told.getvalue())
+    line = json.loads(log_text.getvalue())
     assert (line["level"], line["request_id"], line["status"]) == ("error", "number 7", "INTERNAL")
     assert "secret" in line["reason"]
 
 
-def test_requests_are_told_to_the_log_that_wants_them(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
-    told = io.StringIO()
-    server, _ = serve(log=Log("json", stream=told, requests=True))
+def test_a_log_of_requests_has_a_line_for_each(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+    log_text = io.StringIO()
+    server, _ = serve(log=Log("json", stream=log_text, requests=True))
     infer(server, inputs(x=("UINT8", [1], b"a")))
     refused(CODE.INVALID_ARGUMENT, lambda: infer(server, inputs()), "missing")
-    lines = [json.loads(line) for line in told.getvalue().splitlines()]
+    lines = [json.loads(line) for line in log_text.getvalue().splitlines()]
     assert [line["status"] for line in lines] == ["OK", "INVALID_ARGUMENT"]
     assert lines[0]["path"] == f"/{SERVICE}/ModelInfer"
     assert lines[0]["ms"] > 0
@@ -695,7 +695,7 @@ def test_a_client_that_leaves_withdraws_its_request(
     channel.close()
 
 
-def test_a_key_is_asked_for(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+def test_a_key_is_needed(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     server, repository = serve(api_key="open sesame")
     request = inputs(x=("UINT8", [1], b"a"))
     for metadata in (
@@ -705,7 +705,7 @@ def test_a_key_is_asked_for(serve: Callable[..., tuple[GrpcServer, OneModel]]) -
         (("authorization", "open sesame"),),
     ):
         refused(CODE.UNAUTHENTICATED, lambda metadata=metadata: infer(server, request, metadata=metadata), "key")
-    assert repository.asked == []
+    assert repository.requests == []
     for metadata in ((("x-api-key", "open sesame"),), (("authorization", "bearer open sesame"),)):
         assert infer(server, request, metadata=metadata).raw_output_contents == [b"a"]
     live = ask(
@@ -744,7 +744,7 @@ def test_a_request_that_never_comes_is_ended(serve: Callable[..., tuple[GrpcServ
         done.set()
 
 
-def test_what_is_too_large_is_refused_however_it_is_sent(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
+def test_large_messages_are_refused_however_they_are_sent(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     server, repository = serve(max_message_bytes=1 << 20)
     small, large = (inputs(x=("UINT8", [size], bytes(size))) for size in (900_000, 20_000_000))
     for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
@@ -754,14 +754,14 @@ def test_what_is_too_large_is_refused_however_it_is_sent(serve: Callable[..., tu
             lambda compression=compression: infer(server, large, compression=compression),
             "larger than max|more than 1048576 bytes",
         )
-    assert len(repository.asked) == 3
+    assert len(repository.requests) == 3
 
 
 def test_broken_bodies_are_refused(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     server, _ = serve()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         call = channel.unary_unary(f"/{SERVICE}/ModelInfer")
-        for body, told in (
+        for body, message in (
             (b"\xff\xff\xff", "not a ModelInferRequest"),
             (b"\x1f\x8b\x08 nonsense", "nor compressed"),
             (b"\x1f\x8b", "cut short"),
@@ -769,9 +769,9 @@ def test_broken_bodies_are_refused(serve: Callable[..., tuple[GrpcServer, OneMod
             (b"", "no model"),
         ):
             refused(
-                CODE.INVALID_ARGUMENT if told != "no model" else CODE.NOT_FOUND,
+                CODE.INVALID_ARGUMENT if message != "no model" else CODE.NOT_FOUND,
                 lambda b=body: call(b, timeout=20),
-                told,
+                message,
             )
 
 
@@ -812,17 +812,19 @@ def test_health(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -
 def test_methods_that_are_not_offered(serve: Callable[..., tuple[GrpcServer, OneModel]]) -> None:
     server, _ = serve()
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        for name, told in (
+        for name, message in (
             ("TraceSetting", "change traces"),
             ("CudaSharedMemoryStatus", "raw_input_contents"),
             ("No", "not found"),
         ):
             refused(
-                CODE.UNIMPLEMENTED, lambda name=name: channel.unary_unary(f"/{SERVICE}/{name}")(b"", timeout=20), told
+                CODE.UNIMPLEMENTED,
+                lambda name=name: channel.unary_unary(f"/{SERVICE}/{name}")(b"", timeout=20),
+                message,
             )
 
 
-def test_stopping_answers_what_was_asked(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
+def test_stopping_answers_open_requests(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
     begun = threading.Event()
 
     async def slow(request: InferRequest, deadline: float | None) -> InferResponse:
@@ -849,7 +851,9 @@ def test_stopping_answers_what_was_asked(serve: Callable[..., tuple[GrpcServer, 
         requests.put(b"")
 
 
-def test_stopping_cancels_what_takes_too_long(serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop) -> None:
+def test_stopping_cancels_requests_that_take_too_long(
+    serve: Callable[..., tuple[GrpcServer, OneModel]], loop: Loop
+) -> None:
     begun = threading.Event()
 
     async def hang(request: InferRequest, deadline: float | None) -> InferResponse:
@@ -877,9 +881,9 @@ def test_a_stream_that_is_left_ends_quietly(
         next(stream)
         channel.close()
     time.sleep(0.3)
-    count = len(repository.asked)
+    count = len(repository.requests)
     time.sleep(0.2)
-    assert len(repository.asked) == count
+    assert len(repository.requests) == count
     assert [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
 
 
@@ -901,7 +905,7 @@ def test_tls(serve: Callable[..., tuple[GrpcServer, OneModel]], tmp_path: Path) 
     refused(CODE.UNAVAILABLE, lambda: infer(server, inputs(x=("UINT8", [1], b"a")), timeout=5), ".")
 
 
-def test_a_port_that_is_taken(loop: Loop) -> None:
+def test_a_port_that_is_in_use(loop: Loop) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(MachineError, match="can't be opened"):
         loop.run(serve_grpc(OneModel(echo), port=taken.getsockname()[1]))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="can't be read.*nowhere.pem"):
@@ -914,7 +918,7 @@ def test_two_servers_do_not_share_a_port(serve: Callable[..., tuple[GrpcServer, 
         loop.run(serve_grpc(OneModel(echo), port=server.port))  # type: ignore[arg-type]
 
 
-def test_without_grpcio_it_says_how_to_get_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_grpcio_the_error_says_how_to_install_it(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "grpc", None)
     with pytest.raises(MachineError, match=r"suanli\[serve\]"):
         loop.run(serve_grpc(OneModel(echo), port=0))  # type: ignore[arg-type]
@@ -957,5 +961,5 @@ def test_under_uvloop_in_another_process() -> None:
             calls = channel.unary_unary(f"/{SERVICE}/ModelInfer")
             body = inputs(x=("UINT8", [1], b"a")).SerializeToString()
             assert len([call.result() for call in [calls.future(body, timeout=60) for _ in range(40)]]) == 40
-        told, said = process.communicate(timeout=30)
-        assert (told, said, process.returncode) == ("", "", 0)
+        output, errors = process.communicate(timeout=30)
+        assert (output, errors, process.returncode) == ("", "", 0)

@@ -44,11 +44,11 @@ LOOKS = {"repository.LOOK_S": LOOK_S}
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with register() as found:
-        yield found
+    with register() as result:
+        yield result
 
 
-def test_readiness_tells_the_truth_while_a_model_comes_up(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_readiness_while_a_model_comes_up(tmp_path: Path, environment: dict[str, str]) -> None:
     subject = engines(tmp_path / "odd", load="time.sleep(1)")
     with serving(subject, environment=environment, ready=False) as server:
         assert server.ask("GET", "/v2/health/live").status == 200
@@ -232,9 +232,9 @@ def start(capsys: pytest.CaptureFixture[str], environment: dict[str, str]) -> Ca
     def started(*words: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
             main(["serve", *words, "--log", "json"])
-        said = capsys.readouterr()
+        output = capsys.readouterr()
         assert isinstance(ended.value.code, int)
-        return ended.value.code, " ".join((said.out + said.err).split())
+        return ended.value.code, " ".join((output.out + output.err).split())
 
     return started
 
@@ -242,28 +242,28 @@ def start(capsys: pytest.CaptureFixture[str], environment: dict[str, str]) -> Ca
 Start = Callable[..., tuple[int, str]]
 
 
-def test_a_port_that_is_taken_is_said(tmp_path: Path, start: Start) -> None:
+def test_a_port_in_use_is_an_error(tmp_path: Path, start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        code, said = start(str(engines(tmp_path / "odd")), "--port", str(port))
-    assert code == 4, said
-    assert f"Port {port}" in said
+        code, output = start(str(engines(tmp_path / "odd")), "--port", str(port))
+    assert code == 4, output
+    assert f"Port {port}" in output
 
 
-def test_where_there_is_no_model_it_is_said(tmp_path: Path, start: Start) -> None:
+def test_a_folder_without_a_model_is_an_error(tmp_path: Path, start: Start) -> None:
     (tmp_path / "models" / "notes").mkdir(parents=True)
-    code, said = start(str(tmp_path / "models"), "--port", "0")
-    assert code == 3, said
-    assert "models" in said
+    code, output = start(str(tmp_path / "models"), "--port", "0")
+    assert code == 3, output
+    assert "models" in output
     with pytest.raises(DataError, match="nothing"):
         serve(tmp_path / "nothing", port=0)
 
 
-def test_an_engine_that_does_not_come_up_is_said(tmp_path: Path, start: Start) -> None:
+def test_an_engine_that_does_not_come_up_is_an_error(tmp_path: Path, start: Start) -> None:
     subject = engines(tmp_path / "odd", load="raise ValueError('no luck today')")
-    code, said = start(str(subject), "--port", "0")
-    assert code == 4, said
-    assert "no luck today" in said
+    code, output = start(str(subject), "--port", "0")
+    assert code == 4, output
+    assert "no luck today" in output
 
 
 def certificate(place: Path, name: str) -> tuple[Path, Path]:
@@ -298,8 +298,8 @@ def test_tls(tmp_path: Path, environment: dict[str, str], start: Start) -> None:
             serve(subject, port=0, tls_cert=one, tls_key=two)
     with pytest.raises(UsageError, match="key"):
         serve(subject, port=0, tls_cert=cert)
-    code, said = start(str(subject), "--port", "0", "--tls-cert", str(cert), "--tls-key", str(other))
-    assert code == 2, said
+    code, output = start(str(subject), "--port", "0", "--tls-cert", str(cert), "--tls-key", str(other))
+    assert code == 2, output
 
 
 OPEN = ("/", "/health", "/status", "/v2/health/live", "/v2/health/ready")
@@ -319,12 +319,12 @@ CLOSED = (
 )
 
 
-@pytest.mark.parametrize("given", ["file", "environment"])
-def test_an_api_key(tmp_path: Path, environment: dict[str, str], given: str) -> None:
+@pytest.mark.parametrize("source", ["file", "environment"])
+def test_an_api_key(tmp_path: Path, environment: dict[str, str], source: str) -> None:
     key = "correct-horse_7"
     (tmp_path / "key").write_text(key + "\n")
-    options = ("--api-key-file", str(tmp_path / "key")) if given == "file" else ()
-    more = {} if given == "file" else {"SUANLI_API_KEY": key}
+    options = ("--api-key-file", str(tmp_path / "key")) if source == "file" else ()
+    more = {} if source == "file" else {"SUANLI_API_KEY": key}
     with serving(engines(tmp_path / "odd"), *options, environment=environment | more) as server:
         for path in OPEN:
             assert server.ask("GET", path).status == 200, path
@@ -357,7 +357,7 @@ def test_an_api_key(tmp_path: Path, environment: dict[str, str], given: str) -> 
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n", b"two words", b"\xff\xfe", "schl\u00fcssel".encode()])
-def test_a_key_that_cannot_be_one_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_invalid_key_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "key").write_bytes(content)
     with pytest.raises(UsageError, match="API key"):
         serve(tmp_path, port=0, api_key_file=tmp_path / "key")
@@ -366,7 +366,7 @@ def test_a_key_that_cannot_be_one_is_refused(tmp_path: Path, content: bytes) -> 
 # --- models that change ---
 
 
-def test_models_are_swapped_under_load_without_a_lost_request(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_models_are_replaced_under_load_without_a_lost_request(tmp_path: Path, environment: dict[str, str]) -> None:
     """Three times because somebody asks for it, twice because the folder has changed."""
     folder = tmp_path / "models" / "odd"
     engines(folder)
@@ -398,14 +398,14 @@ def test_models_are_swapped_under_load_without_a_lost_request(tmp_path: Path, en
 
 
 def test_a_folder_of_models_is_followed(tmp_path: Path, environment: dict[str, str]) -> None:
-    """What is new, broken, mended and removed; what can't be loaded changes nothing."""
+    """What is new, broken, repaired and removed; a model that can't be loaded changes nothing."""
     models = tmp_path / "models"
     engines(models / "odd" / "1")
     with serving(models, environment=environment, constants=LOOKS) as server:
 
         def index() -> dict[tuple[str, str], str]:
-            found = server.ask("POST", "/v2/repository/index").json()
-            return {(entry["name"], entry["version"]): entry["state"] for entry in found}
+            result = server.ask("POST", "/v2/repository/index").json()
+            return {(entry["name"], entry["version"]): entry["state"] for entry in result}
 
         assert index() == {("odd", "1"): "READY"}
         engines(models / "odd" / "2", offset=2)
@@ -432,7 +432,7 @@ def test_a_folder_of_models_is_followed(tmp_path: Path, environment: dict[str, s
         assert "engines.json" in refused.json()["error"]
         assert read(server.ask("POST", "/v2/models/even/infer", *request((GOOD, 0)))) == [5]
 
-        # A new one that is broken is told; the others are there.
+        # A new one that is broken has an error; the others stay.
         (models / "worse").mkdir()
         (models / "worse" / "model.json").write_text('{"format": 1}')
         until(lambda: index().get(("worse", "1")) == "UNAVAILABLE", within_s=30, what="a broken one")
@@ -441,12 +441,12 @@ def test_a_folder_of_models_is_followed(tmp_path: Path, environment: dict[str, s
         assert answered(server, (GOOD, 0)) == [2]
         shutil.rmtree(models / "worse")
 
-        # Mended, unloaded, loaded and removed.
+        # Repaired, unloaded, loaded and removed.
         engines(models / "even", offset=6)
         until(
             lambda: read(server.ask("POST", "/v2/models/even/infer", *request((GOOD, 0)))) == [6],
             within_s=30,
-            what="the mended one",
+            what="the repaired one",
         )
         until(server.ready, within_s=10, what="ready")
         assert server.ask("POST", "/v2/repository/models/even/unload").status == 200
@@ -497,13 +497,15 @@ def test_a_model_whose_last_file_comes_late_is_loaded_in_the_end(tmp_path: Path,
             assert answer.json()["predictions"][0]["label"] == "class1"
             assert read(slow.answer()) == [2]
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(server.ask, "POST", "/v2/repository/models/odd/load") for _ in range(4)]
-            assert [one.result().status for one in asked] == [200] * 4
+            loads = [pool.submit(server.ask, "POST", "/v2/repository/models/odd/load") for _ in range(4)]
+            assert [one.result().status for one in loads] == [200] * 4
         until(lambda: len(children(server.process.pid)) == 1, within_s=10, what="one engine")
         assert answered(server, (GOOD, 0)) == [0]
 
 
-def test_a_folder_that_is_away_for_a_moment_is_not_unloaded(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_models_stay_loaded_while_their_folder_is_missing_for_a_moment(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     """Who copies a new model over an old one may remove that first."""
     models = tmp_path / "models"
     engines(models / "odd")
@@ -540,7 +542,7 @@ def test_an_engine_that_does_not_come_up_leaves_the_other_models(tmp_path: Path,
 
 
 @pytest.mark.long
-def test_an_hour_of_misfortune_in_half_a_minute(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_crashes_overload_and_clients_that_leave_all_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
     """Everything at once: good clients, engines that die and throw, clients that leave, models that are swapped. Good
     requests are answered rightly or refused, and nothing is left over."""
     folder = tmp_path / "models" / "odd"

@@ -48,39 +48,39 @@ def parts(node: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 def test_the_document_holds_together(key_needed: bool, tmp_path: Path) -> None:
     (tmp_path / "model.json").touch()
     app = App(Repository(tmp_path, ModelOptions(), Log("none")), log=Log("none"), max_body_bytes=1)
-    said = json.loads(json.dumps(document(app.operations, key_needed=key_needed, models={"digits": ["1", "2"]})))
-    refs = {node["$ref"] for _, node in parts(said) if isinstance(node, dict) and "$ref" in node}
+    content = json.loads(json.dumps(document(app.operations, key_needed=key_needed, models={"digits": ["1", "2"]})))
+    refs = {node["$ref"] for _, node in parts(content) if isinstance(node, dict) and "$ref" in node}
     kept = {
         f"#/components/{kind}/{name}"
         for kind in ("schemas", "responses")
-        for name in said["components"][kind]
+        for name in content["components"][kind]
     }  # fmt: skip
     assert refs <= kept
     assert kept - refs <= {f"#/components/responses/Refused{code}" for code in REASONS}
-    operations = [operation for path in said["paths"].values() for operation in path.values()]
+    operations = [operation for path in content["paths"].values() for operation in path.values()]
     names = [operation["operationId"] for operation in operations]
     assert len(set(names)) == len(names)
-    for path, methods in said["paths"].items():
+    for path, methods in content["paths"].items():
         for operation in methods.values():
-            given = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
-            assert given == set(re.findall(r"{(\w+)}", path))
+            declared = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
+            assert declared == set(re.findall(r"{(\w+)}", path))
             assert operation["responses"]["200"]
             assert ("401" in operation["responses"]) == (key_needed and "security" not in operation)
 
 
 def test_every_path_answers_and_no_other(server: Served) -> None:
-    said = server.ask("GET", "/openapi.json").json()
-    for path, methods in said["paths"].items():
+    content = server.ask("GET", "/openapi.json").json()
+    for path, methods in content["paths"].items():
         here = path.replace("{name}", "digits").replace("{version}", "1")
         for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
             if here.endswith("load") and method == "POST":
                 continue
-            found = server.ask(method, here, b"{}" if method != "GET" else None)
+            result = server.ask(method, here, b"{}" if method != "GET" else None)
             if method.lower() in methods:
-                assert str(found.status) in methods[method.lower()]["responses"], (method, here)
+                assert str(result.status) in methods[method.lower()]["responses"], (method, here)
             else:
-                assert found.status == 405, (method, here)
-                assert found.headers["allow"] == {"get": "GET, HEAD", "post": "POST"}[next(iter(methods))]
+                assert result.status == 405, (method, here)
+                assert result.headers["allow"] == {"get": "GET, HEAD", "post": "POST"}[next(iter(methods))]
     for path in ("/nothing", "/v2/nothing", "/v2/models", "/v2/models/digits/nothing", "/page/../status", "/page/"):
         for method in ("GET", "POST"):
             assert server.ask(method, path).status == 404, (method, path)
@@ -102,11 +102,11 @@ def requests() -> dict[str, dict[str, Any]]:
 
 def test_answers_are_as_the_document_says(server: Served, requests: dict[str, dict[str, Any]]) -> None:
     validators = pytest.importorskip("jsonschema_rs", reason=f"needs: {pip_install('suanli[test]')}")
-    said = server.ask("GET", "/openapi.json").json()
+    content = server.ask("GET", "/openapi.json").json()
 
     def fits(name: str, values: Any) -> None:
         """Raises where a value has a property too few, too many, or of another type."""
-        schema = {"$ref": f"#/components/schemas/{name}", "components": said["components"]}
+        schema = {"$ref": f"#/components/schemas/{name}", "components": content["components"]}
         validators.validator_for(schema).validate(values)
 
     for request in requests.values():
@@ -143,12 +143,12 @@ def test_schemathesis_finds_no_deviation(server: Served, requests: dict[str, dic
     """Not of load and unload, which would take the model away from the others; Triton's client has those."""
     if importlib.util.find_spec("schemathesis") is None:
         pytest.skip(f"needs: {pip_install('suanli[test]')}")
-    said = server.ask("GET", "/openapi.json").json()
-    for path in said["paths"]:
+    api = server.ask("GET", "/openapi.json").json()
+    for path in api["paths"]:
         if path.endswith("/infer"):
-            content = said["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+            content = api["paths"][path]["post"]["requestBody"]["content"]["application/json"]
             content["examples"] = {name: {"value": request} for name, request in requests.items()}
-    (tmp_path / "openapi.json").write_text(json.dumps(said), encoding="utf-8")
+    (tmp_path / "openapi.json").write_text(json.dumps(api), encoding="utf-8")
     (tmp_path / "schemathesis.toml").write_text(SETTINGS, encoding="utf-8")
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "--no-color", "run", "openapi.json", "--url", server.url),

@@ -47,8 +47,8 @@ needs_browser = pytest.mark.skipif(chromium.WHY_NOT is not None, reason=str(chro
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with register() as found:
-        yield found
+    with register() as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +63,14 @@ def served(odd: Path, tmp_path_factory: pytest.TempPathFactory, environment: dic
     words = TextPreprocess(vocabulary=("film", "plot", "lovely", "great", "dull", "awful"), length=8)
     engines(odd.parent / "reviews", classes=("bad", "good"), preprocess=words)
     shutil.copytree(digits_run(tmp_path_factory) / "model", odd.parent / "digits" / "1")
-    with serving(odd.parent, environment=environment) as found:
-        yield found
+    with serving(odd.parent, environment=environment) as result:
+        yield result
 
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with Browser(tmp_path_factory.mktemp("profile")) as result:
+        yield result
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def browser(window: Browser, served: Served) -> Iterator[Browser]:
     choose(window, "digits")
     yield window
     assert window.messages() == []
-    asked = [address for address in window.requests() if not address.startswith(("data:", "blob:"))]
-    assert asked
-    assert [address for address in asked if not address.startswith(f"{served.url}/")] == []
+    addresses = [address for address in window.requests() if not address.startswith(("data:", "blob:"))]
+    assert addresses
+    assert [address for address in addresses if not address.startswith(f"{served.url}/")] == []
 
 
 def choose(page: Browser, model: str) -> None:
@@ -114,8 +114,8 @@ def png(pixels: np.ndarray) -> bytes:
 
 def digit(value: int, nth: int = 0) -> bytes:
     """A picture of a digit from scikit-learn's, as the data set gives it."""
-    found = load_digits()
-    return png(np.rint(found.images[found.target == value][nth] * 255 / 16).astype(np.uint8))
+    result = load_digits()
+    return png(np.rint(result.images[result.target == value][nth] * 255 / 16).astype(np.uint8))
 
 
 GIVE = """
@@ -142,19 +142,19 @@ def test_files_that_are_chosen(browser: Browser, tmp_path: Path) -> None:
     browser.click("#tab-picture")
     browser.write("#files", str(tmp_path / "6.png"))
     assert answers(browser) == ["6"]
-    shown = browser.run("return [...document.querySelectorAll('.bars li')].map((e) => e.innerText.split(/\\s+/))")
-    shares = [float(value) for _, value, _ in shown]
-    assert sorted(name for name, _, _ in shown) == [str(i) for i in range(10)]
+    bars = browser.run("return [...document.querySelectorAll('.bars li')].map((e) => e.innerText.split(/\\s+/))")
+    shares = [float(value) for _, value, _ in bars]
+    assert sorted(name for name, _, _ in bars) == [str(i) for i in range(10)]
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=0.06)
-    assert all(re.fullmatch(r"\d+\.\d\d", value) for _, value, _ in shown)
+    assert all(re.fullmatch(r"\d+\.\d\d", value) for _, value, _ in bars)
     widths = browser.run("return [...document.querySelectorAll('.bars .bar')].map((e) => e.offsetWidth)")
     assert widths == sorted(widths, reverse=True)
     assert widths[0] > 50
-    said = browser.text(".by")
-    assert re.search(r"[\d.]+\sm?s on the server, [\d.]+\sm?s round trip", said)
-    assert "eager float32" in said
-    assert "digits, version 1" in said
+    byline = browser.text(".by")
+    assert re.search(r"[\d.]+\sm?s on the server, [\d.]+\sm?s round trip", byline)
+    assert "eager float32" in byline
+    assert "digits, version 1" in byline
     assert browser.run("return document.querySelector('.batch img').naturalWidth") == 8
     assert browser.run("return document.getElementById('announcer').textContent").startswith("6.png: 6, ")
 
@@ -170,11 +170,11 @@ def test_the_answer_is_that_of_predict(browser: Browser, served: Served) -> None
     wanted = answer.json()["predictions"][0]["probabilities"]
     give(browser, "drop", "four.png", content)
     answers(browser)
-    shown = browser.run(
+    bars = browser.run(
         "return Object.fromEntries([...document.querySelectorAll('.bars li')].map((e) => e.innerText.split(/\\s+/)))"
     )
     for name, share in wanted.items():
-        assert float(shown[name]) == pytest.approx(100 * share, abs=0.0051)
+        assert float(bars[name]) == pytest.approx(100 * share, abs=0.0051)
 
 
 @needs_browser
@@ -295,8 +295,8 @@ def test_a_text(browser: Browser, served: Served) -> None:
     choose(browser, "reviews")
     assert not browser.find_all("#tabs:not([hidden])")
     for count, text in enumerate(("a lovely film, a great plot", "dull <i>and</i> awful film"), 1):
-        asked = json.dumps({"inputs": [text]})
-        answer = served.ask("POST", "/predict?model=reviews", asked, {"Content-Type": "application/json"}).json()
+        addresses = json.dumps({"inputs": [text]})
+        answer = served.ask("POST", "/predict?model=reviews", addresses, {"Content-Type": "application/json"}).json()
         browser.run("document.getElementById('text').value = ''")
         browser.write("#text", text)
         if count == 1:
@@ -425,8 +425,8 @@ def test_a_key_and_a_server_that_goes_and_comes_back(
     page = window
     even, uneven = (png(np.full((12, 12, 3), level, np.uint8)) for level in (60, 61))
     page.size(1400, 900)
-    with serving(odd, "--api-key-file", str(tmp_path / "key"), environment=environment) as found:
-        page.go(found.url)
+    with serving(odd, "--api-key-file", str(tmp_path / "key"), environment=environment) as result:
+        page.go(result.url)
         page.until("!document.getElementById('key-form').hidden")
         give(page, "drop", "9.png", uneven)
         page.until("document.querySelector('.batch .banner')")
@@ -437,7 +437,7 @@ def test_a_key_and_a_server_that_goes_and_comes_back(
         assert answers(page) == ["plain"]  # what had been refused is asked again
         assert not page.find_all("#key-form:not([hidden])")
         assert "sesame" not in page.run("return JSON.stringify(localStorage) + document.cookie")
-        page.go(found.url)
+        page.go(result.url)
         page.until("document.getElementById('title').textContent === 'odd'")
         give(page, "drop", "9.png", uneven)
         assert answers(page) == ["plain"]  # the tab has kept the key
@@ -446,7 +446,7 @@ def test_a_key_and_a_server_that_goes_and_comes_back(
     page.until("document.querySelector('.batch .banner button')")
     assert "No connection" in page.text(".batch .banner")
     page.until("document.getElementById('notice').innerText.includes('No connection')")
-    with serving(odd, "--port", str(found.port), environment=environment):
+    with serving(odd, "--port", str(result.port), environment=environment):
         page.until("document.getElementById('notice').hidden")
         page.click(".batch .banner button")
         assert answers(page) == [HOSTILE]

@@ -87,16 +87,16 @@ def test_an_engine_for_which_batches_are_free_gets_large_ones() -> None:
     assert policy.batch == 64
 
 
-# --- who is turned away ---
+# --- which requests are refused ---
 
 
 @given(policies, st.integers(1, 5000))
-def test_an_empty_house_takes_whatever_comes(policy: Policy, more: int) -> None:
+def test_an_idle_server_accepts_any_request(policy: Policy, more: int) -> None:
     assert policy.retry_after_s(0, more) is None
 
 
 @given(policies, st.integers(1, 500), st.integers(1, 64), st.integers(0, 100))
-def test_who_is_turned_away_would_be_with_more_before_him_too(
+def test_a_request_that_is_refused_would_be_refused_behind_more_inputs_too(
     policy: Policy, rows: int, more: int, further: int
 ) -> None:
     again_s = policy.retry_after_s(rows, more)
@@ -122,7 +122,7 @@ def test_the_pace_follows_what_is_observed(policy: Policy, size: int, times: flo
 
 
 @given(policies, st.lists(st.tuples(st.integers(1, 64), st.floats(0, 100.0)), max_size=20))
-def test_no_observation_makes_nonsense(policy: Policy, observed: list[tuple[int, float]]) -> None:
+def test_no_observation_leads_to_invalid_values(policy: Policy, observed: list[tuple[int, float]]) -> None:
     for size, took in observed:
         policy.add_batch_time(size, took)
     assert 0 <= policy.pace < math.inf
@@ -130,7 +130,7 @@ def test_no_observation_makes_nonsense(policy: Policy, observed: list[tuple[int,
 
 
 @given(policies, st.lists(st.floats(0, 100.0), max_size=20), st.integers(1, 500))
-def test_time_outside_turns_away_more_and_never_lets_in_what_the_curve_refuses(
+def test_time_outside_the_engine_refuses_more_and_never_accepts_what_the_curve_refuses(
     policy: Policy, outside: list[float], rows: int
 ) -> None:
     refused = policy.retry_after_s(rows, 1) is not None
@@ -140,7 +140,7 @@ def test_time_outside_turns_away_more_and_never_lets_in_what_the_curve_refuses(
     assert policy.retry_after_s(rows, 1) is not None or not refused
 
 
-def test_time_outside_is_left_room_for_and_more_of_it_where_it_varies() -> None:
+def test_time_outside_the_engine_counts_and_counts_more_where_it_varies() -> None:
     """In a target of 100 ms, with a batch of 10 ms for each: 20 ms of decoding, or now 10 and now 30."""
     steady, varying = (Policy(Curve({1: 0.01}), p99_s=0.1, most=1) for _ in range(2))
     for number in range(100):
@@ -176,7 +176,7 @@ def test_waiting_leaves_time_to_answer(policy: Policy, rows: int, gaps: list[flo
 
 
 @given(policies, st.integers(1, 64))
-def test_the_first_request_waits_for_nobody(policy: Policy, rows: int) -> None:
+def test_the_first_request_does_not_wait(policy: Policy, rows: int) -> None:
     assert policy.pause_s(rows, 0.0) == 0
     policy.add_arrival(5.0)
     assert policy.pause_s(rows, 0.0) == 0
@@ -310,12 +310,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 async def answered(batcher: Batcher, orders: list[tuple[int, ...]], deadline: float | None = None) -> list[int] | int:
     """Classes of the answer, or the status of the refusal."""
     try:
-        found = await batcher.submit(pictures(*orders), deadline)
+        results = await batcher.submit(pictures(*orders), deadline)
     except Refusal as error:
         return error.status
-    assert found.dtype == np.float32
-    assert (found.sum(1) == 1).all()
-    classes: list[int] = found.argmax(1).tolist()
+    assert results.dtype == np.float32
+    assert (results.sum(1) == 1).all()
+    classes: list[int] = results.argmax(1).tolist()
     return classes
 
 
@@ -324,10 +324,10 @@ requests = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=30), min_si
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
 @given(wanted=requests, most=st.sampled_from((1, 3, 8, 64)))
-def test_everyone_gets_his_own_answer(house: House, wanted: list[list[int]], most: int) -> None:
+def test_every_request_gets_its_own_answer(house: House, wanted: list[list[int]], most: int) -> None:
     async def work(batcher: Batcher) -> None:
-        asked = [answered(batcher, [(GOOD, label) for label in one]) for one in wanted]
-        assert await asyncio.gather(*asked) == wanted
+        tasks = [answered(batcher, [(GOOD, label) for label in one]) for one in wanted]
+        assert await asyncio.gather(*tasks) == wanted
         sizes = batcher.figures.batches
         assert max(sizes) <= batcher.policy.batch
         assert sum(size * times.count for size, times in sizes.items()) == sum(map(len, wanted))
@@ -344,8 +344,8 @@ bad_ones = st.lists(
 @given(wanted=bad_ones, most=st.sampled_from((1, 4, 64)))
 def test_a_bad_request_harms_only_itself(house: House, wanted: list[tuple[int, int]], most: int) -> None:
     async def work(batcher: Batcher) -> None:
-        found = await asyncio.gather(*(answered(batcher, [order]) for order in wanted))
-        assert found == [[label] if what == GOOD else 500 for what, label in wanted]
+        results = await asyncio.gather(*(answered(batcher, [order]) for order in wanted))
+        assert results == [[label] if what == GOOD else 500 for what, label in wanted]
 
     house.run(work, most=most)
     assert not house.died
@@ -362,21 +362,21 @@ def test_a_bad_request_harms_only_itself(house: House, wanted: list[tuple[int, i
     ),
     leave_s=st.sampled_from((0.0, 0.0, 0.002, 0.01)),
 )
-def test_who_leaves_or_is_late_is_withdrawn_and_harms_nobody(
+def test_a_client_that_leaves_or_is_late_is_withdrawn_and_harms_nobody(
     house: House, wanted: list[tuple[list[int], str]], leave_s: float
 ) -> None:
     async def work(batcher: Batcher) -> None:
         loop = asyncio.get_running_loop()
-        asked = []
+        tasks = []
         for one, how in wanted:
             deadline = loop.time() - 1 if how == "late" else None
-            asked.append(loop.create_task(answered(batcher, [(GOOD, label) for label in one], deadline)))
+            tasks.append(loop.create_task(answered(batcher, [(GOOD, label) for label in one], deadline)))
         await asyncio.sleep(leave_s)
-        for task, (_, how) in zip(asked, wanted, strict=True):
+        for task, (_, how) in zip(tasks, wanted, strict=True):
             if how == "leave":
                 task.cancel()
-        found = await asyncio.gather(*asked, return_exceptions=True)
-        for result, (one, how) in zip(found, wanted, strict=True):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result, (one, how) in zip(results, wanted, strict=True):
             if how == "stay":
                 assert result == one
             elif how == "late":
@@ -387,11 +387,11 @@ def test_who_leaves_or_is_late_is_withdrawn_and_harms_nobody(
     house.run(work)
 
 
-def test_one_that_kills_the_engine_is_told_and_the_others_are_rescued(house: House) -> None:
+def test_a_request_that_kills_the_engine_fails_and_the_others_are_answered(house: House) -> None:
     async def work(batcher: Batcher) -> None:
         orders = [(GOOD, 1), (DIES, 2), (GOOD, 3), (GOOD, 4)]
-        found = await asyncio.gather(*(answered(batcher, [order]) for order in orders))
-        assert found == [[1], 500, [3], [4]]
+        results = await asyncio.gather(*(answered(batcher, [order]) for order in orders))
+        assert results == [[1], 500, [3], [4]]
 
     house.died.clear()
     house.run(work)
@@ -404,14 +404,14 @@ def test_an_engine_that_is_lost_while_batches_are_full_loses_no_request(house: H
     """Batches come back as lost while others are already being sent."""
 
     async def work(batcher: Batcher) -> None:
-        asked = [asyncio.ensure_future(answered(batcher, [(SLEEPS, i % 10, 1)] * 2)) for i in range(40)]
+        tasks = [asyncio.ensure_future(answered(batcher, [(SLEEPS, i % 10, 1)] * 2)) for i in range(40)]
         await asyncio.sleep(0.03)
         assert house.worker is not None
         house.worker.close("a test took it away")
         for i in range(10):  # in the same turn of the loop
-            asked.append(asyncio.ensure_future(answered(batcher, [(GOOD, i)])))
-        found = await asyncio.gather(*asked)
-        assert found == [[i % 10] * 2 for i in range(40)] + [[i] for i in range(10)]
+            tasks.append(asyncio.ensure_future(answered(batcher, [(GOOD, i)])))
+        results = await asyncio.gather(*tasks)
+        assert results == [[i % 10] * 2 for i in range(40)] + [[i] for i in range(10)]
 
     house.run(work, most=2)
     house.died.clear()
@@ -421,10 +421,10 @@ def test_an_engine_that_hangs_is_ended(house: House, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(batching, "HANGS_S", 0.5)
 
     async def work(batcher: Batcher) -> None:
-        found = await asyncio.gather(
+        results = await asyncio.gather(
             *(answered(batcher, [order]) for order in [(GOOD, 1), (SLEEPS, 2, 250), (GOOD, 3)])
         )
-        assert found == [[1], 500, [3]]
+        assert results == [[1], 500, [3]]
 
     house.died.clear()
     house.run(work)
@@ -471,7 +471,7 @@ def test_the_last_of_a_burst_does_not_wait_for_more_that_never_come(house: House
     assert took_s < 1.0  # the target would allow 4.8 s of waiting
 
 
-def test_a_large_request_lets_others_pass(house: House) -> None:
+def test_a_large_request_does_not_hold_up_others(house: House) -> None:
     async def work(batcher: Batcher) -> None:
         large = asyncio.ensure_future(answered(batcher, [(SLEEPS, i % 10, 1) for i in range(60)]))
         await asyncio.sleep(0)
@@ -499,12 +499,12 @@ def test_when_a_part_of_a_large_request_fails_the_rest_is_withdrawn(house: House
 def test_waiting_requests_can_be_refused_together(house: House) -> None:
     async def work(batcher: Batcher) -> None:
         worker = batcher.use(None)
-        asked = [asyncio.ensure_future(answered(batcher, [(GOOD, i)])) for i in range(5)]
+        tasks = [asyncio.ensure_future(answered(batcher, [(GOOD, i)])) for i in range(5)]
         await asyncio.sleep(0.01)
         assert batcher.waiting == 5
         batcher.fail_waiting(Refusal(503, "no"))
         assert batcher.waiting == 0
-        assert await asyncio.gather(*asked) == [503] * 5
+        assert await asyncio.gather(*tasks) == [503] * 5
         batcher.use(worker)
         assert await answered(batcher, [(GOOD, 3)]) == [3]
 
@@ -513,15 +513,15 @@ def test_waiting_requests_can_be_refused_together(house: House) -> None:
 
 def test_an_engine_is_replaced_without_a_lost_request(house: House) -> None:
     async def work(batcher: Batcher) -> None:
-        asked = [asyncio.ensure_future(answered(batcher, [(SLEEPS, i % 10, 1)])) for i in range(60)]
+        tasks = [asyncio.ensure_future(answered(batcher, [(SLEEPS, i % 10, 1)])) for i in range(60)]
         before = house.worker
         await house.start()
         assert batcher.use(house.worker) is before
-        asked += [asyncio.ensure_future(answered(batcher, [(GOOD, i % 10)])) for i in range(60)]
+        tasks += [asyncio.ensure_future(answered(batcher, [(GOOD, i % 10)])) for i in range(60)]
         assert before is not None
         await before.idle()
         before.close()
-        assert await asyncio.gather(*asked) == [[i % 10] for i in range(60)] * 2
+        assert await asyncio.gather(*tasks) == [[i % 10] for i in range(60)] * 2
 
     house.run(work, most=4)
     assert not house.died

@@ -1,4 +1,4 @@
-"""Requests from bytes and answers to bytes: what is right comes through unchanged, what is a lie gets one sentence."""
+"""Requests from bytes and answers to bytes: valid ones come through unchanged, wrong ones get a one-sentence error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FUZZ = Path(__file__).parents[1] / "benchmarks" / "fuzz_protocol.py"
 FUZZ_CASES = 20_000
 
 
-# --- what is right comes through ---
+# --- valid requests ---
 
 
 @st.composite
@@ -83,30 +83,30 @@ def binary(sent: list[Tensor], **more: Any) -> tuple[bytes, int]:
     return head + b"".join(map(raw, sent)), len(head)
 
 
-def same(found: Tensor, sent: Tensor) -> None:
-    assert (found.name, found.datatype, found.shape) == (sent.name, sent.datatype, sent.shape)
+def same(result: Tensor, sent: Tensor) -> None:
+    assert (result.name, result.datatype, result.shape) == (sent.name, sent.datatype, sent.shape)
     if isinstance(sent.data, list):
-        assert found.data == sent.data
+        assert result.data == sent.data
     else:
-        assert isinstance(found.data, np.ndarray)
-        assert (found.data.dtype, found.data.shape) == (DATATYPES[sent.datatype], sent.shape)
-        np.testing.assert_array_equal(found.data, sent.data)
+        assert isinstance(result.data, np.ndarray)
+        assert (result.data.dtype, result.data.shape) == (DATATYPES[sent.datatype], sent.shape)
+        np.testing.assert_array_equal(result.data, sent.data)
 
 
 @given(several(text=True, finite=True), st.booleans(), st.none() | st.text(max_size=9))
 def test_json_comes_through(sent: list[Tensor], nest: bool, identity: str | None) -> None:
     body = {"inputs": [as_json(tensor, nest=nest) for tensor in sent], "parameters": {"a": 1}, "unknown": []}
-    found = parse(json.dumps(body | ({} if identity is None else {"id": identity})).encode())
-    assert (found.id, found.parameters, found.outputs, found.binary_output) == (identity, {"a": 1}, (), False)
-    for one, other in zip(found.inputs, sent, strict=True):
+    result = parse(json.dumps(body | ({} if identity is None else {"id": identity})).encode())
+    assert (result.id, result.parameters, result.outputs, result.binary_output) == (identity, {"a": 1}, (), False)
+    for one, other in zip(result.inputs, sent, strict=True):
         same(one, other)
 
 
 @given(several())
 def test_bytes_come_through(sent: list[Tensor]) -> None:
-    found = parse(*binary(sent, id="7"))
-    assert found.id == "7"
-    for one, other in zip(found.inputs, sent, strict=True):
+    result = parse(*binary(sent, id="7"))
+    assert result.id == "7"
+    for one, other in zip(result.inputs, sent, strict=True):
         same(one, other)
 
 
@@ -116,24 +116,24 @@ def test_one_input_is_binary_and_the_next_is_not(first: Tensor, second: Tensor) 
     about = {"name": first.name, "datatype": first.datatype, "shape": first.shape}
     inputs = [about | {"parameters": {"binary_data_size": len(raw(first))}}, as_json(second, nest=False)]
     head = json.dumps({"inputs": inputs}).encode()
-    found = parse(head + raw(first), len(head))
-    same(found.inputs[0], first)
-    same(found.inputs[1], second)
+    result = parse(head + raw(first), len(head))
+    same(result.inputs[0], first)
+    same(result.inputs[1], second)
 
 
 def test_raw_bytes_are_not_copied() -> None:
     pixels = np.arange(1 << 20, dtype=np.uint8)
     body, header = binary([Tensor(name="a", datatype="UINT8", shape=pixels.shape, data=pixels)])
-    (found,) = parse(body, header).inputs
-    assert isinstance(found.data, np.ndarray)
-    assert np.shares_memory(found.data, np.frombuffer(body, np.uint8))
-    assert not found.data.flags.writeable
+    (result,) = parse(body, header).inputs
+    assert isinstance(result.data, np.ndarray)
+    assert np.shares_memory(result.data, np.frombuffer(body, np.uint8))
+    assert not result.data.flags.writeable
 
 
 def test_a_raw_body_is_one_element() -> None:
-    found = parse(b"\x89PNG", 0)
-    assert found.binary_output
-    assert [(t.name, t.datatype, t.shape, t.data) for t in found.inputs] == [("", "BYTES", (1,), [b"\x89PNG"])]
+    result = parse(b"\x89PNG", 0)
+    assert result.binary_output
+    assert [(t.name, t.datatype, t.shape, t.data) for t in result.inputs] == [("", "BYTES", (1,), [b"\x89PNG"])]
 
 
 def test_large_and_small_integers_keep_every_digit() -> None:
@@ -146,15 +146,15 @@ def test_large_and_small_integers_keep_every_digit() -> None:
 
 @given(several(), st.none() | st.text(max_size=9))
 def test_a_binary_answer_comes_through(sent: list[Tensor], identity: str | None) -> None:
-    asked = InferRequest(inputs=(), binary_output=True)
-    parts, head = render(InferResponse(id=identity, model_name="m", model_version="3", outputs=tuple(sent)), asked)
+    options = InferRequest(inputs=(), binary_output=True)
+    parts, head = render(InferResponse(id=identity, model_name="m", model_version="3", outputs=tuple(sent)), options)
     assert head == len(parts[0])
-    said = json.loads(parts[0])
-    assert (said["model_name"], said["model_version"], said.get("id")) == ("m", "3", identity)
-    assert ("id" in said) == (identity is not None)
+    answer = json.loads(parts[0])
+    assert (answer["model_name"], answer["model_version"], answer.get("id")) == ("m", "3", identity)
+    assert ("id" in answer) == (identity is not None)
     at = head
     body = b"".join(parts)
-    for output, tensor in zip(said["outputs"], sent, strict=True):
+    for output, tensor in zip(answer["outputs"], sent, strict=True):
         assert "data" not in output
         size = output["parameters"]["binary_data_size"]
         assert body[at : at + size] == raw(tensor)
@@ -169,8 +169,8 @@ def test_a_json_answer_comes_through(sent: list[Tensor]) -> None:
         InferResponse(id=None, model_name="m", model_version="1", outputs=tuple(sent)), InferRequest(inputs=())
     )
     assert head is None
-    said = json.loads(b"".join(parts))
-    assert said["outputs"] == [as_json(tensor, nest=False) for tensor in sent]
+    answer = json.loads(b"".join(parts))
+    assert answer["outputs"] == [as_json(tensor, nest=False) for tensor in sent]
 
 
 ONE = Tensor(name="one", datatype="FP32", shape=(2,), data=np.array([0.5, 0.25], np.float32))
@@ -178,7 +178,7 @@ TWO = Tensor(name="two", datatype="BYTES", shape=(1,), data=[b"cat"])
 
 
 @pytest.mark.parametrize(
-    ("asked", "is_binary"),
+    ("options", "is_binary"),
     [
         ({}, []),
         ({"parameters": {"binary_data_output": True}}, ["one", "two"]),
@@ -193,17 +193,17 @@ TWO = Tensor(name="two", datatype="BYTES", shape=(1,), data=[b"cat"])
     ],
     ids=["not said", "all of them", "one of them", "all but one"],
 )
-def test_outputs_are_binary_where_that_is_asked_for(asked: dict[str, Any], is_binary: list[str]) -> None:
+def test_outputs_are_binary_where_that_is_asked_for(options: dict[str, Any], is_binary: list[str]) -> None:
     inputs = [{"name": "a", "datatype": "BOOL", "shape": [1], "data": [True]}]
-    request = parse(json.dumps({"inputs": inputs} | asked).encode())
+    request = parse(json.dumps({"inputs": inputs} | options).encode())
     parts, head = render(InferResponse(id=None, model_name="m", model_version="1", outputs=(ONE, TWO)), request)
-    said = json.loads(parts[0])
-    assert [output["name"] for output in said["outputs"] if "data" not in output] == is_binary
+    answer = json.loads(parts[0])
+    assert [output["name"] for output in answer["outputs"] if "data" not in output] == is_binary
     assert (head is None) == (not is_binary)
     assert parts[1:] == [raw({"one": ONE, "two": TWO}[name]) for name in is_binary]
 
 
-# --- lies ---
+# --- wrong requests ---
 
 
 def body(**changes: Any) -> bytes:
@@ -219,7 +219,7 @@ def sized(size: Any, data: bytes = b"1234", **changes: Any) -> tuple[bytes, int]
 
 
 def refused(sent: bytes, header: int | None = None) -> str:
-    """The sentence that a request gets which can't be right."""
+    """The error that a wrong request gets."""
     with pytest.raises(Refusal) as caught:
         parse(sent, header)
     assert caught.value.status == 400
@@ -229,7 +229,7 @@ def refused(sent: bytes, header: int | None = None) -> str:
 
 
 BIG = b"9" * 5000  # more digits than Python reads
-JSON_LIES: dict[str, tuple[bytes, str]] = {
+WRONG_JSON: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "not JSON"),
     "not JSON": (b"\x89PNG\r\n", "not JSON"),
     "not UTF-8": (b'{"inputs": "\xff\xfe"}', "not JSON"),
@@ -310,13 +310,13 @@ JSON_LIES: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", JSON_LIES)
-def test_a_lie_in_json_gets_a_sentence(lie: str) -> None:
-    sent, says = JSON_LIES[lie]
+@pytest.mark.parametrize("case", WRONG_JSON)
+def test_wrong_json_gets_an_error(case: str) -> None:
+    sent, says = WRONG_JSON[case]
     assert says in refused(sent)
 
 
-OUTPUT_LIES = {
+WRONG_OUTPUTS = {
     "an object": ({}, "outputs must be a list"),
     "too many": ([{"name": "a"}] * 65, "at most 64"),
     "a text": (["a"], "outputs[0] must be an object"),
@@ -327,14 +327,14 @@ OUTPUT_LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", OUTPUT_LIES)
-def test_a_lie_about_outputs_gets_a_sentence(lie: str) -> None:
-    outputs, says = OUTPUT_LIES[lie]
+@pytest.mark.parametrize("case", WRONG_OUTPUTS)
+def test_wrong_outputs_get_an_error(case: str) -> None:
+    outputs, says = WRONG_OUTPUTS[case]
     assert says in refused(json.dumps(json.loads(body()) | {"outputs": outputs}).encode())
 
 
 STRINGS = join_bytes([b"a", b"", b"ccc", b"dd"])
-BINARY_LIES: dict[str, tuple[tuple[bytes, int], str]] = {
+WRONG_BYTES: dict[str, tuple[tuple[bytes, int], str]] = {
     "a header below 0": ((body(), -1), "is -1, but"),
     "a header past the end": ((body(), len(body()) + 1), "but the body has"),
     "a huge header": ((body(), 2**70), "but the body has"),
@@ -366,9 +366,9 @@ BINARY_LIES: dict[str, tuple[tuple[bytes, int], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", BINARY_LIES)
-def test_a_lie_about_bytes_gets_a_sentence(lie: str) -> None:
-    sent, says = BINARY_LIES[lie]
+@pytest.mark.parametrize("case", WRONG_BYTES)
+def test_wrong_bytes_get_an_error(case: str) -> None:
+    sent, says = WRONG_BYTES[case]
     assert says in refused(*sent)
 
 
@@ -382,7 +382,7 @@ WHOLE, HEADER = binary(
 )
 
 
-def test_a_request_cut_short_anywhere_gets_a_sentence() -> None:
+def test_a_request_cut_short_anywhere_gets_an_error() -> None:
     for end in range(len(WHOLE)):
         refused(WHOLE[:end], HEADER)
         refused(WHOLE[:end], min(end, HEADER) or None)
@@ -393,7 +393,7 @@ def test_a_request_cut_short_anywhere_gets_a_sentence() -> None:
 @given(st.binary(min_size=1, max_size=40))
 @example(b"\0")
 @example(b"{}")
-def test_a_request_with_more_behind_it_gets_a_sentence(more: bytes) -> None:
+def test_a_request_with_more_after_it_gets_an_error(more: bytes) -> None:
     refused(WHOLE + more, HEADER)
     refused(body() + more, len(body()))
     if more.strip(b" \t\r\n"):
@@ -401,7 +401,7 @@ def test_a_request_with_more_behind_it_gets_a_sentence(more: bytes) -> None:
 
 
 @given(st.binary(max_size=200), st.none() | st.integers(min_value=1, max_value=300))
-def test_noise_gets_a_sentence(noise: bytes, header: int | None) -> None:
+def test_noise_gets_an_error(noise: bytes, header: int | None) -> None:
     assume(noise[:1] not in (b"{", b"[", b'"'))
     refused(noise, header)
 
@@ -428,7 +428,7 @@ def test_noise_gets_a_sentence(noise: bytes, header: int | None) -> None:
         "a long datatype", "a long side", "a long shape", "long data", "nested data", "one long text", "a long size",
     ],
 )  # fmt: skip
-def test_a_lie_takes_no_memory(sent: bytes, header: int | None, times: int) -> None:
+def test_a_wrong_request_takes_no_memory(sent: bytes, header: int | None, times: int) -> None:
     refused(sent, header)  # what is kept for good is there now
     tracemalloc.start()
     try:
@@ -466,11 +466,11 @@ def fuzzer() -> ModuleType:
 
 def test_nearly_right_requests_are_read_or_refused(fuzzer: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzzer, "SLOW_MS", 5_000.0)  # a busy machine is not a failure
-    found = fuzzer.fuzz(FUZZ_CASES, seed=20261126)
-    assert found.failures == []
-    assert found.cases == FUZZ_CASES
-    assert found.accepted > FUZZ_CASES / 20  # it goes deep
-    assert len(found.refused) > 30
+    result = fuzzer.fuzz(FUZZ_CASES, seed=20261126)
+    assert result.failures == []
+    assert result.cases == FUZZ_CASES
+    assert result.accepted > FUZZ_CASES / 20  # it goes deep
+    assert len(result.refused) > 30
 
 
 def test_every_valid_request_of_the_fuzz_is_read(fuzzer: ModuleType) -> None:

@@ -50,8 +50,8 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    with register() as found:
-        yield found
+    with register() as results:
+        yield results
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ async def start(subject: Path) -> Worker:
     return await start_worker(subject, engine="auto", device="auto", threads=None, trust_code=False, max_batch=4)
 
 
-async def ask(made: Worker, *orders: tuple[int, ...], slot: int = 0) -> list[int]:
-    made.slots[slot][0][: len(orders)] = pictures(*orders)
-    await made.compute(slot, len(orders))
-    found: list[int] = made.slots[slot][1][: len(orders)].argmax(1).tolist()
-    return found
+async def ask(engine: Worker, *orders: tuple[int, ...], slot: int = 0) -> list[int]:
+    engine.slots[slot][0][: len(orders)] = pictures(*orders)
+    await engine.compute(slot, len(orders))
+    results: list[int] = engine.slots[slot][1][: len(orders)].argmax(1).tolist()
+    return results
 
 
 def is_there(pid: int) -> bool:
@@ -104,24 +104,24 @@ def descriptors() -> int:
 # --- one process ---
 
 
-def test_an_engine_says_what_it_is_and_answers(run: Run, tmp_path: Path) -> None:
+def test_an_engine_reports_what_it_is_and_answers(run: Run, tmp_path: Path) -> None:
     async def work() -> None:
-        made = await start(engines(tmp_path / "odd"))
-        info = made.info
+        engine = await start(engines(tmp_path / "odd"))
+        info = engine.info
         assert (info.engine, info.precision, info.classes) == ("hostile", "float32", CLASSES)
         assert (info.row_shape, info.row_dtype, info.measured) == ((2, 2, 3), "uint8", ())
-        assert made.seconds.keys() == {1, 2, 4}
-        assert all(0 < s < 1 for s in made.seconds.values())
-        first = asyncio.ensure_future(ask(made, (GOOD, 1), (GOOD, 2), slot=0))
-        second = asyncio.ensure_future(ask(made, (GOOD, 9), slot=1))
+        assert engine.seconds.keys() == {1, 2, 4}
+        assert all(0 < s < 1 for s in engine.seconds.values())
+        first = asyncio.ensure_future(ask(engine, (GOOD, 1), (GOOD, 2), slot=0))
+        second = asyncio.ensure_future(ask(engine, (GOOD, 9), slot=1))
         assert (await first, await second) == ([1, 2], [9])
-        assert made.memory_bytes > 1 << 20
-        pid = made.pid
-        made.close()
-        made.close()
+        assert engine.memory_bytes > 1 << 20
+        pid = engine.pid
+        engine.close()
+        engine.close()
         assert not is_there(pid)
         with pytest.raises(EngineDied):
-            await made.compute(0, 1)
+            await engine.compute(0, 1)
 
     run(work())
 
@@ -132,15 +132,15 @@ def test_an_engine_says_what_it_is_and_answers(run: Run, tmp_path: Path) -> None
 )
 def test_an_engine_that_fails_goes_on(run: Run, tmp_path: Path, what: int, reason: str) -> None:
     async def work() -> None:
-        made = await start(engines(tmp_path / "odd"))
-        pid = made.pid
+        engine = await start(engines(tmp_path / "odd"))
+        pid = engine.pid
         for _ in range(2):
             with pytest.raises(EngineError, match=reason) as caught:
-                await ask(made, (what,))
+                await ask(engine, (what,))
             assert not isinstance(caught.value, EngineDied)
-            assert await ask(made, (GOOD, 5)) == [5]
-        assert made.pid == pid
-        made.close()
+            assert await ask(engine, (GOOD, 5)) == [5]
+        assert engine.pid == pid
+        engine.close()
 
     run(work())
 
@@ -148,19 +148,19 @@ def test_an_engine_that_fails_goes_on(run: Run, tmp_path: Path, what: int, reaso
 @pytest.mark.parametrize(("what", "reason"), [(DIES, r"crashed \(SIGSEGV\)"), (EXITS, "a planted end")])
 def test_an_engine_that_dies_is_noticed_at_once(run: Run, tmp_path: Path, what: int, reason: str) -> None:
     async def work() -> None:
-        made = await start(engines(tmp_path / "odd"))
-        pid = made.pid
-        both = asyncio.gather(ask(made, (what,), slot=0), ask(made, (GOOD,), slot=1), return_exceptions=True)
+        engine = await start(engines(tmp_path / "odd"))
+        pid = engine.pid
+        both = asyncio.gather(ask(engine, (what,), slot=0), ask(engine, (GOOD,), slot=1), return_exceptions=True)
         before = time.monotonic()
-        found = await both
+        results = await both
         assert time.monotonic() - before < 10
-        assert isinstance(found[0], EngineDied)
-        assert isinstance(found[1], EngineDied)
+        assert isinstance(results[0], EngineDied)
+        assert isinstance(results[1], EngineDied)
         with pytest.raises(EngineDied, match=reason):
-            raise found[0]
+            raise results[0]
         assert not is_there(pid)
         with pytest.raises(EngineDied):
-            await made.compute(1, 1)
+            await engine.compute(1, 1)
 
     run(work())
 
@@ -169,9 +169,9 @@ def test_what_an_engine_prints_does_not_stop_it(run: Run, tmp_path: Path) -> Non
     """A megabyte, which is more than a pipe holds."""
 
     async def work() -> None:
-        made = await start(engines(tmp_path / "odd"))
-        assert await ask(made, (CHATTERS, 3), (CHATTERS, 4)) == [3, 4]
-        made.close()
+        engine = await start(engines(tmp_path / "odd"))
+        assert await ask(engine, (CHATTERS, 3), (CHATTERS, 4)) == [3, 4]
+        engine.close()
 
     run(work())
 
@@ -230,20 +230,20 @@ def test_damaged_files_are_refused_with_a_reason(run: Run, tmp_path: Path, damag
     run(work())
 
 
-def test_nothing_is_left_of_engines_that_ended(run: Run, tmp_path: Path) -> None:
+def test_engines_that_ended_leave_nothing_behind(run: Run, tmp_path: Path) -> None:
     good, bad = engines(tmp_path / "good"), engines(tmp_path / "bad", load="raise ValueError('no')")
 
     async def work() -> None:
         for turn in range(2):
-            made = await start(good)
-            assert await ask(made, (GOOD, 3)) == [3]
+            engine = await start(good)
+            assert await ask(engine, (GOOD, 3)) == [3]
             if turn % 2:
                 with pytest.raises(EngineDied):
-                    await ask(made, (DIES,))
-            made.close()
+                    await ask(engine, (DIES,))
+            engine.close()
             with pytest.raises(EngineDied):
                 await start(bad)
-            del made
+            del engine
             gc.collect()
             if turn == 0:
                 before.append(descriptors())
@@ -262,11 +262,11 @@ from pathlib import Path
 from suanli.serving.worker import start_worker
 
 async def work():
-    made = await start_worker(Path(sys.argv[1]), engine="auto", device="auto", threads=None, trust_code=False)
+    engine = await start_worker(Path(sys.argv[1]), engine="auto", device="auto", threads=None, trust_code=False)
     if sys.argv[2] != "idle":
-        made.slots[0][0][0, 0, 0, 0] = int(sys.argv[2])
-        made.compute(0, 1)
-    print(made.pid, flush=True)
+        engine.slots[0][0][0, 0, 0, 0] = int(sys.argv[2])
+        engine.compute(0, 1)
+    print(engine.pid, flush=True)
     await asyncio.sleep(60)
 
 asyncio.run(work())
@@ -324,9 +324,9 @@ class Kept:
             return error.status
         named = {output.name: output for output in response.outputs}
         assert isinstance(named["probabilities"].data, np.ndarray)
-        found: list[int] = named["probabilities"].data.argmax(1).tolist()
-        assert named["label"].data == [CLASSES[i].encode() for i in found]
-        return found
+        results: list[int] = named["probabilities"].data.argmax(1).tolist()
+        assert named["label"].data == [CLASSES[i].encode() for i in results]
+        return results
 
     async def ready(self, *, within_s: float = 30) -> None:
         async with asyncio.timeout(within_s):
@@ -337,18 +337,18 @@ class Kept:
 @pytest.fixture
 def keep(run: Run) -> Iterator[Callable[..., Kept]]:
     """Makes a model; it is started by the test, and closed at the end."""
-    made: list[Kept] = []
+    models: list[Kept] = []
     with ThreadPoolExecutor(2) as pool:
 
         def make(subject: Path, **options: Any) -> Kept:
             kept = Kept(subject, ModelOptions(**options), pool)
-            made.append(kept)
+            models.append(kept)
             return kept
 
         yield make
 
         async def close() -> None:
-            for kept in made:
+            for kept in models:
                 if hasattr(kept, "served"):
                     kept.served.close()
             await asyncio.sleep(0)
@@ -383,7 +383,7 @@ def test_an_engine_that_ends_while_nobody_asks_is_replaced(run: Run, keep: Calla
     run(work())
 
 
-def test_a_bad_input_costs_only_itself_and_a_crash_only_time(
+def test_a_bad_input_harms_only_itself_and_a_crash_costs_only_time(
     run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd", batch_ms=20))
@@ -399,8 +399,8 @@ def test_a_bad_input_costs_only_itself_and_a_crash_only_time(
         first = asyncio.ensure_future(kept.ask((SLEEPS, 4, 20)))
         await asyncio.sleep(0.05)  # the engine has it; the others come together
         orders = [(GOOD, 1), (DIES,), (GOOD, 2), (GOOD, 3)]
-        found = await asyncio.gather(*(kept.ask(order) for order in orders))
-        assert found == [[1], 500, [2], [3]], kept.events("engine lost")
+        results = await asyncio.gather(*(kept.ask(order) for order in orders))
+        assert results == [[1], 500, [2], [3]], kept.events("engine lost")
         assert await first == [4]
         await kept.ready()
         assert kept.served.figures.restarts == 2
@@ -455,8 +455,8 @@ def test_a_hanging_engine_is_replaced(
 
     async def work() -> None:
         await kept.start()
-        found = await asyncio.gather(*(kept.ask(order) for order in [(HANGS,), (GOOD, 2), (GOOD, 3)]))
-        assert found == [500, [2], [3]]
+        results = await asyncio.gather(*(kept.ask(order) for order in [(HANGS,), (GOOD, 2), (GOOD, 3)]))
+        assert results == [500, [2], [3]]
         await kept.ready()
         assert "did not answer" in kept.events("engine lost")[0]["reason"]
         assert len(children()) == 1
@@ -526,7 +526,7 @@ def test_an_engine_that_dies_while_it_is_being_replaced_leaves_one(
     run(work())
 
 
-def test_draining_waits_for_requests_and_for_a_crash_in_their_midst(
+def test_draining_waits_for_requests_and_for_a_crash_among_them(
     run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd"))
@@ -563,7 +563,7 @@ def test_a_model_can_be_closed_while_it_comes_up(run: Run, keep: Callable[..., K
 
 
 @pytest.mark.parametrize("change", ["classes", "side"])
-def test_an_engine_is_not_started_again_as_another_one(
+def test_an_engine_is_not_replaced_by_another_model(
     run: Run, keep: Callable[..., Kept], tmp_path: Path, change: str
 ) -> None:
     """Who asked knows the classes and sizes of the model that was there."""
@@ -600,7 +600,7 @@ def test_a_deadline_passes(run: Run, keep: Callable[..., Kept], tmp_path: Path) 
     run(work())
 
 
-def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
+def test_numbers_are_not_accepted_as_ids_of_words(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     """Ids of words that aren't there would lead an engine to memory that isn't its own."""
     kept = keep(engines(tmp_path / "odd", preprocess=TextPreprocess(vocabulary=("a", "b", "c"), length=4)))
 
@@ -610,9 +610,9 @@ def test_numbers_are_not_taken_for_words(run: Run, keep: Callable[..., Kept], tm
             response = await kept.served.infer(InferRequest(inputs=(tensor,)))
         except Refusal as error:
             return error.status
-        found = response.outputs[1].data
-        assert isinstance(found, list)
-        return found
+        results = response.outputs[1].data
+        assert isinstance(results, list)
+        return results
 
     async def work() -> None:
         await kept.start()
@@ -638,10 +638,10 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
 
     async def ask(count: int) -> int:
         try:
-            found = await kept.served.predict([""] * count, [picture] * count, top=1)
+            results = await kept.served.predict([""] * count, [picture] * count, top=1)
         except Refusal as error:
             return error.status if error.retry_after_s else 0
-        assert [one.label for one in found] == ["class0"] * count
+        assert [one.label for one in results] == ["class0"] * count
         return 200
 
     async def work() -> None:
@@ -658,17 +658,17 @@ def test_pictures_that_take_long_to_decode_are_refused_when_they_pile_up(
     run(work())
 
 
-def test_a_full_house_refuses_at_once_and_says_when_to_come_again(
+def test_a_full_server_refuses_at_once_and_says_when_to_retry(
     run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd", input_ms=20), p99_s=0.3)
 
     async def work() -> None:
         await kept.start()
-        asked = [asyncio.ensure_future(kept.ask((GOOD, i % 10))) for i in range(200)]
+        tasks = [asyncio.ensure_future(kept.ask((GOOD, i % 10))) for i in range(200)]
         before = time.monotonic()
         await asyncio.sleep(0)
-        refused = [task for task in asked if task.done()]
+        refused = [task for task in tasks if task.done()]
         assert time.monotonic() - before < 0.2
         assert len(refused) > 150
         with pytest.raises(Refusal) as caught:
@@ -676,17 +676,17 @@ def test_a_full_house_refuses_at_once_and_says_when_to_come_again(
         assert caught.value.status == 503
         assert caught.value.retry_after_s is not None
         assert 0 < caught.value.retry_after_s < 10
-        found = await asyncio.gather(*asked)
-        assert {answer for answer in found if isinstance(answer, int)} == {503}
-        good = [i for i, answer in enumerate(found) if answer != 503]
+        results = await asyncio.gather(*tasks)
+        assert {answer for answer in results if isinstance(answer, int)} == {503}
+        good = [i for i, answer in enumerate(results) if answer != 503]
         assert good
-        assert all(found[i] == [i % 10] for i in good)
+        assert all(results[i] == [i % 10] for i in good)
         assert kept.served.figures.refused == {503: 200 - len(good)}
 
     run(work())
 
 
-def test_a_target_that_cannot_be_kept_is_told_and_one_at_a_time_is_answered(
+def test_a_target_that_cannot_be_kept_is_logged_and_one_at_a_time_is_answered(
     run: Run, keep: Callable[..., Kept], tmp_path: Path
 ) -> None:
     kept = keep(engines(tmp_path / "odd", batch_ms=20), p99_s=0.001)
@@ -695,14 +695,14 @@ def test_a_target_that_cannot_be_kept_is_told_and_one_at_a_time_is_answered(
         await kept.start()
         assert kept.served.ready
         assert len(kept.events("the latency target can't be kept")) == 1
-        found = await asyncio.gather(*(kept.ask((GOOD, i)) for i in range(5)))
-        assert found == [[0], 503, 503, 503, 503]
+        results = await asyncio.gather(*(kept.ask((GOOD, i)) for i in range(5)))
+        assert results == [[0], 503, 503, 503, 503]
         assert await kept.ask((GOOD, 6)) == [6]
 
     run(work())
 
 
-def test_who_leaves_is_withdrawn(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
+def test_the_request_of_a_client_that_leaves_is_withdrawn(run: Run, keep: Callable[..., Kept], tmp_path: Path) -> None:
     kept = keep(engines(tmp_path / "odd"))
 
     async def work() -> None:

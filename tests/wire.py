@@ -34,8 +34,8 @@ def read(answer: Answer) -> list[int] | int:
 
 def odd(server: Served) -> dict[str, Any]:
     """What the server says of the model."""
-    found: dict[str, Any] = server.ask("GET", "/status").json()["models"][0]
-    return found
+    result: dict[str, Any] = server.ask("GET", "/status").json()["models"][0]
+    return result
 
 
 def children(pid: int) -> set[int]:
@@ -55,7 +55,7 @@ def descriptors(server: Served) -> int:
 
 
 class Raw:
-    """A connection that sends whatever it is told to, and reads answers one by one."""
+    """A connection that sends any bytes, and reads answers one by one."""
 
     def __init__(self, server: Served) -> None:
         self.socket = socket.create_connection((server.host, server.port), timeout=30)
@@ -97,9 +97,10 @@ class Raw:
 def message(*orders: tuple[int, ...], path: str = INFER, headers: str = "", **parameters: object) -> bytes:
     """A request as it goes over the wire."""
     body, more = request(*orders, **parameters)
-    told = "".join(f"{name}: {value}\r\n" for name, value in more.items())
+    lines = "".join(f"{name}: {value}\r\n" for name, value in more.items())
     return (
-        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{told}{headers}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{lines}{headers}Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
     )
 
 
