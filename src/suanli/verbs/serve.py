@@ -48,9 +48,7 @@ def serve(
 
     Raises UsageError, DataError where there is no model, MachineError where the port is in use or packages are missing.
     """
-    _check_numbers(port, grpc_port, p99_ms, max_body_mb, max_image_megapixels, threads)
-    if log not in get_args(Style):
-        raise unknown("way to log", log, get_args(Style))
+    _check_options(port, grpc_port, p99_ms, max_body_mb, max_image_megapixels, threads, log)
     scheme = _find_scheme(tls_cert, tls_key)
     path = _find_folder(subject)
     from suanli.serving.model import ModelOptions
@@ -77,11 +75,9 @@ def serve(
         tls_key=tls_key,
         shutdown_delay_s=shutdown_delay_s,
     )
-    work = serve_models(
-        path, model_options, options, Log(log, requests=log_requests), on_start=partial(_announce, scheme, host)
-    )
+    announce = partial(_announce, scheme, host)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(work)
+        runner.run(serve_models(path, model_options, options, Log(log, requests=log_requests), on_start=announce))
 
 
 def _find_scheme(tls_cert: Path | None, tls_key: Path | None) -> str:
@@ -115,13 +111,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def _check_numbers(
+def _check_options(
     port: int,
     grpc_port: int | None,
     p99_ms: float | None,
     max_body_mb: float,
     max_image_megapixels: float,
     threads: int | None,
+    log: str,
 ) -> None:
     for name, value in (("--port", port), ("--grpc-port", grpc_port)):
         if value is not None and not 0 <= value <= 65535:
@@ -134,6 +131,8 @@ def _check_numbers(
     ):
         if number is not None and not 0 < number < 1e9:
             raise UsageError(f"{name} {number} is out of range.", fix="Give a number above 0.")
+    if log not in get_args(Style):
+        raise unknown("way to log", log, get_args(Style))
 
 
 def _read_key(file: Path | None) -> str | None:
