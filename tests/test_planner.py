@@ -37,7 +37,7 @@ from suanli.machine import device, timing
 Put = Callable[..., str]
 
 PAUSE_S = 0.01
-PLENTY = 100_000  # steps: planning is in no hurry
+PLENTY = 100_000  # steps: planning has time for everything
 
 
 class Sleeper(nn.Module):

@@ -375,7 +375,7 @@ def test_a_reader_that_fails_or_isnt_needed_ends() -> None:
     assert not any(t.name == "suanli-read-ahead" for t in threading.enumerate())
 
 
-# --- a recorded step ------------------------------------------------------------------------------
+# --- a captured step ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def why_not(device: Device) -> str | None:
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.sharded:
-        return "gradients of a sharded network are sent in float32"
+        return "gradients of a sharded network are sent in their own precision"
     return None if step.distributed else "there is no other process to send gradients to"
 
 
