@@ -47,7 +47,7 @@ def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ceilings, Path]:
     """Ceilings of this machine from a quick measurement, and the cache directory that has them."""
-    from small_works import measure
+    from small_workloads import measure
 
     cache = tmp_path_factory.mktemp("measured")
     return measure(cache), cache

@@ -12,7 +12,7 @@ def suits(traits: Traits) -> int | None:
 
 
 def _budget(epochs: float, score: float) -> Budget:
-    """Measured by `benchmarks/bench_efforts.py`: records/2026-11-25_epyc-2core_accuracy."""
+    """Measured by `benchmarks/bench_budgets.py`: records/2026-11-25_epyc-2core_accuracy."""
     return Budget(
         changes={"epochs": epochs},
         scores=(MeasuredScore(data="digits", classes=10, examples=1_414, score=score),),

@@ -3,7 +3,7 @@ its standard error.
 
 Each training is a process with one thread; as many run in parallel as there are cores.
 
-    python benchmarks/bench_efforts.py ../shared/data --out records/…  [--recipe small_images] [--file cifar10.zip]
+    python benchmarks/bench_budgets.py ../shared/data --out records/…  [--recipe small_images] [--file cifar10.zip]
 """
 
 from __future__ import annotations

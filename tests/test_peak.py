@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from small_works import CPU, measure
+from small_workloads import CPU, measure
 from suanli.core.types import Device
 from suanli.data.decode import decode
 from suanli.machine import microbenchmarks
@@ -195,7 +195,7 @@ def test_of_two_processes_one_measures(capsys: pytest.CaptureFixture[str]) -> No
     code = f"""
 import json, pathlib, sys, time
 sys.path.append({str(Path(__file__).parent)!r})
-from small_works import measure
+from small_workloads import measure
 print("ready", flush=True)
 sys.stdin.readline()
 print(json.dumps(measure(pathlib.Path("shared"), fresh=True).to_json()))
