@@ -18,7 +18,7 @@ from pathlib import Path
 from record import Record, arguments, start
 from suanli.machine.device import cores
 from suanli.training.scaling_records import Scaling
-from suanli.verbs._bench_scaling import bench_scaling
+from suanli.verbs.bench_scaling import bench_scaling
 from subjects import SUBJECTS
 
 FLOOR = 0.95  # of one process's images per second

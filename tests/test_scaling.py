@@ -23,7 +23,7 @@ from suanli.core.run import Run
 from suanli.machine import device
 from suanli.training import scaling
 from suanli.training.scaling import judge, summarize
-from suanli.verbs._bench_scaling import bench_scaling
+from suanli.verbs.bench_scaling import bench_scaling
 from suanli.verbs.report import report
 from suanli.verbs.train import train
 

@@ -346,7 +346,7 @@ def _bench_speedups(result: _Result, options: dict[str, Any]) -> None:
 
 
 def _bench_processes(result: _Result, options: dict[str, Any]) -> None:
-    from suanli.verbs._bench_scaling import bench_scaling, table
+    from suanli.verbs.bench_scaling import bench_scaling, table
 
     measured = bench_scaling(**options)
     result.values = measured.to_json()

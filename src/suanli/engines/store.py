@@ -178,13 +178,13 @@ def read(folder: Path) -> EngineIndex | None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise _damaged(path, f"{place}: {first['msg']}" if place else first["msg"]) from error
+        raise _damage_error(path, f"{place}: {first['msg']}" if place else first["msg"]) from error
     except UsageError as error:
-        raise _damaged(path, error.message) from error
+        raise _damage_error(path, error.message) from error
     return index
 
 
-def _damaged(path: Path, reason: str) -> DamagedFile:
+def _damage_error(path: Path, reason: str) -> DamagedFile:
     return DamagedFile(f"{path} is damaged ({reason}).", fix="Make it again: suanli optimize RUN.")
 
 

@@ -125,16 +125,16 @@ def _step(variant: Variant, figures: Figures | None) -> Step:
 
 def _rate(speed: Estimate) -> str:
     large = words.is_known(speed.median) and abs(speed.median) >= 100
-    return words.spread(speed.median, speed.half_iqr, _rounded if large else words.number)
+    return words.spread(speed.median, speed.half_iqr, _format_rounded if large else words.number)
 
 
-def _rounded(value: float | None) -> str:
+def _format_rounded(value: float | None) -> str:
     return words.number(float(round(value))) if words.is_known(value) else words.UNKNOWN
 
 
 def _whole(value: float | None) -> str:
     """Rates over 100 have no need of decimals."""
-    return _rounded(value) if words.is_known(value) and abs(value) >= 100 else words.number(value)
+    return _format_rounded(value) if words.is_known(value) and abs(value) >= 100 else words.number(value)
 
 
 def _ms(value: float) -> str:

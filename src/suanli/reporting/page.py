@@ -111,7 +111,7 @@ def _speed(run: RunFiles) -> dict[str, Any]:
         "shares": speed_views.shares(diagnosis) if diagnosis else ([], []),
         "plan": plan,
         "plan_rows": speed_views.plan_rows(plan) if plan else [],
-        "untried": speed_views.untried(plan) if plan else {},
+        "untried": speed_views.list_untried(plan) if plan else {},
         "plan_sentence": speed_views.plan_sentence(plan) if plan else "",
         "roof": speed_views.roof(run.roofline) if run.roofline else None,
         "layer_rows": speed_views.LAYERS,

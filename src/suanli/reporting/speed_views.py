@@ -72,7 +72,7 @@ def plan_rows(plan: Plan) -> list[PlanRow]:
     return [_trial(trial, plan) for trial in plan.trials]
 
 
-def untried(plan: Plan) -> dict[str, str]:
+def list_untried(plan: Plan) -> dict[str, str]:
     """Speedups that were dropped without a trial, most because they don't exist on this device, and why."""
     tried = {name for trial in plan.trials for name in map(_name, trial.change.split())}
     return {name: why for name, why in plan.dropped.items() if name not in tried}

@@ -92,7 +92,7 @@ class Classification(Task):
             "interval": list(wilson_interval(int(right.sum()), len(targets))),
             "per_class": _per_class(classes, right, occurring, predicted),
             "confusion": confusion_matrix(probabilities, targets).tolist() if few else None,
-            "confused": _confused(probabilities, targets, classes),
+            "confused": _confused_pairs(probabilities, targets, classes),
             "reliability": [
                 {"confidence": confidence, "accuracy": accuracy, "count": count}
                 for confidence, accuracy, count in _bins(probabilities, targets)
@@ -197,7 +197,7 @@ def _per_class(
     ]
 
 
-def _confused(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> list[dict[str, object]]:
+def _confused_pairs(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> list[dict[str, object]]:
     """The most frequent mistakes, at most 20; equal counts in the order of the classes."""
     cells = _cells(probabilities, targets)
     wrong = cells[probabilities.argmax(1) != targets]

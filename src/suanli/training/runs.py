@@ -232,7 +232,7 @@ def _resume(
         )
     summary = run.summary
     session = Session(
-        replace(spec, requested=_resumed_plan(summary, resources), checkpoint=saved, more_epochs=more_epochs)
+        replace(spec, requested=_plan_to_resume(summary, resources), checkpoint=saved, more_epochs=more_epochs)
     )
     options = TrainerOptions(
         target_score=summary.get("wanted_score"),
@@ -272,7 +272,7 @@ def _preflight(resources: Resources, recipe: Recipe, prepared: PreparedData, fol
     )
 
 
-def _resumed_plan(summary: Mapping[str, Json], resources: Resources) -> str | Plan:
+def _plan_to_resume(summary: Mapping[str, Json], resources: Resources) -> str | Plan:
     """The plan that the run began with, unless the user names another: other ways of computing round differently.
     Raises MachineError for a speedup that this machine can't use."""
     before, speedups = summary.get("plan"), resources.options.speedups

@@ -58,7 +58,7 @@ class Setup:
     ) -> None:
         self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
-        module = self._built(on_meta=shard and not group.is_first)
+        module = self._build_module(on_meta=shard and not group.is_first)
         head = building.head_of(module, building.resolve(recipe.model))
         if fresh and recipe.weights is not None:
             file, card = find_weights(Path(recipe.weights).expanduser())
@@ -86,7 +86,7 @@ class Setup:
             **recipe.optimizer_args,
         )
 
-    def _built(self, *, on_meta: bool) -> torch.nn.Module:
+    def _build_module(self, *, on_meta: bool) -> torch.nn.Module:
         """A collective where the network is sharded. The first process builds it with values, since the memory of a
         host has room for one; the others build it on the meta device, unless the two then differ."""
         torch.manual_seed(mix(self.recipe.seed, 0))

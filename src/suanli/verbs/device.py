@@ -265,7 +265,7 @@ def _ceiling_lines(ceilings: Ceilings | None, width: int) -> Iterator[str]:
     busy = "" if ceilings.steady else ", on a busy machine"
     threads = f" with {plural(ceilings.threads, 'thread')}" if ceilings.torch_name == "cpu" else ""
     yield f"What {ceilings.torch_name} reaches{threads}, measured on {ceilings.time[:10]}{busy}:"
-    rows = [(title(name), _scaled(value, name), ceilings.spread[name]) for name, value in _figures(ceilings)]
+    rows = [(title(name), _format_scaled(value, name), ceilings.spread[name]) for name, value in _figures(ceilings)]
     indent = max(len(name) for name, _, _ in rows)
     for name, value, spread in rows:
         yield f"  {name:<{indent}}  {value:>16}  {'' if spread is None else f'± {spread:.1%}'}".rstrip()
@@ -292,7 +292,7 @@ def _figures(ceilings: Ceilings) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-def _scaled(value: float, figure: str) -> str:
+def _format_scaled(value: float, figure: str) -> str:
     """Three digits in a unit that people say: 1.84e11 FLOP/s are "184 GFLOP/s"."""
     name, _, precision = figure.partition(".")
     if name not in _UNITS:

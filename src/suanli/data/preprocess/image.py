@@ -254,7 +254,7 @@ def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     if pixels.shape[:2] == (height, width):
         return np.ascontiguousarray(pixels)
     if "torch" not in sys.modules:  # an engine may run without torch, and importing it costs seconds and 200 MB
-        return _scaled_by_pillow(pixels, height, width)
+        return _scale_by_pillow(pixels, height, width)
     import torch
     from torch.nn import functional as F
 
@@ -265,7 +265,7 @@ def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(scaled[0].numpy().transpose(1, 2, 0))
 
 
-def _scaled_by_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+def _scale_by_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """The same up to one level, two to ten times as slow."""
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     scaled = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
