@@ -250,7 +250,7 @@ def _evaluate(
         from suanli.verbs.evaluate import evaluate, table
 
         evaluation = evaluate(**_options(context))
-        values = evaluation.to_json()
+        values: dict[str, Any] = evaluation.to_json()
         for examples in (values["mistakes"], values["samples"]):
             for example in examples:
                 del example["preview"]  # the report's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from suanli.core.types import Count, Json, PositiveCount
+from suanli.core.types import Count, PositiveCount
 from suanli.machine.ceilings import Ceilings
 
 LISTED = 40  # layers in the file; the others are summed
@@ -38,7 +38,7 @@ class Roofline:
         """Of the forward pass."""
         return sum(layer.flops for layer in self.layers) / self.batch
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         """The layers that take longest first; the others are summed under the name "…"."""
         overhead_s = OVERHEAD * sum(layer.seconds for layer in self.layers)
         ranked = sorted(self.layers, key=lambda layer: (-layer.seconds, layer.name))

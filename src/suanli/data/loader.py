@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -24,7 +24,6 @@ from suanli.core.types import (
     Columns,
     Dataset,
     Device,
-    Json,
     Preprocess,
     Raw,
     Recipe,
@@ -86,7 +85,7 @@ def _report_permission_errors(path: Path) -> Iterator[None]:
 
 
 def choose_recipe(
-    source: Source, *, name: str | None, model: str | None, weights: bool, settings: dict[str, Json]
+    source: Source, *, name: str | None, model: str | None, weights: bool, settings: Mapping[str, object]
 ) -> Recipe:
     """The shipped recipe of that name; without a name, the one that suits the data best."""
     if name is not None:
@@ -101,7 +100,7 @@ def choose_recipe(
     return best
 
 
-def traits(source: Source, *, weights: bool, model: str | None, settings: dict[str, Json]) -> Traits:
+def traits(source: Source, *, weights: bool, model: str | None, settings: Mapping[str, object]) -> Traits:
     """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing."""
     kind = load("preprocess", source.kind)
     rows = [r for r in source.rows if r.split != "test"]

@@ -130,7 +130,7 @@ def builder_arguments(recipe: Recipe, preprocess: Preprocess, classes: int) -> d
     return {**{k: v for k, v in defaults.items() if k in accepted}, **recipe.model_args}
 
 
-def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
+def construct(model: Model, args: Mapping[str, object]) -> nn.Module:
     """Call the builder. Raises UsageError where it fails or returns something else than a module."""
     from torch import nn
 
@@ -151,7 +151,7 @@ def construct(model: Model, args: Mapping[str, Json]) -> nn.Module:
     return module
 
 
-def build_on_meta(model: Model, args: Mapping[str, Json]) -> nn.Module | None:
+def build_on_meta(model: Model, args: Mapping[str, object]) -> nn.Module | None:
     """The network on the meta device: shapes without values, which take no memory. None where something needs values:
     the builder, the network's `initialize`, or a tensor that is neither a parameter nor a buffer."""
     import torch
@@ -183,7 +183,7 @@ def _meta_tensors() -> dict[int, torch.Tensor]:
     return {id(o): o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.is_meta}
 
 
-def describe_tensors(module: nn.Module) -> list[list[Json]]:
+def describe_tensors(module: nn.Module) -> list[list[object]]:
     """Name, shape, dtype and requires_grad of each parameter and buffer: networks that agree in these can take each
     other's values."""
     tensors = (*module.named_parameters(), *module.named_buffers())

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from suanli.core.console import plural
-from suanli.core.types import Difference, Json, Plan, Positive
+from suanli.core.types import Difference, Plan, Positive
 from suanli.machine.timing import STEADY
 
 
@@ -147,7 +147,7 @@ class Ablation:
         if self.plain.train is not None and _varies(self.plain.train.examples_per_s):
             yield "Speed varied by more than a tenth between rounds: something else used the machine."
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         values = asdict(self)
         values["headline"], values["rungs"] = values.pop("metric"), values.pop("variants")
         return values

@@ -45,7 +45,9 @@ LOSSES = {  # their names, and what may help
 # --- the groups -----------------------------------------------------------------------------
 
 
-def measure_groups(counts: Sequence[int], job: Mapping[str, Json], rounds: int) -> dict[int, list[list[ProcessRound]]]:
+def measure_groups(
+    counts: Sequence[int], job: Mapping[str, object], rounds: int
+) -> dict[int, list[list[ProcessRound]]]:
     """For each number of processes and each round, what every process measured. Raises what a process raised, and
     MachineError where one ended or didn't answer."""
     measured: dict[int, list[list[ProcessRound]]] = {count: [] for count in counts}

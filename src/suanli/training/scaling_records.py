@@ -11,7 +11,6 @@ from typing import Annotated, TypedDict
 
 from pydantic import Field
 
-from suanli.core.types import Json
 from suanli.machine.timing import Spread
 
 
@@ -73,7 +72,7 @@ class Scaling:
     sizes: tuple[ScalingSize, ...]
     verdict: Verdict
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         values = asdict(self)
         values["verdict"]["said"] = values["verdict"].pop("sentences")
         return values

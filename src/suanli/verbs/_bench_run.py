@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from suanli.core.run import Run, refuse_inside, refuse_occupied
-from suanli.core.types import AnyPath, Device, Environment, Json, Measurement, Recipe
+from suanli.core.types import AnyPath, Device, Environment, Measurement, Recipe
 from suanli.data.cache import PreparedData
 from suanli.machine.device import environment
 from suanli.training.prepare import DataOptions
@@ -23,7 +23,7 @@ def refuse_place(data: AnyPath, out: AnyPath | None) -> None:
 
 def save_figures(
     kind: str,
-    figures: Json,
+    figures: object,
     measurements: Callable[[Environment], Iterable[Measurement]],
     out: AnyPath | None,
     *,

@@ -47,7 +47,7 @@ class BenchResult:
     ablation: Ablation
     seconds: float
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         scores = {f"val_{name}": value for name, value in self.ablation.full.scores.items()}
         return self.ablation.to_json() | {"run": str(self.run.path), "scores": scores}
 

@@ -39,7 +39,7 @@ class ScalingResult:
     run: Run
     scaling: Scaling
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         return self.scaling.to_json() | {"run": str(self.run.path)}
 
 
@@ -98,7 +98,7 @@ def bench_scaling(
 def _measure(
     counts: Sequence[int],
     rounds: int,
-    job: Mapping[str, Json],
+    job: Mapping[str, object],
     recipe: Recipe,
     prepared: PreparedData,
     target: Device,

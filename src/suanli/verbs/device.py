@@ -17,7 +17,7 @@ from suanli.core.console import plural, size
 from suanli.core.errors import pip_install
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.paths import data_dir
-from suanli.core.types import AnyPath, Json
+from suanli.core.types import AnyPath
 from suanli.data.decode import decode
 from suanli.machine import device as devices
 from suanli.machine.ceilings import Ceilings
@@ -71,7 +71,7 @@ class DeviceReport:
     parts: tuple[Part, ...]
     ceilings: Ceilings | None  # of the requested device; None: not measured yet
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         values = asdict(self)
         return {"headline": values.pop("status"), **values}
 

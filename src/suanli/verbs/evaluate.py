@@ -71,7 +71,7 @@ class Evaluation:
     samples: Sequence[Example]
     seconds: float
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, object]:
         values = asdict(self)
         values["headline"] = values.pop("metric")
         details: dict[str, Json] = values.pop("details")
