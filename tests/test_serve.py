@@ -118,19 +118,19 @@ def test_one_byte_at_a_time_is_a_request_too(server: Served) -> None:
 def test_a_client_that_leaves_during_its_body_or_before_the_answer_is_forgotten(server: Served) -> None:
     with Raw(server) as raw:
         raw.send(message((GOOD, 1))[:-5])
-    slow = Raw(server)
-    slow.send(message((SLEEPS, 1, 150)))
-    until(lambda: odd(server)["waiting"] == 0, within_s=5, what="the engine has it")
-    time.sleep(0.1)
-    leaving = [Raw(server) for _ in range(5)]
-    for raw in leaving:
-        raw.send(message((GOOD, 2)))
-    until(lambda: odd(server)["waiting"] == 5, within_s=1.2, what="five that wait")
-    for raw in leaving:
-        raw.__exit__()
-    until(lambda: odd(server)["waiting"] == 0, within_s=1.2, what="none that wait")
-    assert read(slow.answer()) == [1]
-    slow.__exit__()
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(Raw(server))
+        slow.send(message((SLEEPS, 1, 255)))  # 2.55 s: longer than both waits below together
+        until(lambda: odd(server)["waiting"] == 0, within_s=5, what="the engine has it")
+        time.sleep(0.1)
+        leaving = [stack.enter_context(Raw(server)) for _ in range(5)]
+        for raw in leaving:
+            raw.send(message((GOOD, 2)))
+        until(lambda: odd(server)["waiting"] == 5, within_s=1.2, what="five that wait")
+        for raw in leaving:
+            raw.__exit__()
+        until(lambda: odd(server)["waiting"] == 0, within_s=1.2, what="none that wait")
+        assert read(slow.answer()) == [1]
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(server: Served) -> None:
