@@ -21,8 +21,8 @@ from record import arguments, start
 from suanli.compute.plan import plain_plan
 from suanli.core.console import hide_progress
 from suanli.core.errors import SuanliError
-from suanli.core.settings import change
 from suanli.training.prepare import DataOptions, resolve
+from suanli.training.recipe import change
 from suanli.training.setup import Setup
 from warm import Warm
 

@@ -12,11 +12,11 @@ import torch
 from sides import plan_of, settler
 from suanli.compute.infer import infer
 from suanli.compute.step_runner import apply_settings
-from suanli.core.settings import change
 from suanli.core.types import Device, Recipe
 from suanli.data.cache import PreparedData
 from suanli.data.loader import Order
 from suanli.training.loop import Progress
+from suanli.training.recipe import change
 from suanli.training.setup import Setup
 
 EVALUATED = 2000  # examples at a time

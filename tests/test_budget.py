@@ -12,8 +12,9 @@ import pytest
 import suanli
 from suanli.cli import main
 from suanli.core.registry import load, load_all
-from suanli.core.settings import change, parse_duration
+from suanli.core.settings import parse_duration
 from suanli.training import budget
+from suanli.training.recipe import change
 from suanli.training.recipes import small_images_grey_few
 from suanli.training.recipes._images import SMALL
 

@@ -17,7 +17,7 @@ import suanli
 from suanli.core.errors import DataError, StorageError
 from suanli.core.types import SPLITS, Recipe, Row, Source
 from suanli.data.cache import content_digest, prepare_source, split_of
-from suanli.data.loader import find_source
+from suanli.data.source import find_source
 
 FRACTIONS = st.floats(0.05, 0.4)
 

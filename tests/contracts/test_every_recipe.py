@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from registered import find_table_rows, forget
 from suanli.core import registry
-from suanli.core.types import Recipe, RecipeChoice, Traits
+from suanli.core.errors import UsageError
+from suanli.core.types import Model, Recipe, RecipeChoice, Traits
+from suanli.training import recipes
 from suanli.training.augment import compose
+from suanli.training.recipe import choose_by_traits
 
 RECIPES: dict[str, RecipeChoice] = registry.load_all("recipes")
+MODELS: dict[str, Model] = registry.load_all("models")
 every = pytest.mark.parametrize("name", RECIPES)
 
-images = st.builds(
-    Traits,
-    kind=st.just("image"),
-    input_shape=st.tuples(st.sampled_from([1, 3, 4]), st.integers(1, 600), st.integers(1, 600)),
-    examples=st.integers(2, 2_000_000),
-    classes=st.integers(2, 1000),
-    weights=st.booleans(),
-    model=st.sampled_from([None, "mine:net", "timm:resnet10t", "speednet", "resnet18", "alexnet", "vit_tiny"]),
-)
+SIZES = (1, 8, 28, 32, 63, 64, 65, 96, 160, 224, 512)  # px, on both sides of what recipes tell apart
+EXAMPLES = (2, 500, 9_999, 10_000, 19_999, 20_000, 2_000_000)
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "image": [(channels, size, size) for channels in (1, 3, 4) for size in SIZES] + [(1, 64, 65), (3, 512, 32)],
+    "text": [(64,)],
+}
 
 
-def chosen(traits: Traits) -> Recipe:
-    scores = {name: choice.suits(traits) for name, choice in RECIPES.items()}
-    suitable = {name: score for name, score in scores.items() if score is not None}
-    best = [name for name, score in suitable.items() if score == max(suitable.values())]
-    assert len(best) == 1, f"{best} suit {traits} equally"
-    return RECIPES[best[0]].recipe
+def all_traits(kind: str) -> Iterator[Traits]:
+    """All data that a recipe might be for; a new kind can have an entry in SHAPES."""
+    built_in = [name for name, model in MODELS.items() if kind in model.kinds]
+    for shape, examples, weights, model in itertools.product(
+        SHAPES.get(kind, [(64,)]), EXAMPLES, (False, True), (None, "mine:net", "timm:resnet10t", *built_in)
+    ):
+        yield Traits(kind=kind, input_shape=shape, examples=examples, classes=10, weights=weights, model=model)
 
 
 @every
@@ -48,9 +53,10 @@ def test_survives_json_with_its_digest(name: str) -> None:
 @every
 def test_its_parts_exist_and_fit_together(name: str) -> None:
     recipe = RECIPES[name].recipe
-    model = registry.load("models", recipe.model)
+    model = MODELS[recipe.model]
     registry.load("tasks", recipe.task)
-    kinds = [kind for kind in model.kinds if RECIPES[name].suits(example(kind, recipe)) is not None]
+    suits = RECIPES[name].suits
+    kinds = [kind for kind in model.kinds if any(suits(traits) is not None for traits in all_traits(kind))]
     assert kinds, "the recipe suits no data that its model takes"
     for kind in kinds:
         compose(recipe.augment, kind)
@@ -65,49 +71,55 @@ def test_its_parts_exist_and_fit_together(name: str) -> None:
     )
 
 
-def example(kind: str, recipe: Recipe) -> Traits:
-    """Traits of data that the recipe suits, chosen from a few."""
-    for shape in ((3, 32, 32), (1, 8, 8), (3, 224, 224), (64,)):
-        for examples in (500, 100_000):
-            for weights in (False, True):
-                for model in (None, recipe.model, "mine:net"):
-                    traits = Traits(
-                        kind=kind,
-                        input_shape=shape,
-                        examples=examples,
-                        classes=10,
-                        weights=weights,
-                        model=model,
-                    )
-                    if len(shape) == (3 if kind == "image" else 1) and RECIPES[recipe.name].suits(traits) is not None:
-                        return traits
-    raise AssertionError(f"{recipe.name} suits no {kind} data")
-
-
 @every
 def test_the_warm_up_is_shorter_than_the_run(name: str) -> None:
     recipe = RECIPES[name].recipe
     assert recipe.warmup_epochs < recipe.epochs / 2
 
 
-@given(images)
-def test_one_recipe_suits_any_images_best(traits: Traits) -> None:
-    recipe = chosen(traits)
-    if traits.weights:
-        assert recipe.backbone_lr_scale < 1
-    elif traits.model is not None:
-        normalized = bool(recipe.optimizer_args.get("normalize_filters"))
-        assert normalized == (traits.model == "speednet")  # it would change what other networks compute
+@pytest.mark.parametrize("kind", sorted({kind for c in RECIPES.values() for kind in MODELS[c.recipe.model].kinds}))
+def test_one_recipe_suits_any_data_best(kind: str) -> None:
+    for traits in all_traits(kind):
+        choose_by_traits(traits)  # raises an error if none suits, or several suit equally
 
 
-@given(images)
-def test_small_grey_images_are_never_mirrored(traits: Traits) -> None:
-    if traits.input_shape[0] == 1 and min(traits.input_shape[1:]) <= 64:
-        assert not any("flip" in augment for augment in chosen(traits).augment)
+def test_weights_and_model_are_respected() -> None:
+    for traits in all_traits("image"):
+        recipe = choose_by_traits(traits)
+        if traits.weights:
+            assert recipe.backbone_lr_scale < 1, traits
+        elif traits.model is not None:
+            normalized = bool(recipe.optimizer_args.get("normalize_filters"))
+            assert normalized == (traits.model == "speednet"), traits  # it would change what other networks compute
 
 
-@given(images, st.integers(2, 9_999))
-def test_few_examples_still_get_enough_steps(traits: Traits, examples: int) -> None:
-    recipe = chosen(Traits(**{**vars(traits), "examples": examples}))
-    assert recipe.batch_size <= 128
-    assert recipe.epochs >= 8
+def test_small_grey_images_are_never_mirrored() -> None:
+    for traits in all_traits("image"):
+        if traits.input_shape[0] == 1 and min(traits.input_shape[1:]) <= 64:
+            assert not any("flip" in augment for augment in choose_by_traits(traits).augment), traits
+
+
+def test_few_examples_still_get_enough_steps() -> None:
+    for traits in all_traits("image"):
+        if traits.examples < 10_000:
+            recipe = choose_by_traits(traits)
+            assert recipe.batch_size <= 128, traits
+            assert recipe.epochs >= 8, traits
+
+
+def test_recipes_that_suit_equally_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = Path(recipes.__path__[0], "text.py").read_text(encoding="utf-8")
+    (tmp_path / "text_too.py").write_text(shipped.replace('"name": "text"', '"name": "text_too"'), encoding="utf-8")
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
+    registry.names.cache_clear()
+    traits = Traits(kind="text", input_shape=(64,), examples=50_000, classes=2, weights=False, model=None)
+    try:
+        with pytest.raises(UsageError, match="text and text_too suit"):
+            choose_by_traits(traits)
+    finally:
+        monkeypatch.undo()
+        forget("recipes", ["text_too"])
+
+
+def test_the_docs_have_a_row_for_every_recipe() -> None:
+    assert find_table_rows("recipes.md") >= set(RECIPES)

@@ -1,133 +1,29 @@
-"""Finds the source that a user named, chooses a recipe for it, and gives batches on the device.
+"""Batches on the device.
 
-`Feed` takes batches from one tensor on the device where the split fits, or else from the memory map, read ahead by a
+`Feed` takes them from one tensor on the device where the split fits, or else from the memory map, read ahead by a
 thread. Both give the same batches, and neither needs a loader process.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from suanli.core.errors import DataError, UsageError, unknown
-from suanli.core.registry import load, load_all, names
-from suanli.core.types import (
-    AnyPath,
-    Columns,
-    Dataset,
-    Device,
-    Preprocess,
-    Raw,
-    Recipe,
-    RecipeChoice,
-    Row,
-    Source,
-    Split,
-    Traits,
-)
-from suanli.data.download import fetch
+from suanli.core.types import Device, Split
 from suanli.machine.device import available_memory_bytes
 
 RESIDENT_SHARE = 0.4  # of the available memory that a resident split may take
 READ_AHEAD = 3  # batches
 MOVED_BYTES = 256 << 20  # copied to the device at a time
-SAMPLED = 300  # inputs that are read before a recipe is chosen
-
-
-def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: Path) -> Source:
-    """The source for the name of a built-in data set, which is downloaded if necessary, or for a path.
-
-    Raises UsageError for an unknown name, DataError for a path that can't be read.
-    """
-    columns = columns or Columns()
-    path = Path(subject).expanduser()
-    if str(subject) in names("datasets"):
-        dataset: Dataset = load("datasets", str(subject))
-        folder = data_dir / dataset.name
-        for download in dataset.downloads:
-            fetch(download, folder)
-        return dataset.read(folder)
-    if not path.exists():
-        if path.suffix or os.sep in str(subject):
-            raise DataError(
-                f"There is nothing at {path}.",
-                fix="Check the path, or use a built-in data set: " + ", ".join(names("datasets")) + ".",
-            )
-        raise unknown("data set", str(subject), names("datasets"))
-    reasons = []
-    with _report_permission_errors(path):
-        for reader in sorted(load_all("readers").values(), key=lambda r: (r.order, r.name)):
-            reason = reader.why_not(path)
-            if reason is None:
-                return reader.read(path, columns)  # type: ignore[no-any-return]
-            reasons.append(f"  {reader.name}: {reason}")
-    raise DataError(
-        f"No reader can read {path}:\n" + "\n".join(reasons) + "\n",
-        fix="Give a folder of class folders, a zip or tar of one, a CSV, TSV or JSONL table, or an .npz file.",
-    )
-
-
-@contextmanager
-def _report_permission_errors(path: Path) -> Iterator[None]:
-    """Raises DataError where a path may not be read: that is bad data, not a storage error."""
-    try:
-        yield
-    except PermissionError as error:
-        raise DataError(f"{path} may not be read ({error.strerror}).", fix="Ask for permission to read it.") from error
-
-
-def choose_recipe(
-    source: Source, *, name: str | None, model: str | None, weights: bool, settings: Mapping[str, object]
-) -> Recipe:
-    """The shipped recipe of that name; without a name, the one that suits the data best."""
-    if name is not None:
-        choice: RecipeChoice = load("recipes", name)
-        return choice.recipe
-    data = traits(source, weights=weights, model=model, settings=settings)
-    ranked = [(c.suits(data), n, c.recipe) for n, c in load_all("recipes").items()]
-    suitable = [(score, n, recipe) for score, n, recipe in ranked if score is not None]
-    if not suitable:
-        raise UsageError(f"No shipped recipe suits {data}.", fix="Name one with --recipe.")
-    best: Recipe = max(suitable, key=lambda r: (r[0], r[1]))[2]
-    return best
-
-
-def traits(source: Source, *, weights: bool, model: str | None, settings: Mapping[str, object]) -> Traits:
-    """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing."""
-    kind = load("preprocess", source.kind)
-    rows = [r for r in source.rows if r.split != "test"]
-    sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:SAMPLED]]
-    preprocess: Preprocess = kind.fit(lambda: _read_rows(sample), settings)
-    return Traits(
-        kind=source.kind,
-        input_shape=preprocess.input_shape,
-        examples=len(source.rows),
-        classes=len(source.classes),
-        weights=weights,
-        model=model,
-    )
-
-
-def _read_rows(rows: Sequence[Row]) -> Iterator[Raw]:
-    for row in rows:
-        try:
-            yield row.read()
-        except (OSError, DataError):
-            continue  # reported by the data check
-
 
 FetchedBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, targets, positions
 Read = TypeVar("Read")
-
-# --- batches --------------------------------------------------------------------------------
 
 
 def mix(*numbers: int) -> int:

@@ -21,11 +21,11 @@ from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, plural, say
 from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.registry import load_all
-from suanli.core.settings import change
 from suanli.core.types import Budget, Device, Json, Recipe, RecipeChoice
 from suanli.data.cache import PreparedData
 from suanli.machine import timing
 from suanli.training.forecast import check_memory, explain_out_of_memory, validation_steps
+from suanli.training.recipe import change
 from suanli.training.setup import Setup
 from suanli.training.utilization import count_step_flops
 

@@ -17,15 +17,15 @@ from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.paths import cache_dir as default_cache_dir
 from suanli.core.paths import data_dir as default_data_dir
 from suanli.core.run import Run
-from suanli.core.settings import change
 from suanli.core.types import AnyPath, Columns, Json, Recipe
 from suanli.data import checks
 from suanli.data.cache import PreparedData, prepare_source
-from suanli.data.loader import choose_recipe, find_source
+from suanli.data.source import find_source
 from suanli.machine import device
 from suanli.models import build
 from suanli.models.model_folder import build_preprocess
 from suanli.training.augment import compose
+from suanli.training.recipe import change, choose_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from suanli.core.run import Run, measurement
 from suanli.core.types import SPLITS, AnyPath, Columns, Device, Json, Split, Step
 from suanli.data.cache import prepare_source
 from suanli.data.checks import refuse_bad_share
-from suanli.data.loader import Feed, find_source
+from suanli.data.loader import Feed
+from suanli.data.source import find_source
 from suanli.machine.device import cores, detect, environment
 from suanli.models.model_folder import SavedModel, add_scores, load_model
 from suanli.training.augment import compose

@@ -1,0 +1,108 @@
+"""Chooses a shipped recipe for data, and applies a user's settings to a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from pydantic import ValidationError
+
+from suanli.core.errors import DataError, UsageError, unknown
+from suanli.core.registry import load, load_all
+from suanli.core.types import Json, Preprocess, Raw, Recipe, RecipeChoice, Row, Source, Traits
+
+SAMPLED = 300  # inputs that are read before a recipe is chosen
+NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
+
+
+def choose_recipe(
+    source: Source, *, name: str | None, model: str | None, weights: bool, settings: Mapping[str, object]
+) -> Recipe:
+    """The shipped recipe of that name; without a name, the one that suits the data best."""
+    if name is not None:
+        choice: RecipeChoice = load("recipes", name)
+        return choice.recipe
+    return choose_by_traits(_find_traits(source, weights=weights, model=model, settings=settings))
+
+
+def choose_by_traits(traits: Traits) -> Recipe:
+    """The shipped recipe that suits best. Raises UsageError if none suits, or several suit equally."""
+    choices: dict[str, RecipeChoice] = load_all("recipes")
+    suitable = {name: score for name, choice in choices.items() if (score := choice.suits(traits)) is not None}
+    if not suitable:
+        raise UsageError(f"No shipped recipe suits {traits}.", fix="Name one with --recipe.")
+    best = [name for name, score in suitable.items() if score == max(suitable.values())]
+    if len(best) > 1:
+        raise UsageError(f"{' and '.join(best)} suit {traits} equally.", fix="Name one of them with --recipe.")
+    return choices[best[0]].recipe
+
+
+def _find_traits(source: Source, *, weights: bool, model: str | None, settings: Mapping[str, object]) -> Traits:
+    """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing."""
+    kind = load("preprocess", source.kind)
+    rows = [r for r in source.rows if r.split != "test"]
+    sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:SAMPLED]]
+    preprocess: Preprocess = kind.fit(lambda: _read_rows(sample), settings)
+    return Traits(
+        kind=source.kind,
+        input_shape=preprocess.input_shape,
+        examples=len(source.rows),
+        classes=len(source.classes),
+        weights=weights,
+        model=model,
+    )
+
+
+def _read_rows(rows: Sequence[Row]) -> Iterator[Raw]:
+    for row in rows:
+        try:
+            yield row.read()
+        except (OSError, DataError):
+            continue  # reported by the data check
+
+
+def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
+    """A copy of `recipe` with fields replaced; "preprocess.size" replaces one entry of the mapping `preprocess`.
+
+    With another model or optimizer, the arguments of the old one are dropped; with another optimizer, `lr` becomes the
+    new one's usual value. Raises UsageError for an unknown field (it suggests the nearest) or an impossible value.
+    """
+    values: dict[str, Json] = recipe.model_dump()
+    for name in ("model", "optimizer"):
+        if changes.get(name, values[name]) != values[name]:
+            values[f"{name}_args"] = {}
+            if name == "optimizer":
+                values["lr"] = load("optimizers", str(changes[name])).usual_lr
+    for name, value in changes.items():
+        field, dot, entry = name.partition(".")
+        if field not in Recipe.model_fields:
+            raise unknown("recipe field", field, Recipe.model_fields)
+        if dot:
+            if field not in NESTED:
+                raise UsageError(f"{name!r} can't be set: {field!r} has no entries.", fix=f"Set {field} itself.")
+            values[field] = {**values[field], entry: value}
+        elif field == "augment" and isinstance(value, str):
+            values[field] = _split_augmentations(value)
+        else:
+            values[field] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(p) for p in first["loc"])
+        raise UsageError(
+            f"The recipe field {name!r} can't be {first['input']!r}: {first['msg'].lower()}.",
+            fix=f"A usual value is {getattr(recipe, str(first['loc'][0]))!r}.",
+        ) from error
+
+
+def _split_augmentations(text: str) -> list[str]:
+    """The parts of "crop(padding=2),flip". Commas inside parentheses don't separate."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([") - (character in ")]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()]
