@@ -16,8 +16,8 @@ from suanli.core.errors import DamagedFile
 from suanli.core.run import Run, read_lines
 from suanli.core.storage import read_json
 from suanli.core.types import SPLITS, AnyPath, Measurement
+from suanli.reporting.parse_record import FIX, parse_record
 from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, Summary
-from suanli.reporting.validation import FIX, validate
 from suanli.training.ablation_records import Ablation
 from suanli.training.scaling_records import Scaling
 
@@ -81,7 +81,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
     value = _json(path)
-    return None if value is None else validate(kind, value, str(path))
+    return None if value is None else parse_record(kind, value, str(path))
 
 
 def _json(path: Path) -> Any:
@@ -92,7 +92,7 @@ def _json(path: Path) -> Any:
 
 
 def _read_lines(path: Path, kind: type[Kind]) -> list[Kind]:
-    lines = (validate(kind, _encodable(line), f"A line of {path}") for line in read_lines(path))
+    lines = (parse_record(kind, _encodable(line), f"A line of {path}") for line in read_lines(path))
     return [line for line in lines if line is not None]
 
 

@@ -24,7 +24,7 @@ Kind = TypeVar("Kind")
 Place = tuple[int | str, ...]  # the keys and positions that lead to a value
 
 
-def validate(kind: type[Kind], value: Any, source: str) -> Kind | None:
+def parse_record(kind: type[Kind], value: Any, source: str) -> Kind | None:
     """`value`, which is changed, as a `kind`; None where it isn't there. `source` names the file.
 
     Raises DamagedFile.
