@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import re
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, replace
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from registered import find_table_rows
 from suanli.compute.plan import ORDER_OF_SUMS, apply_plan
 from suanli.compute.plan_trial import difference
 from suanli.compute.step_runner import StepRunner, apply_settings
@@ -103,28 +107,66 @@ def only_where_used(speedup: Speedup, step: Step) -> None:
 
 
 def process_settings() -> dict[str, object]:
-    return {
-        "threads": torch.get_num_threads(),
+    """Flags of the process that a speedup may leave changed: all that torch has both a getter and a setter for, and
+    others. A speedup that sets something else adds it here."""
+    settings: dict[str, object] = {
         "affinity": os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None,
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
+        "dtype": torch.get_default_dtype(),
+        "flushes_denormals": (torch.tensor(1e-40) * 0.5).item() == 0,
         "precisions": [
             place.fp32_precision
             for place in (
-                torch.backends.mkldnn.matmul,
-                torch.backends.mkldnn.conv,
-                torch.backends.cuda.matmul,
-                torch.backends.cudnn.conv,
+                *(torch.backends.mkldnn, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv),
+                *(torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+                *(torch.backends.mkldnn.rnn, torch.backends.cuda.matmul),
             )
         ],
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "dtype": torch.get_default_dtype(),
+        "attention": [
+            getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()
+            for kernel in ("cudnn", "flash", "math", "mem_efficient")
+        ],
     }
+    for name in dir(torch._C):
+        match = re.fullmatch(r"(_?)(?:get|is|are)_(\w+)", name)
+        if match is None or not hasattr(torch._C, f"{match[1]}set_{match[2]}"):
+            continue
+        with warnings.catch_warnings(action="ignore"), suppress(TypeError, RuntimeError):  # deprecated; takes arguments
+            settings[name] = getattr(torch._C, name)()
+    return settings
 
 
 @by_file
 def test_its_name_is_that_of_its_file(name: str) -> None:
     assert registry.load("speedups", name).name == name
+
+
+def test_the_docs_have_a_row_for_every_speedup() -> None:
+    assert find_table_rows("speed.md") >= set(registry.names("speedups"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: torch.set_flush_denormal(True),
+        lambda: torch._C._set_multithreading_enabled(False),
+        lambda: torch.set_num_threads(torch.get_num_threads() + 1),
+        lambda: torch.backends.cudnn.__setattr__("benchmark", True),
+        lambda: torch.use_deterministic_algorithms(True),
+    ],
+    ids=["denormals", "multithreading", "threads", "cudnn", "deterministic"],
+)
+def test_a_changed_flag_is_noticed(change: Callable[[], object]) -> None:
+    before, threads = process_settings(), torch.get_num_threads()
+    change()
+    try:
+        assert process_settings() != before
+    finally:
+        torch.set_flush_denormal(False)
+        torch._C._set_multithreading_enabled(True)
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(False)
+    assert process_settings() == before
 
 
 @every
