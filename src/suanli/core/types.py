@@ -436,7 +436,7 @@ class Optimizer:
 # --- computing ------------------------------------------------------------------------------
 
 
-Setting: TypeAlias = "Callable[[], AbstractContextManager[object]]"  # changes a flag of the process for a while
+Setting: TypeAlias = "Callable[[], AbstractContextManager[object]]"  # inside it, a flag of the process is changed
 
 
 @dataclass(frozen=True, kw_only=True)
