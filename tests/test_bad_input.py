@@ -32,8 +32,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from suanli.cli import main
+from suanli.core.errors import BadInput
 from suanli.core.run import Run
 from suanli.core.types import Download
+from suanli.data.decode import decode
 from suanli.data.download import fetch
 from suanli.data.readers import _archives
 from suanli.machine import device
@@ -152,7 +154,23 @@ def fill(disk: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["prepare", "train", "run"])
 def test_a_path_that_does_not_exist(verb: str, refused: Refused) -> None:
-    refused(verb, "nowhere/at/all", code=3, says=("nothing at nowhere/at/all", "Check the path"))
+    refused(verb, "nowhere/at/all", code=3, says=("no file or folder nowhere/at/all", "Built in: "))
+
+
+def test_a_folder_of_runs_is_no_data(refused: Refused) -> None:
+    for name in ("digits-1", "digits-2"):
+        Path("kept", name).mkdir(parents=True)
+        Path("kept", name, "recipe.json").write_text("{}")
+    refused("train", "kept", code=2, says="kept holds runs, not data. To resume a run, name it, such as kept/digits-2.")
+
+
+def test_data_in_the_place_of_a_model(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    refused(
+        "optimize", "photos.zip", code=3, says="no model (no model.json). Give a run directory or its model/ folder."
+    )
+    refused("predict", "photos.zip", "x", code=3, says="If this is data, train first: suanli train photos.zip")
+    refused("predict", "digits", "x", code=3, says="Train first: suanli train digits")
 
 
 def test_a_run_that_does_not_exist(refused: Refused) -> None:
@@ -567,7 +585,14 @@ def test_weights_that_can_not_be_used(
     ("arguments", "says"),
     [
         (["train", "digits", "--epoch", "3"], "--epochs"),
-        (["trian", "digits"], "train"),
+        (["trian", "digits"], "Did you mean 'train'? See suanli --help."),
+        (
+            ["train"],
+            "Name the data: a folder, archive, table or built-in name, such as suanli train digits. See suanli tr",
+        ),
+        (["predict"], "such as suanli predict runs/digits-1 photo.png. See suanli predict --help."),
+        (["optimize"], "Name a trained run, such as suanli optimize runs/digits-1."),
+        (["export", "run"], "Name the format: --to onnx, openvino, pt2 or safetensors. See suanli export --help."),
         (["train", "digits", "--model", "resnet81"], "Did you mean 'resnet18'"),
         (["train", "digits", "--model", "nomodule:net"], "Can't import 'nomodule'"),
         (["train", "digits", "--model", "mynet:gone"], "no function 'gone'"),
@@ -604,6 +629,59 @@ def test_unknown_names_and_impossible_values(
 ) -> None:
     assert tiny  # writes mynet.py
     refused(*arguments, code=2, says=says)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--speedups", "fast"], "Unknown speedup 'fast'. Allowed: "),
+        (["--threads", "9999"], "--threads can't be 9999"),
+        (["--target-accuracy", "89"], "--target-accuracy can't be 89.0"),
+    ],
+)
+def test_options_are_checked_before_data_is_decoded(
+    arguments: list[str], says: str, picture_folder: Folder, tmp_path: Path, refused: Refused
+) -> None:
+    root = picture_folder()
+    refused("train", root, *arguments, "--cache-dir", tmp_path / "cache", code=2, says=says)
+    if arguments[0] != "--target-accuracy":
+        refused("bench", root, *arguments, "--cache-dir", tmp_path / "cache", code=2, says=says)
+
+
+def test_a_pdf(tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "doc.pdf").write_bytes(b"%PDF-1.7\n")
+    refused("train", "doc.pdf", code=3, says="doc.pdf is not data that suanli reads. Give a folder")
+    with pytest.raises(BadInput, match="it is a PDF; save its pages as images"):
+        decode(b"%PDF-1.7\n")
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_says_what_is_kept(picture_folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("stopping.py").write_text(
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        f"{NET}"
+        "def net(*arguments, **sizes):\n"
+        "    if Path('stop').exists():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"  # a real Ctrl-C while planning
+        "    return tiny(*arguments, **sizes)\n"
+    )
+    root = picture_folder()
+    options = ["--model", "stopping:net", "--epochs", "1", "--threads", "1"]
+    assert call("train", root, *options, "--out", "kept") == 0
+    Path("stop").touch()
+    for arguments, says in [
+        (["train", root, *options], "Stopped. Nothing was kept."),
+        (["optimize", "stopping:net", "--data", root], "Stopped. The engines from before are unchanged."),
+        (["train", "kept", "--more-epochs", "1"], "Stopped. Go on with: suanli train kept"),
+        (["run", "kept", "--more-epochs", "1"], "Stopped. Go on with: suanli run kept"),
+    ]:
+        capsys.readouterr()
+        assert call(*arguments) == 130
+        assert capsys.readouterr().err.endswith(f"suanli: {says}\n")
+    assert not Path("runs").exists()
 
 
 # --- memory and numbers -------------------------------------------------------------------------

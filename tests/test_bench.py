@@ -131,6 +131,11 @@ def test_every_figure_of_every_variant(picture_folder: Callable[..., Path]) -> N
     assert not (result.run.path / "model").exists()
 
 
+def test_a_training_of_one_step_is_refused(picture_folder: Callable[..., Path]) -> None:
+    with pytest.raises(suanli.UsageError, match="The training has 1 step; bench needs at least 2. Raise --epochs"):
+        suanli.bench(picture_folder(), **SMALL | {"epochs": 1, "batch_size": 4096})
+
+
 def test_a_variant_trains_as_if_it_were_alone(picture_folder: Callable[..., Path], plant: Callable[..., str]) -> None:
     """In turn with others or in one go: same bits. And the steps are the first ones of a real training."""
     root = picture_folder(each=60)

@@ -61,7 +61,7 @@ def test_scores_that_no_budget_reaches_are_refused(wanted: float, says: str) -> 
 
 
 def test_nothing_is_promised_about_other_data(picture_folder: Folder) -> None:
-    with pytest.raises(suanli.UsageError, match="was not measured; known is cifar10, digits") as caught:
+    with pytest.raises(suanli.UsageError, match="was not measured; it is known for cifar10, digits") as caught:
         suanli.train(picture_folder("cifar10"), target_accuracy=0.7)  # the name alone isn't the data
     assert "--time-budget" in caught.value.fix
 
@@ -93,11 +93,11 @@ def test_a_time_budget_decides_how_long_a_real_training_is() -> None:
     assert run.recipe.epochs != small_images_grey_few.RECIPE.recipe.epochs
 
 
-def test_little_time_gives_a_little_training_and_plenty_not_forever(picture_folder: Folder) -> None:
+def test_too_little_time_is_refused_and_plenty_not_used_up(picture_folder: Folder) -> None:
     root = picture_folder(each=20)
-    short = suanli.train(root, time_budget=0.01, speedups="none", threads=1)
-    assert short.recipe.epochs == 0.01
-    assert short.summary["steps"] == 1
+    with pytest.raises(suanli.UsageError, match="it leaves 0.0 s for training.* Give a longer --time-budget"):
+        suanli.train(root, time_budget=0.01, speedups="none", threads=1)
+    assert not Path("runs").exists()
     long = suanli.train(root, time_budget="1000h", settings={"preprocess.size": 8}, speedups="none", threads=1)
     assert long.recipe.epochs == budget.LONGEST * 30  # the recipe's own, thrice
 
@@ -110,6 +110,7 @@ class _FakeEstimate:
         self.seconds = self.recipe.epochs * self.recipe.model_args["widths"][0]
         self.flops = self.seconds * 1e9
         self.flops_per_s = 1e9
+        self.least_s = 0.0
         self.fits_memory = self.recipe.model_args["widths"][0] < 1000
 
 

@@ -222,5 +222,5 @@ def test_a_cache_that_is_a_file_is_a_storage_error(picture_folder: Callable[...,
 def test_an_unknown_name_suggests_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(suanli.UsageError, match="Did you mean 'digits'"):
         find_source("digit", data_dir=tmp_path)
-    with pytest.raises(DataError, match="nothing at"):
+    with pytest.raises(DataError, match="no file or folder"):
         find_source(tmp_path / "nowhere", data_dir=tmp_path)

@@ -101,7 +101,9 @@ def broken_folder(root: Path, kind: str) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["train", "nowhere/at/all"], 3, "nothing at"),
+        (["train", "nowhere/at/all"], 3, "no file or folder nowhere/at/all"),
+        (["train", "nowhere"], 2, "no file or folder nowhere, and no built-in data set"),
+        (["train", "https://x.org/a.zip"], 3, "doesn't fetch URLs. Download the file"),
         (["train", "digitz"], 2, "Did you mean 'digits'"),
         (["train", "x" * 300], 3, "too long"),
         (["predict", "x" * 300, "x"], 3, "too long"),

@@ -79,7 +79,9 @@ def test_without_a_checkpoint_it_begins_anew(
     assert fallback["speedups"] == ["other"]
     assert says in fallback["said"]
     assert fallback["said"].endswith("going on from step 0 without odd")
-    assert f"Step {fallback['step'] + 1} failed: {fallback['said']}." in capsys.readouterr().err
+    # A loss that is NaN comes with its own step.
+    where = "" if risk == "numerics" else f"Step {fallback['step'] + 1} failed: "
+    assert f"warning: {where}{fallback['said']}." in capsys.readouterr().err
     plan = run.summary["plan"]
     assert plan["speedups"] == ["other"]
     assert plan["dropped"]["odd"].startswith("it failed in training: ")

@@ -78,7 +78,10 @@ def test_stopping_anywhere_changes_nothing(picture_folder: Callable[..., Path], 
     whole = suanli.train(root, **options)
     out = Path("stopped")
     for number, stop_at in enumerate((2, 9)):
-        with stop_after(stop_at), pytest.raises(suanli.Interrupted, match=rf"at step {stop_at} .*checkpoint is saved"):
+        with (
+            stop_after(stop_at),
+            pytest.raises(suanli.Interrupted, match=rf"Stopped by Ctrl-C at step {stop_at} .*checkpoint is saved"),
+        ):
             suanli.train(out) if number else suanli.train(root, out=out, **options)
         assert Run(out).summary["seconds"]["train"] > 0
     spent = Run(out).summary["seconds"]["train"]

@@ -549,6 +549,20 @@ def _global_options(
         raise typer.Exit
 
 
+INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
+KEPT = {  # what a verb that was stopped leaves; others: nothing
+    "optimize": "The engines from before are unchanged.",
+    "serve": "",
+}
+MISSING = {  # what to name where an argument is missing
+    "data": "Name the data: a folder, archive, table or built-in name, such as {command} digits.",
+    "run": "Name a run, such as {command} runs/digits-1.",
+    "subject": "Name a trained run, such as {command} runs/digits-1.",
+    "words": "Name a run and what to predict, such as {command} runs/digits-1 photo.png.",
+    "to": "Name the format: --to onnx, openvino, pt2 or safetensors.",
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: runs a verb and exits with its code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -577,7 +591,10 @@ def _main(arguments: list[str], debug: bool) -> int:
         app(["--help"], standalone_mode=False, prog_name="suanli")
         return 2
     try:
-        return int(app(arguments, standalone_mode=False, prog_name="suanli") or 0)
+        code = int(app(arguments, standalone_mode=False, prog_name="suanli") or 0)
+        if code != INTERRUPTED or fatal.is_supervised():
+            return code
+        message, fix = "Stopped.", KEPT.get(arguments[0], "Nothing was kept.")
     except SuanliError as error:
         if debug:
             raise
@@ -585,10 +602,9 @@ def _main(arguments: list[str], debug: bool) -> int:
             return 130 if isinstance(error, Interrupted) else 0
         message, fix, code = error.message, error.fix, error.exit_code
     except typer.TyperException as error:  # a command line that can't be parsed
-        text = error.format_message() if hasattr(error, "format_message") else str(error)
-        message, fix, code = text.rstrip(".") + ".", "See suanli --help.", 2
-    except (KeyboardInterrupt, typer.Abort):
-        message, fix, code = "Stopped.", "", 130
+        message, fix, code = *_explain_command_line(error), 2
+    except typer.Abort:  # the end of standard input
+        message, fix, code = "Stopped.", "", INTERRUPTED
     except typer.Exit as error:
         return error.exit_code
     except (BrokenPipeError, SystemExit) as error:
@@ -607,6 +623,17 @@ def _main(arguments: list[str], debug: bool) -> int:
         print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
     print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)
     return code
+
+
+def _explain_command_line(error: typer.TyperException) -> tuple[str, str]:
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = "suanli" if context is None else context.command_path
+    message = error.format_message() if hasattr(error, "format_message") else str(error)
+    if parameter is not None and parameter.name in MISSING and message.startswith("Missing"):
+        message = MISSING[parameter.name].format(command=command)
+    if not message.endswith((".", "?")):
+        message += "."
+    return message, f"See {command} --help."
 
 
 def _report_to_launcher(error: Exception) -> bool:

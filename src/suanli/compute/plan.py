@@ -54,6 +54,13 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"--threads can't be {threads}.", fix=f"This machine has {cores()} cores.")
 
 
+def check_request(requested: str, device: Device, threads: int | None) -> None:
+    """Raise what planning would raise for these options, before data is decoded."""
+    check_threads(threads)
+    if requested != "auto":
+        plan_of_names(requested, device, threads)
+
+
 def usable_speedups(device: Device) -> tuple[dict[str, Speedup], dict[str, str]]:
     """The speedups that could be tried here, in order, and the reasons why the others can't."""
     speedups = {s.name: s for s in sorted(load_all("speedups").values(), key=lambda s: (s.stage, s.name))}

@@ -95,11 +95,14 @@ class Interrupted(SuanliError):
 
 def unknown(what: str, name: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError) -> SuanliError:
     """The error for a name that isn't one of `allowed`. It lists them and suggests the nearest."""
+    return error(f"Unknown {what} {name!r}.", fix=suggest(name, allowed))
+
+
+def suggest(name: str, allowed: Iterable[str], *, what: str = "Allowed") -> str:
+    """A fix that lists the names that are allowed, the one that is most like `name` first, if any is like it."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    listed = ", ".join(names)
-    fix = f"Did you mean {near[0]!r}? Allowed: {listed}." if near else f"Allowed: {listed}."
-    return error(f"Unknown {what} {name!r}.", fix=fix)
+    near = difflib.get_close_matches(name, names, n=1)
+    return (f"Did you mean {near[0]!r}? " if near else "") + f"{what}: {', '.join(names)}."
 
 
 def first_line(error: BaseException, length: int) -> str:

@@ -184,13 +184,26 @@ def refuse_occupied(path: Path) -> None:
 
 
 def refuse_inside(data: AnyPath, out: AnyPath | None) -> None:
-    """Raises UsageError where a new run would be in the folder of the data: it would look like one more class."""
+    """Raises UsageError for a folder of runs, and where a new run would be in the folder of the data: it would look
+    like one more class."""
     folder = Path(data).expanduser()
+    if folder.is_dir():
+        _refuse_runs(folder)
     if folder.is_dir() and Path(out or RUNS).expanduser().resolve().is_relative_to(folder.resolve()):
         raise UsageError(
             f"The run would be written into {folder} and then be read as data.",
             fix="Choose an --out outside of it.",
         )
+
+
+def _refuse_runs(folder: Path) -> None:
+    """Raises UsageError for a folder whose folders are runs."""
+    with suppress(ValueError):
+        folder = folder.resolve().relative_to(Path.cwd())  # as the user would write it
+    with suppress(OSError):  # reading the data reports that better
+        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if folders and all(map(is_run, folders)):
+            raise UsageError(f"{folder} holds runs, not data.", fix=f"To resume a run, name it, such as {folders[-1]}.")
 
 
 def is_run(path: AnyPath) -> bool:

@@ -23,6 +23,11 @@ class StopRequest:
             time.sleep(0.05)
 
 
+def signal_name(number: int) -> str:
+    """What people call a signal: "Ctrl-C", "SIGTERM"."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 @contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
     """Turns SIGINT and SIGTERM into a stop request while the block runs. After one, Ctrl-C raises KeyboardInterrupt."""

@@ -171,9 +171,11 @@ def refuse_unlearnable(findings: Findings) -> None:
         )
     single = [c for c in filled if totals[c] == 1]
     if single:
+        others = len(single) - 1
+        do = "does" if others == 1 else "do"
+        also = f", and so {do} {plural(others, 'other class', 'other classes')}" if others else ""
         raise DataError(
-            f"Class {single[0]!r} has a single usable input"
-            + (f" (and so have {len(single) - 1} other classes)." if len(single) > 1 else "."),
+            f"Class {single[0]!r} has a single usable input{also}.",
             fix="Training and evaluation need different inputs: add more of that class or remove it.",
         )
     for split in SPLITS:

@@ -194,6 +194,8 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _describe_bytes(data: bytes) -> str:
+    if data.startswith(b"%PDF"):
+        return "it is a PDF; save its pages as images"
     start = data[:24]
     text = start.decode("utf-8", errors="ignore")
     valid = len(text.encode()) >= len(start) - 3  # the last character may be cut in two

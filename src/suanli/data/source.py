@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from suanli.core.errors import DataError, unknown
+from suanli.core.errors import DataError, SuanliError, UsageError, suggest
 from suanli.core.registry import load, load_all, names
 from suanli.core.types import AnyPath, Columns, Dataset, Source
 from suanli.data.download import fetch
+
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
 def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: Path) -> Source:
@@ -27,22 +30,25 @@ def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: P
             fetch(download, folder)
         return dataset.read(folder)
     if not path.exists():
-        if path.suffix or os.sep in str(subject):
-            raise DataError(
-                f"There is nothing at {path}.",
-                fix="Check the path, or use a built-in data set: " + ", ".join(names("datasets")) + ".",
-            )
-        raise unknown("data set", str(subject), names("datasets"))
-    reasons = []
+        raise _no_data_error(str(subject))
     with _report_permission_errors(path):
         for reader in sorted(load_all("readers").values(), key=lambda r: (r.order, r.name)):
-            reason = reader.why_not(path)
-            if reason is None:
+            if reader.why_not(path) is None:
                 return reader.read(path, columns)  # type: ignore[no-any-return]
-            reasons.append(f"  {reader.name}: {reason}")
     raise DataError(
-        f"No reader can read {path}:\n" + "\n".join(reasons) + "\n",
+        f"{path} is not data that suanli reads.",
         fix="Give a folder of class folders, a zip or tar of one, a CSV, TSV or JSONL table, or an .npz file.",
+    )
+
+
+def _no_data_error(subject: str) -> SuanliError:
+    """A usage error where `subject` looks like a name, a data error where it looks like a path."""
+    if URL.match(subject):
+        return DataError("suanli doesn't fetch URLs.", fix="Download the file, then name it.")
+    error = DataError if Path(subject).suffix or os.sep in subject else UsageError
+    return error(
+        f"There is no file or folder {subject}, and no built-in data set of that name.",
+        fix=suggest(subject, names("datasets"), what="Built in"),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from suanli.core import registry
-from suanli.core.console import say
+from suanli.core.console import duration, say
+from suanli.core.errors import UsageError
 from suanli.core.types import Device, Engine
 from suanli.engines.acceptance import BATCH, AcceptanceCheck, AnswerFiles
 from suanli.engines.builder import EngineBuilder, make_builder
@@ -62,7 +63,7 @@ class EngineSearch:
         self._layers: list[str] | None = None  # the one that int8 hurts most first
 
     def search(self) -> SearchResult:
-        """Raises SandboxError where not even the reference can be run."""
+        """Raises SandboxError where not even the reference can be run, UsageError where there is no time for others."""
         with self._stack:
             np.save(self._rows, self.subject.rows, allow_pickle=False)
             builder = make_builder(
@@ -75,7 +76,15 @@ class EngineSearch:
             )
             reference, check, input_s = self._start_reference(builder)
             entries: list[Candidate | Runner] = [reference]
-            for engine, precision in self._pairs(reference.candidate):
+            pairs = self._pairs(reference.candidate)
+            if pairs and self._building_s() <= 0:
+                taken_s = time.monotonic() - self._started
+                raise UsageError(
+                    f"A time budget of {duration(self.budget_s)} leaves no time to try an engine: preparing the "
+                    f"reference alone took {duration(taken_s)}.",
+                    fix=f"Give more, such as --time-budget {math.ceil(3 * taken_s)}s.",
+                )
+            for engine, precision in pairs:
                 entries += self._try(engine, precision, builder, check)
             timer = EngineTimer(rows=self._rows, threads=self.threads, input_s=input_s, goal=self.goal)
             room_s = max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
@@ -98,6 +107,10 @@ class EngineSearch:
 
     def left_s(self) -> float:
         return self.budget_s - (time.monotonic() - self._started)
+
+    def _building_s(self) -> float:
+        """The time that is left for building engines and checking them."""
+        return self.left_s() - TIMING_SHARE * self.budget_s
 
     def _start_reference(self, builder: EngineBuilder) -> tuple[Runner, AcceptanceCheck, float]:
         """PyTorch in float32 where there is a model, else ONNX Runtime; the check of others by its answers; and the
@@ -125,14 +138,12 @@ class EngineSearch:
         )
         return self._get_ready(check.score(candidate, answers), sandbox, builder), check, input_s
 
-    def _pairs(self, reference: Candidate) -> Iterable[tuple[Engine, str]]:
+    def _pairs(self, reference: Candidate) -> list[tuple[Engine, str]]:
         """Engines and precisions to try, the most promising first."""
         pairs = [(engine, precision) for engine in self.engines for precision in engine.precisions]
         # The graph as it is costs nothing to build and runs anywhere, so it is never left out for want of time.
         pairs.sort(key=lambda pair: (pair[0].name, pair[1]) != ("onnxruntime", "float32"))
-        for engine, precision in pairs:
-            if (engine.name, precision) != (reference.engine, reference.precision):
-                yield engine, precision
+        return [pair for pair in pairs if (pair[0].name, pair[1]) != (reference.engine, reference.precision)]
 
     def _try(
         self, engine: Engine, precision: str, builder: EngineBuilder, check: AcceptanceCheck
@@ -153,7 +164,7 @@ class EngineSearch:
         self, engine: Engine, candidate: Candidate, builder: EngineBuilder, check: AcceptanceCheck
     ) -> Candidate | Runner:
         """A runner, which waits to be timed, if the candidate is accepted."""
-        left_s = self.left_s() - TIMING_SHARE * self.budget_s
+        left_s = self._building_s()
         if left_s <= 0:
             return replace(candidate, state="no time", reason="the time budget was spent on others")
         try:

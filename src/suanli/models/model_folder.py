@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.registry import load as load_plugin
+from suanli.core.registry import names
 from suanli.core.storage import atomic_file, read_json, write_json
 from suanli.core.types import AnyPath, Json, Preprocess, Recipe, Task
 from suanli.machine import device
@@ -114,8 +115,18 @@ def find_model_folder(subject: AnyPath) -> Path:
     """The model folder of a run directory, or the folder itself."""
     path = Path(subject).expanduser()
     if not path.exists():
-        raise DataError(f"There is nothing at {path}.", fix="Give a run directory or a model/ folder.")
-    return path / "model" if (path / "recipe.json").exists() or (path / "model" / "model.json").exists() else path
+        is_built_in = str(subject) in names("datasets")
+        train = f"Train first: suanli train {subject}" if is_built_in else "suanli train DATA makes one."
+        fix = f"Give a run directory or a model/ folder. {train}"
+        raise DataError(f"There is nothing at {path}.", fix=fix)
+    if (path / "recipe.json").exists() or (path / "model" / "model.json").exists():
+        return path / "model"
+    if not (path / "model.json").exists():
+        raise DataError(
+            f"{path} contains no model (no model.json).",
+            fix=f"Give a run directory or its model/ folder. If this is data, train first: suanli train {path}",
+        )
+    return path
 
 
 def refuse_foreign_code(model: str, path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from suanli.core.console import plural, say
 from suanli.core.errors import Interrupted, MachineError, SuanliError, UsageError
 from suanli.core.run import Run
+from suanli.core.signals import signal_name
 from suanli.core.types import Device
 from suanli.machine.device import cores
 from suanli.machine.gpus import gpus
@@ -82,7 +83,7 @@ def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts:
         file = Path(folder) / "report.json"
         os.environ |= {fatal.REPORT_VARIABLE: str(file), "OMP_NUM_THREADS": threads}
         os.environ.setdefault(LOG_LEVEL, "ERROR")
-        say(f"{plural(count, 'process', 'processes')}, {threads} CPU threads each")
+        say(f"{plural(count, 'process', 'processes')}, {threads} CPU thread{'' if threads == '1' else 's'} each")
         try:
             agent = elastic_launch(_config(count, restarts, folder), sys.executable)
             agent("-m", "suanli", "train", str(run.path), *arguments)
@@ -94,7 +95,7 @@ def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts:
                 fix=f"Its own message is above. To resume from the last checkpoint: suanli train {run.path}",
             )
         except SignalException as error:
-            name = signal.Signals(error.sigval).name
+            name = signal_name(error.sigval)
             problem = Interrupted(f"Stopped by {name}.", fix=f"Resume with: suanli train {run.path}")
         report = fatal.read_report(file, interrupted=isinstance(problem, Interrupted))
     if report is not None:

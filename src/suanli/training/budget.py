@@ -34,6 +34,7 @@ RESERVE = 0.1  # of the time that is left: steps never take the same time twice
 FINISHING_S = 3.0  # the last validation, the model and the run's files
 LONGEST = 3.0  # times the epochs of the most expensive budget
 TIMED_STEPS = 3
+LEAST_STEPS = 5  # that a training must have time for
 SIZE_TOLERANCE = 0.05  # of the examples more or fewer: the same data in another encoding, so split differently
 WIDE_SPEEDUP = 2.0  # at most, of an operation in a wider network
 
@@ -41,13 +42,14 @@ WIDE_SPEEDUP = 2.0  # at most, of an operation in a wider network
 def choose_for_score(recipe: Recipe, prepared: PreparedData, target: float) -> Recipe:
     """The recipe with the cheapest budget that reached `target` (a fraction) on this data. Raises UsageError where no
     budget did, or none was measured on it."""
-    if not 0 < target < 1:
-        raise UsageError(f"--target-accuracy can't be {target}.", fix="Give a fraction, such as 0.9.")
     scores = [(budget, score) for budget in _budgets(recipe) if (score := _score_on(budget, prepared)) is not None]
     if not scores:
-        names = {m.data for choice in load_all("recipes").values() for budget in choice.budgets for m in budget.scores}
+        measured = {
+            m.data for choice in load_all("recipes").values() for budget in choice.budgets for m in budget.scores
+        }
+        known = ", ".join(sorted(measured))
         raise UsageError(
-            f"What reaches {target:.1%} on {prepared.name} was not measured; known is {', '.join(sorted(names))}.",
+            f"What reaches {target:.1%} on {prepared.name} was not measured; it is known for {known}.",
             fix="Use --time-budget, which takes the best that fits into a time.",
         )
     for budget, score in scores:
@@ -61,11 +63,17 @@ def choose_for_score(recipe: Recipe, prepared: PreparedData, target: float) -> R
     )
 
 
+def check_target(target: float | None) -> None:
+    """Raises UsageError for a target accuracy that is no fraction."""
+    if target is not None and not 0 < target < 1:
+        raise UsageError(f"--target-accuracy can't be {target}.", fix="Give a fraction, such as 0.9.")
+
+
 def choose_for_time(
     recipe: Recipe, prepared: PreparedData, device: Device, threads: int | None, left_s: float
 ) -> Recipe:
     """The recipe with the most expensive budget that fits into `left_s` seconds from now, its epochs stretched or cut
-    to fill them."""
+    to fill them. Raises UsageError where there is no time for a few steps and an evaluation."""
     deadline = time.perf_counter() + left_s
     changes = [budget.changes for budget in _budgets(recipe)] or [{}]
     choice = cheapest = _Estimate(recipe, changes[0], prepared, device, threads)
@@ -76,6 +84,13 @@ def choose_for_time(
         if may_fit and candidate.fits_memory and candidate.seconds <= _training_s(deadline):
             choice = candidate
             break
+    left_s = _training_s(deadline)
+    if left_s < choice.least_s:
+        raise UsageError(
+            f"The time budget is too short: it leaves {duration(left_s)} for training, and a few steps with an "
+            f"evaluation take {duration(choice.least_s)}.",
+            fix="Give a longer --time-budget.",
+        )
     seconds = choice.seconds
     longest = LONGEST * change(recipe, changes[-1]).epochs
     epochs = min(choice.recipe.epochs * _training_s(deadline) / seconds, longest)
@@ -117,12 +132,21 @@ class _Estimate:
 
     @cached_property
     def seconds(self) -> float:
-        """Of the whole training, from a few of its steps."""
+        """Of the whole training."""
+        return self._step_s * self._steps
+
+    @property
+    def least_s(self) -> float:
+        """Seconds of a few steps and a validation."""
+        return self._step_s * (LEAST_STEPS + validation_steps(self._loop, 1))
+
+    @cached_property
+    def _step_s(self) -> float:
+        """Of one step, from a few of them."""
         loop = self._loop
         with explain_out_of_memory(self._device), apply_settings(loop.compute):
             loop.advance()
-            step_s = timing.spread([timing.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
-        return step_s * self._steps
+            return timing.spread([timing.seconds(loop.advance) for _ in range(TIMED_STEPS)]).median
 
     @property
     def flops_per_s(self) -> float:

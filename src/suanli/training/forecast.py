@@ -135,9 +135,11 @@ def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
     )
 
 
-def validation_steps(loop: Loop) -> float:
-    """The time of all validations of a run, in training steps: a forward pass takes about a third of a step."""
-    validations = max(1.0, loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every)
+def validation_steps(loop: Loop, validations: float | None = None) -> float:
+    """The time of so many validations (None: of all in a run), in training steps: a forward pass takes about a third of
+    a step."""
+    if validations is None:
+        validations = max(1.0, loop.steps / loop.order.steps_per_epoch / loop.recipe.validate_every)
     return validations * len(loop.val_feed) / loop.order.batch_size / 3
 
 

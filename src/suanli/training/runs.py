@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from suanli.compute.plan import plan_of_names
+from suanli.compute.plan import check_request, plan_of_names
 from suanli.core.console import say
-from suanli.core.errors import DataError, MachineError, UsageError
+from suanli.core.errors import DataError, Interrupted, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.registry import load
 from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
@@ -55,7 +56,8 @@ class Resources:
             hang_s=ours.hang_timeout_s,
             shard=self.shard_requested,
         )
-        Trainer(session, run, options).train()
+        with _resumable(run):
+            Trainer(session, run, options).train()
 
     def start_processes(self, run: Run, data: DataOptions, *, resumed: bool, **more: object) -> None:
         """Train `run` by processes of this machine, each `suanli train RUN`."""
@@ -64,6 +66,15 @@ class Resources:
         values["shard"] = self.shard if self.shard_requested or resumed else None
         values |= {"data_dir": data.data_dir, "cache_dir": data.cache_dir} | more
         launch.launch_training(run, self.count, submission.train_arguments(values), restarts=self.options.max_restarts)
+
+
+@contextmanager
+def _resumable(run: Run) -> Iterator[None]:
+    """Reports a Ctrl-C that the trainer doesn't handle: one while it isn't training, or the second one."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted("Stopped.", fix=f"Go on with: suanli train {run.path}") from error
 
 
 def find_resources(options: ComputeOptions, run: Run | None) -> Resources:
@@ -76,6 +87,7 @@ def find_resources(options: ComputeOptions, run: Run | None) -> Resources:
     count = launch.process_count(options.nproc, device)
     if count > 1 and ":" in options.device:
         raise UsageError(f"{count} processes can't share {options.device}.", fix="Use --device cuda: each takes a GPU.")
+    check_request(options.speedups, device, options.threads)
     requested = bool(run is not None and run.summary.get("shard")) if options.shard is None else options.shard
     shard = requested and (count > 1 or not group.is_alone)
     if requested and not shard:
@@ -148,7 +160,7 @@ def resume_run(
         more_epochs = None  # these have begun
     if restarted and finished and more_epochs is None:
         return run  # one of the processes died when all was done
-    with run.lock(ENDING_S if restarted else 0):
+    with _resumable(run), run.lock(ENDING_S if restarted else 0):
         _refuse_resuming(run, given, more_epochs, trust_code)
         if resources.count == 1:
             data = DataOptions.of_run(run, data_dir=data.data_dir, cache_dir=data.cache_dir)
@@ -195,6 +207,7 @@ def _prepare(
     network, preprocess = _read_weights(learned.weights, learned.changes, trust_code)
     data = replace(data, preprocess=preprocess)
     time_budget, target = learned.time_budget, learned.target_accuracy
+    budget.check_target(target)
     budget_s = None if time_budget is None else parse_duration(time_budget)
     recipe, prepared = resolve(data, recipe=learned.recipe, settings={**network, **learned.changes})
     if target is not None or budget_s is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import NoReturn, cast
 
 from suanli.compute.plan_cache import PlanCache
 from suanli.compute.step_runner import apply_settings
-from suanli.core.console import Progress, duration, say, warn
+from suanli.core.console import Progress, duration, plural, say, warn
 from suanli.core.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
 from suanli.core.run import Run
-from suanli.core.signals import StopRequest, catch_stop_signals
+from suanli.core.signals import StopRequest, catch_stop_signals, signal_name
 from suanli.core.types import Plan, Recipe, Tracker
 from suanli.engines import store
 from suanli.machine import device
@@ -123,7 +122,8 @@ class Trainer:
             change = self._begin_again(cast(Diverged, error))
         if change is None:
             self._give_up(error)
-        warn(f"Step {failed_at + 1} failed: {change}.")
+        # A divergence says itself at which step it was; on a GPU it is noticed some steps later.
+        warn(f"{change}." if isinstance(error, Diverged) else f"Step {failed_at + 1} failed: {change}.")
         now = {"speedups": list(self.plan.speedups), "began_again": begin_again}
         self.summary.fallbacks.append({"step": failed_at, "said": change, **now})
         self.summary.write_running()
@@ -270,7 +270,7 @@ class Trainer:
         if not self.group.is_alone:
             stop.wait(ASKED_S)  # one that ends before it is asked to would count as having failed
         raise Interrupted(
-            f"Stopped by {signal.Signals(number).name} at step {self.loop.progress.step} of {self.loop.steps}; "
+            f"Stopped by {signal_name(number)} at step {self.loop.progress.step} of {self.loop.steps}; "
             "the checkpoint is saved.",
             fix=f"Go on with: suanli train {self.directory.path}",
         )
@@ -315,7 +315,7 @@ class Trainer:
         rate = self.directory.summary["examples_per_s"]
         score = "" if loop.validation_score is None else f", validation {loop.task.metric} {loop.validation_score:.2%}"
         took = duration(self.summary.seconds["train"])
-        say(f"{status} after {loop.progress.step} steps in {took} ({rate:,.0f} examples/s){score}")
+        say(f"{status} after {plural(loop.progress.step, 'step')} in {took} ({rate:,.0f} examples/s){score}")
         if target is not None and loop.validation_score is not None and loop.validation_score < target:
             warn(f"The {loop.task.metric} on validation is below the {target:.2%} that was asked for.")
 

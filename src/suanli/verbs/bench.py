@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from suanli.compute import planner
-from suanli.compute.plan import plain_plan
+from suanli.compute.plan import check_request, plain_plan
 from suanli.compute.plan_cache import PlanCache
 from suanli.core.console import size, warn
 from suanli.core.errors import GateError, MachineError, UsageError
@@ -99,6 +99,7 @@ def bench(
     started = time.perf_counter()
     check_options(steps, rounds, time_budget_s, price_per_hour)
     target = detect(device)
+    check_request(speedups, target, threads)
     refuse_place(data, out)
     columns = {"input_column": input_column, "label_column": label_column}
     options = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, max_bad=max_bad, **columns)
@@ -108,7 +109,7 @@ def bench(
     cache = cache_dir_of(options.cache_dir)
     with explain_out_of_memory(target):
         setup = Setup(recipe, prepared, target)
-        plan = _plan(setup, speedups, threads, cache)
+        plan = _plan(setup, speedups, threads, cache, steps)
         ceilings = peak.probe(target, cache, decode)
         ablation, trained = run_ablation(
             setup, plan, ceilings, steps=steps, rounds=rounds, budget_s=time_budget_s, price_per_hour=price_per_hour
@@ -123,9 +124,13 @@ def bench(
     return result
 
 
-def _plan(setup: Setup, speedups: str, threads: int | None, cache: Path) -> Plan:
-    steps = round(setup.trial(plain_plan(setup.device)).full_size_steps_left)
-    return planner.plan(setup, speedups, steps=steps, threads=threads, cache=cache)
+def _plan(setup: Setup, speedups: str, threads: int | None, cache: Path, measured_steps: int | None) -> Plan:
+    loop = setup.trial(plain_plan(setup.device))
+    if measured_steps is None and loop.steps < 2:
+        raise UsageError(
+            "The training has 1 step; bench needs at least 2.", fix="Raise --epochs or lower --batch-size."
+        )
+    return planner.plan(setup, speedups, steps=round(loop.full_size_steps_left), threads=threads, cache=cache)
 
 
 def check_options(steps: int | None, rounds: int, budget_s: float | None, price_per_hour: float | None) -> None:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
+from suanli.core.errors import Interrupted
 from suanli.core.run import FINISHED, Run, is_run
 from suanli.parallel import group
 from suanli.verbs.evaluate import evaluate
@@ -40,12 +41,20 @@ def run(data: Any, **options: Any) -> Run:
     if _needs_no_training(data, options):
         trained, trust_code = Run.open(data), options.get("trust_code", False)
     else:
-        trained, trust_code = train(data, **options), True  # its code has just run here
+        try:
+            trained, trust_code = train(data, **options), True  # its code has just run here
+        except Interrupted as error:  # `run` goes on to the report
+            raise Interrupted(error.message, fix=error.fix.replace("suanli train", "suanli run")) from error
         if not group.current_group().is_first:
             return trained
     places = {"device": options.get("device", "auto"), "cache_dir": options.get("cache_dir")}
-    evaluation = evaluate(trained, **places, trust_code=trust_code)
-    summary = trained.summary
-    trained.write("summary.json", summary | {"seconds": summary["seconds"] | {"evaluate": evaluation.seconds}})
-    report(trained)
+    try:
+        evaluation = evaluate(trained, **places, trust_code=trust_code)
+        summary = trained.summary
+        trained.write("summary.json", summary | {"seconds": summary["seconds"] | {"evaluate": evaluation.seconds}})
+        report(trained)
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            "Stopped; the trained model is kept.", fix=f"Go on with: suanli run {trained.path}"
+        ) from error
     return trained

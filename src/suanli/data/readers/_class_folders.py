@@ -226,8 +226,8 @@ def _no_images_error(root: _Folder, where: str) -> DataError:
             f"{where} has no images, but tables: {', '.join(tables[:3])}.",
             fix="Give the table file itself (unpacked), or a folder with train, val and test tables.",
         )
-    content = f"only {count_and_examples(others, 'other files')}" if others else "it is empty"
+    content = f"has no images, only {count_and_examples(others, 'other files')}" if others else "is empty"
     return DataError(
-        f"{where} has no images, {content}.",
+        f"{where} {content}.",
         fix=f"Expected are {LAYOUT}; images end in {', '.join(sorted(IMAGE_SUFFIXES))}.",
     )
