@@ -165,7 +165,7 @@ def test_numbers_are_in_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no images"),
+        ({}, "is empty"),
         ({"1.jpg": b"", "2.jpg": b""}, "2 images but no class folders"),
         ({"cat/1.jpg": b""}, "only one class, 'cat'"),
         ({"train/cat/1.jpg": b"", "test/cat/1.jpg": b""}, "only one class"),
