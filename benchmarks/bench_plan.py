@@ -25,9 +25,9 @@ from sides import Side, alternate, auto_plan
 from suanli.compute.infer import infer
 from suanli.compute.plan import plain_plan
 from suanli.compute.step_runner import apply_settings
+from suanli.core.compare import Z_95, wilson_interval
 from suanli.core.types import Device, Json, Plan
 from suanli.machine import timing
-from suanli.tasks.classification import Z_95, wilson_interval
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 from suanli.training.validation import validation_batch_size

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,11 +22,9 @@ import suanli.compute.speedups
 from registered import forget
 from suanli.cli import main
 from suanli.core import registry
-from suanli.core.compare import difference, share_difference
 from suanli.core.types import Difference, Plan, Recipe
 from suanli.machine import device
 from suanli.machine.ceilings import Ceilings
-from suanli.tasks.classification import Classification
 from suanli.training.ablation_plan import cumulative_plans, divide_steps, shorten
 from suanli.training.ablation_records import Ablation, Variant
 from suanli.verbs.bench import check_options
@@ -343,87 +340,3 @@ def test_bad_luck_of_one_seed_is_named_and_not_refused() -> None:
     assert any("chance" in remark for remark in ablation(lucky).remarks())
     assert any("100 validation examples can't show a loss of 0.5%" in remark for remark in ablation(lucky).remarks())
     assert not list(ablation().remarks())
-
-
-# --- the gate -------------------------------------------------------------------------------
-
-answers = st.integers(1, 200).flatmap(
-    lambda n: st.tuples(*(st.lists(st.booleans(), min_size=n, max_size=n).map(np.array) for _ in range(2)))
-)
-
-
-@given(answers)
-def test_an_interval_holds_what_was_measured(pair: tuple[np.ndarray, np.ndarray]) -> None:
-    before, after = pair
-    change = share_difference(before, after)
-    assert change.median == pytest.approx(after.mean() - before.mean())
-    assert -1 <= change.low <= change.median <= change.high <= 1
-    assert change.low < change.high
-    back = share_difference(after, before)
-    assert (back.low, back.high) == pytest.approx((-change.high, -change.low))
-
-
-@given(answers, st.integers(2, 5))
-def test_more_examples_of_the_same_kind_narrow_it(pair: tuple[np.ndarray, np.ndarray], times: int) -> None:
-    few, many = share_difference(*pair), share_difference(*(np.tile(side, times) for side in pair))
-    assert many.high - many.low < few.high - few.low
-    assert many.median == pytest.approx(few.median)
-
-
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    random = np.random.default_rng(3)
-    cells = np.array([0.80, 0.06, 0.03, 0.11])  # both right, lost, won, both wrong
-    truth, inside, repeats = 0.03 - 0.06, 0, 600
-    for _ in range(repeats):
-        drawn = random.choice(4, 150, p=cells)
-        change = share_difference(drawn < 2, (drawn == 0) | (drawn == 2))
-        inside += change.low <= truth <= change.high
-    assert 0.93 <= inside / repeats <= 0.985
-
-
-@given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 0.5))
-def test_refused_only_beyond_the_interval(median: float, half: float, tolerance: float) -> None:
-    change = Difference(median=median, low=median - half, high=median + half)
-    assert change.exceeds(tolerance) == (median + half < -tolerance)
-    assert not (change.exceeds(tolerance) and median >= -tolerance)
-    assert change.resolves(tolerance) == ((change.high - change.low) / 2 <= tolerance)
-
-
-def test_few_examples_refuse_nothing_that_looks_bad_by_chance() -> None:
-    """Two lost of ten are no proof; 200 of 1,000 are."""
-    before = np.ones(10, bool)
-    after = np.arange(10) >= 2
-    assert not share_difference(before, after).exceeds(0.005)
-    assert share_difference(np.tile(before, 100), np.tile(after, 100)).exceeds(0.005)
-
-
-class Balanced(Classification):
-    metric = "balanced_accuracy"
-
-
-def sure(right: np.ndarray, targets: np.ndarray, classes: int) -> np.ndarray:
-    return np.eye(classes, dtype=np.float32)[np.where(right, targets, (targets + 1) % classes)]
-
-
-def test_another_metric_is_compared_in_pairs_too() -> None:
-    random = np.random.default_rng(0)
-    targets = np.arange(300) % 3  # equally many of each: balanced accuracy is accuracy
-    before = sure(random.random(300) < 0.9, targets, 3)
-    after = sure((before.argmax(1) == targets) & (random.random(300) < 0.9), targets, 3)
-    change, plain = (difference(task(), before, after, targets) for task in (Balanced, Classification))
-    assert change.median == pytest.approx(plain.median)
-    assert change == difference(Balanced(), before, after, targets)  # the seed is fixed
-    assert change.low == pytest.approx(plain.low, abs=0.02)
-    assert change.high == pytest.approx(plain.high, abs=0.02)
-    assert change.exceeds(0.005)
-    same = difference(Balanced(), before, before, targets)
-    assert (same.median, same.low, same.high) == (0, 0, 0)
-
-
-def test_different_examples_are_the_callers_mistake() -> None:
-    with pytest.raises(ValueError, match="not the same examples"):
-        share_difference(np.ones(3, bool), np.ones(4, bool))
-    with pytest.raises(ValueError, match="not the same examples"):
-        share_difference(np.ones(0, bool), np.ones(0, bool))
-    with pytest.raises(ValueError, match="no examples"):
-        difference(Balanced(), np.zeros((0, 3)), np.zeros((0, 3)), np.zeros(0, np.int64))

@@ -12,6 +12,7 @@ def test_the_card_tells_score_use_and_command(picture_folder: Callable[..., Path
     run = suanli.run(picture_folder(), epochs=2, out="made")
     card = (run.path / "README.md").read_text()
     assert f"accuracy: {100 * run.scores['accuracy']:.1f} %" in " ".join(card.split())
+    assert card.count("(95 % interval") == len(run.scores)
     assert "suanli predict made" in card
     assert "class0, class1" in card
 

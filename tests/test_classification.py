@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,10 +12,19 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from torch.nn import functional as F
 
+from suanli.core.compare import wilson_interval
 from suanli.core.errors import DataError, Diverged
-from suanli.tasks.classification import TASK, confusion_matrix, wilson_interval
+from suanli.tasks.classification import TASK, confusion_matrix
 
 task = TASK()
+
+
+def scores_of(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    return task.scores(task.records(probabilities, targets))
+
+
+def details_of(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
+    return task.evaluate(task.records(probabilities, targets), classes)
 
 
 def make_answers(count: int, classes: int, seed: int = 0, dtype=np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +106,7 @@ def test_huge_logits_give_finite_loss_and_gradient():
 def test_scores_are_those_of_scikit_learn(answers):
     probabilities, targets = answers
     classes = probabilities.shape[1]
-    predicted, scores = probabilities.argmax(1), task.scores(probabilities, targets)
+    predicted, scores = probabilities.argmax(1), scores_of(probabilities, targets)
     recall = metrics.recall_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0)
     assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(targets, predicted))
     assert scores["balanced_accuracy"] == pytest.approx(recall)
@@ -111,7 +121,7 @@ def test_scores_are_those_of_scikit_learn(answers):
 
 @given(random_answers())
 def test_scores_stay_in_bounds(answers):
-    scores = task.scores(*answers)
+    scores = scores_of(*answers)
     assert ("top5_accuracy" in scores) == (answers[0].shape[1] > 5)
     assert all(0 <= value <= 1 for name, value in scores.items() if name != "log_loss")
     assert scores["log_loss"] >= 0
@@ -123,16 +133,16 @@ def test_scores_stay_in_bounds(answers):
 def test_scores_do_not_depend_on_the_order_of_examples(answers, seed):
     probabilities, targets = answers
     order = np.random.default_rng(seed).permutation(len(targets))
-    assert task.scores(probabilities[order], targets[order]) == pytest.approx(task.scores(probabilities, targets))
+    assert scores_of(probabilities[order], targets[order]) == pytest.approx(scores_of(probabilities, targets))
 
 
 def test_perfect_and_always_wrong_answers():
     targets = np.array([0, 1, 2])
-    perfect = task.scores(np.eye(3, dtype=np.float32), targets)
+    perfect = scores_of(np.eye(3, dtype=np.float32), targets)
     assert perfect["accuracy"] == perfect["macro_f1"] == perfect["balanced_accuracy"] == 1
     assert perfect["log_loss"] == pytest.approx(0, abs=1e-6)
     assert perfect["calibration_error"] == 0
-    hopeless = task.scores(np.eye(3, dtype=np.float32)[[1, 2, 0]], targets)
+    hopeless = scores_of(np.eye(3, dtype=np.float32)[[1, 2, 0]], targets)
     assert hopeless["accuracy"] == 0
     assert hopeless["calibration_error"] == 1
     assert math.isfinite(hopeless["log_loss"])
@@ -140,31 +150,31 @@ def test_perfect_and_always_wrong_answers():
 
 def test_a_model_that_always_says_the_same_gets_no_top5_for_it():
     constant = np.full((10, 10), 0.1, np.float32)
-    assert task.scores(constant, np.arange(10))["top5_accuracy"] == 0.5
+    assert scores_of(constant, np.arange(10))["top5_accuracy"] == 0.5
 
 
 def test_classes_that_do_not_occur_do_not_count_in_balanced_accuracy():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]], np.float32)
-    assert task.scores(probabilities, np.array([0, 0]))["balanced_accuracy"] == 0.5
+    assert scores_of(probabilities, np.array([0, 0]))["balanced_accuracy"] == 0.5
 
 
 def test_calibration_error_of_a_known_gap():
     # Ten answers at confidence 0.8, of which six are right: off by 0.2.
     probabilities = np.tile([0.8, 0.2], (10, 1))
     targets = np.array([0] * 6 + [1] * 4)
-    assert task.scores(probabilities, targets)["calibration_error"] == pytest.approx(0.2)
+    assert scores_of(probabilities, targets)["calibration_error"] == pytest.approx(0.2)
 
 
 def test_an_empty_split_is_refused():
     with pytest.raises(DataError, match="no examples"):
-        task.scores(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
+        scores_of(np.zeros((0, 0), np.float32), np.zeros(0, np.int64))
     with pytest.raises(DataError, match="no examples"):
-        task.evaluate(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), ["a", "b"])
+        details_of(np.zeros((0, 2), np.float32), np.zeros(0, np.int64), ["a", "b"])
 
 
 def test_broken_probabilities_are_refused():
     with pytest.raises(Diverged, match="not finite"):
-        task.scores(np.array([[np.nan, 0.5]]), np.array([0]))
+        scores_of(np.array([[np.nan, 0.5]]), np.array([0]))
 
 
 # --- evaluate ---
@@ -173,7 +183,7 @@ def test_broken_probabilities_are_refused():
 def test_evaluate_agrees_with_scikit_learn():
     probabilities, targets = make_answers(500, 4)
     predicted = probabilities.argmax(1)
-    details = task.evaluate(probabilities, targets, ["a", "b", "c", "d"])
+    details = details_of(probabilities, targets, ["a", "b", "c", "d"])
     expected = metrics.precision_recall_fscore_support(targets, predicted)
     for key, values in zip(("precision", "recall", "f1", "count"), expected, strict=True):
         assert [one[key] for one in details["per_class"]] == pytest.approx(list(values))
@@ -183,7 +193,7 @@ def test_evaluate_agrees_with_scikit_learn():
 
 def test_confused_pairs_are_the_largest_mistakes_in_order():
     probabilities = np.eye(3)[[1, 1, 1, 2, 0, 0]]
-    details = task.evaluate(probabilities, np.array([0, 0, 1, 0, 2, 0]), ["cat", "dog", "cow"])
+    details = details_of(probabilities, np.array([0, 0, 1, 0, 2, 0]), ["cat", "dog", "cow"])
     assert details["confused"] == [
         {"true": "cat", "predicted": "dog", "count": 2},
         {"true": "cat", "predicted": "cow", "count": 1},
@@ -193,7 +203,7 @@ def test_confused_pairs_are_the_largest_mistakes_in_order():
 
 def test_undefined_figures_are_none_and_the_result_is_json():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]], np.float32)
-    details = task.evaluate(probabilities, np.array([0, 1]), ["a", "b", "c"])
+    details = details_of(probabilities, np.array([0, 1]), ["a", "b", "c"])
     assert details["per_class"][1] == {"name": "b", "count": 1, "precision": None, "recall": 0.0, "f1": 0.0}
     assert details["per_class"][2] == {"name": "c", "count": 0, "precision": None, "recall": None, "f1": None}
     assert json.loads(json.dumps(details, allow_nan=False)) == details
@@ -201,10 +211,10 @@ def test_undefined_figures_are_none_and_the_result_is_json():
 
 def test_reliability_bins_hold_every_example_and_explain_the_calibration_error():
     probabilities, targets = make_answers(300, 3)
-    bins = task.evaluate(probabilities, targets, "abc")["reliability"]
+    bins = details_of(probabilities, targets, "abc")["reliability"]
     assert sum(one["count"] for one in bins) == 300
     error = sum(abs(b["confidence"] - b["accuracy"]) * b["count"] for b in bins if b["count"]) / 300
-    assert error == pytest.approx(task.scores(probabilities, targets)["calibration_error"])
+    assert error == pytest.approx(scores_of(probabilities, targets)["calibration_error"])
     for place, one in enumerate(bins):
         if one["count"]:
             assert place / 15 - 1e-6 <= one["confidence"] <= (place + 1) / 15 + 1e-6
@@ -212,10 +222,10 @@ def test_reliability_bins_hold_every_example_and_explain_the_calibration_error()
 
 def test_many_classes_give_the_worst_pairs_instead_of_the_matrix():
     probabilities, targets = make_answers(3000, 150)
-    details = task.evaluate(probabilities, targets, [str(i) for i in range(150)])
+    details = details_of(probabilities, targets, [str(i) for i in range(150)])
     assert details["confusion"] is None
     assert len(details["confused"]) == 20
-    matrix = confusion_matrix(probabilities, targets)
+    matrix = confusion_matrix(task.records(probabilities, targets), 150)
     np.fill_diagonal(matrix, 0)
     largest = np.sort(matrix, axis=None)[::-1][:20]
     assert [pair["count"] for pair in details["confused"]] == largest.tolist()

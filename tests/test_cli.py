@@ -69,9 +69,12 @@ def test_run_then_everything_else(picture_folder: Callable[..., Path], capsys: p
     )
 
     assert call("evaluate", "made", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["scores"] == told["scores"]
+    evaluation = json.loads(capsys.readouterr().out)
+    assert evaluation["scores"] == told["scores"]
+    assert evaluation["intervals"].keys() == told["scores"].keys()
+    assert evaluation["interval"] == evaluation["intervals"]["accuracy"]
     assert call("evaluate", "made", "--split", "val") == 0
-    assert "95 % interval" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("95 % interval") >= len(told["scores"])
     assert call("report", "made", "--out", "elsewhere.html") == 0
     assert Path("elsewhere.html").exists()
     capsys.readouterr()

@@ -1,40 +1,82 @@
-"""The gate: does a faster way of computing cost more of the primary metric than the task tolerates?
+"""How sure a score is, and the gate: does a faster way of computing cost more of the primary metric than the task
+tolerates?
 
-Both models answer the same examples, and the scores are compared in pairs, so that what is hard for both cancels out.
-The tolerance is the task's. The examples are ones that took no part in training or planning. The interval covers the
-choice of examples only: two trainings also differ by chance, which a caller rules out by training again with another
-seed.
+Every score is a weighted function of one record an example, so one bootstrap serves all scores of all tasks: each
+resample draws examples with replacement and weighs every example by how often it was drawn. Examples that aren't
+independent, such as the pictures of one patient, form a group and are drawn together. The seed is fixed, so that the
+same answers give the same interval. A task may give a closed form for independent examples.
 
-For accuracy the interval is that of Agresti and Min ("Simple improved confidence intervals for comparing matched
-proportions", 2005): a normal interval after half an example is added to each of the four cells, so that it has a width
-even where both models agree on every example. For any other metric it is a bootstrap over the examples with a fixed
-seed.
+Two models are compared on the same examples with the same weights, so that what is hard for both cancels out. The
+examples are ones that took no part in training or planning. An interval covers the choice of examples only: two
+trainings also differ by chance, which a caller rules out by training again with another seed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 
-from suanli.core.types import Difference, Task
+from suanli.core.types import Difference, Records, Task
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 RESAMPLES = 1000
-SEED = 0  # of the bootstrap, so that the same answers give the same interval
+ROWS, BLOCK = 50, 1 << 18  # at most so many resamples, and weights (2 MB), are kept at once
+SEED = 0
 
 
-def difference(task: Task, before: np.ndarray, after: np.ndarray, targets: np.ndarray) -> Difference:
-    """The difference of the task's primary metric, from the probabilities (N, K) of both models for the same examples
-    in the same order, and targets (N,). Raises ValueError for no examples."""
-    if task.metric == "accuracy":
-        return share_difference(before.argmax(1) == targets, after.argmax(1) == targets)
-    return _bootstrap(task, before, after, targets)
+def intervals(task: Task, records: Records, groups: np.ndarray | None = None) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of every score. `groups` (N,) says which examples belong together; None: all are independent.
+
+    It is the task's closed form, or holds the middle 95 % of the resampled scores. Noise makes a distance (a score that
+    `task.distances` names) larger: in the examples, and again in each resample. It adds to the square of a distance, so
+    the squares are reduced by twice what resampling added. The measured score may lie near the upper end of such an
+    interval or above; near 0 the interval is wider than it need be.
+    """
+    scores = task.scores(records)
+    closed = task.closed_intervals(records) if groups is None else {}
+    if closed.keys() >= scores.keys():
+        return closed
+    (samples,) = _resample(task, [records], groups)
+    return {
+        name: closed.get(name) or _interval(value, samples[name], name in task.distances)
+        for name, value in scores.items()
+    }
+
+
+def difference(task: Task, before: Records, after: Records, groups: np.ndarray | None = None) -> Difference:
+    """How the task's primary metric differs between two models, from their records of the same examples in the same
+    order; `groups` as for `intervals`. Raises ValueError for different numbers of examples."""
+    if _count(before) != _count(after):
+        raise ValueError(f"not the same examples: {_count(before)} and {_count(after)}")
+    closed = task.closed_difference(before, after) if groups is None else None
+    if closed is not None:
+        return closed
+    measured = task.scores(after)[task.metric] - task.scores(before)[task.metric]
+    old, new = (samples[task.metric] for samples in _resample(task, [before, after], groups))
+    low, high = _interval(measured, new - old)
+    return Difference(median=measured, low=min(low, measured), high=max(high, measured))
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of the share `right` of `count`; unlike the normal one it is valid for few examples and near 0 and
+    1. Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927)."""
+    share, z2 = right / count, Z_95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    # At 0 and 1 the exact bound is the share itself; rounding must not move it inside.
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def share_difference(before: np.ndarray, after: np.ndarray) -> Difference:
     """The difference of the share of right answers: bool (N,) says for each example whether a model was right.
-    Raises ValueError for no examples."""
+
+    A normal interval after half an example is added to each of the four cells, so that it has a width even where both
+    models agree on every example. Source: A. Agresti and Y. Min, "Simple improved confidence intervals for comparing
+    matched proportions", Statistics in Medicine 24 (2005). Raises ValueError for no examples.
+    """
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise ValueError(f"not the same examples: {before.shape} and {after.shape}")
     lost = int(np.count_nonzero(before & ~after))
@@ -46,17 +88,36 @@ def share_difference(before: np.ndarray, after: np.ndarray) -> Difference:
     return Difference(median=measured, low=max(-1.0, middle - half), high=min(1.0, middle + half))
 
 
-def _bootstrap(task: Task, before: np.ndarray, after: np.ndarray, targets: np.ndarray) -> Difference:
-    if not len(targets):
-        raise ValueError("no examples")
+def _count(records: Records) -> int:
+    return len(next(iter(records.values())))
+
+
+def _resample(task: Task, sides: Sequence[Records], groups: np.ndarray | None) -> list[dict[str, np.ndarray]]:
+    """The scores (RESAMPLES,) of each side, with the same weights for all."""
+    size = max(1, min(ROWS, BLOCK // _count(sides[0])))
+    draws = _draw(_count(sides[0]), groups)
+    blocks: list[list[dict[str, np.ndarray]]] = []
+    for start in range(0, RESAMPLES, size):
+        weights = np.stack(list(islice(draws, min(size, RESAMPLES - start))))
+        blocks.append([task.resampled_scores(records, weights) for records in sides])
+    return [
+        {name: np.concatenate([one[name] for one in side]) for name in side[0]} for side in zip(*blocks, strict=True)
+    ]
+
+
+def _draw(count: int, groups: np.ndarray | None) -> Iterator[np.ndarray]:
+    """Weights (N,) of one resample after another: of N - 1 draws, which makes the variance of a mean unbiased. Source:
+    J. N. K. Rao and C. F. J. Wu, "Resampling inference with complex survey data", JASA 83 (1988)."""
     random = np.random.default_rng(SEED)
+    places = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    units = int(places.max()) + 1
+    while True:
+        drawn = np.bincount(random.integers(units, size=max(1, units - 1)), minlength=units).astype(np.float64)
+        yield drawn if groups is None else drawn[places]
 
-    def change(sample: np.ndarray) -> float:
-        old, new = (task.scores(p[sample], targets[sample])[task.metric] for p in (before, after))
-        return new - old
 
-    everything = np.arange(len(targets))
-    measured = change(everything)
-    changes = [change(random.choice(everything, len(everything))) for _ in range(RESAMPLES)]
-    low, high = np.quantile(changes, [0.025, 0.975])
-    return Difference(median=measured, low=min(float(low), measured), high=max(float(high), measured))
+def _interval(measured: float, samples: np.ndarray, distance: bool = False) -> tuple[float, float]:
+    if distance:
+        samples = np.sqrt(np.maximum(0, samples**2 - 2 * (np.mean(samples**2) - measured**2)))
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return float(low), float(high)

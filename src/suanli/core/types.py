@@ -34,6 +34,7 @@ AnyPath: TypeAlias = "str | os.PathLike[str]"  # a `core.run.Run` is one too
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
 PositiveCount: TypeAlias = Annotated[int, Field(ge=1, lt=1 << 63)]
+Records: TypeAlias = "Mapping[str, np.ndarray]"  # columns with one row an example: all that scores depend on
 Json: TypeAlias = Any  # any value that json.dumps takes, where no narrower type holds
 
 SPLITS = ("train", "val", "test")
@@ -301,6 +302,7 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[str]  # the primary metric, a key of `scores`: runs are compared by it; higher is better
     tolerance: ClassVar[float]  # how much of the primary metric the gate lets a speedup or an engine cost
+    distances: ClassVar[frozenset[str]] = frozenset()  # scores that are never below 0 and that noise makes larger
 
     @abstractmethod
     def loss(
@@ -318,11 +320,33 @@ class Task(ABC):
         """float32 (B, K) from logits (B, K)."""
 
     @abstractmethod
-    def scores(self, probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """Every score by its name, as a fraction: probabilities (N, K), targets (N,)."""
+    def records(self, probabilities: np.ndarray, targets: np.ndarray) -> Records:
+        """Probabilities (N, K), targets (N,). Raises DataError for no examples and Diverged for probabilities that
+        aren't finite."""
 
     @abstractmethod
-    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
+    def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
+        """Every score by its name, as a fraction. `weights` (N,), integers or not, say how often each example counts;
+        None: once. Every score must be defined where a class has no weight."""
+
+    def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """`scores` (R,) for each row of weights (R, N). A task overrides it where it can do better than one row after
+        another."""
+        import numpy as np
+
+        rows = [self.scores(records, row) for row in weights]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:  # noqa: ARG002
+        """95 % intervals of scores that have a closed form, which needs no resamples; examples are independent."""
+        return {}
+
+    def closed_difference(self, before: Records, after: Records) -> Difference | None:  # noqa: ARG002
+        """The difference of the primary metric on the same independent examples; None: it has no closed form."""
+        return None
+
+    @abstractmethod
+    def evaluate(self, records: Records, classes: Sequence[str]) -> dict[str, object]:
         """What the report shows beyond `scores`, as plain values for JSON."""
 
 

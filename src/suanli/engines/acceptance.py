@@ -92,10 +92,11 @@ class AcceptanceCheck:
         if self.subject.targets is None:
             return replace(candidate, drift=drift)
         task, targets = self.subject.task, self.subject.targets[: self.count]
+        before, after = task.records(self.reference, targets), task.records(answers, targets)
         return replace(
             candidate,
-            score=task.scores(answers, targets)[task.metric],
-            difference=compare.difference(task, self.reference, answers, targets),
+            score=task.scores(after)[task.metric],
+            difference=compare.difference(task, before, after),
             drift=drift,
         )
 

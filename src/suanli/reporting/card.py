@@ -11,7 +11,7 @@ import shlex
 from suanli.reporting import prose
 from suanli.reporting.files import RunFiles
 from suanli.reporting.records import Data, Evaluation
-from suanli.reporting.words import score
+from suanli.reporting.words import interval, score
 
 
 def card(run: RunFiles) -> str:
@@ -67,11 +67,10 @@ def _scores(evaluation: Evaluation | None) -> list[str]:
         return ["Not evaluated on the test split yet: `suanli evaluate` does it."]
     lines = [f"On {evaluation.count or 0:,} test inputs that took no part in training or in any choice:", ""]
     for name, value in evaluation.scores.items():
-        interval = ""
-        if evaluation.interval and name == (evaluation.metric or next(iter(evaluation.scores))):
-            low, high = (score(name, bound) for bound in evaluation.interval)
-            interval = f" (95 % interval {low} to {high})"
-        lines.append(f"- {name.replace('_', ' ')}: {score(name, value)}{interval}")
+        bounds = interval(name, evaluation.all_intervals.get(name))
+        lines.append(
+            f"- {name.replace('_', ' ')}: {score(name, value)}{f' (95 % interval {bounds})' if bounds else ''}"
+        )
     return lines
 
 

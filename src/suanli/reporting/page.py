@@ -37,6 +37,7 @@ def render(run: RunFiles) -> str:
             frame=charts,
             bar_frame=bars,
             score=words.score,
+            interval=words.interval,
             unit=words.unit,
             picture=_picture,
             tiny=_is_tiny,

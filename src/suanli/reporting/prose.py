@@ -70,8 +70,7 @@ def abstract(run: RunFiles, score: views.PrimaryScore | None) -> list[str]:
         sentence += f", {caveat}," if caveat else ","
         sentence += f" {words.with_spaces(score.name)} is {words.score(score.name, score.value)}"
         if score.interval:
-            low, high = (words.score(score.name, value) for value in score.interval)
-            sentence += f" (95 % interval {low} to {high})"
+            sentence += f" (95 % interval {score.interval})"
         sentences.append(sentence + ".")
     return sentences
 

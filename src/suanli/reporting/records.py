@@ -18,6 +18,7 @@ from suanli.training.diagnose import Diagnosis
 
 Number = float | None  # None and NaN: not known
 Scores = Mapping[str, Number]
+Intervals = Mapping[str, tuple[Number, Number]]  # 95 %, by the name of the score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,7 @@ class ReliabilityBin:
 class AugmentedScores:
     views: int | None = None
     scores: Scores = field(default_factory=dict)
+    intervals: Intervals = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,8 @@ class Evaluation:
     metric: Annotated[str | None, Field(alias="headline")] = None  # the primary one; None: the first of `scores`
     count: int | None = None
     scores: Scores = field(default_factory=dict)
-    interval: tuple[Number, Number] | None = None
+    interval: tuple[Number, Number] | None = None  # of the primary score
+    intervals: Intervals = field(default_factory=dict)  # older versions wrote the primary score's only
     per_class: tuple[ClassScore, ...] = ()
     confusion: tuple[tuple[int, ...], ...] | None = None
     confused: tuple[ConfusedPair, ...] = ()
@@ -208,6 +211,17 @@ class Evaluation:
     mistakes: tuple[Example, ...] = ()
     samples: tuple[Example, ...] = ()
     seconds: Number = None
+
+    @property
+    def primary(self) -> str | None:
+        """The score by which runs are compared; None: there are no scores."""
+        return self.metric if self.metric in self.scores else next(iter(self.scores), None)
+
+    @property
+    def all_intervals(self) -> Intervals:
+        if self.interval is None or self.primary is None:
+            return self.intervals
+        return {self.primary: self.interval, **self.intervals}
 
 
 # --- model/engines/engines.json -------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from suanli.core.types import SPLITS
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, thin
-from suanli.reporting.records import ClassScore, Data, Evaluation, Metrics, Scores, Summary
+from suanli.reporting.records import ClassScore, Data, Evaluation, Intervals, Metrics, Scores, Summary
 
 HEAT_MAP_CLASSES = 20  # beyond, cells are too small to read
 ROWS = 20  # shown at once; the others fold away
@@ -26,24 +26,22 @@ class PrimaryScore:
     split: str
     name: str
     value: float | None
-    interval: tuple[float, float] | None
+    interval: str  # empty: not known
     count: int | None
 
 
 def primary_score(evaluations: dict[str, Evaluation]) -> PrimaryScore | None:
     """From the test split; from validation, and so named, while test isn't evaluated."""
     for split in ("test", "val"):
-        if (evaluation := evaluations.get(split)) is None or not evaluation.scores:
+        if (evaluation := evaluations.get(split)) is None or (name := evaluation.primary) is None:
             continue
-        scores = evaluation.scores
-        name = evaluation.metric
-        if name is None or name not in scores:
-            name = next(iter(scores))
-        low, high = evaluation.interval or (None, None)
-        interval = None
-        if words.is_known(low) and words.is_known(high):
-            interval = low, high
-        return PrimaryScore(split=split, name=name, value=scores[name], interval=interval, count=evaluation.count)
+        return PrimaryScore(
+            split=split,
+            name=name,
+            value=evaluation.scores[name],
+            interval=words.interval(name, evaluation.all_intervals.get(name)),
+            count=evaluation.count,
+        )
     return None
 
 
@@ -51,6 +49,7 @@ def primary_score(evaluations: dict[str, Evaluation]) -> PrimaryScore | None:
 class ScoreRow:
     name: str
     scores: Scores
+    intervals: Intervals
     note: str = ""
 
 
@@ -61,10 +60,12 @@ def score_rows(evaluations: dict[str, Evaluation]) -> tuple[list[str], list[Scor
         if (evaluation := evaluations.get(split)) is None:
             continue
         name = SPLIT_NAMES[split]
-        rows.append(ScoreRow(name=f"{name}, single view", scores=evaluation.scores))
+        intervals = evaluation.all_intervals
+        rows.append(ScoreRow(name=f"{name}, single view", scores=evaluation.scores, intervals=intervals))
         if augmented := evaluation.with_augmentation:
             views = f"mean of {augmented.views} views" if augmented.views else "several views"
-            rows.append(ScoreRow(name=f"{name}, test-time augmentation", scores=augmented.scores, note=views))
+            name = f"{name}, test-time augmentation"
+            rows.append(ScoreRow(name=name, scores=augmented.scores, intervals=augmented.intervals, note=views))
     return list(dict.fromkeys(key for row in rows for key in row.scores)), rows
 
 

@@ -46,6 +46,13 @@ def score(name: str, value: float | None, decimals: int = 1) -> str:
     return number(value)
 
 
+def interval(name: str, bounds: tuple[float | None, float | None] | None) -> str:
+    """Of a score: '97.1 % to 98.9 %'; empty where it isn't known."""
+    if bounds is None or not all(map(is_known, bounds)):
+        return ""
+    return " to ".join(score(name, bound) for bound in bounds)
+
+
 def seconds(value: float | None) -> str:
     return duration(value) if is_known(value) else UNKNOWN
 

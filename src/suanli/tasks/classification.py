@@ -7,15 +7,14 @@ different cost.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from suanli.core.compare import Z_95
+from suanli.core.compare import share_difference, wilson_interval
 from suanli.core.errors import DataError, Diverged
-from suanli.core.types import Task
+from suanli.core.types import Difference, Records, Task
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +28,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     metric: ClassVar[str] = "accuracy"
     tolerance: ClassVar[float] = 0.005
+    distances: ClassVar[frozenset[str]] = frozenset({"calibration_error"})
 
     def loss(
         self,
@@ -59,80 +59,111 @@ class Classification(Task):
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.float().softmax(dim=1)
 
-    def scores(self, probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def records(self, probabilities: np.ndarray, targets: np.ndarray) -> Records:
+        """`target`, `predicted` (of equal probabilities the lowest class), `confidence` in it and the `bin` of that for
+        calibration, `loss` in nats; and `rank` of the target where there are more than 5 classes."""
+        _check(probabilities, targets)
+        confidence = probabilities.max(1).astype(np.float64).clip(0, 1)
+        records = {
+            "target": targets.astype(np.int64),
+            "predicted": probabilities.argmax(1),
+            "confidence": confidence,
+            "bin": np.ceil(confidence * CALIBRATION_BINS).astype(np.int64).clip(1) - 1,
+            "loss": _losses(probabilities, targets),
+        }
+        return records | ({"rank": _rank(probabilities, targets)} if probabilities.shape[1] > 5 else {})
+
+    def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
         """Every score as a fraction, but `log_loss` in nats. `top5_accuracy` where there are more than 5 classes.
 
         `balanced_accuracy` is the mean recall over the classes that occur; `macro_f1` the mean F1
-        over those that occur or were predicted, as in scikit-learn. Raises DataError for an empty
-        split and Diverged for probabilities that aren't finite.
+        over those that occur or were predicted, as in scikit-learn.
         """
-        _check(probabilities, targets)
-        right, occurring, predicted = _counts(probabilities, targets)
-        present, involved = occurring > 0, occurring + predicted > 0
-        scores = {"accuracy": right.sum() / len(targets)}
-        if probabilities.shape[1] > 5:
-            scores["top5_accuracy"] = np.mean(_rank(probabilities, targets) < 5)
-        scores["balanced_accuracy"] = np.mean(right[present] / occurring[present])
-        scores["macro_f1"] = np.mean(2 * right[involved] / (occurring + predicted)[involved])
-        scores["log_loss"] = _log_loss(probabilities, targets)
-        scores["calibration_error"] = _calibration_error(_bins(probabilities, targets))
-        return {name: float(value) for name, value in scores.items()}
+        weights = np.ones(len(records["target"])) if weights is None else weights
+        return {name: float(values[0]) for name, values in self.resampled_scores(records, weights[None]).items()}
 
-    def evaluate(self, probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> dict[str, object]:
-        """`interval` (95 %, of the accuracy), `per_class`, `confusion` (rows are true classes, columns predicted ones;
-        None for more than 100 classes), `confused` (the most frequent mistakes) and `reliability`.
+    def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Everything but the sums over examples is computed for all R at once."""
+        count = weights.sum(1)
+        right, occurring, predicted = _counts(records, weights)
+        scores = {"accuracy": right.sum(1) / count}
+        if "rank" in records:
+            scores["top5_accuracy"] = (weights * (records["rank"] < 5)).sum(1) / count
+        scores["balanced_accuracy"] = _mean_ratio(right, occurring)
+        scores["macro_f1"] = _mean_ratio(2 * right, occurring + predicted)
+        scores["log_loss"] = (weights * records["loss"]).sum(1) / count
+        scores["calibration_error"] = _calibration_error(*_bins(records, weights))
+        return scores
+
+    def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:
+        """Wilson's, of both accuracies."""
+        right = {"accuracy": records["target"] == records["predicted"]}
+        if "rank" in records:
+            right["top5_accuracy"] = records["rank"] < 5
+        return {name: wilson_interval(int(one.sum()), len(one)) for name, one in right.items()}
+
+    def closed_difference(self, before: Records, after: Records) -> Difference | None:
+        """Agresti and Min's, of the accuracy."""
+        if self.metric != "accuracy":
+            return None
+        return share_difference(*(side["predicted"] == side["target"] for side in (before, after)))
+
+    def evaluate(self, records: Records, classes: Sequence[str]) -> dict[str, object]:
+        """`per_class`, `confusion` (rows are true classes, columns predicted ones; None for more than 100 classes),
+        `confused` (the most frequent mistakes) and `reliability`.
 
         A figure that isn't defined, such as the recall of a class without examples, is None.
-        Raises as `scores` does.
         """
-        _check(probabilities, targets)
-        right, occurring, predicted = _counts(probabilities, targets)
+        ones = np.ones((1, len(records["target"])))
         few = len(classes) <= MATRIX_CLASSES
         return {
-            "interval": list(wilson_interval(int(right.sum()), len(targets))),
-            "per_class": _per_class(classes, right, occurring, predicted),
-            "confusion": confusion_matrix(probabilities, targets).tolist() if few else None,
-            "confused": _confused_pairs(probabilities, targets, classes),
+            "per_class": _per_class(classes, *(counts[0] for counts in _counts(records, ones, len(classes)))),
+            "confusion": confusion_matrix(records, len(classes)).tolist() if few else None,
+            "confused": _confused_pairs(records, classes),
             "reliability": [
-                {"confidence": confidence, "accuracy": accuracy, "count": count}
-                for confidence, accuracy, count in _bins(probabilities, targets)
+                {"confidence": confidence / n if n else None, "accuracy": right / n if n else None, "count": int(n)}
+                for right, n, confidence in zip(*(sums[0].tolist() for sums in _bins(records, ones)), strict=True)
             ],
         }
 
 
-def confusion_matrix(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Counts (K, K): rows are true classes, columns predicted ones. Of equal probabilities the lowest class is the
-    prediction."""
-    classes = probabilities.shape[1]
-    counts = np.bincount(_cells(probabilities, targets), minlength=classes * classes)
-    return counts.reshape(classes, classes)
+def confusion_matrix(records: Records, classes: int) -> np.ndarray:
+    """Counts (K, K): rows are true classes, columns predicted ones."""
+    return np.bincount(_cells(records, classes), minlength=classes * classes).reshape(classes, classes)
 
 
-def _cells(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _cells(records: Records, classes: int) -> np.ndarray:
     """(N,): the flat position of each example in the confusion matrix."""
-    cells: np.ndarray = targets.astype(np.int64) * probabilities.shape[1] + probabilities.argmax(1)
+    cells: np.ndarray = records["target"] * classes + records["predicted"]
     return cells
 
 
-def _counts(probabilities: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right answers, examples and predictions of each class (K,): the diagonal and the sums of the confusion matrix,
-    which itself would need too much memory for very many classes."""
-    answers = probabilities.argmax(1)
-    right, occurring, predicted = (
-        np.bincount(which, minlength=probabilities.shape[1])
-        for which in (targets[answers == targets], targets, answers)
-    )
-    return right, occurring, predicted
+def _sums(weights: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+    """(R, count): the sums of weights (R, N) by the place (N,) of each example."""
+    return np.stack([np.bincount(places, row, count) for row in weights])
 
 
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of the share `right` of `count`; unlike the normal one it is valid for few examples and near 0 and
-    1. Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927)."""
-    share, z2 = right / count, Z_95**2
-    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    # At 0 and 1 the exact bound is the share itself; rounding must not move it inside.
-    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
+def _right_and_all(records: Records, column: str, weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sums (R, count) of the weights of right answers, and of all, by the values of a column."""
+    right = records["target"] == records["predicted"]
+    sums = _sums(weights, 2 * records[column] + right, 2 * count)
+    return sums[:, 1::2], sums[:, 1::2] + sums[:, ::2]
+
+
+def _counts(records: Records, weights: np.ndarray, classes: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right answers, examples and predictions of each class (R, K): the diagonal and the sums of the confusion matrix,
+    which itself would need too much memory for very many classes. Without `classes`, K is the highest class's."""
+    classes = max(classes, *(int(records[column].max()) + 1 for column in ("target", "predicted")))
+    right, occurring = _right_and_all(records, "target", weights, classes)
+    return right, occurring, _sums(weights, records["predicted"], classes)
+
+
+def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """(R,): the mean of part / whole (R, K) over the classes whose whole isn't 0."""
+    part, whole = part[:, whole.any(0)], whole[:, whole.any(0)]
+    ratios = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
+    means: np.ndarray = ratios.sum(1) / (whole > 0).sum(1)
+    return means
 
 
 def _check(probabilities: np.ndarray, targets: np.ndarray) -> None:
@@ -154,33 +185,28 @@ def _rank(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return ahead
 
 
-def _log_loss(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Mean log loss in nats. Probabilities are clipped by their rounding unit, as in scikit-learn, so that one zero
-    doesn't make the mean infinite."""
-    own = np.take_along_axis(probabilities, targets[:, None], 1).astype(np.float64)
+def _losses(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Log loss of each example in nats, (N,). Probabilities are clipped by their rounding unit, as in scikit-learn, so
+    that one zero doesn't make the mean infinite."""
+    own = np.take_along_axis(probabilities, targets[:, None], 1)[:, 0].astype(np.float64)
     unit = np.finfo(probabilities.dtype).eps
-    return float(-np.log(own.clip(unit, 1 - unit)).mean())
+    losses: np.ndarray = -np.log(own.clip(unit, 1 - unit))
+    return losses
 
 
-def _bins(probabilities: np.ndarray, targets: np.ndarray) -> list[tuple[float | None, float | None, int]]:
-    """Mean confidence, accuracy and count of each of 15 equally wide bins of confidence."""
-    confidence = probabilities.max(1).astype(np.float64).clip(0, 1)
-    bins = np.ceil(confidence * CALIBRATION_BINS).astype(np.int64).clip(1) - 1
-    right = probabilities.argmax(1) == targets
-    counts = np.bincount(bins, minlength=CALIBRATION_BINS)
-    confidences = np.bincount(bins, weights=confidence, minlength=CALIBRATION_BINS)
-    correct = np.bincount(bins, weights=right, minlength=CALIBRATION_BINS)
-    return [
-        (float(s / n), float(c / n), int(n)) if n else (None, None, 0)
-        for s, c, n in zip(confidences, correct, counts, strict=True)
-    ]
+def _bins(records: Records, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right answers, examples and the sum of confidences in each of 15 equally wide bins of confidence (R, 15)."""
+    right, count = _right_and_all(records, "bin", weights, CALIBRATION_BINS)
+    return right, count, _sums(weights * records["confidence"], records["bin"], CALIBRATION_BINS)
 
 
-def _calibration_error(bins: Sequence[tuple[float | None, float | None, int]]) -> float:
-    """Expected calibration error: the mean difference between confidence and accuracy. Source: C. Guo et al., "On
+def _calibration_error(right: np.ndarray, count: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """Expected calibration error (R,): the mean difference between confidence and accuracy. Source: C. Guo et al., "On
     Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599."""
-    gaps = [abs(c - a) * n for c, a, n in bins if c is not None and a is not None]
-    return sum(gaps) / sum(n for _, _, n in bins)
+    full = np.where(count > 0, count, 1)
+    gaps = np.abs(confidence / full - right / full) * count
+    errors: np.ndarray = np.array([sum(row) for row in gaps.tolist()]) / count.sum(1)  # NumPy's sum rounds differently
+    return errors
 
 
 def _per_class(
@@ -197,10 +223,9 @@ def _per_class(
     ]
 
 
-def _confused_pairs(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> list[dict[str, object]]:
+def _confused_pairs(records: Records, classes: Sequence[str]) -> list[dict[str, object]]:
     """The most frequent mistakes, at most 20; equal counts in the order of the classes."""
-    cells = _cells(probabilities, targets)
-    wrong = cells[probabilities.argmax(1) != targets]
+    wrong = _cells(records, len(classes))[records["predicted"] != records["target"]]
     pairs, counts = np.unique(wrong, return_counts=True)
     worst = np.argsort(-counts, kind="stable")[:CONFUSED_PAIRS]
     return [

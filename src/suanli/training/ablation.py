@@ -22,13 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from suanli.core.compare import difference
 from suanli.core.console import Progress, say
 from suanli.core.errors import SuanliError
-from suanli.core.types import Difference, Plan, Recipe, Task
+from suanli.core.types import Difference, Plan, Recipe, Records, Task
 from suanli.machine import device
 from suanli.machine.ceilings import Ceilings
 from suanli.machine.timing import gain, percentile, spread
@@ -95,7 +94,7 @@ class _Contender:
     plan: Plan
     run: TimedRun | None = None  # None: not begun, or failed
     precision: str = "float32"
-    probabilities: np.ndarray | None = None  # (N, K) of the validation split, after the last step
+    records: Records | None = None  # of the validation split, after the last step
     difference: Difference | None = None
     again: Difference | None = None
     refused: str | None = None
@@ -196,14 +195,14 @@ class _Comparison:
 
     def _score(self) -> None:
         """The scores of every contender, and how they differ from plain PyTorch's."""
-        targets, plain = self._targets, self.contenders[0]
+        plain = self.contenders[0]
         for contender, run in self._in_turn(0):
             with self._attempt(contender):
-                contender.probabilities = run.probabilities()
-                contender.scores = self.task.scores(contender.probabilities, targets)
+                contender.records = self._records(run)
+                contender.scores = self.task.scores(contender.records)
                 if contender is not plain:
-                    assert plain.probabilities is not None
-                    contender.difference = difference(self.task, plain.probabilities, contender.probabilities, targets)
+                    assert plain.records is not None
+                    contender.difference = difference(self.task, plain.records, contender.records)
 
     def _train_again(self) -> None:
         """Trains contenders that lose more than is tolerated with another seed, and refuses those that lose again."""
@@ -220,19 +219,17 @@ class _Comparison:
         plain = self._train_anew(other, self.contenders[0].plan)
         for contender in suspects:
             with self._attempt(contender):
-                probabilities = self._train_anew(other, contender.plan)
-                contender.again = difference(self.task, plain, probabilities, self._targets)
+                contender.again = difference(self.task, plain, self._train_anew(other, contender.plan))
                 if contender.again.exceeds(tolerance):
                     contender.refused = _describe_loss(self.task, contender)
 
-    def _train_anew(self, setup: Setup, plan: Plan) -> np.ndarray:
+    def _train_anew(self, setup: Setup, plan: Plan) -> Records:
         run = TimedRun(setup.trial(plan), setup.device)
         run.train(self.steps, timed=False)
-        return run.probabilities()
+        return self._records(run)
 
-    @property
-    def _targets(self) -> np.ndarray:
-        return self.setup.prepared.splits["val"].targets
+    def _records(self, run: TimedRun) -> Records:
+        return self.task.records(run.probabilities(), self.setup.prepared.splits["val"].targets)
 
     # --- figures ---
 

@@ -48,7 +48,8 @@ def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
     actual = [_predict(loop, loop.compute, positions) for positions in batches[: len(expected)]]
     compared = order[: sum(map(len, expected))]
     targets = loop.val_feed.split.targets[compared]
-    return compare.difference(loop.task, np.concatenate(expected), np.concatenate(actual), targets), len(compared)
+    before, after = (loop.task.records(np.concatenate(answers), targets) for answers in (expected, actual))
+    return compare.difference(loop.task, before, after), len(compared)
 
 
 def _predict(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:

@@ -24,7 +24,7 @@ def validate(loop: Loop) -> dict[str, float]:
         probabilities = infer(loop.compute, loop.preprocess, loop.task, _rows(loop, own))[: len(own)]
     probabilities = loop.group.gather_rows(probabilities, own.start, count, loop.classes)
     try:
-        scores = loop.task.scores(probabilities.astype(np.float32), loop.val_feed.split.targets)
+        scores = loop.task.scores(loop.task.records(probabilities.astype(np.float32), loop.val_feed.split.targets))
     except Diverged as error:
         step = loop.progress.step
         raise Diverged(f"The model's answers became NaN at step {step}.", fix=divergence.FIX) from error

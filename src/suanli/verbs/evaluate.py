@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from suanli.compute.infer import infer
+from suanli.core.compare import intervals
 from suanli.core.console import Progress, say
 from suanli.core.errors import DataError, unknown
 from suanli.core.paths import cache_dir as cache_dir_of
@@ -40,6 +41,7 @@ class AugmentedScores(TypedDict):
 
     views: int
     scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
 
 
 class Preview(TypedDict):
@@ -66,8 +68,9 @@ class Evaluation:
     count: int
     metric: str  # the primary one of the scores; "headline" in the file
     scores: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]  # 95 %, of every score; that of the metric is "interval" in the file
     with_augmentation: AugmentedScores | None
-    details: Mapping[str, object]  # what the task adds for the report: interval, classes, confusion
+    details: Mapping[str, object]  # what the task adds for the report: classes, confusion
     mistakes: Sequence[Example]  # the most confident first
     samples: Sequence[Example]
     seconds: float
@@ -75,6 +78,7 @@ class Evaluation:
     def to_json(self) -> dict[str, object]:
         values = asdict(self)
         values["headline"] = values.pop("metric")
+        values["interval"] = self.intervals[self.metric]
         details: dict[str, Json] = values.pop("details")
         return values | details
 
@@ -184,14 +188,16 @@ class _Evaluator:
         predicted = probabilities.argmax(axis=1)
         wrong = np.flatnonzero(predicted != split.targets)
         wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:LISTED]
+        records = task.records(probabilities, split.targets)
         sample = np.random.default_rng(0).permutation(len(split))[:LISTED]
         return Evaluation(
             split=name,
             count=len(split),
             metric=task.metric,
-            scores=task.scores(probabilities, split.targets),
+            scores=task.scores(records),
+            intervals=intervals(task, records),
             with_augmentation=self._score_views() if augmented_views else None,
-            details=task.evaluate(probabilities, split.targets, self.saved.classes),
+            details=task.evaluate(records, self.saved.classes),
             mistakes=[self._example(int(i), probabilities[i]) for i in wrong],
             samples=[self._example(int(i), probabilities[i]) for i in sample],
             seconds=time.perf_counter() - started,
@@ -212,8 +218,10 @@ class _Evaluator:
         if views == 1:
             return None
         rows = self._rows(f"Evaluating {views} views")
-        probabilities = infer(self.step, self.saved.preprocess, self.saved.task, rows, views=pipeline.views)
-        return {"views": views, "scores": self.saved.task.scores(probabilities, self.split.targets)}
+        task = self.saved.task
+        probabilities = infer(self.step, self.saved.preprocess, task, rows, views=pipeline.views)
+        records = task.records(probabilities, self.split.targets)
+        return {"views": views, "scores": task.scores(records), "intervals": intervals(task, records)}
 
     def _example(self, position: int, probabilities: np.ndarray) -> Example:
         target, predicted = int(self.split.targets[position]), int(probabilities.argmax())
@@ -236,15 +244,10 @@ def table(evaluation: Evaluation) -> str:
     metric, augmented = evaluation.metric, evaluation.with_augmentation
     lines = [f"{evaluation.split}, {evaluation.count:,} examples"]
     for name, value in evaluation.scores.items():
-        lines.append(f"  {name:<20} {value:8.4f}{_interval(evaluation) if name == metric else ''}")
+        low, high = evaluation.intervals[name]
+        lines.append(f"  {name:<20} {value:8.4f}   95 % interval {low:.4f} to {high:.4f}")
     if augmented is not None:
-        score = augmented["scores"][metric]
-        lines.append(f"  with {augmented['views']} augmented views: {metric} {score:.4f}")
+        low, high = augmented["intervals"][metric]
+        score = f"{metric} {augmented['scores'][metric]:.4f}   95 % interval {low:.4f} to {high:.4f}"
+        lines.append(f"  with {augmented['views']} augmented views: {score}")
     return "\n".join(lines)
-
-
-def _interval(evaluation: Evaluation) -> str:
-    match evaluation.details.get("interval"):
-        case [float(low), float(high)]:
-            return f"   95 % interval {low:.2%} to {high:.2%}"
-    return ""
