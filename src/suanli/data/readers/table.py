@@ -7,6 +7,7 @@ usual names, unless `--input-column` and `--label-column` name them; group and t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from suanli.core.errors import DataError, unknown
 from suanli.core.types import SPLITS, Columns, Raw, Reader, Row, Source
+from suanli.data.readers._annotations import refuse_numbers
 from suanli.data.readers._class_folders import (
     TABLE_SUFFIXES,
     fingerprint_of,
@@ -128,6 +130,8 @@ def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | N
     if label is None and not first:
         return None
     if label is None or input_ is None or label == input_:
+        if input_ is None and len(table.columns) > 2 and _has_features(table):
+            raise _features_error(table)
         raise _missing_column_error(table, "label" if label is None else "input")
     split = by_name.get("split")
     return _ColumnChoice(
@@ -171,6 +175,27 @@ def _missing_column_error(table: Table, what: str) -> DataError:
         f"its columns are: {format_columns(table.columns)}.",
         fix=f"Name it with --{what}-column, or rename it to one of: {', '.join(usual)}.{hint}",
     )
+
+
+def _features_error(table: Table) -> DataError:
+    return DataError(
+        f"The table {table.path} has columns of numbers and words, and none with texts or paths of images: "
+        f"{format_columns(table.columns)}. Such tables of features aren't supported yet.",
+        fix="To classify texts or images, name their column with --input-column.",
+    )
+
+
+def _has_features(table: Table) -> bool:
+    """Whether most columns have numbers, or the same few words again and again."""
+    sample = [cells for _, cells in table.rows[:_SAMPLED]]
+    if len(sample) < 10:  # too few to tell
+        return False
+
+    def is_feature(position: int) -> bool:
+        values = [cells[position] for cells in sample]
+        return len(set(values)) <= len(sample) / 5 or all(re.fullmatch(r"-?[\d.,e+-]+|NA|", v.strip()) for v in values)
+
+    return sum(map(is_feature, range(len(table.columns)))) > len(table.columns) / 2
 
 
 def _are_image_paths(table: Table, position: int) -> bool:
@@ -288,6 +313,11 @@ def _check_classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
             f"{path} has only one class, {classes[0]!r}; at least two are needed.",
             fix="Add rows of another class, or name the right column with --label-column.",
         )
+    refuse_numbers(
+        f"The label column of {path}",
+        [row.label for row in rows],
+        fix=", or name another column with --label-column. Numbers that are names need a letter before them (c101)",
+    )
     if len(classes) > 20 and len(classes) > len(rows) / 2:
         raise DataError(
             f"The label column of {path} has {len(classes):,} different values in {len(rows):,} rows: "
