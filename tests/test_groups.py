@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 import suanli
 from suanli.cli import main
@@ -22,6 +23,8 @@ from suanli.core.run import Run
 from suanli.core.types import SPLITS, Columns, Row, Source
 from suanli.data.readers import table
 from suanli.data.splits import assign_splits, content_digest, group_by_pattern
+from suanli.reporting.findings import list_findings
+from suanli.reporting.records import Check
 
 FRACTIONS = st.floats(0.05, 0.4)
 GROUPS = st.lists(st.sampled_from([f"patient {i}" for i in range(30)]), min_size=1, max_size=80)
@@ -216,6 +219,10 @@ def test_a_group_in_several_stated_splits_is_reported_and_not_moved(
     assert prepared.findings["groups_across_splits"] == [{"group": "s3", "splits": ["train", "test"]}]
     assert prepared.findings["counts"]["groups_across_splits"] == 1
     assert prepared.findings["groups"] == {"train": 4, "val": 4, "test": 5}
+    shown = list_findings(TypeAdapter(Check).validate_python(prepared.findings))
+    (severe,) = [finding for finding in shown if finding.weight == "severe"]
+    assert severe.title == "1 group in more than one split"
+    assert severe.groups[0].names == ("s3",)
     output = capsys.readouterr().err
     assert "1 group in more than one split" in output
     assert "few groups (4 in train, 4 in val)" in output
