@@ -22,7 +22,7 @@ def parse_times(column: str, cells: Sequence[str], names: Sequence[str]) -> list
     """The cells as numbers: themselves, or seconds since 1970, UTC where they state no zone.
 
     `names` says where each cell is. Raises DataError for a missing one and where they can't be ordered: of several
-    kinds, in no known form, or day and month can't be told apart.
+    kinds, in no known form, or where the day or the month may come first.
     """
     cells = [cell.strip() for cell in cells]
     if not cells:
