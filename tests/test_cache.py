@@ -16,8 +16,9 @@ from PIL import Image
 import suanli
 from suanli.core.errors import DataError, StorageError
 from suanli.core.types import SPLITS, Recipe, Row, Source
-from suanli.data.cache import content_digest, prepare_source, split_of
+from suanli.data.cache import prepare_source
 from suanli.data.source import find_source
+from suanli.data.splits import content_digest, split_of
 
 FRACTIONS = st.floats(0.05, 0.4)
 

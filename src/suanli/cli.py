@@ -50,6 +50,11 @@ Settings = Annotated[
 ]
 InputColumn = Annotated[str | None, typer.Option(help="Column of a table with the text, or the file's path.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of a table with the label.")]
+GroupColumn = Annotated[str | None, typer.Option(help="Column with the patient, speaker, …: no two splits share one.")]
+GroupPattern = Annotated[
+    str | None, typer.Option(metavar="REGEX", help="For files: its (…) takes the patient, speaker, … from the path.")
+]
+TimeColumn = Annotated[str | None, typer.Option(help="Column with a date or number: the latest are the test split.")]
 MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of undecodable inputs that is accepted.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where downloads live (or SUANLI_DATA).")]
 CacheDir = Annotated[Path | None, typer.Option(help="Where prepared data lives (or SUANLI_CACHE).")]
@@ -87,6 +92,9 @@ def _prepare(
     settings: Settings = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
+    group_column: GroupColumn = None,
+    group_pattern: GroupPattern = None,
+    time_column: TimeColumn = None,
     max_bad: MaxBad = 0.01,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
@@ -161,6 +169,9 @@ def _training(verb: str) -> Callable[..., None]:
         image: Image = None,
         input_column: InputColumn = None,
         label_column: LabelColumn = None,
+        group_column: GroupColumn = None,
+        group_pattern: GroupPattern = None,
+        time_column: TimeColumn = None,
         max_bad: MaxBad = 0.01,
         data_dir: DataDir = None,
         cache_dir: CacheDir = None,
@@ -317,6 +328,9 @@ def _bench(
     out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-bench-<n>.")] = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
+    group_column: GroupColumn = None,
+    group_pattern: GroupPattern = None,
+    time_column: TimeColumn = None,
     max_bad: MaxBad = 0.01,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,

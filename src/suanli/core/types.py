@@ -84,8 +84,10 @@ class Row:
 
     name: str  # where a person finds it: "train/cat/001.jpg", "reviews.csv:17"
     label: str  # one of Source.classes
-    split: str | None  # one of SPLITS; None: decided by a digest of the content
+    split: str | None  # one of SPLITS; None: decided by group, time or content (data/splits.py)
     read: Callable[[], Raw]  # raises OSError or BadInput
+    group: str | None = None  # patient, speaker, day: never divided where suanli makes the splits
+    time: float | None = None  # in any unit; the latest are the test split where suanli makes the splits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,8 @@ class Columns:
 
     input: str | None = None  # --input-column: a text, or the path of a file
     label: str | None = None  # --label-column
+    group: str | None = None  # --group-column
+    time: str | None = None  # --time-column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +245,7 @@ class Split:
     targets: np.ndarray  # (N,) int64
     names: Sequence[str]  # (N,), each a Row.name
     classes: tuple[str, ...]
+    groups: np.ndarray | None = None  # (N,) int64, equal for examples of one group; None: there are no groups
 
     def __len__(self) -> int:
         return len(self.index)

@@ -3,10 +3,6 @@
 The folder's name is a digest of the source's fingerprint and of every setting that changes a row. So a change makes a
 new folder, and an old one is never wrong. Decoding runs in threads, since the decoders release the interpreter's lock
 and most data sets are decoded before a pool of processes has started.
-
-Where the source has no splits, the content of each input decides its own: the first 8 bytes of its digest, read as a
-number in [0, 1). So a new input never moves another one, equal inputs are in the same split, and every class is split
-in the same expected proportion.
 """
 
 from __future__ import annotations
@@ -32,6 +28,7 @@ from suanli.core.registry import load
 from suanli.core.storage import atomic_folder, raise_storage_errors, read_json, write_json
 from suanli.core.types import SPLITS, Preprocess, Raw, Recipe, Row, Source, Split
 from suanli.data import checks
+from suanli.data.splits import assign_splits, content_digest, number_groups
 
 FORMAT = 1  # raise when the meaning of a cached file changes
 HELD_BYTES = 1 << 30  # raw inputs up to this size in total are read from the disk once instead of twice
@@ -70,22 +67,6 @@ class PreparedData:
             "counts": self.findings["class_counts"],
             "input_shape": list(self.preprocess.input_shape),
         }
-
-
-def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
-    """The split of an input with this content digest (at least 8 bytes)."""
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < test_fraction:
-        return "test"
-    return "val" if position < test_fraction + val_fraction else "train"
-
-
-def content_digest(raw: Raw) -> bytes:
-    if isinstance(raw, str):
-        raw = raw.encode(errors="surrogatepass")
-    elif isinstance(raw, np.ndarray):
-        raw = f"{raw.shape}{raw.dtype}".encode() + np.ascontiguousarray(raw).tobytes()
-    return hashlib.blake2b(raw, digest_size=16).digest()
 
 
 def prepare_source(
@@ -175,6 +156,8 @@ def _build(source: Source, recipe: Recipe, preprocess: Preprocess | None, path: 
             targets = np.array([order[r.label] for r in rows], np.int64)
             np.save(folder / "split.npy", split)
             np.save(folder / "targets.npy", targets)
+            if (groups := number_groups(rows)) is not None:
+                np.save(folder / "groups.npy", groups)
             write_json(folder / "names.json", [r.name for r in rows])
             meta = {
                 "format": FORMAT,
@@ -235,24 +218,17 @@ def _map_chunks(
 def _assign_splits(
     rows: Sequence[Row], read: Callable[[int], Raw], recipe: Recipe, pool: ThreadPoolExecutor
 ) -> list[str]:
-    published = {r.split for r in rows}
-    val = 0.0 if "val" in published else recipe.val_fraction
-    test = 0.0 if "test" in published else recipe.test_fraction
-
-    def split(i: int) -> str:
-        row = rows[i]
-        if row.split in ("val", "test") or (row.split == "train" and val == test == 0):
-            return row.split
+    def digest(i: int) -> bytes | None:
         try:
-            digest = content_digest(read(i))
+            return content_digest(read(i))
         except (OSError, BadInput):
-            return "train"  # decoding will report it as bad
-        # Always with both fractions, so that a published test split doesn't change which inputs are for validation.
-        own = split_of(digest, recipe.val_fraction, recipe.test_fraction)
-        return own if (own == "val" and val) or (own == "test" and test) else "train"
+            return None
 
-    chunks = _map_chunks(len(rows), lambda c: [split(i) for i in c], pool, "Reading")
-    return [s for chunk in chunks for s in chunk]
+    def digests(positions: Sequence[int]) -> list[bytes | None]:
+        chunks = _map_chunks(len(positions), lambda c: [digest(positions[i]) for i in c], pool, "Reading")
+        return [d for chunk in chunks for d in chunk]
+
+    return assign_splits(rows, digests, val_fraction=recipe.val_fraction, test_fraction=recipe.test_fraction)
 
 
 def _training_inputs(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
@@ -339,7 +315,8 @@ def _load(path: Path, *, reused: bool) -> PreparedData:
         rows = np.load(path / "rows.npy", mmap_mode="r", allow_pickle=False)
         split = np.load(path / "split.npy", allow_pickle=False)
         targets = np.load(path / "targets.npy", allow_pickle=False)
-        if not len(rows) == len(split) == len(targets) == len(names):
+        groups = np.load(path / "groups.npy", allow_pickle=False) if "groups" in meta["findings"] else None
+        if not len(rows) == len(split) == len(targets) == len(names) == len(targets if groups is None else groups):
             raise ValueError("columns differ in length")
     except (FileNotFoundError, ValueError, EOFError) as error:
         raise DamagedFile(f"The cached data in {path} is damaged ({error}).", fix="Remove that folder.") from error
@@ -353,6 +330,7 @@ def _load(path: Path, *, reused: bool) -> PreparedData:
             targets=targets[index],
             names=[names[i] for i in index],
             classes=classes,
+            groups=None if groups is None else groups[index],
         )
     return PreparedData(
         name=meta["name"],

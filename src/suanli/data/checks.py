@@ -18,6 +18,7 @@ from suanli.core.errors import DataError
 from suanli.core.types import SPLITS, Row, Source
 
 LISTED = 100
+FEW_GROUPS = 5  # a split with fewer says little about groups that the model hasn't seen
 
 
 class Bad(TypedDict):
@@ -34,6 +35,13 @@ class EqualInputs(TypedDict):
     split: NotRequired[str]  # of duplicates within a split
     splits: NotRequired[list[str]]  # of duplicates across splits
     labels: NotRequired[list[str]]  # of label conflicts, one for each name
+
+
+class DividedGroup(TypedDict):
+    """A group that the data puts into several splits."""
+
+    group: str
+    splits: list[str]
 
 
 class Sizes(TypedDict):
@@ -61,6 +69,9 @@ class Findings(TypedDict):
     traits: dict[str, int]  # how many inputs have each, the most frequent first
     sizes: Sizes | None
     notes: list[str]  # from the reader
+    groups: NotRequired[dict[str, int]]  # by split, how many there are; these two where examples have groups
+    groups_across_splits: NotRequired[list[DividedGroup]]
+    test_before_train: NotRequired[int]  # test inputs earlier than a training input, where examples have times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +95,7 @@ def collect_findings(source: Source, splits: Sequence[str], results: Sequence[De
         counts[splits[i]][rows[i].label] += 1
     totals = {c: sum(counts[s][c] for s in SPLITS) for c in classes}
     filled = [n for n in totals.values() if n]
-    return {
+    findings: Findings = {
         "total": len(rows),
         "bad": bad[:LISTED],
         "bad_share": len(bad) / max(len(rows), 1),
@@ -104,6 +115,39 @@ def collect_findings(source: Source, splits: Sequence[str], results: Sequence[De
         "sizes": _summarize_sizes([results[i].size for i in good if results[i].size]),
         "notes": list(source.notes),
     }
+    _add_groups(findings, rows, splits, good)
+    _add_times(findings, rows, splits, good)
+    return findings
+
+
+def _add_groups(findings: Findings, rows: Sequence[Row], splits: Sequence[str], good: Sequence[int]) -> None:
+    if all(row.group is None for row in rows):
+        return
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for i in good:
+        if (group := rows[i].group) is not None:
+            splits_of[group].add(splits[i])
+    divided = [
+        DividedGroup(group=group, splits=sorted(in_splits, key=SPLITS.index))
+        for group, in_splits in splits_of.items()
+        if len(in_splits) > 1
+    ]
+    divided.sort(key=_worst_first)
+    findings["groups"] = {s: sum(s in in_splits for in_splits in splits_of.values()) for s in SPLITS}
+    findings["groups_across_splits"] = divided[:LISTED]
+    findings["counts"]["groups_across_splits"] = len(divided)
+
+
+def _add_times(findings: Findings, rows: Sequence[Row], splits: Sequence[str], good: Sequence[int]) -> None:
+    times = [(splits[i], time) for i in good if (time := rows[i].time) is not None]
+    if times:
+        latest = max((time for split, time in times if split == "train"), default=-np.inf)
+        findings["test_before_train"] = sum(split == "test" and time < latest for split, time in times)
+
+
+def _worst_first(item: DividedGroup | EqualInputs) -> tuple[bool, bool]:
+    """Sorts test inputs that the model is trained on to the front."""
+    return "test" not in item["splits"], "train" not in item["splits"]
 
 
 def _group_equal(
@@ -127,8 +171,7 @@ def _group_equal(
             within.append({"names": names, "split": in_splits[0]})
         if len(set(labels)) > 1:
             conflicts.append({"names": names, "labels": labels})
-    # The worst first: test inputs that the model is trained on.
-    across.sort(key=lambda group: ("test" not in group["splits"], "train" not in group["splits"]))
+    across.sort(key=_worst_first)
     return across, within, conflicts
 
 
@@ -178,11 +221,12 @@ def refuse_unlearnable(findings: Findings) -> None:
             f"Class {single[0]!r} has a single usable input{also}.",
             fix="Training and evaluation need different inputs: add more of that class or remove it.",
         )
+    few = "groups" if "groups" in findings else "inputs"
     for split in SPLITS:
         if not any(counts[split].values()):
             raise DataError(
                 f"The {split} split is empty.",
-                fix="With so few inputs, choose the splits yourself (folders train/, val/ and test/), "
+                fix=f"With so few {few}, choose the splits yourself (folders train/, val/ and test/), "
                 "or give them a larger share: --set val_fraction=0.25 --set test_fraction=0.25.",
             )
     untrained = [c for c in filled if counts["train"][c] == 0]
@@ -203,6 +247,9 @@ def format_findings(findings: Findings) -> list[str]:
             f"{plural(counts['duplicates_across_splits'], 'input')} in more than one split, so scores are too high: "
             f"{' = '.join(names[:3])}"
         )
+    lines += _format_groups(findings)
+    if early := findings.get("test_before_train"):
+        lines.append(f"{plural(early, 'test input')} earlier than the latest training input")
     if counts["label_conflicts"]:
         names, labels = findings["label_conflicts"][0]["names"], findings["label_conflicts"][0]["labels"]
         lines.append(
@@ -231,3 +278,19 @@ def format_findings(findings: Findings) -> list[str]:
     if findings["traits"]:
         lines.append("unusual inputs, handled: " + ", ".join(f"{n} {t}" for t, n in findings["traits"].items()))
     return lines + list(findings["notes"])
+
+
+def _format_groups(findings: Findings) -> list[str]:
+    if "groups" not in findings:
+        return []
+    lines = []
+    if divided := findings["groups_across_splits"]:
+        first = divided[0]
+        lines.append(
+            f"{plural(findings['counts']['groups_across_splits'], 'group')} in more than one split, as the data states "
+            f"them, so scores are too high: {first['group']} ({', '.join(first['splits'])})"
+        )
+    few = [f"{n:,} in {split}" for split, n in findings["groups"].items() if n < FEW_GROUPS]
+    if few:
+        lines.append(f"few groups ({', '.join(few)}), so the score says little about new ones")
+    return lines

@@ -12,16 +12,34 @@ from suanli.core.errors import DataError, SuanliError, UsageError, suggest
 from suanli.core.registry import load, load_all, names
 from suanli.core.types import AnyPath, Columns, Dataset, Source
 from suanli.data.download import fetch
+from suanli.data.splits import group_by_pattern
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
-def find_source(subject: AnyPath, *, columns: Columns | None = None, data_dir: Path) -> Source:
+def find_source(
+    subject: AnyPath, *, columns: Columns | None = None, group_pattern: str | None = None, data_dir: Path
+) -> Source:
     """The source for the name of a built-in data set, which is downloaded if necessary, or for a path.
 
-    Raises UsageError for an unknown name, DataError for a path that can't be read.
+    `group_pattern`: see `splits.group_by_pattern`. Raises UsageError for an unknown name and for options that the
+    data has no use for, DataError for a path that can't be read.
     """
     columns = columns or Columns()
+    if columns.group is not None and group_pattern is not None:
+        raise UsageError("--group-column and --group-pattern both say what a group is.", fix="Leave one out.")
+    source = _read_source(subject, columns, data_dir)
+    if columns.group is not None and all(row.group is None for row in source.rows):
+        raise UsageError(
+            f"--group-column is for tables, and {subject} is none.",
+            fix="For folders, archives and .npz files, --group-pattern takes the group from each name.",
+        )
+    if columns.time is not None and all(row.time is None for row in source.rows):
+        raise UsageError(f"--time-column is for tables, and {subject} is none.", fix="Leave it out.")
+    return source if group_pattern is None else group_by_pattern(source, group_pattern)
+
+
+def _read_source(subject: AnyPath, columns: Columns, data_dir: Path) -> Source:
     path = Path(subject).expanduser()
     if str(subject) in names("datasets"):
         dataset: Dataset = load("datasets", str(subject))

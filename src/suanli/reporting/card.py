@@ -91,6 +91,8 @@ def _limits(run: RunFiles) -> list[str]:
     ]
     if run.check and run.check.counts.get("duplicates_across_splits"):
         lines.append("- Some inputs are in more than one split, so the scores are too high (see the report).")
+    if run.check and run.check.counts.get("groups_across_splits"):
+        lines.append("- Some groups are in more than one split, so the scores are too high (see the report).")
     return lines
 
 

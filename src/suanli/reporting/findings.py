@@ -11,6 +11,7 @@ from suanli.reporting.records import Check, Duplicate
 LISTED = 10  # of each finding; the others fold away
 IMBALANCED = 3.0  # largest class over smallest
 MANY_BAD = 0.01
+FEW_GROUPS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Finding:
 
 
 def list_findings(check: Check) -> list[Finding]:
-    return [*_duplicates(check), *_unusable(check), *_classes(check), *_oddities(check)]
+    return [*_duplicates(check), *_divisions(check), *_unusable(check), *_classes(check), *_oddities(check)]
 
 
 def _total(check: Check, field: str, examples: Sequence[object]) -> int:
@@ -73,6 +74,42 @@ def _duplicates(check: Check) -> list[Finding]:
                 advice="No model can get all copies right. Keep the copy with the right label.",
                 groups=_groups(conflicts),
                 total=n,
+            )
+        )
+    return findings
+
+
+def _divisions(check: Check) -> list[Finding]:
+    """What groups and times say of the splits."""
+    findings = []
+    divided = check.groups_across_splits
+    if n := _total(check, "groups_across_splits", divided):
+        findings.append(
+            Finding(
+                weight="severe",
+                title=f"{words.count(n, 'group')} in more than one split",
+                advice="Inputs of one group are alike, so a model that has learned from some scores too high on the"
+                " others. Move each group into one split, or give the data without splits: suanli then divides none.",
+                groups=[Group(names=(one.group,), remark="in " + " and ".join(one.splits)) for one in divided],
+                total=n,
+            )
+        )
+    if check.test_before_train:
+        findings.append(
+            Finding(
+                weight="warning",
+                title=f"{words.count(check.test_before_train, 'test input')} earlier than the latest training input",
+                advice="The score says less about data still to come. A split by time alone has none of them.",
+            )
+        )
+    if check.groups:
+        few = any(0 < n < FEW_GROUPS for n in check.groups.values())
+        listed = ", ".join(f"{words.number(n)} {split}" for split, n in check.groups.items())
+        findings.append(
+            Finding(
+                weight="warning" if few else "note",
+                title=f"Groups: {listed}",
+                advice=f"A score on fewer than {FEW_GROUPS} groups says little about new ones." if few else "",
             )
         )
     return findings

@@ -73,6 +73,12 @@ class Duplicate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DividedGroup:
+    group: str = "?"
+    splits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     min: tuple[int, ...] = ()
     median: tuple[float, ...] = ()
@@ -94,6 +100,9 @@ class Check:
     imbalance: Number = None
     empty_classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    groups: Mapping[str, int] = field(default_factory=dict)  # by split; empty: examples have no groups
+    groups_across_splits: tuple[DividedGroup, ...] = ()
+    test_before_train: int = 0
 
 
 # --- metrics.jsonl and summary.json ---------------------------------------------------------

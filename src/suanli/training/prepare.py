@@ -17,7 +17,7 @@ from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.paths import cache_dir as default_cache_dir
 from suanli.core.paths import data_dir as default_data_dir
 from suanli.core.run import Run
-from suanli.core.types import AnyPath, Columns, Json, Recipe
+from suanli.core.types import AnyPath, Columns, Json, Recipe, Source
 from suanli.data import checks
 from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.source import find_source
@@ -35,6 +35,9 @@ class DataOptions:
     subject: str  # a built-in name or an absolute path
     input_column: str | None = None
     label_column: str | None = None
+    group_column: str | None = None
+    group_pattern: str | None = None
+    time_column: str | None = None
     data_dir: str | None = None
     cache_dir: str | None = None
     max_bad: float = 0.01
@@ -61,6 +64,17 @@ class DataOptions:
             cache_dir=_absolute(cache_dir) or options.cache_dir,
         )
 
+    def find_source(self) -> Source:
+        """The data that they name. Raises UsageError and DataError."""
+        return find_source(
+            self.subject,
+            columns=Columns(
+                input=self.input_column, label=self.label_column, group=self.group_column, time=self.time_column
+            ),
+            group_pattern=self.group_pattern,
+            data_dir=default_data_dir(self.data_dir),
+        )
+
 
 def _absolute(path: AnyPath | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().absolute())
@@ -72,11 +86,7 @@ def resolve(
     """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
     one that suits the data, with `settings` on top."""
     started = time.perf_counter()
-    source = find_source(
-        options.subject,
-        columns=Columns(input=options.input_column, label=options.label_column),
-        data_dir=default_data_dir(options.data_dir),
-    )
+    source = options.find_source()
     if not isinstance(recipe, Recipe):
         wanted = change(Recipe(), settings)  # checks every setting before any work is done
         recipe = choose_recipe(
@@ -123,5 +133,7 @@ def _announce(prepared: PreparedData, seconds: float) -> None:
         f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
         f"{len(prepared.classes)} classes, input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
     )
+    if groups := prepared.findings.get("groups"):
+        say(f"groups: {groups['train']:,} train, {groups['val']:,} validation, {groups['test']:,} test")
     for remark in checks.format_findings(prepared.findings):
         warn(remark)

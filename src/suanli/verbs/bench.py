@@ -82,6 +82,9 @@ def bench(
     out: AnyPath | None = None,
     input_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
+    group_pattern: str | None = None,
+    time_column: str | None = None,
     max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
@@ -101,7 +104,13 @@ def bench(
     target = detect(device)
     check_request(speedups, target, threads)
     refuse_place(data, out)
-    columns = {"input_column": input_column, "label_column": label_column}
+    columns = {
+        "input_column": input_column,
+        "label_column": label_column,
+        "group_column": group_column,
+        "group_pattern": group_pattern,
+        "time_column": time_column,
+    }
     options = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, max_bad=max_bad, **columns)
     changes = {"model": model, "epochs": epochs, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value is not None} | dict(settings or {})

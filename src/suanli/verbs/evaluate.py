@@ -17,16 +17,14 @@ import torch
 
 from suanli.compute.infer import infer
 from suanli.core.compare import intervals
-from suanli.core.console import Progress, say
-from suanli.core.errors import DataError, unknown
+from suanli.core.console import Progress, say, warn
+from suanli.core.errors import DataError, UsageError, unknown
 from suanli.core.paths import cache_dir as cache_dir_of
-from suanli.core.paths import data_dir
 from suanli.core.run import Run, measurement
-from suanli.core.types import SPLITS, AnyPath, Columns, Device, Json, Split, Step
+from suanli.core.types import SPLITS, AnyPath, Device, Json, Source, Split, Step
 from suanli.data.cache import prepare_source
 from suanli.data.checks import refuse_bad_share
 from suanli.data.loader import Feed
-from suanli.data.source import find_source
 from suanli.machine.device import cores, detect, environment
 from suanli.models.model_folder import SavedModel, add_scores, load_model
 from suanli.training.augment import compose
@@ -129,8 +127,7 @@ def _own_split(run: Run, saved: SavedModel, options: DataOptions, split: str) ->
 
 def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: str) -> Split:
     """Labelled inputs that the run has not seen: those of `split`, or all where nothing is split."""
-    columns = Columns(input=options.input_column, label=options.label_column)
-    source = find_source(data, columns=columns, data_dir=data_dir(options.data_dir))
+    source = _find_other_source(options, data)
     if source.kind != saved.preprocess.kind:
         raise DataError(f"The model reads {saved.preprocess.kind}, the data is {source.kind}.", fix="Use other data.")
     unknown_class = sorted(set(source.classes) - set(saved.classes))
@@ -146,6 +143,19 @@ def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: s
     )
     refuse_bad_share(prepared.findings, options.max_bad)
     return prepared.splits["test"]
+
+
+def _find_other_source(options: DataOptions, data: AnyPath) -> Source:
+    """Data that isn't divided needs no times, and it may have no groups."""
+    options = replace(options, subject=str(data), time_column=None)
+    try:
+        return options.find_source()
+    except UsageError as error:
+        if options.group_column is None and options.group_pattern is None:
+            raise
+        source = replace(options, group_column=None, group_pattern=None).find_source()
+        warn(f"{data} is evaluated without groups: {error}")
+        return source
 
 
 def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) -> None:

@@ -16,6 +16,9 @@ def prepare(
     settings: Mapping[str, Json] | None = None,
     input_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
+    group_pattern: str | None = None,
+    time_column: str | None = None,
     max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
@@ -23,13 +26,19 @@ def prepare(
     """Check a data set and decode it into the cache; nothing is decoded twice.
 
     `data` is a built-in name, a folder of class folders, an archive of one, a table file or an
-    .npz. Returns the splits with the findings of the data check. Raises DataError past `max_bad`
-    (the share of inputs that can't be decoded).
+    .npz. Where suanli makes the splits, none divides a group, and with `time_column` the latest
+    examples are the test split. `group_column` is for tables; the one capture group of the regular
+    expression `group_pattern` takes the group from the name of each example. Returns the splits
+    with the findings of the data check. Raises DataError past `max_bad` (the share of inputs that
+    can't be decoded).
     """
     options = DataOptions.of(
         data,
         input_column=input_column,
         label_column=label_column,
+        group_column=group_column,
+        group_pattern=group_pattern,
+        time_column=time_column,
         data_dir=data_dir,
         cache_dir=cache_dir,
         max_bad=max_bad,

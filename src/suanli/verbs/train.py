@@ -40,6 +40,9 @@ def train(
     track: Sequence[str] = (),
     input_column: str | None = None,
     label_column: str | None = None,
+    group_column: str | None = None,
+    group_pattern: str | None = None,
+    time_column: str | None = None,
     max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
@@ -72,7 +75,13 @@ def train(
         checkpoint_every_s=checkpoint_every_s,
         track=track,
     )
-    columns = {"input_column": input_column, "label_column": label_column}
+    columns = {
+        "input_column": input_column,
+        "label_column": label_column,
+        "group_column": group_column,
+        "group_pattern": group_pattern,
+        "time_column": time_column,
+    }
     source = DataOptions.of(data, data_dir=data_dir, cache_dir=cache_dir, max_bad=max_bad, **columns)
     resumed = Run.open(data) if is_run(data) else None
     resources = find_resources(computed, resumed)

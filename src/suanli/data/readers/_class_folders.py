@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from suanli.core.errors import DataError
 from suanli.core.types import SPLITS, Raw, Row, Source
+from suanli.data.readers._annotations import (
+    find_annotation,
+    find_mask_folder,
+    find_masks,
+    unsupported_annotation_error,
+)
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
 TABLE_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
@@ -112,6 +119,10 @@ def make_source(
     DataError where there are no images, no class folders, or fewer than two classes.
     """
     root = _unwrap(_build_tree(members, folders))
+    others = sorted(m.path for m in root.all_others())
+    annotation = find_annotation([m.path for m in root.all_images()], others) if others else None
+    if annotation is not None and not _has_classes(root):
+        raise unsupported_annotation_error(where, annotation)
     by_split = _find_splits(root, where)
     classes = order_classes(label for folder in by_split.values() for label in folder.folders)
     rows = [
@@ -127,14 +138,11 @@ def make_source(
             f"{where} has only one class, {classes[0]!r}; at least two are needed.",
             fix=f"Expected are {LAYOUT}.",
         )
-    used = {row.name for row in rows}
-    strays = sorted(m.path for m in root.all_images() if m.path not in used)
-    others = sorted(m.path for m in root.all_others())
-    notes = list(notes)
-    if strays:
-        notes.append(count_and_examples(strays, "images outside a class folder, skipped"))
-    if others:
-        notes.append(count_and_examples(others, "other files, skipped"))
+    if (masks := find_mask_folder(_group_names(rows))) is not None:
+        raise unsupported_annotation_error(where, masks)
+    rest = _describe_rest(root, {row.name for row in rows}, others)
+    if annotation is not None:
+        rest.append(f"{annotation}, skipped: only the class folders are learned")
     sizes = {m.path: m.size_bytes for m in root.all_images()}
     return Source(
         name=source_name(name),
@@ -143,8 +151,20 @@ def make_source(
         classes=classes,
         fingerprint=fingerprint,
         size_bytes=sum(sizes[row.name] for row in rows),
-        notes=tuple(notes),
+        notes=(*notes, *rest),
     )
+
+
+def _describe_rest(root: _Folder, used: set[str], others: Sequence[str]) -> list[str]:
+    """Notes on the files that aren't examples, and on examples that may not be meant as such."""
+    notes = []
+    if strays := sorted(m.path for m in root.all_images() if m.path not in used):
+        notes.append(count_and_examples(strays, "images outside a class folder, skipped"))
+    if others:
+        notes.append(count_and_examples(others, "other files, skipped"))
+    if masks := sorted(find_masks(used)):
+        notes.append(count_and_examples(masks, "inputs whose names look like masks of others"))
+    return notes
 
 
 def _build_tree(members: Iterable[Member], folders: Iterable[str]) -> _Folder:
@@ -178,6 +198,20 @@ def _unwrap(root: _Folder) -> _Folder:
         inner.others.extend(root.others)
         root = inner
     return root
+
+
+def _has_classes(root: _Folder) -> bool:
+    """Whether at least two folders look like classes."""
+    splits = [f for name, f in root.folders.items() if parse_split(name) and f.folders and not f.images] or [root]
+    names = {name for split in splits for name, folder in split.folders.items() if folder.all_images()}
+    return len(names) >= 2 and not all(map(parse_split, names))
+
+
+def _group_names(rows: Iterable[Row]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        names[row.label].append(row.name)
+    return names
 
 
 def _find_splits(root: _Folder, where: str) -> dict[str | None, _Folder]:

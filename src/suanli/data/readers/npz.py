@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Row, Source
+from suanli.data.readers._annotations import refuse_numbers
 from suanli.data.readers._class_folders import count_and_examples, fingerprint_of, order_classes, source_name
 from suanli.data.readers._stored_arrays import (
     check_images,
@@ -200,7 +201,10 @@ def _read_labels(path: Path, part: _SplitArrays) -> list[str]:
     if labels.ndim != 1:
         raise labels_error(path, part.name, part.labels)
     if labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
-        raise DataError(f"{path}: the labels of {part.name} are fractions.", fix="Save whole numbers.")
+        raise DataError(
+            f"{path}: the labels of {part.name} are fractions. A number as target (regression) isn't supported yet.",
+            fix="To classify, save whole numbers, one for each class.",
+        )
     if numbers:
         return [str(value) for value in labels.astype(np.int64).tolist()]
     return [_text(value) for value in labels]
@@ -213,6 +217,7 @@ def _name_classes(path: Path, labels: list[list[str]], names: list[str]) -> tupl
         message = f"{path} has only one class, {classes[0]!r}; at least two are needed."
         raise DataError(message, fix="Add another class.")
     if not names:
+        refuse_numbers(str(path), list(itertools.chain.from_iterable(labels)), fix="")
         return classes
     outside = [label for label in classes if not label.isdecimal() or int(label) >= len(names)]
     if outside or len(set(names)) < len(names):

@@ -1,18 +1,21 @@
 """Reads a table (CSV, TSV or JSON lines) with an input and a label column, or a folder of train, val and test tables.
 
 The input column has texts, or paths of images relative to the table; its values show which. Columns are found by their
-usual names, unless `--input-column` and `--label-column` name them.
+usual names, unless `--input-column` and `--label-column` name them; group and time have no usual names.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from suanli.core.errors import DataError, unknown
-from suanli.core.types import SPLITS, Columns, Reader, Row, Source
+from suanli.core.types import SPLITS, Columns, Raw, Reader, Row, Source
+from suanli.data.readers._annotations import refuse_numbers
 from suanli.data.readers._class_folders import (
     TABLE_SUFFIXES,
     fingerprint_of,
@@ -23,6 +26,7 @@ from suanli.data.readers._class_folders import (
 )
 from suanli.data.readers._files import read_file
 from suanli.data.readers._tables import MAX_SHOWN, Cells, Table, find_tables, format_columns, read_table
+from suanli.data.readers._times import parse_times
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
 LABEL_NAMES = ("label", "labels", "class", "target", "category", "y", "sentiment", "class_name", "label_name")
@@ -41,6 +45,8 @@ class _ColumnChoice:
     input: int
     label: int
     split: int | None
+    group: int | None
+    time: int | None
 
 
 def why_not(path: Path) -> str | None:
@@ -64,6 +70,7 @@ def read(path: Path, columns: Columns) -> Source:
         raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
     files: dict[str | None, Path] = {s: tables[s] for s in SPLITS if s in tables} or {None: path}
     rows: list[Row] = []
+    times: list[str | None] = []  # of the rows, where there is a time column
     notes: list[str] = []
     kinds: dict[str, Path] = {}
     for split, file in files.items():
@@ -71,14 +78,17 @@ def read(path: Path, columns: Columns) -> Source:
         first = split in (None, "train")
         chosen = _choose(table, columns, first=first)
         if first and chosen is not None:  # the other tables have the same names or the usual ones
-            columns = Columns(input=table.columns[chosen.input], label=table.columns[chosen.label])
+            columns = replace(columns, input=table.columns[chosen.input], label=table.columns[chosen.label])
         if chosen is None:
             notes.append(f"{file.name} has no label column, skipped")
             continue
         kinds[_kind(table, chosen)] = file
-        new_rows, new_notes = _make_rows(table, chosen, split, kind=_kind(table, chosen))
+        new_rows, new_times, new_notes = _make_rows(table, chosen, split, kind=_kind(table, chosen))
         rows += new_rows
+        times += new_times
         notes += new_notes
+    if columns.time is not None:
+        rows = _add_times(rows, times, columns.time)
     if len(kinds) > 1:
         names = " and ".join(f"{kind}s ({file.name})" for kind, file in kinds.items())
         raise DataError(f"The tables in {path} differ: {names}.", fix="Make them alike.")
@@ -93,10 +103,16 @@ def read(path: Path, columns: Columns) -> Source:
         kind=kind,
         rows=rows,
         classes=_check_classes(path, rows),
-        fingerprint=fingerprint_of([*stamps, columns.input, columns.label]),
+        fingerprint=fingerprint_of([*stamps, columns.input, columns.label, *_extra_stamps(columns)]),
         size_bytes=size_bytes,
         notes=tuple(notes),
     )
+
+
+def _extra_stamps(columns: Columns) -> list[str]:
+    """For the fingerprint, which stays the same without them."""
+    extra = {"group": columns.group, "time": columns.time}
+    return [f"{name} {column}" for name, column in extra.items() if column is not None]
 
 
 def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | None:
@@ -114,9 +130,17 @@ def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | N
     if label is None and not first:
         return None
     if label is None or input_ is None or label == input_:
+        if input_ is None and len(table.columns) > 2 and _has_features(table):
+            raise _features_error(table)
         raise _missing_column_error(table, "label" if label is None else "input")
     split = by_name.get("split")
-    return _ColumnChoice(input_, label, None if split in (input_, label) else split)
+    return _ColumnChoice(
+        input=input_,
+        label=label,
+        split=None if split in (input_, label) else split,
+        group=_find_named(table, columns.group, "group column", True),  # else its groups may be in other tables, too
+        time=_find_named(table, columns.time, "time column", first),
+    )
 
 
 def _find_named(table: Table, name: str | None, what: str, first: bool) -> int | None:
@@ -153,6 +177,27 @@ def _missing_column_error(table: Table, what: str) -> DataError:
     )
 
 
+def _features_error(table: Table) -> DataError:
+    return DataError(
+        f"The table {table.path} has columns of numbers and words, and none with texts or paths of images: "
+        f"{format_columns(table.columns)}. Such tables of features aren't supported yet.",
+        fix="To classify texts or images, name their column with --input-column.",
+    )
+
+
+def _has_features(table: Table) -> bool:
+    """Whether most columns have numbers, or the same few words again and again."""
+    sample = [cells for _, cells in table.rows[:_SAMPLED]]
+    if len(sample) < 10:  # too few to tell
+        return False
+
+    def is_feature(position: int) -> bool:
+        values = [cells[position] for cells in sample]
+        return len(set(values)) <= len(sample) / 5 or all(re.fullmatch(r"-?[\d.,e+-]+|NA|", v.strip()) for v in values)
+
+    return sum(map(is_feature, range(len(table.columns)))) > len(table.columns) / 2
+
+
 def _are_image_paths(table: Table, position: int) -> bool:
     values = [cells[position].strip() for _, cells in table.rows[:_SAMPLED]]
     values = [value for value in values if value]
@@ -164,29 +209,54 @@ def _kind(table: Table, chosen: _ColumnChoice) -> str:
     return "image" if _are_image_paths(table, chosen.input) else "text"
 
 
-def _make_rows(table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str) -> tuple[list[Row], list[str]]:
-    """Rows and notes of one table. An empty text stays a row; preprocessing decides about it."""
+def _make_rows(
+    table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str
+) -> tuple[list[Row], list[str | None], list[str]]:
+    """Rows, their cells of the time column, and notes of one table. An empty text stays a row; preprocessing decides
+    about it."""
     rows: list[Row] = []
+    times: list[str | None] = []
     bad = list(table.bad)
     for line, cells in table.rows:
         label, value = cells[chosen.label].strip(), cells[chosen.input]
         if not label or (kind == "image" and not value.strip()):
             bad.append(line)
             continue
-        row_split = split or _parse_split_cell(table, chosen, line, cells)
+        name = f"{table.path.name}:{line}"
+        read: Callable[[], Raw] = partial(str, value)
         if kind == "image":
-            file = _image_path(table, line, value.strip())
-            rows.append(Row(name=value.strip(), label=label, split=row_split, read=partial(read_file, file)))
-        else:
-            name = f"{table.path.name}:{line}"
-            rows.append(Row(name=name, label=label, split=row_split, read=partial(str, value)))
+            name, read = value.strip(), partial(read_file, _image_path(table, line, value.strip()))
+        row_split = split or _parse_split_cell(table, chosen, line, cells)
+        rows.append(Row(name=name, label=label, split=row_split, read=read, group=_group(table, chosen, line, cells)))
+        times.append(None if chosen.time is None else cells[chosen.time])
     if not bad:
-        return rows, []
+        return rows, times, []
     lines = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
     note = f"{len(bad)} lines of {table.path.name} with missing or surplus cells (line {lines})"
     if len(bad) > len(rows):
         raise DataError(f"The table {table.path} is mostly damaged: {note}.", fix="Save it again.")
-    return rows, [f"{note}, skipped"]
+    return rows, times, [f"{note}, skipped"]
+
+
+def _group(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str | None:
+    if chosen.group is None:
+        return None
+    if not (group := cells[chosen.group].strip()):
+        raise DataError(
+            f"The group column {table.columns[chosen.group]!r} of {table.path} has an empty cell in line {line}.",
+            fix="Fill it; a name that no other row has makes a group of one.",
+        )
+    return group
+
+
+def _add_times(rows: list[Row], cells: list[str | None], column: str) -> list[Row]:
+    """The rows with the times in these cells; None: the table of that split has no time column."""
+    timed = [i for i, cell in enumerate(cells) if cell is not None]
+    times = parse_times(column, [cell for cell in cells if cell is not None], [rows[i].name for i in timed])
+    rows = list(rows)
+    for i, time in zip(timed, times, strict=True):
+        rows[i] = replace(rows[i], time=time)
+    return rows
 
 
 def _parse_split_cell(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str | None:
@@ -243,6 +313,11 @@ def _check_classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
             f"{path} has only one class, {classes[0]!r}; at least two are needed.",
             fix="Add rows of another class, or name the right column with --label-column.",
         )
+    refuse_numbers(
+        f"The label column of {path}",
+        [row.label for row in rows],
+        fix=", or name another column with --label-column. Numbers that are names need a letter before them (c101)",
+    )
     if len(classes) > 20 and len(classes) > len(rows) / 2:
         raise DataError(
             f"The label column of {path} has {len(classes):,} different values in {len(rows):,} rows: "
