@@ -93,10 +93,11 @@ class AcceptanceCheck:
             return replace(candidate, drift=drift)
         task, targets = self.subject.task, self.subject.targets[: self.count]
         before, after = task.records(self.reference, targets), task.records(answers, targets)
+        groups = None if self.subject.groups is None else self.subject.groups[: self.count]
         return replace(
             candidate,
             score=task.scores(after)[task.metric],
-            difference=compare.difference(task, before, after),
+            difference=compare.difference(task, before, after, groups),
             drift=drift,
         )
 

@@ -22,4 +22,5 @@ class Subject:
     targets: np.ndarray | None  # (N,); None: there are no labels
     calibration: np.ndarray | None  # training examples (M, *row_shape)
     examples: int  # validation examples that there are; rows may be fewer
+    groups: np.ndarray | None = None  # (N,), equal for examples of one group; None: all are independent
     trust_code: bool = False

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from suanli.core.compare import difference
@@ -202,7 +203,7 @@ class _Comparison:
                 contender.scores = self.task.scores(contender.records)
                 if contender is not plain:
                     assert plain.records is not None
-                    contender.difference = difference(self.task, plain.records, contender.records)
+                    contender.difference = difference(self.task, plain.records, contender.records, self._groups)
 
     def _train_again(self) -> None:
         """Trains contenders that lose more than is tolerated with another seed, and refuses those that lose again."""
@@ -219,7 +220,8 @@ class _Comparison:
         plain = self._train_anew(other, self.contenders[0].plan)
         for contender in suspects:
             with self._attempt(contender):
-                contender.again = difference(self.task, plain, self._train_anew(other, contender.plan))
+                again = self._train_anew(other, contender.plan)
+                contender.again = difference(self.task, plain, again, self._groups)
                 if contender.again.exceeds(tolerance):
                     contender.refused = _describe_loss(self.task, contender)
 
@@ -230,6 +232,10 @@ class _Comparison:
 
     def _records(self, run: TimedRun) -> Records:
         return self.task.records(run.probabilities(), self.setup.prepared.splits["val"].targets)
+
+    @property
+    def _groups(self) -> np.ndarray | None:
+        return self.setup.prepared.splits["val"].groups
 
     # --- figures ---
 

@@ -49,7 +49,9 @@ def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
     compared = order[: sum(map(len, expected))]
     targets = loop.val_feed.split.targets[compared]
     before, after = (loop.task.records(np.concatenate(answers), targets) for answers in (expected, actual))
-    return compare.difference(loop.task, before, after), len(compared)
+    groups = loop.val_feed.split.groups
+    groups = None if groups is None else groups[compared]
+    return compare.difference(loop.task, before, after, groups), len(compared)
 
 
 def _predict(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:

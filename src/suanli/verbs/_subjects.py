@@ -55,6 +55,7 @@ class SubjectOptions:
 class Examples:
     rows: np.ndarray  # for evaluation (N, *row_shape)
     targets: np.ndarray | None  # (N,); None: the rows are random
+    groups: np.ndarray | None = None  # (N,), equal for examples of one group
     calibration: np.ndarray | None  # training examples (M, *row_shape)
     count: int  # for evaluation, that there are; rows may be fewer
 
@@ -86,6 +87,7 @@ class ResolvedSubject:
             classes=self.classes,
             rows=self.examples.rows,
             targets=self.examples.targets,
+            groups=self.examples.groups,
             calibration=self.examples.calibration,
             examples=self.examples.count,
             trust_code=self.trust_code,
@@ -243,6 +245,7 @@ def _pick_examples(splits: tuple[Split, Split] | None, preprocess: Preprocess) -
     return Examples(
         rows=_rows(validation, order),
         targets=validation.targets[order],
+        groups=None if validation.groups is None else validation.groups[order],
         calibration=_rows(training, np.sort(random.permutation(len(training))[:CALIBRATION])),
         count=len(validation),
     )

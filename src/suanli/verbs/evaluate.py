@@ -205,7 +205,7 @@ class _Evaluator:
             count=len(split),
             metric=task.metric,
             scores=task.scores(records),
-            intervals=intervals(task, records),
+            intervals=intervals(task, records, split.groups),
             with_augmentation=self._score_views() if augmented_views else None,
             details=task.evaluate(records, self.saved.classes),
             mistakes=[self._example(int(i), probabilities[i]) for i in wrong],
@@ -231,7 +231,11 @@ class _Evaluator:
         task = self.saved.task
         probabilities = infer(self.step, self.saved.preprocess, task, rows, views=pipeline.views)
         records = task.records(probabilities, self.split.targets)
-        return {"views": views, "scores": task.scores(records), "intervals": intervals(task, records)}
+        return {
+            "views": views,
+            "scores": task.scores(records),
+            "intervals": intervals(task, records, self.split.groups),
+        }
 
     def _example(self, position: int, probabilities: np.ndarray) -> Example:
         target, predicted = int(self.split.targets[position]), int(probabilities.argmax())
