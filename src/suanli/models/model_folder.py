@@ -121,7 +121,7 @@ def find_model_folder(subject: AnyPath) -> Path:
         raise DataError(f"There is nothing at {path}.", fix=fix)
     if (path / "recipe.json").exists() or (path / "model" / "model.json").exists():
         return path / "model"
-    if not (path / "model.json").exists():
+    if not any((path / name).exists() for name in ("model.json", "engines.json")):  # engines alone can answer, too
         raise DataError(
             f"{path} contains no model (no model.json).",
             fix=f"Give a run directory or its model/ folder. If this is data, train first: suanli train {path}",
