@@ -119,14 +119,19 @@ def find_model_folder(subject: AnyPath) -> Path:
         train = f"Train first: suanli train {subject}" if is_built_in else "suanli train DATA makes one."
         fix = f"Give a run directory or a model/ folder. {train}"
         raise DataError(f"There is nothing at {path}.", fix=fix)
-    if (path / "recipe.json").exists() or (path / "model" / "model.json").exists():
-        return path / "model"
-    if not any((path / name).exists() for name in ("model.json", "engines.json")):  # engines alone can answer, too
+    folder = _model_in(path)
+    answers = any((path / name).exists() for name in ("model.json", "engines.json"))  # engines alone do, too
+    if folder == path and not answers:
         raise DataError(
             f"{path} contains no model (no model.json).",
             fix=f"Give a run directory or its model/ folder. If this is data, train first: suanli train {path}",
         )
-    return path
+    return folder
+
+
+def _model_in(path: Path) -> Path:
+    is_run = (path / "recipe.json").exists() or (path / "model" / "model.json").exists()
+    return path / "model" if is_run else path
 
 
 def refuse_foreign_code(model: str, path: Path) -> None:
@@ -141,7 +146,7 @@ def refuse_foreign_code(model: str, path: Path) -> None:
 def find_weights(path: Path) -> tuple[Path, dict[str, Json] | None]:
     """The weights file of a run directory, a model folder or a weights file, and the content of its model.json if it
     has one."""
-    folder = find_model_folder(path) if path.is_dir() else path.parent
+    folder = _model_in(path) if path.is_dir() else path.parent
     file = folder / WEIGHTS if path.is_dir() else path
     if file.name != WEIGHTS or not (folder / "model.json").exists():
         return file.absolute(), None
