@@ -9,10 +9,15 @@ from hypothesis import strategies as st
 
 from suanli.core import compare
 from suanli.core.compare import difference, intervals, share_difference
-from suanli.core.types import Difference, Records
+from suanli.core.task import Metric, Records
+from suanli.core.types import Difference
 from suanli.tasks.classification import Classification
 
 TASK = Classification()
+
+
+def records_of(probabilities: np.ndarray, targets: np.ndarray) -> Records:
+    return TASK.records({"probabilities": probabilities}, {"class": targets})
 
 
 answers = st.integers(1, 200).flatmap(
@@ -66,7 +71,7 @@ def test_few_examples_refuse_nothing_that_looks_bad_by_chance() -> None:
 
 
 class Balanced(Classification):
-    metric = "balanced_accuracy"
+    metric = Metric(name="balanced_accuracy", tolerance=0.005)
 
 
 def sure(right: np.ndarray, targets: np.ndarray, classes: int) -> np.ndarray:
@@ -78,7 +83,7 @@ def test_another_metric_is_compared_in_pairs_too() -> None:
     targets = np.arange(300) % 3  # equally many of each: balanced accuracy is accuracy
     before = sure(random.random(300) < 0.9, targets, 3)
     after = sure((before.argmax(1) == targets) & (random.random(300) < 0.9), targets, 3)
-    sides = tuple(TASK.records(answers, targets) for answers in (before, after))
+    sides = tuple(records_of(answers, targets) for answers in (before, after))
     change, plain = (difference(task, *sides) for task in (Balanced(), TASK))
     assert change.median == pytest.approx(plain.median)
     assert change == difference(Balanced(), *sides)  # the seed is fixed
@@ -94,7 +99,7 @@ def test_different_examples_are_the_callers_mistake() -> None:
         share_difference(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(ValueError, match="not the same examples"):
         share_difference(np.ones(0, bool), np.ones(0, bool))
-    few, many = (TASK.records(np.eye(3), np.arange(3)), TASK.records(np.eye(4), np.arange(4)))
+    few, many = (records_of(np.eye(3), np.arange(3)), records_of(np.eye(4), np.arange(4)))
     with pytest.raises(ValueError, match="not the same examples: 3 and 4"):
         difference(Balanced(), few, many)
 
@@ -113,7 +118,7 @@ def test_a_loss_is_refused_only_where_enough_independent_examples_show_it() -> N
     targets = np.repeat(np.arange(50) % 5, 10)
     before = sure(np.ones(500, bool), targets, 5)
     after = sure(np.arange(500) // 10 >= 2, targets, 5)  # 4 % worse
-    sides = [TASK.records(answers, targets) for answers in (before, after)]
+    sides = [records_of(answers, targets) for answers in (before, after)]
     assert difference(TASK, *sides).exceeds(0.005)
     assert not difference(TASK, *sides, groups=np.arange(500) // 10).exceeds(0.005)
 
@@ -128,7 +133,7 @@ def simulate(count: int, random: np.random.Generator, each: int = 1) -> Records:
     common = np.repeat(random.normal(size=shape), each, axis=0)
     own = random.normal(size=(count, 8)) if each > 1 else common
     odds = np.exp(3 * (np.sqrt(0.7) * common + np.sqrt(0.3) * own + np.eye(8)[targets]))
-    return TASK.records(odds / odds.sum(1, keepdims=True), targets)
+    return records_of(odds / odds.sum(1, keepdims=True), targets)
 
 
 Find = Callable[[Records], dict[str, tuple[float, float]]]
@@ -171,17 +176,17 @@ def test_a_calibrated_model_may_have_no_calibration_error() -> None:
     for _ in range(20):
         odds = random.dirichlet(np.ones(4), 300)
         targets = (odds.cumsum(1) < random.random((300, 1))).sum(1)
-        zeros += intervals(TASK, TASK.records(odds, targets))["calibration_error"][0] == 0
+        zeros += intervals(TASK, records_of(odds, targets))["calibration_error"][0] == 0
     assert zeros >= 19
 
 
 def test_a_resample_without_an_example_of_a_class_is_no_harm() -> None:
     targets = np.array([0] * 30 + [1])
-    records = TASK.records(sure(np.arange(31) % 5 > 0, targets, 2), targets)
+    records = records_of(sure(np.arange(31) % 5 > 0, targets, 2), targets)
     for name, (low, high) in intervals(TASK, records).items():
         assert np.isfinite([low, high]).all(), name
         assert low < high
-    assert intervals(TASK, TASK.records(np.eye(2)[:1], np.array([0])))["macro_f1"] == (1, 1)
+    assert intervals(TASK, records_of(np.eye(2)[:1], np.array([0])))["macro_f1"] == (1, 1)
 
 
 def test_the_names_of_groups_and_the_size_of_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

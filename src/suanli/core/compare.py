@@ -19,7 +19,8 @@ from itertools import islice
 
 import numpy as np
 
-from suanli.core.types import Difference, Records, Task
+from suanli.core.task import Records, Task
+from suanli.core.types import Difference
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 RESAMPLES = 1000
@@ -47,17 +48,24 @@ def intervals(task: Task, records: Records, groups: np.ndarray | None = None) ->
 
 
 def difference(task: Task, before: Records, after: Records, groups: np.ndarray | None = None) -> Difference:
-    """How the task's primary metric differs between two models, from their records of the same examples in the same
-    order; `groups` as for `intervals`. Raises ValueError for different numbers of examples."""
+    """How much the second of two models gains in the task's primary metric, from their records of the same examples in
+    the same order; `groups` as for `intervals`. Raises ValueError for different numbers of examples."""
     if _count(before) != _count(after):
         raise ValueError(f"not the same examples: {_count(before)} and {_count(after)}")
     closed = task.closed_difference(before, after) if groups is None else None
     if closed is not None:
         return closed
-    measured = task.scores(after)[task.metric] - task.scores(before)[task.metric]
-    old, new = (samples[task.metric] for samples in _resample(task, [before, after], groups))
-    low, high = _interval(measured, new - old)
+    metric = task.metric
+    measured = metric.gain(task.scores(before)[metric.name], task.scores(after)[metric.name])
+    old, new = (samples[metric.name] for samples in _resample(task, [before, after], groups))
+    low, high = _interval(measured, new - old if metric.higher_is_better else old - new)
     return Difference(median=measured, low=min(low, measured), high=max(high, measured))
+
+
+def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
+    """The 95 % interval of the mean of a figure of each example (N,), by the same bootstrap."""
+    draws = islice(_draw(len(values), groups), RESAMPLES)
+    return _interval(float(values.mean()), np.array([weights @ values / weights.sum() for weights in draws]))
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:

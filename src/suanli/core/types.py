@@ -1,7 +1,7 @@
 """The records and abstract classes that the packages of suanli exchange, in the order in which a run meets them.
 
-    data        Reader or Dataset -> Source, a list of Row -> Preprocess -> Split -> Batch
-    learning    Model, Task, Augmentation and Optimizer, chosen by a Recipe: what is learned
+    data        Reader or Dataset -> Source, a list of Example -> Preprocess -> Split -> Batch
+    learning    Model, Task (core/task.py), Augmentation and Optimizer, chosen by a Recipe: what is learned
     computing   Step, changed by each Speedup of a Plan: how it is computed
     running     Engine: how a trained model answers
 
@@ -19,25 +19,27 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeAlias, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
+    from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
+
 AnyPath: TypeAlias = "str | os.PathLike[str]"  # a `core.run.Run` is one too
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
 PositiveCount: TypeAlias = Annotated[int, Field(ge=1, lt=1 << 63)]
-Records: TypeAlias = "Mapping[str, np.ndarray]"  # columns with one row an example: all that scores depend on
 Json: TypeAlias = Any  # any value that json.dumps takes, where no narrower type holds
 
 SPLITS = ("train", "val", "test")
+TASK_SETTINGS = ("label_smoothing", "class_weights")  # that a recipe of an older version has among its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +77,19 @@ class Environment(TypedDict):
 
 # --- data -----------------------------------------------------------------------------------
 
-Raw: TypeAlias = "bytes | str | np.ndarray"  # one input before decoding: file bytes, a text, or an array of pixels
+# One input before decoding: file bytes, a text, an array such as pixels, or arrays by name.
+Raw: TypeAlias = "bytes | str | np.ndarray | Mapping[str, np.ndarray]"
+
+
+Target: TypeAlias = Any  # a raw target as plain values, by the source's annotation: the name of a class, a number, …
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Example:
     """One labelled input, not read yet."""
 
     name: str  # where a person finds it: "train/cat/001.jpg", "reviews.csv:17"
-    label: str  # one of Source.classes
+    target: Target  # of annotation "class": one of Source.classes
     split: str | None  # one of SPLITS; None: decided by group, time or content (data/splits.py)
     read: Callable[[], Raw]  # raises OSError or BadInput
     group: str | None = None  # patient, speaker, day: never divided where suanli makes the splits
@@ -96,8 +102,9 @@ class Source:
 
     name: str  # short, valid as a directory name: "cifar10"
     kind: str  # of the inputs, the name of a file in data/preprocess/: "image", "text"
-    rows: Sequence[Row]
-    classes: tuple[str, ...]  # in the order of the model's outputs; a class may have no rows
+    examples: Sequence[Example]
+    annotation: str = "class"  # what the targets are; the tasks that learn from it say so
+    classes: tuple[str, ...] = ()  # in the order of the model's outputs; a class may have no examples
     fingerprint: str  # changes when the files do; cheap: from names, sizes, times or a checksum
     size_bytes: int | None = None  # of all raw inputs, uncompressed; None: unknown
     licence: str | None = None
@@ -112,6 +119,7 @@ class Columns:
     label: str | None = None  # --label-column
     group: str | None = None  # --group-column
     time: str | None = None  # --time-column
+    annotation: str | None = None  # what the labels are, where the user has chosen a task; None: the reader decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,10 +157,10 @@ class Dataset:
 class EncodedInput:
     """One input as the cache holds it."""
 
-    row: np.ndarray  # (*row_shape)
+    arrays: Arrays  # by Preprocess.inputs
     digest: bytes  # 16 bytes, equal for the same picture or text in any file format
+    geometry: Geometry
     traits: tuple[str, ...] = ()  # what the data check reports: "grey", "palette", "alpha", "16-bit", …
-    size: tuple[int, ...] = ()  # before preprocessing: (H, W), or (L,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,7 @@ class Preview:
 
 
 class Preprocess(ABC):
-    """Turns a raw input into a model input, in two halves: `encode` runs once per input on the CPU and its rows are
+    """Turns a raw input into a model input, in two halves: `encode` runs once per input on the CPU and its arrays are
     cached; `to_model` runs on every batch on the device.
 
     Training, evaluation, prediction and serving use one object, which is saved with the model, so none of them can
@@ -173,6 +181,9 @@ class Preprocess(ABC):
     """
 
     kind: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]  # of its inputs, which are known before it is fitted
+    media_types: ClassVar[tuple[str, ...]] = ()  # of a request's body that is one raw input: "image/", "text/"
+    takes_strings: ClassVar[bool] = False  # a str is an input itself; else it is the path of one
 
     @classmethod
     @abstractmethod
@@ -185,28 +196,26 @@ class Preprocess(ABC):
 
     @abstractmethod
     def encode(self, raw: Raw) -> EncodedInput:
-        """The row to cache, of shape `row_shape` and dtype `row_dtype`. Raises BadInput."""
+        """The arrays to cache, by `inputs`. Raises BadInput."""
 
     @abstractmethod
-    def measure(self, rows: np.ndarray) -> Self:
-        """A copy with the statistics (mean, spread) of these training rows (N, *row_shape)."""
+    def measure(self, inputs: Mapping[str, Stored]) -> Self:
+        """A copy with the statistics (mean, spread) of these training inputs (N, …)."""
 
     @abstractmethod
-    def to_model(self, rows: torch.Tensor) -> torch.Tensor:
-        """The model's inputs (B, *input_shape) from a batch of cached rows (B, *row_shape), on the same device."""
-
-    @property
-    @abstractmethod
-    def row_shape(self) -> tuple[int, ...]: ...
+    def to_model(self, inputs: Tensors) -> Tensors:
+        """The network's inputs (B, …), in the order of its arguments, from a batch of cached inputs (B, …) on the same
+        device."""
 
     @property
     @abstractmethod
-    def row_dtype(self) -> str: ...
+    def inputs(self) -> Schema:
+        """Of `encode`: the columns of the cache, and the inputs of an exported graph."""
 
     @property
     @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one model input, without the batch: (C, H, W) for images, (L,) for text."""
+        """The shape of the network's first input, without the batch: (C, H, W) for images, (L,) for text."""
 
     @property
     @abstractmethod
@@ -215,14 +224,32 @@ class Preprocess(ABC):
         {"vocabulary_size": 20000} for text."""
 
     @abstractmethod
-    def preview(self, row: np.ndarray) -> Preview:
-        """A cached row for people to look at."""
+    def preview(self, inputs: Arrays) -> Preview:
+        """The cached arrays of one example for people to look at."""
 
     @classmethod
     @abstractmethod
-    def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
+    def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
         """The unlabelled inputs of a file or folder, for `predict`: the name of each and a function that reads it.
         `Path("-")` is standard input. Raises DataError where there are none."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of an input that comes encoded, such as the tensor of a request: its own coordinates are the model's."""
+        from suanli.core.schema import Geometry
+
+        return Geometry.unchanged(self.input_shape[1:] or self.input_shape)
+
+    def split_file(self, name: str, read: Callable[[], Raw]) -> Iterable[tuple[str, Callable[[], Raw]]]:
+        """The inputs in one of `find_inputs`, for kinds whose files hold several."""
+        return [(name, read)]
+
+    def split_batch(self, raw: Raw) -> Sequence[Raw] | None:  # noqa: ARG002
+        """The raw inputs in one that holds several, such as pictures (N, H, W, C); None: it holds one, or none."""
+        return None
+
+    def check_size(self, raw: Raw, max_pixels: int) -> None:  # noqa: B027  # only pictures have pixels
+        """Raises BadInput for an input that would take a server too much time or memory."""
 
     def settings(self) -> dict[str, Json]:
         """Every field as a plain value: `type(self)(**settings)` makes an equal object."""
@@ -240,11 +267,11 @@ class Preprocess(ABC):
 class Split:
     """The examples of one split, by columns."""
 
-    inputs: np.ndarray  # (M, *row_shape), a memory map: the cached rows of all splits
-    index: np.ndarray  # (N,) int64, which rows of `inputs` belong to this split
-    targets: np.ndarray  # (N,) int64
-    names: Sequence[str]  # (N,), each a Row.name
-    classes: tuple[str, ...]
+    inputs: Mapping[str, Stored]  # of M examples, memory maps: the cached inputs of all splits
+    index: np.ndarray  # (N,) int64, which of them belong to this split
+    targets: Mapping[str, Stored]  # of N examples
+    names: Sequence[str]  # (N,), each an Example.name
+    geometries: np.ndarray  # (N, 3, axes) float64, each a Geometry
     groups: np.ndarray | None = None  # (N,) int64, equal for examples of one group; None: there are no groups
 
     def __len__(self) -> int:
@@ -255,22 +282,27 @@ class Split:
 class Batch:
     """The examples of one step in this process, as augmentations receive and return them, on the device."""
 
-    inputs: torch.Tensor  # (B, *input_shape)
-    targets: torch.Tensor  # (B,) int64; or (B, K) shares of the classes, once inputs were mixed
+    inputs: Tensors  # of Preprocess.to_model (B, …)
+    targets: Tensors  # of Task.targets (B, …); "class" is (B, K) shares of the classes, once inputs were mixed
     index: torch.Tensor  # (B,) int64, positions in the training split, the same in every epoch
     epoch: int
-    classes: int  # K
+    classes: int = 0  # K
     # Where several processes train together: the positions (B,) of these examples in the batch of all processes, and
     # its size. None: there is only one process.
     global_positions: torch.Tensor | None = None
     global_size: int | None = None
+
+    def with_input(self, name: str, tensor: torch.Tensor) -> Batch:
+        """A copy with one input replaced."""
+        return replace(self, inputs={**self.inputs, name: tensor})
 
 
 class Augmentation(ABC):
     """Changes training inputs at random. A subclass is a frozen keyword-only dataclass whose fields are its
     settings: `training/augments/<name>.py`."""
 
-    kinds: ClassVar[tuple[str, ...]]  # of Preprocess, whose inputs it can change
+    input: ClassVar[str]  # the role of the inputs that it changes, and their name in a batch: "image", "tokens"
+    keeps: ClassVar[frozenset[str]]  # roles of targets that stay true, or that it changes with the inputs
 
     @abstractmethod
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -278,7 +310,7 @@ class Augmentation(ABC):
         on the device of the batch: the same state gives the same result."""
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """The deterministic variants over which test-time augmentation averages, `inputs` first."""
+        """The deterministic variants of its input over which test-time augmentation averages, `inputs` first."""
         return [inputs]
 
 
@@ -289,7 +321,8 @@ class Augmentation(ABC):
 class Model:
     """A network that suanli knows by name: `models/networks/<name>.py`.
 
-    `build(classes=K, **preprocess.model_args, **recipe.model_args)` returns a module that maps (B, *input_shape) to
+    `build(**preprocess.model_args, **task.model_args, **recipe.model_args)` returns a module that maps the tensors of
+    `Preprocess.to_model`, as positional arguments, to what `Task.loss` and `Task.predict` take: for classification
     logits (B, K). The module may have a method `initialize(inputs)` for weights that depend on data: it is called
     once, with some training inputs, before the first step. It may freeze a parameter with `requires_grad_(False)`.
     """
@@ -299,60 +332,6 @@ class Model:
     build: Callable[..., nn.Module]
     head: str  # name of the submodule with the output layer, which other classes replace
     source: str  # the paper or repository that describes it
-
-
-class Task(ABC):
-    """What is learned, and how well: the loss, the scores and the tolerance of the gate. `tasks/<name>.py`."""
-
-    name: ClassVar[str]
-    metric: ClassVar[str]  # the primary metric, a key of `scores`: runs are compared by it; higher is better
-    tolerance: ClassVar[float]  # how much of the primary metric the gate lets a speedup or an engine cost
-    distances: ClassVar[frozenset[str]] = frozenset()  # scores that are never below 0 and that noise makes larger
-
-    @abstractmethod
-    def loss(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        label_smoothing: float = 0.0,
-        class_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The mean loss of a batch, a scalar: logits (B, K), targets (B,) int64 or (B, K) shares of the classes."""
-
-    @abstractmethod
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 (B, K) from logits (B, K)."""
-
-    @abstractmethod
-    def records(self, probabilities: np.ndarray, targets: np.ndarray) -> Records:
-        """Probabilities (N, K), targets (N,). Raises DataError for no examples and Diverged for probabilities that
-        aren't finite."""
-
-    @abstractmethod
-    def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
-        """Every score by its name, as a fraction. `weights` (N,), integers or not, say how often each example counts;
-        None: once. Every score must be defined where a class has no weight."""
-
-    def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """`scores` (R,) for each row of weights (R, N). A task overrides it where it can do better than one row after
-        another."""
-        import numpy as np
-
-        rows = [self.scores(records, row) for row in weights]
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-    def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:  # noqa: ARG002
-        """95 % intervals of scores that have a closed form, which needs no resamples; examples are independent."""
-        return {}
-
-    def closed_difference(self, before: Records, after: Records) -> Difference | None:  # noqa: ARG002
-        """The difference of the primary metric on the same independent examples; None: it has no closed form."""
-        return None
-
-    @abstractmethod
-    def evaluate(self, records: Records, classes: Sequence[str]) -> dict[str, object]:
-        """What the report shows beyond `scores`, as plain values for JSON."""
 
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
@@ -371,6 +350,7 @@ class Recipe(BaseModel):
     model_args: dict[str, Json] = Field(default_factory=dict)
     weights: str | None = None
     task: str = "classification"
+    task_args: dict[str, Json] = Field(default_factory=dict)  # its settings, such as label_smoothing
     preprocess: dict[str, Json] = Field(default_factory=dict)
     augment: tuple[str, ...] = ()  # in order: "crop(padding=2)"
     progressive_resizing: tuple[tuple[Share, Share], ...] = ()  # (until this share of the steps, scale of each side)
@@ -386,13 +366,23 @@ class Recipe(BaseModel):
     backbone_lr_scale: float = Field(default=1.0, ge=0)  # for all but the head; 0 freezes it
     schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    class_weights: Literal["none", "balanced"] = "none"
     clip_norm: float | None = Field(default=None, gt=0)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     early_stop: int | None = Field(default=None, ge=1)  # validations without improvement
     validate_every: float = Field(default=1.0, gt=0)  # epochs
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _move_task_settings(cls, values: Json) -> Json:
+        """Recipes of older versions have the settings of classification among their own."""
+        if not isinstance(values, Mapping):
+            return values
+        moved = {name: values[name] for name in TASK_SETTINGS if name in values}
+        rest = {name: value for name, value in values.items() if name not in moved}
+        defaults = {"label_smoothing": 0.0, "class_weights": "none"}
+        moved = {name: value for name, value in moved.items() if value != defaults[name]}
+        return {**rest, "task_args": {**moved, **rest.get("task_args", {})}} if moved else rest
 
     @field_validator("progressive_resizing")
     @classmethod
@@ -413,6 +403,7 @@ class Traits:
     """What is known before a recipe is chosen."""
 
     kind: str
+    annotation: str  # what the targets are: "class", "value", …
     input_shape: tuple[int, ...]  # of one model input: (C, H, W) for images, (L,) for text
     examples: int
     classes: int
@@ -551,7 +542,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """The difference of a score between two models, with its 95 % interval, as fractions. Negative: the second is
+    """How much better the second of two models is, with the 95 % interval, in the unit of the score. Negative: it is
     worse."""
 
     median: float  # as measured
@@ -604,17 +595,18 @@ class EngineInputs:
     """What an engine is built from."""
 
     model: Path | None  # the model folder; None: there is only the graph
-    onnx: Path | None  # a float32 graph from cached rows to probabilities; None: the network can't be exported
-    calibration: np.ndarray | None  # cached training rows (N, *row_shape); None: there is no data
+    onnx: Path | None  # a float32 graph from cached inputs to predictions; None: the network can't be exported
+    calibration: Sequence[Arrays] | None  # batches of cached training inputs; None: there is no data
     kept: tuple[str, ...] = ()  # nodes of the graph that stay in float32
+    batches: bool = True  # the first axis of every input and output counts examples, and is free
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedEngine:
     """An engine that is ready to answer."""
 
-    answer: Callable[[np.ndarray], np.ndarray]  # cached rows (B, *row_shape) to probabilities (B, K) float32
-    find_precision: Callable[[np.ndarray], str]  # of most products and convolutions, as they really ran
+    answer: Callable[[Arrays], Arrays]  # from cached inputs (B, …) to predictions (B, …)
+    find_precision: Callable[[Arrays], str]  # of most products and convolutions, as they really ran
 
 
 @dataclass(frozen=True, kw_only=True)

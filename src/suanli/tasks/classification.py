@@ -7,14 +7,23 @@ different cost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
+from pydantic import Field
 
 from suanli.core.compare import share_difference, wilson_interval
-from suanli.core.errors import DataError, Diverged
-from suanli.core.types import Difference, Records, Task
+from suanli.core.console import plural
+from suanli.core.errors import DataError
+from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
+from suanli.core.sections import Section
+from suanli.core.task import FITTED, Answer, Metric, Records, Task, check_predictions
+from suanli.core.types import Difference, Json, Target
+from suanli.tasks._classification_sections import draw_figures
 
 if TYPE_CHECKING:
     import torch
@@ -24,54 +33,174 @@ MATRIX_CLASSES = 100  # of a larger confusion matrix only the most frequent mist
 CONFUSED_PAIRS = 20
 
 
+@dataclass(frozen=True, kw_only=True)
 class Classification(Task):
-    name: ClassVar[str] = "classification"
-    metric: ClassVar[str] = "accuracy"
-    tolerance: ClassVar[float] = 0.005
-    distances: ClassVar[frozenset[str]] = frozenset({"calibration_error"})
+    """`label_smoothing` is the share of each target that is spread over all classes; `class_weights` "balanced" lets
+    each class count the same in the loss, however many examples it has."""
 
-    def loss(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        *,
-        label_smoothing: float = 0.0,
-        class_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    name: ClassVar[str] = "classification"
+    annotation: ClassVar[str] = "class"
+    metric: ClassVar[Metric] = Metric(name="accuracy", tolerance=0.005)
+    units: ClassVar[Mapping[str, str]] = {"log_loss": "nats"}
+    distances: ClassVar[frozenset[str]] = frozenset({"calibration_error"})
+    averages_views: ClassVar[bool] = True
+    text_outputs: ClassVar[tuple[str, ...]] = ("label",)
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    weights: tuple[float, ...] = field(default=(), metadata=FITTED)  # of each class in the loss; empty: all count 1
+
+    # --- targets ---
+
+    @property
+    def targets(self) -> Schema:
+        """One int64 a class."""
+        return {"class": Column(shape=(), dtype="int64", role="class", names=self.classes)}
+
+    def encode(self, target: Target, geometry: Geometry) -> Arrays:  # noqa: ARG002
+        """The position of a class's name."""
+        return {"class": np.array(self._positions[target], np.int64)}
+
+    @cached_property
+    def _positions(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.classes)}
+
+    def fit(self, targets: Mapping[str, Stored]) -> Self:
+        """With "balanced", weights in inverse proportion to the frequency of a class; 0 for one without examples."""
+        if self.class_weights == "none":
+            return self
+        counts = np.bincount(np.asarray(targets["class"]), minlength=len(self.classes))
+        weights = np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1), 0.0)
+        return replace(self, weights=tuple(weights.tolist()))
+
+    def count_targets(self, targets: Mapping[str, Sequence[Target]]) -> dict[str, dict[str, int]]:
+        """By split and class."""
+        return {split: dict.fromkeys(self.classes, 0) | Counter(names) for split, names in targets.items()}
+
+    def refuse_unlearnable(self, counts: Mapping[str, Mapping[str, int]]) -> None:
+        """Raises DataError for one class only, and for a class that can't be both learned and evaluated."""
+        totals = {name: sum(split[name] for split in counts.values()) for name in self.classes}
+        filled = [name for name, n in totals.items() if n]
+        if len(filled) < 2:
+            raise DataError(
+                f"Only one class has usable inputs: {', '.join(map(repr, filled)) or 'none'}.",
+                fix="A classifier needs at least two; add a second class.",
+            )
+        single = [name for name in filled if totals[name] == 1]
+        if single:
+            others = len(single) - 1
+            do = "does" if others == 1 else "do"
+            also = f", and so {do} {plural(others, 'other class', 'other classes')}" if others else ""
+            raise DataError(
+                f"Class {single[0]!r} has a single usable input{also}.",
+                fix="Training and evaluation need different inputs: add more of that class or remove it.",
+            )
+        untrained = [name for name in filled if counts["train"][name] == 0]
+        if untrained and any(counts["train"].values()):
+            raise DataError(
+                f"Class {untrained[0]!r} has no training input.",
+                fix="Add some to the training split, or remove the class from the others.",
+            )
+
+    def describe_counts(self, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """Classes without test inputs, and without any."""
+        lines = []
+        if untested := [name for name, n in counts["train"].items() if n and not counts["test"][name]]:
+            lines.append(f"classes without test inputs: {', '.join(untested[:10])}")
+        if empty := [name for name in self.classes if not any(split[name] for split in counts.values())]:
+            lines.append(f"classes without inputs: {', '.join(empty[:10])}")
+        totals = [n for name in self.classes if (n := sum(split[name] for split in counts.values()))]
+        if totals and max(totals) >= 3 * min(totals):
+            lines.append(
+                f"the largest class has {max(totals) / min(totals):.1f} times the inputs of the smallest; "
+                "--set class_weights=balanced may help"
+            )
+        return lines
+
+    # --- learning ---
+
+    @property
+    def model_args(self) -> dict[str, Json]:
+        return {"classes": len(self.classes)}
+
+    def loss(self, outputs: Any, targets: Tensors) -> Tensors:
         """Cross-entropy in float32 or better: logits (B, K), targets (B,) int64 or (B, K) shares.
 
-        With `class_weights` (K,) it is the weighted sum over B, not divided by the sum of the weights as torch does:
-        so the mean over micro-batches is the loss of the batch, and targets may be shares.
+        With weights of classes it is the weighted sum over B, not divided by the sum of the weights as torch does: so
+        the mean over micro-batches is the loss of the batch, and targets may be shares.
         """
         import torch
         from torch.nn import functional as F
 
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if targets.is_floating_point():
-            targets = targets.to(logits.dtype)
-        if class_weights is not None:
-            class_weights = class_weights.to(logits.dtype)
+        logits, target = outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets["class"]
+        if target.is_floating_point():
+            target = target.to(logits.dtype)
         losses = F.cross_entropy(
-            logits, targets, weight=class_weights, label_smoothing=label_smoothing, reduction="none"
+            logits,
+            target,
+            weight=_on_device(self.weights, logits.device, logits.dtype) if self.weights else None,
+            label_smoothing=self.label_smoothing,
+            reduction="none",
         )
-        return losses.mean()
+        return {"cross_entropy": losses.sum()}
 
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.float().softmax(dim=1)
+    def guessing_loss(self) -> float:
+        """Of equal probabilities, averaged over the classes."""
+        import torch
 
-    def records(self, probabilities: np.ndarray, targets: np.ndarray) -> Records:
+        count = len(self.classes)
+        total = self.loss(torch.zeros(count, count), {"class": torch.arange(count)})["cross_entropy"]
+        return float(total / count)
+
+    # --- answers ---
+
+    @property
+    def outputs(self) -> Schema:
+        column = Column(shape=(len(self.classes),), dtype="float32", role="probabilities", names=self.classes)
+        return {"probabilities": column}
+
+    def predict(self, outputs: Any) -> Tensors:
+        """float32 probabilities (B, K) from logits (B, K)."""
+        return {"probabilities": outputs.float().softmax(dim=1)}
+
+    def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:  # noqa: ARG002
+        """The likeliest class, its probability, and the `top` likeliest, best first."""
+        probabilities = prediction["probabilities"]
+        best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
+        ranked = {self.classes[i]: float(probabilities[i]) for i in best}
+        label, probability = next(iter(ranked.items()))
+        return Answer(
+            kind="classes",
+            text="  ".join(f"{name} {share:.1%}" for name, share in list(ranked.items())[:3]),
+            values={"label": label, "probability": probability, "probabilities": ranked},
+            columns=("label", "probability"),
+        )
+
+    def texts(self, predictions: Arrays, geometries: Sequence[Geometry]) -> dict[str, list[str]]:  # noqa: ARG002
+        """The likeliest class of each example, without the rest of an answer, which would take most of a server's time
+        for a request."""
+        return {"label": [self.classes[i] for i in predictions["probabilities"].argmax(1)]}
+
+    def describe_target(self, target: Arrays, geometry: Geometry) -> Answer:  # noqa: ARG002
+        label = self.classes[int(target["class"])]
+        return Answer(kind="classes", text=label, values={"label": label}, columns=("label",))
+
+    # --- scores ---
+
+    def records(self, predictions: Arrays, targets: Mapping[str, Stored]) -> Records:
         """`target`, `predicted` (of equal probabilities the lowest class), `confidence` in it and the `bin` of that for
         calibration, `loss` in nats; and `rank` of the target where there are more than 5 classes."""
-        _check(probabilities, targets)
+        probabilities, target = predictions["probabilities"], np.asarray(targets["class"])
+        _check(probabilities, target)
         confidence = probabilities.max(1).astype(np.float64).clip(0, 1)
         records = {
-            "target": targets.astype(np.int64),
+            "target": target.astype(np.int64),
             "predicted": probabilities.argmax(1),
             "confidence": confidence,
             "bin": np.ceil(confidence * CALIBRATION_BINS).astype(np.int64).clip(1) - 1,
-            "loss": _losses(probabilities, targets),
+            "loss": _losses(probabilities, target),
         }
-        return records | ({"rank": _rank(probabilities, targets)} if probabilities.shape[1] > 5 else {})
+        return records | ({"rank": _rank(probabilities, target)} if probabilities.shape[1] > 5 else {})
 
     def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
         """Every score as a fraction, but `log_loss` in nats. `top5_accuracy` where there are more than 5 classes.
@@ -104,16 +233,34 @@ class Classification(Task):
 
     def closed_difference(self, before: Records, after: Records) -> Difference | None:
         """Agresti and Min's, of the accuracy."""
-        if self.metric != "accuracy":
+        if self.metric.name != "accuracy":
             return None
         return share_difference(*(side["predicted"] == side["target"] for side in (before, after)))
 
-    def evaluate(self, records: Records, classes: Sequence[str]) -> dict[str, object]:
+    def errors(self, records: Records) -> np.ndarray:
+        """The confidence in a wrong class."""
+        wrong = records["predicted"] != records["target"]
+        errors: np.ndarray = wrong * records["confidence"]
+        return errors
+
+    def drift(self, expected: Arrays, answered: Arrays) -> np.ndarray:
+        """The total variation distance of the probabilities."""
+        difference = answered["probabilities"] - expected["probabilities"]
+        distances: np.ndarray = np.abs(difference).sum(1) / 2
+        return distances
+
+    def agreement(self, expected: Arrays, answered: Arrays) -> np.ndarray:
+        """Whether the likeliest class is the same."""
+        same: np.ndarray = expected["probabilities"].argmax(1) == answered["probabilities"].argmax(1)
+        return same
+
+    def evaluate(self, records: Records) -> dict[str, Json]:
         """`per_class`, `confusion` (rows are true classes, columns predicted ones; None for more than 100 classes),
         `confused` (the most frequent mistakes) and `reliability`.
 
         A figure that isn't defined, such as the recall of a class without examples, is None.
         """
+        classes = self.classes
         ones = np.ones((1, len(records["target"])))
         few = len(classes) <= MATRIX_CLASSES
         return {
@@ -125,6 +272,20 @@ class Classification(Task):
                 for right, n, confidence in zip(*(sums[0].tolist() for sums in _bins(records, ones)), strict=True)
             ],
         }
+
+    @classmethod
+    def sections(cls, figures: Mapping[str, Json]) -> list[Section]:
+        """Scores of each class, the confusion matrix of up to 20 classes, the most frequent mistakes, calibration."""
+        return draw_figures(figures)
+
+
+@lru_cache(maxsize=8)
+def _on_device(weights: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(K,); read once, since a step must not wait for a copy."""
+    import torch
+
+    with torch.inference_mode(False):
+        return torch.tensor(weights, dtype=torch.float32).to(device, dtype)
 
 
 def confusion_matrix(records: Records, classes: int) -> np.ndarray:
@@ -167,13 +328,10 @@ def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _check(probabilities: np.ndarray, targets: np.ndarray) -> None:
-    if not len(targets):
-        raise DataError("The split has no examples to evaluate.", fix="Give one with labelled inputs.")
+    check_predictions({"probabilities": probabilities}, len(targets))
     assert probabilities.ndim == 2, probabilities.shape
     assert targets.shape == probabilities.shape[:1], (targets.shape, probabilities.shape)
     assert 0 <= targets.min() <= targets.max() < probabilities.shape[1], "targets out of range"
-    if not np.isfinite(probabilities).all():
-        raise Diverged("The model's answers are not finite numbers.", fix="Train again with a lower lr or clip_norm.")
 
 
 def _rank(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:

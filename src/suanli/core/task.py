@@ -1,0 +1,282 @@
+"""What is learned and how it is scored: the seam that carries any task. One task a file: `tasks/<name>.py`.
+
+A task turns raw targets into arrays, gives the loss, turns what the network returns into predictions, and these into
+records: one row an example, which is all that scores depend on. So one bootstrap gives every score of every task its
+interval (`core/compare.py`), and cache, training, engines, server and report need no line for a new task.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Self, TypeAlias
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from suanli.core.errors import DataError, Diverged, UsageError, unknown
+from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
+from suanli.core.sections import Section
+from suanli.core.types import Difference, Json, Target
+
+Records: TypeAlias = Mapping[str, np.ndarray]  # columns with one row an example: all that scores depend on
+FITTED = {"fitted": True}  # metadata of a field that `fit` fills, and a user can't set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The score by which models are compared, and how much of it a faster way of computing may cost."""
+
+    name: str  # a key of `Task.scores`
+    tolerance: float  # of the gate
+    relative: bool = False  # the tolerance is a share of the reference's score; else it is in the score's unit
+    higher_is_better: bool = True
+    unit: str = "fraction"  # "fraction": shown in percent, and its differences in points
+
+    def gain(self, before: float, after: float) -> float:
+        """By how much `after` is better; negative where it is worse."""
+        return after - before if self.higher_is_better else before - after
+
+    def allowed_loss(self, reference: float, tolerance: float | None = None) -> float:
+        """How much may be lost of a reference's score; `tolerance` replaces the metric's own."""
+        share = self.tolerance if tolerance is None else tolerance
+        return share * abs(reference) if self.relative else share
+
+    def change(self, gain: Difference) -> tuple[float, float, float]:
+        """Of the score itself, which falls where a lower one is better: as measured, and the ends of the interval."""
+        sign = 1 if self.higher_is_better else -1
+        low, high = sorted((sign * gain.low, sign * gain.high))
+        return sign * gain.median, low, high
+
+    def describe(self, gain: Difference) -> str:
+        """The change of the score, with its 95 % interval: "accuracy -0.31 points (-0.52 to -0.10)"."""
+        median, low, high = self.change(gain)
+        if self.unit == "fraction":
+            return f"{self.name} {100 * median:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
+        unit = f" {self.unit}" if self.unit else ""
+        median_text, low_text, high_text = (format_number(value, "+", 3) for value in (median, low, high))
+        return f"{self.name} {median_text}{unit} ({low_text} to {high_text})"
+
+    def format(self, score: float) -> str:
+        """A score, or an amount of it, for people: "98.31%", "3.42 years"."""
+        return format_score(score, self.unit)
+
+
+def format_score(score: float, unit: str, sign: str = "") -> str:
+    """ "98.31%", "3.42 years"; with `sign` "+", of a difference."""
+    return f"{score:{sign}.2%}" if unit == "fraction" else f"{format_number(score, sign)} {unit}".rstrip()
+
+
+def format_number(value: float, sign: str = "", digits: int = 4) -> str:
+    """ "3.142", and all digits before the point of a large one: "27,043"."""
+    return f"{value:{sign},.0f}" if 1000 <= abs(value) < 1e15 else f"{value:{sign}.{digits}g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a person or a client gets for one input.
+
+    Page and report draw "classes" and "boxes" by their values: `label`, `probability` and `probabilities` (by class);
+    `boxes`, each with a `label`, a `probability` and a `box` (left, top, right, bottom in the input's pixels). A target
+    has no probabilities. Any other kind is drawn as its text.
+    """
+
+    kind: str  # "classes", "value", "boxes", "mask", "text", "match", "tensors"
+    text: str  # one line for people
+    # For JSON, in the user's own coordinates and names. The same keys for all answers of a task, none of them "name" or
+    # "error".
+    values: Mapping[str, Json]
+    columns: tuple[str, ...] = ()  # the values that a table (CSV) has room for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A subclass is a frozen dataclass, saved with the model. Its fields are settings, and what it learned from the
+    targets of the training split. Shapes: B batch, N examples, R resamples."""
+
+    name: ClassVar[str]
+    annotation: ClassVar[str]  # what a `Source` must carry: "class", "value", "boxes"
+    metric: ClassVar[Metric]
+    units: ClassVar[Mapping[str, str]] = {}  # of scores beside the metric that aren't fractions: "nats", "" for unknown
+    distances: ClassVar[frozenset[str]] = frozenset()  # scores that are never below 0 and that noise makes larger
+    has_counts: ClassVar[bool] = False  # sums of the loss are divided by `counts`; else by the number of examples
+    averages_views: ClassVar[bool] = False  # predictions say nothing of places: those of several views have a mean
+    # Outputs on the wire that are text: the entry of `Answer.values` of that name; "answer" is all of them as JSON.
+    text_outputs: ClassVar[tuple[str, ...]] = ("answer",)
+
+    classes: tuple[str, ...] = ()  # in the order of the model's outputs; empty: the task has none
+
+    @classmethod
+    def of(cls, classes: Sequence[str], settings: Mapping[str, Json]) -> Self:
+        """A task with these classes and values of its fields. Raises UsageError for one that is unknown or wrong."""
+        allowed = [f.name for f in fields(cls) if f.name != "classes"]
+        for name in settings:
+            if name not in allowed:
+                raise unknown(f"setting of the task {cls.name}", name, cls.setting_names())
+        try:
+            return TypeAdapter(cls).validate_python({"classes": tuple(classes), **settings})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(
+                f"The setting {first['loc'][0]} of the task {cls.name} can't be {first['input']!r}: "
+                f"{first['msg'].lower()}.",
+                fix=f"It has the settings: {', '.join(cls.setting_names()) or 'none'}.",
+            ) from error
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """The fields that a user may set."""
+        return tuple(f.name for f in fields(cls) if f.name != "classes" and "fitted" not in f.metadata)
+
+    @classmethod
+    def unit_of(cls, score: str) -> str:
+        """Of one of `scores`: "fraction", "nats"."""
+        return cls.metric.unit if score == cls.metric.name else cls.units.get(score, "fraction")
+
+    @property
+    def settings(self) -> dict[str, Json]:
+        """Every field but the classes: `type(self).of(self.classes, self.settings)` is an equal task."""
+        values = asdict(self)
+        del values["classes"]
+        return values
+
+    # --- targets ---
+
+    @property
+    @abstractmethod
+    def targets(self) -> Schema:
+        """As they are cached and as a batch holds them."""
+
+    @abstractmethod
+    def encode(self, target: Target, geometry: Geometry) -> Arrays:
+        """One target as arrays of `targets`, in the model's coordinates. Raises BadInput where it can't be used."""
+
+    def fit(self, targets: Mapping[str, Stored]) -> Self:  # noqa: ARG002
+        """A copy with what depends on the encoded targets of the training split, such as the weights of classes."""
+        return self
+
+    @abstractmethod
+    def count_targets(self, targets: Mapping[str, Sequence[Target]]) -> dict[str, dict[str, int]]:
+        """By split, how many targets there are of each class, or of each range of values: the table of the data check.
+        Every split has the same names."""
+
+    def refuse_unlearnable(self, counts: Mapping[str, Mapping[str, int]]) -> None:  # noqa: B027  # few tasks refuse
+        """Raises DataError where `count_targets` shows that nothing can be learned."""
+
+    def describe_counts(self, counts: Mapping[str, Mapping[str, int]]) -> list[str]:  # noqa: ARG002
+        """What a person should know of `count_targets` before training, as sentences for a terminal."""
+        return []
+
+    # --- learning ---
+
+    @property
+    @abstractmethod
+    def model_args(self) -> dict[str, Json]:
+        """What `Model.build` must know of the task: {"classes": 10} is a head that gives ten numbers."""
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Tensors) -> Tensors:
+        """Named sums, scalars, over a batch or a part of it, from what the network returns. Training minimises the
+        total of each sum divided by its count."""
+
+    def counts(self, targets: Tensors) -> Tensors:
+        """What each sum of `loss` is divided by, scalars that depend on the targets only. They are summed over
+        micro-batches and processes. Called where `has_counts`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def guessing_loss(self) -> float:
+        """The loss of a network that has learned nothing: a training far above it diverges."""
+
+    # --- answers ---
+
+    @property
+    @abstractmethod
+    def outputs(self) -> Schema:
+        """Of `predict`, and so of the exported graph. Shapes are fixed: lists of unknown length are padded."""
+
+    @abstractmethod
+    def predict(self, outputs: Any) -> Tensors:
+        """float32 tensors of `outputs` (B, …) from what the network returns. Part of the exported graph."""
+
+    @abstractmethod
+    def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:
+        """For one example of `predict`; of a list, at most the `top` likeliest entries."""
+
+    def texts(self, predictions: Arrays, geometries: Sequence[Geometry]) -> dict[str, list[str]]:
+        """`text_outputs` of B examples of `predict`, for a server. A task overrides it where it can do better than one
+        answer after another."""
+        texts: dict[str, list[str]] = {name: [] for name in self.text_outputs}
+        for i, geometry in enumerate(geometries):
+            one = {name: array[i] for name, array in predictions.items()}
+            values = self.answer(one, geometry, top=sys.maxsize).values
+            for name, column in texts.items():
+                value = values if name == "answer" else values[name]
+                column.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+        return texts
+
+    @abstractmethod
+    def describe_target(self, target: Arrays, geometry: Geometry) -> Answer:
+        """A true target in the form of an answer, for galleries. `target` is one example of `targets`."""
+
+    # --- scores ---
+
+    @abstractmethod
+    def records(self, predictions: Arrays, targets: Mapping[str, Stored]) -> Records:
+        """Of N examples. Raises DataError for no examples, and Diverged for predictions that aren't finite."""
+
+    @abstractmethod
+    def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
+        """Every score by its name. `weights` (N,), integers or not, say how often each example counts; None: once.
+        Every score must be defined where whole classes have no weight."""
+
+    def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """`scores` (R,) for each row of weights (R, N). A task overrides it where it can do better than one row after
+        another."""
+        rows = [self.scores(records, row) for row in weights]
+        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+    def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:  # noqa: ARG002
+        """95 % intervals of scores that have a closed form, which needs no resamples; examples are independent."""
+        return {}
+
+    def closed_difference(self, before: Records, after: Records) -> Difference | None:  # noqa: ARG002
+        """The gain in the primary metric on the same independent examples; None: it has no closed form."""
+        return None
+
+    @abstractmethod
+    def errors(self, records: Records) -> np.ndarray:
+        """How wrong each answer is (N,); 0: right. The report shows the worst."""
+
+    @abstractmethod
+    def drift(self, expected: Arrays, answered: Arrays) -> np.ndarray:
+        """How far each answer is from the reference's (N,), from 0 (equal) to about 1 (unrelated)."""
+
+    def agreement(self, expected: Arrays, answered: Arrays) -> np.ndarray | None:  # noqa: ARG002
+        """Whether each answer decides as the reference's does, bool (N,), such as for the same class; None: answers of
+        this task are no decisions."""
+        return None
+
+    def evaluate(self, records: Records) -> dict[str, Json]:  # noqa: ARG002
+        """Figures beyond `scores`, as plain values for JSON; `sections` shows them."""
+        return {}
+
+    @classmethod
+    def sections(cls, figures: Mapping[str, Json]) -> list[Section]:  # noqa: ARG003
+        """What the report shows of `evaluate`'s figures, each of which may be missing."""
+        return []
+
+
+def check_predictions(predictions: Arrays, count: int) -> None:
+    """Raises DataError where there are no examples (`count`), and Diverged for predictions that aren't finite."""
+    if not count:
+        raise DataError("The split has no examples to evaluate.", fix="Give one with labelled inputs.")
+    for values in predictions.values():
+        assert len(values) == count, (len(values), count)
+        if not np.isfinite(values).all():
+            raise Diverged(
+                "The model's answers are not finite numbers.", fix="Train again with a lower lr or clip_norm."
+            )
