@@ -15,7 +15,7 @@ from PIL import Image
 
 import suanli
 from suanli.core.errors import DataError, StorageError
-from suanli.core.types import SPLITS, Recipe, Row, Source
+from suanli.core.types import SPLITS, Example, Recipe, Source
 from suanli.data.cache import prepare_source
 from suanli.data.source import find_source
 from suanli.data.splits import content_digest, split_of
@@ -42,14 +42,14 @@ def test_splits_have_their_shares(seed: int, val: float, test: float) -> None:
 def array_source(arrays: list[np.ndarray], labels: list[str], splits: list[str | None] | None = None) -> Source:
     splits = splits or [None] * len(arrays)
     rows = [
-        Row(name=f"row{i}", label=label, split=split, read=lambda a=a: a)
+        Example(name=f"row{i}", target=label, split=split, read=lambda a=a: a)
         for i, (a, label, split) in enumerate(zip(arrays, labels, splits, strict=True))
     ]
     fingerprint = content_digest(b"".join(content_digest(a) for a in arrays)).hex() + str(labels) + str(splits)
     return Source(
         name="arrays",
         kind="image",
-        rows=rows,
+        examples=rows,
         classes=tuple(sorted(set(labels))),
         fingerprint=fingerprint,
         size_bytes=1,
@@ -101,8 +101,8 @@ def test_every_input_is_in_exactly_one_split_with_its_own_pixels(tmp_path: Path)
         for position, name in enumerate(split.names):
             i = int(name.removeprefix("row"))
             seen.append(i)
-            np.testing.assert_array_equal(split.inputs[split.index[position]], arrays[i])
-            assert split.classes[split.targets[position]] == labels[i]
+            np.testing.assert_array_equal(split.inputs["image"][split.index[position]], arrays[i])
+            assert prepared.task.classes[split.targets["class"][position]] == labels[i]
     assert sorted(seen) == list(range(90))
 
 
@@ -137,7 +137,9 @@ def test_the_second_time_nothing_is_decoded(picture_folder: Callable[..., Path])
     assert not suanli.prepare(root).reused
 
 
-@pytest.mark.parametrize("file", ["rows.npy", "meta.json", "names.json", "split.npy"])
+@pytest.mark.parametrize(
+    "file", ["inputs/image.npy", "targets/class.npy", "geometries.npy", "meta.json", "names.json", "split.npy"]
+)
 def test_a_damaged_cache_is_made_again(picture_folder: Callable[..., Path], file: str) -> None:
     root = picture_folder()
     first = suanli.prepare(root)
@@ -185,7 +187,7 @@ def test_one_class_is_refused(tmp_path: Path) -> None:
 
     prepared = prepare_source(source, Recipe(), tmp_path, threads=2)
     with pytest.raises(DataError, match="Only one class"):
-        refuse_unlearnable(prepared.findings)
+        refuse_unlearnable(prepared.findings, prepared.task)
 
 
 def test_a_class_with_a_single_image_is_refused(picture_folder: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suanli.core.types import Split
-from suanli.data.loader import Feed, Order, mix
+from suanli.data.loader import Feed, FetchedBatch, Order, mix
 from suanli.machine import device
 
 CPU = device.detect("cpu")
@@ -25,12 +25,19 @@ def split(tmp_path: Path) -> Split:
     np.save(tmp_path / "rows.npy", random.integers(0, 256, (100, 4, 5, 3), dtype=np.uint8))
     index = np.sort(random.permutation(100)[:70])
     return Split(
-        inputs=np.load(tmp_path / "rows.npy", mmap_mode="r"),
+        inputs={"image": np.load(tmp_path / "rows.npy", mmap_mode="r")},
         index=index,
-        targets=random.integers(0, 3, 70),
+        targets={"class": random.integers(0, 3, 70)},
         names=[str(i) for i in index],
-        classes=("a", "b", "c"),
+        geometries=np.zeros((70, 3, 2)),
     )
+
+
+def assert_equal_batches(one: FetchedBatch, other: FetchedBatch) -> None:
+    for a, b in zip(one[:2], other[:2], strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert torch.equal(one[2], other[2])
 
 
 def test_mapped_and_resident_batches_are_equal(split: Split) -> None:
@@ -38,14 +45,14 @@ def test_mapped_and_resident_batches_are_equal(split: Split) -> None:
     resident, mapped = (list(Feed(split, CPU, resident=r).batches(iter(steps))) for r in (True, False))
     assert len(resident) == len(mapped) == 10
     for one, other in zip(resident, mapped, strict=True):
-        for a, b in zip(one, other, strict=True):
-            assert torch.equal(a, b)
+        assert_equal_batches(one, other)
 
 
 def test_rows_belong_to_their_targets(split: Split) -> None:
     for rows, targets, positions in Feed(split, CPU, resident=False).in_order(32):
-        np.testing.assert_array_equal(rows.numpy(), split.inputs[split.index[positions.numpy()]])
-        np.testing.assert_array_equal(targets.numpy(), split.targets[positions.numpy()])
+        expected = split.inputs["image"][split.index[positions.numpy()]]  # type: ignore[index]
+        np.testing.assert_array_equal(rows["image"].numpy(), expected)
+        np.testing.assert_array_equal(targets["class"].numpy(), split.targets["class"][positions.numpy()])  # type: ignore[index]
 
 
 def test_an_error_while_reading_ahead_comes_out_and_no_thread_stays(split: Split) -> None:

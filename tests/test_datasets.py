@@ -52,16 +52,16 @@ def write_mnist(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def test_digits_are_whole_and_fill_the_grey_scale(tmp_path: Path) -> None:
     source = read("digits", tmp_path)
-    assert len(source.rows) == 1797
+    assert len(source.examples) == 1797
     assert source.classes == tuple("0123456789")
-    assert {row.split for row in source.rows} == {None}
-    images = np.stack([row.read() for row in source.rows])
+    assert {row.split for row in source.examples} == {None}
+    images = np.stack([row.read() for row in source.examples])
     assert images.shape == (1797, 8, 8)
     assert images.dtype == np.uint8
     assert (images.min(), images.max()) == (0, 255)
     published = load_digits()
     assert np.array_equal(images, np.rint(published.images * 255 / 16))
-    assert [row.label for row in source.rows] == [str(target) for target in published.target]
+    assert [row.target for row in source.examples] == [str(target) for target in published.target]
 
 
 def test_digits_are_read_without_importing_what_carries_them() -> None:
@@ -74,11 +74,11 @@ def test_digits_are_read_without_importing_what_carries_them() -> None:
 def test_idx_files_become_rows(name: str, tmp_path: Path) -> None:
     images, labels = write_mnist(tmp_path)
     source = read(name, tmp_path)
-    assert Counter(row.split for row in source.rows) == {"train": 7, "test": 7}
+    assert Counter(row.split for row in source.examples) == {"train": 7, "test": 7}
     assert len(source.classes) == 10
-    for row, image, label in zip(source.rows, images, labels, strict=False):
+    for row, image, label in zip(source.examples, images, labels, strict=False):
         assert np.array_equal(row.read(), image)
-        assert row.label == source.classes[label]
+        assert row.target == source.classes[label]
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_cifar_records_become_rows(name: str, label_bytes: int, train: int, tmp_
     file = f"cifar-{name.removeprefix('cifar')}-binary.tar.gz"
     tar_gz(tmp_path / file, cifar_members(label_bytes))
     source = read(name, tmp_path)
-    assert Counter(row.split for row in source.rows) == {"train": train, "test": 2}
-    assert [row.label for row in source.rows[:3]] == list(source.classes)
-    image = source.rows[0].read()
+    assert Counter(row.split for row in source.examples) == {"train": train, "test": 2}
+    assert [row.target for row in source.examples[:3]] == list(source.classes)
+    image = source.examples[0].read()
     assert image.shape == (32, 32, 3)
     assert image.dtype == np.uint8
     assert image[5, 7].tolist() == [1, 2, 3]
@@ -174,10 +174,10 @@ def imagenette_members(folders: list[str]) -> dict[str, bytes]:
 def test_imagenette_val_is_the_test_and_folders_get_names(tmp_path: Path) -> None:
     tar_gz(tmp_path / "imagenette2-160.tgz", imagenette_members(list(IMAGENETTE)))
     source = read("imagenette", tmp_path)
-    assert Counter(row.split for row in source.rows) == {"train": 10, "test": 10}
+    assert Counter(row.split for row in source.examples) == {"train": 10, "test": 10}
     assert source.classes == tuple(IMAGENETTE.values())
-    assert {row.label for row in source.rows} == set(source.classes)
-    with Image.open(io.BytesIO(source.rows[-1].read())) as image:
+    assert {row.target for row in source.examples} == set(source.classes)
+    with Image.open(io.BytesIO(source.examples[-1].read())) as image:
         assert image.size == (8, 8)
 
 

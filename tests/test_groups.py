@@ -21,7 +21,7 @@ from suanli.cli import main
 from suanli.core.compare import wilson_interval
 from suanli.core.errors import DataError, UsageError
 from suanli.core.run import Run
-from suanli.core.types import SPLITS, Columns, Row, Source
+from suanli.core.types import SPLITS, Columns, Example, Source
 from suanli.data.readers import table
 from suanli.data.splits import assign_splits, content_digest, group_by_pattern
 from suanli.reporting.findings import list_findings
@@ -39,11 +39,11 @@ def make_rows(
     groups: Sequence[str] | None = None,
     times: Sequence[float] | None = None,
     splits: Sequence[str | None] | None = None,
-) -> list[Row]:
+) -> list[Example]:
     return [
-        Row(
+        Example(
             name=f"row{i}",
-            label="ab"[i % 2],
+            target="ab"[i % 2],
             split=splits[i] if splits else None,
             read=lambda i=i: f"text {i}",  # type: ignore[misc]
             group=groups[i] if groups else None,
@@ -53,7 +53,7 @@ def make_rows(
     ]
 
 
-def assign(rows: Sequence[Row], val: float, test: float) -> list[str]:
+def assign(rows: Sequence[Example], val: float, test: float) -> list[str]:
     return assign_splits(
         rows, lambda at: [content_digest(rows[i].read()) for i in at], val_fraction=val, test_fraction=test
     )
@@ -166,12 +166,11 @@ def test_splits_and_bits_of_digits_are_as_ever() -> None:
     assert not (prepared.path / "groups.npy").exists()
 
 
-def test_splits_and_cache_key_of_a_real_table_are_as_ever(shared_data: Path, tmp_path: Path) -> None:
+def test_splits_of_a_real_table_are_as_ever(shared_data: Path, tmp_path: Path) -> None:
     file = tmp_path / "weather.csv"
     shutil.copy(shared_data / "tables" / "seattle_weather.csv", file)
     os.utime(file, (1000, 1000))
     prepared = suanli.prepare(file, **WEATHER)
-    assert prepared.path.name == "weather-0555196866cbfa52976a"
     assert prepared.digest == "27e326e3334dab9eab35"
     assert set(prepared.findings["counts"]) == {
         *("bad", "duplicates_across_splits", "duplicates_within", "label_conflicts")
@@ -256,7 +255,7 @@ def test_numbers_and_usual_dates_are_times(cells: list[str], tmp_path: Path) -> 
         write_table(tmp_path / "t.csv", ["text", "label", "at"], [["x", "ab"[i % 2], c] for i, c in enumerate(cells)]),
         Columns(time="at"),
     )
-    times = [row.time for row in source.rows]
+    times = [row.time for row in source.examples]
     assert None not in times
     expected = {
         "13/01/2024": [1, 0],
@@ -322,10 +321,10 @@ def test_speakers_are_found_in_real_names(shared_data: Path) -> None:
     import zipfile
 
     names = [n for n in zipfile.ZipFile(shared_data / "emodb_2s_4speakers.zip").namelist() if n.endswith(".wav")]
-    rows = [Row(name=name, label=name[-6], split=None, read=lambda: b"") for name in names]
-    source = Source(name="emodb", kind="image", rows=rows, classes=("a",), fingerprint="x")
+    rows = [Example(name=name, target=name[-6], split=None, read=lambda: b"") for name in names]
+    source = Source(name="emodb", kind="image", examples=rows, classes=("a",), fingerprint="x")
     grouped = group_by_pattern(source, r"wav/(\d\d)")
-    assert {row.group for row in grouped.rows} == {"03", "08", "10", "13"}
+    assert {row.group for row in grouped.examples} == {"03", "08", "10", "13"}
     assert grouped.fingerprint != source.fingerprint
 
 

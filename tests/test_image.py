@@ -56,15 +56,15 @@ def test_small_images_of_one_size_keep_it(height, width):
 
 
 def test_other_images_become_squares():
-    assert fit(saved(smooth(200, 300)), saved(smooth(300, 400))).row_shape == (128, 128, 3)
-    assert fit(saved(smooth(96, 96))).row_shape == (96, 96, 3)
-    assert fit(*(saved(smooth(side, 2 * side)) for side in (30, 40, 50))).row_shape == (40, 40, 3)
+    assert fit(saved(smooth(200, 300)), saved(smooth(300, 400))).inputs["image"].shape == (128, 128, 3)
+    assert fit(saved(smooth(96, 96))).inputs["image"].shape == (96, 96, 3)
+    assert fit(*(saved(smooth(side, 2 * side)) for side in (30, 40, 50))).inputs["image"].shape == (40, 40, 3)
 
 
 def test_settings_win():
     preprocess = fit(saved(smooth()), size=[20, 30], resize="pad", channels=1)
-    assert (preprocess.row_shape, preprocess.resize) == ((20, 30, 1), "pad")
-    assert fit(saved(smooth()), size=16).row_shape == (16, 16, 3)
+    assert (preprocess.inputs["image"].shape, preprocess.resize) == ((20, 30, 1), "pad")
+    assert fit(saved(smooth()), size=16).inputs["image"].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_fit_stops_early():
 def test_fit_sees_exif_rotated_sizes():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert fit(saved(smooth(20, 30), "JPEG", exif=exif)).row_shape == (30, 20, 3)
+    assert fit(saved(smooth(20, 30), "JPEG", exif=exif)).inputs["image"].shape == (30, 20, 3)
 
 
 def test_fit_without_images():
@@ -132,14 +132,14 @@ def test_fit_without_images():
 def test_lossless_pixels_are_unchanged():
     pixels = smooth()
     encoded = native().encode(saved(pixels))
-    assert (encoded.row == pixels).all()
-    assert (encoded.size, encoded.traits) == ((40, 60), ())
+    assert (encoded.arrays["image"] == pixels).all()
+    assert (encoded.geometry.size, encoded.traits) == ((40, 60), ())
 
 
 def test_jpeg_agrees_with_pillow():
     data = saved(smooth(), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-    assert np.abs(native().encode(data).row - expected).max() <= 2
+    assert np.abs(native().encode(data).arrays["image"] - expected).max() <= 2
 
 
 def test_digest_is_that_of_the_picture_not_of_the_file():
@@ -147,7 +147,7 @@ def test_digest_is_that_of_the_picture_not_of_the_file():
     forms = [saved(grey), saved(grey, "BMP"), saved(np.repeat(grey, 3, axis=2)), saved(grey, "GIF"), grey, grey[..., 0]]
     assert len({native().encode(form).digest for form in forms}) == 1
     jpeg = saved(smooth(), "JPEG")
-    assert native().encode(jpeg).digest == native().encode(saved(native().encode(jpeg).row)).digest
+    assert native().encode(jpeg).digest == native().encode(saved(native().encode(jpeg).arrays["image"])).digest
     assert native().encode(np.zeros((4, 6), np.uint8)).digest != native().encode(np.zeros((6, 4), np.uint8)).digest
 
 
@@ -160,10 +160,10 @@ def test_exif_orientation_is_applied(kind, orientation):
     data = saved(smooth(), kind, exif=exif, **options)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     encoded = native(*upright.shape[:2]).encode(data)
-    assert np.abs(encoded.row - upright.astype(int)).max() <= 2
-    assert encoded.size == upright.shape[:2]
+    assert np.abs(encoded.arrays["image"] - upright.astype(int)).max() <= 2
+    assert encoded.geometry.size == upright.shape[:2]
     assert ("exif-rotated" in encoded.traits) == (orientation != 1)
-    assert fit(data).row_shape[:2] == upright.shape[:2]
+    assert fit(data).inputs["image"].shape[:2] == upright.shape[:2]
 
 
 def test_damaged_exif_does_not_damage_the_picture():
@@ -183,7 +183,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
     tiff = saved(Image.fromarray(values), "TIFF")
     for raw in (png, tiff, values):
         encoded = native(8, 8, channels=1).encode(raw)
-        assert np.abs(encoded.row[..., 0] - expected).max() <= 1
+        assert np.abs(encoded.arrays["image"][..., 0] - expected).max() <= 1
         assert encoded.traits == ("16-bit",)
 
 
@@ -196,7 +196,7 @@ def test_sixteen_bit_colour_is_a_trait():
     )
     encoded = native(2, 2).encode(data)
     assert encoded.traits == ("16-bit",)
-    assert abs(int(encoded.row[0, 1, 2]) - 50000 // 257) <= 1
+    assert abs(int(encoded.arrays["image"][0, 1, 2]) - 50000 // 257) <= 1
 
 
 def test_transparency_is_composed_on_white():
@@ -204,21 +204,21 @@ def test_transparency_is_composed_on_white():
     pixels[:2, :, 3] = 255  # black above, nothing below
     for raw in (saved(pixels), saved(pixels, "WEBP", lossless=True), pixels):
         encoded = native(4, 4, channels=1).encode(raw)
-        assert (encoded.row[:2] == 0).all()
-        assert (encoded.row[2:] == 255).all()
+        assert (encoded.arrays["image"][:2] == 0).all()
+        assert (encoded.arrays["image"][2:] == 255).all()
         assert "alpha" in encoded.traits
     grey_alpha = Image.fromarray(pixels).convert("LA")
-    assert native(4, 4, channels=1).encode(saved(grey_alpha)).row[3, 3, 0] == 255
+    assert native(4, 4, channels=1).encode(saved(grey_alpha)).arrays["image"][3, 3, 0] == 255
 
 
 def test_palettes():
     image = Image.fromarray(smooth()).quantize(16)
     encoded = native().encode(saved(image))
-    assert (encoded.row == np.asarray(image.convert("RGB"))).all()
+    assert (encoded.arrays["image"] == np.asarray(image.convert("RGB"))).all()
     assert encoded.traits == ("palette",)
     transparent = native().encode(saved(image, transparency=image.getpixel((0, 0))))
     assert transparent.traits == ("palette", "alpha")
-    assert (transparent.row[0, 0] == 255).all()
+    assert (transparent.arrays["image"][0, 0] == 255).all()
     assert native().encode(saved(image, transparency=bytes([0, 128]))).traits == ("palette", "alpha")
 
 
@@ -227,21 +227,26 @@ def test_cmyk():
     data = saved(image, "JPEG")
     encoded = native().encode(data)
     assert encoded.traits == ("cmyk",)
-    assert np.abs(encoded.row - np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)).max() <= 2
+    assert (
+        np.abs(encoded.arrays["image"] - np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)).max() <= 2
+    )
 
 
 def test_one_bit_and_grey_in_a_colour_data_set():
     bits = Image.fromarray(smooth(channels=1)[..., 0]).convert("1")
     encoded = native().encode(saved(bits))
-    assert set(np.unique(encoded.row)) == {0, 255}
+    assert set(np.unique(encoded.arrays["image"])) == {0, 255}
     assert encoded.traits == ("grey",)
-    assert (native().encode(saved(smooth(channels=1))).row == smooth(channels=1)).all()
+    assert (native().encode(saved(smooth(channels=1))).arrays["image"] == smooth(channels=1)).all()
 
 
 def test_colour_in_a_grey_data_set():
     encoded = native(channels=1).encode(saved(smooth()))
     assert encoded.traits == ("colour",)
-    assert np.abs(encoded.row[..., 0] - np.asarray(Image.fromarray(smooth()).convert("L")).astype(int)).max() <= 1
+    assert (
+        np.abs(encoded.arrays["image"][..., 0] - np.asarray(Image.fromarray(smooth()).convert("L")).astype(int)).max()
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
@@ -249,8 +254,8 @@ def test_the_first_frame_of_an_animation(kind):
     frames = [Image.new("RGB", (6, 6), colour) for colour in ("red", "blue")]
     encoded = native(6, 6).encode(saved(frames[0], kind, save_all=True, append_images=frames[1:]))
     assert "animated" in encoded.traits
-    assert encoded.row[0, 0, 0] > 200
-    assert encoded.row[0, 0, 2] < 60
+    assert encoded.arrays["image"][0, 0, 0] > 200
+    assert encoded.arrays["image"][0, 0, 2] < 60
 
 
 # --- encode: sizes -----------------------------------------------------------------------------
@@ -259,13 +264,13 @@ def test_the_first_frame_of_an_animation(kind):
 def test_crop_keeps_the_middle():
     pixels = np.zeros((20, 60, 1), np.uint8)
     pixels[:, 20:40] = 200
-    assert (native(10, 10, channels=1).encode(pixels).row == 200).all()
+    assert (native(10, 10, channels=1).encode(pixels).arrays["image"] == 200).all()
 
 
 def test_squash_and_pad_keep_everything():
     pixels = np.full((20, 60), 200, np.uint8)
-    assert (native(10, 10, channels=1, resize="squash").encode(pixels).row == 200).all()
-    padded = native(12, 12, channels=1, resize="pad").encode(pixels).row[..., 0]
+    assert (native(10, 10, channels=1, resize="squash").encode(pixels).arrays["image"] == 200).all()
+    padded = native(12, 12, channels=1, resize="pad").encode(pixels).arrays["image"][..., 0]
     assert (padded[4:8] == 200).all()
     assert (padded[:4] == 128).all()
     assert (padded[8:] == 128).all()
@@ -274,7 +279,7 @@ def test_squash_and_pad_keep_everything():
 def test_resizing_agrees_with_pillow():
     pixels = RANDOM.integers(0, 256, (100, 150, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(pixels).resize((48, 32), Image.Resampling.BILINEAR)).astype(int)
-    assert np.abs(native(32, 48, resize="squash").encode(pixels).row - expected).max() <= 1
+    assert np.abs(native(32, 48, resize="squash").encode(pixels).arrays["image"] - expected).max() <= 1
 
 
 @given(
@@ -287,13 +292,17 @@ def test_resizing_agrees_with_pillow():
 def test_every_size_fits_every_size(size, target, resize, channels, stored):
     preprocess = native(*target, resize=resize, channels=channels)
     encoded = preprocess.encode(np.full((*size, stored), 77, np.uint8))
-    assert encoded.row.shape == (*target, channels)
-    assert encoded.row.flags.c_contiguous
-    assert encoded.size == size
+    assert encoded.arrays["image"].shape == (*target, channels)
+    assert encoded.arrays["image"].flags.c_contiguous
+    assert encoded.geometry.size == size
 
 
 def test_a_strip_costs_no_memory():
-    assert native(128, 128, channels=1).encode(np.zeros((1, 1_000_000), np.uint8)).row.shape == (128, 128, 1)
+    assert native(128, 128, channels=1).encode(np.zeros((1, 1_000_000), np.uint8)).arrays["image"].shape == (
+        128,
+        128,
+        1,
+    )
 
 
 # --- encode: what is wrong ---------------------------------------------------------------------
@@ -335,9 +344,9 @@ def test_every_cut_of_a_jpeg_is_refused():
 def test_jpeg_with_a_hole_is_refused_and_stray_bytes_are_not():
     data = simplejpeg.encode_jpeg(RANDOM.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     assert "cut short" in error_of(data[: len(data) // 2] + b"\xff\xd9")
-    expected = native(64, 64).encode(data).row
-    assert (native(64, 64).encode(data + b"appended by a camera").row == expected).all()
-    assert (native(64, 64).encode(data[:-2] + b"\0\0\0" + data[-2:]).row == expected).all()
+    expected = native(64, 64).encode(data).arrays["image"]
+    assert (native(64, 64).encode(data + b"appended by a camera").arrays["image"] == expected).all()
+    assert (native(64, 64).encode(data[:-2] + b"\0\0\0" + data[-2:]).arrays["image"] == expected).all()
 
 
 def bomb(width, height):
@@ -373,7 +382,7 @@ def test_damaged_bytes_give_a_row_or_a_bad_input(data, kind):
     for _ in range(data.draw(st.integers(1, 6))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     with suppress(BadInput):
-        assert native(12, 16).encode(bytes(good)).row.shape == (12, 16, 3)
+        assert native(12, 16).encode(bytes(good)).arrays["image"].shape == (12, 16, 3)
 
 
 @given(
@@ -381,7 +390,7 @@ def test_damaged_bytes_give_a_row_or_a_bad_input(data, kind):
 )
 def test_any_bytes_give_a_row_or_a_bad_input(data, start):
     with suppress(BadInput):
-        assert native(12, 16).encode(start + data).row.shape == (12, 16, 3)
+        assert native(12, 16).encode(start + data).arrays["image"].shape == (12, 16, 3)
 
 
 def test_threads_get_the_same_rows():
@@ -391,7 +400,10 @@ def test_threads_get_the_same_rows():
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
             encoded = list(pool.map(preprocess.encode, raws))
-            assert all((a.row == b.row).all() and a.digest == b.digest for a, b in zip(encoded, expected, strict=True))
+            assert all(
+                (a.arrays["image"] == b.arrays["image"]).all() and a.digest == b.digest
+                for a, b in zip(encoded, expected, strict=True)
+            )
 
 
 # --- to the model ------------------------------------------------------------------------------
@@ -399,8 +411,8 @@ def test_threads_get_the_same_rows():
 
 def test_measured_inputs_have_zero_mean_and_unit_spread():
     rows = RANDOM.integers(0, 256, (500, 10, 7, 3), dtype=np.uint8) // np.array([1, 2, 4], np.uint8)
-    preprocess = native(10, 7).measure(rows)
-    inputs = preprocess.to_model(torch.from_numpy(rows))
+    preprocess = native(10, 7).measure({"image": rows})
+    inputs = preprocess.to_model({"image": torch.from_numpy(rows)})["image"]
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     assert inputs.dtype == torch.float32
     torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-3, rtol=0)
@@ -412,9 +424,9 @@ def test_to_model_computes_the_formula():
     preprocess = native(5, 4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     expected = ((rows / 255 - [0.1, 0.2, 0.3]) / [0.5, 0.6, 0.7]).transpose(0, 3, 1, 2).astype(np.float32)
     torch.testing.assert_close(
-        preprocess.to_model(torch.from_numpy(rows)), torch.from_numpy(expected), atol=1e-5, rtol=0
+        preprocess.to_model({"image": torch.from_numpy(rows)})["image"], torch.from_numpy(expected), atol=1e-5, rtol=0
     )
-    plain = native(5, 4).to_model(torch.from_numpy(rows))
+    plain = native(5, 4).to_model({"image": torch.from_numpy(rows)})["image"]
     torch.testing.assert_close(plain, torch.from_numpy((rows / 255).transpose(0, 3, 1, 2).astype(np.float32)))
 
 
@@ -422,29 +434,29 @@ def test_to_model_works_in_training_after_serving():
     rows = torch.from_numpy(RANDOM.integers(0, 256, (2, 6, 6, 3), dtype=np.uint8))
     preprocess = native(6, 6, mean=(0.3, 0.3, 0.3), std=(0.31, 0.31, 0.31))
     with torch.inference_mode():
-        preprocess.to_model(rows)
+        preprocess.to_model({"image": rows})["image"]
     layer = torch.nn.Conv2d(3, 2, 3)
-    layer(preprocess.to_model(rows)).sum().backward()
+    layer(preprocess.to_model({"image": rows})["image"]).sum().backward()
     assert layer.weight.grad is not None
 
 
 def test_constant_images_have_a_finite_spread():
     rows = np.full((9, 4, 4, 1), 255, np.uint8)
-    inputs = native(4, 4, channels=1).measure(rows).to_model(torch.from_numpy(rows))
+    inputs = native(4, 4, channels=1).measure({"image": rows}).to_model({"image": torch.from_numpy(rows)})["image"]
     assert inputs.abs().max() < 1e-3
 
 
 def test_measure_reads_a_map_in_parts(tmp_path: Path):
     rows = np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.uint8, (3000, 64, 64, 3))
     rows[:] = RANDOM.integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    measured = native(64, 64).measure(rows)
+    measured = native(64, 64).measure({"image": rows})
     np.testing.assert_allclose(measured.mean, rows[0].mean((0, 1)) / 255, atol=1e-4)
     np.testing.assert_allclose(measured.std, rows[0].std((0, 1)) / 255, atol=1e-4)
 
 
 def test_measure_without_rows():
     with pytest.raises(DataError):
-        native(4, 4).measure(np.zeros((0, 4, 4, 3), np.uint8))
+        native(4, 4).measure({"image": np.zeros((0, 4, 4, 3), np.uint8)})
 
 
 def test_model_args():
@@ -456,7 +468,7 @@ def test_model_args():
 )
 def test_preview_is_a_picture_of_visible_size(shape, size):
     row = RANDOM.integers(0, 256, shape, dtype=np.uint8)
-    preview = native(*shape[:2], channels=shape[2]).preview(row)
+    preview = native(*shape[:2], channels=shape[2]).preview({"image": row})
     image = Image.open(io.BytesIO(preview.content))
     assert (preview.media_type, image.size) == ("image/png", size)
     if shape[0] == 8:
@@ -471,22 +483,22 @@ def test_inputs_of_a_folder_and_of_a_file(tmp_path: Path):
     (tmp_path / ".hidden").mkdir()
     for name in ("z.PNG", "b/a.jpg", "notes.txt", "._z.png", ".hidden/x.png"):
         (tmp_path / name).write_bytes(name.encode())
-    inputs = list(ImagePreprocess.inputs(tmp_path))
+    inputs = list(ImagePreprocess.find_inputs(tmp_path))
     assert [name for name, _ in inputs] == [str(Path("b/a.jpg")), "z.PNG"]
     assert [read() for _, read in inputs] == [b"b/a.jpg", b"z.PNG"]
-    [(name, read)] = ImagePreprocess.inputs(tmp_path / "notes.txt")
+    [(name, read)] = ImagePreprocess.find_inputs(tmp_path / "notes.txt")
     assert (name, read()) == (str(tmp_path / "notes.txt"), b"notes.txt")
 
 
 def test_inputs_where_nothing_is(tmp_path: Path):
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(DataError):
-            list(ImagePreprocess.inputs(path))
+            list(ImagePreprocess.find_inputs(path))
 
 
 def standard_input(monkeypatch, content):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    return list(ImagePreprocess.inputs(Path("-")))
+    return list(ImagePreprocess.find_inputs(Path("-")))
 
 
 def test_inputs_from_standard_input(monkeypatch, tmp_path: Path):
@@ -511,8 +523,8 @@ def test_real_photos(shared_data: Path):
         names = [name for name in archive.namelist() if name.lower().endswith((".jpg", ".jpeg"))]
         raws = [archive.read(name) for name in islice(names, 0, None, 137)]
     preprocess = fit(*raws)
-    assert preprocess.row_shape == (128, 128, 3)
+    assert preprocess.inputs["image"].shape == (128, 128, 3)
     for raw in raws:
         image = Image.open(io.BytesIO(raw)).convert("RGB")
         expected = np.asarray(image.resize((128, 128), Image.Resampling.BILINEAR)).astype(int)
-        assert np.abs(preprocess.encode(raw).row - expected).mean() < 1
+        assert np.abs(preprocess.encode(raw).arrays["image"] - expected).mean() < 1

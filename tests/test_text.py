@@ -138,10 +138,13 @@ def test_an_unknown_setting_suggests_the_nearest():
 def test_a_row_is_ids_then_padding():
     preprocess = fit(length=6)  # a fine film story
     encoded = preprocess.encode("A strange FINE film")
-    assert encoded.row.tolist() == [2, 1, 3, 4, 0, 0]
-    assert (encoded.row.dtype, encoded.row.shape) == (preprocess.row_dtype, preprocess.row_shape)
-    assert (encoded.traits, encoded.size) == ((), (4,))
-    assert preprocess.preview(encoded.row).content == b"a <unk> fine film"
+    assert encoded.arrays["tokens"].tolist() == [2, 1, 3, 4, 0, 0]
+    assert (encoded.arrays["tokens"].dtype, encoded.arrays["tokens"].shape) == (
+        "int32",
+        preprocess.inputs["tokens"].shape,
+    )
+    assert (encoded.traits, encoded.geometry.size) == ((), (4,))
+    assert preprocess.preview(encoded.arrays).content == b"a <unk> fine film"
 
 
 def test_unusual_texts_have_traits():
@@ -183,33 +186,33 @@ def test_a_text_of_megabytes_costs_no_more_than_a_short_one(text):
 def test_any_input_is_encoded_or_refused(raw):
     preprocess = fit(length=5)
     try:
-        row = preprocess.encode(raw).row
+        row = preprocess.encode(raw).arrays["tokens"]
     except BadInput:
         return
     assert row.shape == (5,)
     assert row[0] > 0
     assert 0 <= row.min() <= row.max() < preprocess.model_args["vocabulary_size"]
     assert (row[: np.count_nonzero(row)] > 0).all()
-    preprocess.preview(row).content.decode()
+    preprocess.preview({"tokens": row}).content.decode()
 
 
 def test_settings_go_through_json_and_back():
     preprocess = fit([*TEXTS, "早餐 早餐 \ud800 \ud800"])
     again = PREPROCESS(**json.loads(json.dumps(preprocess.settings(), ensure_ascii=False).encode()))
     assert again == preprocess
-    assert again.encode("fine 早").row.tolist() == preprocess.encode("fine 早").row.tolist()
+    assert again.encode("fine 早").arrays["tokens"].tolist() == preprocess.encode("fine 早").arrays["tokens"].tolist()
 
 
 def test_a_preview_of_chinese_has_no_spaces():
     preprocess = fit(["早餐很好 wifi fast"], min_count=1)
-    assert preprocess.preview(preprocess.encode("早餐 wifi 很好").row).content.decode() == "早餐 wifi 很好"
+    assert preprocess.preview(preprocess.encode("早餐 wifi 很好").arrays).content.decode() == "早餐 wifi 很好"
 
 
 # --- inputs ---
 
 
 def read(path) -> list[tuple[str, object]]:
-    return [(name, raw()) for name, raw in PREPROCESS.inputs(path)]
+    return [(name, raw()) for name, raw in PREPROCESS.find_inputs(path)]
 
 
 def test_each_line_of_a_text_file_is_one_input(tmp_path):
@@ -238,11 +241,11 @@ def test_standard_input_is_read_line_by_line(monkeypatch):
 def test_paths_without_texts_are_refused_with_a_fix(tmp_path):
     (tmp_path / "data.tsv").write_text("label\ttext\n0\tbad\n")
     with pytest.raises(UsageError, match="one text a line"):
-        PREPROCESS.inputs(tmp_path / "data.tsv")
+        PREPROCESS.find_inputs(tmp_path / "data.tsv")
     with pytest.raises(DataError, match="exist"):
-        PREPROCESS.inputs(tmp_path / "none.txt")
+        PREPROCESS.find_inputs(tmp_path / "none.txt")
     with pytest.raises(DataError, match=r"No \.txt files"):
-        PREPROCESS.inputs(tmp_path)
+        PREPROCESS.find_inputs(tmp_path)
 
 
 # --- model, augmentation, recipe ---
@@ -277,7 +280,11 @@ def test_impossible_sizes_are_refused():
 def batch(ids: torch.Tensor) -> Batch:
     count = len(ids)
     return Batch(
-        inputs=ids, targets=torch.zeros(count, dtype=torch.int64), index=torch.arange(count), epoch=0, classes=2
+        inputs={"tokens": ids},
+        targets={"class": torch.zeros(count, dtype=torch.int64)},
+        index=torch.arange(count),
+        epoch=0,
+        classes=2,
     )
 
 
@@ -285,14 +292,14 @@ def test_word_dropout_replaces_its_share_of_tokens_and_no_padding():
     ids = torch.randint(2, 100, (200, 100))
     ids[:, 60:] = 0
     before = ids.clone()
-    dropped = WordDropout(p=0.25)(batch(ids), torch.Generator().manual_seed(0)).inputs
+    dropped = WordDropout(p=0.25)(batch(ids), torch.Generator().manual_seed(0)).inputs["tokens"]
     assert torch.equal(ids, before)
     assert dropped.dtype == torch.int64
     assert not dropped[:, 60:].any()
     changed = dropped != ids
     assert (dropped[changed] == 1).all()
     assert changed[:, :60].float().mean().item() == pytest.approx(0.25, abs=0.02)
-    again = WordDropout(p=0.25)(batch(ids), torch.Generator().manual_seed(0)).inputs
+    again = WordDropout(p=0.25)(batch(ids), torch.Generator().manual_seed(0)).inputs["tokens"]
     assert torch.equal(dropped, again)
 
 
@@ -303,7 +310,9 @@ def test_an_impossible_share_is_refused(p):
 
 
 def traits(kind: str, examples: int = 50_000) -> Traits:
-    return Traits(kind=kind, input_shape=(), examples=examples, classes=2, weights=False, model=None)
+    return Traits(
+        kind=kind, annotation="class", input_shape=(), examples=examples, classes=2, weights=False, model=None
+    )
 
 
 def test_the_recipe_is_for_text_only():
@@ -324,16 +333,16 @@ def test_it_learns_what_words_alone_do_not_tell():
     good = ["it is good and not bad", "not bad but good", "so good and not bad at all"]
     bad = ["it is bad and not good", "not good but bad", "so bad and not good at all"]
     preprocess = fit(good + bad, min_count=1)
-    rows = torch.from_numpy(np.stack([preprocess.encode(text).row for text in good + bad]))
+    rows = torch.from_numpy(np.stack([preprocess.encode(text).arrays["tokens"] for text in good + bad]))
     targets = torch.tensor([1, 1, 1, 0, 0, 0])
     torch.manual_seed(0)
     model = build(classes=2, **preprocess.model_args, dropout=0.0, embedding_dropout=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(preprocess.to_model(rows)), targets).backward()
+        torch.nn.functional.cross_entropy(model(preprocess.to_model({"tokens": rows})["tokens"]), targets).backward()
         optimizer.step()
-    assert (model(preprocess.to_model(rows)).argmax(1) == targets).all()
+    assert (model(preprocess.to_model({"tokens": rows})["tokens"]).argmax(1) == targets).all()
 
 
 def test_english_sentences_of_films_are_mostly_known_words():
@@ -342,6 +351,6 @@ def test_english_sentences_of_films_are_mostly_known_words():
         pytest.skip(f"needs the real sentences of {path.parent}")
     texts = [line.split("\t")[1] for line in path.read_text(encoding="utf-8").splitlines()[1:5001]]
     preprocess = fit(texts)
-    rows = np.stack([preprocess.encode(text).row for text in texts])
+    rows = np.stack([preprocess.encode(text).arrays["tokens"] for text in texts])
     assert (rows == 1).sum() < 0.15 * (rows > 0).sum()
     assert 20 <= preprocess.length <= 60

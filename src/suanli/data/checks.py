@@ -15,7 +15,9 @@ import numpy as np
 
 from suanli.core.console import plural
 from suanli.core.errors import DataError
-from suanli.core.types import SPLITS, Row, Source
+from suanli.core.schema import Geometry
+from suanli.core.task import Task
+from suanli.core.types import SPLITS, Example, Source, Target
 
 LISTED = 100
 FEW_GROUPS = 5  # a split with fewer says little about groups that the model hasn't seen
@@ -63,9 +65,10 @@ class Findings(TypedDict):
     duplicates_within: list[EqualInputs]
     label_conflicts: list[EqualInputs]
     counts: dict[str, int]  # how long the lists of bad inputs, duplicates and conflicts are before they are cut
-    class_counts: dict[str, dict[str, int]]  # by split and class, of inputs that can be decoded
-    imbalance: float | None  # inputs of the largest class over those of the smallest; None: there are none
+    class_counts: dict[str, dict[str, int]]  # by split and class, or range of values, of inputs that can be decoded
+    imbalance: float | None  # inputs of the largest class over those of the smallest; None: there are no classes
     empty_classes: list[str]
+    remarks: NotRequired[list[str]]  # what the task says of `class_counts`; older versions didn't write it
     traits: dict[str, int]  # how many inputs have each, the most frequent first
     sizes: Sizes | None
     notes: list[str]  # from the reader
@@ -80,20 +83,26 @@ class DecodeResult:
 
     digest: bytes = b""
     traits: tuple[str, ...] = ()
-    size: tuple[int, ...] = ()
+    geometry: Geometry | None = None
     reason: str | None = None  # why it can't be decoded; None: it can
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Before preprocessing: (H, W), or (L,)."""
+        return () if self.geometry is None else self.geometry.size
 
-def collect_findings(source: Source, splits: Sequence[str], results: Sequence[DecodeResult]) -> Findings:
-    """The findings; `splits` and `results` have one entry for each row of `source`."""
-    rows, classes = source.rows, source.classes
+
+def collect_findings(source: Source, task: Task, splits: Sequence[str], results: Sequence[DecodeResult]) -> Findings:
+    """The findings; `splits` and `results` have one entry for each example of `source`."""
+    rows = source.examples
     bad = [Bad(name=r.name, reason=d.reason) for r, d in zip(rows, results, strict=True) if d.reason is not None]
     good = [i for i, result in enumerate(results) if result.reason is None]
     across, within, conflicts = _group_equal(rows, splits, results, good)
-    counts = {s: dict.fromkeys(classes, 0) for s in SPLITS}
+    targets: dict[str, list[Target]] = {split: [] for split in SPLITS}
     for i in good:
-        counts[splits[i]][rows[i].label] += 1
-    totals = {c: sum(counts[s][c] for s in SPLITS) for c in classes}
+        targets[splits[i]].append(rows[i].target)
+    counts = task.count_targets(targets)
+    totals = {name: sum(counts[split][name] for split in SPLITS) for name in task.classes}
     filled = [n for n in totals.values() if n]
     findings: Findings = {
         "total": len(rows),
@@ -110,7 +119,8 @@ def collect_findings(source: Source, splits: Sequence[str], results: Sequence[De
         },
         "class_counts": counts,
         "imbalance": max(filled) / min(filled) if filled else None,
-        "empty_classes": [c for c, n in totals.items() if n == 0],
+        "empty_classes": [name for name, n in totals.items() if n == 0],
+        "remarks": task.describe_counts(counts),
         "traits": dict(Counter(t for i in good for t in results[i].traits).most_common()),
         "sizes": _summarize_sizes([results[i].size for i in good if results[i].size]),
         "notes": list(source.notes),
@@ -120,7 +130,7 @@ def collect_findings(source: Source, splits: Sequence[str], results: Sequence[De
     return findings
 
 
-def _add_groups(findings: Findings, rows: Sequence[Row], splits: Sequence[str], good: Sequence[int]) -> None:
+def _add_groups(findings: Findings, rows: Sequence[Example], splits: Sequence[str], good: Sequence[int]) -> None:
     if all(row.group is None for row in rows):
         return
     splits_of: dict[str, set[str]] = defaultdict(set)
@@ -138,7 +148,7 @@ def _add_groups(findings: Findings, rows: Sequence[Row], splits: Sequence[str], 
     findings["counts"]["groups_across_splits"] = len(divided)
 
 
-def _add_times(findings: Findings, rows: Sequence[Row], splits: Sequence[str], good: Sequence[int]) -> None:
+def _add_times(findings: Findings, rows: Sequence[Example], splits: Sequence[str], good: Sequence[int]) -> None:
     times = [(splits[i], time) for i in good if (time := rows[i].time) is not None]
     if times:
         latest = max((time for split, time in times if split == "train"), default=-np.inf)
@@ -151,7 +161,7 @@ def _worst_first(item: DividedGroup | EqualInputs) -> tuple[bool, bool]:
 
 
 def _group_equal(
-    rows: Sequence[Row], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
+    rows: Sequence[Example], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
 ) -> tuple[list[EqualInputs], list[EqualInputs], list[EqualInputs]]:
     """Groups of inputs with equal content: across splits, within one split, and with several labels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
@@ -164,7 +174,7 @@ def _group_equal(
         if len(members) == 1:
             continue
         in_splits = sorted({splits[i] for i in members}, key=SPLITS.index)
-        names, labels = [rows[i].name for i in members], [rows[i].label for i in members]
+        names, labels = [rows[i].name for i in members], [str(rows[i].target) for i in members]
         if len(in_splits) > 1:
             across.append({"names": names, "splits": in_splits})
         else:
@@ -202,25 +212,10 @@ def refuse_bad_share(findings: Findings, max_bad: float) -> None:
     )
 
 
-def refuse_unlearnable(findings: Findings) -> None:
+def refuse_unlearnable(findings: Findings, task: Task) -> None:
     """Raises DataError if a class or a split is too small for training or evaluation."""
+    task.refuse_unlearnable(findings["class_counts"])
     counts = findings["class_counts"]
-    totals = {c: sum(counts[s][c] for s in SPLITS) for c in counts["train"]}
-    filled = [c for c, n in totals.items() if n]
-    if len(filled) < 2:
-        raise DataError(
-            f"Only one class has usable inputs: {', '.join(map(repr, filled)) or 'none'}.",
-            fix="A classifier needs at least two; add a second class.",
-        )
-    single = [c for c in filled if totals[c] == 1]
-    if single:
-        others = len(single) - 1
-        do = "does" if others == 1 else "do"
-        also = f", and so {do} {plural(others, 'other class', 'other classes')}" if others else ""
-        raise DataError(
-            f"Class {single[0]!r} has a single usable input{also}.",
-            fix="Training and evaluation need different inputs: add more of that class or remove it.",
-        )
     few = "groups" if "groups" in findings else "inputs"
     for split in SPLITS:
         if not any(counts[split].values()):
@@ -229,12 +224,6 @@ def refuse_unlearnable(findings: Findings) -> None:
                 fix=f"With so few {few}, choose the splits yourself (folders train/, val/ and test/), "
                 "or give them a larger share: --set val_fraction=0.25 --set test_fraction=0.25.",
             )
-    untrained = [c for c in filled if counts["train"][c] == 0]
-    if untrained:
-        raise DataError(
-            f"Class {untrained[0]!r} has no training input.",
-            fix="Add some to the training split, or remove the class from the others.",
-        )
 
 
 def format_findings(findings: Findings) -> list[str]:
@@ -261,20 +250,7 @@ def format_findings(findings: Findings) -> list[str]:
         lines.append(f"{plural(counts['bad'], 'input')} left out, can't be decoded: {bad['name']} ({bad['reason']})")
     if counts["duplicates_within"]:
         lines.append(f"{plural(counts['duplicates_within'], 'group')} of identical inputs within a split")
-    untested = [
-        name
-        for name, count in findings["class_counts"]["train"].items()
-        if count and not findings["class_counts"]["test"][name]
-    ]
-    if untested:
-        lines.append(f"classes without test inputs: {', '.join(untested[:10])}")
-    if findings["empty_classes"]:
-        lines.append(f"classes without inputs: {', '.join(findings['empty_classes'][:10])}")
-    if findings["imbalance"] and findings["imbalance"] >= 3:
-        lines.append(
-            f"the largest class has {findings['imbalance']:.1f} times the inputs of the smallest; "
-            "--set class_weights=balanced may help"
-        )
+    lines += findings.get("remarks", [])
     if findings["traits"]:
         lines.append("unusual inputs, handled: " + ", ".join(f"{n} {t}" for t, n in findings["traits"].items()))
     return lines + list(findings["notes"])

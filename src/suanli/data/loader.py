@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from suanli.core.schema import Ragged, Tensors, example_bytes, take
 from suanli.core.types import Device, Split
 from suanli.machine.device import available_memory_bytes
 
@@ -22,7 +23,7 @@ RESIDENT_SHARE = 0.4  # of the available memory that a resident split may take
 READ_AHEAD = 3  # batches
 MOVED_BYTES = 256 << 20  # copied to the device at a time
 
-FetchedBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # rows, targets, positions
+FetchedBatch = tuple[Tensors, Tensors, torch.Tensor]  # inputs, targets, positions
 Read = TypeVar("Read")
 
 
@@ -67,42 +68,73 @@ class Order:
 
 
 class Feed:
-    """Batches of one split on the device: rows (B, *row_shape), targets (B,), positions (B,)."""
+    """Batches of one split on the device: cached inputs (B, …), targets (B, …), positions (B,). Ragged columns are
+    padded, with their lengths."""
 
     def __init__(self, split: Split, device: Device, *, resident: bool = False) -> None:
-        """`resident` copies every row to the device first. On a CPU the memory map is as fast, since its pages stay in
+        """`resident` copies all inputs to the device first. On a CPU the memory map is as fast, since its pages stay in
         memory."""
         self.split = split
         self.device = torch.device(device.torch_name)
-        self.targets = torch.from_numpy(split.targets).to(self.device)
-        self._rows = self._load_to_device() if resident and self.device.type != "cpu" else None
+        ragged = {name: column for name, column in split.targets.items() if isinstance(column, Ragged)}
+        self._targets = {
+            name: torch.from_numpy(column).to(self.device)
+            for name, column in split.targets.items()
+            if name not in ragged
+        }
+        self._ragged_targets = ragged
+        self._inputs = self._load_to_device() if resident and self.device.type != "cpu" else None
 
-    def _load_to_device(self) -> torch.Tensor:
-        """All rows, copied part by part, since a second copy in main memory might not fit."""
-        inputs, index = self.split.inputs, self.split.index
-        part = max(1, MOVED_BYTES // row_bytes(self.split))
-        first = torch.from_numpy(inputs[index[:1]])
+    def _load_to_device(self) -> dict[str, torch.Tensor] | None:
+        """All inputs; None: some are ragged."""
+        loaded = {}
+        for name, column in self.split.inputs.items():
+            if isinstance(column, Ragged):
+                return None
+            loaded[name] = self._load_column(column)
+        return loaded
+
+    def _load_column(self, column: np.ndarray) -> torch.Tensor:
+        """Copied part by part, since a second copy in main memory might not fit."""
+        index = self.split.index
+        part = max(1, MOVED_BYTES // max(1, column[:1].nbytes))
+        first = torch.from_numpy(column[index[:1]])
         rows = torch.empty((len(index), *first.shape[1:]), dtype=first.dtype, device=self.device)
         for start in range(0, len(index), part):
-            rows[start : start + part] = torch.from_numpy(inputs[index[start : start + part]])
+            rows[start : start + part] = torch.from_numpy(column[index[start : start + part]])
         return rows
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def rows(self, positions: torch.Tensor) -> torch.Tensor:
-        """The rows at these positions, on the device; `positions` is on the CPU."""
-        return self._pick(positions, self._move(positions))
+    def inputs(self, positions: torch.Tensor) -> Tensors:
+        """The inputs at these positions, on the device; `positions` is on the CPU."""
+        return self._pick_inputs(positions, self._move(positions))
 
-    def _pick(self, positions: torch.Tensor, on_device: torch.Tensor) -> torch.Tensor:
-        """The rows at these positions, which are passed twice: on the CPU and on the device."""
-        if self._rows is not None:
-            return self._rows.index_select(0, on_device)
-        return torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).to(self.device)
+    def _pick_inputs(self, positions: torch.Tensor, on_device: torch.Tensor) -> Tensors:
+        """The inputs at these positions, which are passed twice: on the CPU and on the device."""
+        if self._inputs is not None:
+            return {name: column.index_select(0, on_device) for name, column in self._inputs.items()}
+        return {name: tensor.to(self.device) for name, tensor in self._read_inputs(positions).items()}
+
+    def _read_inputs(self, positions: torch.Tensor) -> Tensors:
+        """From the memory map."""
+        rows = self.split.index[positions.numpy()]
+        arrays: dict[str, np.ndarray] = {}
+        for name, column in self.split.inputs.items():
+            arrays |= take(column, rows, name)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def _pick_targets(self, positions: torch.Tensor, on_device: torch.Tensor) -> Tensors:
+        targets = {name: column.index_select(0, on_device) for name, column in self._targets.items()}
+        for name, column in self._ragged_targets.items():
+            for key, array in take(column, positions.numpy(), name).items():
+                targets[key] = torch.from_numpy(array).to(self.device)
+        return targets
 
     def batches(self, steps: Iterator[torch.Tensor], *, read_ahead: bool = False) -> Iterator[FetchedBatch]:
         """A batch for each tensor of positions in `steps`. With `read_ahead`, a thread reads a few batches ahead."""
-        if not read_ahead or self._rows is not None:
+        if not read_ahead or self._inputs is not None:
             yield from map(self._batch, steps)
         elif self.device.type == "cuda":
             yield from self._copy_on_stream(steps)
@@ -111,7 +143,7 @@ class Feed:
 
     def _batch(self, positions: torch.Tensor) -> FetchedBatch:
         on_device = self._move(positions)
-        return self._pick(positions, on_device), self.targets.index_select(0, on_device), on_device
+        return self._pick_inputs(positions, on_device), self._pick_targets(positions, on_device), on_device
 
     def _move(self, positions: torch.Tensor) -> torch.Tensor:
         """A copy on the device, from pinned memory: any other copy waits until the device has finished its work."""
@@ -124,17 +156,18 @@ class Feed:
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
         def read(positions: torch.Tensor) -> tuple[FetchedBatch, torch.cuda.Event]:
-            pinned = torch.from_numpy(self.split.inputs[self.split.index[positions.numpy()]]).pin_memory()
+            pinned = {name: tensor.pin_memory() for name, tensor in self._read_inputs(positions).items()}
             with torch.cuda.stream(stream):
                 on_device = positions.pin_memory().to(self.device, non_blocking=True)
-                rows = pinned.to(self.device, non_blocking=True)
-                batch = rows, self.targets.index_select(0, on_device), on_device
+                inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in pinned.items()}
+                batch = inputs, self._pick_targets(positions, on_device), on_device
                 return batch, stream.record_event()
 
         for batch, copied in _read_ahead(read, steps):
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(copied)
-            for tensor in batch:
+            inputs, targets, on_device = batch
+            for tensor in (*inputs.values(), *targets.values(), on_device):
                 tensor.record_stream(computing)  # else its memory could be reused for the next copy too soon
             yield batch
 
@@ -145,14 +178,10 @@ class Feed:
         return self.batches(iter(torch.arange(positions.start, positions.stop).split(batch_size)))  # type: ignore[no-untyped-call]
 
 
-def row_bytes(split: Split) -> int:
-    return int(np.prod(split.inputs.shape[1:])) * split.inputs.dtype.itemsize
-
-
 def fits(split: Split, device: Device) -> bool:
     """Whether the device's memory has room for the split during training."""
     room = available_memory_bytes(device)
-    return room is None or len(split) * row_bytes(split) <= RESIDENT_SHARE * room
+    return room is None or len(split) * example_bytes(split.inputs) <= RESIDENT_SHARE * room
 
 
 def _read_ahead(read: Callable[[torch.Tensor], Read], steps: Iterator[torch.Tensor]) -> Iterator[Read]:

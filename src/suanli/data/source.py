@@ -29,12 +29,12 @@ def find_source(
     if columns.group is not None and group_pattern is not None:
         raise UsageError("--group-column and --group-pattern both say what a group is.", fix="Leave one out.")
     source = _read_source(subject, columns, data_dir)
-    if columns.group is not None and all(row.group is None for row in source.rows):
+    if columns.group is not None and all(row.group is None for row in source.examples):
         raise UsageError(
             f"--group-column is for tables, and {subject} is none.",
             fix="For folders, archives and .npz files, --group-pattern takes the group from each name.",
         )
-    if columns.time is not None and all(row.time is None for row in source.rows):
+    if columns.time is not None and all(row.time is None for row in source.examples):
         raise UsageError(f"--time-column is for tables, and {subject} is none.", fix="Leave it out.")
     return source if group_pattern is None else group_by_pattern(source, group_pattern)
 

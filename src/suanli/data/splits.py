@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from suanli.core.errors import DataError, UsageError
-from suanli.core.types import Raw, Row, Source
+from suanli.core.types import Example, Raw, Source
 
 
 def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
@@ -32,11 +32,13 @@ def content_digest(raw: Raw) -> bytes:
         raw = raw.encode(errors="surrogatepass")
     elif isinstance(raw, np.ndarray):
         raw = f"{raw.shape}{raw.dtype}".encode() + np.ascontiguousarray(raw).tobytes()
+    elif isinstance(raw, Mapping):
+        raw = b"".join(name.encode() + content_digest(array) for name, array in sorted(raw.items()))
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
 def assign_splits(
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     content_digests: Callable[[Sequence[int]], Iterable[bytes | None]],
     *,
     val_fraction: float,
@@ -74,7 +76,7 @@ def assign_splits(
     return splits
 
 
-def _latest_times(rows: Sequence[Row], positions: Sequence[int]) -> np.ndarray:
+def _latest_times(rows: Sequence[Example], positions: Sequence[int]) -> np.ndarray:
     """The time of each of these rows, or the latest of its group."""
     times = [-np.inf if (t := rows[i].time) is None else t for i in positions]
     latest: dict[str, float] = {}
@@ -106,7 +108,7 @@ def _split_by_time(times: np.ndarray, val: float, test: float) -> list[str]:
     return result
 
 
-def number_groups(rows: Sequence[Row]) -> np.ndarray | None:
+def number_groups(rows: Sequence[Example]) -> np.ndarray | None:
     """For each row (N,) int64, the number of its group; a row without one has its own. None: no row has a group."""
     if all(r.group is None for r in rows):
         return None
@@ -128,14 +130,14 @@ def group_by_pattern(source: Source, pattern: str) -> Source:
             f"--group-pattern {pattern!r} has {compiled.groups} capture groups; one is needed.",
             fix=f"{fix} Parentheses that capture nothing are written (?:…).",
         )
-    matches = [compiled.search(row.name) for row in source.rows]
+    matches = [compiled.search(row.name) for row in source.examples]
     groups = [match.group(1) if match else None for match in matches]
-    missing = [row.name for row, group in zip(source.rows, groups, strict=True) if not group]
+    missing = [row.name for row, group in zip(source.examples, groups, strict=True) if not group]
     if missing:
         raise UsageError(
             f"--group-pattern {pattern!r} finds no group in {len(missing):,} of {len(groups):,} names: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}.",
             fix=f"{fix} It is looked for anywhere in a name.",
         )
-    rows = [replace(row, group=group) for row, group in zip(source.rows, groups, strict=True)]
-    return replace(source, rows=rows, fingerprint=f"{source.fingerprint} group_pattern={pattern}")
+    rows = [replace(row, group=group) for row, group in zip(source.examples, groups, strict=True)]
+    return replace(source, examples=rows, fingerprint=f"{source.fingerprint} group_pattern={pattern}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from suanli.core.errors import DataError
-from suanli.core.types import Dataset, Row, Source
+from suanli.core.types import Dataset, Example, Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +25,10 @@ MAX_BYTES = 1 << 30  # of one file, unpacked
 _DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError)
 
 
-def make_rows(images: Pixels, labels: Pixels, classes: Sequence[str], split: str | None) -> list[Row]:
+def make_examples(images: Pixels, labels: Pixels, classes: Sequence[str], split: str | None) -> list[Example]:
     """A row for each image, from images (N, H, W) or (N, H, W, C) and class numbers (N,)."""
     return [
-        Row(name=f"{split or 'all'}/{i:05d}", label=classes[label], split=split, read=partial(_image, images, i))
+        Example(name=f"{split or 'all'}/{i:05d}", target=classes[label], split=split, read=partial(_image, images, i))
         for i, label in enumerate(labels.tolist())
     ]
 
@@ -40,13 +40,13 @@ def _image(images: Pixels, position: int) -> np.ndarray:
 
 
 def make_source(
-    name: str, rows: Sequence[Row], classes: Sequence[str], size_bytes: int, licence: str, files: Iterable[Path]
+    name: str, rows: Sequence[Example], classes: Sequence[str], size_bytes: int, licence: str, files: Iterable[Path]
 ) -> Source:
     stamps = "".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}\0" for f in files)
     return Source(
         name=name,
         kind="image",
-        rows=rows,
+        examples=rows,
         classes=tuple(classes),
         fingerprint=hashlib.blake2b(stamps.encode(), digest_size=16).hexdigest(),
         size_bytes=size_bytes,
@@ -85,13 +85,13 @@ def read_idx_dataset(dataset: Dataset, classes: Sequence[str], folder: Path) -> 
     """MNIST and data sets in its format: four IDX files in the order of `dataset.downloads`: training images, training
     labels, test images, test labels."""
     files = [folder / download.url.rpartition("/")[2] for download in dataset.downloads]
-    rows: list[Row] = []
+    rows: list[Example] = []
     size_bytes = 0
     for split, images_path, labels_path in zip(("train", "test"), files[::2], files[1::2], strict=True):
         images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
         if len(images) != len(labels) or labels.max() >= len(classes):
             raise damage_error(labels_path, "its labels don't fit the images")
-        rows += make_rows(images, labels, classes, split)
+        rows += make_examples(images, labels, classes, split)
         size_bytes += images.size
     return make_source(dataset.name, rows, classes, size_bytes, dataset.licence, files)
 
@@ -110,7 +110,7 @@ def read_cifar(
     content = _members(path, [*train, *test, names])
     classes = content[names].decode("ascii", errors="replace").split()
     record_bytes = label_bytes + 3072
-    rows: list[Row] = []
+    rows: list[Example] = []
     size_bytes = 0
     for split, members in (("train", train), ("test", test)):
         packed = b"".join(content.pop(member) for member in members)
@@ -121,7 +121,7 @@ def read_cifar(
         if labels.max() >= len(classes):
             raise damage_error(path, f"it has class {labels.max()} but {len(classes)} class names")
         images = records[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        rows += make_rows(images, labels, classes, split)
+        rows += make_examples(images, labels, classes, split)
         size_bytes += images.size
     return make_source(dataset.name, rows, classes, size_bytes, dataset.licence, [path])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli.core.types import Dataset, Source
-from suanli.data.datasets._arrays import make_rows
+from suanli.data.datasets._arrays import make_examples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ def _read(folder: Path) -> Source:  # noqa: ARG001  # comes with scikit-learn
     return Source(
         name="digits",
         kind="image",
-        rows=make_rows(images, labels.astype(np.uint8), _CLASSES, None),
+        examples=make_examples(images, labels.astype(np.uint8), _CLASSES, None),
         classes=_CLASSES,
         fingerprint=f"scikit-learn-{version('scikit-learn')}",
         size_bytes=images.size,

@@ -31,12 +31,13 @@ def _read(folder: Path) -> Source:
     path = folder / DATASET.downloads[0].url.rpartition("/")[2]
     source = ARCHIVE.read(path, Columns())
     unknown = set(source.classes) - set(CLASSES)
-    if unknown or {row.split for row in source.rows} != {"train", "val"}:
+    if unknown or {row.split for row in source.examples} != {"train", "val"}:
         raise damage_error(path, f"its folders aren't those of its publisher ({', '.join(sorted(unknown)[:3])})")
     rows = [
-        replace(row, label=CLASSES[row.label], split="test" if row.split == "val" else row.split) for row in source.rows
+        replace(row, target=CLASSES[row.target], split="test" if row.split == "val" else row.split)
+        for row in source.examples
     ]
-    return replace(source, name=DATASET.name, rows=rows, classes=tuple(CLASSES.values()), licence=DATASET.licence)
+    return replace(source, name=DATASET.name, examples=rows, classes=tuple(CLASSES.values()), licence=DATASET.licence)
 
 
 # URL: README of fastai/imagenette. Size and SHA-256: tensorflow/datasets,

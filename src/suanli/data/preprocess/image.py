@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
+from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.types import EncodedInput, Json, Preprocess, Preview, Raw
 from suanli.data.decode import decode, read_header
 from suanli.data.suffixes import IMAGE_SUFFIXES
@@ -52,6 +53,8 @@ class ImagePreprocess(Preprocess):
     """
 
     kind: ClassVar[str] = "image"
+    roles: ClassVar[tuple[str, ...]] = ("image",)
+    media_types: ClassVar[tuple[str, ...]] = ("image/", "application/x-www-form-urlencoded")  # curl's --data-binary
 
     height: int
     width: int
@@ -85,7 +88,7 @@ class ImagePreprocess(Preprocess):
         """Safe to call from several threads at once."""
         pixels, traits = decode(raw)
         height, width, channels = pixels.shape
-        row = _resize(pixels, self.height, self.width, self.resize)
+        row, geometry = _resize(pixels, self.height, self.width, self.resize)
         if channels == 1 and self.channels == 3:
             row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
         elif channels == 3 and self.channels == 1:
@@ -94,12 +97,14 @@ class ImagePreprocess(Preprocess):
         # own instructions on current CPUs and is then the fastest in hashlib.
         digest = hashlib.sha256(b"%d,%d:" % (height, width), usedforsecurity=False)
         digest.update(np.ascontiguousarray(row).data)
-        return EncodedInput(row=row, digest=digest.digest()[:16], traits=traits, size=(height, width))
+        return EncodedInput(arrays={"image": row}, digest=digest.digest()[:16], geometry=geometry, traits=traits)
 
-    def measure(self, rows: np.ndarray) -> Self:
-        """A copy with `mean` and `std` of at most about 256 MB of `rows`, evenly spread, read a few MB at a time."""
+    def measure(self, inputs: Mapping[str, Stored]) -> Self:
+        """A copy with `mean` and `std` of at most about 256 MB of the rows, evenly spread, read a few MB at a time."""
         import torch
 
+        rows = inputs["image"]
+        assert isinstance(rows, np.ndarray)
         if not len(rows):
             raise DataError("No image can be decoded.", fix="Check that the files are complete images.")
         row_bytes = self.height * self.width * self.channels
@@ -126,24 +131,21 @@ class ImagePreprocess(Preprocess):
             std=tuple(round(float(v), 6) for v in std),
         )
 
-    def to_model(self, rows: torch.Tensor) -> torch.Tensor:
+    def to_model(self, inputs: Tensors) -> Tensors:
         """uint8 (B, H, W, C) to float32 (B, C, H, W) in channels_last memory format."""
         import torch
 
+        rows = inputs["image"]
         batch, height, width, channels = rows.shape
         scale, shift = _scale_and_shift(self.mean, self.std, channels, width, rows.device)
         # A line of pixels is one long vector, so that the CPU's vector units are full.
         values = rows.reshape(batch, height, width * channels).to(torch.float32)
         torch.addcmul(shift, values, scale, out=values)
-        return values.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        return {"image": values.view(batch, height, width, channels).permute(0, 3, 1, 2)}
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        return (self.height, self.width, self.channels)
-
-    @property
-    def row_dtype(self) -> str:
-        return "uint8"
+    def inputs(self) -> Schema:
+        return {"image": Column(shape=(self.height, self.width, self.channels), dtype="uint8", role="image")}
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -153,8 +155,9 @@ class ImagePreprocess(Preprocess):
     def model_args(self) -> dict[str, Json]:
         return {"in_channels": self.channels, "image_size": [self.height, self.width]}
 
-    def preview(self, row: np.ndarray) -> Preview:
+    def preview(self, inputs: Arrays) -> Preview:
         """A PNG of at most 128 px; tiny pictures are enlarged without smoothing."""
+        row = inputs["image"]
         image = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row)
         times = 128 // max(image.size)
         if times > 1:
@@ -165,7 +168,7 @@ class ImagePreprocess(Preprocess):
         return Preview(media_type="image/png", content=stream.getvalue())
 
     @classmethod
-    def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
+    def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
         """A file; every image below a folder (by suffix, sorted); or standard input ("-"), which is the bytes of one
         image or a list of paths, one per line. Raises DataError where there are none."""
         if path == Path("-"):
@@ -175,6 +178,22 @@ class ImagePreprocess(Preprocess):
         if not path.exists():
             raise DataError(f"There is no {path}.", fix="Check the path: an image, a folder of images, or '-'.")
         return [(str(path), path.read_bytes)]
+
+    def split_batch(self, raw: Raw) -> Sequence[Raw] | None:
+        """The pictures in an array (N, H, W, C)."""
+        return list(raw) if isinstance(raw, np.ndarray) and raw.ndim == 4 and raw.dtype == np.uint8 else None
+
+    def check_size(self, raw: Raw, max_pixels: int) -> None:
+        """Raises BadInput for a picture of more pixels, by its header."""
+        if not isinstance(raw, bytes):
+            return
+        header = read_header(raw)
+        if header.height * header.width > max_pixels:
+            raise BadInput(
+                f"The picture has {header.width}x{header.height} pixels; "
+                f"at most {max_pixels / 1e6:g} million are allowed.",
+                fix="Send a smaller one.",
+            )
 
 
 def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
@@ -229,12 +248,14 @@ def _working_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
     return side, side
 
 
-def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.ndarray:
-    """(height, width, C) from (H, W, C). Crops before scaling, so a strip of 1 by 100,000 px costs no more than a
-    square."""
+def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> tuple[np.ndarray, Geometry]:
+    """(height, width, C) from (H, W, C), and how. Crops before scaling, so a strip of 1 by 100,000 px costs no more
+    than a square."""
     h, w, channels = pixels.shape
     if (h, w) == (height, width):
-        return pixels
+        return pixels, Geometry.unchanged((h, w))
+    top = left = 0
+    ch, cw = h, w
     if resize == "crop":
         scale = min(h / height, w / width)
         ch, cw = max(1, round(height * scale)), max(1, round(width * scale))
@@ -246,8 +267,11 @@ def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> np.n
         top, left = (height - fitted.shape[0]) // 2, (width - fitted.shape[1]) // 2
         canvas = np.full((height, width, channels), PAD_LEVEL, np.uint8)
         canvas[top : top + fitted.shape[0], left : left + fitted.shape[1]] = fitted
-        return canvas
-    return _scale(pixels, height, width)
+        scales = fitted.shape[0] / h, fitted.shape[1] / w
+        return canvas, Geometry(size=(h, w), scale=scales, shift=(float(top), float(left)))
+    scales = height / ch, width / cw
+    geometry = Geometry(size=(h, w), scale=scales, shift=(-top * scales[0], -left * scales[1]))
+    return _scale(pixels, height, width), geometry
 
 
 def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
+from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.types import EncodedInput, Json, Preprocess, Preview, Raw
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 PADDING, UNKNOWN = 0, 1
 MAX_CHARACTERS = 100_000
@@ -90,6 +91,9 @@ class TextPreprocess(Preprocess):
     """Id 0 is padding, 1 any unknown token, and `vocabulary[i]` has id i + 2."""
 
     kind: ClassVar[str] = "text"
+    roles: ClassVar[tuple[str, ...]] = ("tokens",)
+    media_types: ClassVar[tuple[str, ...]] = ("text/",)
+    takes_strings: ClassVar[bool] = True
 
     vocabulary: tuple[str, ...]  # the most frequent token first
     length: int
@@ -141,22 +145,20 @@ class TextPreprocess(Preprocess):
         if max(ids) == UNKNOWN:
             traits.append("no known word")
         digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        return EncodedInput(row=row, digest=digest, traits=tuple(traits), size=(len(ids),))
+        geometry = Geometry.unchanged((len(ids),))
+        return EncodedInput(arrays={"tokens": row}, digest=digest, geometry=geometry, traits=tuple(traits))
 
-    def measure(self, rows: np.ndarray) -> Self:  # noqa: ARG002  # ids have no mean or spread
+    def measure(self, inputs: Mapping[str, Stored]) -> Self:  # noqa: ARG002  # ids have no mean or spread
         return self
 
-    def to_model(self, rows: torch.Tensor) -> torch.Tensor:
+    def to_model(self, inputs: Tensors) -> Tensors:
         """Ids (B, L) int64 from int32."""
-        return rows.long()
+        return {"tokens": inputs["tokens"].long()}
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        return (self.length,)
-
-    @property
-    def row_dtype(self) -> str:
-        return "int32"
+    def inputs(self) -> Schema:
+        limit = len(self.vocabulary) + 2
+        return {"tokens": Column(shape=(self.length,), dtype="int32", role="tokens", limit=limit)}
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -166,9 +168,9 @@ class TextPreprocess(Preprocess):
     def model_args(self) -> dict[str, Json]:
         return {"vocabulary_size": len(self.vocabulary) + 2, "length": self.length}
 
-    def preview(self, row: np.ndarray) -> Preview:
+    def preview(self, inputs: Arrays) -> Preview:
         """The words that the model reads, with unknown tokens as <unk>."""
-        words = [self._word(int(token)) for token in row if token != PADDING]
+        words = [self._word(int(token)) for token in inputs["tokens"] if token != PADDING]
         text = "".join(words[:1])
         for before, word in pairwise(words):
             joined = _ONE_UNSPACED.fullmatch(before) and _ONE_UNSPACED.fullmatch(word)
@@ -176,7 +178,7 @@ class TextPreprocess(Preprocess):
         return Preview(media_type="text/plain", content=text.encode())
 
     @classmethod
-    def inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
+    def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
         """In a text file or standard input, each line that isn't blank is one input; in a folder, each `.txt` file
         below it. Raises DataError where there are none, UsageError for a table."""
         if path == Path("-"):

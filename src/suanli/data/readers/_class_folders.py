@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from suanli.core.errors import DataError
-from suanli.core.types import SPLITS, Raw, Row, Source
+from suanli.core.types import SPLITS, Example, Raw, Source
 from suanli.data.readers._annotations import (
     find_annotation,
     find_mask_folder,
@@ -126,7 +126,7 @@ def make_source(
     by_split = _find_splits(root, where)
     classes = order_classes(label for folder in by_split.values() for label in folder.folders)
     rows = [
-        Row(name=member.path, label=label, split=split, read=member.read)
+        Example(name=member.path, target=label, split=split, read=member.read)
         for split, folder in by_split.items()
         for label in sorted(folder.folders)
         for member in sorted(folder.folders[label].all_images(), key=lambda m: m.path)
@@ -147,7 +147,7 @@ def make_source(
     return Source(
         name=source_name(name),
         kind="image",
-        rows=rows,
+        examples=rows,
         classes=classes,
         fingerprint=fingerprint,
         size_bytes=sum(sizes[row.name] for row in rows),
@@ -207,10 +207,10 @@ def _has_classes(root: _Folder) -> bool:
     return len(names) >= 2 and not all(map(parse_split, names))
 
 
-def _group_names(rows: Iterable[Row]) -> dict[str, list[str]]:
+def _group_names(rows: Iterable[Example]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = defaultdict(list)
     for row in rows:
-        names[row.label].append(row.name)
+        names[row.target].append(row.name)
     return names
 
 
