@@ -11,7 +11,7 @@ from PIL import Image
 
 from suanli.core import registry
 from suanli.core.errors import SuanliError
-from suanli.core.types import Columns, Reader, Row
+from suanli.core.types import Columns, Example, Reader
 
 READERS = registry.load_all("readers")
 
@@ -73,12 +73,12 @@ def test_exactly_one_reads_each_kind(kind: str, tmp_path: Path) -> None:
 def test_what_it_lists_can_be_read(reader: Reader, tmp_path: Path) -> None:
     source = reader.read(make_data(reader.name, tmp_path), Columns())
     assert source.kind in registry.names("preprocess")
-    assert {row.label for row in source.rows} <= set(source.classes)
+    assert {row.target for row in source.examples} <= set(source.classes)
     assert len(source.classes) == 2
     assert source.name.replace("-", "").isidentifier()
-    assert len({row.name for row in source.rows}) == len(source.rows)
-    for row in source.rows:
-        assert isinstance(row, Row)
+    assert len({row.name for row in source.examples}) == len(source.examples)
+    for row in source.examples:
+        assert isinstance(row, Example)
         assert len(row.read()) > 0
 
 
@@ -86,7 +86,7 @@ def test_the_same_files_have_the_same_fingerprint_and_order(reader: Reader, tmp_
     path = make_data(reader.name, tmp_path)
     first, second = reader.read(path, Columns()), reader.read(path, Columns())
     assert first.fingerprint == second.fingerprint
-    assert [row.name for row in first.rows] == [row.name for row in second.rows]
+    assert [row.name for row in first.examples] == [row.name for row in second.examples]
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 600, b"PK\x03\x04", b"\x1f\x8b\x08\0\0", b"a\n\xff\xfe"])

@@ -1,11 +1,10 @@
-"""Recognises data for other tasks than classification: boxes, masks, numbers as targets.
-
-suanli learns only classes so far, and says so instead of learning nonsense. Only names and labels are used here; no
-file is opened.
+"""Recognises what labels are: names of classes, or numbers that were measured; and data that no task learns from yet,
+boxes and masks, which is refused instead of learning nonsense. Only names and labels are used here; no file is opened.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,9 @@ from pathlib import PurePosixPath
 from suanli.core.errors import DataError
 
 MANY = 20  # different numbers in a label column, up to which they are always classes
+LEARNED_AS_NUMBERS = "learned as numbers (regression); --set task=classification learns them as classes"
+_MISSING = {"", "na", "n/a", "nan", "null", "none", "?", "-"}
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _ONCE = 0.1  # of the different labels occur once: numbers that were measured, not names of classes
 _MATCHED = 0.5  # of the pictures have a file of their name
 _SIDE_FILES = {
@@ -74,29 +76,61 @@ def find_masks(images: Iterable[str]) -> list[str]:
 
 def unsupported_annotation_error(where: str, annotation: str) -> DataError:
     return DataError(
-        f"{where} has {annotation}. Boxes and masks aren't supported yet: suanli learns one class for each picture.",
+        f"{where} has {annotation}. Boxes and masks aren't supported yet: suanli learns a class or a number "
+        "for each picture.",
         fix="To classify, put each picture, or each part cut out of one, into a folder of its class (cat/1.jpg), or "
         "give a table with the columns path and label.",
     )
 
 
-def refuse_numbers(where: str, labels: Sequence[str], *, fix: str) -> None:
-    """Raises DataError where `labels` are numbers that were measured, not names of classes: more than 20 different
-    ones, and with fractions, or many of them occur once."""
-    counts = Counter(labels)
+def choose_annotation(where: str, labels: Sequence[str], wanted: str | None) -> tuple[str, tuple[str, ...]]:
+    """What the labels are, "class" or "value", and notes: what the user `wanted`, or else what they look like. Numbers
+    look measured where there are more than 20 different ones, and fractions among them. Raises DataError for whole
+    numbers of which many occur once: they may be either."""
+    counts = Counter(label for label in labels if label.casefold() not in _MISSING)
+    if wanted in ("class", "value"):
+        return wanted, ()
     if len(counts) <= MANY:
-        return
+        return "class", ()
     try:
-        values = [float(label) for label in counts]
+        values = [parse_value(label) for label in counts]
     except ValueError:
-        return
-    once = sum(count == 1 for count in counts.values())
-    if once <= _ONCE * len(counts) and all(value.is_integer() for value in values):
-        return
+        return "class", ()
+    about = f"{len(counts):,} different numbers as labels, from {min(values):g} to {max(values):g}"
+    if not all(value.is_integer() for value in values):
+        return "value", (f"{where} has {about}, {LEARNED_AS_NUMBERS}",)
+    if sum(count == 1 for count in counts.values()) <= _ONCE * len(counts):
+        return "class", ()
     raise DataError(
-        f"{where} has {len(counts):,} different numbers as labels, from {min(values):g} to {max(values):g}; these "
-        "are not classes. A number as target (regression) isn't supported yet.",
-        fix=f"To classify, replace the numbers by a few classes, such as low, middle and high{fix}.",
+        f"{where} has {about}; these are not classes.",
+        fix="Learn them as numbers with --set task=regression, or name another column with --label-column. To "
+        "classify, replace them by a few classes, such as low, middle and high; or if they are names, add "
+        "--set task=classification.",
+    )
+
+
+def parse_label(label: str, annotation: str) -> str | float | None:
+    """The target that a cell says; None: it says that there is none. Raises ValueError for what is no number, where
+    targets are."""
+    if annotation == "class":
+        return label or None
+    return None if label.casefold() in _MISSING else parse_value(label)
+
+
+def parse_value(label: str) -> float:
+    """The number that a label is, in the form of programs ("-1234.5", "1e3"). Raises ValueError for anything else, and
+    for one beyond float64."""
+    if not _NUMBER.fullmatch(label) or not math.isfinite(value := float(label)):
+        raise ValueError(label)
+    return value
+
+
+def numbers_error(where: str, wrong: Sequence[str]) -> DataError:
+    """`wrong` says what is no number, and where."""
+    more = f", and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    return DataError(
+        f"{where} must have numbers, and has {', '.join(wrong[:3])}{more}.",
+        fix="Write numbers like -1234.5 or 1e3, and leave the cell empty where the number isn't known.",
     )
 
 

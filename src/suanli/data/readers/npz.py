@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suanli.core.errors import DataError
-from suanli.core.types import Columns, Reader, Row, Source
-from suanli.data.readers._annotations import refuse_numbers
+from suanli.core.types import Columns, Example, Reader, Source
+from suanli.data.readers._annotations import LEARNED_AS_NUMBERS, choose_annotation, numbers_error
 from suanli.data.readers._class_folders import count_and_examples, fingerprint_of, order_classes, source_name
 from suanli.data.readers._stored_arrays import (
     check_images,
@@ -53,11 +53,11 @@ def why_not(path: Path) -> str | None:
     return None if path.suffix.casefold() == ".npz" and not path.is_dir() else "not an .npz file"
 
 
-def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays have usual names
+def read(path: Path, columns: Columns) -> Source:
     """The images in `path`: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1, 3 or 4; labels (N,), (N, 1) or one-hot
     (N, K). Raises DataError for anything else, and for a damaged file."""
     try:
-        return _make_source(path, *_load(path))
+        return _make_source(path, *_load(path), columns.annotation)
     except MemoryError as error:
         raise DataError(
             f"The arrays in {path} don't fit into the free memory.",
@@ -65,31 +65,37 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # the arrays 
         ) from error
 
 
-def _make_source(path: Path, parts: list[_SplitArrays], names: list[str]) -> Source:
+def _make_source(path: Path, parts: list[_SplitArrays], names: list[str], wanted: str | None) -> Source:
     scale, notes = _find_scale(path, parts)
-    labels = [_read_labels(path, part) for part in parts]
-    classes = _name_classes(path, labels, names)
-    rows: list[Row] = []
+    labels = [_read_labels(path, part, wanted) for part in parts]
+    every = list(itertools.chain.from_iterable(labels))
+    if wanted is None and any(_has_fractions(part.labels) for part in parts):
+        wanted = "value"
+        notes.append(f"labels with fractions are {LEARNED_AS_NUMBERS}")
+    annotation, more = choose_annotation(str(path), every, "class" if names else wanted)
+    classes = _name_classes(path, parts, every, names) if annotation == "class" else ()
+    rows: list[Example] = []
     for part, values in zip(parts, labels, strict=True):
         images = _to_channels_last(part.images)
         rows += [
-            Row(
+            Example(
                 name=f"{part.name}[{i}]",
-                label=names[int(value)] if names else value,
+                target=_parse(path, part, i, label) if annotation == "value" else names[int(label)] if names else label,
                 split=part.split,
                 read=partial(_read_image, images, i, scale),
             )
-            for i, value in enumerate(values)
+            for i, label in enumerate(values)
         ]
     about = path.stat()
     return Source(
         name=source_name(path.stem),
         kind="image",
-        rows=rows,
+        examples=rows,
+        annotation=annotation,
         classes=classes,
         fingerprint=fingerprint_of([about.st_size, about.st_mtime_ns]),
         size_bytes=sum(part.images.size for part in parts),
-        notes=tuple(notes),
+        notes=(*notes, *more),
     )
 
 
@@ -188,36 +194,60 @@ def _to_channels_last(images: NDArray[Any]) -> NDArray[Any]:
     return images
 
 
-def _read_labels(path: Path, part: _SplitArrays) -> list[str]:
-    """One text per row: '3' for the number 3, the position of the 1 for one-hot labels."""
+def _read_labels(path: Path, part: _SplitArrays, wanted: str | None) -> list[str]:
+    """One text per row: '3' for the number 3, the position of the 1 for one-hot labels, unless numbers are wanted."""
     import numpy as np
 
     labels = part.labels
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     numbers = labels.dtype.kind in "buif"
-    if labels.ndim == 2 and numbers and np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all():
+    if labels.ndim == 2 and wanted != "value" and numbers and _is_one_hot(labels):
         labels = labels.argmax(axis=1)
     if labels.ndim != 1:
         raise labels_error(path, part.name, part.labels)
     if labels.dtype.kind == "f" and not (labels == np.rint(labels)).all():
-        raise DataError(
-            f"{path}: the labels of {part.name} are fractions. A number as target (regression) isn't supported yet.",
-            fix="To classify, save whole numbers, one for each class.",
-        )
+        return [str(value) for value in labels.tolist()]
     if numbers:
         return [str(value) for value in labels.astype(np.int64).tolist()]
     return [_text(value) for value in labels]
 
 
-def _name_classes(path: Path, labels: list[list[str]], names: list[str]) -> tuple[str, ...]:
+def _is_one_hot(labels: NDArray[Any]) -> bool:
+    import numpy as np
+
+    return bool(np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all())
+
+
+def _has_fractions(labels: NDArray[Any]) -> bool:
+    import numpy as np
+
+    return labels.dtype.kind == "f" and bool((np.isfinite(labels) & (labels != np.rint(labels))).any())
+
+
+def _parse(path: Path, part: _SplitArrays, position: int, label: str) -> float:
+    """The number, which may be NaN: then the example is a bad one. Raises DataError for a text."""
+    try:
+        return float(label)
+    except ValueError as error:
+        raise numbers_error(f"The labels of {part.name} in {path}", [f"{label!r} at position {position}"]) from error
+
+
+def _name_classes(path: Path, parts: list[_SplitArrays], labels: list[str], names: list[str]) -> tuple[str, ...]:
     """The class names in the file, or else the labels."""
-    classes = order_classes(itertools.chain.from_iterable(labels))
+    import numpy as np
+
+    for part in parts:
+        if part.labels.dtype.kind == "f" and not np.isfinite(part.labels).all():
+            raise DataError(
+                f"{path}: the labels of {part.name} are not all finite numbers.",
+                fix="Save whole numbers, one for each class. With --set task=regression, such examples are left out.",
+            )
+    classes = order_classes(labels)
     if len(classes) < 2:
         message = f"{path} has only one class, {classes[0]!r}; at least two are needed."
         raise DataError(message, fix="Add another class.")
     if not names:
-        refuse_numbers(str(path), list(itertools.chain.from_iterable(labels)), fix="")
         return classes
     outside = [label for label in classes if not label.isdecimal() or int(label) >= len(names)]
     if outside or len(set(names)) < len(names):

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from suanli.core.errors import DataError, unknown
-from suanli.core.types import SPLITS, Columns, Raw, Reader, Row, Source
-from suanli.data.readers._annotations import refuse_numbers
+from suanli.core.types import SPLITS, Columns, Example, Raw, Reader, Source
+from suanli.data.readers._annotations import choose_annotation, numbers_error, parse_label
 from suanli.data.readers._class_folders import (
     TABLE_SUFFIXES,
     fingerprint_of,
@@ -69,9 +69,10 @@ def read(path: Path, columns: Columns) -> Source:
     if path.is_dir() and "train" not in tables:
         raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
     files: dict[str | None, Path] = {s: tables[s] for s in SPLITS if s in tables} or {None: path}
-    rows: list[Row] = []
+    rows: list[Example] = []
     times: list[str | None] = []  # of the rows, where there is a time column
-    notes: list[str] = []
+    annotation = "class"
+    notes: tuple[str, ...] = ()
     kinds: dict[str, Path] = {}
     for split, file in files.items():
         table = read_table(file)
@@ -79,14 +80,18 @@ def read(path: Path, columns: Columns) -> Source:
         chosen = _choose(table, columns, first=first)
         if first and chosen is not None:  # the other tables have the same names or the usual ones
             columns = replace(columns, input=table.columns[chosen.input], label=table.columns[chosen.label])
+            labels = [cells[chosen.label].strip() for _, cells in table.rows]
+            annotation, notes = choose_annotation(f"The label column of {path}", labels, columns.annotation)
         if chosen is None:
-            notes.append(f"{file.name} has no label column, skipped")
+            notes = (*notes, f"{file.name} has no label column, skipped")
             continue
         kinds[_kind(table, chosen)] = file
-        new_rows, new_times, new_notes = _make_rows(table, chosen, split, kind=_kind(table, chosen))
+        new_rows, new_times, new_notes = _make_examples(
+            table, chosen, split, kind=_kind(table, chosen), annotation=annotation
+        )
         rows += new_rows
         times += new_times
-        notes += new_notes
+        notes = (*notes, *new_notes)
     if columns.time is not None:
         rows = _add_times(rows, times, columns.time)
     if len(kinds) > 1:
@@ -101,11 +106,12 @@ def read(path: Path, columns: Columns) -> Source:
     return Source(
         name=source_name(path.resolve().name if path.is_dir() else path.stem),
         kind=kind,
-        rows=rows,
-        classes=_check_classes(path, rows),
+        examples=rows,
+        annotation=annotation,
+        classes=() if annotation == "value" else _check_classes(path, rows),
         fingerprint=fingerprint_of([*stamps, columns.input, columns.label, *_extra_stamps(columns)]),
         size_bytes=size_bytes,
-        notes=tuple(notes),
+        notes=notes,
     )
 
 
@@ -209,17 +215,23 @@ def _kind(table: Table, chosen: _ColumnChoice) -> str:
     return "image" if _are_image_paths(table, chosen.input) else "text"
 
 
-def _make_rows(
-    table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str
-) -> tuple[list[Row], list[str | None], list[str]]:
+def _make_examples(
+    table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str, annotation: str
+) -> tuple[list[Example], list[str | None], list[str]]:
     """Rows, their cells of the time column, and notes of one table. An empty text stays a row; preprocessing decides
     about it."""
-    rows: list[Row] = []
+    rows: list[Example] = []
     times: list[str | None] = []
     bad = list(table.bad)
+    no_numbers: list[str] = []
     for line, cells in table.rows:
         label, value = cells[chosen.label].strip(), cells[chosen.input]
-        if not label or (kind == "image" and not value.strip()):
+        try:
+            target = parse_label(label, annotation)
+        except ValueError:
+            no_numbers.append(f"{label[:40]!r} in line {line}")
+            continue
+        if target is None or (kind == "image" and not value.strip()):
             bad.append(line)
             continue
         name = f"{table.path.name}:{line}"
@@ -227,8 +239,12 @@ def _make_rows(
         if kind == "image":
             name, read = value.strip(), partial(read_file, _image_path(table, line, value.strip()))
         row_split = split or _parse_split_cell(table, chosen, line, cells)
-        rows.append(Row(name=name, label=label, split=row_split, read=read, group=_group(table, chosen, line, cells)))
+        rows.append(
+            Example(name=name, target=target, split=row_split, read=read, group=_group(table, chosen, line, cells))
+        )
         times.append(None if chosen.time is None else cells[chosen.time])
+    if no_numbers:
+        raise numbers_error(f"The label column {table.columns[chosen.label]!r} of {table.path}", no_numbers)
     if not bad:
         return rows, times, []
     lines = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
@@ -249,7 +265,7 @@ def _group(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str 
     return group
 
 
-def _add_times(rows: list[Row], cells: list[str | None], column: str) -> list[Row]:
+def _add_times(rows: list[Example], cells: list[str | None], column: str) -> list[Example]:
     """The rows with the times in these cells; None: the table of that split has no time column."""
     timed = [i for i, cell in enumerate(cells) if cell is not None]
     times = parse_times(column, [cell for cell in cells if cell is not None], [rows[i].name for i in timed])
@@ -283,7 +299,7 @@ def _image_path(table: Table, line: int, path: str) -> str:
     return os.path.join(table.path.parent, path)
 
 
-def _stat_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
+def _stat_files(path: Path, rows: list[Example]) -> tuple[int, list[str]]:
     """The size of all images, and stamps that change when they do. Raises DataError where the first are missing."""
     total = 0
     stamps = []
@@ -306,18 +322,13 @@ def _stat_files(path: Path, rows: list[Row]) -> tuple[int, list[str]]:
     return total, stamps
 
 
-def _check_classes(path: Path, rows: list[Row]) -> tuple[str, ...]:
-    classes = order_classes(row.label for row in rows)
+def _check_classes(path: Path, rows: list[Example]) -> tuple[str, ...]:
+    classes = order_classes(row.target for row in rows)
     if len(classes) < 2:
         raise DataError(
             f"{path} has only one class, {classes[0]!r}; at least two are needed.",
             fix="Add rows of another class, or name the right column with --label-column.",
         )
-    refuse_numbers(
-        f"The label column of {path}",
-        [row.label for row in rows],
-        fix=", or name another column with --label-column. Numbers that are names need a letter before them (c101)",
-    )
     if len(classes) > 20 and len(classes) > len(rows) / 2:
         raise DataError(
             f"The label column of {path} has {len(classes):,} different values in {len(rows):,} rows: "
