@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from suanli.core.errors import UsageError
+from suanli.core.schema import Column
 from suanli.core.types import Batch
+from suanli.tasks.classification import Classification
 from suanli.training.augment import AugmentationPipeline, compose, parse
 
 
@@ -52,26 +54,42 @@ def test_any_text_is_an_augmentation_or_a_usage_error(spec):
 
 def test_an_augmentation_of_another_kind_is_refused():
     with pytest.raises(UsageError, match="image") as caught:
-        compose(["flip"], "text")
+        compose(["flip"], ("tokens",), TARGETS)
     assert "Leave it out" in caught.value.fix
+
+
+TARGETS = Classification(classes=("a", "b")).targets
+
+
+def test_an_augmentation_that_spoils_the_targets_is_refused():
+    boxes = {"boxes": Column(shape=(None, 5), dtype="float32", role="boxes")}
+    with pytest.raises(UsageError, match="would make boxes targets wrong") as caught:
+        compose(["flip"], ("image",), boxes)
+    assert "color" in caught.value.fix
 
 
 def batch_of(inputs):
     count = len(inputs)
-    return Batch(inputs=inputs, targets=torch.arange(count), index=torch.arange(count), epoch=0, classes=count)
+    return Batch(
+        inputs={"image": inputs},
+        targets={"class": torch.arange(count)},
+        index=torch.arange(count),
+        epoch=0,
+        classes=count,
+    )
 
 
 def test_parts_are_applied_in_order_with_one_generator():
     batch = batch_of(torch.randn(6, 3, 8, 8))
-    composed = compose(["crop(padding=2)", "flip"], "image")(batch, torch.Generator().manual_seed(3))
+    composed = compose(["crop(padding=2)", "flip"], ("image",), TARGETS)(batch, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     expected = parse("flip")(parse("crop(padding=2)")(batch, generator), generator)
-    assert torch.equal(composed.inputs, expected.inputs)
+    assert torch.equal(composed.inputs["image"], expected.inputs["image"])
 
 
 def test_no_parts_change_nothing():
     batch = batch_of(torch.randn(2, 1, 4, 4))
-    pipeline = compose([], "image")
+    pipeline = compose([], ("image",), TARGETS)
     assert pipeline == AugmentationPipeline()
     assert pipeline(batch, torch.Generator()) is batch
     assert len(pipeline.views(batch.inputs)) == 1
@@ -79,7 +97,10 @@ def test_no_parts_change_nothing():
 
 def test_views_are_every_combination_once():
     inputs = torch.randn(2, 3, 8, 8)
-    views = compose(["crop(padding=2)", "flip", "cutout", "flip(mode='alternate')"], "image").views(inputs)
+    views = compose(["crop(padding=2)", "flip", "cutout", "flip(mode='alternate')"], ("image",), TARGETS).views(
+        {"image": inputs}
+    )
+    views = [view["image"] for view in views]
     assert len(views) == 6
     assert torch.equal(views[0], inputs)
     assert all(not torch.equal(a, b) for n, a in enumerate(views) for b in views[:n])
@@ -87,5 +108,5 @@ def test_views_are_every_combination_once():
 
 def test_mixing_twice_keeps_shares():
     batch = batch_of(torch.randn(8, 3, 8, 8))
-    result = compose(["mixup", "cutmix"], "image")(batch, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(result.targets.sum(1), torch.ones(8))
+    result = compose(["mixup", "cutmix"], ("image",), TARGETS)(batch, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(result.targets["class"].sum(1), torch.ones(8))

@@ -16,7 +16,9 @@ from suanli.training.augments._sampling import symmetric_beta
 def make_batch(inputs, targets=None, *, epoch=0, classes=10):
     count = len(inputs)
     targets = torch.arange(count) % classes if targets is None else targets
-    return Batch(inputs=inputs, targets=targets, index=torch.arange(count), epoch=epoch, classes=classes)
+    return Batch(
+        inputs={"image": inputs}, targets={"class": targets}, index=torch.arange(count), epoch=epoch, classes=classes
+    )
 
 
 def apply(spec, inputs, seed=0, **fields):
@@ -32,7 +34,7 @@ def ramp(count=1, height=8, width=8):
 @given(value=st.floats(-3, 3), height=st.integers(2, 12), width=st.integers(2, 12))
 def test_moving_pixels_leaves_a_constant_picture(name, value, height, width):
     inputs = torch.full((4, 1, height, width), value)
-    result = apply(name, inputs).inputs
+    result = apply(name, inputs).inputs["image"]
     spread = result.amax((1, 2, 3)) - result.amin((1, 2, 3))
     assert spread.max() < 1e-4
     if name != "auto":  # whose brightness may change the level
@@ -57,7 +59,7 @@ def test_zero_strength_changes_nothing(spec):
     inputs = torch.randn(32, 3, 9, 12)
     # Posterize at its weakest still rounds to 64 levels of the picture's range.
     step = float((inputs.amax() - inputs.amin()) / 63 / 2) if "auto" in spec else 1e-5
-    torch.testing.assert_close(apply(spec, inputs).inputs, inputs, atol=step, rtol=1e-4)
+    torch.testing.assert_close(apply(spec, inputs).inputs["image"], inputs, atol=step, rtol=1e-4)
 
 
 # --- crop ------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def test_zero_strength_changes_nothing(spec):
 
 def test_crop_is_a_window_of_the_mirrored_picture():
     inputs = ramp(200)
-    result = apply("crop(padding=2)", inputs).inputs
+    result = apply("crop(padding=2)", inputs).inputs["image"]
     padded = torch.nn.functional.pad(inputs, (2, 2, 2, 2), mode="reflect")
     seen = set()
     for number in range(200):
@@ -81,7 +83,7 @@ def test_crop_is_a_window_of_the_mirrored_picture():
 
 
 def test_crop_moves_less_than_the_size_of_the_picture():
-    assert apply("crop(padding=100)", torch.randn(3, 1, 2, 5)).inputs.shape == (3, 1, 2, 5)
+    assert apply("crop(padding=100)", torch.randn(3, 1, 2, 5)).inputs["image"].shape == (3, 1, 2, 5)
 
 
 def test_crop_views_are_moved_by_one_pixel():
@@ -98,7 +100,7 @@ def test_crop_views_are_moved_by_one_pixel():
 def test_resized_crop_shows_a_part_within_the_bounds():
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     inputs = torch.stack([x, y]).repeat(300, 1, 1, 1)
-    result = apply("resized_crop(scale=(0.2, 0.6), ratio=(0.5, 2))", inputs).inputs
+    result = apply("resized_crop(scale=(0.2, 0.6), ratio=(0.5, 2))", inputs).inputs["image"]
     width = (result[:, 0, 0, -1] - result[:, 0, 0, 0]) / 2
     height = (result[:, 1, -1, 0] - result[:, 1, 0, 0]) / 2
     area, ratio = width * height, width / height
@@ -112,14 +114,14 @@ def test_resized_crop_shows_a_part_within_the_bounds():
 def test_affine_rotates_oblong_pictures_without_shearing():
     y, x = torch.meshgrid(torch.arange(40.0) - 19.5, torch.arange(80.0) - 39.5, indexing="ij")
     disc = ((x**2 + y**2) < 100).float().repeat(20, 1, 1, 1)
-    result = apply("affine(degrees=90, translate=0, scale=0)", disc).inputs
+    result = apply("affine(degrees=90, translate=0, scale=0)", disc).inputs["image"]
     assert (result - disc).abs().mean() < 0.01
 
 
 def test_affine_moves_as_far_as_its_setting():
     inputs = torch.zeros(300, 1, 20, 20)
     inputs[:, :, 10, 10] = 1
-    result = apply("affine(degrees=0, translate=0.2, scale=0)", inputs).inputs
+    result = apply("affine(degrees=0, translate=0.2, scale=0)", inputs).inputs["image"]
     mass = result.sum((1, 2))  # (B, W)
     centre = (mass * torch.arange(20)).sum(1) / mass.sum(1)
     assert 3 < (centre - 10).abs().max() < 4.1
@@ -137,13 +139,14 @@ def mirrored(result, inputs):
 
 def test_random_flip_mirrors_about_half():
     inputs = torch.randn(1000, 1, 3, 4)
-    assert 430 < mirrored(apply("flip", inputs).inputs, inputs).sum() < 570
+    assert 430 < mirrored(apply("flip", inputs).inputs["image"], inputs).sum() < 570
 
 
 def test_alternate_flip_alternates_and_ignores_the_generator():
     inputs = torch.randn(1000, 1, 3, 4)
     epochs = [
-        mirrored(apply("flip(mode='alternate')", inputs, seed=epoch, epoch=epoch).inputs, inputs) for epoch in range(4)
+        mirrored(apply("flip(mode='alternate')", inputs, seed=epoch, epoch=epoch).inputs["image"], inputs)
+        for epoch in range(4)
     ]
     assert 430 < epochs[0].sum() < 570
     assert torch.equal(epochs[1], ~epochs[0])
@@ -155,17 +158,17 @@ def test_alternate_flip_follows_the_position_in_the_split_not_in_the_batch():
     inputs = torch.randn(100, 1, 3, 4)
     order = torch.randperm(100)
     batch = make_batch(inputs)
-    shuffled = replace(batch, inputs=inputs[order], index=batch.index[order])
+    shuffled = replace(batch, inputs={"image": inputs[order]}, index=batch.index[order])
     flip = parse("flip(mode='alternate')")
     generator = torch.Generator()
-    assert torch.equal(flip(shuffled, generator).inputs, flip(batch, generator).inputs[order])
+    assert torch.equal(flip(shuffled, generator).inputs["image"], flip(batch, generator).inputs["image"][order])
 
 
 @pytest.mark.parametrize("step", [2, 3, 8, 10, 1000, 5000])
 def test_the_half_of_alternate_flip_has_no_period(step):
     index = torch.arange(0, 400 * step, step)
     batch = replace(make_batch(torch.arange(2.0).repeat(400, 1, 1, 1)), index=index)
-    turned = parse("flip(mode='alternate')")(batch, torch.Generator()).inputs[:, 0, 0, 0]
+    turned = parse("flip(mode='alternate')")(batch, torch.Generator()).inputs["image"][:, 0, 0, 0]
     assert 150 < turned.sum() < 250
 
 
@@ -175,22 +178,22 @@ def test_the_half_of_alternate_flip_has_no_period(step):
 def test_color_changes_what_its_settings_name():
     inputs = torch.randn(200, 3, 6, 6)
     mean = inputs.mean((1, 2, 3))
-    brighter = apply("color(brightness=0.5, contrast=0, saturation=0)", inputs).inputs - inputs
+    brighter = apply("color(brightness=0.5, contrast=0, saturation=0)", inputs).inputs["image"] - inputs
     assert brighter.flatten(1).std(1).max() < 1e-5
     assert 0.4 < brighter.abs().max() <= 0.5001
-    contrast = apply("color(brightness=0, contrast=0.5, saturation=0)", inputs).inputs
+    contrast = apply("color(brightness=0, contrast=0.5, saturation=0)", inputs).inputs["image"]
     torch.testing.assert_close(contrast.mean((1, 2, 3)), mean)
     factor = contrast.flatten(1).std(1) / inputs.flatten(1).std(1)
     assert 0.499 < factor.min() < 0.6
     assert 1.4 < factor.max() < 1.501
-    colour = apply("color(brightness=0, contrast=0, saturation=0.5)", inputs).inputs
+    colour = apply("color(brightness=0, contrast=0, saturation=0.5)", inputs).inputs["image"]
     torch.testing.assert_close(colour.mean(1), inputs.mean(1))
     grey = torch.randn(200, 1, 6, 6).repeat(1, 3, 1, 1)
-    torch.testing.assert_close(apply("color(brightness=0, contrast=0, saturation=1)", grey).inputs, grey)
+    torch.testing.assert_close(apply("color(brightness=0, contrast=0, saturation=1)", grey).inputs["image"], grey)
 
 
 def test_cutout_covers_one_square_with_the_mean():
-    result = apply("cutout(size=0.5)", torch.ones(200, 3, 12, 8)).inputs
+    result = apply("cutout(size=0.5)", torch.ones(200, 3, 12, 8)).inputs["image"]
     covered = (result == 0).all(1)
     rows, columns = covered.any(2).sum(1), covered.any(1).sum(1)
     assert torch.equal(covered.flatten(1).sum(1), rows * columns)
@@ -200,7 +203,7 @@ def test_cutout_covers_one_square_with_the_mean():
 
 def test_auto_leaves_the_rest_of_the_batch_alone():
     inputs = torch.randn(600, 3, 16, 16)
-    changed = (apply("auto", inputs).inputs != inputs).flatten(1).any(1)
+    changed = (apply("auto", inputs).inputs["image"] != inputs).flatten(1).any(1)
     assert 0.85 < changed.float().mean() < 0.97, "one of twelve operations is to do nothing"
 
 
@@ -211,15 +214,15 @@ def test_mixup_blends_pictures_and_targets_alike():
     count = 64
     inputs = torch.eye(count)[:, :, None, None].repeat(1, 1, 2, 2)  # picture n is 1 in channel n only
     result = apply("mixup(alpha=1)", inputs, targets=torch.arange(count), classes=count)
-    torch.testing.assert_close(result.inputs[:, :, 0, 0], result.targets)
+    torch.testing.assert_close(result.inputs["image"][:, :, 0, 0], result.targets["class"])
 
 
 def test_cutmix_shares_are_the_pixels_counted():
     count = 64
     inputs = torch.eye(count)[:, :, None, None].repeat(1, 1, 9, 7)
     result = apply("cutmix", inputs, targets=torch.arange(count), classes=count)
-    torch.testing.assert_close(result.inputs.mean((2, 3)), result.targets)
-    assert set(result.inputs.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(result.inputs["image"].mean((2, 3)), result.targets["class"])
+    assert set(result.inputs["image"].unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
@@ -228,7 +231,7 @@ def test_shares_are_mixed_again(name):
     inputs = torch.eye(count)[:, :, None, None].repeat(1, 1, 8, 8)
     once = apply(name, inputs, targets=torch.arange(count), classes=count)
     twice = parse("mixup(alpha=1)")(once, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(twice.inputs.mean((2, 3)), twice.targets)
+    torch.testing.assert_close(twice.inputs["image"].mean((2, 3)), twice.targets["class"])
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 8.0])

@@ -155,7 +155,7 @@ def test_what_costs_accuracy_is_refused_and_not_used_again(
     """Its first step has plain PyTorch's numbers, and it says itself that any error is fine."""
     root = picture_folder(each=60)
     name = speedup_folder("stands_still", NO_LEARNING, tolerance=1e9)
-    with pytest.raises(suanli.GateError, match=r"it loses \d.*with another seed") as stopped:
+    with pytest.raises(suanli.GateError, match=r"it loses too much: accuracy -\d.*with another seed") as stopped:
         suanli.bench(root, steps=30, epochs=4, rounds=2, **SMALL)
     assert name in stopped.value.fix
     figures = json.loads(Path("runs/pictures-bench-1/bench.json").read_text())
@@ -338,5 +338,5 @@ def test_bad_luck_of_one_seed_is_named_and_not_refused() -> None:
     lost, even = Difference(median=-0.1, low=-0.12, high=-0.08), Difference(median=0.0, low=-0.01, high=0.01)
     lucky = replace(variant("+ a", "a"), difference=lost, again=even)
     assert any("chance" in remark for remark in ablation(lucky).remarks())
-    assert any("100 validation examples can't show a loss of 0.5%" in remark for remark in ablation(lucky).remarks())
+    assert any("100 validation examples can't show a loss of 0.50%" in remark for remark in ablation(lucky).remarks())
     assert not list(ablation().remarks())

@@ -21,8 +21,15 @@ from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.types import Json, Recipe
 from suanli.data.preprocess.image import ImagePreprocess
 from suanli.data.preprocess.text import TextPreprocess
+from suanli.tasks.classification import Classification
 
 SMALL = ImagePreprocess(height=12, width=16, channels=3)
+
+
+def classify(classes: int) -> Classification:
+    return Classification(classes=tuple(map(str, range(classes))))
+
+
 PARTS = """
 import torch
 from torch import nn
@@ -67,7 +74,7 @@ def recipe(model: str, **args: Json) -> Recipe:
 
 @pytest.mark.parametrize("name", ["speednet", "resnet18"])
 def test_built_in_models_can_be_built(name: str) -> None:
-    module = building.build(recipe(name), SMALL, classes=7)
+    module = building.build(recipe(name), SMALL, classify(7))
     assert module.training
     assert module(torch.zeros(2, 3, 12, 16)).shape == (2, 7)
     assert building.head_of(module, building.resolve(name)) == building.resolve(name).head
@@ -77,7 +84,7 @@ def test_built_in_models_can_be_built(name: str) -> None:
 def test_built_in_models_on_the_meta_device_differ_only_in_values(name: str) -> None:
     model = building.resolve(name)
     preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
-    args = building.builder_arguments(recipe(name), preprocess, 7)
+    args = building.builder_arguments(recipe(name), preprocess, classify(7))
     outline, whole = building.build_on_meta(model, args), building.construct(model, args)
     if callable(getattr(whole, "initialize", None)):
         assert outline is None
@@ -109,12 +116,12 @@ def test_what_needs_values_isnt_built_on_the_meta_device(
     user_module: Callable[[str, str], str], line: str, on_meta: bool
 ) -> None:
     user_module("mine_o", f"def build(classes):\n    net = Net(classes)\n    {line}\n    return net\n")
-    module = building.build(recipe("mine_o:build"), SMALL, classes=4, on_meta=True)
+    module = building.build(recipe("mine_o:build"), SMALL, classify(4), on_meta=True)
     assert all(p.is_meta == on_meta for p in module.parameters())
 
 
 def test_model_arguments_reach_the_builder() -> None:
-    module = building.build(recipe("speednet", widths=[8, 16]), SMALL, classes=3)
+    module = building.build(recipe("speednet", widths=[8, 16]), SMALL, classify(3))
     assert module.get_submodule("head").in_features == 16
 
 
@@ -125,14 +132,14 @@ def test_an_unknown_model_suggests_the_nearest() -> None:
 
 def test_an_unknown_model_argument_suggests_the_nearest_of_its_own() -> None:
     with pytest.raises(UsageError, match="'widths'") as caught:
-        building.build(recipe("speednet", width=[8]), SMALL, classes=3)
+        building.build(recipe("speednet", width=[8]), SMALL, classify(3))
     assert "in_channels" not in caught.value.fix
 
 
 @pytest.mark.parametrize(("name", "args"), [("speednet", {"widths": "wide"}), ("resnet18", {"stem": "huge"})])
 def test_an_impossible_model_argument_is_the_users_error(name: str, args: dict[str, Json]) -> None:
     with pytest.raises(UsageError, match="can't be built"):
-        building.build(recipe(name, **args), SMALL, classes=3)
+        building.build(recipe(name, **args), SMALL, classify(3))
 
 
 def test_a_model_for_other_data_names_those_that_fit() -> None:
@@ -140,7 +147,7 @@ def test_a_model_for_other_data_names_those_that_fit() -> None:
     if not others:
         pytest.skip("every model is for images")
     with pytest.raises(UsageError, match="speednet"):
-        building.build(recipe(others[0]), SMALL, classes=3)
+        building.build(recipe(others[0]), SMALL, classify(3))
 
 
 # --- the user's functions ---
@@ -148,10 +155,10 @@ def test_a_model_for_other_data_names_those_that_fit() -> None:
 
 def test_a_users_function_gets_the_arguments_that_it_names(user_module: Callable[[str, str], str]) -> None:
     user_module("mine_a", "def build(classes, in_channels, wide=1):\n    return Net(classes, in_channels)\n")
-    module = building.build(recipe("mine_a:build", wide=3), SMALL, classes=4)
+    module = building.build(recipe("mine_a:build", wide=3), SMALL, classify(4))
     assert module(torch.zeros(1, 3, 12, 16)).shape == (1, 4)
     assert building.head_of(module, building.resolve("mine_a:build")) == "top"
-    args = building.builder_arguments(recipe("mine_a:build", wide=3), SMALL, 4)
+    args = building.builder_arguments(recipe("mine_a:build", wide=3), SMALL, classify(4))
     assert args == {"classes": 4, "in_channels": 3, "wide": 3}
 
 
@@ -160,7 +167,7 @@ def test_a_users_function_may_take_everything(user_module: Callable[[str, str], 
         "mine_b",
         "def build(**given):\n    assert tuple(given['image_size']) == (12, 16)\n    return Net(given['classes'])",
     )
-    assert building.build(recipe("mine_b:build"), SMALL, classes=4) is not None
+    assert building.build(recipe("mine_b:build"), SMALL, classify(4)) is not None
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_a_users_function_may_take_everything(user_module: Callable[[str, str], 
 def test_a_users_function_that_is_wrong(user_module: Callable[[str, str], str], code: str, message: str) -> None:
     user_module("mine_c", code)
     with pytest.raises(UsageError, match=message):
-        building.build(recipe("mine_c:build"), SMALL, classes=5)
+        building.build(recipe("mine_c:build"), SMALL, classify(5))
 
 
 @pytest.mark.parametrize("spec", ["mine_nowhere:build", ":build", "os:", "..:x", "a b:c", "speednet:"])

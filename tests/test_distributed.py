@@ -24,7 +24,13 @@ CASES = {
     "batch norms, ragged shares, blended pictures": NORMS
     | {"augment": ["crop(padding=1)", "affine(degrees=10)", "cutout", "mixup", "cutmix"]},
     "parts, averages, clipping, balanced classes": NORMS
-    | {"accumulate": 2, "batch_size": 96, "ema_decay": 0.9, "clip_norm": 1.0, "class_weights": "balanced"},
+    | {
+        "accumulate": 2,
+        "batch_size": 96,
+        "ema_decay": 0.9,
+        "clip_norm": 1.0,
+        "task_args": {"class_weights": "balanced"},
+    },
 }
 
 

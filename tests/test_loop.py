@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from suanli.core.types import Plan, Recipe, Row, Source
+from suanli.core.schema import Tensors
+from suanli.core.types import Example, Plan, Recipe, Source
 from suanli.data.cache import PreparedData, prepare_source
 from suanli.machine import device
+from suanli.tasks.classification import Classification
 from suanli.training import checkpoint
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
@@ -26,10 +30,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (150, 9, 11, 3), dtype=np.uint8)
     rows = [
-        Row(name=str(i), label="abc"[i % 3], split=None, read=lambda p=p: p)  # type: ignore[misc]
+        Example(name=str(i), target="abc"[i % 3], split=None, read=lambda p=p: p)  # type: ignore[misc]
         for i, p in enumerate(pictures)
     ]
-    source = Source(name="noise", kind="image", rows=rows, classes=("a", "b", "c"), fingerprint="noise", size_bytes=1)
+    source = Source(
+        name="noise", kind="image", examples=rows, classes=("a", "b", "c"), fingerprint="noise", size_bytes=1
+    )
     return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)
 
 
@@ -56,7 +62,7 @@ RECIPES = st.builds(
     accumulate=st.sampled_from([1, 3]),
     ema_decay=st.sampled_from([None, 0.9]),
     clip_norm=st.sampled_from([None, 1.0]),
-    class_weights=st.sampled_from(["none", "balanced"]),
+    task_args=st.sampled_from([{}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}]),
     augment=st.sampled_from([(), ("crop(padding=1)", "mixup"), ("auto", "cutmix")]),
     seed=st.integers(0, 2**31),
 )
@@ -118,6 +124,40 @@ def test_another_networks_checkpoint_is_refused(prepared: PreparedData, tmp_path
     other = loop_of(Recipe(batch_size=16, model=TINY), prepared)
     with pytest.raises(DamagedFile, match="not one of this network"):
         other.restore(checkpoint.read(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(Classification):
+    """Two sums with a count of their own each: of all examples, and of those of the first class."""
+
+    has_counts: ClassVar[bool] = True
+
+    def loss(self, outputs: torch.Tensor, targets: Tensors) -> Tensors:
+        first = targets["class"] == 0
+        return {**super().loss(outputs, targets), "first": outputs[first].square().sum()}
+
+    def counts(self, targets: Tensors) -> Tensors:
+        return {"cross_entropy": torch.tensor(len(targets["class"])), "first": (targets["class"] == 0).sum()}
+
+
+def test_sums_with_counts_of_their_own_are_divided_by_those_of_the_whole_batch(prepared: PreparedData) -> None:
+    counted = replace(prepared, task=Counted(classes=prepared.task.classes))
+    gradients = []
+    for parts in (1, 4):
+        recipe = Recipe(model=TINY, optimizer="sgd", lr=0.05, batch_size=30, accumulate=parts, epochs=1)
+        loop = Setup(recipe, counted, CPU).loop(Plan(device="cpu", speedups=()))
+        gradients.append(loop.compute_numbers().gradients)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    batch, module = loop.first_batch(), Setup(recipe, counted, CPU).module.eval()
+    first = batch.targets["class"] == 0
+    outputs = module(batch.inputs["image"])
+    expected = (
+        nn.functional.cross_entropy(outputs, batch.targets["class"]) + outputs[first].square().sum() / first.sum()
+    )
+    expected.backward()
+    for gradient, parameter in zip(gradients[0], module.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_accumulated_parts_learn_the_same_without_batch_statistics(prepared: PreparedData) -> None:

@@ -80,7 +80,7 @@ def test_the_network_sees_small_pictures_first_and_full_size_ones_last(picture_f
         pass
     assert set(seen) == {(32, 24)}
     assert loop.full_size_steps(0, 4 * quarter) == pytest.approx(quarter * (0.5**2 + 0.75**2 + 2))
-    assert loop.first_batch(3).inputs.shape[2:] == (32, 24)  # memory is measured at full size
+    assert loop.first_batch(3).inputs["image"].shape[2:] == (32, 24)  # memory is measured at full size
     seen.clear()
     trial.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
     trial.compute_numbers()

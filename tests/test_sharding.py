@@ -34,7 +34,7 @@ MUON = NORMS | {
     "accumulate": 2,
     "ema_decay": 0.9,
     "clip_norm": 1.0,
-    "class_weights": "balanced",
+    "task_args": {"class_weights": "balanced"},
     "optimizer": "muon",
 }
 BLOCKS = {"model": "vit_tiny", "optimizer": "adamw", "lr": 1e-4, "epochs": 1, "batch_size": 30, "clip_norm": 1.0}

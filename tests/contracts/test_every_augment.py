@@ -27,20 +27,23 @@ def _texts(draw):
     return torch.randint(0, 50, (draw(st.integers(1, 6)), draw(st.integers(1, 20))))
 
 
-INPUTS = {"image": _images, "text": _texts}  # a new kind adds one line
+INPUTS = {"image": _images, "tokens": _texts}  # a new role adds one line
 
 
 @st.composite
-def batches(draw, kinds):
+def batches(draw, role):
     torch.manual_seed(draw(st.integers(0, 1000)))
-    kind = draw(st.sampled_from(kinds))
-    assert kind in INPUTS, f"give this test inputs of kind {kind!r}"
-    inputs = INPUTS[kind](draw)
+    assert role in INPUTS, f"give this test inputs of role {role!r}"
+    inputs = INPUTS[role](draw)
     targets = torch.randint(0, CLASSES, (len(inputs),))
     if draw(st.booleans()):
         targets = torch.softmax(torch.randn(len(inputs), CLASSES), dim=1)
     index = torch.randperm(50_000)[: len(inputs)]
-    return Batch(inputs=inputs, targets=targets, index=index, epoch=draw(st.integers(0, 5)), classes=CLASSES)
+    return batch_of(role, inputs, targets, index, draw(st.integers(0, 5)))
+
+
+def batch_of(role, inputs, targets, index, epoch=0):
+    return Batch(inputs={role: inputs}, targets={"class": targets}, index=index, epoch=epoch, classes=CLASSES)
 
 
 def _generator(seed):
@@ -52,8 +55,8 @@ def test_its_name_alone_gives_its_defaults(name):
     augment = parse(name)
     assert augment == registry.load("augments", name)()
     assert is_dataclass(augment)
-    assert augment.kinds
-    assert all(kind in registry.names("preprocess") for kind in augment.kinds)
+    assert augment.keeps
+    assert any(augment.input in preprocess.roles for preprocess in registry.load_all("preprocess").values())
     settings = ", ".join(f"{field.name}={getattr(augment, field.name)!r}" for field in fields(augment))
     assert parse(f"{name}({settings})") == augment
 
@@ -62,35 +65,39 @@ def test_its_name_alone_gives_its_defaults(name):
 @given(data=st.data(), seed=st.integers(0, 2**40))
 def test_a_batch_becomes_a_batch_of_the_same_form(name, data, seed):
     augment = parse(name)
-    batch = data.draw(batches(augment.kinds))
-    before = replace(batch, inputs=batch.inputs.clone(), targets=batch.targets.clone())
+    batch = data.draw(batches(augment.input))
+    inputs, targets = batch.inputs[augment.input], batch.targets["class"]
+    before = inputs.clone(), targets.clone()
     result = augment(batch, _generator(seed))
+    changed, mixed = result.inputs[augment.input], result.targets["class"]
 
-    assert result.inputs.shape == batch.inputs.shape
-    assert result.inputs.dtype == batch.inputs.dtype
-    assert torch.isfinite(result.inputs.float()).all()
-    assert torch.equal(batch.inputs, before.inputs), "the batch was changed in place"
-    assert torch.equal(batch.targets, before.targets), "the targets were changed in place"
+    assert changed.shape == inputs.shape
+    assert changed.dtype == inputs.dtype
+    assert torch.isfinite(changed.float()).all()
+    assert torch.equal(inputs, before[0]), "the batch was changed in place"
+    assert torch.equal(targets, before[1]), "the targets were changed in place"
     assert torch.equal(result.index, batch.index)
     assert (result.epoch, result.classes) == (batch.epoch, batch.classes)
 
-    if result.targets.ndim == 2:
-        assert result.targets.shape == (len(batch.inputs), CLASSES)
-        assert (result.targets >= 0).all()
-        torch.testing.assert_close(result.targets.sum(1), torch.ones(len(batch.inputs)))
+    if mixed.ndim == 2:
+        assert mixed.shape == (len(inputs), CLASSES)
+        assert (mixed >= 0).all()
+        torch.testing.assert_close(mixed.sum(1), torch.ones(len(inputs)))
     else:
-        assert torch.equal(result.targets, batch.targets)
+        assert torch.equal(mixed, targets)
+    if not torch.equal(mixed, targets):
+        assert augment.keeps == {"class"}, "it mixes targets, and can't keep those of other roles"
 
     again = augment(batch, _generator(seed))
-    assert torch.equal(again.inputs, result.inputs), "the same generator state gave another batch"
-    assert torch.equal(again.targets, result.targets)
+    assert torch.equal(again.inputs[augment.input], changed), "the same generator state gave another batch"
+    assert torch.equal(again.targets["class"], mixed)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @given(data=st.data())
 def test_views_start_with_the_inputs_and_keep_shape(name, data):
     augment = parse(name)
-    inputs = data.draw(batches(augment.kinds)).inputs
+    inputs = data.draw(batches(augment.input)).inputs[augment.input]
     views = augment.views(inputs)
     assert torch.equal(views[0], inputs)
     assert all(view.shape == inputs.shape and view.dtype == inputs.dtype for view in views)
@@ -100,8 +107,9 @@ def test_views_start_with_the_inputs_and_keep_shape(name, data):
 def test_changes_something(name):
     augment = parse(name)
     torch.manual_seed(0)
-    inputs = torch.randn(64, 3, 16, 16) if "image" in augment.kinds else torch.randint(2, 99, (64, 20))
+    inputs = torch.randn(64, 3, 16, 16) if augment.input == "image" else torch.randint(2, 99, (64, 20))
     targets = torch.arange(64) % CLASSES
-    batch = Batch(inputs=inputs, targets=targets, index=torch.arange(64), epoch=0, classes=CLASSES)
-    assert not torch.equal(augment(batch, _generator(0)).inputs, inputs)
-    assert not torch.equal(augment(batch, _generator(0)).inputs, augment(replace(batch, epoch=1), _generator(1)).inputs)
+    batch = batch_of(augment.input, inputs, targets, torch.arange(64))
+    first, other = augment(batch, _generator(0)), augment(replace(batch, epoch=1), _generator(1))
+    assert not torch.equal(first.inputs[augment.input], inputs)
+    assert not torch.equal(first.inputs[augment.input], other.inputs[augment.input])

@@ -29,13 +29,21 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-def all_traits(kind: str) -> Iterator[Traits]:
+def all_traits(kind: str, annotation: str = "class") -> Iterator[Traits]:
     """All data that a recipe might be for; a new kind can have an entry in SHAPES."""
     built_in = [name for name, model in MODELS.items() if kind in model.kinds]
     for shape, examples, weights, model in itertools.product(
         SHAPES.get(kind, [(64,)]), EXAMPLES, (False, True), (None, "mine:net", "timm:resnet10t", *built_in)
     ):
-        yield Traits(kind=kind, input_shape=shape, examples=examples, classes=10, weights=weights, model=model)
+        yield Traits(
+            kind=kind,
+            annotation=annotation,
+            input_shape=shape,
+            examples=examples,
+            classes=10,
+            weights=weights,
+            model=model,
+        )
 
 
 @every
@@ -54,12 +62,14 @@ def test_survives_json_with_its_digest(name: str) -> None:
 def test_its_parts_exist_and_fit_together(name: str) -> None:
     recipe = RECIPES[name].recipe
     model = MODELS[recipe.model]
-    registry.load("tasks", recipe.task)
+    task = registry.load("tasks", recipe.task).of((), recipe.task_args)
     suits = RECIPES[name].suits
-    kinds = [kind for kind in model.kinds if any(suits(traits) is not None for traits in all_traits(kind))]
+    kinds = [
+        kind for kind in model.kinds if any(suits(traits) is not None for traits in all_traits(kind, task.annotation))
+    ]
     assert kinds, "the recipe suits no data that its model takes"
     for kind in kinds:
-        compose(recipe.augment, kind)
+        compose(recipe.augment, registry.load("preprocess", kind).roles, task.targets)
     net = torch.nn.ModuleDict({"body": torch.nn.Conv2d(3, 4, 3), "head": torch.nn.Linear(4, 2)})
     registry.load("optimizers", recipe.optimizer).build(
         list(net.named_parameters()),
@@ -77,14 +87,24 @@ def test_the_warm_up_is_shorter_than_the_run(name: str) -> None:
     assert recipe.warmup_epochs < recipe.epochs / 2
 
 
-@pytest.mark.parametrize("kind", sorted({kind for c in RECIPES.values() for kind in MODELS[c.recipe.model].kinds}))
-def test_one_recipe_suits_any_data_best(kind: str) -> None:
-    for traits in all_traits(kind):
+DATA = sorted(
+    {
+        (kind, registry.load("tasks", c.recipe.task).annotation)
+        for c in RECIPES.values()
+        for kind in MODELS[c.recipe.model].kinds
+    }
+)
+
+
+@pytest.mark.parametrize(("kind", "annotation"), DATA)
+def test_one_recipe_suits_any_data_best(kind: str, annotation: str) -> None:
+    for traits in all_traits(kind, annotation):
         choose_by_traits(traits)  # raises an error if none suits, or several suit equally
 
 
-def test_weights_and_model_are_respected() -> None:
-    for traits in all_traits("image"):
+@pytest.mark.parametrize("annotation", [annotation for kind, annotation in DATA if kind == "image"])
+def test_weights_and_model_are_respected(annotation: str) -> None:
+    for traits in all_traits("image", annotation):
         recipe = choose_by_traits(traits)
         if traits.weights:
             assert recipe.backbone_lr_scale < 1, traits
@@ -112,7 +132,15 @@ def test_recipes_that_suit_equally_are_an_error(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "text_too.py").write_text(shipped.replace('"name": "text"', '"name": "text_too"'), encoding="utf-8")
     monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(tmp_path)])
     registry.names.cache_clear()
-    traits = Traits(kind="text", input_shape=(64,), examples=50_000, classes=2, weights=False, model=None)
+    traits = Traits(
+        kind="text",
+        annotation="class",
+        input_shape=(64,),
+        examples=50_000,
+        classes=2,
+        weights=False,
+        model=None,
+    )
     try:
         with pytest.raises(UsageError, match="text and text_too suit"):
             choose_by_traits(traits)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from suanli.core.types import Device, Recipe, Row, Source
+from suanli.core.types import Device, Example, Recipe, Source
 from suanli.data.cache import PreparedData, prepare_source
 from suanli.machine.device import detect
 
@@ -44,8 +44,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
         random.normal(128, 40, (600, 16, 16, 3)) + 30 * (np.arange(600) % 3)[:, None, None, None], 0, 255
     )
     rows = [
-        Row(name=str(i), label="abc"[i % 3], split=None, read=lambda p=p: p)  # type: ignore[misc]
+        Example(name=str(i), target="abc"[i % 3], split=None, read=lambda p=p: p)  # type: ignore[misc]
         for i, p in enumerate(pictures.astype(np.uint8))
     ]
-    source = Source(name="shades", kind="image", rows=rows, classes=("a", "b", "c"), fingerprint="shades", size_bytes=1)
+    source = Source(
+        name="shades", kind="image", examples=rows, classes=("a", "b", "c"), fingerprint="shades", size_bytes=1
+    )
     return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)

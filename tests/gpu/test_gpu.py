@@ -138,8 +138,9 @@ def test_rows_on_the_device_are_those_of_the_cache(prepared: PreparedData, devic
         mapped.batches(iter(positions), read_ahead=True),
     )
     for batches in zip(*ways, strict=True):
-        assert all(tensor.device.type == device.type for batch in batches for tensor in batch)
-        assert all(torch.equal(a, b) for batch in batches[1:] for a, b in zip(batches[0], batch, strict=True))
+        leaves = [torch.utils._pytree.tree_leaves(batch) for batch in batches]
+        assert all(tensor.device.type == device.type for batch in leaves for tensor in batch)
+        assert all(torch.equal(a, b) for batch in leaves[1:] for a, b in zip(leaves[0], batch, strict=True))
 
 
 @pytest.mark.parametrize("speedups", ["none", "channels_last,resident", "channels_last,resident,graphs"])

@@ -43,10 +43,18 @@ class StepRunner:
     still be being computed. Inputs are a tensor, a sequence of positional arguments or a mapping of named ones."""
 
     def __init__(
-        self, step: Step, loss: Loss, *, clip_norm: float | None = None, group: Group = ALONE, batch_size: int = 0
+        self,
+        step: Step,
+        loss: Loss,
+        *,
+        clip_norm: float | None = None,
+        group: Group = ALONE,
+        batch_size: int = 0,
+        loss_adds_up: bool = False,
     ) -> None:
         """In a `group` of processes, a step is on the batches of all of them, `batch_size` examples in total, and
-        `loss` is the mean over the examples of this process. Raises ValueError for a step without an optimizer."""
+        `loss` is the mean over the examples of this process. With `loss_adds_up`, the losses of micro-batches and
+        processes are parts of the batch's, instead of means. Raises ValueError for a step without an optimizer."""
         self.step, self._loss_of, self._clip_norm = step, loss, clip_norm
         if step.optimizer is None:
             raise ValueError("a step without an optimizer can't learn")
@@ -56,7 +64,7 @@ class StepRunner:
         self._parameters = [p for p in step.model.parameters() if p.requires_grad]
         self.clock = StepClock.of(self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=step.loss_scaling)
-        self._group, self._batch_size = group, batch_size
+        self._group, self._batch_size, self._loss_adds_up = group, batch_size, loss_adds_up
         self.ends: list[int] | None = None  # of this process's micro-batches, where they aren't of equal size
         self._ddp = None if group.is_alone or step.sharded else wrap_in_ddp(step, self.device)
         self._captured = CapturedStep(step.model, step.optimizer, self._train) if step.graph else None
@@ -83,7 +91,7 @@ class StepRunner:
         for number, (part_inputs, part_targets, share) in enumerate(parts, start=1):
             with self._sync_gradients(number == len(parts)):
                 outputs = self.forward(part_inputs)
-                loss = self._loss_of(outputs, part_targets) * (share * self._weight(inputs))
+                loss = self._loss_of(outputs, part_targets) * self._weight(inputs, share)
                 self.clock.mark("forward")
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             self.clock.mark("backward")
@@ -92,11 +100,14 @@ class StepRunner:
                 self._outputs += list_tensors(outputs)
         return total
 
-    def _weight(self, inputs: Any) -> float:
-        """The weight of this process's loss in the mean over all: by examples, since shares may differ in size."""
+    def _weight(self, inputs: Any, share: float) -> float:
+        """The weight of the loss of a `share` of this process's examples in the mean over all processes: by examples,
+        since processes may have different numbers of them."""
+        if self._loss_adds_up:
+            return float(self._group.size) if self._group.in_joint_step else 1.0
         if not self._group.in_joint_step:
-            return 1.0
-        return self._group.size * len(next(iter(list_tensors(inputs)))) / self._batch_size
+            return share
+        return share * (self._group.size * len(next(iter(list_tensors(inputs)))) / self._batch_size)
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are averaged over the processes only in the backward pass of the last micro-batch."""

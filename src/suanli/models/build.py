@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from suanli.core import registry
 from suanli.core.errors import DamagedFile, DataError, UsageError, pip_install, unknown
+from suanli.core.schema import zeros
+from suanli.core.task import Task
 from suanli.core.types import Json, Model, Preprocess, Recipe
 from suanli.machine import device
 
@@ -98,10 +100,10 @@ def _resolve_timm(spec: str) -> Model:
 # --- building -------------------------------------------------------------------------------
 
 
-def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, on_meta: bool = False) -> nn.Module:
+def build(recipe: Recipe, preprocess: Preprocess, task: Task, *, on_meta: bool = False) -> nn.Module:
     """The recipe's network for inputs of `preprocess`, tried on a tiny batch. Raises UsageError where the model is for
-    another kind of data, an argument is wrong or the output isn't (B, classes). `on_meta`: on the meta device and
-    untried where that is possible, since the caller gets the values from elsewhere."""
+    another kind of data, an argument is wrong or the task can't predict from its output. `on_meta`: on the meta device
+    and untried where that is possible, since the caller gets the values from elsewhere."""
     model = resolve(recipe.model)
     if preprocess.kind not in model.kinds:
         fitting = [n for n, m in registry.load_all("models").items() if preprocess.kind in m.kinds]
@@ -109,21 +111,21 @@ def build(recipe: Recipe, preprocess: Preprocess, classes: int, *, on_meta: bool
             f"Model {recipe.model!r} is for {', '.join(model.kinds)} data, not {preprocess.kind}.",
             fix=f"Models for {preprocess.kind} data: {', '.join(fitting)}.",
         )
-    args = builder_arguments(recipe, preprocess, classes)
+    args = builder_arguments(recipe, preprocess, task)
     if on_meta and (outline := build_on_meta(model, args)) is not None:
         return outline
     module = construct(model, args)
-    _try_batch(model, module, preprocess, classes)
+    _try_batch(model, module, preprocess, task)
     return module
 
 
-def builder_arguments(recipe: Recipe, preprocess: Preprocess, classes: int) -> dict[str, Json]:
+def builder_arguments(recipe: Recipe, preprocess: Preprocess, task: Task) -> dict[str, Json]:
     """The arguments for the model's builder: JSON values, so that a saved model can be built again. Raises UsageError
     for a model argument that the builder doesn't take."""
     accepted = _accepted_arguments(resolve(recipe.model).build)
     if accepted is None:
-        return {"classes": classes, **preprocess.model_args, **recipe.model_args}
-    defaults = {"classes": classes, **preprocess.model_args}
+        return {**task.model_args, **preprocess.model_args, **recipe.model_args}
+    defaults = {**task.model_args, **preprocess.model_args}
     for name in recipe.model_args:
         if name not in accepted:
             raise unknown("model argument", name, [a for a in accepted if a not in defaults])
@@ -201,32 +203,38 @@ def _accepted_arguments(function: Callable[..., object]) -> list[str] | None:
     return [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _try_batch(model: Model, module: nn.Module, preprocess: Preprocess, classes: int) -> None:
-    """Raises UsageError unless a batch of 2 gives logits (2, classes)."""
-    import numpy as np
+def _try_batch(model: Model, module: nn.Module, preprocess: Preprocess, task: Task) -> None:
+    """Raises UsageError unless the task can predict from what a batch of 2 gives."""
     import torch
 
-    rows = torch.from_numpy(np.zeros((2, *preprocess.row_shape), preprocess.row_dtype))
-    inputs = preprocess.to_model(rows)
+    batch = {name: torch.from_numpy(array) for name, array in zeros(preprocess.inputs, 2).items()}
+    inputs = tuple(preprocess.to_model(batch).values())
     was_training = module.training
     module.eval()
     try:
         with torch.inference_mode():
-            out = module(inputs)
+            outputs = module(*inputs)
     except Exception as error:  # a user's network may raise anything
         if device.is_out_of_memory(error):
             raise
         raise UsageError(
-            f"Model {model.name!r} fails on a batch of shape {tuple(inputs.shape)}: {error}.",
+            f"Model {model.name!r} fails on a batch of shape {tuple(inputs[0].shape)}: {error}.",
             fix="Choose a model for inputs of this shape, or change the preprocessing size.",
         ) from error
     finally:
         module.train(was_training)
-    output = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-    if output != (2, classes):
+    expected = {name: (2, *column.fixed_shape) for name, column in task.outputs.items()}
+    try:
+        shapes = {name: tuple(tensor.shape) for name, tensor in task.predict(outputs).items()}
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError):
+        shapes = {}
+    if shapes != expected:
+        output = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        arguments = ", ".join(f"{name}={value}" for name, value in task.model_args.items())
         raise UsageError(
-            f"Model {model.name!r} returned {output} for a batch of 2, where {(2, classes)} logits belong.",
-            fix="Return one tensor of shape (batch, classes); the number of classes is the argument classes=….",
+            f"Model {model.name!r} returned {output} for a batch of 2, from which the task {task.name} can't make "
+            f"{', '.join(f'{name} {shape}' for name, shape in expected.items())}.",
+            fix=f"Return what the task needs; its arguments for the network are {arguments}.",
         )
 
 

@@ -10,7 +10,7 @@ only model.json needs no torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.registry import load as load_plugin
 from suanli.core.registry import names
 from suanli.core.storage import atomic_file, read_json, write_json
-from suanli.core.types import AnyPath, Json, Preprocess, Recipe, Task
+from suanli.core.task import Task
+from suanli.core.types import AnyPath, Json, Preprocess, Recipe
 from suanli.machine import device
 
 if TYPE_CHECKING:
@@ -31,12 +32,11 @@ WEIGHTS = "weights.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """A trained model in memory: all that is needed from raw inputs to the probabilities of named classes."""
+    """A trained model in memory: all that is needed from raw inputs to answers."""
 
     module: nn.Module  # in evaluation mode, float32, on the CPU
     preprocess: Preprocess
     task: Task
-    classes: tuple[str, ...]
     recipe: Recipe
     card: dict[str, Json]  # all of model.json
 
@@ -47,7 +47,7 @@ def save_model(
     *,
     recipe: Recipe,
     preprocess: Preprocess,
-    classes: tuple[str, ...],
+    task: Task,
     data: Mapping[str, object],
     writes: bool = True,
 ) -> None:
@@ -68,8 +68,9 @@ def save_model(
         {
             "format": FORMAT,
             "model": recipe.model,
-            "task": recipe.task,
-            "classes": list(classes),
+            "task": task.name,
+            "task_settings": task.settings,
+            "classes": list(task.classes),
             "preprocess": preprocess.to_json(),
             "recipe": recipe.model_dump(mode="json"),
             "weights": {"file": WEIGHTS, "blake2b": _digest(content), "size_bytes": len(content)},
@@ -109,6 +110,12 @@ def build_preprocess(values: Mapping[str, Json]) -> Preprocess:
     wrong ones."""
     preprocess: Preprocess = load_plugin("preprocess", values["kind"])(**values["settings"])
     return preprocess
+
+
+def build_task(name: str, classes: Sequence[str], settings: Mapping[str, Json]) -> Task:
+    """The task with saved settings. Raises UsageError for a task or settings that this version doesn't know."""
+    kind: type[Task] = load_plugin("tasks", name)
+    return kind.of(classes, settings)
 
 
 def find_model_folder(subject: AnyPath) -> Path:
@@ -173,8 +180,9 @@ def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
         if not trust_code:
             refuse_foreign_code(recipe.model, folder)
         preprocess = build_preprocess(card["preprocess"])
-        classes = tuple(card["classes"])
-        module = build.build(recipe, preprocess, len(classes))
+        # Older versions had no settings, and needed none to predict.
+        task = build_task(card["task"], card["classes"], card.get("task_settings", {}))
+        module = build.build(recipe, preprocess, task)
         module.load_state_dict(load(content))
     except (FileNotFoundError, KeyError, TypeError, SafetensorError, RuntimeError, ValueError) as error:
         raise DamagedFile(
@@ -186,8 +194,7 @@ def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:
     return SavedModel(
         module=module,
         preprocess=preprocess,
-        task=load_plugin("tasks", recipe.task)(),
-        classes=classes,
+        task=task,
         recipe=recipe,
         card=card,
     )

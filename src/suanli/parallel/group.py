@@ -182,12 +182,12 @@ class Group:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return [float(v) for v in largest]
 
-    def gather_rows(self, rows: np.ndarray, first: int, count: int, width: int) -> np.ndarray:
-        """A collective: the (n, width) float32 rows of all processes as one array (count, width). Those of this process
-        begin at row `first`."""
+    def gather_rows(self, rows: np.ndarray, first: int, count: int) -> np.ndarray:
+        """A collective: the rows (n, …) of all processes as one array (count, …). Those of this process begin at row
+        `first`."""
         if self.is_alone:
             return rows
-        total = torch.zeros(count, width)
+        total = torch.zeros(count, *rows.shape[1:], dtype=torch.from_numpy(rows[:0]).dtype)
         if len(rows):
             total[first : first + len(rows)] = torch.from_numpy(rows)
         dist.all_reduce(total)  # at most one term of each sum isn't zero, so nothing is rounded

@@ -28,7 +28,8 @@ import torch
 from suanli.core.compare import difference
 from suanli.core.console import Progress, say
 from suanli.core.errors import SuanliError
-from suanli.core.types import Difference, Plan, Recipe, Records, Task
+from suanli.core.task import Metric, Records, Task
+from suanli.core.types import Difference, Plan, Recipe
 from suanli.machine import device
 from suanli.machine.ceilings import Ceilings
 from suanli.machine.timing import gain, percentile, spread
@@ -76,8 +77,9 @@ def run_ablation(
         rounds=comparison.rounds,
         steps=comparison.steps,
         planned_steps=steps,
-        metric=comparison.task.metric,
-        tolerance=comparison.task.tolerance,
+        metric=comparison.task.metric.name,
+        unit=comparison.task.metric.unit,
+        tolerance=comparison.allowed_loss,
         validation_examples=len(setup.prepared.splits["val"]),
         price_per_hour=price_per_hour,
         ceiling_flops=highest,
@@ -205,10 +207,16 @@ class _Comparison:
                     assert plain.records is not None
                     contender.difference = difference(self.task, plain.records, contender.records, self._groups)
 
+    @property
+    def allowed_loss(self) -> float:
+        """Of the primary metric, against plain PyTorch."""
+        metric = self.task.metric
+        return metric.allowed_loss(self.contenders[0].scores.get(metric.name, 0.0))
+
     def _train_again(self) -> None:
         """Trains contenders that lose more than is tolerated with another seed, and refuses those that lose again."""
-        tolerance = self.task.tolerance
-        suspects = [c for c in self.contenders if c.difference is not None and c.difference.exceeds(tolerance)]
+        allowed = self.allowed_loss
+        suspects = [c for c in self.contenders if c.difference is not None and c.difference.exceeds(allowed)]
         suspects = [contender for contender in suspects if not contender.failed]
         if not suspects:
             return
@@ -222,8 +230,8 @@ class _Comparison:
             with self._attempt(contender):
                 again = self._train_anew(other, contender.plan)
                 contender.again = difference(self.task, plain, again, self._groups)
-                if contender.again.exceeds(tolerance):
-                    contender.refused = _describe_loss(self.task, contender)
+                if contender.again.exceeds(allowed):
+                    contender.refused = _describe_loss(self.task.metric, contender, allowed)
 
     def _train_anew(self, setup: Setup, plan: Plan) -> Records:
         run = TimedRun(setup.trial(plan), setup.device)
@@ -231,7 +239,7 @@ class _Comparison:
         return self._records(run)
 
     def _records(self, run: TimedRun) -> Records:
-        return self.task.records(run.probabilities(), self.setup.prepared.splits["val"].targets)
+        return self.task.records(run.predictions(), self.setup.prepared.splits["val"].targets)
 
     @property
     def _groups(self) -> np.ndarray | None:
@@ -299,13 +307,13 @@ def _figures(
     }
 
 
-def _describe_loss(task: Task, contender: _Contender) -> str:
+def _describe_loss(metric: Metric, contender: _Contender, allowed: float) -> str:
     first, again = contender.difference, contender.again
     assert first is not None
     assert again is not None
     return (
-        f"it loses {-first.median:.1%} of {task.metric} (95 % interval {-first.high:.1%} to {-first.low:.1%}), "
-        f"{-again.median:.1%} with another seed; the task tolerates {task.tolerance:.1%}."
+        f"it loses too much: {metric.describe(first)}, with another seed {metric.describe(again)}; "
+        f"the task tolerates a loss of {metric.format(allowed)}."
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from suanli.core.console import plural
+from suanli.core.task import format_score
 from suanli.core.types import Difference, Plan, Positive
 from suanli.machine.timing import STEADY
 
@@ -92,7 +93,8 @@ class Ablation:
     steps: int  # that each variant was trained
     planned_steps: int  # more than `steps`: time ended before
     metric: Annotated[str, Field(alias="headline")]
-    tolerance: float
+    tolerance: float  # the loss that is allowed, in the metric's unit
+    unit: str = "fraction"
     validation_examples: int
     price_per_hour: float | None
     ceiling_flops: Mapping[str, Positive] | None  # FLOP/s for each precision; None: not measured
@@ -137,7 +139,8 @@ class Ablation:
         if self.widest_interval > self.tolerance:
             yield (
                 f"{plural(self.validation_examples, 'validation example')} can't show a loss of "
-                f"{self.tolerance:.1%}: the interval is ±{self.widest_interval:.1%} wide."
+                f"{format_score(self.tolerance, self.unit)}: the interval is "
+                f"±{format_score(self.widest_interval, self.unit)} wide."
             )
         if self.steps < self.planned_steps:
             yield (

@@ -7,12 +7,13 @@ Each is written as the name of a file in `augments/`, with settings in the form 
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from suanli.core import registry
 from suanli.core.errors import UsageError, unknown
+from suanli.core.schema import Schema, Tensors
 from suanli.core.types import Augmentation, Batch
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class AugmentationPipeline:
             batch = part(batch, generator)
         return batch
 
-    def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+    def views(self, inputs: Tensors) -> list[Tensors]:
         """Every combination of the parts' views, `inputs` first. Of several parts of one class only the first counts:
         two flips don't make four views."""
         views = [inputs]
@@ -38,24 +39,31 @@ class AugmentationPipeline:
         for part in self.parts:
             if type(part) not in seen:
                 seen.add(type(part))
-                views = [view for before in views for view in part.views(before)]
+                views = [{**one, part.input: view} for one in views for view in part.views(one[part.input])]
         return views
 
 
-def compose(specs: Sequence[str], kind: str) -> AugmentationPipeline:
-    """The augmentations of a recipe for one kind of data ("image", "text").
+def compose(specs: Sequence[str], inputs: Collection[str], targets: Schema) -> AugmentationPipeline:
+    """The augmentations of a recipe, for data whose inputs have these roles.
 
-    Raises UsageError for one that can't be read and for one that can't change such inputs.
+    Raises UsageError for one that can't be read, that has nothing to change, and that would make the targets wrong.
     """
     parts = tuple(parse(spec) for spec in specs)
+    kept = {column.role for column in targets.values()}
     for spec, part in zip(specs, parts, strict=True):
-        if kind not in part.kinds:
-            others = [name for name, other in registry.load_all("augments").items() if kind in other.kinds]
-            allowed = f"use one of {', '.join(others)}" if others else f"there is none for {kind} yet"
-            raise UsageError(
-                f"Augmentation {spec!r} is for {' or '.join(part.kinds)} data, and this is {kind}.",
-                fix=f"Leave it out; {allowed}.",
-            )
+        if part.input in inputs and part.keeps >= kept:
+            continue
+        others = registry.load_all("augments").items()
+        fitting = [name for name, other in others if other.input in inputs and other.keeps >= kept]
+        problem = (
+            f"changes {part.input} inputs, and this data has {', '.join(inputs)}"
+            if part.input not in inputs
+            else f"would make {', '.join(sorted(kept - part.keeps))} targets wrong"
+        )
+        raise UsageError(
+            f"Augmentation {spec!r} {problem}.",
+            fix=f"Leave it out; use one of {', '.join(fitting)}." if fitting else "Leave it out; none fits this data.",
+        )
     return AugmentationPipeline(parts=parts)
 
 

@@ -168,7 +168,7 @@ def _score_on(budget: Budget, prepared: PreparedData) -> float | None:
     """The score that was measured on this data; None: there is none."""
     examples = len(prepared.splits["train"])
     for measured in budget.scores:
-        same = measured.data == prepared.name and measured.classes == len(prepared.classes)
+        same = measured.data == prepared.name and measured.classes == len(prepared.task.classes)
         if same and abs(examples - measured.examples) <= SIZE_TOLERANCE * measured.examples:
             return measured.score
     return None

@@ -7,20 +7,24 @@ after step n therefore goes on bit by bit as if it had never stopped. The loop k
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from suanli.compute.infer import network_inputs
 from suanli.compute.step_runner import Numbers, StepRunner
 from suanli.core.errors import DamagedFile, Diverged, UsageError
-from suanli.core.types import Batch, Device, Preprocess, Recipe, Step, Task
+from suanli.core.schema import Tensors
+from suanli.core.task import Metric, Task
+from suanli.core.types import Batch, Device, Preprocess, Recipe, Step
 from suanli.data.loader import Feed, Order, mix
 from suanli.parallel import dtensor
 from suanli.parallel.group import ALONE, Group
@@ -31,6 +35,7 @@ from suanli.training.ema import WeightAverage, copy_weights
 from suanli.training.progressive_resizing import full_size_steps, scale_at, shrink
 from suanli.training.schedule import lr_factor
 
+TOTAL = "total of "  # a target of this name and a sum's is what that sum is divided by
 READ_LOSSES_EVERY = 20  # steps: on a GPU, reading a loss waits for the device
 
 
@@ -45,9 +50,9 @@ class Progress:
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
 
-    def add_score(self, score: float) -> None:
+    def add_score(self, score: float, metric: Metric) -> None:
         self.last = score
-        if self.best is None or score > self.best:
+        if self.best is None or metric.gain(self.best, score) > 0:
             self.best, self.stale = score, 0
         else:
             self.stale += 1
@@ -64,7 +69,6 @@ class Loop:
         train: Feed,
         val: Feed,
         device: Device,
-        classes: int,
         group: Group = ALONE,
         full_size: bool = False,
         local_only: bool = False,
@@ -73,7 +77,7 @@ class Loop:
         `local_only`: the loop learns from this process's share of the batch without the other processes. Both are
         for measuring. Raises UsageError for more processes than examples in a batch."""
         self.recipe, self.compute, self.task, self.preprocess = recipe, step, task, preprocess
-        self.train_feed, self.val_feed, self.classes = train, val, classes
+        self.train_feed, self.val_feed = train, val
         self.device = torch.device(device.torch_name)
         self.group, self._step_group = group, ALONE if local_only else group
         self._full_size = full_size
@@ -82,18 +86,20 @@ class Loop:
         self.lr = 0.0  # the recipe's learning rate, as the schedule has it now
 
         self.order = Order(len(train), recipe.batch_size, recipe.seed)
-        self.augment = compose(recipe.augment, preprocess.kind)
-        self._class_weights: torch.Tensor | None = None
-        if recipe.class_weights == "balanced":
-            self._class_weights = _balance_classes(train.split.targets, classes).to(self.device)
+        self.augment = compose(recipe.augment, preprocess.roles, task.targets)
         self.runner = StepRunner(
-            step, self.loss, clip_norm=recipe.clip_norm, group=self._step_group, batch_size=self.order.batch_size
+            step,
+            self.loss,
+            clip_norm=recipe.clip_norm,
+            group=self._step_group,
+            batch_size=self.order.batch_size,
+            loss_adds_up=task.has_counts,
         )
         self.divide_batch()
         self.ema = None if recipe.ema_decay is None else WeightAverage(step.model, recipe.ema_decay)
 
         self._losses: list[torch.Tensor] = []  # not read yet
-        self._check: DivergenceCheck | None = DivergenceCheck(self._guessing_loss)
+        self._check: DivergenceCheck | None = DivergenceCheck(task.guessing_loss)
         self._generator = torch.Generator(self.device)  # of the augmentations
         self._model_generators = _default_generators(self.device)
         self._rank_seed = (group.rank,) if group.rank else ()  # dropout draws for this process's examples alone
@@ -199,27 +205,27 @@ class Loop:
             yield loss
         self.phase = "end"
 
-    def _make_batch(self, rows: torch.Tensor, targets: torch.Tensor, index: torch.Tensor, scale: float) -> Batch:
-        """From cached rows to augmented model inputs."""
+    def _make_batch(self, inputs: Tensors, targets: Tensors, index: torch.Tensor, scale: float) -> Batch:
+        """From cached inputs to augmented inputs of the network."""
         step, positions = self.progress.step, self.global_positions
         batch = Batch(
-            inputs=self.preprocess.to_model(rows),
+            inputs=self.preprocess.to_model(inputs),
             targets=targets,
             index=index,
             epoch=self.order.epoch(step),
-            classes=self.classes,
+            classes=len(self.task.classes),
             global_positions=None if positions is None else positions[: len(index)].to(index.device),
             global_size=self.order.batch_size,
         )
         batch = self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
-        return batch if scale == 1 else replace(batch, inputs=shrink(batch.inputs, scale))
+        return batch if scale == 1 else batch.with_input("image", shrink(batch.inputs["image"], scale))
 
     def _train_on(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; returns the loss without waiting for it."""
         step = self.progress.step
         self._seed_model(step)
         self._set_lr(step)
-        loss = self.runner(batch.inputs, batch.targets)
+        loss = self.runner(network_inputs(batch.inputs), self._add_totals(batch.targets))
         if self.ema is not None:
             self.ema.update(step)
         return loss
@@ -243,10 +249,22 @@ class Loop:
             else:
                 group["lr"] = group["initial_lr"] * factor
 
-    def loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean loss of logits (B, K)."""
-        smoothing = self.recipe.label_smoothing
-        return self.task.loss(logits, targets, label_smoothing=smoothing, class_weights=self._class_weights)
+    def _add_totals(self, targets: Tensors) -> Tensors:
+        """A collective where the task has counts: what the sums of the loss are divided by, which each example of a
+        micro-batch carries."""
+        counts = self.task.counts(targets) if self.task.has_counts else {}
+        size = len(next(iter(targets.values())))
+        totals = {TOTAL + name: self._step_group.sum(count.float()).expand(size) for name, count in counts.items()}
+        return {**targets, **totals}
+
+    def loss(self, outputs: Any, targets: Tensors) -> torch.Tensor:
+        """The mean loss over the examples; where the task has counts, this part's share of the whole batch's loss."""
+        sums = self.task.loss(outputs, targets)
+        if self.task.has_counts:
+            parts = [total / targets[TOTAL + name][0].clamp(min=1) for name, total in sums.items()]
+        else:
+            parts = [total / len(next(iter(targets.values()))) for total in sums.values()]
+        return functools.reduce(torch.add, parts)
 
     def read_losses(self) -> float:
         """A collective: waits for the losses of the steps since the last call and returns the newest. Raises
@@ -258,10 +276,6 @@ class Loop:
         if self._check is not None:
             self._check.check(losses, self.progress.step - len(losses), self.steps)
         return float(losses[-1])
-
-    def _guessing_loss(self) -> float:
-        targets = torch.arange(self.classes, device=self.device)
-        return float(self.loss(torch.zeros(self.classes, self.classes, device=self.device), targets))
 
     # --- measuring ---
 
@@ -285,7 +299,7 @@ class Loop:
         if the recipe accumulates. Changes gradients and batch statistics: see `preserve_weights`."""
         self.model.train()
         batch = self.first_batch(examples, scale)
-        self.runner.backward(batch.inputs, batch.targets, whole=whole)
+        self.runner.backward(network_inputs(batch.inputs), self._add_totals(batch.targets), whole=whole)
 
     def compute_numbers(self) -> Numbers:
         """Trains one step on the first batch and returns what it computed."""
@@ -293,7 +307,7 @@ class Loop:
         batch = self.first_batch()
         self._seed_model(0)
         self._set_lr(self.progress.step)
-        return self.runner.compute_numbers(batch.inputs, batch.targets)
+        return self.runner.compute_numbers(network_inputs(batch.inputs), self._add_totals(batch.targets))
 
     @contextmanager
     def preserve_weights(self) -> Iterator[None]:
@@ -360,14 +374,6 @@ class Loop:
                 f"The checkpoint {saved.path} is not one of this network and optimizer ({error}).",
                 fix="Restore the code that wrote it, or train again.",
             ) from error
-
-
-def _balance_classes(targets: np.ndarray, classes: int) -> torch.Tensor:
-    """(K,) float32 weights in inverse proportion to the frequency, so that each class counts the same in the loss;
-    0 for a class without examples."""
-    counts = np.bincount(targets, minlength=classes)
-    weights = np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1), 0.0)
-    return torch.tensor(weights, dtype=torch.float32)
 
 
 def _default_generators(device: torch.device) -> list[torch.Generator]:

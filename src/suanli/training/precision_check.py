@@ -7,6 +7,7 @@ validation split, which took no part in training or planning.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from suanli.compute.infer import infer
 from suanli.compute.step_runner import apply_settings
 from suanli.core import compare
 from suanli.core.registry import load
+from suanli.core.schema import Arrays, select
 from suanli.core.types import Difference, Plan, Step
 from suanli.training.loop import Loop
 from suanli.training.validation import validation_batch_size
@@ -29,13 +31,14 @@ def low_precision_speedups(plan: Plan) -> list[str]:
     return [name for name in plan.speedups if "numerics" in load("speedups", name).risks]
 
 
-def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
-    """How the primary metric differs from float32's, and the number of inputs; None: the split is empty."""
+def compare_with_float32(loop: Loop) -> tuple[Difference, int, float] | None:
+    """What the plan gains in the primary metric over float32, the number of inputs, and the loss that is allowed; None:
+    the split is empty."""
     order = np.random.default_rng(0).permutation(len(loop.val_feed))[:MOST_INPUTS]  # a split may be sorted by class
     batches = torch.from_numpy(order).split(validation_batch_size(loop.recipe))  # type: ignore[no-untyped-call]
     float32 = replace(loop.compute, compute=None, autocast_dtype=None, settings=())
     until = time.perf_counter() + TIME_SHARE * loop.progress.seconds
-    expected: list[np.ndarray] = []
+    expected: list[Arrays] = []
     for positions in batches:
         expected.append(_predict(loop, float32, positions))
         late = time.perf_counter() > until
@@ -46,15 +49,21 @@ def compare_with_float32(loop: Loop) -> tuple[Difference, int] | None:
     if not expected:
         return None
     actual = [_predict(loop, loop.compute, positions) for positions in batches[: len(expected)]]
-    compared = order[: sum(map(len, expected))]
-    targets = loop.val_feed.split.targets[compared]
-    before, after = (loop.task.records(np.concatenate(answers), targets) for answers in (expected, actual))
+    compared = order[: sum(len(positions) for positions in batches[: len(expected)])]
+    targets = {name: select(column, compared) for name, column in loop.val_feed.split.targets.items()}
+    before, after = (loop.task.records(_join(answers), targets) for answers in (expected, actual))
     groups = loop.val_feed.split.groups
     groups = None if groups is None else groups[compared]
-    return compare.difference(loop.task, before, after, groups), len(compared)
+    metric = loop.task.metric
+    allowed = metric.allowed_loss(loop.task.scores(before)[metric.name])
+    return compare.difference(loop.task, before, after, groups), len(compared), allowed
 
 
-def _predict(loop: Loop, step: Step, positions: torch.Tensor) -> np.ndarray:
-    """Probabilities (B, K) of validation inputs at these positions, computed as `step` says."""
+def _join(parts: Sequence[Arrays]) -> Arrays:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _predict(loop: Loop, step: Step, positions: torch.Tensor) -> Arrays:
+    """Predictions (B, …) of validation inputs at these positions, computed as `step` says."""
     with apply_settings(step):
-        return infer(step, loop.preprocess, loop.task, [loop.val_feed.rows(positions)])
+        return infer(step, loop.preprocess, loop.task, [loop.val_feed.inputs(positions)])

@@ -19,7 +19,7 @@ from suanli.core.paths import data_dir as default_data_dir
 from suanli.core.run import Run
 from suanli.core.types import AnyPath, Columns, Json, Recipe, Source
 from suanli.data import checks
-from suanli.data.cache import PreparedData, prepare_source
+from suanli.data.cache import PreparedData, make_task, prepare_source
 from suanli.data.source import find_source
 from suanli.machine import device
 from suanli.models import build
@@ -64,12 +64,17 @@ class DataOptions:
             cache_dir=_absolute(cache_dir) or options.cache_dir,
         )
 
-    def find_source(self) -> Source:
-        """The data that they name. Raises UsageError and DataError."""
+    def find_source(self, annotation: str | None = None) -> Source:
+        """The data that they name, with targets of this annotation where it leaves a choice. Raises UsageError and
+        DataError."""
         return find_source(
             self.subject,
             columns=Columns(
-                input=self.input_column, label=self.label_column, group=self.group_column, time=self.time_column
+                input=self.input_column,
+                label=self.label_column,
+                group=self.group_column,
+                time=self.time_column,
+                annotation=annotation,
             ),
             group_pattern=self.group_pattern,
             data_dir=default_data_dir(self.data_dir),
@@ -86,9 +91,9 @@ def resolve(
     """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
     one that suits the data, with `settings` on top."""
     started = time.perf_counter()
-    source = options.find_source()
+    source = options.find_source(_choose_annotation(recipe, settings))
     if not isinstance(recipe, Recipe):
-        wanted = change(Recipe(), settings)  # checks every setting before any work is done
+        wanted = change(Recipe(task=_usual_task(source)), settings)  # checks every setting before any work is done
         recipe = choose_recipe(
             source,
             name=recipe,
@@ -97,7 +102,7 @@ def resolve(
             settings=wanted.preprocess,
         )
     recipe = change(recipe, settings)
-    _check_names(recipe, source.kind)
+    _check_names(recipe, source)
     preprocess = None
     if options.preprocess is not None:
         if options.preprocess["kind"] != source.kind:
@@ -112,26 +117,41 @@ def resolve(
     if announce:
         _announce(prepared, time.perf_counter() - started)
     checks.refuse_bad_share(prepared.findings, options.max_bad)
-    checks.refuse_unlearnable(prepared.findings)
+    checks.refuse_unlearnable(prepared.findings, prepared.task)
     return recipe, prepared
 
 
-def _check_names(recipe: Recipe, kind: str) -> None:
+def _choose_annotation(recipe: str | Recipe | None, settings: Mapping[str, Json]) -> str | None:
+    """What the targets must be for the task that was named; None: the data decides, and with it the task."""
+    named: Recipe | None = registry.load("recipes", recipe).recipe if isinstance(recipe, str) else recipe
+    task = settings.get("task", None if named is None else named.task)
+    return None if task is None else str(registry.load("tasks", str(task)).annotation)
+
+
+def _usual_task(source: Source) -> str:
+    """One that learns from its targets, so that settings of a task can be checked before there is a recipe."""
+    usual = Recipe().task
+    fitting = [name for name, task in registry.load_all("tasks").items() if task.annotation == source.annotation]
+    return usual if usual in fitting or not fitting else fitting[0]
+
+
+def _check_names(recipe: Recipe, source: Source) -> None:
     """Raises UsageError for names in the recipe that don't exist, before time is spent on decoding."""
     build.resolve(recipe.model)
-    compose(recipe.augment, kind)
-    if recipe.progressive_resizing and kind != "image":
-        raise UsageError(f"progressive_resizing is for images, and this is {kind}.", fix="Leave it out.")
+    inputs = registry.load("preprocess", source.kind).roles
+    compose(recipe.augment, inputs, make_task(recipe, source).targets)
+    if recipe.progressive_resizing and "image" not in inputs:
+        raise UsageError(f"progressive_resizing is for images, and this is {source.kind}.", fix="Leave it out.")
     registry.load("optimizers", recipe.optimizer)
-    registry.load("tasks", recipe.task)
 
 
 def _announce(prepared: PreparedData, seconds: float) -> None:
     counts = {name: len(split) for name, split in prepared.splits.items()}
+    classes = f"{len(names)} classes, " if (names := prepared.task.classes) else ""
     how = "from the cache" if prepared.reused else f"decoded in {duration(seconds)}"
     say(
         f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
-        f"{len(prepared.classes)} classes, input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
+        f"{classes}input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
     )
     if groups := prepared.findings.get("groups"):
         say(f"groups: {groups['train']:,} train, {groups['val']:,} validation, {groups['test']:,} test")

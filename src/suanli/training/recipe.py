@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from suanli.core.errors import DataError, UsageError, unknown
 from suanli.core.registry import load, load_all
-from suanli.core.types import Json, Preprocess, Raw, Recipe, RecipeChoice, Row, Source, Traits
+from suanli.core.types import Example, Json, Preprocess, Raw, Recipe, RecipeChoice, Source, Traits
 
 SAMPLED = 300  # inputs that are read before a recipe is chosen
 NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
@@ -18,7 +18,8 @@ NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(f
 def choose_recipe(
     source: Source, *, name: str | None, model: str | None, weights: bool, settings: Mapping[str, object]
 ) -> Recipe:
-    """The shipped recipe of that name; without a name, the one that suits the data best."""
+    """The shipped recipe of that name; without a name, the one that suits the data best, for a task that learns from
+    what the data carries."""
     if name is not None:
         choice: RecipeChoice = load("recipes", name)
         return choice.recipe
@@ -27,7 +28,11 @@ def choose_recipe(
 
 def choose_by_traits(traits: Traits) -> Recipe:
     """The shipped recipe that suits best. Raises UsageError if none suits, or several suit equally."""
-    choices: dict[str, RecipeChoice] = load_all("recipes")
+    choices: dict[str, RecipeChoice] = {
+        name: choice
+        for name, choice in load_all("recipes").items()
+        if load("tasks", choice.recipe.task).annotation == traits.annotation
+    }
     suitable = {name: score for name, choice in choices.items() if (score := choice.suits(traits)) is not None}
     if not suitable:
         raise UsageError(f"No shipped recipe suits {traits}.", fix="Name one with --recipe.")
@@ -40,20 +45,21 @@ def choose_by_traits(traits: Traits) -> Recipe:
 def _find_traits(source: Source, *, weights: bool, model: str | None, settings: Mapping[str, object]) -> Traits:
     """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing."""
     kind = load("preprocess", source.kind)
-    rows = [r for r in source.rows if r.split != "test"]
+    rows = [r for r in source.examples if r.split != "test"]
     sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:SAMPLED]]
-    preprocess: Preprocess = kind.fit(lambda: _read_rows(sample), settings)
+    preprocess: Preprocess = kind.fit(lambda: _read_inputs(sample), settings)
     return Traits(
         kind=source.kind,
+        annotation=source.annotation,
         input_shape=preprocess.input_shape,
-        examples=len(source.rows),
+        examples=len(source.examples),
         classes=len(source.classes),
         weights=weights,
         model=model,
     )
 
 
-def _read_rows(rows: Sequence[Row]) -> Iterator[Raw]:
+def _read_inputs(rows: Sequence[Example]) -> Iterator[Raw]:
     for row in rows:
         try:
             yield row.read()
@@ -64,19 +70,23 @@ def _read_rows(rows: Sequence[Row]) -> Iterator[Raw]:
 def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
     """A copy of `recipe` with fields replaced; "preprocess.size" replaces one entry of the mapping `preprocess`.
 
-    With another model or optimizer, the arguments of the old one are dropped; with another optimizer, `lr` becomes the
-    new one's usual value. Raises UsageError for an unknown field (it suggests the nearest) or an impossible value.
+    A setting of the recipe's task, such as label_smoothing, is short for "task_args.label_smoothing". With another
+    model, task or optimizer, the arguments of the old one are dropped; with another optimizer, `lr` becomes the new
+    one's usual value. Raises UsageError for an unknown field (it suggests the nearest) or an impossible value.
     """
     values: dict[str, Json] = recipe.model_dump()
-    for name in ("model", "optimizer"):
+    for name in ("model", "task", "optimizer"):
         if changes.get(name, values[name]) != values[name]:
             values[f"{name}_args"] = {}
             if name == "optimizer":
                 values["lr"] = load("optimizers", str(changes[name])).usual_lr
+    of_task = load("tasks", str(changes.get("task", values["task"]))).setting_names()
     for name, value in changes.items():
+        if name in of_task and name not in Recipe.model_fields:
+            name = f"task_args.{name}"
         field, dot, entry = name.partition(".")
         if field not in Recipe.model_fields:
-            raise unknown("recipe field", field, Recipe.model_fields)
+            raise unknown("recipe field", field, [*Recipe.model_fields, *of_task])
         if dot:
             if field not in NESTED:
                 raise UsageError(f"{name!r} can't be set: {field!r} has no entries.", fix=f"Set {field} itself.")

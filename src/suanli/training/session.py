@@ -197,7 +197,7 @@ class Session:
         possible = {n: s for n, s in usable_speedups(self.device)[0].items() if s.needless(step, self.device) is None}
         groups = {possible[n].group for n in plan.speedups if n in possible}
         untried = (n for n, s in possible.items() if n not in plan.speedups and n not in plan.dropped)
-        sized = "size" in self.spec.prepared.preprocess.settings() or self.spec.prepared.preprocess.kind == "image"
+        sized = "image" in self.spec.prepared.preprocess.roles
         return Facts(
             device_type=self.device.type,
             batch_size=self.loop.batch_size,

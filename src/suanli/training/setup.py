@@ -34,8 +34,8 @@ INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisati
 
 # What decides how long a step takes; a plan holds for every recipe that agrees in these.
 _COMPUTED = (
-    *("model", "model_args", "task", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
-    *("backbone_lr_scale", "class_weights", "clip_norm", "ema_decay"),
+    *("model", "model_args", "task", "task_args", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
+    *("backbone_lr_scale", "clip_norm", "ema_decay"),
 )
 
 
@@ -58,11 +58,13 @@ class Setup:
     ) -> None:
         self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
+        settled = type(prepared.task).of(prepared.task.classes, recipe.task_args)
+        self.task = settled.fit(prepared.splits["train"].targets)
         module = self._build_module(on_meta=shard and not group.is_first)
         head = building.head_of(module, building.resolve(recipe.model))
         if fresh and recipe.weights is not None:
             file, card = find_weights(Path(recipe.weights).expanduser())
-            other_classes = card is not None and tuple(card["classes"]) != prepared.classes
+            other_classes = card is not None and tuple(card["classes"]) != prepared.task.classes
             say(str(building.load_weights(module, file, head, new_head=other_classes)))
         fits = device.type != "cpu" and loader.fits(prepared.splits["train"], device)
         self.can_reside = all(group.gather(fits))  # or one plan would not do for all
@@ -73,7 +75,8 @@ class Setup:
         if fresh and recipe.weights is None and callable(initialize):
             train: Feed = self._feed("train", False)
             spread = np.random.default_rng(recipe.seed).permutation(len(train))[:INITIALIZE_EXAMPLES]
-            initialize(prepared.preprocess.to_model(train.rows(torch.from_numpy(spread))))
+            inputs = prepared.preprocess.to_model(train.inputs(torch.from_numpy(spread)))
+            initialize(*inputs.values())
         if shard:  # only now, and from main memory: no device has to hold all of it
             fsdp.shard(module, group, torch.device(device.torch_name))
         self.module = module
@@ -90,7 +93,7 @@ class Setup:
         """A collective where the network is sharded. The first process builds it with values, since the memory of a
         host has room for one; the others build it on the meta device, unless the two then differ."""
         torch.manual_seed(mix(self.recipe.seed, 0))
-        build = partial(building.build, self.recipe, self.prepared.preprocess, len(self.prepared.classes))
+        build = partial(building.build, self.recipe, self.prepared.preprocess, self.task)
         module = build(on_meta=on_meta)
         if not self.sharded:
             return module
@@ -130,12 +133,11 @@ class Setup:
         return Loop(
             recipe=self.recipe,
             step=step,
-            task=load("tasks", self.recipe.task)(),
+            task=self.task,
             preprocess=self.prepared.preprocess,
             train=self._feed("train", step.resident),
             val=self._feed("val", step.resident and loader.fits(self.prepared.splits["val"], self.device)),
             device=self.device,
-            classes=len(self.prepared.classes),
             group=self.group,
             full_size=measuring,
             local_only=measuring,
@@ -144,10 +146,10 @@ class Setup:
     @property
     def key(self) -> str:
         """A digest of all that decides which plan is the best: what is computed, on what, with which software."""
-        facts = [
+        facts: list[object] = [
             {name: self.recipe.model_dump(mode="json")[name] for name in _COMPUTED},
             [self.prepared.preprocess.kind, self.prepared.preprocess.model_args, self.prepared.preprocess.input_shape],
-            len(self.prepared.classes),
+            self.task.model_args,
             peak.fingerprint(self.device),
         ]
         if not self.group.is_alone:  # a share of the batch, and no speedup that the processes have no use for

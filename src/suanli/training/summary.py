@@ -77,7 +77,7 @@ class Summary:
                 environment=environment(session.device),
                 recipe=session.recipe,
                 variant="+".join(session.plan.speedups) or "none",
-                scores={} if score is None else {f"val_{loop.task.metric}": score},
+                scores={} if score is None else {f"val_{loop.task.metric.name}": score},
                 count=loop.progress.step,
             )
         )

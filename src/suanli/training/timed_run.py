@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from suanli.compute.flops import flops
 from suanli.compute.infer import infer
 from suanli.compute.step_runner import apply_settings
+from suanli.core.schema import Arrays
 from suanli.core.types import Device
 from suanli.machine import energy
 from suanli.machine.timing import percentile
@@ -59,7 +59,7 @@ class TimedRun:
         # Of equal size, and the same ones for every run: the last ones of a pass would be smaller.
         self.evaluation_batch = min(validation_batch_size(loop.recipe), len(loop.val_feed))
         positions = _cycle_positions(len(loop.val_feed), self.evaluation_batch)
-        self._rows = loop.val_feed.batches(positions, read_ahead=loop.compute.read_ahead)
+        self._batches = loop.val_feed.batches(positions, read_ahead=loop.compute.read_ahead)
 
     def train(self, steps: int, *, timed: bool = True, other_bytes: int = 0) -> None:
         """A block of so many steps; `other_bytes` of the device's memory are held by other runs."""
@@ -71,12 +71,12 @@ class TimedRun:
         examples = batches * self.evaluation_batch
         self._measure(self.evaluation, self._evaluate_batch, batches, examples, timed, other_bytes)
 
-    def probabilities(self) -> np.ndarray:
-        """(N, K) of the whole validation split, with the weights that a finished training would keep."""
+    def predictions(self) -> Arrays:
+        """(N, …) for the whole validation split, with the weights that a finished training would keep."""
         loop = self.loop
-        rows = (rows for rows, _, _ in loop.val_feed.in_order(self.evaluation_batch))
+        inputs = (inputs for inputs, _, _ in loop.val_feed.in_order(self.evaluation_batch))
         with apply_settings(loop.compute), loop.use_averaged_weights():
-            return infer(loop.compute, loop.preprocess, loop.task, rows)
+            return infer(loop.compute, loop.preprocess, loop.task, inputs)
 
     def count_flops(self) -> tuple[int, int]:
         """Of one training step, which is done, and of one validation batch."""
@@ -104,8 +104,8 @@ class TimedRun:
 
     def _evaluate_batch(self) -> None:
         loop = self.loop
-        rows, _, _ = next(self._rows)
-        infer(loop.compute, loop.preprocess, loop.task, [rows])
+        inputs, _, _ = next(self._batches)
+        infer(loop.compute, loop.preprocess, loop.task, [inputs])
 
     def _measure(
         self, timings: Timings, work: Callable[[], None], times: int, examples: int, timed: bool, other_bytes: int

@@ -187,7 +187,8 @@ class Trainer:
                     self._log(loss, log.take(loss))
                 if validates or last:
                     self._validate()
-                score = "" if loop.progress.last is None else f"  {loop.task.metric} {loop.progress.last:.1%}"
+                metric = loop.task.metric
+                score = "" if loop.progress.last is None else f"  {metric.name} {metric.format(loop.progress.last)}"
                 bar.update(step, log.note + score)
                 signal_number, save_is_due = self._agree(stop.signal, time.monotonic() - saved_at >= every_s, last)
                 if signal_number:
@@ -293,7 +294,7 @@ class Trainer:
                 loop.model,
                 recipe=self.recipe,
                 preprocess=self.prepared.preprocess,
-                classes=self.prepared.classes,
+                task=self.loop.task,
                 data=self.prepared.to_json() | {"cache": None},
                 writes=self.group.is_first,
             )
@@ -313,11 +314,12 @@ class Trainer:
     def _announce_end(self, status: str) -> None:
         loop, target = self.loop, self.options.target_score
         rate = self.directory.summary["examples_per_s"]
-        score = "" if loop.validation_score is None else f", validation {loop.task.metric} {loop.validation_score:.2%}"
+        metric, reached = loop.task.metric, loop.validation_score
+        score = "" if reached is None else f", validation {metric.name} {metric.format(reached)}"
         took = duration(self.summary.seconds["train"])
         say(f"{status} after {plural(loop.progress.step, 'step')} in {took} ({rate:,.0f} examples/s){score}")
-        if target is not None and loop.validation_score is not None and loop.validation_score < target:
-            warn(f"The {loop.task.metric} on validation is below the {target:.2%} that was asked for.")
+        if target is not None and reached is not None and metric.gain(target, reached) < 0:
+            warn(f"The {metric.name} on validation is worse than the {metric.format(target)} that was asked for.")
 
     def _ask_writers(self, value: bool) -> list[bool]:
         """A collective where the network is sharded, since then all processes finish together."""
@@ -329,12 +331,12 @@ class Trainer:
         rounding = precision_check.low_precision_speedups(self.plan)
         if not rounding or (comparison := precision_check.compare_with_float32(self.loop)) is None:
             return
-        difference, examples = comparison
-        task = self.loop.task
-        refused = difference.exceeds(task.tolerance)
+        difference, examples, allowed = comparison
+        metric = self.loop.task.metric
+        refused = difference.exceeds(allowed)
         self.summary.gate = difference.to_json() | {"examples": examples, "refused": refused, "speedups": rounding}
         if refused and self.plan.origin not in UNPLANNED and self.group.is_first:
-            reason = f"it cost {-difference.median:.1%} of validation {task.metric} against float32"
+            reason = f"validation {metric.describe(difference)} against float32"
             session = self.session
             PlanCache(session.spec.cache, session.key, session.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")

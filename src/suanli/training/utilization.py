@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from suanli.compute.flops import flops
+from suanli.compute.infer import network_inputs
 from suanli.compute.roofline import measure_layers
 from suanli.compute.roofline_records import Roofline
 from suanli.compute.step_runner import apply_settings, call, force_eager
@@ -73,7 +74,8 @@ def count_step_flops(loop: Loop) -> float:
 def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
     """Times the layers of the network in a forward pass on a training batch, as validation computes it."""
     step = loop.compute
-    inputs = loop.first_batch().inputs
+    batch = loop.first_batch()
+    inputs = network_inputs(batch.inputs)
     was_training = loop.model.training
     loop.model.eval()
     try:
@@ -84,7 +86,7 @@ def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> R
     return Roofline(
         device=device.name,
         dtype=step_precision(step, device),
-        batch=len(inputs),
+        batch=len(batch.index),
         layers=tuple(layers),
         ceilings=ceilings,
     )

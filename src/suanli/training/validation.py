@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from suanli.compute.infer import infer
 from suanli.core.errors import Diverged
+from suanli.core.schema import Tensors, zeros
 from suanli.core.types import Recipe
 from suanli.training import divergence
 from suanli.training.loop import Loop
@@ -21,15 +21,16 @@ def validate(loop: Loop) -> dict[str, float]:
     count = len(loop.val_feed)
     own = range(count)[loop.group.even_share(count)]
     with loop.use_averaged_weights():
-        probabilities = infer(loop.compute, loop.preprocess, loop.task, _rows(loop, own))[: len(own)]
-    probabilities = loop.group.gather_rows(probabilities, own.start, count, loop.classes)
+        answers = infer(loop.compute, loop.preprocess, loop.task, _batches(loop, own))
+    own_answers = zeros(loop.task.outputs, len(own)) | {name: column[: len(own)] for name, column in answers.items()}
+    predictions = {name: loop.group.gather_rows(rows, own.start, count) for name, rows in own_answers.items()}
     try:
-        scores = loop.task.scores(loop.task.records(probabilities.astype(np.float32), loop.val_feed.split.targets))
+        scores = loop.task.scores(loop.task.records(predictions, loop.val_feed.split.targets))
     except Diverged as error:
         step = loop.progress.step
         raise Diverged(f"The model's answers became NaN at step {step}.", fix=divergence.FIX) from error
     loop.phase = phase
-    loop.progress.add_score(scores[loop.task.metric])
+    loop.progress.add_score(scores[loop.task.metric.name], loop.task.metric)
     return scores
 
 
@@ -38,13 +39,13 @@ def validation_batch_size(recipe: Recipe) -> int:
     return min(max(recipe.batch_size, 64), 512)
 
 
-def _rows(loop: Loop, own: range) -> Iterator[torch.Tensor]:
-    """Batches of the validation rows that this process answers for. With sharded weights every process must compute
-    the same number of batches: one that has fewer adds batches of one row, and their answers are dropped."""
+def _batches(loop: Loop, own: range) -> Iterator[Tensors]:
+    """Batches of the validation inputs that this process answers for. With sharded weights every process must compute
+    the same number of batches: one that has fewer adds batches of one input, and their answers are dropped."""
     size = validation_batch_size(loop.recipe)
-    for rows, _, _ in loop.val_feed.in_order(size, own):
-        yield rows
+    for inputs, _, _ in loop.val_feed.in_order(size, own):
+        yield inputs
     if loop.compute.sharded:
         longest = -(-len(loop.val_feed) // loop.group.size)
         for _ in range(-(-longest // size) - -(-len(own) // size)):
-            yield loop.val_feed.rows(torch.zeros(1, dtype=torch.int64))
+            yield loop.val_feed.inputs(torch.zeros(1, dtype=torch.int64))

@@ -21,6 +21,7 @@ from suanli.core.console import size, warn
 from suanli.core.errors import GateError, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement
+from suanli.core.task import format_score
 from suanli.core.types import AnyPath, Environment, Json, Measurement, Plan, Recipe
 from suanli.data.decode import decode
 from suanli.machine import peak
@@ -241,6 +242,7 @@ def _speeds(title: str, measured: Sequence[tuple[Variant, Measured | None]]) -> 
 
 
 def _scores(ablation: Ablation) -> Table:
+    unit = ablation.unit
     title = f"Validation {ablation.metric} after {ablation.steps:,} equal steps"
     table = _table(title, ablation.metric, "vs plain", "95 % interval", "gate")
     for variant in ablation.variants:
@@ -248,9 +250,9 @@ def _scores(ablation: Ablation) -> Table:
         change = variant.difference
         table.add_row(
             variant.name,
-            "" if score is None else f"{score:.2%}",
-            "" if change is None else f"{change.median:+.2%}",
-            "" if change is None else f"{change.low:+.2%} … {change.high:+.2%}",
+            "" if score is None else format_score(score, unit),
+            "" if change is None else format_score(change.median, unit, "+"),
+            "" if change is None else f"{format_score(change.low, unit, '+')} … {format_score(change.high, unit, '+')}",
             variant.verdict or ("" if change is None else "passed"),
         )
     return table

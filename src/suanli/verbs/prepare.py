@@ -47,13 +47,15 @@ def prepare(
 
 
 def summary(prepared: PreparedData) -> str:
-    """The class counts as a text table."""
-    width = max(len(c) for c in (*prepared.classes, "class"))
-    lines = [f"{'class':<{width}}  {'train':>8}  {'val':>8}  {'test':>8}"]
+    """The counts of classes, or of ranges of values, as a text table."""
+    title = "class" if prepared.task.classes else "value"
     counts = prepared.findings["class_counts"]
-    listed = prepared.classes if len(prepared.classes) <= 50 else prepared.classes[:50]
+    names = list(counts["train"])
+    width = max(len(name) for name in (*names, title))
+    lines = [f"{title:<{width}}  {'train':>8}  {'val':>8}  {'test':>8}"]
+    listed = names[:50]
     for name in listed:
         lines.append(f"{name:<{width}}" + "".join(f"  {counts[s][name]:>8,}" for s in ("train", "val", "test")))
-    if len(listed) < len(prepared.classes):
-        lines.append(f"… and {len(prepared.classes) - len(listed)} more classes")
+    if len(listed) < len(names):
+        lines.append(f"… and {len(names) - len(listed)} more classes")
     return "\n".join([*lines, f"Cache: {prepared.path}"])

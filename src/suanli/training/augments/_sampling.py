@@ -15,17 +15,21 @@ from torch.nn import functional as F
 from suanli.core.errors import UsageError
 from suanli.core.types import Batch
 
+# Roles of targets that an augmentation keeps true: of the whole picture, where parts may move or go; or any.
+WHOLE_PICTURE = frozenset({"class", "value", "identity"})
+EVERY_ROLE = WHOLE_PICTURE | {"boxes", "mask", "text"}
+
 
 def draw_for_batch(batch: Batch, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """The random numbers of this batch's examples; `draw(count)` draws those of the global batch."""
     if batch.global_positions is None or batch.global_size is None:
-        return draw(len(batch.inputs))
+        return draw(len(batch.index))
     return draw(batch.global_size)[batch.global_positions]
 
 
 def uniform(batch: Batch, low: float, high: float, generator: torch.Generator) -> torch.Tensor:
     """(B,) float32 in [low, high) on the device of the batch."""
-    device = batch.inputs.device
+    device = batch.index.device
     return (
         draw_for_batch(batch, lambda count: torch.rand(count, generator=generator, device=device)) * (high - low) + low
     )
@@ -33,15 +37,15 @@ def uniform(batch: Batch, low: float, high: float, generator: torch.Generator) -
 
 def integers(batch: Batch, end: int, generator: torch.Generator) -> torch.Tensor:
     """(B,) int64 from 0 to before `end` on the device of the batch."""
-    device = batch.inputs.device
+    device = batch.index.device
     return draw_for_batch(batch, lambda count: torch.randint(end, (count,), generator=generator, device=device))
 
 
 def partners(batch: Batch) -> torch.Tensor:
     """(B,) int64: for each example, the position of the one to mix it with: its neighbour, and for the last of an odd
     number itself. A batch is in random order already, and the same process computes both of a pair."""
-    positions = torch.arange(len(batch.inputs), device=batch.inputs.device)
-    return (positions ^ 1).clamp(max=len(batch.inputs) - 1)
+    positions = torch.arange(len(batch.index), device=batch.index.device)
+    return (positions ^ 1).clamp(max=len(batch.index) - 1)
 
 
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -99,11 +103,12 @@ def symmetric_beta(batch: Batch, alpha: float, generator: torch.Generator) -> to
     return (0.5 + sign * distance).to(torch.float32)
 
 
-def class_shares(targets: torch.Tensor, classes: int) -> torch.Tensor:
-    """(B,) classes to (B, K) float32 shares; shares are returned as they are."""
+def class_shares(batch: Batch) -> torch.Tensor:
+    """(B, K) float32 shares of the classes (B,) of a batch; shares are returned as they are."""
+    targets = batch.targets["class"]
     if targets.ndim == 2:
         return targets
-    result = torch.zeros(len(targets), classes, device=targets.device)
+    result = torch.zeros(len(targets), batch.classes, device=targets.device)
     return result.scatter_(1, targets[:, None], 1.0)
 
 

@@ -6,20 +6,21 @@ Edge pixels are continued outwards, so a plain background stays plain.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, uniform, warp
+from suanli.training.augments._sampling import WHOLE_PICTURE, check_number, uniform, warp
 
 
 @dataclass(frozen=True, kw_only=True)
 class Affine(Augmentation):
     """Largest rotation in degrees, move as a part of each side, and change of size as a part of 1."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = WHOLE_PICTURE
 
     degrees: float = 10.0
     translate: float = 0.1
@@ -31,7 +32,7 @@ class Affine(Augmentation):
         check_number(self, "scale", 0, 0.9)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         count, _, height, width = x.shape
         angle = uniform(batch, -self.degrees, self.degrees, generator) * (math.pi / 180)
         # This scales the sampling positions, so the picture scales by the inverse.
@@ -43,7 +44,7 @@ class Affine(Augmentation):
         matrices[:, 1, 0], matrices[:, 1, 1] = sine * width / height, cosine
         for axis in (0, 1):
             matrices[:, axis, 2] = 2 * uniform(batch, -self.translate, self.translate, generator)
-        return replace(batch, inputs=warp(x, matrices))
+        return batch.with_input("image", warp(x, matrices))
 
 
 AUGMENT = Affine

@@ -9,14 +9,23 @@ the range; equalize and autocontrast are left out; strengths are continuous.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import change_where, check_number, integers, per_image, to_grey, uniform, warp
+from suanli.training.augments._sampling import (
+    WHOLE_PICTURE,
+    change_where,
+    check_number,
+    integers,
+    per_image,
+    to_grey,
+    uniform,
+    warp,
+)
 
 Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -25,7 +34,8 @@ Operation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Auto(Augmentation):
     """`strength` scales how far the operations may go; 1 is the paper's narrower space."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = WHOLE_PICTURE
 
     strength: float = 1.0
 
@@ -33,7 +43,7 @@ class Auto(Augmentation):
         check_number(self, "strength", 0, 2)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         pixelwise = PIXELWISE if x.shape[1] == 3 else PIXELWISE[1:]  # grey has no saturation
         kinds = 1 + len(GEOMETRIC) + len(pixelwise)  # the 1 leaves the picture as it is
         kind = integers(batch, kinds, generator)
@@ -41,7 +51,7 @@ class Auto(Augmentation):
         changed = change_where(kind < len(GEOMETRIC), x.clone(), _move, kind, amount)
         for number, change in enumerate(pixelwise, start=len(GEOMETRIC)):
             changed = change_where(kind == number, changed, change, amount)
-        return replace(batch, inputs=changed)
+        return batch.with_input("image", changed)
 
 
 # Largest change of the sampling matrix, whose coordinates run from -1 to 1: element and amount.

@@ -7,18 +7,19 @@ channels. A setting of 0.2 means a factor from 0.8 to 1.2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, per_image, to_grey, uniform
+from suanli.training.augments._sampling import EVERY_ROLE, check_number, per_image, to_grey, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
 class Color(Augmentation):
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = EVERY_ROLE
 
     brightness: float = 0.2
     contrast: float = 0.2
@@ -29,7 +30,7 @@ class Color(Augmentation):
             check_number(self, name, 0, 1)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         spans = (self.brightness, self.contrast, self.saturation)
         shift, contrast, saturation = (per_image(uniform(batch, -span, span, generator), x) for span in spans)
         mean = x.mean((1, 2, 3), keepdim=True)
@@ -39,7 +40,7 @@ class Color(Augmentation):
         if self.saturation and x.shape[1] == 3:
             offset = offset - (1 + contrast) * saturation * to_grey(x)
             contrast = contrast + saturation + contrast * saturation
-        return replace(batch, inputs=torch.addcmul(offset, x, 1 + contrast))
+        return batch.with_input("image", torch.addcmul(offset, x, 1 + contrast))
 
 
 AUGMENT = Color

@@ -6,21 +6,22 @@ read of a padded copy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, integers
+from suanli.training.augments._sampling import WHOLE_PICTURE, check_number, integers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Crop(Augmentation):
     """`padding` in pixels; where it is None, `fraction` of each side."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = WHOLE_PICTURE
 
     padding: int | None = None
     fraction: float = 0.125
@@ -32,14 +33,14 @@ class Crop(Augmentation):
         check_number(self, "fraction", 0, 1)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         count, _, height, width = x.shape
         down, right = self._distance(height), self._distance(width)
         windows = _windows(_pad(x, down, right), height, width)
         dy = integers(batch, 2 * down + 1, generator)
         dx = integers(batch, 2 * right + 1, generator)
         moved = windows[torch.arange(count, device=x.device), dy, dx]
-        return replace(batch, inputs=moved.permute(0, 3, 1, 2))
+        return batch.with_input("image", moved.permute(0, 3, 1, 2))
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         """The inputs as they are, and moved by one pixel towards two opposite corners."""

@@ -20,7 +20,8 @@ from suanli.training.augments._sampling import check_number, class_shares, mix_s
 class Cutmix(Augmentation):
     """The kept area comes from Beta(alpha, alpha); a picture is changed with `probability`."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = frozenset({"class"})
 
     alpha: float = 1.0
     probability: float = 1.0
@@ -30,7 +31,7 @@ class Cutmix(Augmentation):
         check_number(self, "probability", 0, 1)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         height, width = x.shape[2:]
         side = torch.sqrt(1 - symmetric_beta(batch, self.alpha, generator))
         changed = uniform(batch, 0, 1, generator) < self.probability
@@ -40,12 +41,9 @@ class Cutmix(Augmentation):
         partner = partners(batch)
         pasted = rows[:, None, :, None] & columns[:, None, None, :]
         own_part = 1 - rows.sum(1) * columns.sum(1) / (height * width)
-        own = class_shares(batch.targets, batch.classes)
-        return replace(
-            batch,
-            inputs=torch.where(pasted, x[partner], x),
-            targets=mix_shares(own, own[partner], own_part),
-        )
+        own = class_shares(batch)
+        mixed = batch.with_input("image", torch.where(pasted, x[partner], x))
+        return replace(mixed, targets={"class": mix_shares(own, own[partner], own_part)})
 
 
 def _interval(side: torch.Tensor, length: int, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -6,20 +6,21 @@ Cutout", 2017. The centre may lie at the edge, so the square may reach beyond th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import check_number, integers
+from suanli.training.augments._sampling import WHOLE_PICTURE, check_number, integers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cutout(Augmentation):
     """`size` is the side of the square, as a part of the picture's shorter side."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = WHOLE_PICTURE
 
     size: float = 0.25
 
@@ -27,12 +28,12 @@ class Cutout(Augmentation):
         check_number(self, "size", 0, 1)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         height, width = x.shape[2:]
         side = round(self.size * min(height, width))
         rows, columns = (_interval(batch, length, side, generator) for length in (height, width))
         covered = rows[:, None, :, None] & columns[:, None, None, :]
-        return replace(batch, inputs=torch.where(covered, 0.0, x))
+        return batch.with_input("image", torch.where(covered, 0.0, x))
 
 
 def _interval(batch: Batch, length: int, side: int, generator: torch.Generator) -> torch.Tensor:

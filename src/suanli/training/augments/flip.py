@@ -8,21 +8,22 @@ processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 
 from suanli.core.errors import unknown
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import per_image, uniform
+from suanli.training.augments._sampling import WHOLE_PICTURE, per_image, uniform
 
 Mode = Literal["random", "alternate"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flip(Augmentation):
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = WHOLE_PICTURE
 
     mode: Mode = "random"
 
@@ -31,12 +32,12 @@ class Flip(Augmentation):
             raise unknown("mode of augmentation flip", str(self.mode), get_args(Mode))
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         if self.mode == "alternate":
             mask = (_hash_bit(batch.index) + batch.epoch) % 2 == 1
         else:
             mask = uniform(batch, 0, 1, generator) < 0.5
-        return replace(batch, inputs=torch.where(per_image(mask, x), x.flip(-1), x))
+        return batch.with_input("image", torch.where(per_image(mask, x), x.flip(-1), x))
 
     def views(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         return [inputs, inputs.flip(-1)]

@@ -27,7 +27,8 @@ from suanli.training.augments._sampling import (
 class Mixup(Augmentation):
     """Shares come from Beta(alpha, alpha); a picture is blended with `probability`."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    input: ClassVar[str] = "image"
+    keeps: ClassVar[frozenset[str]] = frozenset({"class"})
 
     alpha: float = 0.2
     probability: float = 1.0
@@ -37,13 +38,13 @@ class Mixup(Augmentation):
         check_number(self, "probability", 0, 1)
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        x = batch.inputs
+        x = batch.inputs["image"]
         own_part = symmetric_beta(batch, self.alpha, generator)
         own_part = torch.where(uniform(batch, 0, 1, generator) < self.probability, own_part, 1.0)
         partner = partners(batch)
-        own = class_shares(batch.targets, batch.classes)
-        inputs = torch.lerp(x[partner], x, per_image(own_part, x))
-        return replace(batch, inputs=inputs, targets=mix_shares(own, own[partner], own_part))
+        own = class_shares(batch)
+        mixed = batch.with_input("image", torch.lerp(x[partner], x, per_image(own_part, x)))
+        return replace(mixed, targets={"class": mix_shares(own, own[partner], own_part)})
 
 
 AUGMENT = Mixup

@@ -7,23 +7,24 @@ drop the tokens; replacing them keeps neighbours apart and the length as it was.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from suanli.core.errors import UsageError
 from suanli.core.types import Augmentation, Batch
-from suanli.training.augments._sampling import draw_for_batch
+from suanli.training.augments._sampling import EVERY_ROLE, draw_for_batch
 
 PADDING, UNKNOWN = 0, 1  # as in `preprocess/text.py`
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordDropout(Augmentation):
-    """Each token of `inputs` (B, L) int64 becomes unknown with probability `p`; padding stays."""
+    """Each of the tokens (B, L) int64 becomes unknown with probability `p`; padding stays."""
 
-    kinds: ClassVar[tuple[str, ...]] = ("text",)
+    input: ClassVar[str] = "tokens"
+    keeps: ClassVar[frozenset[str]] = EVERY_ROLE
 
     p: float = 0.1
 
@@ -32,9 +33,9 @@ class WordDropout(Augmentation):
             raise UsageError(f"word_dropout(p={self.p}) is out of range.", fix="Give p from 0 to below 1.")
 
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
-        ids = batch.inputs
+        ids = batch.inputs["tokens"]
         numbers = draw_for_batch(batch, lambda n: torch.rand(n, *ids.shape[1:], generator=generator, device=ids.device))
-        return replace(batch, inputs=ids.masked_fill((numbers < self.p) & (ids != PADDING), UNKNOWN))
+        return batch.with_input("tokens", ids.masked_fill((numbers < self.p) & (ids != PADDING), UNKNOWN))
 
 
 AUGMENT = WordDropout

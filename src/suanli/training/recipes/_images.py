@@ -16,7 +16,7 @@ SMALL = Recipe(
     lr=0.24,
     optimizer_args={"head_lr_scale": 1 / 3, "bias_lr_scale": 12.5, "normalize_filters": True},
     schedule="linear",
-    label_smoothing=0.1,
+    task_args={"label_smoothing": 0.1},
 )
 
 FINE_TUNE = Recipe(
@@ -29,7 +29,7 @@ FINE_TUNE = Recipe(
     backbone_lr_scale=0.1,
     schedule="cosine",
     warmup_epochs=0.5,
-    label_smoothing=0.1,
+    task_args={"label_smoothing": 0.1},
     clip_norm=1.0,
 )
 

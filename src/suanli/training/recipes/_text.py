@@ -12,7 +12,7 @@ TEXT = Recipe(
     lr=2e-3,
     schedule="cosine",
     warmup_epochs=0.2,
-    label_smoothing=0.1,
+    task_args={"label_smoothing": 0.1},
     clip_norm=1.0,
     ema_decay=0.99,
 )

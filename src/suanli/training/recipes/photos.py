@@ -25,7 +25,7 @@ RECIPE = RecipeChoice(
         weight_decay=0.05,
         schedule="cosine",
         warmup_epochs=0.5,
-        label_smoothing=0.1,
+        task_args={"label_smoothing": 0.1},
         clip_norm=5.0,
     ),
     suits=suits,

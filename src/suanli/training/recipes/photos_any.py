@@ -23,7 +23,7 @@ RECIPE = RecipeChoice(
         weight_decay=0.05,
         schedule="cosine",
         warmup_epochs=1,
-        label_smoothing=0.1,
+        task_args={"label_smoothing": 0.1},
         clip_norm=5.0,
     ),
     suits=suits,

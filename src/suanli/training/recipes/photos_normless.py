@@ -24,7 +24,7 @@ RECIPE = RecipeChoice(
         weight_decay=0.05,
         schedule="cosine",
         warmup_epochs=2,
-        label_smoothing=0.1,
+        task_args={"label_smoothing": 0.1},
         clip_norm=1.0,
     ),
     suits=suits,

@@ -45,7 +45,7 @@ RECIPE = RecipeChoice(
             {"widths": (64, 256, 256), "depths": (2, 2, 2), "whitening_bias": True},
             0.895,
             batch_size=2000,
-            label_smoothing=0.2,
+            task_args={"label_smoothing": 0.2},
             optimizer_args={"head_lr_scale": 0.0833, "bias_lr_scale": 50.0, "normalize_filters": True},
             progressive_resizing=((0.2, 0.625), (0.5, 0.75)),
         ),

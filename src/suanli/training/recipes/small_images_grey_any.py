@@ -21,7 +21,7 @@ RECIPE = RecipeChoice(
         weight_decay=0.05,
         schedule="cosine",
         warmup_epochs=1,
-        label_smoothing=0.05,
+        task_args={"label_smoothing": 0.05},
         clip_norm=1.0,
     ),
     suits=suits,

@@ -29,7 +29,7 @@ RECIPE = RecipeChoice(
             "epochs": 20,
             "lr": 0.1,
             "optimizer_args": {"head_lr_scale": 0.8, "bias_lr_scale": 30.0, "normalize_filters": True},
-            "label_smoothing": 0.05,
+            "task_args": {"label_smoothing": 0.05},
         }
     ),
     suits=suits,
