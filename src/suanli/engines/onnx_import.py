@@ -1,86 +1,100 @@
-"""An ONNX file from any framework, made into a graph that engines are built from: rows in, probabilities out.
+"""An ONNX file from any framework, made into a graph that engines are built from.
 
-Its input says what the file takes: pictures (B, C, H, W) or (B, H, W, C), in front of which normalising is put, or the
-rows of a file that `suanli export` wrote, which has that inside. Its output is logits or probabilities (B, K); logits
-get a softmax. The batch size has to be free.
+Three kinds of files become three kinds of graphs. The arrays of all have an axis in front that counts examples.
+
+- What `suanli export` wrote takes encoded inputs and brings its preprocessing, classes and task.
+- A network for pictures, (B, C, H, W) or (B, H, W, C), gets normalising in front, so that it takes uint8 pixels. One
+  that gives (B, K) is a classifier: logits get a softmax.
+- Any other takes and gives tensors as its signature says. Where it has no axis that counts examples, one of length 1 is
+  put in front of every input and output.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from suanli.core.errors import DamagedFile, DataError, MachineError, UsageError, first_line, pip_install
 from suanli.core.registry import load as load_plugin
+from suanli.core.schema import format_shape
+from suanli.core.task import Task
 from suanli.core.types import Preprocess
-from suanli.models.model_folder import build_preprocess
+from suanli.engines import onnx_edit
+from suanli.engines.onnx_probe import Answers
+from suanli.engines.onnx_signature import Signature, TensorType, has_channels_first, read_signature
+from suanli.models.model_folder import build_preprocess, build_task
 
 if TYPE_CHECKING:
     import onnx
 
-CHANNELS = (1, 3)
-KEEP_PROBABILITIES = ("Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Clip")  # what may follow them
+STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # of operators that ONNX Runtime has
+NOT_LOGITS = ("Sigmoid", "LogSoftmax")
 MAX_SIDE = 4096  # px
-FLOATS = {1: np.float32, 10: np.float16, 11: np.float64}  # by the numbers of ONNX's types
-
-Shape = list[int | None]  # None: left open
+OLD_INPUT = "rows"  # the name in graphs that older versions exported
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportedModel:
-    graph: onnx.ModelProto  # from rows (B, *row_shape) to probabilities (B, K)
-    preprocess: Preprocess
-    classes: tuple[str, ...] | None  # the names in its metadata; None: it has none
-    count: int  # of classes
+class OnnxFile:
+    """A complete ONNX file. In the model, too, every open size has a name."""
+
+    path: Path
+    model: onnx.ModelProto
+    signature: Signature
+    metadata: Mapping[str, str]
+
+    @property
+    def is_exported(self) -> bool:
+        """Whether `suanli export` wrote it."""
+        names = self.metadata.keys()
+        return names >= {"preprocess", "task"} or (
+            names >= {"preprocess", OLD_INPUT} and not self.signature.inputs[0].is_float
+        )
+
+    @property
+    def is_picture_classifier(self) -> bool:
+        """Whether it takes any number of pictures, and gives logits or probabilities of some classes."""
+        signature = self.signature
+        takes_pictures = signature.takes_pictures and signature.inputs[0].is_float and signature.may_batch
+        last = onnx_edit.last_operation(self.model, signature.outputs[0].name)
+        return takes_pictures and _count_classes(signature.outputs) > 0 and last not in NOT_LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
-class InputOptions:
+class PictureOptions:
     """What the user says about the pictures that a network takes."""
 
-    size: tuple[int, int] | None  # height and width, where the file leaves them open
-    mean: Sequence[float] | None  # per channel, in training, where white is 1
-    std: Sequence[float] | None
+    size: tuple[int, int] | None = None  # height and width, where the file leaves them open
+    mean: Sequence[float] | None = None  # per channel, in training, where white is 1
+    std: Sequence[float] | None = None
+
+    @property
+    def any(self) -> bool:
+        return self.size is not None or self.mean is not None or self.std is not None
 
 
-def read(
-    path: Path,
-    *,
-    size: tuple[int, int] | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> ImportedModel:
-    """The graph in an .onnx file, with what it needs in front and behind.
+@dataclass(frozen=True, kw_only=True)
+class ImportedGraph:
+    """From arrays by `preprocess.inputs` to arrays by `task.outputs`, with an axis in front that counts examples."""
 
-    `size` (height, width) where the file leaves it open; `mean` and `std` per channel that the network was trained
-    with, where white is 1 (default: inputs in 0 to 1). Raises DamagedFile for what isn't a complete ONNX file,
-    DataError for a graph of another form, UsageError for options that don't fit it, MachineError without the package
-    onnx.
-    """
+    model: onnx.ModelProto
+    preprocess: Preprocess
+    task: Task
+    batches: bool = True  # it takes any number of examples at once; else one
+    has_class_names: bool = False  # those of the task are in the file; else they are numbers
+
+
+def load(path: Path) -> OnnxFile:
+    """Raises DamagedFile for what isn't a complete ONNX file, DataError for one that can't be run here, MachineError
+    without the package onnx."""
     model = _load(path)
-    source = _single(path, "input", _inputs(model))
-    result = _single(path, "output", model.graph.output)
-    _check_free_batch(path, source, result)
+    _check_operators(path, model)
+    signature = read_signature(path, model)
     metadata = {prop.key: prop.value for prop in model.metadata_props}
-    count = _count_classes(path, result)
-    exported = {"preprocess", "rows"} <= metadata.keys() and source.type.tensor_type.elem_type not in FLOATS
-    # First other names for inner values that have the names of the ends.
-    names = {name: f"{name}_inner" for name in ("rows", "logits", "probabilities")}
-    names |= {source.name: "rows" if exported else "suanli_input", result.name: "probabilities"}
-    _rename_values(model, names)
-    _append_softmax(model)
-    if exported:
-        if size is not None or mean is not None or std is not None:
-            raise UsageError(f"{path} brings its own size, mean and std.", fix="Leave the options out.")
-        preprocess = _read_preprocess(path, metadata, _shape(source))
-    else:
-        preprocess = _prepend_preprocess(path, model, source, InputOptions(size=size, mean=mean, std=std))
-    return ImportedModel(graph=model, preprocess=preprocess, classes=_class_names(metadata, count), count=count)
+    return OnnxFile(path=path, model=model, signature=signature, metadata=metadata)
 
 
 def _load(path: Path) -> onnx.ModelProto:
@@ -93,7 +107,7 @@ def _load(path: Path) -> onnx.ModelProto:
         raise DataError(f"There is nothing at {path}.", fix="Give the path of an .onnx file.")
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(model)
+        _check(model)
     except (OSError, ValueError, onnx.checker.ValidationError) as error:  # ValueError: weights in another file
         raise DamagedFile(
             f"{path} can't be read ({first_line(error, 200)}).",
@@ -113,76 +127,111 @@ def _load(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The inputs without the weights, which old files list, too."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in weights]
-
-
-def _single(path: Path, what: str, values: Sequence[onnx.ValueInfoProto]) -> onnx.ValueInfoProto:
-    if len(values) != 1:
-        names = ", ".join(value.name for value in values) or "none"
-        raise DataError(
-            f"{path} has {len(values)} {what}s ({names}); one is needed.",
-            fix=f"Export the network with the one {what} that matters.",
-        )
-    return values[0]
-
-
-def _shape(value: onnx.ValueInfoProto) -> Shape:
-    return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
-
-
-def _check_free_batch(path: Path, *values: onnx.ValueInfoProto) -> None:
-    for value in values:
-        shape = _shape(value)
-        if shape and shape[0] is not None:
-            raise DataError(
-                f"{path} takes batches of {shape[0]} only.", fix="Export it with a batch size that is left open."
-            )
-
-
-def _count_classes(path: Path, result: onnx.ValueInfoProto) -> int:
-    shape = _shape(result)
-    if len(shape) != 2 or shape[1] is None or shape[1] < 2:
-        raise DataError(
-            f"{path} gives {_format(shape)}, not one number for each of some classes.",
-            fix="Export a classifier that gives (batch, classes).",
-        )
-    return shape[1]
-
-
-def _format(shape: Sequence[int | None]) -> str:
-    return f"({', '.join('?' if n is None else str(n) for n in shape)})"
-
-
-def _append_softmax(model: onnx.ModelProto) -> None:
-    """Puts a softmax behind the output, unless it is probabilities already."""
+def _check(model: onnx.ModelProto) -> None:
+    """The package's own check, which demands shapes that runtimes don't need."""
     import onnx
 
-    graph = model.graph
-    last = next((node for node in graph.node if "probabilities" in node.output), None)
-    while last is not None and last.op_type in KEEP_PROBABILITIES:
-        last = next((node for node in graph.node if last.input[0] in node.output), None)
-    if last is not None and last.op_type == "Softmax":
-        return
-    if last is not None and last.op_type in ("Sigmoid", "LogSoftmax"):
+    values = [value.type.tensor_type for value in (*model.graph.input, *model.graph.output)]
+    shapeless = [tensor for tensor in values if tensor.elem_type and not tensor.HasField("shape")]
+    for tensor in shapeless:
+        tensor.shape.SetInParent()
+    onnx.checker.check_model(model)
+    for tensor in shapeless:
+        tensor.ClearField("shape")
+
+
+def _check_operators(path: Path, model: onnx.ModelProto) -> None:
+    """Raises DataError for operators that no engine here has."""
+    own = {function.domain for function in model.functions}
+    nodes = onnx_edit.nodes_of(model.graph)
+    custom = sorted({f"{n.domain}.{n.op_type}" for n in nodes if n.domain not in (*STANDARD_DOMAINS, *own)})
+    if custom:
         raise DataError(
-            f"The graph ends in {last.op_type}; logits, or probabilities that sum to 1, are needed.",
-            fix="Export the network without its last operation.",
+            f"{path} has operators that aren't standard: {', '.join(custom[:5])}{', …' if custom[5:] else ''}.",
+            fix=f"Export it with standard operators; allowed are those of {', '.join(STANDARD_DOMAINS[1:])}.",
         )
-    for node in graph.node:
-        _rename_in_node(node, {"probabilities": "logits"})
-    graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
 
 
-def _prepend_preprocess(
-    path: Path, model: onnx.ModelProto, source: onnx.ValueInfoProto, options: InputOptions
-) -> Preprocess:
-    """Puts uint8 rows (B, H, W, C), their cast, normalising and transposing in front of the input."""
-    height, width, channels = _picture_shape(path, source, options.size)
-    _check_statistics(options, channels)
-    _prepend_nodes(model, source, (height, width, channels), options)
+def _count_classes(outputs: Sequence[TensorType]) -> int:
+    """The length K of the single output (B, K) of floats; 0: it isn't one that may be classes."""
+    shape = outputs[0].shape or ()
+    if len(outputs) != 1 or not outputs[0].is_float or len(shape) != 2:
+        return 0
+    return shape[1] if isinstance(shape[1], int) and shape[1] > 1 else 0
+
+
+# --- exported by suanli ---
+
+
+def import_exported(file: OnnxFile, options: PictureOptions) -> ImportedGraph:
+    """A graph that `suanli export` wrote. Raises DamagedFile where its metadata doesn't fit it."""
+    if options.any:
+        raise UsageError(f"{file.path} brings its own size, mean and std.", fix="Leave the options out.")
+    try:
+        preprocess = build_preprocess(json.loads(file.metadata["preprocess"]))
+        inputs = {tensor.name: tensor for tensor in file.signature.inputs}
+        if OLD_INPUT in inputs and len(inputs) == len(preprocess.inputs) == 1:
+            (name,) = preprocess.inputs
+            _rename(file.model, {OLD_INPUT: name})
+            inputs = {name: inputs[OLD_INPUT]}
+        _check_inputs(preprocess, inputs)
+        task = _read_task(file)
+        if task.outputs.keys() != {tensor.name for tensor in file.signature.outputs}:
+            raise ValueError(f"outputs {', '.join(task.outputs)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
+        raise DamagedFile(
+            f"The metadata of {file.path} can't be used ({first_line(error, 200)}).", fix="Export it again."
+        ) from error
+    has_names = bool(_class_names(file.metadata, len(task.classes)))
+    return ImportedGraph(model=file.model, preprocess=preprocess, task=task, has_class_names=has_names)
+
+
+def _read_task(file: OnnxFile) -> Task:
+    if "task" not in file.metadata:  # of an older version
+        return _make_classification(file)
+    about = json.loads(file.metadata["task"])
+    return build_task(about["name"], json.loads(file.metadata.get("classes", "[]")), about["settings"])
+
+
+def _check_inputs(preprocess: Preprocess, inputs: Mapping[str, TensorType]) -> None:
+    for name, column in preprocess.inputs.items():
+        tensor = inputs[name]
+        if column.shape != tensor.column(leading=1).shape or max(column.fixed_shape, default=0) > MAX_SIDE:
+            raise ValueError(f"{name} of {format_shape(column.shape)}, the input is {format_shape(tensor.shape or ())}")
+
+
+def _class_names(metadata: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """Empty: the file has none, or none that fit."""
+    try:
+        names = tuple(str(name) for name in json.loads(metadata["classes"]))
+    except (KeyError, ValueError, TypeError):
+        return ()
+    return names if len(names) == count else ()
+
+
+# --- pictures ---
+
+
+def import_pictures(file: OnnxFile, options: PictureOptions, *, batches: bool = True) -> ImportedGraph:
+    """A graph for pictures, with what it needs in front; a classifier has a softmax behind it. Raises UsageError for
+    options that don't fit it."""
+    source = file.signature.inputs[0]
+    height, width, channels = _picture_shape(file, options)
+    is_classifier = file.is_picture_classifier
+    result = file.signature.outputs[0].name
+    _rename(
+        file.model,
+        {source.name: "suanli_input"} | ({result: "probabilities"} if is_classifier else {}),
+        avoid=("image", "logits", "probabilities") if is_classifier else ("image",),
+    )
+    onnx_edit.prepend_pixels(
+        file.model,
+        "suanli_input",
+        (height, width, channels),
+        channels_first=has_channels_first(source),
+        mean=options.mean,
+        std=options.std,
+    )
     preprocess: Preprocess = load_plugin("preprocess", "image")(
         height=height,
         width=width,
@@ -190,40 +239,40 @@ def _prepend_preprocess(
         mean=None if options.mean is None else tuple(options.mean),
         std=None if options.std is None else tuple(options.std),
     )
-    return preprocess
+    if is_classifier:
+        if onnx_edit.last_operation(file.model, "probabilities") != "Softmax":
+            onnx_edit.append_softmax(file.model)
+        task = _make_classification(file)
+    else:
+        task = _make_tensors(file.model, file.signature.outputs, leading=1)
+    has_names = is_classifier and bool(_class_names(file.metadata, len(task.classes)))
+    return ImportedGraph(model=file.model, preprocess=preprocess, task=task, batches=batches, has_class_names=has_names)
 
 
-def _picture_shape(path: Path, source: onnx.ValueInfoProto, size: tuple[int, int] | None) -> tuple[int, int, int]:
+def _picture_shape(file: OnnxFile, options: PictureOptions) -> tuple[int, int, int]:
     """Height, width and channels of the pictures that it takes."""
-    import onnx
-
-    shape, number = _shape(source), source.type.tensor_type.elem_type
-    if number not in FLOATS or len(shape) != 4 or not (_has_channels_first(shape) or shape[3] in CHANNELS):
-        kind = onnx.TensorProto.DataType.Name(number)
-        raise DataError(
-            f"{path} takes {kind} {_format(shape)}; pictures as floats (batch, channels, height, width) or "
-            "(batch, height, width, channels) are needed.",
-            fix="Export the network with such an input; for data of another kind, only files that suanli exported fit.",
-        )
-    channels, sides = (shape[1], shape[2:]) if _has_channels_first(shape) else (shape[3], shape[1:3])
+    source, size = file.signature.inputs[0], options.size
+    _, first, second, third = (side if isinstance(side, int) else None for side in source.shape or ())
+    channels, sides = (first, (second, third)) if has_channels_first(source) else (third, (first, second))
     assert channels is not None
     if size is not None and any(side is not None and side != n for side, n in zip(sides, size, strict=True)):
-        raise UsageError(f"{path} takes pictures of {_format(sides)}, not {size}.", fix="Leave --size out.")
+        raise UsageError(f"{file.path} takes pictures of {format_shape(sides)}, not {size}.", fix="Leave --size out.")
     height, width = size or sides
     if height is None or width is None:
-        raise UsageError(f"{path} leaves the size of pictures open.", fix="Give it: --size 224, or --size 224x160.")
+        raise UsageError(
+            f"{file.path} leaves the size of pictures open.", fix="Give it: --size 224, or --size 224x160."
+        )
+    if max(height, width) > MAX_SIDE:
+        raise UsageError(f"Pictures of {height}x{width} are too large.", fix=f"Give at most {MAX_SIDE} pixels a side.")
+    _check_statistics(options, channels)
     return height, width, channels
 
 
-def _has_channels_first(shape: Shape) -> bool:
-    return len(shape) == 4 and shape[1] in CHANNELS
-
-
-def _check_statistics(options: InputOptions, channels: int) -> None:
+def _check_statistics(options: PictureOptions, channels: int) -> None:
     for name, values in (("--mean", options.mean), ("--std", options.std)):
         if values is not None and len(values) != channels:
             raise UsageError(f"{name} has {len(values)} numbers; there are {channels} channels.", fix="One for each.")
-    if not np.isfinite([*(options.mean or ()), *(options.std or ())]).all():
+    if not all(map(math.isfinite, [*(options.mean or ()), *(options.std or ())])):
         raise UsageError("--mean and --std have to be finite numbers.", fix="Such as 0.485,0.456,0.406.")
     if options.std is not None and min(options.std) <= 0:
         raise UsageError(
@@ -231,65 +280,47 @@ def _check_statistics(options: InputOptions, channels: int) -> None:
         )
 
 
-def _prepend_nodes(
-    model: onnx.ModelProto, source: onnx.ValueInfoProto, picture: tuple[int, int, int], options: InputOptions
-) -> None:
-    import onnx
-
-    graph, helper = model.graph, onnx.helper
-    channels = picture[2]
-    std, mean = np.asarray(options.std or [1.0] * channels), np.asarray(options.mean or [0.0] * channels)
-    constants = {
-        "suanli_scale": (1 / (255 * std)).astype(np.float32),
-        "suanli_shift": (-mean / std).astype(np.float32),
-    }
-    graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in constants.items())
-    order = [0, 3, 1, 2] if _has_channels_first(_shape(source)) else [0, 1, 2, 3]
-    nodes = [
-        helper.make_node("Cast", ["rows"], ["suanli_float"], to=onnx.TensorProto.FLOAT),
-        helper.make_node("Mul", ["suanli_float", "suanli_scale"], ["suanli_scaled"]),
-        helper.make_node("Add", ["suanli_scaled", "suanli_shift"], ["suanli_normal"]),
-        helper.make_node("Transpose", ["suanli_normal"], ["suanli_placed"], perm=order),
-        helper.make_node("Cast", ["suanli_placed"], [source.name], to=source.type.tensor_type.elem_type),
-    ]
-    for position, node in enumerate(nodes):
-        graph.node.insert(position, node)
-    batch = source.type.tensor_type.shape.dim[0].dim_param or "batch"
-    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.UINT8, [batch, *picture])
-    others = [value for value in graph.input if value.name != source.name]
-    del graph.input[:]
-    graph.input.extend([rows, *others])
+# --- tensors ---
 
 
-def _read_preprocess(path: Path, metadata: dict[str, str], shape: Shape) -> Preprocess:
-    try:
-        preprocess = build_preprocess(json.loads(metadata["preprocess"]))
-        if list(preprocess.row_shape) != shape[1:] or max(preprocess.row_shape) > MAX_SIDE:
-            raise ValueError(f"rows of {preprocess.row_shape}, the input is {_format(shape)}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as error:
-        raise DamagedFile(
-            f"The metadata of {path} can't be used ({first_line(error, 200)}).", fix="Export it again."
-        ) from error
-    return preprocess
+def import_tensors(file: OnnxFile, *, batches: bool) -> ImportedGraph:
+    """A graph that takes and gives tensors as they are. `batches`: the first axis of all counts examples."""
+    has_axis = batches or file.signature.is_batch_of_one
+    if not has_axis:
+        onnx_edit.add_example_axis(file.model, [tensor.name for tensor in file.signature.inputs])
+    columns = {tensor.name: tensor.column(leading=int(has_axis)) for tensor in file.signature.inputs}
+    preprocess: Preprocess = load_plugin("preprocess", "tensors")(columns=columns)
+    task = _make_tensors(file.model, file.signature.outputs, leading=int(has_axis))
+    return ImportedGraph(model=file.model, preprocess=preprocess, task=task, batches=batches)
 
 
-def _rename_values(model: onnx.ModelProto, names: dict[str, str]) -> None:
-    """Gives values of the graph, its inputs and outputs among them, other names."""
-    graph = model.graph
-    for node in graph.node:
-        _rename_in_node(node, names)
-    for value in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        value.name = names.get(value.name, value.name)
+def choose_task(file: OnnxFile, graph: ImportedGraph, answers: Answers) -> ImportedGraph:
+    """With the task that suits its answers: a single output (B, K) that is a softmax, or looks like one, is
+    probabilities of classes; any others are tensors."""
+    count = _count_classes(file.signature.outputs)
+    name, column = next(iter(graph.task.outputs.items()))
+    is_softmax = onnx_edit.last_operation(graph.model, name) == "Softmax" or name in answers.distributions
+    if count and column.shape == (count,) and is_softmax:
+        _rename(graph.model, {name: "probabilities"}, avoid=("probabilities",))
+        task = _make_classification(file)
+        return replace(graph, task=task, has_class_names=bool(_class_names(file.metadata, count)))
+    return replace(graph, task=build_task("tensors", (), graph.task.settings | {"spreads": answers.spreads}))
 
 
-def _rename_in_node(node: onnx.NodeProto, names: dict[str, str]) -> None:
-    node.input[:] = [names.get(name, name) for name in node.input]
-    node.output[:] = [names.get(name, name) for name in node.output]
+def _make_tensors(model: onnx.ModelProto, outputs: Sequence[TensorType], *, leading: int) -> Task:
+    """For the outputs as the model names them now."""
+    names = [value.name for value in model.graph.output]
+    columns = {name: tensor.column(leading=leading) for name, tensor in zip(names, outputs, strict=True)}
+    task: Task = load_plugin("tasks", "tensors")(columns=columns)
+    return task
 
 
-def _class_names(metadata: dict[str, str], count: int) -> tuple[str, ...] | None:
-    try:
-        names = tuple(str(name) for name in json.loads(metadata["classes"]))
-    except (KeyError, ValueError, TypeError):
-        return None
-    return names if len(names) == count else None
+def _make_classification(file: OnnxFile) -> Task:
+    count = _count_classes(file.signature.outputs)
+    classes = _class_names(file.metadata, count) or tuple(str(i) for i in range(count))
+    return build_task("classification", classes, {})
+
+
+def _rename(model: onnx.ModelProto, names: Mapping[str, str], *, avoid: Sequence[str] = ()) -> None:
+    """Renames values; others that have the name of one of `avoid` get another."""
+    onnx_edit.rename_values(model, {name: f"{name}_inner" for name in (*names.values(), *avoid)} | dict(names))
