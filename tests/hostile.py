@@ -10,20 +10,15 @@ much). So each answer differs from every other, and a single request of a batch 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
-import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-import suanli.engines.backends
-from registered import forget
-from suanli.core import registry
+from registered import register_files
 from suanli.core.types import Preprocess
 from suanli.data.preprocess.image import ImagePreprocess
 from suanli.engines.store import StoredEngine, save
@@ -47,7 +42,8 @@ def load(folder, precision, placement):
     exec(settings["load"])
     classes, calls = settings["classes"], []
 
-    def answer(rows):
+    def answer(inputs):
+        (rows,) = inputs.values()
         calls.append(len(rows))
         exec(settings["always"])
         time.sleep((settings["batch_ms"] + settings["input_ms"] * len(rows)) / 1e3)
@@ -58,7 +54,7 @@ def load(folder, precision, placement):
             if what == THROWS:
                 raise ValueError("a planted fault \\udcff \\u00e9")
             if what == SHAPE:
-                return probabilities[:, :1]
+                return {"probabilities": probabilities[:, :1]}
             if what == NAN:
                 probabilities[i] = np.nan
             if what == DIES:
@@ -75,39 +71,19 @@ def load(folder, precision, placement):
                 time.sleep(much / 100)
             if what == CHATTERS:
                 print("noise " * 200_000, flush=True)
-        return probabilities
+        return {"probabilities": probabilities}
 
-    return LoadedEngine(answer=answer, find_precision=lambda rows: precision)
+    return LoadedEngine(answer=answer, find_precision=lambda inputs: precision)
 
 ENGINE = Engine(name="hostile", precisions=("float32",), packages=(), why_not=lambda d, p: None,
                 build=lambda *a: None, load=load, needs="onnx")
 """
 
 
-@contextlib.contextmanager
-def register() -> Iterator[dict[str, str]]:
-    """Registers the engine in this process and in those that it starts. Yields the environment variables with which
+def register() -> contextlib.AbstractContextManager[dict[str, str]]:
+    """Registers the engine in this process and in those that it starts. Gives the environment variables with which
     other processes find it, too."""
-    with tempfile.TemporaryDirectory(prefix="hostile-") as name:
-        folder = Path(name)
-        path = [*suanli.engines.backends.__path__, name]
-        (folder / "hostile.py").write_text(ENGINE, encoding="utf-8")
-        # Every Python process that has this folder on its path reads this file when it starts.
-        (folder / "sitecustomize.py").write_text(
-            f"import suanli.engines.backends\nsuanli.engines.backends.__path__ = {path!r}\n"
-        )
-        before = suanli.engines.backends.__path__
-        suanli.engines.backends.__path__ = path
-        sys.path.insert(0, name)
-        importlib.invalidate_caches()
-        registry.names.cache_clear()
-        try:
-            paths = [name, *filter(None, [os.environ.get("PYTHONPATH")])]
-            yield {"PYTHONPATH": os.pathsep.join(paths)}
-        finally:
-            sys.path.remove(name)
-            suanli.engines.backends.__path__ = before
-            forget("engines", ["hostile"])
+    return register_files({"engines": {"hostile": ENGINE}})
 
 
 def engines(

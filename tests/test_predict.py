@@ -41,8 +41,9 @@ def test_it_answers_as_evaluate_does(run: suanli.Run) -> None:
     evaluation = suanli.evaluate(run)
     for sample in evaluation.samples:
         (answer,) = suanli.predict(run, Path("pictures") / sample["name"], top=2)
-        assert answer.label == sample["predicted"]
-        assert answer.probability == pytest.approx(sample["probability"], abs=1e-5)
+        expected = sample["answer"]["values"]
+        assert answer.label == expected["label"]
+        assert answer.probability == pytest.approx(expected["probability"], abs=1e-5)
         assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
@@ -131,8 +132,9 @@ def test_other_data_is_encoded_as_the_training_data_was(text_table: Path, tmp_pa
 
 def test_probabilities_do_not_depend_on_the_batch(run: suanli.Run) -> None:
     model = model_folder.load_model(run.model_path)
-    rows = torch.randint(0, 256, (9, *model.preprocess.row_shape), dtype=torch.uint8)
+    rows = torch.randint(0, 256, (9, *model.preprocess.inputs["image"].fixed_shape), dtype=torch.uint8)
     step = Step(model=model.module)
-    together = infer.infer(step, model.preprocess, model.task, [rows])
-    parts = infer.infer(step, model.preprocess, model.task, rows.split(4))  # type: ignore[no-untyped-call]
-    np.testing.assert_allclose(together, parts, atol=1e-5)
+    batches = [{"image": part} for part in rows.split(4)]  # type: ignore[no-untyped-call]
+    together = infer.infer(step, model.preprocess, model.task, [{"image": rows}])
+    parts = infer.infer(step, model.preprocess, model.task, batches)
+    np.testing.assert_allclose(together["probabilities"], parts["probabilities"], atol=1e-5)

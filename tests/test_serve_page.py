@@ -325,7 +325,7 @@ def test_chinese_is_remembered(browser: Browser, served: Served) -> None:
     browser.click("#language")
     assert browser.text("#overall") == "Ready"
     browser.go(served.url)
-    assert browser.text("#tab-draw") == "Draw"
+    browser.until("document.querySelector('#tab-draw').innerText === 'Draw'")  # once the page knows the model
 
 
 @needs_browser

@@ -310,7 +310,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 async def answered(batcher: Batcher, orders: list[tuple[int, ...]], deadline: float | None = None) -> list[int] | int:
     """Classes of the answer, or the status of the refusal."""
     try:
-        results = await batcher.submit(pictures(*orders), deadline)
+        results = (await batcher.submit({"image": pictures(*orders)}, deadline))["probabilities"]
     except Refusal as error:
         return error.status
     assert results.dtype == np.float32
@@ -442,7 +442,7 @@ def test_requests_that_were_withdrawn_hold_no_memory(house: House) -> None:
         rows_of_all = []
         for _ in range(50):
             rows = pictures((GOOD, 1))
-            task = asyncio.ensure_future(batcher.submit(rows, None))
+            task = asyncio.ensure_future(batcher.submit({"image": rows}, None))
             await asyncio.sleep(0)
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

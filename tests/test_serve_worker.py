@@ -73,9 +73,10 @@ async def start(subject: Path) -> Worker:
 
 
 async def ask(engine: Worker, *orders: tuple[int, ...], slot: int = 0) -> list[int]:
-    engine.slots[slot][0][: len(orders)] = pictures(*orders)
+    inputs, outputs = engine.slots[slot]
+    inputs["image"][: len(orders)] = pictures(*orders)
     await engine.compute(slot, len(orders))
-    results: list[int] = engine.slots[slot][1][: len(orders)].argmax(1).tolist()
+    results: list[int] = outputs["probabilities"][: len(orders)].argmax(1).tolist()
     return results
 
 
@@ -109,7 +110,8 @@ def test_an_engine_reports_what_it_is_and_answers(run: Run, tmp_path: Path) -> N
         engine = await start(engines(tmp_path / "odd"))
         info = engine.info
         assert (info.engine, info.precision, info.classes) == ("hostile", "float32", CLASSES)
-        assert (info.row_shape, info.row_dtype, info.measured) == ((2, 2, 3), "uint8", ())
+        assert (info.task, info.measured) == ("classification", ())
+        assert (engine.preprocess.inputs["image"].shape, engine.task.classes) == ((2, 2, 3), CLASSES)
         assert engine.seconds.keys() == {1, 2, 4}
         assert all(0 < s < 1 for s in engine.seconds.values())
         first = asyncio.ensure_future(ask(engine, (GOOD, 1), (GOOD, 2), slot=0))
@@ -264,7 +266,7 @@ from suanli.serving.worker import start_worker
 async def work():
     engine = await start_worker(Path(sys.argv[1]), engine="auto", device="auto", threads=None, trust_code=False)
     if sys.argv[2] != "idle":
-        engine.slots[0][0][0, 0, 0, 0] = int(sys.argv[2])
+        engine.slots[0][0]["image"][0, 0, 0, 0] = int(sys.argv[2])
         engine.compute(0, 1)
     print(engine.pid, flush=True)
     await asyncio.sleep(60)

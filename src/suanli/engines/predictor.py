@@ -1,4 +1,4 @@
-"""A trained model ready to predict: raw inputs in, named probabilities out, by the fastest engine that is valid here.
+"""A trained model ready to predict: raw inputs in, answers out, by the fastest engine that is valid here.
 
     engine = suanli.load("runs/digits-1")
     engine.predict("picture.png")[0].label
@@ -10,23 +10,27 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from suanli.core.console import warn
-from suanli.core.errors import BadInput, DataError, MachineError, UsageError, unknown
+from suanli.core.errors import BadInput, DataError, MachineError, UsageError, first_line, unknown
 from suanli.core.registry import load as load_plugin
-from suanli.core.types import AnyPath, Device, LoadedEngine, Placement, Preprocess
+from suanli.core.schema import Arrays, zeros
+from suanli.core.task import Answer, Task
+from suanli.core.types import AnyPath, Device, EncodedInput, Json, LoadedEngine, Placement, Preprocess
 from suanli.engines import store
 from suanli.engines.store import EngineIndex
 from suanli.machine.device import cores, detect
-from suanli.models.model_folder import build_preprocess, find_model_folder, read_card
+from suanli.models.model_folder import build_preprocess, build_task, find_model_folder, read_card
 
 BATCH = 64
+RAWS = (str, bytes, bytearray, memoryview, np.ndarray, Mapping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +38,33 @@ class Prediction:
     """The answer for one input; `error` says why there is none."""
 
     name: str
-    label: str | None
-    probability: float | None
-    probabilities: dict[str, float]  # the likeliest classes, best first
+    answer: Answer | None
     error: str | None = None
+    empty: Answer = field(repr=False)  # what stands in JSON and in tables where there is no answer
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
+    @property
+    def values(self) -> Mapping[str, Json]:
+        """Of the answer, in the user's own coordinates and names; all empty where there is none."""
+        return (self.answer or self.empty).values
+
+    @property
+    def label(self) -> str | None:
+        """Of a classifier: the likeliest class. None for other tasks."""
+        return self.values.get("label")
+
+    @property
+    def probability(self) -> float | None:
+        """Of a classifier: that of the likeliest class."""
+        return self.values.get("probability")
+
+    @property
+    def probabilities(self) -> Mapping[str, float]:
+        """Of a classifier: the likeliest classes, best first."""
+        probabilities: Mapping[str, float] = self.values.get("probabilities", {})
+        return probabilities
+
+    def to_json(self) -> dict[str, Json]:
+        return {"name": self.name, **self.values, "error": self.error}
 
 
 class Predictor:
@@ -53,70 +77,109 @@ class Predictor:
         precision: str,
         threads: int,
         preprocess: Preprocess,
-        classes: Sequence[str],
+        task: Task,
         loaded: LoadedEngine,
+        batches: bool = True,
     ) -> None:
+        """`batches`: one call may hold several inputs."""
         self.engine, self.precision, self.threads = engine, precision, threads
-        self.preprocess, self.classes = preprocess, tuple(classes)
+        self.preprocess, self.task, self.batches = preprocess, task, batches
+        self._empty = empty_answer(task, preprocess)
         self._loaded = loaded
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"Predictor({self.engine} {self.precision}, {len(self.classes)} classes)"
+        return f"Predictor({self.engine} {self.precision}, {self.task.name})"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.task.classes
 
     def predict(self, inputs: Any, *, top: int = 5) -> list[Prediction]:
         """One Prediction for each input; one that can't be read has `error`.
 
         `inputs` is one input or a sequence of them. An image is a path, the bytes of a file, an array (H, W),
-        (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of them. A text is a string.
+        (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of them. A text is a string. Where a graph takes
+        tensors, an input is a mapping from names to arrays, or the path of an .npz file; with an axis more in front, a
+        mapping is N of them. Of an answer that ranks, such as classes, at most the `top` best entries are given.
         """
         results: list[Prediction] = []
-        named = list(_name_inputs(inputs, self.preprocess.kind))
+        named = _name_inputs(inputs, self.preprocess)
         for start in range(0, len(named), BATCH):
             part = named[start : start + BATCH]
-            rows = [self.encode(raw) for _, raw in part]
-            results += self.predict_rows([name for name, _ in part], rows, top=top)
+            encoded = [self.encode(raw) for _, raw in part]
+            results += self.predict_encoded([name for name, _ in part], encoded, top=top)
         return results
 
-    def encode(self, raw: Any) -> np.ndarray | str:
-        """The row of an input, or why there is none."""
+    def encode(self, raw: Any) -> EncodedInput | str:
+        """What the engine reads of an input, or why there is nothing."""
         return encode(self.preprocess, raw)
 
-    def predict_rows(self, names: Sequence[str], rows: Sequence[np.ndarray | str], *, top: int) -> list[Prediction]:
-        """Predictions for rows from `encode`, which may be reasons instead of rows."""
-        good = [row for row in rows if isinstance(row, np.ndarray)]
-        answers = self.probabilities(np.stack(good)) if good else ()
-        return predictions(names, rows, answers, self.classes, top=top)
+    def predict_encoded(
+        self, names: Sequence[str], encoded: Sequence[EncodedInput | str], *, top: int
+    ) -> list[Prediction]:
+        """Predictions for the results of `encode`."""
+        good = [one for one in encoded if isinstance(one, EncodedInput)]
+        answers = [one for part in self._divide(good) for one in self._answer_part(part)]
+        return predictions(names, encoded, answers, self.task, self._empty, top=top)
 
-    def probabilities(self, rows: np.ndarray) -> np.ndarray:
-        """Cached rows (B, *row_shape) to probabilities (B, K) float32."""
+    def _divide(self, encoded: Sequence[EncodedInput]) -> list[list[EncodedInput]]:
+        """Parts that one call can hold, in order: of equal shapes, and single where the engine takes no batches."""
+        if not self.batches:
+            return [[one] for one in encoded]
+        return [list(part) for _, part in groupby(encoded, lambda one: [a.shape for a in one.arrays.values()])]
+
+    def _answer_part(self, part: Sequence[EncodedInput]) -> Sequence[Arrays | str]:
+        """The outputs for each, or why there are none."""
+        try:
+            return split(self.answer(stack(part, self.preprocess)))
+        except Exception as error:  # a graph that leaves sizes open may not take all of them
+            if not any(None in column.shape for column in self.preprocess.inputs.values()):
+                raise
+            return [f"The engine can't compute it: {first_line(error, 300)}"] * len(part)
+
+    def answer(self, inputs: Arrays) -> Arrays:
+        """The task's outputs (B, …) from encoded inputs (B, …)."""
         with self._lock:  # most engines answer into memory of their own, one call at a time
-            return self._loaded.answer(np.ascontiguousarray(rows))
+            return self._loaded.answer({name: np.ascontiguousarray(inputs[name]) for name in self.preprocess.inputs})
+
+
+def stack(encoded: Sequence[EncodedInput], preprocess: Preprocess) -> dict[str, np.ndarray]:
+    """The inputs (B, …) of a batch."""
+    return {name: np.stack([one.arrays[name] for one in encoded]) for name in preprocess.inputs}
+
+
+def split(batch: Arrays) -> list[dict[str, np.ndarray]]:
+    """The examples of a batch (B, …)."""
+    return [dict(zip(batch, arrays, strict=True)) for arrays in zip(*batch.values(), strict=True)]
+
+
+def empty_answer(task: Task, preprocess: Preprocess) -> Answer:
+    """An answer of this task without a text, whose values are all None or empty."""
+    (nothing,) = split(zeros(task.outputs, 1))
+    answer = task.answer(nothing, preprocess.geometry, top=1)
+    values = {name: type(v)() if isinstance(v, list | dict) else None for name, v in answer.values.items()}
+    return replace(answer, text="", values=values)
 
 
 def predictions(
     names: Sequence[str],
-    rows: Sequence[np.ndarray | str],
-    answers: Iterable[np.ndarray],
-    classes: Sequence[str],
+    encoded: Sequence[EncodedInput | str],
+    answers: Iterable[Arrays | str],
+    task: Task,
+    empty: Answer,
     *,
     top: int,
 ) -> list[Prediction]:
-    """One for each row from `encode`, in their order: the next of `answers` (K,), or the reason why there is no row."""
-    remaining = iter(answers)
-    return [
-        _rank_classes(name, next(remaining), classes, top)
-        if isinstance(row, np.ndarray)
-        else Prediction(name=name, label=None, probability=None, probabilities={}, error=row)
-        for name, row in zip(names, rows, strict=True)
-    ]
-
-
-def _rank_classes(name: str, probabilities: np.ndarray, classes: Sequence[str], top: int) -> Prediction:
-    best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
-    ranked = {classes[i]: float(probabilities[i]) for i in best}
-    first = best[0]
-    return Prediction(name=name, label=classes[first], probability=float(probabilities[first]), probabilities=ranked)
+    """One for each result of `encode`, in their order: from the next of `answers`, or the reason why there is none."""
+    remaining, results = iter(answers), []
+    for name, one in zip(names, encoded, strict=True):
+        outputs = one if isinstance(one, str) else next(remaining)
+        if isinstance(one, str) or isinstance(outputs, str):
+            results.append(Prediction(name=name, answer=None, error=str(outputs), empty=empty))
+        else:
+            results.append(Prediction(name=name, answer=task.answer(outputs, one.geometry, top=top), empty=empty))
+    return results
 
 
 def load(
@@ -166,7 +229,8 @@ def _load_stored(
         precision=entry.precision,
         threads=placement.threads,
         preprocess=build_preprocess(asdict(index.preprocess)),
-        classes=index.classes,
+        task=build_task(index.task.name, index.classes, index.task.settings),
+        batches=index.batches,
         loaded=load_plugin("engines", entry.engine).load(engines / name, entry.precision, placement),
     )
 
@@ -179,7 +243,7 @@ def _load_eager(folder: Path, device: str, threads: int | None, trust_code: bool
         precision="float32",
         threads=placement.threads,
         preprocess=build_preprocess(card["preprocess"]),
-        classes=card["classes"],
+        task=build_task(card["task"], card["classes"], card.get("task_settings", {})),
         loaded=load_plugin("engines", "eager").load(folder, "float32", placement),
     )
 
@@ -265,8 +329,8 @@ def _fall_back(index: EngineIndex, reason: str, *, has_model: bool) -> str | Non
     return index.reference if usable else None
 
 
-def encode(preprocess: Preprocess, raw: Any) -> np.ndarray | str:
-    """The row of an input, or why there is none. Safe to call from several threads at once."""
+def encode(preprocess: Preprocess, raw: Any) -> EncodedInput | str:
+    """What an engine reads of an input, or why there is nothing. Safe to call from several threads at once."""
     try:
         if isinstance(raw, Path):
             raw = raw.read_bytes()
@@ -276,33 +340,32 @@ def encode(preprocess: Preprocess, raw: Any) -> np.ndarray | str:
             from suanli.data.decode import decode_pillow
 
             raw = decode_pillow(raw)
-        return preprocess.encode(raw).row
+        return preprocess.encode(raw)
     except BadInput as error:
         return error.message
     except OSError as error:
         return error.strerror or str(error)
 
 
-def _name_inputs(inputs: Any, kind: str) -> Iterable[tuple[str, Any]]:
+def _name_inputs(inputs: Any, preprocess: Preprocess) -> list[tuple[str, Any]]:
     """Each input with its name."""
-    if isinstance(inputs, np.ndarray) and inputs.ndim == 4:
-        yield from ((f"#{i}", item) for i, item in enumerate(inputs))
-    elif isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview):
-        for i, item in enumerate(inputs):
-            yield _name_input(item, kind, i)
-    else:
-        yield _name_input(inputs, kind, 0)
+    several = preprocess.split_batch(inputs) if isinstance(inputs, np.ndarray | Mapping) else None
+    if several is not None:
+        return [(f"#{i}", item) for i, item in enumerate(several)]
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview):
+        return [_name_input(item, preprocess, i) for i, item in enumerate(inputs)]
+    return [_name_input(inputs, preprocess, 0)]
 
 
-def _name_input(item: Any, kind: str, number: int) -> tuple[str, Any]:
-    if isinstance(item, os.PathLike) or (isinstance(item, str) and kind == "image"):
+def _name_input(item: Any, preprocess: Preprocess, number: int) -> tuple[str, Any]:
+    if isinstance(item, os.PathLike) or (isinstance(item, str) and not preprocess.takes_strings):
         path = Path(item).expanduser()
         if not path.exists():
-            raise DataError(f"There is nothing at {path}.", fix="Give the path of an image, its bytes, or its pixels.")
+            raise DataError(f"There is nothing at {path}.", fix="Give the path of a file, its bytes, or an array.")
         return str(item), path
-    if not isinstance(item, str | bytes | bytearray | memoryview | np.ndarray) and not hasattr(item, "getexif"):
+    if not isinstance(item, RAWS) and not hasattr(item, "getexif"):
         raise UsageError(
             f"An input can't be {type(item).__name__}.",
-            fix="Give paths, bytes, arrays (H, W, C) of uint8 or Pillow images; for texts, strings.",
+            fix="Give paths, bytes, arrays (H, W, C) of uint8 or Pillow images; for texts, strings; for tensors dicts.",
         )
     return f"#{number}", item

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from suanli.core.schema import Arrays
 from suanli.serving.figures import Figures
 from suanli.serving.policy import Policy
 from suanli.serving.protocol import Refusal
@@ -31,10 +32,10 @@ HANGS_TIMES = 30  # and longer than this multiple of its expected time
 class _Entry:
     """The inputs of a request, or a part of them: at most a batch."""
 
-    __slots__ = ("alone", "arrived", "future", "queued", "rows", "timer")
+    __slots__ = ("alone", "arrived", "count", "future", "inputs", "queued", "timer")
 
-    def __init__(self, rows: np.ndarray, future: asyncio.Future[np.ndarray], now: float) -> None:
-        self.rows, self.future, self.arrived = rows, future, now
+    def __init__(self, inputs: Arrays, count: int, future: asyncio.Future[Arrays], now: float) -> None:
+        self.inputs, self.count, self.future, self.arrived = inputs, count, future, now
         self.alone = False  # computed alone, since it was in a batch that failed
         self.queued = True  # not sent to an engine yet
         self.timer: asyncio.TimerHandle | None = None
@@ -79,36 +80,38 @@ class Batcher:
             self._worker, self._free = None, []
             self._on_death(worker, reason)
 
-    async def submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
-        """Probabilities (B, K) of rows (B, *row_shape). Raises Refusal. Cancelling withdraws the rows.
+    async def submit(self, inputs: Arrays, deadline: float | None) -> Arrays:
+        """Outputs (B, …) for encoded inputs (B, …). Raises Refusal. Cancelling withdraws the inputs.
 
         A request that is larger than a batch enters the queue in parts, just enough to keep the engine busy, so that
         others don't wait for all of it.
         """
-        size = self.policy.batch
-        if len(rows) <= size:
-            return await self._submit(rows, deadline)
+        count, size = len(next(iter(inputs.values()))), self.policy.batch
+        if count <= size:
+            return await self._submit(inputs, count, deadline)
         room = asyncio.Semaphore(IN_FLIGHT + 1)
 
-        async def in_turn(rows: np.ndarray) -> np.ndarray:
+        async def in_turn(start: int) -> Arrays:
             async with room:
-                return await self._submit(rows, deadline)
+                part = {name: array[start : start + size] for name, array in inputs.items()}
+                return await self._submit(part, min(size, count - start), deadline)
 
-        parts = [asyncio.ensure_future(in_turn(rows[i : i + size])) for i in range(0, len(rows), size)]
+        parts = [asyncio.ensure_future(in_turn(start)) for start in range(0, count, size)]
         try:
-            return np.concatenate(await asyncio.gather(*parts))
+            outputs = await asyncio.gather(*parts)
+            return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
         finally:
             for part in parts:  # if one failed, the others are useless
                 part.cancel()
 
-    async def _submit(self, rows: np.ndarray, deadline: float | None) -> np.ndarray:
+    async def _submit(self, inputs: Arrays, count: int, deadline: float | None) -> Arrays:
         now = time.monotonic()  # since the loop's own clock may count only milliseconds
-        entry = _Entry(rows, self._loop.create_future(), now)
+        entry = _Entry(inputs, count, self._loop.create_future(), now)
         if deadline is not None:
             entry.timer = self._loop.call_at(deadline, self._expire, entry)
         self.policy.add_arrival(now)
         self._queue.append(entry)
-        self.waiting += len(rows)
+        self.waiting += count
         self._dispatch_soon()
         try:
             return await entry.future
@@ -121,7 +124,7 @@ class Batcher:
         """Removes a request that nobody waits for any more from the queue, which frees its memory."""
         if entry.queued:
             entry.queued = False
-            self.waiting -= len(entry.rows)
+            self.waiting -= entry.count
             with contextlib.suppress(ValueError):
                 self._queue.remove(entry)
 
@@ -174,7 +177,7 @@ class Batcher:
         """The next batch: whole requests, in the order of their arrival."""
         entries: list[_Entry] = []
         room = self.policy.batch
-        while self._queue and len(self._queue[0].rows) <= room:
+        while self._queue and self._queue[0].count <= room:
             entry = self._queue[0]
             if entry.alone and entries:
                 break
@@ -183,10 +186,10 @@ class Batcher:
                 self._withdraw(entry)
                 continue
             entry.queued = False
-            self.waiting -= len(entry.rows)
-            self.in_flight += len(entry.rows)
+            self.waiting -= entry.count
+            self.in_flight += entry.count
             entries.append(entry)
-            room -= len(entry.rows)
+            room -= entry.count
             if entry.alone:
                 break
         return entries
@@ -195,11 +198,12 @@ class Batcher:
         if not entries:
             return
         slot = self._free.pop()
-        rows, _ = worker.slots[slot]
+        inputs, _ = worker.slots[slot]
         count, now = 0, time.monotonic()
         for entry in entries:
-            rows[count : count + len(entry.rows)] = entry.rows
-            count += len(entry.rows)
+            for name, array in inputs.items():
+                array[count : count + entry.count] = entry.inputs[name]
+            count += entry.count
             self.figures.add_queue_time(now - entry.arrived)
         self._batches += 1
         self._alone = entries[0].alone
@@ -232,12 +236,13 @@ class Batcher:
             self.overhead_s = max(0.0, batch_s - computing_s)
             self.last_answer_s = now
             self.figures.count_batch(count, computing_s)
-            _, probabilities = worker.slots[slot]
-            offset = 0
+            _, outputs = worker.slots[slot]
+            start = 0
             for entry in entries:
+                stop = start + entry.count
                 if not entry.future.done():
-                    entry.future.set_result(probabilities[offset : offset + len(entry.rows)].copy())
-                offset += len(entry.rows)
+                    entry.future.set_result({name: array[start:stop].copy() for name, array in outputs.items()})
+                start = stop
         else:
             assert isinstance(error, EngineError)
             self._retry(entries, error)
@@ -259,4 +264,4 @@ class Batcher:
                 continue
             entry.alone = entry.queued = True
             self._queue.appendleft(entry)
-            self.waiting += len(entry.rows)
+            self.waiting += entry.count

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from typing_extensions import TypeAliasType, TypedDict  # pydantic needs typing_extensions' before Python 3.12
 
-from suanli.engines.predictor import Prediction
 from suanli.serving.protocol import DATATYPES, MAX_RANK, MAX_TENSORS
 
 State = Literal["loading", "ready", "failed", "draining", "closed"]
@@ -205,13 +204,31 @@ class Texts(TypedDict):
     inputs: Annotated[list[str], Field(min_length=1)]
 
 
+class Prediction(TypedDict):
+    """Also the values of the task's answer, such as a label and probabilities; all null or empty after an error."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]  # a type checker sees a key
+
+    name: str
+    error: str | None
+
+
 class Predictions(TypedDict):
     model: str
     version: str
     engine: str
     precision: str
     seconds: float
+    texts: Annotated[list[str], Field(description="Each answer in a line for people; empty after an error.")]
     predictions: list[Prediction]
+
+
+class EmptyAnswer(TypedDict):
+    """What answers of a model have in common."""
+
+    kind: Annotated[str, Field(description='How to show them: "classes", "value", "boxes", …')]
+    columns: Annotated[list[str], Field(description="The values that a table has room for.")]
+    values: Annotated[dict[str, Any], Field(description="Their names; all null or empty.")]
 
 
 class ModelStatus(Versioned):
@@ -224,10 +241,13 @@ class ModelStatus(Versioned):
     precision: NotRequired[str | None]
     threads: NotRequired[Count | None]
     kind: NotRequired[str | None]
+    media_types: NotRequired[list[str]]
+    takes_strings: NotRequired[bool]
     height: NotRequired[Count | None]
     width: NotRequired[Count | None]
     channels: NotRequired[Count | None]
-    draws: NotRequired[bool]
+    task: NotRequired[str]
+    answer: NotRequired[EmptyAnswer]
     batch_limit: NotRequired[Count | None]
     target_ms: NotRequired[Milliseconds | None]
     p50_ms: NotRequired[Milliseconds | None]

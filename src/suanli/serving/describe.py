@@ -6,12 +6,9 @@ import importlib.metadata
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
 from suanli.serving import bodies
 from suanli.serving.model import ServedModel
-from suanli.serving.protocol import NAMES
-from suanli.serving.tensors import MAX_INPUTS
+from suanli.serving.tensors import MAX_INPUTS, TensorInfo
 
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 
@@ -26,21 +23,18 @@ def server() -> bodies.ServerMetadata:
 
 
 def metadata(model: ServedModel, versions: Sequence[str]) -> bodies.ModelMetadata:
-    """Inputs and outputs. A client may also send any input as BYTES: encoded pictures, or texts."""
-    info, name = model.info, model.input_name
-    expected: bodies.TensorMetadata = {"name": name, "datatype": "BYTES", "shape": [-1]}
-    if model.preprocess.kind == "image":
-        expected = {"name": name, "datatype": NAMES[np.dtype(info.row_dtype)], "shape": [-1, *info.row_shape]}
+    """Inputs and outputs. A client may also send raw inputs as BYTES: encoded pictures, or texts."""
     return {
         "name": model.name,
         "versions": list(versions),
-        "platform": f"suanli_{info.engine}",
-        "inputs": [expected],
-        "outputs": [
-            {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(info.classes)]},
-            {"name": "label", "datatype": "BYTES", "shape": [-1]},
-        ],
+        "platform": f"suanli_{model.info.engine}",
+        "inputs": [_describe(tensor) for tensor in model.signature.inputs],
+        "outputs": [_describe(tensor) for tensor in model.signature.outputs],
     }
+
+
+def _describe(tensor: TensorInfo) -> bodies.TensorMetadata:
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": [-1, *tensor.shape]}
 
 
 def config(model: ServedModel) -> bodies.ModelConfig:
@@ -93,21 +87,25 @@ def stats(model: ServedModel) -> bodies.ModelStats:
 
 def status(model: ServedModel) -> bodies.ModelStatus:
     """What the pages show of a model."""
-    figures, info, settings = model.figures, model.info, model.preprocess.settings()
+    figures, info, preprocess, empty = model.figures, model.info, model.preprocess, model.empty
+    settings = preprocess.settings()
     return {
         "name": model.name,
         "version": model.version,
         "state": model.state,
         "reason": model.reason,
-        "classes": list(info.classes),
+        "classes": list(model.task.classes),
         "engine": info.engine,
         "precision": info.precision,
         "threads": info.threads,
-        "kind": model.preprocess.kind,
+        "kind": preprocess.kind,
+        "media_types": list(preprocess.media_types),
+        "takes_strings": preprocess.takes_strings,
         "height": settings.get("height"),
         "width": settings.get("width"),
         "channels": settings.get("channels"),
-        "draws": settings.get("channels") == 1 and set(info.classes) == set("0123456789"),
+        "task": model.task.name,
+        "answer": {"kind": empty.kind, "columns": list(empty.columns), "values": dict(empty.values)},
         "batch_limit": model.policy.batch,
         "target_ms": 1e3 * model.policy.target_s,
         "p50_ms": figures.percentile_ms(0.5),

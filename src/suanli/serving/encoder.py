@@ -1,4 +1,4 @@
-"""Raw inputs (pictures, texts) to the rows that an engine reads, in threads, while the engine computes.
+"""Raw inputs (pictures, texts) to what an engine reads, in threads, while the engine computes.
 
 Not here: how a kind of data is decoded, which is its `Preprocess`'s.
 """
@@ -10,10 +10,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
 
-import numpy as np
-
 from suanli.core.errors import BadInput
-from suanli.core.types import Preprocess
+from suanli.core.types import EncodedInput, Preprocess, Raw
 from suanli.engines.predictor import encode
 from suanli.machine.device import cores
 from suanli.serving.policy import NEWEST
@@ -34,8 +32,8 @@ class Encoder:
         """Until a thread is free for one more input."""
         return self.waiting * self._mean_s / cores()
 
-    async def encode(self, raws: Sequence[object]) -> list[np.ndarray | str]:
-        """For each input its row, or why there is none."""
+    async def encode(self, raws: Sequence[Raw]) -> list[EncodedInput | str]:
+        """For each input what the engine reads, or why there is nothing."""
         loop = asyncio.get_running_loop()
         self.waiting += len(raws)
         try:
@@ -43,25 +41,13 @@ class Encoder:
         finally:
             self.waiting -= len(raws)
 
-    def _encode_timed(self, raw: object) -> np.ndarray | str:
+    def _encode_timed(self, raw: Raw) -> EncodedInput | str:
         start = time.perf_counter()
         try:
-            return self._encode_one(raw)
+            self.preprocess.check_size(raw, self._max_pixels)
+            return encode(self.preprocess, raw)
+        except BadInput as error:
+            return error.message
         finally:
             seconds = time.perf_counter() - start
             self._mean_s += (NEWEST if self._mean_s else 1.0) * (seconds - self._mean_s)
-
-    def _encode_one(self, raw: object) -> np.ndarray | str:
-        if self.preprocess.kind == "image" and isinstance(raw, bytes):
-            from suanli.data.decode import read_header
-
-            try:
-                header = read_header(raw)
-            except BadInput as error:
-                return error.message
-            if header.height * header.width > self._max_pixels:
-                return (
-                    f"The picture has {header.width}x{header.height} pixels; "
-                    f"at most {self._max_pixels / 1e6:g} million are allowed."
-                )
-        return encode(self.preprocess, raw)

@@ -18,8 +18,11 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from suanli.core.errors import first_line
 from suanli.engines.sandbox import exit_with_parent
@@ -29,14 +32,15 @@ from suanli.serving.shared_memory import (
     EngineInfo,
     EngineOptions,
     Layout,
+    Slot,
     Warmup,
     from_line,
     to_line,
 )
+from suanli.serving.tensors import refuse_unservable
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from suanli.core.schema import Arrays
     from suanli.engines.predictor import Predictor
 
 WARM_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are warmed up
@@ -56,45 +60,47 @@ def _load(options: EngineOptions) -> tuple[Predictor, EngineInfo]:
         threads=options.threads,
         trust_code=options.trust_code,
     )
-    preprocess = predictor.preprocess
+    preprocess, task = predictor.preprocess, predictor.task
+    refuse_unservable(preprocess, task)
     info = EngineInfo(
         engine=predictor.engine,
         precision=predictor.precision,
         threads=predictor.threads,
         preprocess=preprocess.to_json(),
-        classes=tuple(predictor.classes),
-        row_shape=tuple(preprocess.row_shape),
-        row_dtype=str(preprocess.row_dtype),
+        task=task.name,
+        classes=task.classes,
+        task_settings=task.settings,
+        batches=predictor.batches,
         torch="torch" in sys.modules,
         measured=tuple(read_batch_times(subject, predictor)),
     )
     return predictor, info
 
 
-def _compute(predictor: Predictor, rows: np.ndarray) -> np.ndarray:
-    """Probabilities (B, K) of rows (B, *row_shape). Raises what the engine raises, and ValueError for a wrong shape."""
-    import numpy as np
+def _compute(predictor: Predictor, inputs: Mapping[str, np.ndarray], count: int) -> Arrays:
+    """The outputs (B, …) for the first `count` examples. Raises what the engine raises, and ValueError for a wrong
+    shape."""
+    answers = predictor.answer({name: array[:count] for name, array in inputs.items()})
+    for name, column in predictor.task.outputs.items():
+        if answers[name].shape != (count, *column.shape):
+            raise ValueError(f"{count} inputs got {name}, answers of shape {answers[name].shape}")
+    return answers
 
-    probabilities = np.asarray(predictor.probabilities(rows))
-    if probabilities.shape != (len(rows), len(predictor.classes)):
-        raise ValueError(f"{len(rows)} inputs got answers of shape {probabilities.shape}")
-    return probabilities
 
-
-def _warm(predictor: Predictor, layout: Layout, slots: list[tuple[np.ndarray, np.ndarray]]) -> dict[int, float]:
+def _warm(predictor: Predictor, layout: Layout, slots: list[Slot]) -> dict[int, float]:
     """Median seconds of a batch by its size. Each size runs once untimed, since some engines compile for each."""
-    rows, _ = slots[0]
+    inputs, _ = slots[0]
     sizes = [size for size in WARM_SIZES if size < layout.batch] + [layout.batch]
     seconds: dict[int, float] = {}
     spent = 0.0
     for size in sizes:
         if spent + 3 * size * min((s / b for b, s in seconds.items()), default=0.0) > WARM_S:
             break  # a slow model: the server extrapolates to larger batches
-        _compute(predictor, rows[:size])
+        _compute(predictor, inputs, size)
         times = []
         for _ in range(3):
             start = time.perf_counter()
-            predictor.probabilities(rows[:size])
+            _compute(predictor, inputs, size)
             times.append(time.perf_counter() - start)
         spent += sum(times)
         seconds[size] = sorted(times)[1]
@@ -148,8 +154,6 @@ def _receive_descriptor(connection: socket.socket) -> int:
 
 
 def _serve(connection: socket.socket) -> None:
-    import numpy as np
-
     predictor, info = _load(from_line(_receive_line(connection), EngineOptions))
     connection.sendall(to_line(info))
     descriptor = _receive_descriptor(connection)
@@ -160,13 +164,15 @@ def _serve(connection: socket.socket) -> None:
     connection.sendall(to_line(Warmup(seconds=seconds, memory_bytes=_resident_bytes())))
     while (request := _receive_exactly(connection, REQUEST.size)) is not None:
         slot, count = REQUEST.unpack(request)
-        rows, answers = slots[slot]
+        inputs, outputs = slots[slot]
         start = time.perf_counter()
         reason = b""
         try:
-            answers[:count] = _compute(predictor, rows[:count])
-            if not np.isfinite(answers[:count]).all():
-                raise ValueError("the answer is not a number")
+            answers = _compute(predictor, inputs, count)
+            for name, output in outputs.items():
+                output[:count] = answers[name]
+                if output.dtype.kind == "f" and not np.isfinite(output[:count]).all():
+                    raise ValueError("the answer is not a number")
         except Exception as error:  # noqa: BLE001  # the server gets the reason and decides
             reason = f"{type(error).__name__}: {first_line(error, 300)}".encode("utf-8", "replace")
         seconds_taken = time.perf_counter() - start

@@ -1,6 +1,6 @@
 """The bodies that people and programs send over HTTP: read whole and within a size, then as JSON or a form.
 
-/predict takes a form with files, one picture or text as it is, or texts in JSON. Not here: the bodies of the protocol's
+/predict takes a form with files, one file or text as it is, or texts in JSON. Not here: the bodies of the protocol's
 requests for inference (`codec`).
 """
 
@@ -13,6 +13,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from suanli.core.types import Preprocess
 from suanli.serving.codec import parse_json
 from suanli.serving.protocol import Refusal, bad_request, decompress
 
@@ -61,37 +62,35 @@ async def read_object(request: Request, max_bytes: int) -> Mapping[str, object]:
     return values
 
 
-async def read_inputs(body: bytes, content_type: str, kind: str) -> tuple[list[str], list[bytes | str]]:
-    """Names and raw inputs in a body of /predict, for a model of this kind of data. Raises Refusal(400) or (415)."""
+async def read_inputs(body: bytes, content_type: str, preprocess: Preprocess) -> tuple[list[str], list[bytes | str]]:
+    """Names and raw inputs in a body of /predict. Raises Refusal(400) or (415)."""
     media_type, _, _ = content_type.partition(";")
     media_type = media_type.strip().lower()
     if not body:
         raise bad_request("The body is empty.")
     if media_type == "multipart/form-data":
-        return await _read_form(body, content_type, kind)
+        return await _read_form(body, content_type, preprocess)
     if media_type == "application/json":
-        return _read_texts(body, kind)
-    if media_type == "application/x-www-form-urlencoded" and kind == "image":  # what curl says of --data-binary
-        media_type = ""
-    expected = "image" if kind == "image" else "text"
-    if media_type in ("", "application/octet-stream") or media_type.split("/")[0] == expected:
+        return _read_texts(body, preprocess)
+    allowed = preprocess.media_types
+    if allowed and (media_type in ("", "application/octet-stream") or media_type.startswith(allowed)):
         return ["#0"], [body]
     raise Refusal(415, f"{media_type[:100]} can't be read here.")
 
 
-def _read_texts(body: bytes, kind: str) -> tuple[list[str], list[bytes | str]]:
+def _read_texts(body: bytes, preprocess: Preprocess) -> tuple[list[str], list[bytes | str]]:
     values = parse_json(body)
     texts = values.get("inputs") if isinstance(values, dict) else None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise bad_request('The body must be {"inputs": ["a text", …]}.')
-    if kind == "image":
-        raise Refusal(415, "This model reads pictures: send files, as multipart/form-data, or one as it is.")
+    if not preprocess.takes_strings:
+        raise Refusal(415, "This model takes no strings: send files, as multipart/form-data, or one as it is.")
     if len(texts) > MAX_FILES:
         raise bad_request(f"{len(texts)} texts are more than {MAX_FILES}.")
     return [f"#{i}" for i in range(len(texts))], texts
 
 
-async def _read_form(body: bytes, content_type: str, kind: str) -> tuple[list[str], list[bytes | str]]:
+async def _read_form(body: bytes, content_type: str, preprocess: Preprocess) -> tuple[list[str], list[bytes | str]]:
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
@@ -108,7 +107,7 @@ async def _read_form(body: bytes, content_type: str, kind: str) -> tuple[list[st
             if isinstance(part, UploadFile):
                 names.append(part.filename or f"#{len(names)}")
                 raws.append(await part.read())
-            elif kind == "text":
+            elif preprocess.takes_strings:
                 names.append(f"#{len(names)}")
                 raws.append(part)
     finally:

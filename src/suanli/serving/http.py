@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from itertools import count
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field
@@ -35,7 +35,10 @@ from suanli.serving.repository import Repository
 
 BINARY_HEADER = HEADER_LENGTH.lower().encode()
 LARGE_JSON = 1 << 18  # bytes: parsed in a thread from here on, so that other requests are answered meanwhile
-Top = Annotated[int, Field(ge=1, le=10_000, description="Number of the likeliest classes; default 5.")]
+Top = Annotated[
+    int,
+    Field(ge=1, le=10_000, description="At most so many entries of an answer that ranks, such as classes; default 5."),
+]
 JsonLength = Annotated[
     int,
     Field(
@@ -225,7 +228,7 @@ class App:
         return JsonResponse({"model_stats": [describe.stats(self._model(request))]})
 
     async def infer(self, request: Request) -> Response:
-        """Classify tensors."""
+        """Answer tensors."""
         self._admit(self._model(request))
         body = await read_body(request, self._max_body_bytes)
         header = request.scope["suanli.headers"].get(BINARY_HEADER)
@@ -276,7 +279,7 @@ class App:
     # --- for the pages and people ---
 
     async def predict(self, request: Request) -> JsonResponse[bodies.Predictions]:
-        """Classify pictures or texts."""
+        """Answer files or texts as they are."""
         start = time.perf_counter()
         top = request.query_params.get("top") or "5"
         if not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000:
@@ -290,7 +293,7 @@ class App:
         model = find()
         self._admit(model)
         body = await read_body(request, self._max_body_bytes)
-        names, raws = await read_inputs(body, request.headers.get("content-type", ""), model.preprocess.kind)
+        names, raws = await read_inputs(body, request.headers.get("content-type", ""), model.preprocess)
         model = find()  # again, since a newer version may have taken its place meanwhile
         with _cancel_on_disconnect(request.scope):
             predictions = await model.predict(names, raws, top=int(top[:9]))
@@ -301,7 +304,8 @@ class App:
                 "engine": model.info.engine,
                 "precision": model.info.precision,
                 "seconds": time.perf_counter() - start,
-                "predictions": predictions,
+                "texts": [one.answer.text if one.answer else "" for one in predictions],
+                "predictions": [cast(bodies.Prediction, one.to_json()) for one in predictions],
             }
         )
 

@@ -14,23 +14,22 @@ import contextlib
 import importlib
 import math
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from suanli.engines.predictor import Prediction, predictions
-from suanli.models.model_folder import build_preprocess
+from suanli.core.schema import Arrays, Geometry
+from suanli.core.types import EncodedInput, Raw
+from suanli.engines.predictor import Prediction, empty_answer, predictions, split, stack
 from suanli.serving.batching import Batcher
 from suanli.serving.bodies import State
 from suanli.serving.encoder import Encoder
 from suanli.serving.figures import Figures
 from suanli.serving.policy import Curve, Policy
-from suanli.serving.protocol import InferRequest, InferResponse, Refusal, Tensor, bad_request
-from suanli.serving.tensors import check_outputs, count_inputs, output_tensors, rows_in, single_input
+from suanli.serving.protocol import InferRequest, InferResponse, Refusal, bad_request
+from suanli.serving.tensors import Signature
 from suanli.serving.worker import EngineDied, Worker, start_worker
 
 if TYPE_CHECKING:
@@ -103,7 +102,10 @@ class ServedModel:
         self.state: State = "ready"
         self.reason = ""  # why the model isn't ready
         self.info = worker.info
-        self.preprocess = build_preprocess(worker.info.preprocess)
+        self.preprocess, self.task = worker.preprocess, worker.task
+        self.signature = Signature(name, self.preprocess, self.task)
+        self.empty = empty_answer(self.task, self.preprocess)
+        self._geometry = self.preprocess.geometry  # of inputs that come encoded
         self.figures = Figures()
         self.policy = Policy(Curve(worker.seconds), p99_s=options.p99_s, most=worker.layout.batch)
         self.batcher = Batcher(self.policy, self.figures, on_death=self._handle_death)
@@ -145,7 +147,7 @@ class ServedModel:
     async def _replace_engine(self) -> None:
         """Raises EngineDied with the reason; the engine before, if there is one, then goes on."""
         worker = await _start_engine(self.subject, self._options)
-        if (worker.info.classes, worker.info.preprocess) != (self.info.classes, self.info.preprocess):
+        if (worker.preprocess, worker.task) != (self.preprocess, self.task):
             worker.close()
             raise EngineDied("the model on disk is another one now")
         self._use(worker)
@@ -236,10 +238,6 @@ class ServedModel:
         return self.state == "ready"
 
     @property
-    def input_name(self) -> str:
-        return self.preprocess.kind
-
-    @property
     def memory_bytes(self) -> int | None:
         """Resident memory of the engine's process."""
         return None if self._worker is None else self._worker.memory_bytes
@@ -261,9 +259,8 @@ class ServedModel:
     async def infer(self, request: InferRequest, *, deadline: float | None = None) -> InferResponse:
         """The answer to a request of the protocol. `deadline` is a time of the loop's clock. Raises Refusal."""
         with self._count_request() as count:
-            tensor = single_input(request, model=self.name, name=self.input_name)
-            count[0] = inputs = count_inputs(tensor)
-            check_outputs(request, model=self.name)
+            count[0] = inputs = self.signature.count_inputs(request)
+            self.signature.check_outputs(request)
             timeout_us = request.parameters.get("timeout")
             if timeout_us is not None and (type(timeout_us) is not int or not 0 <= timeout_us < 1 << 62):
                 raise bad_request("timeout is a number of microseconds; 0 means none.")
@@ -272,22 +269,23 @@ class ServedModel:
                 deadline = end if deadline is None else min(end, deadline)
             self.admit(inputs)
             arrival_s = time.monotonic()
-            probabilities = await self._compute(await self._rows(tensor, inputs), arrival_s, deadline)
+            arrays, geometries = await self._read(request, inputs)
+            results = await self._compute(arrays, arrival_s, deadline)
             start = time.perf_counter()
-            outputs = output_tensors(request, probabilities, self.info.classes)
+            outputs = self.signature.make_outputs(request, results, geometries)
             self.figures.output.add(time.perf_counter() - start)
             return InferResponse(id=request.id, model_name=self.name, model_version=self.version, outputs=outputs)
 
-    async def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
-        """For each input its label and the likeliest classes, or an error. Raises Refusal."""
+    async def predict(self, names: Sequence[str], raws: Sequence[Raw], *, top: int) -> list[Prediction]:
+        """For each input its answer, with at most `top` entries where it ranks, or an error. Raises Refusal."""
         with self._count_request() as count:
             count[0] = len(raws)
             self.admit(len(raws))
             arrival_s = time.monotonic()
             encoded = await self._encode(raws)
-            rows = [row for row in encoded if isinstance(row, np.ndarray)]
-            answers = await self._compute(np.stack(rows), arrival_s, None) if rows else ()
-            return predictions(names, encoded, answers, self.info.classes, top=top)
+            good = [one for one in encoded if isinstance(one, EncodedInput)]
+            results = split(await self._compute(stack(good, self.preprocess), arrival_s, None)) if good else []
+            return predictions(names, encoded, results, self.task, self.empty, top=top)
 
     @contextlib.contextmanager
     def _count_request(self) -> Iterator[list[int]]:
@@ -307,19 +305,20 @@ class ServedModel:
         finally:
             self._users -= 1
 
-    async def _rows(self, tensor: Tensor, inputs: int) -> np.ndarray:
-        """The rows (inputs, *row_shape) of a tensor: its data, or encoded from it."""
-        rows = rows_in(tensor, self.preprocess, self.info.row_shape, self.info.row_dtype)
-        if rows is not None:
-            return rows
-        encoded = await self._encode(list(tensor.data))
-        for i, row in enumerate(encoded):
-            if isinstance(row, str):
-                raise bad_request(f"Input {i} can't be read: {row}")
-        assert len(encoded) == inputs
-        return np.stack([row for row in encoded if isinstance(row, np.ndarray)])
+    async def _read(self, request: InferRequest, count: int) -> tuple[Arrays, Sequence[Geometry]]:
+        """The encoded inputs (count, …) of a request, and the geometry of each."""
+        inputs = self.signature.read_inputs(request)
+        if isinstance(inputs, Mapping):
+            return inputs, [self._geometry] * count
+        encoded: list[EncodedInput] = []
+        for i, one in enumerate(await self._encode(inputs)):
+            if isinstance(one, str):
+                raise bad_request(f"Input {i} can't be read: {one}")
+            encoded.append(one)
+        assert len(encoded) == count
+        return stack(encoded, self.preprocess), [one.geometry for one in encoded]
 
-    async def _encode(self, raws: Sequence[object]) -> list[np.ndarray | str]:
+    async def _encode(self, raws: Sequence[Raw]) -> list[EncodedInput | str]:
         delay_s = self._encoder.delay_s
         if delay_s > self.policy.target_s:
             raise Refusal(503, f"Model {self.name} has too much to decode.", retry_after_s=delay_s)
@@ -329,14 +328,14 @@ class ServedModel:
         finally:
             self.figures.encode.add(time.perf_counter() - start)
 
-    async def _compute(self, rows: np.ndarray, arrival_s: float, deadline: float | None) -> np.ndarray:
-        """Probabilities (B, K) for a request that arrived at `arrival_s` of the monotonic clock."""
+    async def _compute(self, inputs: Arrays, arrival_s: float, deadline: float | None) -> Arrays:
+        """The task's outputs (B, …) for a request that arrived at `arrival_s` of the monotonic clock."""
         if self.state not in ("ready", "draining", "failed"):
             raise self._not_ready()
         before_s = time.monotonic() - arrival_s
-        probabilities = await self.batcher.submit(rows, deadline)
+        outputs = await self.batcher.submit(inputs, deadline)
         # A request also waits for this process before it is read. That can't be measured, but what comes back from the
         # engine waits in the same way.
         after_s = time.monotonic() - self.batcher.last_answer_s + self.batcher.overhead_s
         self.policy.add_outside_time(before_s + after_s)
-        return probabilities
+        return outputs

@@ -27,7 +27,7 @@ from suanli.serving.protocol import Refusal
 
 ABOUT = """The [Open Inference Protocol](https://github.com/kserve/open-inference-protocol), version 2, with the \
 extensions of Triton Inference Server for binary tensors, classification, model configuration, statistics and the \
-model repository; and `/predict`, which takes pictures and texts as they are.
+model repository; and `/predict`, which takes files and texts as they are.
 
 Every answer has an `X-Request-Id`: the client's own, if it sent a plain word. A method that a path doesn't have gets \
 405 with `Allow`. HEAD works wherever GET does. Bodies may be compressed (`Content-Encoding: gzip` or `deflate`)."""
@@ -56,7 +56,7 @@ class JsonResponse(Response, Generic[T]):
     media_type = "application/json"
 
     def __init__(self, values: T, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        content = json.dumps(values, ensure_ascii=False, default=vars)  # so that dataclasses become objects
+        content = json.dumps(values, ensure_ascii=False)
         super().__init__(content.encode("utf-8", "replace"), status, headers)
 
 
@@ -99,15 +99,12 @@ class Operation(Route):
 
 
 class _SchemaMaker(GenerateJsonSchema):
-    """Objects of answers have no other keys, those of requests may. Keys have no titles, which would repeat names."""
+    """Objects of answers have no other keys, unless their type says so; those of requests may. Keys have no titles,
+    which would repeat names."""
 
     def typed_dict_schema(self, schema: Any) -> Node:
         closed = {"additionalProperties": False} if self.mode == "serialization" else {}
-        return super().typed_dict_schema(schema) | closed
-
-    def dataclass_schema(self, schema: Any) -> Node:  # only answers have dataclasses
-        node = super().dataclass_schema(schema)
-        return node | {"additionalProperties": False, "required": [*node["properties"]]}
+        return closed | super().typed_dict_schema(schema)
 
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         return False

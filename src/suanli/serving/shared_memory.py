@@ -1,33 +1,33 @@
 """What the server and an engine's process exchange: messages at the start, then shared memory.
 
 At the start each side sends JSON lines: `EngineOptions`, `EngineInfo`, `Layout` and `Warmup`, in this order. After that
-the server writes rows into a slot and sends `REQUEST`; when `REPLY` comes back, the probabilities are in the same slot.
+the server writes inputs into a slot and sends `REQUEST`; when `REPLY` comes back, the outputs are in the same slot.
 Nothing else is copied. Not supported: Windows, which can't pass file descriptors over a socket.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import struct
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeAlias, TypeVar
 
+import numpy as np
 from pydantic import TypeAdapter
 
-if TYPE_CHECKING:
-    import numpy as np
+from suanli.core.schema import Schema
 
-REQUEST = struct.Struct("<II")  # slot, number of rows
+REQUEST = struct.Struct("<II")  # slot, number of examples
 # Slot, length of the error text that follows (0: no error), seconds of computing, resident bytes of the process.
 REPLY = struct.Struct("<IIdQ")
 
 
 Message = TypeVar("Message")
+Slot: TypeAlias = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]  # inputs and outputs (batch, …), by name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,10 @@ class EngineInfo:
     precision: str
     threads: int
     preprocess: Mapping[str, object]  # kind and settings
+    task: str
     classes: tuple[str, ...]
-    row_shape: tuple[int, ...]
-    row_dtype: str
+    task_settings: Mapping[str, object]
+    batches: bool  # it answers any number of examples at once; else one
     torch: bool  # it computes with torch, so that it resizes pictures by torch too
     measured: tuple[tuple[int, float], ...]  # batch sizes and seconds that `suanli optimize` measured; may be empty
 
@@ -66,37 +67,37 @@ class Warmup:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where things are in the shared memory: for each slot its rows, then its probabilities."""
+    """Where things are in the shared memory: for each slot its inputs, then its outputs, each from a new cache line."""
 
     slots: int
-    batch: int  # rows of a slot
-    row_shape: tuple[int, ...]
-    row_dtype: str
-    classes: int
+    batch: int  # examples of a slot
+    inputs: Schema  # of fixed shapes, as the outputs
+    outputs: Schema
 
-    def arrays(self, memory: mmap.mmap) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each slot its rows (batch, *row_shape) and its probabilities (batch, classes), as views of the memory."""
-        import numpy as np
-
+    def arrays(self, memory: mmap.mmap) -> list[Slot]:
+        """The slots, as views of the memory."""
         slots, offset = [], 0
         for _ in range(self.slots):
-            rows = np.frombuffer(memory, self.row_dtype, self.batch * math.prod(self.row_shape), offset)
-            answers = np.frombuffer(memory, np.float32, self.batch * self.classes, offset + self._rows_bytes)
-            slots.append((rows.reshape(self.batch, *self.row_shape), answers.reshape(self.batch, self.classes)))
-            offset += self._slot_bytes
+            sides: list[dict[str, np.ndarray]] = []
+            for schema in (self.inputs, self.outputs):
+                views: dict[str, np.ndarray] = {}
+                for name, column in schema.items():
+                    shape = (self.batch, *column.fixed_shape)
+                    views[name] = np.ndarray(shape, column.dtype, memory, offset)
+                    offset += _round_up(self.batch * column.size_bytes)
+                sides.append(views)
+            slots.append((sides[0], sides[1]))
         return slots
 
     @property
-    def _rows_bytes(self) -> int:
-        return _round_up(self.batch * row_bytes(self.row_shape, self.row_dtype))
-
-    @property
-    def _slot_bytes(self) -> int:
-        return self._rows_bytes + _round_up(self.batch * self.classes * 4)
-
-    @property
     def size_bytes(self) -> int:
-        return self.slots * self._slot_bytes
+        columns = (*self.inputs.values(), *self.outputs.values())
+        return self.slots * sum(_round_up(self.batch * column.size_bytes) for column in columns)
+
+
+def example_bytes(schema: Schema) -> int:
+    """Of one example of fixed shape."""
+    return sum(column.size_bytes for column in schema.values())
 
 
 def to_line(message: EngineOptions | EngineInfo | Layout | Warmup) -> bytes:
@@ -106,12 +107,6 @@ def to_line(message: EngineOptions | EngineInfo | Layout | Warmup) -> bytes:
 def from_line(line: bytes, kind: type[Message]) -> Message:
     """Raises ValueError for a line that is something else."""
     return TypeAdapter(kind).validate_python(json.loads(line))
-
-
-def row_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    import numpy as np
-
-    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def _round_up(size: int) -> int:

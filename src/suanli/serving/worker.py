@@ -2,7 +2,7 @@
 
 `Worker` is the server's side, on an asyncio loop; `engine_process` is the other side; `shared_memory` has what they
 exchange. After the start a batch costs a message of eight bytes there and one of twenty-four back, while the server
-writes the next rows. Not here: what makes a batch (`batching`), when a process is replaced (`model`).
+writes the next inputs. Not here: what makes a batch (`batching`), when a process is replaced (`model`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from suanli.core.task import Task
+from suanli.core.types import Preprocess
+from suanli.models.model_folder import build_preprocess, build_task
 from suanli.serving.shared_memory import (
     REPLY,
     REQUEST,
@@ -29,9 +32,9 @@ from suanli.serving.shared_memory import (
     EngineOptions,
     Layout,
     Warmup,
+    example_bytes,
     from_line,
     new_memory,
-    row_bytes,
     to_line,
 )
 
@@ -61,16 +64,14 @@ async def start_worker(
     process = _Process()
     try:
         info = await process.exchange(to_line(options), EngineInfo)
-        layout = Layout(
-            slots=SLOTS,
-            batch=max(1, min(max_batch, SLOT_BYTES // max(row_bytes(info.row_shape, info.row_dtype), 1))),
-            row_shape=info.row_shape,
-            row_dtype=info.row_dtype,
-            classes=len(info.classes),
-        )
+        preprocess = build_preprocess(info.preprocess)
+        task = build_task(info.task, info.classes, info.task_settings)
+        largest = max(example_bytes(preprocess.inputs), example_bytes(task.outputs), 1)
+        batch = max(1, min(max_batch, SLOT_BYTES // largest)) if info.batches else 1
+        layout = Layout(slots=SLOTS, batch=batch, inputs=preprocess.inputs, outputs=task.outputs)
         memory = process.share_memory(layout.size_bytes)
         warmup = await process.exchange(to_line(layout), Warmup)
-        return Worker(process, info, layout, memory, warmup)
+        return Worker(process, info, preprocess, task, layout, memory, warmup)
     except BaseException:
         process.close()
         raise
@@ -79,10 +80,19 @@ async def start_worker(
 class Worker:
     """A warm engine in its own process, as `start_worker` returns it. After EngineDied only `close` has an effect."""
 
-    def __init__(self, process: _Process, info: EngineInfo, layout: Layout, memory: mmap.mmap, warmup: Warmup) -> None:
-        self.info, self.layout = info, layout
+    def __init__(
+        self,
+        process: _Process,
+        info: EngineInfo,
+        preprocess: Preprocess,
+        task: Task,
+        layout: Layout,
+        memory: mmap.mmap,
+        warmup: Warmup,
+    ) -> None:
+        self.info, self.preprocess, self.task, self.layout = info, preprocess, task, layout
         self.seconds = warmup.seconds  # of a batch by its size
-        self.slots = layout.arrays(memory)  # rows and probabilities of each
+        self.slots = layout.arrays(memory)
         self.memory_bytes = warmup.memory_bytes  # resident memory of the process, as last reported
         self.on_exit: Callable[[Worker, str], None] | None = None  # called when the process ends by itself
         self._process = process
@@ -94,16 +104,16 @@ class Worker:
     def pid(self) -> int:
         return self._process.pid
 
-    def compute(self, slot: int, rows: int) -> asyncio.Future[float]:
-        """Computes the first `rows` rows of a slot; when the future is done, their answers are in the slot. Its result
-        is the seconds that the engine took. It raises EngineError or EngineDied."""
+    def compute(self, slot: int, count: int) -> asyncio.Future[float]:
+        """Computes the first `count` examples of a slot; when the future is done, their outputs are in the slot. Its
+        result is the seconds that the engine took. It raises EngineError or EngineDied."""
         future = asyncio.get_running_loop().create_future()
         if self._process.is_closed:  # it ended a moment ago, and the caller doesn't know yet
             future.set_exception(EngineDied("the engine was stopped"))
             return future
         self._waiting[slot] = future
         try:
-            self._process.socket.send(REQUEST.pack(slot, rows))  # eight bytes always fit: there are few slots
+            self._process.socket.send(REQUEST.pack(slot, count))  # eight bytes always fit: there are few slots
         except OSError:
             self._handle_exit()
         return future

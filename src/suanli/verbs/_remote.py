@@ -9,9 +9,12 @@ import secrets
 import ssl
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from suanli.core.errors import DataError, MachineError, UsageError
+from suanli.core.task import Answer
 from suanli.core.types import Json
 from suanli.engines.predictor import Prediction
 
@@ -43,8 +46,9 @@ class Server:
     def close(self) -> None:
         self._connection.close()
 
-    def kind(self) -> str:
-        """The kind of data that its model reads. Raises DataError where it has several, or none."""
+    @cached_property
+    def _model(self) -> Json:
+        """What the server says of its model. Raises DataError where it has several, or none."""
         models = [m for m in self._ask("GET", "/status")["models"] if m["state"] in ("ready", "draining")]
         if self._name is not None:
             models = [m for m in models if m["name"] == self._name]
@@ -52,7 +56,18 @@ class Server:
         if len(names) != 1:
             available = ", ".join(names) or "none"
             raise DataError(f"The models at {self.url} are: {available}.", fix="Name one: --url URL/v2/models/NAME.")
-        return str(models[0]["kind"])
+        return models[0]
+
+    @property
+    def kind(self) -> str:
+        """Of the data that its model reads."""
+        return str(self._model["kind"])
+
+    @cached_property
+    def empty(self) -> Answer:
+        """An answer without values."""
+        values = self._model["answer"]
+        return Answer(kind=values["kind"], text="", values=values["values"], columns=tuple(values["columns"]))
 
     def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
         """One Prediction for each input, in their order. Raises MachineError where the server doesn't answer."""
@@ -68,8 +83,10 @@ class Server:
                 end += 1
             kind, body = _pack(raws[start:end])
             answer = self._ask("POST", f"/predict?{urlencode(query)}", body, {"Content-Type": kind})
-            for name, values in zip(names[start:end], answer["predictions"], strict=True):
-                predictions.append(Prediction(**(values | {"name": name})))
+            for name, values, text in zip(names[start:end], answer["predictions"], answer["texts"], strict=True):
+                error, own = values["error"], {key: values[key] for key in self.empty.values}
+                result = None if error is not None else replace(self.empty, text=text, values=own)
+                predictions.append(Prediction(name=name, answer=result, error=error, empty=self.empty))
             start = end
         return predictions
 

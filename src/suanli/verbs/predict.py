@@ -1,10 +1,11 @@
-"""predict: names and probabilities for inputs without labels. It reads only the model folder."""
+"""predict: answers for inputs without targets. It reads only the model folder."""
 
 from __future__ import annotations
 
 import csv
 import glob
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,14 +14,13 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
 from suanli.core.console import warn
 from suanli.core.errors import BadInput, DataError, UsageError
 from suanli.core.registry import load as load_plugin
-from suanli.core.types import AnyPath, Preprocess, Raw
+from suanli.core.types import AnyPath, EncodedInput, Json, Preprocess, Raw
 from suanli.engines.predictor import BATCH, Prediction, Predictor, load
 from suanli.machine.device import cores
 
@@ -61,8 +61,8 @@ def _predict_here(
     predictions: list[Prediction] = []
     with ThreadPoolExecutor(cores()) as pool:
         for chunk in _chunks(_list_inputs(predictor.preprocess, items), BATCH):
-            rows = list(pool.map(lambda named: _encode(predictor, named[1]), chunk))
-            predictions += predictor.predict_rows([name for name, _ in chunk], rows, top=top)
+            encoded = list(pool.map(lambda named: _encode(predictor, named[1]), chunk))
+            predictions += predictor.predict_encoded([name for name, _ in chunk], encoded, top=top)
     return predictions
 
 
@@ -71,12 +71,16 @@ def _predict_remotely(url: str, items: Sequence[AnyPath], top: int) -> list[Pred
 
     predictions: list[Prediction] = []
     with closing(Server(url)) as server:
-        for chunk in _chunks(_list_inputs(load_plugin("preprocess", server.kind()), items), BATCH):
+        for chunk in _chunks(_list_inputs(load_plugin("preprocess", server.kind), items), BATCH):
             pairs = [(name, _read(read)) for name, read in chunk]
             readable = [(name, raw) for name, raw in pairs if not isinstance(raw, BadInput)]
-            answers = iter(server.predict([name for name, _ in readable], [raw for _, raw in readable], top=top))
+            names, raws = [name for name, _ in readable], [raw for _, raw in readable]
+            answers = iter(server.predict(names, raws, top=top))
             for name, raw in pairs:
-                predictions.append(_report_error(name, raw) if isinstance(raw, BadInput) else next(answers))
+                if isinstance(raw, BadInput):
+                    predictions.append(Prediction(name=name, answer=None, error=raw.message, empty=server.empty))
+                else:
+                    predictions.append(next(answers))
     return predictions
 
 
@@ -88,12 +92,7 @@ def _read(read: Callable[[], Raw]) -> bytes | str | BadInput:
         return error
     except OSError as error:
         return BadInput(error.strerror or str(error))
-    assert isinstance(raw, bytes | str), "files and streams have no other content"
-    return raw
-
-
-def _report_error(name: str, error: BadInput) -> Prediction:
-    return Prediction(name=name, label=None, probability=None, probabilities={}, error=error.message)
+    return raw if isinstance(raw, bytes | str) else BadInput("Arrays can't be sent: predict on this machine.")
 
 
 NamedInput = tuple[str, Callable[[], Raw]]  # and what reads it
@@ -102,7 +101,8 @@ NamedInput = tuple[str, Callable[[], Raw]]  # and what reads it
 def _list_inputs(preprocess: Preprocess | type[Preprocess], items: Sequence[AnyPath]) -> Iterator[NamedInput]:
     for item in items:
         for path in _find_paths(str(item)):
-            yield from preprocess.inputs(path)
+            for name, read in preprocess.find_inputs(path):
+                yield from [(name, read)] if isinstance(preprocess, type) else preprocess.split_file(name, read)
 
 
 def _find_paths(item: str) -> list[Path]:
@@ -125,8 +125,8 @@ def _chunks(items: Iterable[NamedInput], count: int) -> Iterator[list[NamedInput
         yield chunk
 
 
-def _encode(predictor: Predictor, read: Callable[[], Raw]) -> np.ndarray | str:
-    """The row of an input, or why there is none."""
+def _encode(predictor: Predictor, read: Callable[[], Raw]) -> EncodedInput | str:
+    """What the engine reads of an input, or why there is nothing."""
     try:
         return predictor.encode(read())
     except OSError as error:
@@ -136,20 +136,27 @@ def _encode(predictor: Predictor, read: Callable[[], Raw]) -> np.ndarray | str:
 
 
 def table(predictions: Sequence[Prediction]) -> Table:
-    """For people: a line for each input, with the next likely classes behind."""
-    rows = Table("input", "label", "probability", "next", box=None, pad_edge=False)
+    """For people: a line for each input."""
+    rows = Table("input", "answer", box=None, pad_edge=False)
     for p in predictions:
-        others = "  ".join(f"{name} {value:.1%}" for name, value in list(p.probabilities.items())[1:3])
-        share = "" if p.error else f"{p.probability:.1%}"
-        rows.add_row(Text(p.name), Text(p.label or "-"), share, Text(p.error or others))
+        rows.add_row(Text(p.name), Text(p.answer.text if p.answer else f"- {p.error}"))
     return rows
 
 
 def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Columns name, label, probability, error; quoted where needed."""
+    """Columns name, those of the task's answers, and error; quoted where needed."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["name", "label", "probability", "error"])
+    columns = predictions[0].empty.columns if predictions else ()
+    writer.writerow(["name", *columns, "error"])
     for p in predictions:
-        writer.writerow([p.name, p.label or "", "" if p.probability is None else f"{p.probability:.6f}", p.error or ""])
+        writer.writerow([p.name, *(_cell(p.values[column]) for column in columns), p.error or ""])
     return stream.getvalue().rstrip("\n")
+
+
+def _cell(value: Json) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}" if 1e-6 <= value <= 1 else f"{value:.9g}"
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)

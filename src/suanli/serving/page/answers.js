@@ -54,6 +54,18 @@ export class Item {
   }
 }
 
+// The answer to one input: how to show it, a line for people, its values, or why there is none.
+export class Result {
+  constructor(kind, text, { name, error, ...values }) {
+    Object.assign(this, { kind, text, error, values });
+  }
+
+  summary() {
+    const { label, probability } = this.values;
+    return this.kind === "classes" ? `${label}, ${percent(probability)}` : this.text;
+  }
+}
+
 export class Batch {
   #items = [];
   #timer = 0;
@@ -64,15 +76,15 @@ export class Batch {
     this.removed = false; // then the next request needs a new batch
   }
 
-  // Draws the batch anew. `predictions` has one for each item, or null if there is none yet. `answer` is the last answer
-  // of the server, with the sums of `seconds` and `tripS`; `failure` says why the rest has none, `again` asks again.
-  show(items, { predictions = [], answer = null, failure = null, again = null }) {
+  // Draws the batch anew. `results` has one for each item, or null if there is none yet. `answer` is the last answer of
+  // the server, with the sums of `seconds` and `tripS`; `failure` says why the rest has none, `again` asks again.
+  show(items, { results = [], answer = null, failure = null, again = null }) {
     clearInterval(this.#timer);
     const previous = this.#items;
     this.#items = items;
     this.drop(previous);
     const most = items.length === 1 ? Infinity : 3;
-    const list = element("ul", "items", ...items.map((item, i) => row(item, predictions[i], most, failure)));
+    const list = element("ul", "items", ...items.map((item, i) => row(item, results[i], most, failure)));
     this.root.className = `batch ${items.length === 1 ? "single" : "many"} ${items[0].text === null ? "" : "quoted"}`;
     this.root.replaceChildren(list);
     if (failure) this.root.append(this.#banner(failure, again));
@@ -118,25 +130,47 @@ export class Batch {
   }
 }
 
-function row(item, prediction, most, failure) {
-  const result = element("div");
-  if (prediction && prediction.error === null) {
-    const size = prediction.label.length > LONG ? "label long" : "label";
-    result.append(element("p", size, outside(prediction.label)), bars(prediction.probabilities, most));
-  } else if (prediction) {
-    result.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(prediction.error)));
+function row(item, result, most, failure) {
+  const cell = element("div");
+  let picture = item.preview;
+  if (result && result.error === null) {
+    const { kind, text, values } = result;
+    if (kind === "boxes") picture = boxed(item.preview, values.boxes);
+    cell.append(...(SHOW[kind] ?? showValues)(text, values, most));
+  } else if (result) {
+    cell.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(result.error)));
   } else {
-    result.append(say(element("p", "label none"), failure ? "no_answer" : "pending"));
+    cell.append(say(element("p", "label none"), failure ? "no_answer" : "pending"));
   }
-  if (item.text === null) result.append(element("p", "note file", item.title()));
-  return element("li", "item", item.preview, result);
+  if (item.text === null) cell.append(element("p", "note file", item.title()));
+  return element("li", picture === item.preview ? "item" : "item wide", picture, cell);
 }
 
-function bars(probabilities, most) {
-  const sorted = Object.entries(probabilities).sort((a, b) => b[1] - a[1]).slice(0, most);
-  const long = sorted.some(([name]) => name.length > LONG);
+// What stands beside an input, by the kind of its answer.
+const SHOW = {
+  classes: (text, { label, probabilities }, most) => [
+    headline(label),
+    bars(Object.entries(probabilities).sort((a, b) => b[1] - a[1]), most),
+  ],
+  value: (text) => [headline(text)],
+  boxes: (text, { boxes }, most) => [
+    headline(text),
+    bars(boxes.map(({ label, probability }) => [label, probability]), most),
+  ],
+};
+
+const headline = (text) => element("p", text.length > LONG ? "label long" : "label", outside(text));
+
+const showValues = (text, values) => [
+  ...(text ? [headline(text)] : []),
+  element("pre", "", element("code", "", outside(JSON.stringify(values, null, 2)))),
+];
+
+function bars(shares, most) {
+  const first = shares.slice(0, most);
+  const long = first.some(([name]) => name.length > LONG);
   const list = element("ol", long ? "bars long" : "bars");
-  for (const [name, share] of sorted) {
+  for (const [name, share] of first) {
     const bar = element("i", "bar");
     bar.setAttribute("aria-hidden", true);
     bar.style.setProperty("--v", share);
@@ -144,6 +178,27 @@ function bars(probabilities, most) {
     list.append(element("li", "", element("span", "name", outside(name)), bar, value));
   }
   return list;
+}
+
+// A picture with boxes on it, whose sides are in its own pixels.
+function boxed(image, boxes) {
+  const figure = element("figure", "boxed", image);
+  const draw = () => {
+    const [width, height] = [image.naturalWidth, image.naturalHeight];
+    const share = (value, whole) => `${(100 * Math.min(Math.max(value / whole, 0), 1)).toFixed(3)}%`;
+    for (const { label, probability, box: [left, top, right, bottom] } of boxes) {
+      const inside = left + right < width ? "box" : "box right"; // the name begins at the side that has more room
+      const frame = element("span", inside, element("span", "", outside(label), ` ${percent(probability)}`));
+      frame.style.left = share(left, width);
+      frame.style.top = share(top, height);
+      frame.style.width = share(right - Math.max(left, 0), width);
+      frame.style.height = share(bottom - Math.max(top, 0), height);
+      figure.append(frame);
+    }
+  };
+  if (image.naturalWidth) draw();
+  else image.addEventListener("load", draw, { once: true });
+  return figure;
 }
 
 function byline({ seconds, tripS, engine, precision, model, version }) {

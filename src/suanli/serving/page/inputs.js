@@ -7,9 +7,10 @@ import { say } from "./language.js";
 
 const PAUSE_MS = 150; // between a stroke and sending the drawing, since another stroke often follows
 const FRAME_MS = 200; // between two pictures of the camera
+const DIGITS = "0 1 2 3 4 5 6 7 8 9"; // a model of grey pictures with these classes reads what is drawn
 
 const $ = (id) => document.getElementById(id);
-let open = ""; // the open input: draw, picture, camera or text
+let open = ""; // the open input: draw, picture, camera, text, or none
 let ask; // (batch, items) -> a Failure or nothing
 let current; // () -> the model's entry of /status, or null
 
@@ -25,16 +26,24 @@ export function startInputs(functions) {
 
 // Shows the inputs that the model takes. The open one stays open if the model takes it too.
 export function showInputsFor(model) {
-  $("tab-draw").hidden = !model?.draws;
-  const possible = !model?.kind ? [""] : model.kind === "text" ? ["text"] : visibleTabs().map(nameOf);
+  const pictures = takesPictures(model);
+  $("tab-draw").hidden = !(pictures && model.channels === 1 && [...model.classes].sort().join(" ") === DIGITS);
+  $("tab-camera").hidden = !pictures;
+  say($("choose"), pictures ? "choose" : "choose_files");
+  $("files").accept = fileTypes(model).map((type) => `${type}*`).join();
+  const possible = takesTexts(model) ? ["text"] : takesFiles(model) ? visibleTabs().map(nameOf) : [""];
   if (!possible.includes(open)) openInput(possible[0]);
+  else showTabs();
 }
 
-const takesPictures = () => current()?.kind === "image";
+const fileTypes = (model) => (model?.media_types ?? []).filter((type) => type.endsWith("/")); // "image/": any of these
+export const takesTexts = (model) => model?.takes_strings ?? false;
+export const takesFiles = (model) => (model?.media_types ?? []).length > 0 && !takesTexts(model);
+export const takesPictures = (model) => fileTypes(model).includes("image/");
 
 function submit(files) {
   const items = [...files].map((file) => new Item({ name: file.name, file }));
-  if (items.length && takesPictures()) ask(new Batch(), items);
+  if (items.length && takesFiles(current())) ask(new Batch(), items);
 }
 
 // ---- Tabs
@@ -46,7 +55,7 @@ const visibleTabs = () => tabs.filter((tab) => !tab.hidden);
 function openInput(name) {
   if (open === "camera" && name !== "camera") cameraOff();
   open = name;
-  $("tabs").hidden = name === "text" || name === "";
+  showTabs();
   for (const input of ["draw", "picture", "camera", "text"]) $(`panel-${input}`).hidden = input !== name;
   for (const tab of tabs) {
     const selected = nameOf(tab) === name;
@@ -55,6 +64,8 @@ function openInput(name) {
   }
   if (name === "camera" && !$("video").srcObject) cameraOff();
 }
+
+const showTabs = () => ($("tabs").hidden = ["text", ""].includes(open) || visibleTabs().length < 2);
 
 function startTabs() {
   for (const tab of tabs) tab.addEventListener("click", () => openInput(nameOf(tab)));
@@ -76,11 +87,11 @@ function startFiles() {
     $("files").value = ""; // so that the same file can be chosen again
   });
   document.addEventListener("paste", (event) => {
-    if (!event.clipboardData?.files.length || !takesPictures()) return;
+    if (!event.clipboardData?.files.length || !takesFiles(current())) return;
     event.preventDefault();
     submit(event.clipboardData.files);
   });
-  const carries = (event) => event.dataTransfer?.types.includes("Files") && takesPictures();
+  const carries = (event) => event.dataTransfer?.types.includes("Files") && takesFiles(current());
   const over = (on) => $("dropping").classList.toggle("on", on);
   document.addEventListener("dragover", (event) => {
     if (!carries(event)) return;

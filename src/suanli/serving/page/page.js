@@ -1,8 +1,8 @@
 // The page /: the state of the server, requests, and the key. The inputs are in inputs.js.
 
-import { element, outside } from "./answers.js";
-import { showInputsFor, startInputs } from "./inputs.js";
-import { percent, say, startLanguage, words } from "./language.js";
+import { Result, element, outside } from "./answers.js";
+import { showInputsFor, startInputs, takesFiles, takesPictures, takesTexts } from "./inputs.js";
+import { say, startLanguage, words } from "./language.js";
 import { Failure, checkKey, fetchStatus, hasKey, predict, useKey } from "./server.js";
 
 const AT_ONCE = 16; // files per request
@@ -11,6 +11,7 @@ const POLL_MS = { ready: 10000, notReady: 1500 };
 const MANY_CLASSES = 200; // at most as many names are listed
 const MAX_BATCHES = 60; // older ones are removed
 const FEW_CLASSES = 12; // up to as many are all shown in an answer, else the first five
+const MANY_ENTRIES = 100; // of other lists in an answer, such as boxes
 
 const $ = (id) => document.getElementById(id);
 const batches = [];
@@ -87,8 +88,8 @@ function showChoice() {
 
 function chooseModel(entry) {
   model = entry;
-  const { name, version, engine, precision, kind, classes, draws } = entry ?? {};
-  const now = JSON.stringify([name, version, engine, precision, kind, classes, draws, status.key_needed]);
+  const { name, version, engine, precision, kind, classes, answer } = entry ?? {};
+  const now = JSON.stringify([name, version, engine, precision, kind, classes, answer?.kind, status.key_needed]);
   if (now === description) return; // so that scrolling and selection stay
   description = now;
   $("title").textContent = name ?? "suanli";
@@ -97,15 +98,21 @@ function chooseModel(entry) {
   showClasses();
   showShell();
   showInputsFor(entry);
+  const any = !answer || answer.kind === "classes" ? "" : "_any";
+  say($("empty"), !kind || takesTexts(entry) || takesFiles(entry) ? `empty${any}` : "only_tensors");
+  say($("ask"), `text_ask${any}`);
+  say($("drop-now"), `drop_now${any}`);
 }
 
-function about({ kind, height, width, channels, classes, engine, precision, version }) {
+function about(entry) {
+  const { kind, height, width, channels, classes, engine, precision, version } = entry;
   const part = (key, values) => say(element("span"), key, values);
   if (!kind) return [part("version", { version })]; // it has never come up
   const size = { height, width, colour: { key: channels === 1 ? "grey" : "colour" } };
-  const what = kind === "text" ? part("is_text") : part("is_image", size);
-  const many = part("classes", { n: classes.length });
-  return [what, many, part("by", { engine, precision }), part("version", { version })];
+  const texts = takesTexts(entry) ? part("is_text") : element("span", "", outside(kind));
+  const what = takesPictures(entry) ? part("is_image", size) : texts;
+  const many = classes.length ? [part("classes", { n: classes.length })] : [];
+  return [what, ...many, part("by", { engine, precision }), part("version", { version })];
 }
 
 function showClasses() {
@@ -121,40 +128,42 @@ function showClasses() {
 function showShell() {
   $("shell").hidden = !model?.kind;
   if (!model?.kind) return;
-  const address = new URL("predict", location.href);
-  address.hash = "";
-  address.search = new URLSearchParams({ model: model.name });
   const key = status.key_needed ? ' -H "Authorization: Bearer $SUANLI_API_KEY"' : "";
-  const what = model.kind === "text" ? `-H 'Content-Type: text/plain' --data-binary @text.txt` : "-F file=@picture.png";
+  const file = takesPictures(model) ? "picture.png" : "FILE";
+  let [path, what] = [`predict?${new URLSearchParams({ model: model.name })}`, ` -F file=@${file}`];
+  if (takesTexts(model)) what = ` -H 'Content-Type: text/plain' --data-binary @text.txt`;
+  else if (!takesFiles(model)) [path, what] = [`v2/models/${encodeURIComponent(model.name)}`, ""];
+  say($("shell").querySelector("summary"), what ? "shell" : "shell_tensors");
   // A name can hold any character: none may end the quotes.
-  $("shell").querySelector("code").textContent = `curl${key} ${what} '${address.href.replaceAll("'", "%27")}'`;
+  const address = new URL(path, location.href.split("#")[0]).href.replaceAll("'", "%27");
+  $("shell").querySelector("code").textContent = `curl${key}${what} '${address}'`;
 }
 
 // ---- Requests
 
-// Asks for predictions of `items` and shows them in `batch`, which keeps its previous content until there is an answer.
+// Asks for answers to `items` and shows them in `batch`, which keeps its previous content until there is one.
 async function ask(batch, items) {
   if (batch.removed) return batch.drop(items);
   batch.request?.abort();
   const request = (batch.request = new AbortController());
-  const predictions = items.map(() => null);
+  const results = items.map(() => null);
   let answer = null;
   if (!batch.root.isConnected) {
     batches.unshift(batch);
     for (const old of batches.splice(MAX_BATCHES)) old.remove();
     $("list").prepend(batch.root);
-    batch.show(items, { predictions });
+    batch.show(items, { results });
   }
   showEmpty();
   try {
     for (const [start, part] of parts(items)) {
       const more = await askPart(part, request.signal);
       if (request.signal.aborted) return batch.drop(items);
-      more.predictions.forEach((prediction, i) => (predictions[start + i] = prediction));
+      more.results.forEach((result, i) => (results[start + i] = result));
       answer = { ...more, seconds: more.seconds + (answer?.seconds ?? 0), tripS: more.tripS + (answer?.tripS ?? 0) };
-      batch.show(items, { predictions, answer });
+      batch.show(items, { results, answer });
     }
-    announce(items, predictions);
+    announce(items, results);
   } catch (failure) {
     if (!(failure instanceof Failure)) throw failure;
     if (request.signal.aborted) return batch.drop(items);
@@ -162,7 +171,7 @@ async function ask(batch, items) {
       batch.show(items, {});
       return ask(batch, items);
     };
-    batch.show(items, { predictions, answer, failure: explain(failure), again });
+    batch.show(items, { results, answer, failure: explain(failure), again });
     $("announcer").textContent = words(failure.kind);
     if (failure.kind === "key") askForKey(again);
     else if (failure.kind !== "refused") poll();
@@ -172,9 +181,12 @@ async function ask(batch, items) {
 
 async function askPart(items, signal) {
   if (!model?.kind) throw new Failure("not_ready");
-  const top = model.classes.length <= FEW_CLASSES ? Math.max(model.classes.length, 1) : 5;
-  if (items[0].text !== null) return predict({ model, top, text: items[0].text, signal });
-  return predict({ model, top, files: items.map((item) => item.file), signal });
+  const { kind } = model.answer;
+  const classes = model.classes.length <= FEW_CLASSES ? Math.max(model.classes.length, 1) : 5;
+  const top = kind === "classes" ? classes : MANY_ENTRIES;
+  const input = items[0].text === null ? { files: items.map((item) => item.file) } : { text: items[0].text };
+  const answer = await predict({ model, top, ...input, signal });
+  return { ...answer, results: answer.predictions.map((values, i) => new Result(kind, answer.texts[i], values)) };
 }
 
 // Parts of at most 16 files and about 16 MB, each with the index of its first item.
@@ -195,16 +207,16 @@ function explain(failure) {
   return new Failure("not_ready", failure);
 }
 
-function announce(items, predictions) {
-  const [prediction] = predictions;
+function announce(items, results) {
+  const [result] = results;
   const title = items[0].name;
   const name = title?.key ? words(title.key) : (title ?? words("text"));
   let text;
-  if (predictions.length > 1) {
-    const n = predictions.filter((each) => each && each.error === null).length;
-    text = words("result_many", { n, all: predictions.length });
-  } else if (prediction.error !== null) text = words("result_error", { name, error: prediction.error });
-  else text = words("result", { name, label: prediction.label, share: percent(prediction.probability) });
+  if (results.length > 1) {
+    const n = results.filter((each) => each && each.error === null).length;
+    text = words("result_many", { n, all: results.length });
+  } else if (result.error !== null) text = words("result_error", { name, error: result.error });
+  else text = words("result", { name, answer: result.summary() });
   $("announcer").textContent = text;
 }
 
