@@ -17,14 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import suanli
+from pair_model import saved_pair
 from served import digits_run
 from suanli.cli import main
 from suanli.core.errors import MachineError, StorageError, pip_install
+from suanli.core.schema import random_inputs
 from suanli.core.types import Recipe
 from suanli.data.preprocess.image import ImagePreprocess
-from suanli.models.model_folder import load_model, save_model
+from suanli.engines.inference_module import InferenceModule
+from suanli.models.model_folder import build_task, load_model, save_model
 
 module = importlib.import_module("suanli.verbs.export")
 
@@ -37,7 +41,8 @@ READERS = {
 import onnx, onnxruntime
 for item in onnx.load(path).metadata_props:
     about[item.key] = item.value
-answers = onnxruntime.InferenceSession(path).run(["probabilities"], {"rows": rows})[0]
+(name,) = json.loads(about["inputs"])
+answers = onnxruntime.InferenceSession(path).run(["probabilities"], {name: rows})[0]
 """,
     "openvino": """
 sys.modules["openvino_telemetry"] = None
@@ -49,7 +54,7 @@ answers = openvino.compile_model(path + "/model.xml", "CPU", {"INFERENCE_PRECISI
 """,
     "pt2": """
 import torch
-about = {"classes.json": "", "preprocess.json": "", "rows.json": ""}
+about = {name + ".json": "" for name in ("classes", "preprocess", "rows", "inputs", "outputs", "task")}
 program = torch.export.load(path, extra_files=about)
 about = {name.split(".")[0]: text for name, text in about.items()}
 answers = program.module()(torch.from_numpy(rows)).numpy()
@@ -133,13 +138,73 @@ def test_the_file_answers_as_the_model_without_suanli(form: str, run: suanli.Run
     assert exported.difference is not None
     assert exported.difference < 1e-4
     assert json.loads(about["rows"])["shape"] == [8, 8, 1]
+    assert json.loads(about["inputs"]) == {"image": {"shape": [8, 8, 1], "dtype": "uint8", "role": "image"}}
+    assert json.loads(about["outputs"]) == {
+        "probabilities": {"shape": [10], "dtype": "float32", "role": "probabilities"}
+    }
+    assert json.loads(about["task"])["name"] == "classification"
     predictor = suanli.load(run, engine="reference", device="cpu", threads=1)
-    rows = np.stack([predictor.encode(picture) for picture in digits])
+    rows = np.stack([predictor.encode(picture).arrays["image"] for picture in digits])
     assert np.array_equal(rows, digits[..., None])  # at their own size pictures are rows already
-    expected = predictor.probabilities(rows)
+    expected = predictor.answer({"image": rows})["probabilities"]
     assert answers.shape == (40, 10)
     assert np.abs(answers - expected).max() < 1e-4
     assert np.ptp(expected, axis=0).min() > 0.5  # answers that differ from input to input
+
+
+# Of a model with the inputs "image" and "tokens"; answers are "price" and "boxes".
+PAIR_READERS = {
+    "onnx": """
+import onnxruntime
+answers = onnxruntime.InferenceSession(path).run(["price", "boxes"], inputs)
+""",
+    "openvino": """
+import openvino
+model = openvino.compile_model(path + "/model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+answers = [model(inputs)[name] for name in ("price", "boxes")]
+""",
+    "pt2": """
+import torch
+answers = torch.export.load(path).module()(*(torch.from_numpy(inputs[name]) for name in ("image", "tokens")))
+""",
+}
+
+
+@pytest.mark.parametrize("form", list(GRAPHS), indirect=True)
+def test_several_inputs_and_outputs(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pair").mkdir()
+    with saved_pair(tmp_path / "pair") as folder:
+        exported = suanli.export(folder / "model", to=form, trust_code=True)
+        saved = load_model(folder / "model", trust_code=True)
+        inputs = random_inputs(saved.preprocess.inputs, 5)
+        inference = InferenceModule(saved)
+        with torch.inference_mode():
+            expected = inference(*map(torch.from_numpy, inputs.values()))
+        assert "'image': image, 'tokens': tokens" in exported.use or "torch.from_numpy(tokens)" in exported.use
+        assert "image: uint8 (B, 8, 8, 1), tokens: int32 (B, 5)" in exported.use
+        # One of the outputs is wrong: the prices, by a hundredth of their range.
+        write, bias = module.FORMATS[form].write, saved.module.price.bias
+
+        def write_other_prices(saved: Any, *rest: Any) -> None:
+            with torch.no_grad():
+                saved.module.price.bias += 0.01 * np.ptp(expected[0].numpy()) / 50_000
+            write(saved, *rest)
+            with torch.no_grad():
+                saved.module.price.bias.copy_(bias)
+
+        monkeypatch.setitem(module.FORMATS, form, replace(module.FORMATS[form], write=write_other_prices))
+        with pytest.raises(suanli.GateError, match=r"other answers than the model: up to 0\.0\d+ apart"):
+            suanli.export(folder / "model", to=form, out="other", trust_code=True)
+    np.savez("inputs.npz", **inputs)
+    code = (
+        "import sys, numpy\nsys.modules['openvino_telemetry'] = None\npath = sys.argv[1]\n"
+        f"inputs = dict(numpy.load('inputs.npz'))\n{PAIR_READERS[form]}\n"
+        "numpy.savez('answers.npz', price=answers[0], boxes=answers[1])\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code, str(exported.path)], check=True)
+    answers = np.load("answers.npz")
+    for name, tensor in zip(inference.outputs, expected, strict=True):
+        np.testing.assert_allclose(answers[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["openvino"], indirect=True)
@@ -238,7 +303,8 @@ def test_a_network_that_no_graph_can_hold(form: str, monkeypatch: pytest.MonkeyP
     network = importlib.import_module("branching").build(classes=2)
     preprocess = ImagePreprocess(height=8, width=8, channels=1)
     recipe = Recipe(name="own", model="branching:build")
-    save_model(Path("net"), network, recipe=recipe, preprocess=preprocess, classes=("a", "b"), data=None)
+    task = build_task("classification", ("a", "b"), {})
+    save_model(Path("net"), network, recipe=recipe, preprocess=preprocess, task=task, data={})
     with pytest.raises(suanli.UsageError, match="--trust-code"):
         suanli.export("net", to=form)
     before = sorted(os.listdir("."))
@@ -261,7 +327,8 @@ def test_a_graph_for_one_size_of_batch_is_refused(form: str, monkeypatch: pytest
     network = importlib.import_module("fixed").build(classes=2)
     preprocess = ImagePreprocess(height=8, width=8, channels=1)
     recipe = Recipe(name="own", model="fixed:build")
-    save_model(Path("net"), network, recipe=recipe, preprocess=preprocess, classes=("a", "b"), data=None)
+    task = build_task("classification", ("a", "b"), {})
+    save_model(Path("net"), network, recipe=recipe, preprocess=preprocess, task=task, data={})
     with pytest.raises(MachineError, match="it fixes the batch size"):
         suanli.export("net", to=form, trust_code=True)
     assert not [name for name in os.listdir(".") if "export" in name or name.endswith(".onnx")]

@@ -17,6 +17,7 @@ from torch import nn
 import suanli
 from suanli.core import registry
 from suanli.core.errors import MachineError
+from suanli.core.schema import Column
 from suanli.core.types import Device, EngineInputs, Placement, Recipe
 from suanli.engines.acceptance import DRIFT
 from suanli.engines.backends import _tensorrt_graph, cuda_graphs, eager, tensorrt
@@ -43,14 +44,14 @@ HERE = Placement(device=CPU, threads=1)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a trained model, its graph, training rows and rows to answer."""
+    """A folder with a trained model, its graph, training pictures and pictures to answer."""
     folder = tmp_path_factory.mktemp("gpu_engines")
     run = suanli.train(
         "digits", epochs=2, speedups="none", threads=1, out=folder / "run", cache_dir=folder / "cache", seed=1
     )
     splits = suanli.prepare("digits", settings={}, cache_dir=folder / "cache").splits
-    np.save(folder / "calibration.npy", splits["train"].inputs[splits["train"].index[:100]])
-    np.save(folder / "rows.npy", splits["val"].inputs[splits["val"].index[:100]])
+    for name, split in (("calibration", splits["train"]), ("rows", splits["val"])):
+        np.save(folder / f"{name}.npy", split.inputs["image"][split.index[:100]])
     write_onnx(load_model(run.model_path), folder / "model.onnx")
     return folder
 
@@ -71,7 +72,7 @@ def material(place: Path, **changes: Any) -> EngineInputs:
         **{
             "model": place / "run" / "model",
             "onnx": place / "model.onnx",
-            "calibration": np.load(place / "calibration.npy"),
+            "calibration": [{"image": part} for part in np.array_split(np.load(place / "calibration.npy"), 10)],
             **changes,
         }
     )
@@ -84,6 +85,12 @@ def answers(model: Any, inputs: np.ndarray) -> np.ndarray:
     )
     probabilities: np.ndarray = session.run(None, {session.get_inputs()[0].name: inputs})[0]
     return probabilities
+
+
+def compute(module: nn.Module, inputs: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        (probabilities,) = module(torch.from_numpy(inputs))
+    return np.asarray(probabilities)
 
 
 def drift(one: np.ndarray, other: np.ndarray) -> float:
@@ -109,21 +116,26 @@ class Scaled(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+    def forward(self, rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.calls += 1
-        return rows.float() * torch.tensor([1.0, 2.0, 3.0])
+        return rows.float() * torch.tensor([1.0, 2.0, 3.0]), numbers + 1
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=5), st.integers(0, 1 << 32))
 def test_padding_and_splitting_change_no_answer(counts: list[int], seed: int) -> None:
     """One after the other, so that rows of an earlier batch are still there when the next is filled up."""
     random = np.random.default_rng(seed)
-    recorded = cuda_graphs.CapturedModel(
-        Scaled(), torch.zeros((1, 3), dtype=torch.uint8), "float32", torch.device("cpu")
-    )
+    schema = {
+        "one": Column(shape=(3,), dtype="uint8", role="features"),
+        "two": Column(shape=(), dtype="int32", role=""),
+    }
+    recorded = cuda_graphs.CapturedModel(Scaled(), schema, ("scaled", "next"), "float32", torch.device("cpu"))
     for count in counts:
         rows = random.integers(0, 256, (count, 3), np.uint8)
-        np.testing.assert_array_equal(recorded(rows), rows * np.array([1, 2, 3], np.float32))
+        numbers = random.integers(0, 1000, count, np.int32)
+        answers = recorded({"two": numbers, "one": rows})
+        np.testing.assert_array_equal(answers["scaled"], rows * np.array([1, 2, 3], np.float32))
+        np.testing.assert_array_equal(answers["next"], numbers + 1)
     assert set(recorded.graphs) == {size for count in counts for *_, size in cuda_graphs.split_batch(count)}
 
 
@@ -131,23 +143,21 @@ def test_answers_in_bfloat16_with_weights_cast_once(saved: SavedModel, rows: np.
     model = cuda_graphs.prepare_model(saved, "bfloat16", torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     loaded = cuda_graphs.load(place / "run" / "model", "bfloat16", HERE)
-    with torch.inference_mode():
-        expected = InferenceModule(saved)(torch.from_numpy(rows)).numpy()
-    probabilities = loaded.answer(rows)
+    expected = compute(InferenceModule(saved), rows)
+    probabilities = loaded.answer({"image": rows})["probabilities"]
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)  # the softmax is in float32
     assert 0 < drift(probabilities, expected) <= DRIFT["bfloat16"]
-    np.testing.assert_allclose(loaded.answer(rows[:3]), probabilities[:3], atol=1e-2)
-    assert loaded.find_precision(rows[:1]) == "bfloat16"
+    np.testing.assert_allclose(loaded.answer({"image": rows[:3]})["probabilities"], probabilities[:3], atol=1e-2)
+    assert loaded.find_precision({"image": rows[:1]}) == "bfloat16"
     assert {parameter.dtype for parameter in saved.module.parameters()} == {torch.float32}  # it got a copy
 
 
 def test_float32_answers_as_the_model_does(saved: SavedModel, rows: np.ndarray, place: Path) -> None:
     loaded = cuda_graphs.load(place / "run" / "model", "float32", HERE)
-    with torch.inference_mode():
-        expected = InferenceModule(saved)(torch.from_numpy(rows)).numpy()
-    np.testing.assert_allclose(loaded.answer(rows), expected, atol=1e-5)
-    assert loaded.find_precision(rows[:1]) == "float32"
+    expected = compute(InferenceModule(saved), rows)
+    np.testing.assert_allclose(loaded.answer({"any name": rows})["probabilities"], expected, atol=1e-5)
+    assert loaded.find_precision({"image": rows[:1]}) == "float32"
 
 
 class Mixed(nn.Module):
@@ -166,17 +176,14 @@ def test_a_network_that_mixes_dtypes_gets_autocast(saved: SavedModel, rows: np.n
         module=Mixed(saved.module).eval(),
         preprocess=saved.preprocess,
         task=saved.task,
-        classes=saved.classes,
         recipe=saved.recipe,
         card={},
     )
     model = cuda_graphs.prepare_model(mixed, "bfloat16", torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    with torch.inference_mode():
-        probabilities = model(torch.from_numpy(rows))
-        expected = InferenceModule(saved)(torch.from_numpy(rows))
-    assert probabilities.dtype == torch.float32
-    assert drift(probabilities.numpy(), expected.numpy()) <= DRIFT["bfloat16"]
+    probabilities = compute(model, rows)
+    assert probabilities.dtype == np.float32
+    assert drift(probabilities, compute(InferenceModule(saved), rows)) <= DRIFT["bfloat16"]
     assert eager.network_precision(model, lambda: model(torch.from_numpy(rows))) == "bfloat16"
 
 
@@ -189,7 +196,6 @@ def test_an_error_of_the_network_is_not_hidden(saved: SavedModel) -> None:
         module=Broken(),
         preprocess=saved.preprocess,
         task=saved.task,
-        classes=saved.classes,
         recipe=saved.recipe,
         card={},
     )
@@ -326,8 +332,7 @@ def test_a_graph_of_token_ids_keeps_its_input(tmp_path: Path) -> None:
     model = SavedModel(
         module=network.eval(),
         preprocess=preprocess,
-        task=registry.load("tasks", "classification")(),
-        classes=("a", "b", "c"),
+        task=registry.load("tasks", "classification").of(("a", "b", "c"), {}),
         recipe=Recipe(model="text_cnn"),
         card={},
     )
@@ -543,7 +548,7 @@ def test_where_products_ran_is_read_from_the_runtimes_profile(place: Path, rows:
     settings.enable_profiling = True
     settings.profile_file_prefix = str(tmp_path / "profile")
     session = onnxruntime.InferenceSession(place / "model.onnx", settings, providers=["CPUExecutionProvider"])
-    session.run(None, {"rows": rows[:2]})
+    session.run(None, {"image": rows[:2]})
     events = json.loads(Path(session.end_profiling()).read_text())
     places = onnx_engine.count_by_provider(events)
     assert set(places) == {"CPUExecutionProvider"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -156,6 +157,30 @@ def test_without_data_only_float32(run: Path, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.long
+def test_pictures_without_labels(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """int8 is calibrated on some and compared with float32 on the others."""
+    exported = suanli.export(trained, to="onnx", out=tmp_path / "net.onnx").path
+    (tmp_path / "photos").mkdir()
+    for number, picture in enumerate(pictures(900)):
+        Image.fromarray(picture).save(tmp_path / "photos" / f"{number}.png")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["optimize", str(exported), "--data", str(tmp_path / "photos"), "--engines", "onnxruntime,openvino"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "on 600 inputs without labels" in text
+    assert "the same answer for" in text
+    index = store.read(Path("net-engines"))
+    assert index is not None
+    of = {f"{c['engine']} {c['precision']}": c for c in index.found["candidates"]}
+    for name in ("onnxruntime int8", "openvino int8"):
+        assert of[name]["state"] == "accepted", of[name]
+        assert of[name]["score"] is None
+        assert 0 < of[name]["drifts"][0]["low"] < of[name]["drifts"][0]["high"] < 0.05
+        assert of[name]["agreement"]["value"] > 0.98
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.long
 def test_other_data(run: Path, trained: Path) -> None:
     folder = shutil.copytree(run / "model", run.parent / "model")
     result = suanli.optimize(folder, engines="onnxruntime", data="digits", cache_dir=trained.parent / "cache").search
@@ -208,7 +233,7 @@ def build(inputs, precision, folder, placement):
     "swapped_classes": """
 def load(folder, precision, placement):
     loaded = real.load(folder, precision, placement)
-    return replace(loaded, answer=lambda rows: loaded.answer(rows)[:, [1, 0, *range(2, 10)]])
+    return change(loaded, lambda p: p[:, [1, 0, *range(2, 10)]])
 """,
     "random_scales": """
 PRECISIONS = ("int8",)
@@ -227,27 +252,28 @@ def build(inputs, precision, folder, placement):
     "calibrated_on_noise": """
 PRECISIONS = ("int8",)
 def build(inputs, precision, folder, placement):
-    noise = np.random.default_rng(0).integers(0, 3, inputs.calibration.shape)
-    real.build(replace(inputs, calibration=noise.astype(np.uint8)), precision, folder, placement)
+    random = np.random.default_rng(0)
+    noise = [{"image": random.integers(0, 3, part["image"].shape, np.uint8)} for part in inputs.calibration]
+    real.build(replace(inputs, calibration=noise), precision, folder, placement)
 """,
     "frozen_batch": """
 def load(folder, precision, placement):
     loaded = real.load(folder, precision, placement)
-    return replace(loaded, answer=lambda rows: np.repeat(loaded.answer(rows[:1]), len(rows), 0))
+    return change(loaded, lambda p: np.repeat(p[:1], len(p), 0))
 """,
     "batch_of_one_only": """
 def load(folder, precision, placement):
     loaded = real.load(folder, precision, placement)
-    def answer(rows):
-        if len(rows) != 1:
+    def answer(arrays):
+        if len(arrays["image"]) != 1:
             raise ValueError("a batch of 1 was compiled")
-        return loaded.answer(rows)
+        return loaded.answer(arrays)
     return replace(loaded, answer=answer)
 """,
     "depends_on_the_batch": """
 def load(folder, precision, placement):
     loaded = real.load(folder, precision, placement)
-    return replace(loaded, answer=lambda rows: loaded.answer(rows) if len(rows) > 3 else 1 - loaded.answer(rows))
+    return change(loaded, lambda p: p if len(p) > 3 else 1 - p)
 """,
     "claims_int8": """
 PRECISIONS = ("int8",)
@@ -257,12 +283,12 @@ def build(inputs, precision, folder, placement):
     "not_a_number": """
 def load(folder, precision, placement):
     loaded = real.load(folder, precision, placement)
-    return replace(loaded, answer=lambda rows: loaded.answer(rows) * np.float32("nan"))
+    return change(loaded, lambda p: p * np.float32("nan"))
 """,
     "too_few_classes": """
 def load(folder, precision, placement):
     loaded = real.load(folder, precision, placement)
-    return replace(loaded, answer=lambda rows: loaded.answer(rows)[:, :9])
+    return change(loaded, lambda p: p[:, :9])
 """,
     "crashes": """
 def build(inputs, precision, folder, placement):
@@ -284,7 +310,7 @@ REASONS = {
     "depends_on_the_batch": ("refused", "answers at batch 1 and"),
     "claims_int8": ("refused", "most of it ran in float32"),
     "not_a_number": ("lost", "not finite"),
-    "too_few_classes": ("lost", "9 classes, not 10"),
+    "too_few_classes": ("lost", "the shape (9,), not (10,) (probabilities)"),
     "crashes": ("lost", "crashed (SIGSEGV)"),
     "disk_full": ("lost", "No space left"),
 }
@@ -310,6 +336,9 @@ def test_every_planted_fault_is_refused(
             "import errno, os, signal\nfrom dataclasses import replace\nimport numpy as np, onnx\n"
             "from onnx import numpy_helper\nfrom suanli.engines.backends import onnxruntime as real\n"
             'build, load, PRECISIONS = real.build, real.load, ("float32",)\n'
+            "def change(loaded, function):\n"
+            "    answer = lambda arrays: {name: function(a) for name, a in loaded.answer(arrays).items()}\n"
+            "    return replace(loaded, answer=answer)\n"
             f"{FAULTS[name]}\n"
             f"ENGINE = replace(real.ENGINE, name={name!r}, precisions=PRECISIONS, build=build, load=load,\n"
             "    quantized_ops=())\n",
@@ -337,11 +366,11 @@ from dataclasses import replace
 from suanli.engines.backends import onnxruntime as real
 def load(folder, precision, placement):
     loaded, calls = real.load(folder, precision, placement), []
-    def answer(rows):
+    def answer(arrays):
         calls.append(1)
-        if len(rows) == 1 and len(calls) > 30:
+        if len(arrays["image"]) == 1 and len(calls) > 30:
             os._exit(3)
-        return loaded.answer(rows)
+        return loaded.answer(arrays)
     return replace(loaded, answer=answer)
 ENGINE = replace(real.ENGINE, name="dies", precisions=("float32",), load=load)
 """,
@@ -389,7 +418,7 @@ def test_layers_that_int8_hurts_are_rescued(tmp_path: Path, monkeypatch: pytest.
         saved.module,
         recipe=saved.recipe,
         preprocess=saved.preprocess,
-        classes=saved.classes,
+        task=saved.task,
         data=saved.card["data"],
     )
     result = suanli.optimize(run, engines=engine, time_budget="4m", trust_code=True).search
@@ -453,7 +482,8 @@ def test_the_reference_and_a_named_engine(tuned: tuple[Path, OptimizeResult]) ->
     reference, exact = (suanli.load(tuned[0], engine=name) for name in ("reference", "onnxruntime-float32"))
     assert (reference.engine, exact.engine, exact.precision) == ("eager", "onnxruntime", "float32")
     rows = np.stack(pictures())[..., None]
-    np.testing.assert_allclose(reference.probabilities(rows), exact.probabilities(rows), atol=1e-5)
+    answers = [engine.answer({"image": rows})["probabilities"] for engine in (reference, exact)]
+    np.testing.assert_allclose(*answers, atol=1e-5)
     with pytest.raises(UsageError, match="onnxruntime-float32"):
         suanli.load(tuned[0], engine="tensorflow")
     with pytest.raises(UsageError, match="threads"):
@@ -576,6 +606,28 @@ def test_an_index_that_was_tampered_with_is_refused(mine: Path, change_it: Calla
         suanli.load(mine)
 
 
+def test_engines_of_an_older_version_answer(mine: Path) -> None:
+    """They say nothing of the task, and their graphs call the input "rows"."""
+    onnx = pytest.importorskip("onnx")
+    folder = mine / "model" / "engines"
+    index = json.loads((folder / "engines.json").read_text())
+    del index["task"]
+    entry = index["engines"][index["reference"]]
+    path = folder / index["reference"] / "model.onnx"
+    model = onnx.load(path)
+    (source,) = model.graph.input
+    for node in model.graph.node:
+        node.input[:] = ["rows" if name == source.name else name for name in node.input]
+    source.name = "rows"
+    onnx.save(model, path)
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    entry["files"]["model.onnx"] = {"blake2b": digest, "size_bytes": path.stat().st_size}
+    (folder / "engines.json").write_text(json.dumps(index))
+    engine = suanli.load(mine, engine="onnxruntime-float32")
+    assert engine.task.name == "classification"
+    assert [one.label for one in engine.predict(pictures(3))] == ["0", "1", "2"]
+
+
 def test_training_again_removes_engines(mine: Path) -> None:
     assert (mine / "model" / "engines").exists()
     suanli.train(mine, more_epochs=0.2)
@@ -627,12 +679,12 @@ def test_several_threads_get_their_own_answers(tuned: tuple[Path, OptimizeResult
         except UsageError:
             continue  # not the one that was kept
         rows = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
-        alone = engine.probabilities(rows)
-        parts = [rows[i : i + 1 + i % 4] for i in range(36)] * 10
+        alone = engine.answer({"image": rows})["probabilities"]
+        parts = [{"image": rows[i : i + 1 + i % 4]} for i in range(36)] * 10
         with ThreadPoolExecutor(8) as pool:
-            for i, answer in enumerate(pool.map(engine.probabilities, parts)):
-                expected = alone[i % 36 : i % 36 + len(parts[i])]
-                np.testing.assert_allclose(answer, expected, atol=0.1)
+            for i, answer in enumerate(pool.map(engine.answer, parts)):
+                expected = alone[i % 36 : i % 36 + len(parts[i]["image"])]
+                np.testing.assert_allclose(answer["probabilities"], expected, atol=0.1)
 
 
 def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from suanli.core.types import Placement
+from suanli.engines.examples import StackedExamples, load_examples
 from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.machine import device
 
@@ -22,8 +23,8 @@ PLACEMENT = asdict(Placement(device=device.detect("cpu"), threads=1))
 
 @pytest.fixture
 def ask(engine_folder: Callable[..., str], tmp_path: Path) -> Iterator[Callable[..., object]]:
-    """Loads an engine whose `answer` has this body, and asks it for answers to ten rows."""
-    np.save(tmp_path / "rows.npy", np.zeros((10, 4), np.uint8))
+    """Loads an engine whose `answer` has this body, and asks it for answers to ten examples."""
+    StackedExamples(arrays={"x": np.zeros((10, 4), np.uint8)}).save(tmp_path / "examples")
     sandboxes = []
 
     def work(body: str, *, limit_s: float = 30, loading: str = "pass") -> np.ndarray:
@@ -33,11 +34,12 @@ def ask(engine_folder: Callable[..., str], tmp_path: Path) -> Iterator[Callable[
 import ctypes, os, signal, sys, time
 import numpy as np
 from suanli.core.types import Engine, LoadedEngine
-def answer(rows):
+def answer(arrays):
+    (rows,) = arrays.values()
     {body}
 def load(folder, precision, placement):
     {loading}
-    return LoadedEngine(answer=answer, find_precision=lambda rows: precision)
+    return LoadedEngine(answer=answer, find_precision=lambda arrays: precision)
 ENGINE = Engine(name="strange", precisions=("float32",), packages=(), why_not=lambda d, p: None,
                 build=lambda *a: None, load=load, needs="onnx")
 """,
@@ -45,10 +47,10 @@ ENGINE = Engine(name="strange", precisions=("float32",), packages=(), why_not=la
         sandbox = Sandbox()
         sandboxes.append(sandbox)
         sandbox.ask(30, "load", engine=name, precision="float32", folder=str(tmp_path), placement=PLACEMENT)
-        out = tmp_path / "out.npy"
-        sandbox.ask(limit_s, "answer", threads=1, rows=str(tmp_path / "rows.npy"), count=10, batch=4, out=str(out))
-        answers: np.ndarray = np.load(out)
-        return answers
+        where = {"examples": str(tmp_path / "examples"), "out": str(tmp_path / "out")}
+        sandbox.ask(limit_s, "answer", threads=1, outputs=["y"], count=10, batch=4, **where)
+        (answers,) = load_examples(tmp_path / "out").blocks()
+        return answers["y"]
 
     yield work
     for sandbox in sandboxes:
@@ -56,14 +58,14 @@ ENGINE = Engine(name="strange", precisions=("float32",), packages=(), why_not=la
 
 
 def test_answers_come_in_batches_and_in_order(ask: Callable[..., np.ndarray]) -> None:
-    answers = ask("return np.full((len(rows), 2), len(rows), np.float64)")
+    answers = ask("return {'y': np.full((len(rows), 2), len(rows), np.float64)}")
     assert answers.dtype == np.float32
     assert answers[:, 0].tolist() == [4] * 8 + [2] * 2
 
 
 def test_what_a_library_prints_does_not_disturb_the_replies(ask: Callable[..., np.ndarray]) -> None:
     body = "print('{\"error\": 1}'); os.write(1, b'noise\\n'); ctypes.CDLL(None).puts(b'more'); "
-    answers = ask(body + "return np.ones((len(rows), 2), np.float32)")
+    answers = ask(body + "return {'any name': np.ones((len(rows), 2), np.float32)}")
     assert answers.shape == (10, 2)
 
 
@@ -76,8 +78,9 @@ def test_what_a_library_prints_does_not_disturb_the_replies(ask: Callable[..., n
         ("sys.stderr.write('first\\nout of luck\\n'); sys.stderr.flush(); os._exit(1)", "out of luck"),
         ("raise ValueError('no such thing\\nand more')", "ValueError: no such thing$"),
         ("raise MemoryError", "MemoryError$"),
-        ("return np.ones((1, 2))", r"4 inputs got answers of shape \(1, 2\)"),
-        ("return np.ones(4)", r"4 inputs got answers of shape \(4,\)"),
+        ("return {'y': np.ones((1, 2))}", r"10 inputs got 3 answers \(y\)"),
+        ("return {'y': np.float32(1)}", "zero-dimensional"),
+        ("return {'a': np.ones(len(rows)), 'b': np.ones(len(rows))}", "there is no y among a, b"),
     ],
 )
 def test_a_failure_is_reported_with_its_reason(ask: Callable[..., object], body: str, reason: str) -> None:
@@ -111,7 +114,7 @@ def test_a_sandbox_that_hangs_is_killed_with_its_children(ask: Callable[..., obj
 def test_a_sandbox_works_on_after_an_error() -> None:
     with Sandbox() as sandbox:
         with pytest.raises(SandboxError, match="FileNotFoundError"):
-            sandbox.ask(30, "find_precision", threads=5, rows="nowhere")
+            sandbox.ask(30, "find_precision", threads=5, examples="nowhere")
         with pytest.raises(SandboxError, match="Unknown engine"):
             sandbox.ask(30, "load", engine="nothing", precision="float32", folder=".", placement=PLACEMENT)
         assert sandbox.ask(30, "memory", placement=PLACEMENT)["bytes"] > 0

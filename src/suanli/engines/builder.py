@@ -8,15 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from suanli.core.errors import pip_install
 from suanli.core.types import Device, Engine, Placement
 from suanli.engines.candidates import Candidate
 from suanli.engines.sandbox import Sandbox, SandboxError
 from suanli.engines.subject import Subject
 
-CALIBRATION_FILE = "calibration.npy"
+CALIBRATION = "calibration"  # a folder of examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +37,10 @@ class EngineBuilder:
             return f"there is no ONNX graph: {self.no_graph}"
         if engine.needs == "model" and self.subject.model is None:
             return "there is only an ONNX graph, no PyTorch network"
-        if precision != "float32" and self.subject.targets is None:
-            return "a lower precision can't be evaluated without labelled data"
+        if precision != "float32" and self.subject.origin == "made up":
+            return "a lower precision can't be evaluated on made-up inputs"
         if precision == "int8" and self.subject.calibration is None:
-            return "there are no training examples to calibrate with"
+            return "there are no examples to calibrate with"
         return None
 
     def build(self, engine: Engine, candidate: Candidate, limit_s: float) -> tuple[Candidate, Sandbox]:
@@ -98,12 +96,13 @@ class EngineBuilder:
         return [name for name, _ in reply["layers"]]
 
     def _describe_inputs(self, kept: Sequence[str] = ()) -> dict[str, object]:
-        calibration = self.work / CALIBRATION_FILE
+        calibration = self.work / CALIBRATION
         return {
             "model": None if self.subject.model is None else str(self.subject.model),
             "onnx": None if self.graph is None else str(self.graph),
             "calibration": str(calibration) if calibration.exists() else None,
             "kept": list(kept),
+            "batches": self.subject.examples.batches,
         }
 
     def _placement(self, threads: int) -> dict[str, object]:
@@ -113,10 +112,10 @@ class EngineBuilder:
 def make_builder(
     subject: Subject, device: Device, work: Path, *, engines: Iterable[Engine], threads: int, export_limit_s: float
 ) -> EngineBuilder:
-    """Writes calibration rows into `work`, and the ONNX graph where an engine that can run here reads one: exporting
-    takes longer than building some engines."""
+    """Writes examples for calibration into `work`, and the ONNX graph where an engine that can run here reads one:
+    exporting takes longer than building some engines."""
     if subject.calibration is not None:
-        np.save(work / CALIBRATION_FILE, subject.calibration, allow_pickle=False)
+        subject.calibration.save(work / CALIBRATION)
     graph, no_graph = subject.graph, None
     if graph is None and _reads_graph(engines, device):
         graph, no_graph = _export_graph(subject, work, export_limit_s)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from suanli.core.types import Count, Difference, Positive, PositiveCount
+from suanli.engines.subject import Origin
 from suanli.machine.timing import percentile
 
 GOALS = ("latency", "throughput", "size", "energy")
@@ -32,6 +33,16 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over the examples, with its 95 % interval."""
+
+    name: str  # what was measured, such as an output
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One engine in one precision, and all that was measured of it."""
 
@@ -41,8 +52,10 @@ class Candidate:
     reason: str = ""
     kept: tuple[str, ...] = ()  # nodes of the graph that stay in float32
     score: float | None = None  # the primary metric, on the evaluation examples
-    difference: Difference | None = None  # of the score to the reference's
-    drift: float | None = None  # mean total variation distance (0 to 1) to the reference's answers
+    difference: Difference | None = None  # the gain in it over the reference's
+    drift: float | None = None  # mean distance (0 to about 1) to the reference's answers, by the task
+    drifts: tuple[Estimate, ...] = ()  # where no labels were there: the distance due to each output
+    agreement: Estimate | None = None  # likewise: the share of answers that decide as the reference's do
     build_s: float | None = None
     load_s: float | None = None
     size_bytes: Count | None = None
@@ -53,6 +66,12 @@ class Candidate:
     @property
     def name(self) -> str:
         return f"{self.engine} {self.precision}" + (f" (rescued, {len(self.kept)} kept)" if self.kept else "")
+
+    def measured_loss(self) -> float:
+        """Of the score; without labels, the share of answers that decide otherwise than the reference's."""
+        if self.difference is not None:
+            return -self.difference.median
+        return 0.0 if self.agreement is None else 1 - self.agreement.value
 
     def latency(self) -> Speed | None:
         """With one input: with all threads, which larger batches need, unless one thread alone is clearly faster."""
@@ -81,10 +100,11 @@ class SearchResult:
     examples: int  # on which answers were compared
     of_examples: int  # that there were
     labelled: bool
-    tolerance: float
+    tolerance: float  # the loss of the primary metric that is accepted, in its unit
     graph: str | None  # why there is no ONNX graph; None: there is
     budget_s: float
     seconds: float
+    origin: Origin | None = None  # of the examples; None: of an older version
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -109,8 +129,7 @@ def mark_best(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates, with `best` set for the Pareto set of latency, throughput, size and score."""
 
     def costs(candidate: Candidate) -> tuple[float, ...]:
-        score = 0.0 if candidate.score is None else candidate.score
-        return (*(candidate.cost(goal) for goal in ("latency", "throughput", "size")), -score)
+        return (*(candidate.cost(goal) for goal in ("latency", "throughput", "size")), candidate.measured_loss())
 
     usable = [c for c in candidates if c.state == "accepted" and c.speeds]
     return [
@@ -127,7 +146,7 @@ def choose(candidates: Sequence[Candidate], goal: str, tolerance: float, max_lat
     those within TIE of the lowest, one in float32 is preferred."""
     accepted = [c for c in candidates if c.state == "accepted" and c.speeds]
     # The search refuses proven losses only; here the measured loss has to be within the tolerance, too.
-    accepted = [c for c in accepted if c.difference is None or c.difference.median >= -tolerance]
+    accepted = [c for c in accepted if c.measured_loss() <= tolerance]
     if max_latency_s is not None:
         fast_enough = [c for c in accepted if (speed := c.latency()) is not None and speed.p95_s <= max_latency_s]
         accepted = fast_enough or accepted

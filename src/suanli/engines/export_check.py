@@ -1,7 +1,7 @@
 """Checks an exported file: a new process that knows nothing of suanli reads it, and its answers are compared.
 
-What a graph answers to random inputs is compared with the model in float32, on the CPU. There is no graph in
-safetensors, so there the tensors are compared.
+Every output that a graph gives for random inputs is compared with the model's in float32, on the CPU. There is no graph
+in safetensors, so there the tensors are compared.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,27 +19,32 @@ from pathlib import Path
 import numpy as np
 
 from suanli.core.errors import GateError, MachineError
+from suanli.core.schema import Arrays, random_inputs
 from suanli.core.storage import read_json
+from suanli.engines.differences import largest_difference, value_range
+from suanli.engines.examples import StackedExamples
 from suanli.engines.export_formats import ExportFormat
 from suanli.models.model_folder import SavedModel
 
-ROUNDING = 1e-3  # of a probability: what float32 in another order may cause
-RANDOM_ROWS = 6  # inputs of the check
+ROUNDING = 1e-3  # what float32 in another order may cause: of a probability, or of what an output ranges over
+RANDOM_INPUTS = 6  # of the check
 LIMIT_S = 600.0  # for the other process: to import, load, and answer a few inputs
 READER = """
 import json, sys
 job = json.load(sys.stdin)
 sys.path += [path for path in job["paths"] if path not in sys.path]
 import numpy
-path, tensors, answers = job["path"], {{}}, []
+path, tensors = job["path"], {{}}
 {read}
 if answer is not None:
-    rows = numpy.load(job["rows"], allow_pickle=False)
-    alone = [answer(rows[i : i + 1]) for i in range(len(rows))]
-    answers = [answer(rows).tolist(), numpy.concatenate(alone).tolist()]
+    inputs = {{name: numpy.load(file, allow_pickle=False) for name, file in job["inputs"].items()}}
+    alone = [answer({{name: array[i : i + 1] for name, array in inputs.items()}}) for i in range(job["count"])]
+    for part, answers in (("all", answer(inputs)), ("alone", list(map(numpy.concatenate, zip(*alone))))):
+        for number, array in enumerate(answers):
+            numpy.save(f"{{job['work']}}/{{part}}{{number}}.npy", array)
 assert not [name for name in sys.modules if name.split(".")[0] == "suanli"], "reading it needs suanli"
 with open(job["result"], "w") as stream:
-    json.dump({{"metadata": dict(metadata), "answers": answers, "tensors": tensors}}, stream)
+    json.dump({{"metadata": dict(metadata), "tensors": tensors}}, stream)
 """
 
 
@@ -48,61 +53,56 @@ class _Reading:
     """What the other process found in the file."""
 
     metadata: dict[str, str]
-    answers: list[np.ndarray]  # probabilities of all rows at once, and one by one
+    answers: list[dict[str, np.ndarray]]  # to all inputs at once, and to one by one
     tensors: dict[str, list[object]]  # type, shape and digest of the bytes of each, where there is no graph
 
 
 def check_export(
     saved: SavedModel, path: Path, export_format: ExportFormat, metadata: Mapping[str, str], work: Path
 ) -> float | None:
-    """The largest difference of a probability to the model's; None for weights, which are equal. `work` is a folder
-    for temporary files. Raises GateError where the file differs from the model, MachineError where it can't be read.
+    """The largest difference of an answer to the model's, as `differences.py` measures it; None for weights, which are
+    equal. `work` is a folder for temporary files. Raises GateError where the file differs from the model, MachineError
+    where it can't be read.
     """
-    rows = _random_rows(saved)
-    np.save(work / "rows.npy", rows, allow_pickle=False)
-    reading = _read_in_process(path, export_format, list(metadata), work)
+    inputs = random_inputs(saved.preprocess.inputs, RANDOM_INPUTS)
+    outputs = tuple(saved.task.outputs) if export_format.has_graph else ()
+    reading = _read_in_process(path, export_format, list(metadata), inputs, outputs, work)
     if any(reading.metadata.get(name) != text for name, text in metadata.items()):
         raise MachineError("The exported file doesn't hold the metadata that was written.", fix="Try again.")
     if not export_format.has_graph:
         if reading.tensors != _digest_tensors(saved):
             raise GateError("The exported weights are not the model's.", fix="Nothing was kept; try again.")
         return None
-    return _compare(reading.answers, _probabilities(saved, rows))
+    return _compare(reading.answers, _answers(saved, inputs))
 
 
-def _compare(answers: list[np.ndarray], expected: np.ndarray) -> float:
-    if any(part.shape != expected.shape for part in answers):
-        raise GateError(
-            f"The exported file answers in the shape {answers[0].shape}, the model in {expected.shape}.",
-            fix="Nothing was kept; choose another --to.",
-        )
-    difference = max(float(np.abs(part - expected).max()) for part in answers)
+def _compare(answers: list[dict[str, np.ndarray]], expected: dict[str, np.ndarray]) -> float:
+    for part in answers:
+        for name, array in expected.items():
+            if part[name].shape != array.shape:
+                raise GateError(
+                    f"The exported file answers in the shape {part[name].shape}, the model in {array.shape} ({name}).",
+                    fix="Nothing was kept; choose another --to.",
+                )
+    ranges = value_range(StackedExamples(arrays=expected))
+    difference = max(largest_difference(expected, part, ranges) for part in answers)
     if not difference <= ROUNDING:  # so that NaN is refused too
         raise GateError(
-            f"The exported file gives other probabilities than the model: up to {difference:.3g} apart, where rounding "
+            f"The exported file gives other answers than the model: up to {difference:.3g} apart, where rounding "
             f"explains {ROUNDING:g}.",
             fix="Nothing was kept; choose another --to.",
         )
     return difference
 
 
-def _random_rows(saved: SavedModel) -> np.ndarray:
-    """Rows (6, *row_shape) from all zeros to the full range of values: noise of full strength alone may make a
-    network so certain that no difference shows."""
-    limit = saved.preprocess.model_args.get("vocabulary_size", 256)
-    highs = np.geomspace(1, limit, RANDOM_ROWS).round().astype(int)
-    random = np.random.default_rng(0)
-    rows = [random.integers(0, high, saved.preprocess.row_shape) for high in highs]
-    return np.stack(rows).astype(saved.preprocess.row_dtype)
-
-
-def _probabilities(saved: SavedModel, rows: np.ndarray) -> np.ndarray:
+def _answers(saved: SavedModel, inputs: Arrays) -> dict[str, np.ndarray]:
     import torch
 
-    from suanli.engines.inference_module import InferenceModule
+    from suanli.engines.inference_module import InferenceModule, to_arrays, to_tensors
 
+    module = InferenceModule(saved)
     with torch.inference_mode():
-        return InferenceModule(saved)(torch.from_numpy(rows)).numpy()  # type: ignore[no-any-return]
+        return to_arrays(module.outputs, module(*to_tensors(inputs, tuple(inputs))))
 
 
 def _digest_tensors(saved: SavedModel) -> dict[str, list[object]]:
@@ -116,12 +116,20 @@ def _digest_tensors(saved: SavedModel) -> dict[str, list[object]]:
     return {name: describe(tensor) for name, tensor in saved.module.state_dict().items()}
 
 
-def _read_in_process(path: Path, export_format: ExportFormat, metadata: list[str], work: Path) -> _Reading:
+def _read_in_process(
+    path: Path, export_format: ExportFormat, metadata: list[str], inputs: Arrays, outputs: Sequence[str], work: Path
+) -> _Reading:
     """Raises MachineError where the file can't be read without suanli."""
+    files = {name: f"{work}/input{number}.npy" for number, name in enumerate(inputs)}
+    for name, array in inputs.items():
+        np.save(files[name], array, allow_pickle=False)
     job = {
         "path": str(path),
         "metadata": metadata,
-        "rows": str(work / "rows.npy"),
+        "inputs": files,
+        "outputs": outputs,
+        "count": RANDOM_INPUTS,
+        "work": str(work),
         "result": str(work / "result.json"),
         "paths": [path for path in sys.path if path],  # where this Python finds its packages
     }
@@ -133,7 +141,10 @@ def _read_in_process(path: Path, export_format: ExportFormat, metadata: list[str
     except subprocess.CalledProcessError as error:
         raise _unreadable(_explain_end(error)) from error
     result = read_json(work / "result.json")
-    answers = [np.asarray(part, np.float32) for part in result["answers"]]
+    answers = [
+        {name: np.load(work / f"{part}{number}.npy") for number, name in enumerate(outputs)}
+        for part in ("all", "alone")
+    ]
     return _Reading(metadata=result["metadata"], answers=answers, tensors=result["tensors"])
 
 

@@ -5,10 +5,11 @@
     pt2            one .pt2 file, a program of torch.export
     safetensors    the weights alone, with what built the network
 
-A graph takes cached rows (images: uint8 (B, H, W, C) of the working size; texts: token ids) and gives probabilities
-(B, K) float32, so the second half of preprocessing, such as normalising, is inside it and must not be done again. The
-metadata "preprocess" says how to get to such rows (height, width, channels, resize; vocabulary, length), "classes"
-which class each column is, "rows" the shape and type of one row; all of it is JSON.
+A graph takes cached inputs (images: uint8 (B, H, W, C) of the working size; texts: token ids) and gives the task's
+predictions (probabilities: float32 (B, K)), so the second half of preprocessing, such as normalising, is inside it and
+must not be done again. The metadata "preprocess" says how to get to such inputs (height, width, channels, resize;
+vocabulary, length), "inputs" and "outputs" what each array is for one example, "task" what its predictions mean, and
+"classes" which class each number is for; where there is one input, "rows" describes it, too. All of it is JSON.
 """
 
 from __future__ import annotations
@@ -18,23 +19,30 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from suanli.core.errors import MachineError
+from suanli.core.schema import Schema
 from suanli.core.storage import json_bytes
 from suanli.machine.device import is_out_of_memory
 from suanli.models import build
 from suanli.models.model_folder import SavedModel
 
-XML = "model.xml"
-ROW = "As the first half of preprocessing leaves it; the second half, such as normalising, is inside the graph."
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
-# --- reading, without suanli: sources that set `metadata`, and `answer`, a function from rows to probabilities ---
+XML = "model.xml"
+ABOUT = "As the first half of preprocessing leaves it; the second half, such as normalising, is inside the graph."
+
+# --- reading, without suanli: sources that set `metadata`, and `answer`, a function from arrays by name to those of
+# job["outputs"] in this order ---
 
 READ_ONNX = """
 import onnxruntime
 session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 metadata = session.get_modelmeta().custom_metadata_map
-answer = lambda rows: session.run(None, {"rows": rows})[0]
+answer = lambda arrays: session.run(job["outputs"], arrays)
 """
 READ_OPENVINO = f"""
 sys.modules["openvino_telemetry"] = None  # else the import is reported to a server
@@ -43,14 +51,18 @@ core = openvino.Core()
 model = core.read_model(path + "/{XML}")
 metadata = {{name: model.get_rt_info([name]).value for name in job["metadata"]}}
 compiled = core.compile_model(model, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
-answer = lambda rows: numpy.array(compiled(rows)[0])
+def answer(arrays):
+    answers = compiled(arrays)
+    return [numpy.array(answers[name]) for name in job["outputs"]]
 """
 READ_PT2 = """
 import torch
 extra = {name + ".json": "" for name in job["metadata"]}
 module = torch.export.load(path, extra_files=extra).module()
 metadata = {name.removesuffix(".json"): text for name, text in extra.items()}
-answer = lambda rows: module(torch.from_numpy(rows)).numpy()
+def answer(arrays):
+    answers = module(*map(torch.from_numpy, arrays.values()))
+    return [part.numpy() for part in (answers if isinstance(answers, tuple) else [answers])]
 """
 READ_SAFETENSORS = """
 import hashlib
@@ -72,21 +84,33 @@ class ExportFormat:
     packages: tuple[str, ...]  # what writes and reads it, besides suanli's own requirements
     write: Callable[[SavedModel, Path, Mapping[str, str]], None]  # model, path, metadata
     read: str  # source that reads it
-    usage: str  # how to use it, in one line; {path} is the file
+    usage: str  # how to use it, in one line; {path} is the file, {feed} a dict of arrays, {tensors} a call's arguments
     is_folder: bool = False
     has_graph: bool = True  # False: weights alone
 
 
 def build_metadata(saved: SavedModel, export_format: ExportFormat) -> dict[str, str]:
     """What the file says about itself; values are JSON."""
-    values: dict[str, object] = {"classes": list(saved.classes), "preprocess": saved.preprocess.to_json()}
+    task, preprocess = saved.task, saved.preprocess
+    values: dict[str, object] = {
+        "task": {"name": task.name, "settings": task.settings},
+        "preprocess": preprocess.to_json(),
+    }
+    if task.classes:
+        values["classes"] = list(task.classes)
     if export_format.has_graph:
-        shape, dtype = list(saved.preprocess.row_shape), saved.preprocess.row_dtype
-        values["rows"] = {"shape": shape, "dtype": dtype, "about": ROW}
+        values["inputs"], values["outputs"] = _describe(preprocess.inputs), _describe(task.outputs)
+        if len(preprocess.inputs) == 1:  # as earlier versions said it
+            (column,) = preprocess.inputs.values()
+            values["rows"] = {"shape": list(column.shape), "dtype": column.dtype, "about": ABOUT}
     else:
-        values["model_args"] = build.builder_arguments(saved.recipe, saved.preprocess, len(saved.classes))
+        values["model_args"] = build.builder_arguments(saved.recipe, preprocess, task)
     texts = {name: json_bytes(value).decode().strip() for name, value in values.items()}
     return texts if export_format.has_graph else texts | {"model": saved.recipe.model, "format": "pt"}
+
+
+def _describe(schema: Schema) -> dict[str, object]:
+    return {name: {"shape": list(one.shape), "dtype": one.dtype, "role": one.role} for name, one in schema.items()}
 
 
 # --- writing ---
@@ -129,17 +153,16 @@ def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) 
 def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
     import torch
 
-    from suanli.engines.inference_module import MAX_BATCH, InferenceModule, example_rows, innermost_cause
+    from suanli.engines.inference_module import EXAMPLES, example_tensors, free_batch, innermost_cause
 
-    module = InferenceModule(saved)
-    rows = example_rows(saved.preprocess, 3)  # a batch of one would be taken for a constant
+    module = _plain_module(saved)
+    tensors = example_tensors(saved.preprocess, EXAMPLES)
     stream = io.BytesIO()  # written to disk by Python, whose errors say what is wrong with the disk
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            module(rows)  # constants that the first call caches must not be created while exporting
-            shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
-            program = torch.export.export(module, (rows,), dynamic_shapes=shapes)
+            module(*tensors)  # constants that the first call caches must not be created while exporting
+            program = torch.export.export(module, tensors, dynamic_shapes=free_batch(saved.preprocess))
             for part in program.graph_module.modules():
                 for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
                     node.meta.pop("stack_trace", None)  # names files of this machine
@@ -155,6 +178,25 @@ def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> No
     path.write_bytes(stream.getbuffer())
 
 
+def _plain_module(saved: SavedModel) -> nn.Module:
+    """One that gives a single output as it is, several as a tuple."""
+    from torch import nn
+
+    from suanli.engines.inference_module import InferenceModule
+
+    class Single(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module.eval()
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            (answer,) = self.module(*tensors)
+            return answer  # type: ignore[no-any-return]
+
+    module = InferenceModule(saved)
+    return Single(module) if len(module.outputs) == 1 else module
+
+
 def _write_safetensors(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
     from safetensors.torch import save
 
@@ -168,14 +210,14 @@ FORMATS = {
         packages=("onnx", "onnxscript", "onnxruntime"),
         write=_write_onnx,
         read=READ_ONNX,
-        usage="onnxruntime.InferenceSession({path!r}).run(None, {{'rows': rows}})[0], rows: {row}",
+        usage="onnxruntime.InferenceSession({path!r}).run(None, {feed}){first}, {inputs}",
     ),
     "openvino": ExportFormat(
         suffix="-openvino",
         packages=("onnx", "onnxscript", "openvino"),
         write=_write_openvino,
         read=READ_OPENVINO,
-        usage=f"openvino.compile_model({{path!r}} + '/{XML}', 'CPU')(rows)[0], rows: {{row}}",
+        usage=f"openvino.compile_model({{path!r}} + '/{XML}', 'CPU')({{feed}}){{first}}, {{inputs}}",
         is_folder=True,
     ),
     "pt2": ExportFormat(
@@ -183,7 +225,7 @@ FORMATS = {
         packages=(),
         write=_write_pt2,
         read=READ_PT2,
-        usage="torch.export.load({path!r}).module()(torch.from_numpy(rows)), rows: {row}",
+        usage="torch.export.load({path!r}).module()({tensors}), {inputs}",
     ),
     "safetensors": ExportFormat(
         suffix=".safetensors",

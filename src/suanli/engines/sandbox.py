@@ -1,8 +1,8 @@
 """A process of its own for an engine: a crash, a hang or a leak there harms nothing else, and its memory is its own.
 
 `Sandbox` sends requests to it; `python -m suanli.engines.sandbox`, or another module that calls `serve`, answers them.
-Requests and replies are JSON objects, one a line, on the process's standard input and output; arrays are in .npy files.
-What libraries print goes to a temporary file, whose last line says why a process ended.
+Requests and replies are JSON objects, one a line, on the process's standard input and output; examples and answers are
+in folders (`examples.py`). What libraries print goes to a temporary file, whose last line says why a process ended.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,8 @@ from suanli.core.types import EngineInputs, Json, LoadedEngine, Placement
 if TYPE_CHECKING:
     import numpy as np
 
+TURNS = 16  # inputs that are timed in turn where each is answered alone
+SOURCE_LINE = re.compile(r"^(Exception from|Check '.*' failed at) \S+:\d+:?$")  # of OpenVINO, before the reason
 MAX_CALLS = 5000  # of one request to time an engine
 
 
@@ -172,46 +176,49 @@ class _EngineRequests:
         self._loaded[where.threads] = load("engines", engine).load(Path(folder), precision, where), where
         return {}
 
-    def find_precision(self, threads: int, rows: str) -> dict[str, object]:
-        import numpy as np
+    def find_precision(self, threads: int, examples: str) -> dict[str, object]:
+        from suanli.engines.examples import load_examples
 
-        row = np.ascontiguousarray(_read_rows(rows)[:1])
-        return {"precision": self._loaded[threads][0].find_precision(row)}
+        arrays = load_examples(Path(examples)).batch(0, 1)
+        return {"precision": self._loaded[threads][0].find_precision(arrays)}
 
-    def answer(self, threads: int, rows: str, count: int, batch: int, out: str) -> dict[str, object]:
-        """Write the probabilities of the first `count` rows, computed `batch` at a time, into a file."""
-        import numpy as np
+    def answer(
+        self, threads: int, examples: str, outputs: list[str], count: int, batch: int, out: str
+    ) -> dict[str, object]:
+        """Write these outputs for the first `count` examples, computed `batch` at a time, into a folder."""
+        from suanli.core.schema import pick
+        from suanli.engines.examples import load_examples
 
         engine, _ = self._loaded[threads]
-        inputs = _read_rows(rows)[:count]
+        inputs = load_examples(Path(examples)).first(count)
         answers = []
         for start in range(0, len(inputs), batch):
-            part = np.ascontiguousarray(inputs[start : start + batch])
-            answer = np.asarray(engine.answer(part))
-            if answer.ndim != 2 or len(answer) != len(part):
-                raise ValueError(f"{len(part)} inputs got answers of shape {answer.shape}")
-            answers.append(answer.astype(np.float32, copy=False))
-        np.save(out, np.concatenate(answers), allow_pickle=False)
+            answer = engine.answer(inputs.batch(start, min(start + batch, len(inputs))))
+            answers.append({name: _plain(array) for name, array in pick(answer, outputs).items()})
+        inputs.join(answers).save(Path(out))
         return {}
 
-    def time(self, threads: int, rows: str, batch: int, for_s: float, warm_up: int, least: int) -> dict[str, object]:
-        """Seconds of each call with a batch of rows: at least `least` calls, and more until `for_s` seconds are over;
-        `warm_up` calls before them don't count."""
-        import numpy as np
-
+    def time(
+        self, threads: int, examples: str, batch: int, for_s: float, warm_up: int, least: int
+    ) -> dict[str, object]:
+        """Seconds of each call with a batch of examples: at least `least` calls, and more until `for_s` seconds are
+        over; `warm_up` calls before them don't count. Examples that are answered one at a time take turns."""
+        from suanli.engines.examples import load_examples
         from suanli.machine.energy import measure_energy
 
         engine, placement = self._loaded[threads]
-        inputs = _read_rows(rows)
-        part = np.ascontiguousarray(inputs[np.arange(batch) % len(inputs)])
+        inputs = load_examples(Path(examples))
+        number = 1 if inputs.batches else min(len(inputs), TURNS)
+        turns = cycle([inputs.batch(start, start + batch) for start in range(number)])
         for _ in range(warm_up):
-            engine.answer(part)
+            engine.answer(next(turns))
         seconds: list[float] = []
         started = time.perf_counter()
         with measure_energy(placement.device) as meter:
             while len(seconds) < least or (time.perf_counter() - started < for_s and len(seconds) < MAX_CALLS):
+                arrays = next(turns)
                 before = time.perf_counter()
-                engine.answer(part)
+                engine.answer(arrays)
                 seconds.append(time.perf_counter() - before)
         return {"seconds": seconds, "joules": meter.joules}
 
@@ -222,22 +229,24 @@ class _EngineRequests:
         return {"bytes": peak_memory_bytes(_read_placement(placement).device)}
 
 
-def _read_rows(path: str) -> np.ndarray:
+def _plain(answer: np.ndarray) -> np.ndarray:
+    """Floating-point numbers in float32."""
     import numpy as np
 
-    rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return rows
+    array = np.asarray(answer)
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array
 
 
 def _read_inputs(values: dict[str, Json]) -> EngineInputs:
-    import numpy as np
+    from suanli.engines.examples import calibration_batches, load_examples
 
     calibration = values["calibration"]
     return EngineInputs(
         model=_path(values["model"]),
         onnx=_path(values["onnx"]),
-        calibration=None if calibration is None else np.load(calibration, allow_pickle=False),
+        calibration=None if calibration is None else calibration_batches(load_examples(Path(calibration))),
         kept=tuple(values["kept"]),
+        batches=values["batches"],
     )
 
 
@@ -254,7 +263,9 @@ def _describe_error(error: BaseException) -> str:
 
     if isinstance(error, SuanliError):
         return error.message
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not SOURCE_LINE.search(line)]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines[:2] = [f"{lines[0]} {lines[1]}"]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(": ")
 
 

@@ -15,8 +15,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from suanli.core import registry
 from suanli.core.console import duration, say
 from suanli.core.errors import UsageError
@@ -30,6 +28,7 @@ from suanli.engines.timing import EngineTimer, Runner
 from suanli.machine.device import cores
 
 ANSWERS_SHARE = 0.03  # of the budget, for one candidate's answers
+ANSWERS_BYTES = 1 << 30  # that they may take
 TIMING_SHARE = 0.3  # of the budget that is reserved for timing
 
 
@@ -43,13 +42,14 @@ class EngineSearch:
         work: Path,
         *,
         goal: str,
-        tolerance: float,
+        tolerance: float | None,
         budget_s: float,
         engines: Sequence[str] | None = None,
         max_latency_s: float | None = None,
         started: float | None = None,
     ) -> None:
-        """`started` is when the budget began to run, by time.monotonic()."""
+        """`tolerance` is the loss of the primary metric that is accepted; None: the metric's own. `started` is when the
+        budget began to run, by time.monotonic()."""
         self.subject, self.device, self.work = subject, device, work
         self.goal, self.tolerance, self.budget_s, self.max_latency_s = goal, tolerance, budget_s, max_latency_s
         self.engines: list[Engine] = sorted(
@@ -58,14 +58,14 @@ class EngineSearch:
         )
         self.threads = cores()
         self._started = time.monotonic() if started is None else started
-        self._rows = work / "rows.npy"
+        self._examples = work / "examples"
         self._stack = ExitStack()  # of the sandboxes that wait to be timed
         self._layers: list[str] | None = None  # the one that int8 hurts most first
 
     def search(self) -> SearchResult:
         """Raises SandboxError where not even the reference can be run, UsageError where there is no time for others."""
         with self._stack:
-            np.save(self._rows, self.subject.rows, allow_pickle=False)
+            self.subject.examples.save(self._examples)
             builder = make_builder(
                 self.subject,
                 self.device,
@@ -86,7 +86,13 @@ class EngineSearch:
                 )
             for engine, precision in pairs:
                 entries += self._try(engine, precision, builder, check)
-            timer = EngineTimer(rows=self._rows, threads=self.threads, input_s=input_s, goal=self.goal)
+            timer = EngineTimer(
+                examples=self._examples,
+                batches=self.subject.examples.batches,
+                threads=self.threads,
+                input_s=input_s,
+                goal=self.goal,
+            )
             room_s = max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
             timer.time([entry for entry in entries if isinstance(entry, Runner)], room_s)
             if reference.candidate.state != "accepted":
@@ -94,12 +100,13 @@ class EngineSearch:
             candidates = mark_best([entry.result() if isinstance(entry, Runner) else entry for entry in entries])
             return SearchResult(
                 candidates=tuple(candidates),
-                chosen=choose(candidates, self.goal, self.tolerance, self.max_latency_s),
+                chosen=choose(candidates, self.goal, check.allowed_loss, self.max_latency_s),
                 goal=self.goal,
                 examples=check.count,
-                of_examples=self.subject.examples,
-                labelled=self.subject.targets is not None,
-                tolerance=self.tolerance,
+                of_examples=self.subject.count,
+                labelled=self.subject.origin == "labelled",
+                origin=self.subject.origin,
+                tolerance=check.allowed_loss,
                 graph=builder.no_graph,
                 budget_s=self.budget_s,
                 seconds=time.monotonic() - self._started,
@@ -120,19 +127,22 @@ class EngineSearch:
         candidate, sandbox = builder.build(engine, candidate, math.inf)
         self._stack.enter_context(sandbox)
         files = AnswerFiles(
-            rows=self._rows,
-            answers=self.work / "answers.npy",
+            examples=self._examples,
+            answers=self.work / "answers",
             threads=self.threads,
-            classes=len(self.subject.classes),
+            outputs=tuple(self.subject.task.outputs),
         )
-        few = min(len(self.subject.rows), BATCH)
+        few = min(len(self.subject.examples), BATCH)
+        batch = BATCH if self.subject.examples.batches else 1
         for _ in range(2):  # the first call warms up
-            _, seconds = files.ask(sandbox, few, few, 600)
+            answers, seconds = files.ask(sandbox, few, batch, 600)
         input_s = max(seconds / few, 1e-9)
         answers_s = ANSWERS_SHARE * self.budget_s
-        count = min(len(self.subject.rows), max(int(answers_s / input_s), BATCH))
+        size_bytes = sum(array.nbytes for block in answers.blocks() for array in block.values()) / few
+        most = min(int(answers_s / input_s), int(ANSWERS_BYTES / max(size_bytes, 1)))
+        count = min(len(self.subject.examples), max(most, BATCH))
         limit_s = 60 + 20 * answers_s
-        answers, _ = files.ask(sandbox, count, BATCH, limit_s)
+        answers, _ = files.ask(sandbox, count, batch, limit_s)
         check = AcceptanceCheck(
             subject=self.subject, reference=answers, files=files, tolerance=self.tolerance, limit_s=limit_s
         )

@@ -7,35 +7,45 @@ are compared with those of the float graph. The search returns the layers that h
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from suanli.core.schema import Arrays
 from suanli.core.types import EngineInputs, Placement
 from suanli.engines.backends import onnxruntime as engine
+from suanli.engines.differences import mean_difference, value_range
+from suanli.engines.examples import CALIBRATION_BATCH, SeparateExamples
+from suanli.engines.graphs import find_float_nodes
 
 if TYPE_CHECKING:
     import onnx
 
-ROWS = 32  # of the calibration rows, for which answers are compared
+INPUTS = 32  # of calibration, for which answers are compared
 
 
 def rank_layers(inputs: EngineInputs, placement: Placement) -> list[tuple[str, float]]:
-    """Names of the graph's layers, each with the mean total variation distance (0 to 1) between the answers of the
-    float graph and of the same graph with only this layer in int8; the largest distance first."""
+    """Names of the graph's layers, each with the mean difference (see `differences.py`) between the answers of the
+    float graph and of the same graph with only this layer in int8; the largest difference first."""
     import onnx
 
     assert inputs.calibration is not None
-    rows = np.ascontiguousarray(inputs.calibration[:ROWS])
+    assert inputs.onnx is not None
+    batches = inputs.calibration[: INPUTS // CALIBRATION_BATCH if inputs.batches else INPUTS]
     with tempfile.TemporaryDirectory() as folder:
         original = onnx.load(engine.quantize(inputs, Path(folder)))
         quantized = onnx.load(Path(folder) / engine.FILE)
-    layers = [node.name for node in original.graph.node if node.op_type in engine.QUANTIZED]
-    reference = _answers(original, rows, placement)
-    distances = [
-        (name, _distance(_answers(_keep_one(quantized, original, name), rows, placement), reference)) for name in layers
-    ]
+    kept = find_float_nodes(inputs.onnx)
+    layers = [n.name for n in original.graph.node if n.op_type in engine.QUANTIZED and n.name not in kept]
+    reference = _answers(original, batches, placement)
+    ranges = value_range(reference)
+    distances = []
+    for layer in layers:
+        answers = _answers(_keep_one(quantized, original, layer), batches, placement)
+        pairs = zip(reference.blocks(), answers.blocks(), strict=True)
+        distances.append((layer, float(np.mean([mean_difference(*pair, ranges) for pair in pairs]))))
     return sorted(distances, key=lambda pair: -pair[1])
 
 
@@ -82,14 +92,11 @@ def _keep_one(quantized: onnx.ModelProto, original: onnx.ModelProto, layer: str)
     return model
 
 
-def _answers(model: onnx.ModelProto, rows: np.ndarray, placement: Placement) -> np.ndarray:
+def _answers(model: onnx.ModelProto, batches: Sequence[Arrays], placement: Placement) -> SeparateExamples:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), engine.options(placement.threads), providers=["CPUExecutionProvider"]
     )
-    return np.asarray(session.run(None, {session.get_inputs()[0].name: rows})[0])
-
-
-def _distance(one: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(one - other).sum(1).mean() / 2)
+    answer = engine.answers_of(session)
+    return SeparateExamples(calls=[answer(arrays) for arrays in batches])

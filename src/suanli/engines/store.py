@@ -3,7 +3,7 @@
     engines.json                            which engine is chosen, where each is valid, checksums, the whole table
     <engine>-<precision>-<digest>/          the files of one engine
 
-Class names and preprocessing are in engines.json, so the folder can be copied alone. engines.json is written last and
+Task, classes and preprocessing are in engines.json, so the folder can be copied alone. engines.json is written last and
 in one step: a folder that has one is complete. Engines that it no longer names are removed. Engines with machine code
 run only on the machine that built them, or where the user trusts them: building one leaves a mark in the cache.
 """
@@ -27,7 +27,7 @@ from suanli.core.errors import DamagedFile, UsageError
 from suanli.core.paths import cache_dir
 from suanli.core.run import now
 from suanli.core.storage import raise_storage_errors, read_json, write_json
-from suanli.core.types import Device, Json
+from suanli.core.types import Device, Json, Recipe
 from suanli.machine.device import cores, instruction_sets, versions
 from suanli.machine.gpus import nvidia_driver
 
@@ -77,6 +77,12 @@ class PreprocessSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    name: Name
+    settings: dict[str, Json]
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineIndex:
     """What engines.json must hold to be used; it holds more, for the report."""
 
@@ -84,8 +90,10 @@ class EngineIndex:
     reference: Name
     engines: dict[Name, EngineEntry]
     machine: MachineFacts
-    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    classes: tuple[str, ...]  # empty: the task has none
     preprocess: PreprocessSettings
+    task: TaskSettings = TaskSettings(name=Recipe.model_fields["task"].default, settings={})
+    batches: bool = True  # an engine answers any number of examples at once; else one
     weights: str | None = None  # digest of the weights that the engines were built from
     found: dict[str, Json] = field(default_factory=dict)  # the search's result; empty: there was no search
 

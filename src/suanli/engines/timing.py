@@ -43,7 +43,8 @@ class Runner:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineTimer:
-    rows: Path  # a .npy file of inputs
+    examples: Path  # a folder of examples
+    batches: bool  # whether one call may hold several
     threads: int  # all that there are
     input_s: float  # the reference's time per input, roughly
     goal: str
@@ -70,10 +71,10 @@ class EngineTimer:
 
     def _choose_cells(self, runners: int, room_s: float) -> list[Cell]:
         """As many as one round has time for: first one input, then a few, with all threads."""
-        one, few, many = ((batch, self.threads) for batch in BATCHES)
+        sizes = BATCHES if self.batches else BATCHES[:1]
         cells: list[Cell] = []
         spent = 0.0
-        for batch, threads in dict.fromkeys((one, few, many, (BATCHES[0], 1), (BATCHES[-1], 1))):
+        for batch, threads in dict.fromkeys((*((size, self.threads) for size in sizes), (sizes[0], 1), (sizes[-1], 1))):
             calls = self._warm_up(batch) + self._least_calls(batch)
             turn_s = max(TURN_S, calls * batch * self.input_s * self.threads / threads)  # hardly any engine is slower
             spent += runners * turn_s
@@ -97,7 +98,7 @@ class EngineTimer:
                 60 + 10 * batch * self.input_s * self.threads / threads * (warm_up + least),
                 "time",
                 threads=threads,
-                rows=str(self.rows),
+                examples=str(self.examples),
                 batch=batch,
                 for_s=TURN_S,
                 warm_up=warm_up,

@@ -32,7 +32,7 @@ class ExportResult:
     path: Path
     to: str
     size_bytes: int
-    difference: float | None  # largest one of a probability to the model's; None: weights, and they are equal
+    difference: float | None  # largest one of an answer to the model's; None: weights, and they are equal
     use: str  # how to use it, in one line
 
     def to_json(self) -> dict[str, object]:
@@ -45,8 +45,9 @@ def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code:
     `to` is "onnx", "openvino", "pt2" or "safetensors"; `out` the file, for openvino the folder (default: the name of
     the run and the format's suffix, in the current directory). Raises UsageError for an unknown format and where `out`
     exists, MachineError where a package is missing, the network can't be exported or the file can't be read again,
-    GateError where a probability differs by more than 0.001 or a weight at all, StorageError where nothing can be
-    written. After an error nothing is left behind. For safetensors, tensors are compared instead of probabilities.
+    GateError where an answer differs by more than 0.001 (of a probability, or of what an output ranges over) or a
+    weight at all, StorageError where nothing can be written. After an error nothing is left behind. For safetensors,
+    tensors are compared instead of answers.
     """
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
@@ -65,7 +66,7 @@ def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code:
         _refuse_occupied(target, export_format)  # again: another process may have written meanwhile
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft, target)
-    use = export_format.usage.format(path=str(target), row=_describe_rows(saved), model=saved.recipe.model)
+    use = export_format.usage.format(path=str(target), model=saved.recipe.model, **_describe_call(saved))
     return ExportResult(path=target, to=to, size_bytes=size_bytes, difference=difference, use=use)
 
 
@@ -107,8 +108,16 @@ def _flush(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _describe_rows(saved: SavedModel) -> str:
-    return f"{saved.preprocess.row_dtype} ({', '.join(map(str, ('B', *saved.preprocess.row_shape)))})"
+def _describe_call(saved: SavedModel) -> dict[str, str]:
+    """The inputs as arguments, and what each of them is."""
+    schema = saved.preprocess.inputs
+    shapes = {name: ", ".join(map(str, ("B", *column.shape))) for name, column in schema.items()}
+    return {
+        "feed": f"{{{', '.join(f'{name!r}: {name}' for name in schema)}}}",
+        "first": "[0]" if len(saved.task.outputs) == 1 else "",
+        "tensors": ", ".join(f"torch.from_numpy({name})" for name in schema),
+        "inputs": ", ".join(f"{name}: {column.dtype} ({shapes[name]})" for name, column in schema.items()),
+    }
 
 
 # --- for people ---
@@ -119,5 +128,5 @@ def summarize(result: ExportResult) -> str:
     if result.difference is None:
         check = "every tensor is the model's"
     else:
-        check = f"read without suanli, its probabilities are within {result.difference:.2g} of the model's"
+        check = f"read without suanli, its answers are within {result.difference:.2g} of the model's"
     return f"{result.path} ({size(result.size_bytes)}): {check}.\nUse it: {result.use}"

@@ -6,6 +6,7 @@ How engines are searched is in `engines/search.py`. This never changes the model
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -16,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suanli.core import registry
-from suanli.core.console import duration
 from suanli.core.errors import MachineError, RunBusy, UsageError, unknown
 from suanli.core.run import Run, measurement
 from suanli.core.settings import parse_duration
 from suanli.core.storage import raise_storage_errors
+from suanli.core.task import Metric
 from suanli.core.types import AnyPath, Device, Engine, Recipe
 from suanli.engines import store
 from suanli.engines.builder import engine_folder
@@ -29,6 +30,7 @@ from suanli.engines.sandbox import SandboxError
 from suanli.engines.search import EngineSearch
 from suanli.machine.device import cores, detect, environment
 from suanli.machine.energy import counters
+from suanli.verbs._engine_table import engine_table
 from suanli.verbs._subjects import ResolvedSubject, SubjectOptions, resolve_subject
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ WORK = ".suanli-work-"  # prefix of temporary folders
 class OptimizeResult:
     path: Path  # the folder of the stored engines
     search: SearchResult
-    metric: str  # the name of the primary metric
+    metric: Metric
 
     @property
     def chosen(self) -> Candidate:
@@ -82,10 +84,12 @@ def optimize(
 
     `subject` is a run, a model folder, an .onnx file of any framework, or "package.module:function", which builds a
     network, with `weights` (.safetensors). `goal` is "latency" (one input), "throughput", "size" or "energy";
-    `tolerance` the loss of the primary metric, as a fraction, that is accepted (default: the task's); `time_budget`
-    the time for all of it. Calibration and evaluation use the data of the run, or `data`; without data only engines in
-    float32 are tried. `mean` and `std` of each channel (white is 1) and `size` ("224", "224x160") are those that the
-    network of an ONNX file or a function was trained with. Engines go into the model folder, or for these into `out`.
+    `tolerance` the loss of the primary metric that is accepted (default: the task's), in its unit or as a share of the
+    score, as the metric counts; `time_budget` the time for all of it. Calibration and evaluation use the data of the
+    run, or `data`. Without labels answers are compared with the float32 model's, and `tolerance` is the share of them
+    that may decide otherwise; without data only engines in float32 are tried. `mean` and `std` of each channel (white
+    is 1) and `size` ("224", "224x160") are those that the network of an ONNX file or a function was trained with.
+    Engines go into the model folder, or for these into `out`.
 
     Raises MachineError where no engine meets `max_latency_ms`, and what reading the subject raises.
     """
@@ -99,6 +103,8 @@ def optimize(
         data=data, cache_dir=cache_dir, weights=weights, size=size, mean=mean, std=std, out=out, trust_code=trust_code
     )
     resolved = resolve_subject(subject, options)
+    metric = resolved.task.metric
+    _check_share(metric, tolerance)
     with ExitStack() as stack:
         if resolved.run is not None:
             stack.enter_context(resolved.run.lock())  # better now than after the search
@@ -108,13 +114,13 @@ def optimize(
             target,
             work,
             goal=goal,
-            tolerance=resolved.task.tolerance if tolerance is None else tolerance,
+            tolerance=tolerance,
             budget_s=budget_s,
             engines=names,
             max_latency_s=None if max_latency_ms is None else max_latency_ms / 1000,
             started=started,
         )
-        result = OptimizeResult(path=resolved.engines, search=_run(search), metric=resolved.task.metric)
+        result = OptimizeResult(path=resolved.engines, search=_run(search), metric=metric)
         _check_latency(result, max_latency_ms)
         _store(work, result, resolved, target)
         if resolved.run is not None:
@@ -125,12 +131,16 @@ def optimize(
 def _check_options(goal: str, tolerance: float | None, max_latency_ms: float | None) -> None:
     if goal not in GOALS:
         raise unknown("goal", goal, GOALS)
-    if tolerance is not None and not 0 <= tolerance < 1:
-        raise UsageError(
-            f"A tolerance of {tolerance} is not a share.", fix="Give 0 to 1, such as 0.005 for half a point."
-        )
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"A tolerance of {tolerance} is not a share.", fix="Give 0 or more, such as 0.005.")
     if max_latency_ms is not None and not max_latency_ms > 0:
         raise UsageError(f"A latency of {max_latency_ms} ms can't be met.", fix="Give milliseconds above 0.")
+
+
+def _check_share(metric: Metric, tolerance: float | None) -> None:
+    """Where the metric's tolerance is a share: of the score, or points of a fraction."""
+    if tolerance is not None and tolerance >= 1 and (metric.relative or metric.unit == "fraction"):
+        raise UsageError(f"A tolerance of {tolerance} is not a share.", fix="Give 0 to 1, such as 0.005.")
 
 
 def _parse_engines(text: str | None) -> list[str] | None:
@@ -205,9 +215,11 @@ def _store(work: Path, result: OptimizeResult, resolved: ResolvedSubject, device
         device=device,
         about={
             "weights": resolved.weights,
-            "classes": list(resolved.classes),
+            "task": {"name": resolved.task.name, "settings": resolved.task.settings},
+            "classes": list(resolved.task.classes),
             "preprocess": resolved.preprocess.to_json(),
-            "headline": result.metric,
+            "batches": resolved.batches,
+            "headline": result.metric.name,
             "found": result.search.to_json(),
         },
     )
@@ -253,68 +265,12 @@ def _record(run: Run, result: OptimizeResult, recipe: Recipe, device: Device) ->
                     environment=facts,
                     recipe=recipe,
                     variant=candidate.name,
-                    scores={} if score is None else {f"val_{result.metric}": score},
+                    scores={} if score is None else {f"val_{result.metric.name}": score},
                     count=speed.calls,
                 )
             )
 
 
-# --- for people ---
-
-
 def table(result: OptimizeResult) -> Group:
     """What was tried, the fastest first, and what was chosen."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    search = result.search
-    reference = search.candidates[0]
-    rows = Table(box=None, pad_edge=False, padding=(0, 1))
-    rows.add_column("engine", no_wrap=True)
-    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", result.metric):
-        rows.add_column(title, justify="right", no_wrap=True)
-    for c in sorted((c for c in search.candidates if c.speeds), key=lambda c: c.cost(search.goal)):
-        speed, most = c.latency(), c.throughput()
-        assert speed is not None
-        assert most is not None
-        rows.add_row(
-            Text(f"{'>' if c == search.chosen else '*' if c.best else ' '} {c.name}"),
-            *(f"{value * 1000:.3g}" for value in (speed.p50_s, speed.p95_s, speed.p99_s)),
-            f"{most.per_s:,.0f}",
-            f"{reference.cost(search.goal) / c.cost(search.goal):.2f}",
-            "" if c.size_bytes is None else f"{c.size_bytes / 1e6:.1f}",
-            "" if c.score is None else f"{c.score:.2%}",
-        )
-    others: dict[tuple[str, str], list[str]] = {}
-    for c in search.candidates:
-        if not c.speeds:
-            others.setdefault((c.state, c.reason), []).append(c.name)
-    lines = [Text(f"  {state}: {', '.join(names)}: {reason}", style="dim") for (state, reason), names in others.items()]
-    return Group(rows, *lines, Text(_summarize(result)))
-
-
-def _summarize(result: OptimizeResult) -> str:
-    search = result.search
-    chosen, reference = search.chosen, search.candidates[0]
-    times = reference.cost(search.goal) / chosen.cost(search.goal)
-    lines = [
-        f"> chosen for {search.goal}: {chosen.name}, {times:.2f} times as good as the reference, {reference.name}; "
-        "* no other is as good in every respect."
-    ]
-    if chosen.difference is not None:
-        of = "" if search.examples == search.of_examples else f" of {search.of_examples:,}"
-        d = chosen.difference
-        lines.append(
-            f"{result.metric} {100 * d.median:+.2f} points (95 % interval {100 * d.low:+.2f} to "
-            f"{100 * d.high:+.2f}) on {search.examples:,}{of} validation examples."
-        )
-        if not d.resolves(search.tolerance):
-            lines.append(
-                f"So few can't show a loss of {100 * search.tolerance:.2g} points; "
-                f"its answers differ by {chosen.drift:.2g} on average."
-            )
-    else:
-        lines.append("Without labelled data only float32 was tried, and answers were compared on random inputs.")
-    lines.append(f"Took {duration(search.seconds)} of {duration(search.budget_s)}.")
-    return "\n".join([*lines, f"Engines: {result.path}"])
+    return engine_table(result.search, result.metric, result.path)

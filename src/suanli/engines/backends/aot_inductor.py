@@ -9,22 +9,25 @@ through Inductor" in torchao's.
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from suanli.compute.plan import use_threads
+from suanli.core.schema import Arrays
 from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.backends import _compiled, _cpu
-from suanli.engines.inference_module import MAX_BATCH, InferenceModule, example_rows
+from suanli.engines.inference_module import InferenceModule, example_tensors, free_batch, to_arrays, to_tensors
 from suanli.models.model_folder import load_model
 
-ONE, MANY = "one.pt2", "many.pt2"
-BATCH = 8  # of examples, and of calibration
+ONE, MANY, NAMES = "one.pt2", "many.pt2", "names.json"
+OLDER_NAMES = {"inputs": ["rows"], "outputs": ["probabilities"]}  # of an engine that an older version built
+BATCH = 8  # of examples
 
 
 def why_not(device: Device, precision: str) -> str | None:
@@ -42,24 +45,29 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
     saved = load_model(inputs.model, trust_code=placement.trust_code)
     # Inductor finds the layout; frozen channels_last weights were seen to give wrong answers
     module: Any = InferenceModule(saved)
-    rows = example_rows(saved.preprocess, BATCH)
-    any_batch = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
-    module(rows)  # constants that the first call caches must not be created while exporting
+    names = {"inputs": list(saved.preprocess.inputs), "outputs": list(module.outputs)}
+    (folder / NAMES).write_text(json.dumps(names))
+    tensors = example_tensors(saved.preprocess, BATCH)
+    any_batch: Any = free_batch(saved.preprocess)
+    module(*tensors)  # constants that the first call caches must not be created while exporting
     lower = precision == "bfloat16"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if precision == "int8":
-            module = _quantize(torch.export.export(module, (rows,), dynamic_shapes=any_batch).module(), inputs)
-        for name, example, shapes in ((ONE, rows[:1], None), (MANY, rows, any_batch)):
+            exported = torch.export.export(module, tensors, dynamic_shapes=any_batch).module()
+            module = _quantize(exported, inputs, names["inputs"])
+            (any_batch,) = any_batch  # it names its arguments one by one
+        one = example_tensors(saved.preprocess, 1)
+        for name, examples, shapes in ((ONE, one, None), (MANY, tensors, any_batch)):
             with torch.autocast("cpu", torch.bfloat16, enabled=lower):
-                program = torch.export.export(module, (example,), dynamic_shapes=shapes)
+                program = torch.export.export(module, examples, dynamic_shapes=shapes)
                 path = str(folder / name)
                 torch._inductor.aoti_compile_and_package(
                     program, package_path=path, inductor_configs=_compiled.SETTINGS
                 )
 
 
-def _quantize(module: Any, inputs: EngineInputs) -> Any:
+def _quantize(module: Any, inputs: EngineInputs, names: Sequence[str]) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -67,22 +75,27 @@ def _quantize(module: Any, inputs: EngineInputs) -> Any:
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     quantizer.set_function_type_qconfig(torch.nn.functional.max_pool2d, None)  # in int8 it would lose its ceil_mode
+    quantizer.set_module_name_qconfig("predict", None)  # such as suppressing overlapping boxes
     observed = prepare_pt2e(module, quantizer)
-    for start in range(0, len(inputs.calibration), BATCH):
-        observed(torch.from_numpy(np.array(inputs.calibration[start : start + BATCH])))
+    for arrays in inputs.calibration:
+        observed(*to_tensors(arrays, names))
     return convert_pt2e(observed)
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:  # noqa: ARG001
     one, many = (torch._inductor.aoti_load_package(str(folder / name)) for name in (ONE, MANY))
+    file = folder / NAMES
+    names = json.loads(file.read_text()) if file.exists() else OLDER_NAMES
 
-    def answer(rows: np.ndarray) -> np.ndarray:
+    def answer(arrays: Arrays) -> Arrays:
+        tensors = to_tensors(arrays, names["inputs"])
         with use_threads(placement.threads), torch.inference_mode():
-            run = one if len(rows) == 1 else many
-            return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
+            run = one if len(tensors[0]) == 1 else many
+            answers = run(*tensors)
+            return to_arrays(names["outputs"], [answers] if isinstance(answers, torch.Tensor) else answers)
 
-    def find_precision(rows: np.ndarray) -> str:
-        return _compiled.kernel_precision(lambda: answer(rows))
+    def find_precision(arrays: Arrays) -> str:
+        return _compiled.kernel_precision(lambda: answer(arrays))
 
     return LoadedEngine(answer=answer, find_precision=find_precision)
 

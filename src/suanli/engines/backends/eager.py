@@ -13,13 +13,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
 from suanli.compute.plan import use_threads
+from suanli.core.schema import Arrays
 from suanli.core.types import Device, Engine, EngineInputs, LoadedEngine, Placement
-from suanli.engines.inference_module import InferenceModule
+from suanli.engines.inference_module import InferenceModule, to_arrays, to_tensors
 from suanli.machine.switches import set_attributes
 from suanli.models.model_folder import WEIGHTS, load_model
 
@@ -53,13 +53,14 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     module.to(where, memory_format=torch.channels_last)  # type: ignore[call-overload]
     lower = precision in LOWER
 
-    def answer(rows: np.ndarray) -> np.ndarray:
+    def answer(arrays: Arrays) -> Arrays:
         autocast = torch.autocast(where.type, DTYPES[precision], enabled=lower)
         with use_threads(placement.threads), torch.inference_mode(), autocast, tf32_switch(precision, where.type):
-            return module(torch.from_numpy(rows).to(where)).float().cpu().numpy()  # type: ignore[no-any-return]
+            tensors = to_tensors(arrays, tuple(module.preprocess.inputs))
+            return to_arrays(module.outputs, module(*(tensor.to(where) for tensor in tensors)))
 
-    def find_precision(rows: np.ndarray) -> str:
-        return network_precision(module, lambda: answer(rows)) or precision
+    def find_precision(arrays: Arrays) -> str:
+        return network_precision(module, lambda: answer(arrays)) or precision
 
     return LoadedEngine(answer=answer, find_precision=find_precision)
 

@@ -9,34 +9,36 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._inductor.config
 
 from suanli.compute.plan import use_threads
+from suanli.core.schema import Arrays, zeros
 from suanli.core.types import Engine, LoadedEngine, Placement
 from suanli.engines.backends import _compiled, _cpu, eager
-from suanli.engines.inference_module import InferenceModule, example_rows
+from suanli.engines.inference_module import InferenceModule, to_arrays, to_tensors
 from suanli.models.model_folder import load_model
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     module = InferenceModule(load_model(folder, trust_code=placement.trust_code))
+    names = tuple(module.preprocess.inputs)
     one, many = torch.compile(module, dynamic=False), torch.compile(module, dynamic=True)
 
-    def answer(rows: np.ndarray) -> np.ndarray:
+    def answer(arrays: Arrays) -> Arrays:
+        tensors = to_tensors(arrays, names)
         lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
         with use_threads(placement.threads), torch.inference_mode(), lower:
-            run = one if len(rows) == 1 else many
-            return run(torch.from_numpy(rows)).float().numpy()  # type: ignore[no-any-return]
+            run = one if len(tensors[0]) == 1 else many
+            return to_arrays(module.outputs, run(*tensors))
 
-    def find_precision(rows: np.ndarray) -> str:
-        return _compiled.kernel_precision(lambda: answer(rows))
+    def find_precision(arrays: Arrays) -> str:
+        return _compiled.kernel_precision(lambda: answer(arrays))
 
     with warnings.catch_warnings(), torch._inductor.config.patch(_compiled.SETTINGS):
         warnings.simplefilter("ignore")
         for batch in (1, 8):
-            answer(example_rows(module.preprocess, batch).numpy())
+            answer(zeros(module.preprocess.inputs, batch))
     return LoadedEngine(answer=answer, find_precision=find_precision)
 
 

@@ -15,19 +15,21 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from suanli.core.errors import MachineError, pip_install
+from suanli.core.schema import Arrays, pick
 from suanli.core.types import Device, Engine, EngineInputs, Json, LoadedEngine, Placement
+from suanli.engines.graphs import find_float_nodes, find_names
 from suanli.machine.device import instruction_sets
 
 FILE = "model.onnx"
 VNNI = {"avx512_vnni", "avx_vnni"}  # instruction sets that add products of int8 in 32 bits
 CUDA = "CUDAExecutionProvider"
+CHANNELS_OPSET = 13
 QUANTIZED = ("Conv", "MatMul", "Gemm")
 FLOAT_KINDS = ("Conv", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "FusedGemm", "NhwcFusedConv")
 INT8_KINDS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat")
@@ -83,51 +85,66 @@ def quantize(
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    assert inputs.onnx is not None
     assert inputs.calibration is not None
     logging.disable(logging.WARNING)
     folded = folder / "folded.onnx"
-    quant_pre_process(inputs.onnx, folded, skip_symbolic_shape=True)
+    quant_pre_process(_raise_opset(inputs.onnx, folded), folded, skip_symbolic_shape=True)
     quantize_static(
         folded,
         folder / FILE,
-        _Rows(inputs.calibration),
+        _CalibrationData(iter(inputs.calibration), find_names(folded)[0]),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType[activations],
         weight_type=QuantType.QInt8,
         per_channel=True,
         reduce_range=reduce_range,
         op_types_to_quantize=list(kinds),
-        nodes_to_exclude=list(inputs.kept),
+        nodes_to_exclude=[*inputs.kept, *find_float_nodes(inputs.onnx)],
         extra_options=extra,
     )
     return folded
 
 
-class _Rows:
-    """Calibration rows in batches, as the quantizer reads them."""
+def _raise_opset(path: Path, into: Path) -> Path:
+    """A graph of an opset that has scales per channel: the same, or a converted one in the file `into`."""
+    import onnx
 
-    BATCH = 8
+    model = onnx.load(path)
+    opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), CHANNELS_OPSET)
+    if opset >= CHANNELS_OPSET:
+        return path
+    onnx.save(onnx.version_converter.convert_version(model, CHANNELS_OPSET), into)
+    return into
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self._parts = iter(np.split(rows, range(self.BATCH, len(rows), self.BATCH)))
 
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        part = next(self._parts, None)
-        return None if part is None else {"rows": np.ascontiguousarray(part)}
+@dataclass(frozen=True)
+class _CalibrationData:
+    """As the quantizer reads it."""
+
+    batches: Iterator[Arrays]
+    names: Sequence[str]
+
+    def get_next(self) -> Arrays | None:
+        arrays = next(self.batches, None)
+        return None if arrays is None else pick(arrays, self.names)
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     session = _session(folder, options(placement.threads), precision, placement.device)
 
-    def answer(rows: np.ndarray) -> np.ndarray:
-        return session.run(None, {"rows": rows})[0]  # type: ignore[no-any-return]
-
-    def find_precision(rows: np.ndarray) -> str:
+    def find_precision(arrays: Arrays) -> str:
         if placement.device.type == "cpu":
             return _graph_precision(folder, placement)
-        return _profile_precision(folder, precision, placement, rows)
+        return _profile_precision(folder, precision, placement, arrays)
 
-    return LoadedEngine(answer=answer, find_precision=find_precision)
+    return LoadedEngine(answer=answers_of(session), find_precision=find_precision)
+
+
+def answers_of(session: Any) -> Callable[[Arrays], Arrays]:
+    """From arrays by the names of the graph's inputs to its outputs by theirs."""
+    inputs, outputs = ([value.name for value in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    return lambda arrays: dict(zip(outputs, session.run(outputs, pick(arrays, inputs)), strict=True))
 
 
 def _graph_precision(folder: Path, placement: Placement) -> str:
@@ -143,14 +160,14 @@ def _graph_precision(folder: Path, placement: Placement) -> str:
     return "int8" if in_int8 > sum(kinds[kind] for kind in FLOAT_KINDS) else "float32"
 
 
-def _profile_precision(folder: Path, precision: str, placement: Placement, rows: np.ndarray) -> str:
+def _profile_precision(folder: Path, precision: str, placement: Placement, arrays: Arrays) -> str:
     """On a GPU: by the runtime's profile, which says where products and convolutions ran, and its switch for TF32."""
     with tempfile.TemporaryDirectory() as work:
         settings = options(placement.threads)
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(work) / "profile")
         session = _session(folder, settings, precision, placement.device)
-        session.run(None, {"rows": rows})
+        answers_of(session)(arrays)
         providers_used = count_by_provider(json.loads(Path(session.end_profiling()).read_text()))
     most = providers_used.most_common(1)
     if most and most[0][0] != CUDA:

@@ -11,17 +11,21 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from suanli.core.schema import Arrays, pick
 from suanli.core.types import Engine, EngineInputs, LoadedEngine, Placement
 from suanli.engines.backends import _cpu
+from suanli.engines.graphs import find_float_nodes, find_names
 
 FILE = "model.xml"
 HINTS = {"float32": "f32", "bfloat16": "bf16"}
 PIECES = (8, 32)  # inputs of a batch that one core may get
+SINGLE = "suanli_single"  # in the model's information: the first axis doesn't count examples
 HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 
 
@@ -29,16 +33,34 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
     assert inputs.onnx is not None
     openvino = import_openvino()
     model = openvino.Core().read_model(inputs.onnx)
+    ends = find_names(inputs.onnx)
+    for ports, names in zip((model.inputs, model.outputs), ends, strict=True):
+        for port, name in zip(ports, names, strict=True):
+            port.tensor.set_names({name})  # else an output may have the names of inner values, too
     if precision == "int8":
         import nncf
 
         assert inputs.calibration is not None
         logging.getLogger("nncf").setLevel(logging.ERROR)
-        rows = [row[None] for row in inputs.calibration]
+        examples = list(_split(inputs.calibration, ends[0], batches=inputs.batches))
         # A node of the graph may have become several here, whose names begin with its own.
-        kept = nncf.IgnoredScope(patterns=[f"{re.escape(name)}(/.*)?" for name in inputs.kept], validate=False)
-        model = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows), ignored_scope=kept)
+        floats = (*inputs.kept, *find_float_nodes(inputs.onnx))
+        kept = nncf.IgnoredScope(patterns=[f"{re.escape(name)}(/.*)?" for name in floats], validate=False)
+        model = nncf.quantize(model, nncf.Dataset(examples), subset_size=len(examples), ignored_scope=kept)
+    if not inputs.batches:
+        model.set_rt_info("yes", [SINGLE])
     openvino.save_model(model, folder / FILE, compress_to_fp16=False)
+
+
+def _split(calibration: Sequence[Arrays], names: Sequence[str], *, batches: bool) -> Iterator[dict[str, np.ndarray]]:
+    """One example after the other."""
+    for arrays in calibration:
+        inputs = pick(arrays, names)
+        if not batches:
+            yield inputs
+            continue
+        for start in range(len(next(iter(inputs.values())))):
+            yield {name: array[start : start + 1] for name, array in inputs.items()}
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
@@ -47,7 +69,8 @@ def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
 
 
 class _CompiledModel:
-    """A model compiled for one input, for any batch, and, when it is needed, for pieces of large batches."""
+    """A model compiled for any shapes; where calls may hold several examples, for one input, too, and, when it is
+    needed, for pieces of large batches."""
 
     def __init__(self, path: Path, precision: str, threads: int) -> None:
         self._path, self._precision, self._threads = path, precision, threads
@@ -56,22 +79,26 @@ class _CompiledModel:
             self._settings["INFERENCE_PRECISION_HINT"] = HINTS[precision]
         self._openvino = import_openvino()
         self._core = self._openvino.Core()
-        self._any_batch = self._core.compile_model(path, "CPU", self._settings)
-        self._one_input = self._compile_for(1, "LATENCY")
+        model = self._core.read_model(path)
+        self._inputs, self._outputs = ([port.any_name for port in ports] for ports in (model.inputs, model.outputs))
+        self._any_shape = self._core.compile_model(model, "CPU", self._settings)
+        self._batches = not model.has_rt_info([SINGLE])
+        self._one_input = self._compile_for(1, "LATENCY") if self._batches else None
         self._queues: dict[int, Any] = {}  # by size of a piece
         self._best_piece: dict[int, int] = {}  # by the number of sizes to choose from; 0: the batch stays in one piece
 
-    def answer(self, rows: np.ndarray) -> np.ndarray:
-        choices = [piece for piece in PIECES if 1 < self._threads <= len(rows) // piece]
+    def answer(self, arrays: Arrays) -> Arrays:
+        inputs = pick(arrays, self._inputs)
+        choices = [piece for piece in PIECES if self._batches and 1 < self._threads <= _count(inputs) // piece]
         if not choices:
-            return self._compute(rows)
+            return self._compute(inputs)
         if len(choices) not in self._best_piece:
-            self._best_piece[len(choices)] = self._find_fastest(rows, choices)
-        return self._compute_in_pieces(rows, self._best_piece[len(choices)])
+            self._best_piece[len(choices)] = self._find_fastest(inputs, choices)
+        return self._compute_in_pieces(inputs, self._best_piece[len(choices)])
 
-    def find_precision(self, rows: np.ndarray) -> str:  # noqa: ARG002
+    def find_precision(self, arrays: Arrays) -> str:  # noqa: ARG002
         precisions: Counter[str] = Counter()
-        for operation in self._any_batch.get_runtime_model().get_ordered_ops():
+        for operation in self._any_shape.get_runtime_model().get_ordered_ops():
             facts = operation.get_rt_info()
             if facts["layerType"].value in HEAVY:
                 precisions[facts["runtimePrecision"].value] += 1
@@ -81,43 +108,54 @@ class _CompiledModel:
     def _compile_for(self, batch: int, hint: str) -> Any:
         """For one batch size: constant shapes are up to a fifth faster for a small network."""
         model = self._core.read_model(self._path)
-        model.reshape([batch, *list(model.input(0).partial_shape)[1:]])
+        model.reshape({port: [batch, *list(port.partial_shape)[1:]] for port in model.inputs})
         return self._core.compile_model(model, "CPU", self._settings | {"PERFORMANCE_HINT": hint})
 
-    def _compute(self, rows: np.ndarray) -> np.ndarray:
-        run = self._one_input if len(rows) == 1 else self._any_batch
-        return np.array(run(rows)[0])  # a copy, since the next call writes into the same memory
+    def _compute(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        run = self._one_input if self._one_input is not None and _count(inputs) == 1 else self._any_shape
+        answers = run(inputs)  # copied, since the next call writes into the same memory
+        return {name: np.array(answers[place]) for place, name in enumerate(self._outputs)}
 
-    def _compute_in_pieces(self, rows: np.ndarray, piece: int) -> np.ndarray:
+    def _compute_in_pieces(self, inputs: Arrays, piece: int) -> dict[str, np.ndarray]:
         """A piece on each core at once, instead of all cores on one call; 0: in one piece."""
         if not piece:
-            return self._compute(rows)
+            return self._compute(inputs)
         if piece not in self._queues:
             self._queues[piece] = self._openvino.AsyncInferQueue(self._compile_for(piece, "THROUGHPUT"))
-        queue, end = self._queues[piece], len(rows) // piece * piece
-        answers = np.empty((len(rows), self._any_batch.output(0).partial_shape[1].get_length()), np.float32)
+        queue, count = self._queues[piece], _count(inputs)
+        end = count // piece * piece
+        answers: dict[int, list[np.ndarray]] = {}  # by the first example of a piece
 
         def copy(request: Any, start: int) -> None:
-            answers[start : start + piece] = request.get_output_tensor().data
+            answers[start] = [np.array(tensor.data) for tensor in request.output_tensors]
 
         queue.set_callback(copy)
         for start in range(0, end, piece):
-            queue.start_async({0: rows[start : start + piece]}, start, share_inputs=True)
-        if end < len(rows):
-            answers[end:] = self._compute(rows[end:])
+            queue.start_async(_slice(inputs, start, start + piece), start, share_inputs=True)
+        if end < count:
+            answers[end] = list(self._compute(_slice(inputs, end, count)).values())
         queue.wait_all()
-        return answers
+        parts = [answers[start] for start in sorted(answers)]
+        return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self._outputs)}
 
-    def _find_fastest(self, rows: np.ndarray, choices: list[int]) -> int:
+    def _find_fastest(self, inputs: Arrays, choices: list[int]) -> int:
         """The fastest size of a piece depends on the network and the caches; it is measured on the first large
         batch."""
         seconds = {}
         for piece in [0, *choices]:
             for _ in range(2):  # the first compiles and warms up
                 before = time.perf_counter()
-                self._compute_in_pieces(rows, piece)
+                self._compute_in_pieces(inputs, piece)
                 seconds[piece] = time.perf_counter() - before
         return min(seconds, key=lambda piece: seconds[piece])
+
+
+def _count(inputs: Arrays) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _slice(inputs: Arrays, start: int, stop: int) -> dict[str, np.ndarray]:
+    return {name: array[start:stop] for name, array in inputs.items()}
 
 
 def import_openvino() -> Any:

@@ -9,7 +9,7 @@ graph has. So the graph is prepared (`_tensorrt_graph.py`), which is tested with
     int8      Q/DQ around products and convolutions: signed and symmetric, as TensorRT has no zero points; biases stay
               floating point, and so do the outputs of a layer, up to the next one's Q/DQ
 
-In all of them the cast of uint8 rows comes first: TensorRT allows nothing but a cast for uint8 at a network's input.
+In all of them the cast of uint8 inputs comes first: TensorRT allows nothing but a cast for uint8 at a network's input.
 A plan is for one type of GPU and one version of TensorRT. The kernel times that the builder measures are not stored.
 
 Not run on a GPU, nor with TensorRT: what calls it is written after NVIDIA's documentation of versions 10 and 11
@@ -28,18 +28,22 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from suanli.core.errors import MachineError, pip_install
+from suanli.core.schema import Arrays, pick
 from suanli.core.types import Device, Engine, EngineInputs, Json, LoadedEngine, Placement
 from suanli.engines.backends import onnxruntime as onnx_engine
 from suanli.engines.backends._tensorrt_graph import OTHER_ENGINES, prepare_graph
 
+if TYPE_CHECKING:
+    import torch
+
 FILE = "model.plan"
 VERSIONS = (10, 11)
-LEAST, USUAL, MOST = 1, 16, 64  # rows: the fewest of a plan, those that it is tuned for, the most
+LEAST, USUAL, MOST = 1, 16, 64  # examples: the fewest of a plan, those that it is tuned for, the most
 
 
 def why_not(device: Device, precision: str) -> str | None:
@@ -87,15 +91,23 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
             config.clear_flag(trt.BuilderFlag.TF32)
         else:  # what int8 leaves to floating point may be in TF32, too
             config.set_flag(trt.BuilderFlag.TF32)
-        profile = builder.create_optimization_profile()
-        source = network.get_input(0)
-        row = tuple(source.shape)[1:]
-        profile.set_shape(source.name, (LEAST, *row), (USUAL, *row), (MOST, *row))
-        config.add_optimization_profile(profile)
+        sources = [network.get_input(number) for number in range(network.num_inputs)]
+        _refuse_free_sides({source.name: tuple(source.shape) for source in sources}, batches=inputs.batches)
+        if inputs.batches:
+            profile = builder.create_optimization_profile()
+            for source in sources:
+                profile.set_shape(source.name, *((size, *tuple(source.shape)[1:]) for size in (LEAST, USUAL, MOST)))
+            config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise MachineError(f"TensorRT builds no plan ({logger.last or 'it gives no reason'}).", fix=OTHER_ENGINES)
     (folder / FILE).write_bytes(memoryview(plan))
+
+
+def _refuse_free_sides(shapes: Mapping[str, tuple[int, ...]], *, batches: bool) -> None:
+    for name, shape in shapes.items():
+        if -1 in shape[1 if batches else 0 :]:
+            raise MachineError(f"Plans are for constant shapes; {name} is {shape}.", fix=OTHER_ENGINES)
 
 
 def _parser_errors(parser: Any) -> str:
@@ -148,37 +160,51 @@ class _Plan:
                 fix="Plans are for one GPU and one version of TensorRT: make it again with suanli optimize.",
             )
         names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
-        (self._source,) = (n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
-        (self._target,) = (n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT)
+        self._inputs = [n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self._outputs = [n for n in names if n not in self._inputs]
+        shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
+        self._batches = all(shape[:1] == (-1,) for shape in shapes.values())
         self._buffers = {}  # memory that every call uses
-        for name in names:
+        for name, shape in shapes.items():
             dtype = getattr(torch, DTYPES[self._engine.get_tensor_dtype(name).name])
-            shape = (MOST, *tuple(self._engine.get_tensor_shape(name))[1:])
-            self._buffers[name] = torch.zeros(shape, dtype=dtype, device=self._device)
+            full = (MOST, *shape[1:]) if self._batches else shape
+            self._buffers[name] = torch.zeros(full, dtype=dtype, device=self._device)
             self._context.set_tensor_address(name, self._buffers[name].data_ptr())
         torch.cuda.synchronize(self._device)  # the zeros were written in another stream
 
-    def answer(self, rows: np.ndarray) -> np.ndarray:
+    def answer(self, arrays: Arrays) -> Arrays:
         import torch
 
+        inputs = pick(arrays, self._inputs)
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            parts = [self._answer_part(rows[start : start + MOST]) for start in range(0, len(rows), MOST)]
-            return np.concatenate(parts)
+            if not self._batches:
+                return self._compute(inputs)
+            parts = [
+                self._compute({name: array[start : start + MOST] for name, array in inputs.items()})
+                for start in range(0, len(inputs[self._inputs[0]]), MOST)
+            ]
+            return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
 
-    def _answer_part(self, rows: np.ndarray) -> np.ndarray:
+    def _compute(self, inputs: Arrays) -> dict[str, np.ndarray]:
         import torch
 
-        if not self._context.set_input_shape(self._source, rows.shape):
-            raise RuntimeError(f"TensorRT refuses the shape {rows.shape} ({self._logger.last})")
-        self._buffers[self._source][: len(rows)].copy_(torch.from_numpy(rows))
+        for name, array in inputs.items():
+            if not self._context.set_input_shape(name, array.shape):
+                raise RuntimeError(f"TensorRT refuses the shape {array.shape} of {name} ({self._logger.last})")
+            self._part(name, len(array) if self._batches else None).copy_(torch.from_numpy(array))
         if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise RuntimeError(f"TensorRT failed ({self._logger.last})")
-        return self._buffers[self._target][: len(rows)].cpu().numpy()
+        count = len(inputs[self._inputs[0]]) if self._batches else None
+        return {name: self._part(name, count).cpu().numpy() for name in self._outputs}
 
-    def find_precision(self, rows: np.ndarray) -> str:
+    def _part(self, name: str, count: int | None) -> torch.Tensor:
+        """Of a buffer, what so many examples need; None: all."""
+        return self._buffers[name] if count is None else self._buffers[name][:count]
+
+    def find_precision(self, arrays: Arrays) -> str:
         import tensorrt as trt
 
-        self.answer(rows)  # so that shapes, and thus formats, are fixed
+        self.answer(arrays)  # so that shapes, and thus formats, are fixed
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context
         layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
