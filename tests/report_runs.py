@@ -6,13 +6,16 @@ import base64
 import io
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from suanli.core.schema import Geometry, example_of
 from suanli.core.types import Recipe
+from suanli.tasks.classification import Classification
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 TEXTS = [
@@ -39,61 +42,115 @@ def text_preview(text: str) -> dict[str, str]:
 
 def evaluation(split: str, classes: list[str], truth: np.ndarray, odds: np.ndarray, previews: list[Any]) -> Any:
     """An evaluation file from real probabilities."""
-    predicted, k = odds.argmax(1), len(classes)
-    matrix = np.zeros((k, k), int)
-    np.add.at(matrix, (truth, predicted), 1)
-    right, sure = predicted == truth, odds.max(1)
-    bins = [(sure > low) & (sure <= low + 0.1) for low in np.arange(0, 1, 0.1)]
-    precision = matrix.diagonal() / np.maximum(matrix.sum(0), 1)
-    recall = matrix.diagonal() / np.maximum(matrix.sum(1), 1)
+    task = Classification(classes=tuple(classes))
+    predictions, targets = {"probabilities": odds.astype(np.float32)}, {"class": truth}
+    records = task.records(predictions, targets)
+    errors, geometry = task.errors(records), Geometry.unchanged((8, 8))
+    worst = [int(i) for i in np.argsort(-errors, kind="stable")[:12] if errors[i]]
     examples = [
         {
             "name": f"{split}/{classes[truth[i]]}/{i:04d}.png",
-            "true": classes[truth[i]],
-            "predicted": classes[predicted[i]],
-            "probability": float(sure[i]),
-            "true_probability": float(odds[i, truth[i]]),
+            "expected": asdict(task.describe_target(example_of(targets, i), geometry)),
+            "answer": asdict(task.answer(example_of(predictions, i), geometry, top=20)),
+            "error": float(errors[i]),
+            "view": asdict(geometry),
             "preview": previews[i],
         }
-        for i in range(len(truth))
+        for i in (*worst, *range(min(24, len(truth))))
     ]
-    wrong = sorted((i for i in range(len(truth)) if not right[i]), key=lambda i: -sure[i])
-    pairs = sorted(((int(matrix[i, j]), i, j) for i in range(k) for j in range(k) if i != j), reverse=True)
-    return {
+    accuracy = task.scores(records)["accuracy"]
+    scores = {
+        "accuracy": accuracy,
+        "top5": 0.986,
+        "balanced_accuracy": 0.855,
+        "macro_f1": 0.913,
+        "calibration_error": 0.031,
+        "log_loss": 0.274,
+    }
+    return task.evaluate(records) | {
         "split": split,
         "count": len(truth),
-        "scores": {
-            "accuracy": float(right.mean()),
-            "top5": float((np.argsort(-odds)[:, :5] == truth[:, None]).any(1).mean()),
-            "balanced_accuracy": float(recall.mean()),
-            "macro_f1": 0.913,
-            "calibration_error": 0.031,
-            "log_loss": 0.274,
-        },
-        "interval": [float(right.mean()) - 0.02, min(1.0, float(right.mean()) + 0.02)],
+        "headline": "accuracy",
+        "unit": "fraction",
+        "higher_is_better": True,
+        "scores": scores,
+        "units": {name: task.unit_of(name) for name in scores},
+        "interval": [accuracy - 0.02, min(1.0, accuracy + 0.02)],
         "intervals": {"macro_f1": [0.891, 0.934], "log_loss": [0.231, 0.322]},
-        "per_class": [
-            {
-                "name": name,
-                "count": int(matrix[i].sum()),
-                "precision": float(precision[i]),
-                "recall": float(recall[i]),
-                "f1": float(2 * precision[i] * recall[i] / max(precision[i] + recall[i], 1e-9)),
-            }
-            for i, name in enumerate(classes)
-        ],
-        "confusion": matrix.tolist() if k <= 200 else None,
-        "confused": [{"true": classes[i], "predicted": classes[j], "count": n} for n, i, j in pairs[:20] if n],
-        "reliability": [
-            {"confidence": float(sure[b].mean()), "accuracy": float(right[b].mean()), "count": int(b.sum())}
-            for b in bins
-            if b.any()
-        ],
-        "with_augmentation": {"views": 4, "scores": {"accuracy": min(1.0, float(right.mean()) + 0.008)}},
-        "mistakes": [examples[i] for i in wrong[:12]],
-        "samples": examples[:24],
+        "with_augmentation": {"views": 4, "scores": {"accuracy": min(1.0, accuracy + 0.008)}},
+        "mistakes": examples[: len(worst)],
+        "samples": examples[len(worst) :],
         "seconds": 0.8,
     }
+
+
+def in_older_form(evaluation: Any) -> Any:
+    """As versions wrote it that knew classification only."""
+    older = {key: value for key, value in evaluation.items() if key not in ("unit", "units", "higher_is_better")}
+    for key in ("mistakes", "samples"):
+        older[key] = [
+            {
+                "name": one["name"],
+                "true": one["expected"]["values"]["label"],
+                "predicted": one["answer"]["values"]["label"],
+                "probability": one["answer"]["values"]["probability"],
+                "true_probability": one["answer"]["values"]["probabilities"].get(one["expected"]["values"]["label"]),
+                "preview": one["preview"],
+            }
+            for one in evaluation[key]
+        ]
+    return older
+
+
+def ages_run(path: Path, task: str = "ages") -> Path:
+    """Of a task that isn't installed: numbers in years are predicted, and a lower score is better."""
+    metric = {"headline": "mean_absolute_error", "unit": "years", "higher_is_better": False}
+    answers = [("31.5", "30", 1.5), ("44", "44", 0.0)]
+    examples = [
+        {
+            "name": f"face{i}.png",
+            "expected": {"kind": "value", "text": true, "values": {"value": float(true)}},
+            "answer": {"kind": "value", "text": answer, "values": {"value": float(answer)}},
+            "error": error,
+            "view": {"size": [8, 8], "scale": [0.1, 0.1], "shift": [0, 0]},
+            "preview": png(np.zeros((8, 8))),
+        }
+        for i, (answer, true, error) in enumerate(answers)
+    ]
+    scores = {"mean_absolute_error": 3.4216, "r2": -0.21}
+    write(path / "recipe.json", {"model": "resnet18", "task": task})
+    counts = {"train": {"0 to 20": 50, "20 to 40": 70}, "test": {"0 to 20": 5, "20 to 40": 7}}
+    write(path / "data.json", {"name": "faces", "classes": [], "counts": counts})
+    remarks = ["no training targets from 60 to 80, but others"]
+    write(path / "check.json", {"total": 132, "imbalance": None, "empty_classes": [], "remarks": remarks})
+    lines = [{"step": i, "epoch": i, "split": "val", "scores": {"mean_absolute_error": 12 / i}} for i in (1, 2, 3)]
+    write_lines(path / "metrics.jsonl", lines)
+    scored = metric | {
+        "split": "test",
+        "count": 12,
+        "scores": scores,
+        "units": {"mean_absolute_error": "years", "r2": "fraction"},
+        "intervals": {"mean_absolute_error": [3.1, 3.75], "r2": [-0.4, 0.1]},
+        "interval": [3.1, 3.75],
+        "mistakes": examples[:1],
+        "samples": examples,
+    }
+    write(path / "evaluation" / "test.json", scored)
+    return path
+
+
+def boxes_entry(preview: Any, **more: Any) -> Any:
+    """A picture of 200 x 100 pixels that was resized to 50 x 50 with its sides kept: 12.5 rows stay empty above."""
+    true = {"boxes": [{"box": [20, 10, 60, 90], "label": "ant"}]}
+    answered = {"boxes": [{"box": [24, 10, 60, 80], "label": "ant", "probability": 0.9}]}
+    return {
+        "name": "ants.png",
+        "expected": {"kind": "boxes", "text": "1 ant", "values": true},
+        "answer": {"kind": "boxes", "text": "1 ant 90%", "values": answered},
+        "error": 0.2,
+        "view": {"size": [50, 50], "scale": [0.25, 0.25], "shift": [12.5, 0]},
+        "preview": preview,
+    } | more
 
 
 def digits_run(path: Path) -> Path:
@@ -228,6 +285,13 @@ def hostile_run(path: Path) -> Path:
     scored = evaluation("test", classes, truth, odds, [previews[i % 3] for i in range(40)])
     for one in scored["mistakes"] + scored["samples"]:
         one["name"] = HOSTILE
+    numbers = [math.nan, math.inf, 1e300, 1e99, -1.0, None]
+    boxes = [{"box": [n, 0, n, 1], "label": HOSTILE, "probability": n} for n in numbers]
+    drawn = {"kind": "boxes", "text": HOSTILE, "values": {"boxes": boxes}}
+    views = [{"size": [n, 1], "scale": [1, n], "shift": [0, 0]} for n in numbers]
+    scored["samples"] += [boxes_entry(png(np.zeros((2, 2))), answer=drawn, view=view) for view in views]
+    strange = {"kind": HOSTILE, "text": long, "values": {HOSTILE: long}}
+    scored["samples"].append(boxes_entry(None, answer=strange, expected=strange))
     write(path / "evaluation" / "test.json", scored)
     write(path / "recipe.json", {"model": HOSTILE, "model_args": {HOSTILE: [long]}, long: HOSTILE})
     counts = {"train": dict.fromkeys(classes, 3)}

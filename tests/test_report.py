@@ -13,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,19 +21,25 @@ from hypothesis import strategies as st
 from report_runs import (
     HOSTILE,
     TEXTS,
+    ages_run,
+    boxes_entry,
     digits_run,
     hostile_engines,
     hostile_run,
+    in_older_form,
     many_classes_run,
+    png,
     text_run,
     write,
     write_lines,
 )
 from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, roofline
 from suanli.core.errors import DamagedFile, DataError, StorageError
+from suanli.core.sections import Line, Matrix, Plot, Table
 from suanli.reporting import words
 from suanli.reporting.bars import Step, waterfall
 from suanli.reporting.charts import Series, chart, decades, thin, ticks
+from suanli.reporting.section_views import section_views
 from suanli.verbs.report import report
 
 
@@ -111,6 +118,7 @@ MAKERS = {
     "text": text_run,
     "many": many_classes_run,
     "hostile": worst_run,
+    "ages": ages_run,
     "bench": bench_run,
 }
 
@@ -170,10 +178,93 @@ def test_texts_are_shown_as_texts(tmp_path: Path) -> None:
 
 def test_many_classes_fold_away(tmp_path: Path) -> None:
     seen = page(many_classes_run(tmp_path / "run"))
-    assert seen.says("The other 980 classes")
+    assert seen.says("The other 980 classes")  # of the data
+    assert seen.says("The other 980 rows")  # of the scores
     assert seen.says("Most confused classes")
     assert "heat" not in {attrs.get("class") for tag, attrs in seen.tags if tag == "table"}
     assert len(seen.source) < 3_000_000
+
+
+def test_an_evaluation_of_an_older_version_looks_the_same(run: Path) -> None:
+    whole = page(run).source
+    for path in (run / "evaluation").iterdir():
+        write(path, in_older_form(json.loads(path.read_text(encoding="utf-8"))))
+    assert page(run).source == whole
+
+
+def test_a_task_of_another_version_is_shown_with_its_units_and_answers(tmp_path: Path) -> None:
+    seen = page(ages_run(tmp_path / "run"))
+    assert seen.says("resnet18 was trained on faces (120 training inputs).")
+    assert seen.says("mean absolute error is 3.422 years (95 % interval 3.1 to 3.75 years).")
+    assert seen.says("3.422 years mean absolute error, test split, 12 inputs 95 % interval 3.1 to 3.75 years Lower is")
+    assert seen.says("split and view mean absolute error years r2 Test, single view 3.422 3.1 to 3.75 −21.0 % −40.0 %")
+    assert seen.says("Inputs by value in each split. values training test all 0 to 20 50 5 55")
+    assert seen.says("No training targets from 60 to 80, but others.")
+    assert seen.says("31.5 is 30 face0.png")
+    assert seen.says("✓ 44 face1.png")
+    assert seen.says("The answers that are most wrong, the worst first.")
+    for absent in ("class", "✗", "accuracy", "Each class", "None"):
+        assert absent not in seen.words
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert "mean absolute error: 3.422 years (95 % interval 3.1 to 3.75 years), lower is better" in card.replace(
+        words.SPACE, " "
+    )
+    assert "class" not in card
+
+
+def test_boxes_are_drawn_over_the_picture(tmp_path: Path) -> None:
+    path = ages_run(tmp_path / "run")
+    edit(path / "evaluation" / "test.json", samples=[boxes_entry(png(np.zeros((50, 50))))], mistakes=[])
+    seen = page(path)
+    (drawing,) = [attrs for tag, attrs in seen.tags if tag == "svg" and "role" not in attrs]
+    assert drawing["viewbox"] == "0 0 50.0 50.0"
+    (transform,) = [attrs["transform"] for tag, attrs in seen.tags if "transform" in attrs]
+    assert transform == "matrix(0.25 0 0 0.25 0.0 12.5)"
+    expected, answered = [attrs for tag, attrs in seen.tags if tag == "rect"]
+    assert [expected[side] for side in ("class", "x", "y", "width", "height")] == [
+        "expected",
+        "20.0",
+        "10.0",
+        "40.0",
+        "80.0",
+    ]
+    assert [answered[side] for side in ("class", "x", "y", "width", "height")] == [
+        "answered",
+        "24.0",
+        "10.0",
+        "36.0",
+        "70.0",
+    ]
+    assert seen.says("ant 90.0 %")
+    assert seen.says("1 ant 90% is 1 ant")
+    assert seen.says("Solid boxes are predicted, dashed ones are true.")
+
+
+def test_figures_that_the_task_cannot_read_are_named(run: Path) -> None:
+    edit(run / "evaluation" / "test.json", per_class=[{"name": "0", "f1": "high"}, {"name": "1", "f1": 0.5}])
+    with pytest.raises(DamagedFile, match=r"test\.json.*figures.*classification"):
+        report(run)
+
+
+def test_a_task_shows_what_it_likes() -> None:
+    table = Table(
+        title="Ranges", columns=("range", "error"), formats=("text", "number"), rows=(("0 to 1", 0.25), (None, None))
+    )
+    beside = Plot(title="", x_label="true", lines=(Line(label="all", points=((1, 2), (3, 4)), weights=(1, 4)),))
+    empty = Plot(title="Nothing", x_label="x", lines=(Line(label="none", points=()),))
+    matrix = Matrix(title="Confusion", names=("a", "a"), counts=((3, 1), (0, 0)))
+    (first, second), (third,) = section_views([table, beside, empty, matrix])
+    assert first.table is not None
+    assert first.table.columns == [("range", False), ("error", True)]
+    assert first.table.rows == [["0 to 1", "0.25"], ["–", "–"]]
+    assert first.table.bars == []
+    assert second.chart is not None
+    assert [dot.radius for dot in second.chart.lines[0].dots] == [4, 6]  # by area
+    assert second.chart.lines[0].path == ""
+    assert third.heat_map is not None
+    (_, cells), (_, none) = third.heat_map
+    assert [(cell.count, cell.right, cell.strength) for cell in cells] == [(3, True, 0.866), (1, False, 0.5)]
+    assert [cell.strength for cell in none] == [0, 0]
 
 
 def test_the_primary_metric_is_the_one_that_the_evaluation_names(run: Path) -> None:
@@ -290,6 +381,17 @@ def test_a_bench_is_reported_in_full(tmp_path: Path) -> None:
     card = (tmp_path / "cifar10-bench-1" / "README.md").read_text(encoding="utf-8")
     assert "2.83 times plain PyTorch" in card
     assert "trained with suanli" not in card
+
+
+def test_a_bench_of_a_score_that_is_better_when_lower(tmp_path: Path) -> None:
+    figures = bench() | {"headline": "mean_absolute_error", "unit": "years", "tolerance": 0.034}
+    for one in figures["rungs"]:
+        one["scores"] = {"mean_absolute_error": 3.4}
+    write(ages_run(tmp_path) / "bench.json", figures)
+    seen = page(tmp_path)
+    assert seen.says("mean absolute error difference to plain, years plain PyTorch")
+    assert seen.says("3.4 years −0.003 (−0.014 to +0.009)")  # a gain of 0.003
+    assert seen.says("the task tolerates a loss of 0.034 years.")
 
 
 def test_a_bench_of_another_version_is_to_be_run_again(tmp_path: Path) -> None:
@@ -460,7 +562,7 @@ def test_hostile_names_are_only_shown(tmp_path: Path) -> None:
     assert "onerror" not in {key for _, attrs in seen.tags for key in attrs}
     assert seen.says(HOSTILE)
     assert seen.says("{{ 7 * 7 }}")
-    assert seen.count("img") == 0
+    assert seen.count("img") == 6  # none but those of boxes
 
 
 def test_a_name_that_is_no_unicode(run: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from report_runs import HOSTILE, hostile_engines, write
+from report_runs import HOSTILE, ages_run, hostile_engines, write
 from suanli.core.errors import DamagedFile
 from suanli.core.types import Difference
-from suanli.engines.candidates import Candidate, SearchResult, Speed
+from suanli.engines.candidates import Candidate, Estimate, SearchResult, Speed
 from suanli.verbs.report import report
 from test_report import Page, circles, page
 
@@ -190,6 +190,26 @@ def test_without_labels_there_is_no_score(tmp_path: Path) -> None:
     assert ups[0] < ups[1]  # the reference has more inputs per second
 
 
+def test_without_labels_lower_precision_is_compared_with_the_reference(tmp_path: Path) -> None:
+    same = Estimate(name="answers", value=0.993, low=0.981, high=0.9975)
+    away = Estimate(name="probabilities", value=0.021, low=0.019, high=0.023)
+    reference = replace(EAGER, score=None, difference=None)
+    other = replace(INT8, score=None, difference=None, drift=0.021, drifts=(away,), agreement=same)
+    search = replace(SEARCH, candidates=(reference, other), chosen=other, labelled=False, origin="unlabelled")
+    seen = page_of(tmp_path, search)
+    assert seen.says(
+        "On 4,000 of 5,107 inputs without labels its answers differ from the reference's by 0.021 on average, and "
+        "99.30 % decide the same (95 % interval 98.1 % to 99.8 %)."
+    )
+    assert seen.says("differs by same answer 1 openvino int8")
+    assert seen.says("0.021 99.30 %")
+    assert seen.says("Up to 0.5 % of answers may decide otherwise than the reference's.")
+    drawn = replace(
+        search, chosen=replace(other, agreement=None), candidates=(reference, replace(other, agreement=None))
+    )
+    assert page_of(tmp_path, drawn).says("its answers differ from the reference's by 0.021 on average. Measured")
+
+
 # --- the plot --------------------------------------------------------------------------------
 
 
@@ -224,6 +244,25 @@ def test_the_lowest_score_that_is_tolerated_is_a_line_below_the_reference(tmp_pa
     heights = [float(dot["cy"] or 0) for dot in circles(seen, "area")]
     assert float(line[1]) > max(heights)
     assert not page_of(tmp_path, replace(SEARCH, tolerance=math.nan)).says("lowest tolerated")
+
+
+def test_a_lower_score_may_be_the_better_one(tmp_path: Path) -> None:
+    reference = replace(EAGER, score=3.4)
+    int8 = replace(INT8, score=3.42, difference=Difference(median=-0.02, low=-0.09, high=0.05))
+    search = replace(SEARCH, candidates=(reference, int8), chosen=int8, tolerance=0.034)
+    path = ages_run(tmp_path)
+    write(path / "model" / "engines" / "engines.json", engines(search) | {"headline": "mean_absolute_error"})
+    seen = page(path)
+    assert seen.says("its mean absolute error is 3.42 years, +0.02 years against the reference (95 % interval −0.05 to")
+    assert seen.says("a loss of up to 0.034 years of mean absolute error is tolerated.")
+    assert seen.says("a loss as small as that: the interval is ±0.07 years wide.")
+    assert seen.says("mean absolute error difference, years 1 openvino int8")
+    assert seen.says("3.42 years +0.02 (−0.05 to +0.09)")
+    assert seen.says("mean absolute error, years ms for one input")
+    assert seen.says("highest tolerated")
+    line = re.search(r'<g class="rule-line"><path d="M[\d.]+ ([\d.]+)L', seen.source)
+    assert line is not None
+    assert float(line[1]) < min(float(dot["cy"] or 0) for dot in circles(seen, "area"))
 
 
 def test_engines_of_one_speed_and_no_other_can_be_drawn(tmp_path: Path) -> None:

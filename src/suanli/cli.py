@@ -201,16 +201,18 @@ def _train(result: _Result, options: dict[str, Any]) -> None:
 
 
 def _run(result: _Result, options: dict[str, Any]) -> None:
+    from suanli.core import registry
     from suanli.verbs.run import run
 
     made = run(**options)
     if is_muted():
         return
     result.values = _describe(made) | {"scores": made.scores}
-    metric, value = next(iter(made.scores.items()))
+    metric = registry.load("tasks", made.recipe.task).metric
+    score = metric.format(made.scores[metric.name])
     lines = {"Run": made.path, "Model": made.model_path, "Report": made.path / "report.html"}
     text = "".join(f"\n{name + ':':<8}{path}" for name, path in lines.items())
-    result.render = lambda: f"Test {metric}: {value:.2%}{text}"
+    result.render = lambda: f"Test {metric.name}: {score}{text}"
 
 
 def _describe(run: Run) -> dict[str, Any]:
@@ -271,7 +273,7 @@ def _evaluate(
         result.render = lambda: table(evaluation)
 
 
-@app.command("predict", help="Predict the labels of files, folders or standard input.")
+@app.command("predict", help="Answer for files, folders or standard input.")
 def _predict(
     words: Annotated[
         list[str],
@@ -282,7 +284,9 @@ def _predict(
     url: Annotated[
         str | None, typer.Option(help="Ask this server instead, and name no MODEL: http://127.0.0.1:8000.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 5,
+    top: Annotated[
+        int, typer.Option(min=1, help="How many entries of an answer that ranks, such as classes, to show.")
+    ] = 5,
     engine: Engine = "auto",
     device: DeviceName = "auto",
     trust_code: TrustCode = False,
@@ -376,13 +380,14 @@ def _optimize(
     ],
     goal: Annotated[str, typer.Option("--for", help="latency, throughput, size or energy.")] = "latency",
     tolerance: Annotated[
-        float | None, typer.Option(help="Loss of the primary metric that is accepted, as a fraction.")
+        float | None, typer.Option(help="Loss of the primary metric that is accepted, such as 0.005.")
     ] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="95 of 100 single answers must be quicker.")] = None,
     time_budget: Annotated[str, typer.Option(help="For all of it: 90s, 5m, 1.5h.")] = "3m",
     engines: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Labelled data for calibration and evaluation; default: the run's.")
+        Path | None,
+        typer.Option(help="For calibration and evaluation: labelled data, a folder of pictures, .npz files."),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Of a function's network (.safetensors).")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels of an ONNX file's input: 224, or 224x160.")] = None,

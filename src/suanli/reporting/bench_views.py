@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from suanli.core.task import Metric
 from suanli.reporting import words
 from suanli.reporting.bars import Step, Waterfall, waterfall
 from suanli.training.ablation_records import Ablation, Estimate, EvaluationFigures, TrainingFigures, Variant
@@ -45,8 +46,10 @@ class BenchView:
     notes: list[str]
 
 
-def bench_view(ablation: Ablation) -> BenchView:
-    parts = [_part(ablation, key) for key in PARTS if any(getattr(variant, key) for variant in ablation.variants)]
+def bench_view(ablation: Ablation, metric: Metric) -> BenchView:
+    parts = [
+        _part(ablation, metric, key) for key in PARTS if any(getattr(variant, key) for variant in ablation.variants)
+    ]
     kinds = {bar.kind for part in parts if part.chart for bar in part.chart.bars if bar.strong}
     best = _last_accepted(ablation, "train")
     return BenchView(
@@ -54,18 +57,19 @@ def bench_view(ablation: Ablation) -> BenchView:
         loses="second" in kinds,
         refuses="refused" in kinds,
         parts=parts,
-        notes=_notes(ablation),
+        notes=_notes(ablation, metric),
     )
 
 
-def _part(ablation: Ablation, key: str) -> Part:
+def _part(ablation: Ablation, metric: Metric, key: str) -> Part:
     variants, columns = ablation.variants, _columns(key)
     figures: list[Figures | None] = [getattr(variant, key) for variant in variants]
     rows = [[words.UNKNOWN if one is None else show(one) for show in columns.values()] for one in figures]
     names = list(columns)
     if key == "train":
-        names += [words.with_spaces(ablation.metric), "difference to plain, points"]
-        rows = [[*cells, *_scores(ablation, variant)] for cells, variant in zip(rows, variants, strict=True)]
+        unit = words.unit_of_change(metric.unit)
+        names += [words.with_spaces(metric.name), "difference to plain" + (f", {unit}" if unit else "")]
+        rows = [[*cells, *_scores(metric, variant)] for cells, variant in zip(rows, variants, strict=True)]
     known = [i for i in range(len(names)) if any(cells[i] != words.UNKNOWN for cells in rows)]
     return Part(
         title=PARTS[key],
@@ -101,12 +105,8 @@ def _columns(key: str) -> dict[str, Callable[[Figures], str]]:
     }
 
 
-def _scores(ablation: Ablation, variant: Variant) -> list[str]:
-    change = words.UNKNOWN
-    if (difference := variant.difference) is not None:
-        low, high = words.points(difference.low), words.points(difference.high)
-        change = f"{words.points(difference.median)} ({low} to {high})"
-    return [words.score(ablation.metric, variant.scores.get(ablation.metric)), change]
+def _scores(metric: Metric, variant: Variant) -> list[str]:
+    return [words.score(variant.scores.get(metric.name), metric.unit), words.difference(variant.difference, metric)]
 
 
 def _step(variant: Variant, figures: Figures | None) -> Step:
@@ -147,7 +147,7 @@ def _last_accepted(ablation: Ablation, key: str) -> Figures | None:
     return next((one for one in reversed(figures) if one is not None), None)
 
 
-def _notes(ablation: Ablation) -> list[str]:
+def _notes(ablation: Ablation, metric: Metric) -> list[str]:
     notes = []
     if ablation.rounds > 1:
         notes.append(
@@ -161,11 +161,11 @@ def _notes(ablation: Ablation) -> list[str]:
         )
     note = f"Scores are on validation after {words.count(ablation.steps, 'step')} from the same start"
     if words.is_known(ablation.tolerance):
-        note += f"; the task tolerates a fall of {_points(ablation.tolerance)} points"
-    return [*notes, f"{note}.", *_caveats(ablation)]
+        note += f"; the task tolerates a loss of {words.amount(ablation.tolerance, metric.unit)}"
+    return [*notes, f"{note}.", *_caveats(ablation, metric)]
 
 
-def _caveats(ablation: Ablation) -> list[str]:
+def _caveats(ablation: Ablation, metric: Metric) -> list[str]:
     """What makes the scores less sure."""
     caveats = [
         f"{variant.name} lost some of its score with this seed but not with another one: chance, so it isn't refused."
@@ -175,7 +175,7 @@ def _caveats(ablation: Ablation) -> list[str]:
     if ablation.widest_interval > ablation.tolerance:
         caveats.append(
             f"{words.count(ablation.validation_examples, 'validation example')} can't show a loss as small as that: "
-            f"intervals are up to ±{_points(ablation.widest_interval)} points wide."
+            f"intervals are up to ±{words.amount(ablation.widest_interval, metric.unit)} wide."
         )
     if ablation.steps < ablation.planned_steps:
         caveats.append(
@@ -183,10 +183,6 @@ def _caveats(ablation: Ablation) -> list[str]:
             "learning rate had not come down, so scores vary more."
         )
     return caveats
-
-
-def _points(value: float) -> str:
-    return words.points(value).lstrip("+−")
 
 
 def sentences(ablation: Ablation, model: str, data: str) -> list[str]:

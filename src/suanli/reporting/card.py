@@ -10,7 +10,7 @@ import shlex
 
 from suanli.reporting import prose
 from suanli.reporting.files import RunFiles
-from suanli.reporting.records import Data, Evaluation
+from suanli.reporting.records import Data
 from suanli.reporting.words import interval, score
 
 
@@ -27,7 +27,7 @@ def card(run: RunFiles) -> str:
     )
     if run.data:
         lines += ["", "## Data", "", *_data(run.data)]
-    lines += ["", "## How good it is", "", *_scores(run.evaluations.get("test"))]
+    lines += ["", "## How good it is", "", *_scores(run)]
     if run.trained:
         lines += ["", "## Use", "", *_use(name)]
     lines += ["", "## Limits", "", *_limits(run)]
@@ -57,20 +57,21 @@ def _data(data: Data) -> list[str]:
     classes = ", ".join(map(_plain, data.classes[:20])) + (", …" if len(data.classes) > 20 else "")
     return [
         f"- {_plain(data.name or '?')}: {sizes}",
-        f"- {len(data.classes)} classes: {classes}",
+        *([f"- {len(data.classes)} classes: {classes}"] if data.classes else []),
         f"- Licence: {_plain(data.licence or 'not stated')}",
     ]
 
 
-def _scores(evaluation: Evaluation | None) -> list[str]:
-    if evaluation is None:
+def _scores(run: RunFiles) -> list[str]:
+    if (evaluation := run.evaluations.get("test")) is None:
         return ["Not evaluated on the test split yet: `suanli evaluate` does it."]
     lines = [f"On {evaluation.count or 0:,} test inputs that took no part in training or in any choice:", ""]
     for name, value in evaluation.scores.items():
-        bounds = interval(name, evaluation.all_intervals.get(name))
-        lines.append(
-            f"- {name.replace('_', ' ')}: {score(name, value)}{f' (95 % interval {bounds})' if bounds else ''}"
-        )
+        unit = run.unit_of(name)
+        bounds = interval(evaluation.all_intervals.get(name), unit)
+        remark = ", lower is better" if name == evaluation.primary and not evaluation.higher_is_better else ""
+        bounds = f" (95 % interval {bounds})" if bounds else ""
+        lines.append(f"- {name.replace('_', ' ')}: {score(value, unit)}{bounds}{remark}")
     return lines
 
 
@@ -80,15 +81,14 @@ def _use(name: str) -> list[str]:
         f"suanli predict {shlex.quote(name)} INPUT...",
         "```",
         "",
-        "The folder `model/` is enough: preprocessing and class names are inside.",
+        "The folder `model/` is enough: all that a prediction needs is inside.",
     ]
 
 
 def _limits(run: RunFiles) -> list[str]:
-    lines = [
-        "- It knows these classes only: anything else gets the name of one of them.",
-        "- It was evaluated on inputs from the source that it learned from; others can be harder.",
-    ]
+    lines = ["- It was evaluated on inputs from the source that it learned from; others can be harder."]
+    if run.data and run.data.classes:
+        lines.insert(0, "- It knows these classes only: anything else gets the name of one of them.")
     if run.check and run.check.counts.get("duplicates_across_splits"):
         lines.append("- Some inputs are in more than one split, so the scores are too high (see the report).")
     if run.check and run.check.counts.get("groups_across_splits"):

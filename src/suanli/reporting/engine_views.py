@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from suanli.core.task import Metric
 from suanli.engines.candidates import Candidate, SearchResult
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, decades
@@ -45,9 +46,9 @@ class SearchView:
     notes: list[str]
 
 
-def search_view(engines: Engines) -> SearchView | None:
+def search_view(engines: Engines, metric: Metric) -> SearchView | None:
     """None where no candidate is known."""
-    search, metric = engines.search, engines.metric
+    search = engines.search
     if search is None or not search.candidates:
         return None
     order = sorted(search.candidates, key=lambda one: (one.state != "accepted", one.cost(search.goal)))
@@ -55,9 +56,9 @@ def search_view(engines: Engines) -> SearchView | None:
     columns, cells = _table(tried, search, metric)
     scored = any(words.is_known(one.score) for one in tried)
     return SearchView(
-        sentences=_sentences(engines, search),
+        sentences=_sentences(engines, search, metric),
         chart=_plot(tried, search, metric if scored else None),
-        score=words.with_spaces(metric) if scored else None,
+        score=words.with_spaces(metric.name) if scored else None,
         columns=columns,
         rows=[_row(number, one, search, cells[number - 1]) for number, one in enumerate(tried, 1)],
         untried=[(one.name, f"{_state(one)}: {one.reason}") for one in order if one not in tried],
@@ -79,9 +80,9 @@ GAINS: dict[str, Callable[[float], str]] = {
 }
 
 
-def _sentences(engines: Engines, search: SearchResult) -> list[str]:
+def _sentences(engines: Engines, search: SearchResult, metric: Metric) -> list[str]:
     machine = engines.machine
-    sentences = [_choice(search), _score(search, engines.metric)]
+    sentences = [_choice(search), _score(search, metric)]
     if machine.device:
         cores = f" with {words.count(machine.cores, 'core')}" if machine.cores else ""
         sentences.append(f"Measured on {machine.device}{cores}.")
@@ -99,40 +100,59 @@ def _choice(search: SearchResult) -> str:
     return f"{choice}; the reference is {reference.name}."
 
 
-def _score(search: SearchResult, metric: str) -> str:
+def _score(search: SearchResult, metric: Metric) -> str:
     chosen = search.chosen
+    part = "all" if search.of_examples == search.examples else f"{words.number(search.examples)} of"
+    if search.origin == "unlabelled":
+        inputs = f"{part} {words.count(search.of_examples, 'input')} without labels"
+        return f"On {inputs} {_agreement(chosen)}." if chosen.drifts else f"Answers were compared on {inputs}."
     if not search.labelled:
         made_up = words.count(search.examples, "made-up input")
         return f"Without labelled data only float32 was tried, and answers were compared on {made_up}."
     if not words.is_known(chosen.score):
         return ""
-    score = f"its {words.with_spaces(metric)} is {words.score(metric, chosen.score, 2)}"
-    if not _same(chosen, search.candidates[0]):
-        form = f", {{}} points against the reference (95{words.SPACE}% interval {{}} to {{}})"
-        score += _difference(chosen, form)
-    part = "all" if search.of_examples == search.examples else f"{words.number(search.examples)} of"
+    score = f"its {words.with_spaces(metric.name)} is {words.score(chosen.score, metric.unit, 2)}"
+    if not _same(chosen, search.candidates[0]) and chosen.difference:
+        median, low, high = (words.change(value, metric.unit, 2) for value in metric.change(chosen.difference))
+        score += f", {words.with_unit(median, words.unit_of_change(metric.unit))} against the reference"
+        score += f" (95{words.SPACE}% interval {low} to {high})"
     return f"On {part} {words.count(search.of_examples, 'validation example')} {score}."
+
+
+def _agreement(chosen: Candidate) -> str:
+    """With the reference's answers."""
+    differs = f"its answers differ from the reference's by {_drift(chosen)} on average"
+    if (same := chosen.agreement) is None:
+        return differs
+    bounds = words.interval((same.low, same.high), words.FRACTION)
+    return f"{differs}, and {words.percent(same.value, 2)} decide the same (95{words.SPACE}% interval {bounds})"
+
+
+def _drift(one: Candidate) -> str:
+    """Where it was measured in place of a score."""
+    return f"{one.drift:.2g}" if one.drifts and words.is_known(one.drift) else words.UNKNOWN
 
 
 def _same(one: Candidate, other: Candidate) -> bool:
     return (one.engine, one.precision, one.kept) == (other.engine, other.precision, other.kept)
 
 
-def _notes(search: SearchResult, metric: str) -> list[str]:
+def _notes(search: SearchResult, metric: Metric) -> list[str]:
     notes = [
         "p50, p95, p99: one input, with all threads unless one is clearly faster; inputs/s: with the batch size and "
         "the threads that are best. All took turns, each in a process of its own, whose memory is in the table."
     ]
     if words.is_known(search.tolerance) and search.labelled:
-        allowed = words.points(search.tolerance).lstrip("+−")
         notes.append(
             "Differences are to the reference on the same examples, with the 95 % interval; a loss of up to "
-            f"{allowed} points of {words.with_spaces(metric)} is tolerated."
+            f"{words.amount(search.tolerance, metric.unit)} of {words.with_spaces(metric.name)} is tolerated."
         )
         difference = search.chosen.difference
         if difference and (half := (difference.high - difference.low) / 2) > search.tolerance:
-            wide = words.points(half).lstrip("+−")
-            notes.append(f"So few examples can't show a loss as small as that: the interval is ±{wide} points wide.")
+            wide = words.amount(half, metric.unit)
+            notes.append(f"So few examples can't show a loss as small as that: the interval is ±{wide} wide.")
+    if search.origin == "unlabelled" and search.chosen.agreement:
+        notes.append(f"Up to {words.percent(search.tolerance)} of answers may decide otherwise than the reference's.")
     if any(one.kept for one in search.candidates):
         notes.append("Rescued: so many of the most sensitive layers were kept in higher precision.")
     if search.graph:
@@ -148,16 +168,18 @@ def _notes(search: SearchResult, metric: str) -> list[str]:
 # --- the table ---
 
 
-def _table(tried: Sequence[Candidate], search: SearchResult, metric: str) -> tuple[list[Cell], list[list[Cell]]]:
+def _table(tried: Sequence[Candidate], search: SearchResult, metric: Metric) -> tuple[list[Cell], list[list[Cell]]]:
     """Columns in which anything is known, and their cells."""
 
     def ms(percentile: str) -> Callable[[Candidate], Cell]:
         return lambda one: Cell(text=_ms(getattr(one.latency(), percentile, None)))
 
     def score(one: Candidate) -> Cell:
-        difference = "" if one is search.candidates[0] else _difference(one, "{} ({} to {})")
-        return Cell(text=words.score(metric, one.score, 2), detail=difference)
+        against = None if one is search.candidates[0] else one.difference
+        difference = "" if against is None else words.difference(against, metric, 2)
+        return Cell(text=words.score(one.score, metric.unit, 2), detail=difference)
 
+    unit = words.unit_of_change(metric.unit)
     columns: dict[Cell, Callable[[Candidate], Cell]] = {
         Cell(text="p50 ms"): ms("p50_s"),
         Cell(text="p95"): ms("p95_s"),
@@ -166,7 +188,10 @@ def _table(tried: Sequence[Candidate], search: SearchResult, metric: str) -> tup
         Cell(text="energy", detail="an input"): lambda one: Cell(text=words.si(_joules(one), "J")),
         Cell(text="size", detail="memory"): lambda one: _both(words.memory, one.size_bytes, one.memory_bytes),
         Cell(text="load", detail="build"): lambda one: _both(words.span, one.load_s, one.build_s),
-        Cell(text=words.with_spaces(metric), detail="difference, points"): score,
+        Cell(text="differs by", detail="same answer"): lambda one: Cell(
+            text=_drift(one), detail=words.percent(one.agreement.value, 2) if one.agreement else ""
+        ),
+        Cell(text=words.with_spaces(metric.name), detail=f"difference{f', {unit}' if unit else ''}"): score,
     }
     everything = {title: [show(one) for one in tried] for title, show in columns.items()}
     known = {title: cells for title, cells in everything.items() if any(cell.text != words.UNKNOWN for cell in cells)}
@@ -201,14 +226,6 @@ def _throughput(one: Candidate) -> Cell:
     return Cell(text=words.number(speed.per_s), detail=f"{words.number(speed.batch)}, {words.number(speed.threads)}")
 
 
-def _difference(one: Candidate, form: str) -> str:
-    """Of the score to the reference's, with its interval; empty where it isn't known."""
-    if one.difference is None:
-        return ""
-    values = (one.difference.median, one.difference.low, one.difference.high)
-    return form.format(*(words.points(v, 2) for v in values)) if all(map(words.is_known, values)) else ""
-
-
 def _ms(value: float | None) -> str:
     return words.number(float(f"{1000 * value:.3g}")) if words.is_known(value) else words.UNKNOWN
 
@@ -218,14 +235,15 @@ def _ms(value: float | None) -> str:
 Placed = tuple[int, Candidate, Point]
 
 
-def _plot(tried: Sequence[Candidate], search: SearchResult, metric: str | None) -> Chart | None:
+def _plot(tried: Sequence[Candidate], search: SearchResult, metric: Metric | None) -> Chart | None:
     """Latency against the score, or, without one, against inputs per second. Only accepted engines have a place."""
-    percent = metric is not None and words.score(metric, search.candidates[0].score).endswith("%")
+    percent = metric is not None and metric.unit == words.FRACTION
+    scale = 100 if percent else 1
 
     def up(one: Candidate) -> float:
         speed = one.throughput()
         value = one.score if metric is not None else None if speed is None else speed.per_s
-        return (100 if percent else 1) * value if words.is_known(value) else math.nan
+        return scale * value if words.is_known(value) else math.nan
 
     timed = [(number, one, one.latency()) for number, one in enumerate(tried, 1) if one.state == "accepted"]
     placed = [(number, one, (1000 * speed.p50_s, up(one))) for number, one, speed in timed if speed]
@@ -234,22 +252,29 @@ def _plot(tried: Sequence[Candidate], search: SearchResult, metric: str | None) 
         return None
     low, high = min(x for *_, (x, _) in placed) / 1.05, max(x for *_, (x, _) in placed) * 1.05
     x_range = decades(low / 10, low)[-1], decades(high, 10 * high)[0]  # round values, so that few have ticks, too
-    lowest = up(search.candidates[0]) - (100 if percent else 1) * search.tolerance
-    tolerated = Series(label="lowest tolerated", points=[(x, lowest) for x in x_range], colour="rule-line")
-    what = words.with_spaces(metric or "inputs per second")
+    what, unit, tolerated = "inputs per second", "", []
+    if metric is not None:
+        what, unit = words.with_spaces(metric.name), "%" if percent else metric.unit
+        tolerated = [_tolerated(up(search.candidates[0]), scale * search.tolerance, metric, x_range)]
     return chart(
         f"Engines: latency and {what}",
         [
-            *([tolerated] if metric is not None and words.is_known(search.tolerance) else []),
+            *tolerated,
             _dots("other engines", "rule-line", [p for p in placed if not p[1].best], search),
             _dots("unbeaten", "first", [p for p in placed if p[1].best], search),
         ],
         x_label="ms for one input (p50)",
         x_range=x_range,
-        y_label=f"{what}, %" if percent else what,
+        y_label=f"{what}, {unit}" if unit else what,
         show=words.si if metric is None else None,
         log="x",
     )
+
+
+def _tolerated(reference: float, tolerance: float, metric: Metric, x_range: Point) -> Series:
+    """The worst score that the gate accepts; it has no place in the plot where the tolerance isn't known."""
+    worst, which = (reference - tolerance, "lowest") if metric.higher_is_better else (reference + tolerance, "highest")
+    return Series(label=f"{which} tolerated", points=[(x, worst) for x in x_range], colour="rule-line")
 
 
 def _dots(label: str, colour: str, placed: Sequence[Placed], search: SearchResult) -> Series:

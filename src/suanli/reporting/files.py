@@ -6,18 +6,22 @@ DamagedFile. Nothing is interpreted here, and nothing but these files is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from suanli.compute.roofline_records import Roofline
+from suanli.core import registry
 from suanli.core.errors import DamagedFile
 from suanli.core.run import Run, read_lines
+from suanli.core.sections import Section
 from suanli.core.storage import read_json
+from suanli.core.task import Metric, Task
 from suanli.core.types import SPLITS, AnyPath, Measurement
 from suanli.reporting.parse_record import FIX, parse_record
 from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, Summary
+from suanli.reporting.words import FRACTION
 from suanli.training.ablation_records import Ablation
 from suanli.training.scaling_records import Scaling
 
@@ -43,18 +47,35 @@ class RunFiles:
     engines: Engines | None
     trained: bool
     only_bench: bool  # it measures speed and trains nothing
+    task: type[Task] | None  # None: this version doesn't know it
+    sections: dict[str, list[Section]]  # of each evaluation, by split: what the task shows of its figures
+
+    def unit_of(self, score: str) -> str:
+        """Of a score, as an evaluation names it; older versions didn't, so it is the task's."""
+        stated = {name: unit for one in self.evaluations.values() for name, unit in one.units.items()}
+        return stated.get(score, self.task.unit_of(score) if self.task else FRACTION)
+
+    def metric(self, name: str) -> Metric:
+        """How a primary score is shown that `bench` or `optimize` compared."""
+        if self.task is not None and self.task.metric.name == name:
+            return self.task.metric
+        evaluation = next((one for one in self.evaluations.values() if one.metric == name), Evaluation())
+        return Metric(name=name, tolerance=0.0, unit=self.unit_of(name), higher_is_better=evaluation.higher_is_better)
 
 
 def read_run(path: AnyPath) -> RunFiles:
     """Raises DataError where no run is, DamagedFile for a file that can't be used."""
     path = Run.open(path).path
-    evaluations = {split: _read(path / "evaluation" / f"{split}.json", Evaluation) for split in SPLITS}
+    recipe = _recipe(path / "recipe.json")
+    task = _task(recipe)
+    files = {split: path / "evaluation" / f"{split}.json" for split in SPLITS}
+    evaluations = {split: _read(file, Evaluation) for split, file in files.items()}
     metrics = _without_repeats(_read_lines(path / "metrics.jsonl", Metrics))
     trained = (path / "model" / "model.json").is_file()
     measured = any((path / name).is_file() for name in ("bench.json", "scaling.json"))
     return RunFiles(
         path=path,
-        recipe=_recipe(path / "recipe.json"),
+        recipe=recipe,
         environment=_read(path / "environment.json", Environment),
         data=_read(path / "data.json", Data),
         check=_read(path / "check.json", Check),
@@ -68,7 +89,25 @@ def read_run(path: AnyPath) -> RunFiles:
         engines=_read(path / "model" / "engines" / "engines.json", Engines),
         trained=trained,
         only_bench=measured and not trained and not metrics,
+        task=task,
+        sections={split: _sections(task, file) for split, file in files.items() if task and evaluations[split]},
     )
+
+
+def _task(recipe: Mapping[str, Any]) -> type[Task] | None:
+    name = recipe.get("task") or "classification"  # older versions had no other
+    task: type[Task] | None = registry.load("tasks", name) if name in registry.names("tasks") else None
+    return task
+
+
+def _sections(task: type[Task], file: Path) -> list[Section]:
+    """Raises DamagedFile for figures that the task can't read."""
+    try:
+        return task.sections(_json(file))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DamagedFile(
+            f"{file} can't be used: its figures aren't those of {task.name} ({error}).", fix=FIX
+        ) from error
 
 
 def _recipe(path: Path) -> dict[str, Any]:

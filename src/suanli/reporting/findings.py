@@ -34,7 +34,8 @@ class Finding:
 
 
 def list_findings(check: Check) -> list[Finding]:
-    return [*_duplicates(check), *_divisions(check), *_unusable(check), *_classes(check), *_oddities(check)]
+    targets = _classes(check) if words.is_known(check.imbalance) or check.empty_classes else _remarks(check)
+    return [*_duplicates(check), *_divisions(check), *_unusable(check), *targets, *_oddities(check)]
 
 
 def _total(check: Check, field: str, examples: Sequence[object]) -> int:
@@ -153,6 +154,11 @@ def _classes(check: Check) -> list[Finding]:
             )
         )
     return findings
+
+
+def _remarks(check: Check) -> list[Finding]:
+    """The task's, on targets that aren't classes."""
+    return [Finding(weight="warning", title=words.sentence(one), advice="") for one in check.remarks]
 
 
 def _oddities(check: Check) -> list[Finding]:

@@ -8,8 +8,7 @@ names what is missing.
 
 from __future__ import annotations
 
-import base64
-import struct
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,11 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from suanli.reporting import bars, charts, engine_views, findings, prose, scaling_views, speed_views, views, words
 from suanli.reporting.bench_views import bench_view
 from suanli.reporting.files import RunFiles
-from suanli.reporting.records import Preview
-
-PICTURES = {"image/png", "image/jpeg", "image/webp", "image/gif"}  # what browsers show without running it
-TINY = 64  # pixels along the longer side
-TEXT_LENGTH = 600  # characters of a text that are shown
+from suanli.reporting.gallery import cards
+from suanli.reporting.section_views import section_views
 
 
 def render(run: RunFiles) -> str:
@@ -34,14 +30,11 @@ def render(run: RunFiles) -> str:
             **_data(run),
             **_scores(run),
             **_speed(run),
+            **_score_formats(run),
             frame=charts,
             bar_frame=bars,
-            score=words.score,
-            interval=words.interval,
-            unit=words.unit,
-            picture=_picture,
-            tiny=_is_tiny,
-            text=_text,
+            bar_length=words.bar_length,
+            rows_shown=views.ROWS,
         )
     )
 
@@ -60,7 +53,7 @@ def _templates() -> Environment:
 
 
 def _overview(run: RunFiles) -> dict[str, Any]:
-    primary = views.primary_score(run.evaluations)
+    primary = views.primary_score(run)
     return {
         "run": run,
         "title": prose.title(run),
@@ -68,7 +61,7 @@ def _overview(run: RunFiles) -> dict[str, Any]:
         "primary": primary,
         "missing": prose.list_missing(run, primary),
         "abstract": prose.abstract(run, primary),
-        "curves": views.curves(run.metrics, primary.name if primary else None),
+        "curves": views.curves(run.metrics, primary.name if primary else None, run.unit_of),
     }
 
 
@@ -78,6 +71,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
         "split_sizes": views.split_sizes(run.data),
         "class_counts": views.count_rows(run.data) if run.data else ([], []),
         "findings": findings.list_findings(run.check) if run.check else None,
+        "has_classes": bool(run.data and run.data.classes),
         "listed": findings.LISTED,
     }
 
@@ -92,21 +86,34 @@ def _scores(run: RunFiles) -> dict[str, Any]:
         "evaluation_split": views.SPLIT_NAMES[split].lower() if split else None,
         "score_columns": columns,
         "score_rows": rows,
-        "class_scores": views.class_scores(evaluation) if evaluation else [],
-        "class_rows": views.ROWS,
-        "heat_map": views.heat_map(evaluation) if evaluation else None,
-        "reliability": views.reliability(evaluation) if evaluation else None,
+        "section_groups": section_views(run.sections.get(split or "", [])),
+        "samples": cards(evaluation.samples) if evaluation else [],
+        "mistakes": cards(evaluation.mistakes) if evaluation else [],
         "phases": phases,
         "total_seconds": sum(phase.seconds for phase in phases) if phases else None,
         "forecasts": views.forecasts(run.summary) if run.summary else [],
     }
 
 
+def _score_formats(run: RunFiles) -> dict[str, Any]:
+    """Of scores by name, without their units, which a heading has."""
+
+    def unit(name: str) -> str:
+        return words.FRACTION if run.unit_of(name) == words.FRACTION else ""
+
+    return {
+        "heading_unit": lambda name: run.unit_of(name).removeprefix(unit(name)),
+        "score": lambda name, value: words.score(value, unit(name)),
+        "interval": lambda name, bounds: words.interval(bounds, unit(name)),
+    }
+
+
 def _speed(run: RunFiles) -> dict[str, Any]:
     plan = (run.summary and run.summary.plan) or (run.ablation and run.ablation.plan) or None
     diagnosis = run.summary.diagnosis if run.summary else None
+    ablation = run.ablation
     return {
-        "bench": bench_view(run.ablation) if run.ablation else None,
+        "bench": bench_view(ablation, replace(run.metric(ablation.metric), unit=ablation.unit)) if ablation else None,
         "scaling": scaling_views.tables(run.scaling) if run.scaling else None,
         "diagnosis": diagnosis,
         "shares": speed_views.shares(diagnosis) if diagnosis else ([], []),
@@ -116,26 +123,5 @@ def _speed(run: RunFiles) -> dict[str, Any]:
         "plan_sentence": speed_views.plan_sentence(plan) if plan else "",
         "roof": speed_views.roof(run.roofline) if run.roofline else None,
         "layer_rows": speed_views.LAYERS,
-        "search": engine_views.search_view(run.engines) if run.engines else None,
+        "search": engine_views.search_view(run.engines, run.metric(run.engines.metric)) if run.engines else None,
     }
-
-
-def _picture(preview: Preview | None) -> str | None:
-    """The preview as an address that holds the whole picture; None: it is no picture."""
-    if preview is None or preview.media_type not in PICTURES:
-        return None
-    return f"data:{preview.media_type};base64,{base64.b64encode(preview.content).decode()}"
-
-
-def _is_tiny(preview: Preview) -> bool:
-    """A picture of so few pixels that each should be visible as one, not blurred into the next."""
-    size = preview.content[16:24]  # width and height in a PNG's first chunk
-    return preview.media_type == "image/png" and len(size) == 8 and max(struct.unpack(">2I", size)) <= TINY
-
-
-def _text(preview: Preview | None) -> str | None:
-    """The preview as text; None: it is none."""
-    if preview is None or preview.media_type.partition(";")[0] != "text/plain":
-        return None
-    text = preview.content.decode("utf-8", "replace")
-    return text if len(text) <= TEXT_LENGTH else text[:TEXT_LENGTH] + "…"

@@ -68,7 +68,7 @@ def abstract(run: RunFiles, score: views.PrimaryScore | None) -> list[str]:
         caveat = "which took no part in training or in any choice" if score.split == "test" else ""
         sentence = f"On the {inputs} of the {views.SPLIT_NAMES[score.split].lower()} split"
         sentence += f", {caveat}," if caveat else ","
-        sentence += f" {words.with_spaces(score.name)} is {words.score(score.name, score.value)}"
+        sentence += f" {words.with_spaces(score.name)} is {score.text}"
         if score.interval:
             sentence += f" (95 % interval {score.interval})"
         sentences.append(sentence + ".")
@@ -81,8 +81,9 @@ def _training(run: RunFiles) -> str:
     name = (run.data and run.data.name) or "the data"
     sentence = f"{model} was trained on {name}"
     if sizes.get("train") and run.data:
-        classes = words.count(len(views.class_names(run.data)), "class", "classes")
-        sentence += f" ({words.count(sizes['train'], 'training input')} in {classes})"
+        names = views.count_names(run.data) if run.data.classes else []
+        classes = f" in {words.count(len(names), 'class', 'classes')}" if names else ""
+        sentence += f" ({words.count(sizes['train'], 'training input')}{classes})"
     if summary and words.is_known(summary.epochs):
         sentence += f" for {words.number(summary.epochs)} epochs"
     if summary and words.is_known(summary.seconds.get("train")):

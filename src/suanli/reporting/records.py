@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Base64Bytes, Field
 
@@ -51,7 +51,7 @@ class Data:
     source: str | None = None
     licence: str | None = None
     classes: tuple[str, ...] = ()
-    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> class -> inputs
+    counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> class or range -> inputs
     input_shape: tuple[int, ...] = ()
     digest: str | None = None
 
@@ -97,8 +97,9 @@ class Check:
     counts: Mapping[str, int] = field(default_factory=dict)  # how long the lists are in full
     traits: Mapping[str, int] = field(default_factory=dict)
     sizes: Sizes | None = None
-    imbalance: Number = None
+    imbalance: Number = None  # of classes
     empty_classes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # the task's, on its targets
     notes: tuple[str, ...] = ()
     groups: Mapping[str, int] = field(default_factory=dict)  # by split; empty: examples have no groups
     groups_across_splits: tuple[DividedGroup, ...] = ()
@@ -157,29 +158,6 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassScore:
-    name: str = "?"
-    count: int | None = None
-    precision: Number = None
-    recall: Number = None
-    f1: Number = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfusedPair:
-    true: str = "?"
-    predicted: str = "?"
-    count: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReliabilityBin:
-    confidence: Number = None
-    accuracy: Number = None
-    count: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class AugmentedScores:
     views: int | None = None
     scores: Scores = field(default_factory=dict)
@@ -195,27 +173,66 @@ class Preview:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Box:
+    box: tuple[Number, Number, Number, Number] | None = None  # left, top, right, bottom in pixels of the input
+    label: str | None = None
+    probability: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassesAnswer:
+    label: str | None = None
+    probability: Number = None
+    probabilities: Mapping[str, Number] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxesAnswer:
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    kind: str = "text"
+    text: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)  # by kind: `ClassesAnswer`, `BoxesAnswer`
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a preview shows: a coordinate c of axis a of the input is c * scale[a] + shift[a] there. Axes are height and
+    width."""
+
+    size: tuple[Number, ...] = ()
+    scale: tuple[Number, ...] = ()
+    shift: tuple[Number, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     name: str = "?"
+    answer: Answer | None = None
+    expected: Answer | None = None
+    error: Number = None
+    view: View | None = None
+    preview: Preview | None = None
+    # In place of answers in older versions, which knew classes only.
     true: str | None = None
     predicted: str | None = None
     probability: Number = None
     true_probability: Number = None
-    preview: Preview | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     split: str | None = None
     metric: Annotated[str | None, Field(alias="headline")] = None  # the primary one; None: the first of `scores`
+    higher_is_better: bool = True
+    units: Mapping[str, str] = field(default_factory=dict)  # of scores; older versions wrote none
     count: int | None = None
     scores: Scores = field(default_factory=dict)
     interval: tuple[Number, Number] | None = None  # of the primary score
     intervals: Intervals = field(default_factory=dict)  # older versions wrote the primary score's only
-    per_class: tuple[ClassScore, ...] = ()
-    confusion: tuple[tuple[int, ...], ...] | None = None
-    confused: tuple[ConfusedPair, ...] = ()
-    reliability: tuple[ReliabilityBin, ...] | None = None
     with_augmentation: AugmentedScores | None = None
     mistakes: tuple[Example, ...] = ()
     samples: tuple[Example, ...] = ()

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from suanli.core.types import SPLITS
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, thin
-from suanli.reporting.records import ClassScore, Data, Evaluation, Intervals, Metrics, Scores, Summary
+from suanli.reporting.files import RunFiles
+from suanli.reporting.records import Data, Evaluation, Intervals, Metrics, Scores, Summary
 
-HEAT_MAP_CLASSES = 20  # beyond, cells are too small to read
 ROWS = 20  # shown at once; the others fold away
 
 
@@ -26,20 +26,24 @@ class PrimaryScore:
     split: str
     name: str
     value: float | None
+    text: str  # with its unit
     interval: str  # empty: not known
+    higher_is_better: bool
     count: int | None
 
 
-def primary_score(evaluations: dict[str, Evaluation]) -> PrimaryScore | None:
+def primary_score(run: RunFiles) -> PrimaryScore | None:
     """From the test split; from validation, and so named, while test isn't evaluated."""
     for split in ("test", "val"):
-        if (evaluation := evaluations.get(split)) is None or (name := evaluation.primary) is None:
+        if (evaluation := run.evaluations.get(split)) is None or (name := evaluation.primary) is None:
             continue
         return PrimaryScore(
             split=split,
             name=name,
             value=evaluation.scores[name],
-            interval=words.interval(name, evaluation.all_intervals.get(name)),
+            text=words.score(evaluation.scores[name], run.unit_of(name)),
+            interval=words.interval(evaluation.all_intervals.get(name), run.unit_of(name)),
+            higher_is_better=evaluation.higher_is_better,
             count=evaluation.count,
         )
     return None
@@ -77,17 +81,17 @@ class CountRow:
     name: str
     counts: tuple[int | None, ...]
     total: int
-    share: float  # of the largest class
+    share: float  # of the largest
 
 
 def count_rows(data: Data) -> tuple[list[str], list[CountRow]]:
-    """Splits, and the inputs of each class in them; with many classes the largest first."""
+    """Splits, and the inputs of each class, or range of values, in them; of many classes the largest first."""
     splits = [split for split in SPLITS if split in data.counts]
-    classes = class_names(data)
-    totals = {name: sum(data.counts[split].get(name, 0) for split in splits) for name in classes}
+    names = count_names(data)
+    totals = {name: sum(data.counts[split].get(name, 0) for split in splits) for name in names}
     largest = max(totals.values(), default=0) or 1
-    if len(classes) > ROWS:
-        classes.sort(key=lambda name: -totals[name])
+    if data.classes and len(names) > ROWS:
+        names.sort(key=lambda name: -totals[name])
     return splits, [
         CountRow(
             name=name,
@@ -95,11 +99,11 @@ def count_rows(data: Data) -> tuple[list[str], list[CountRow]]:
             total=totals[name],
             share=totals[name] / largest,
         )
-        for name in classes
+        for name in names
     ]
 
 
-def class_names(data: Data) -> list[str]:
+def count_names(data: Data) -> list[str]:
     """As listed, then what was counted but isn't listed."""
     return list(dict.fromkeys([*data.classes, *(name for counts in data.counts.values() for name in counts)]))
 
@@ -109,45 +113,9 @@ def split_sizes(data: Data | None) -> dict[str, int]:
     return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
 
 
-def class_scores(evaluation: Evaluation) -> list[ClassScore]:
-    """The lowest F1 first; what isn't known last."""
-    return sorted(evaluation.per_class, key=lambda one: one.f1 if one.f1 is not None and one.f1 >= 0 else 2.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    count: int
-    right: bool
-    strength: float  # 0 to 1: root of the share of the row's true class, so that few are visible too
-    text: str
-
-
-def heat_map(evaluation: Evaluation) -> list[tuple[str, list[Cell]]] | None:
-    """Rows of true classes, cells of predicted ones. None: no matrix, or too many classes for one."""
-    matrix = evaluation.confusion
-    if not matrix or len(matrix) > HEAT_MAP_CLASSES or any(len(row) != len(matrix) for row in matrix):
-        return None
-    names = [one.name for one in evaluation.per_class]
-    if len(names) != len(matrix):
-        names = [str(i) for i in range(len(matrix))]
-    rows = []
-    for i, row in enumerate(matrix):
-        total = sum(row) or 1
-        cells = [
-            Cell(
-                count=n,
-                right=i == j,
-                strength=round(math.sqrt(max(n, 0) / total), 3),
-                text=f"{words.count(n, 'input')} of {names[i]} predicted as {names[j]} ({words.percent(n / total)})",
-            )
-            for j, n in enumerate(row)
-        ]
-        rows.append((names[i], cells))
-    return rows
-
-
-def curves(metrics: Sequence[Metrics], name: str | None) -> list[Chart]:
-    """Loss, validation score and learning rate over epochs (over steps, if epochs aren't known)."""
+def curves(metrics: Sequence[Metrics], name: str | None, unit: Callable[[str], str]) -> list[Chart]:
+    """Loss, validation score and learning rate over epochs (over steps, if epochs aren't known). `unit` is that of a
+    score."""
     by_epoch = all(metric.epoch is not None for metric in metrics)
     x_label = "epoch" if by_epoch else "step"
 
@@ -156,8 +124,9 @@ def curves(metrics: Sequence[Metrics], name: str | None) -> list[Chart]:
 
     training = [m for m in metrics if m.split is None]
     validation = [m for m in metrics if m.split is not None]
-    name = name or next((key for m in validation for key in m.scores), None)
-    scores = [(_place(m, by_epoch), _value(m.scores.get(name or ""))) for m in validation]
+    name = name or next((key for m in validation for key in m.scores), "")
+    percent = unit(name) == words.FRACTION
+    scores = [(_place(m, by_epoch), _value(m.scores.get(name))) for m in validation]
     few = len(validation) <= 40
     x_range = (0.0, max((_place(m, by_epoch) for m in metrics), default=0.0))
     validation_loss = thin(points(validation, "loss"))
@@ -177,7 +146,8 @@ def curves(metrics: Sequence[Metrics], name: str | None) -> list[Chart]:
             [Series(label="validation", points=thin(scores), colour="second", dots=few)],
             x_label=x_label,
             x_range=x_range,
-            show=_score_writer(scores),
+            y_label="" if percent else unit(name),
+            show=_score_writer(scores) if percent else None,
         ),
         chart(
             "Learning rate",
@@ -205,32 +175,10 @@ def _value(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _score_writer(points: Sequence[Point]) -> Callable[[float], str] | None:
+def _score_writer(points: Sequence[Point]) -> Callable[[float], str]:
     values = [y for _, y in points if words.is_known(y)]
-    if not values or min(values) < 0 or max(values) > 1:
-        return None
-    close = max(values) - min(values) <= 0.1  # ticks at 2.5 points, or nearer
+    close = max(values, default=0.0) - min(values, default=0.0) <= 0.1  # ticks at 2.5 points, or nearer
     return lambda value: words.percent(value, decimals=1 if close else 0)
-
-
-def reliability(evaluation: Evaluation) -> Chart | None:
-    """Stated confidence against the share that was right; dots grow with the number of inputs."""
-    bins = [b for b in evaluation.reliability or () if b.count and words.is_known(b.confidence)]
-    most = max((b.count for b in bins), default=1)
-    points = [(_value(b.confidence), _value(b.accuracy)) for b in bins]
-    radii = [2 + 4 * math.sqrt(b.count / most) for b in bins]
-    if not points:
-        return None
-    return chart(
-        "Reliability",
-        [
-            Series(label="perfectly calibrated", points=[(0.0, 0.0), (1.0, 1.0)], colour="rule-line"),
-            Series(label="this model", points=points, radii=radii),
-        ],
-        x_label="confidence",
-        x_range=(0.0, 1.0),
-        y_range=(0.0, 1.0),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

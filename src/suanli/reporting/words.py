@@ -10,8 +10,11 @@ from datetime import datetime
 from typing import Any, TypeGuard
 
 from suanli.core.console import duration, size
+from suanli.core.task import Metric
+from suanli.core.types import Difference
 
 UNKNOWN = "–"
+FRACTION = "fraction"
 SPACE = "\N{NO-BREAK SPACE}"  # a line never ends between a number and its sign
 
 
@@ -22,16 +25,21 @@ def is_known(value: float | None) -> TypeGuard[float]:
 
 def percent(value: float | None, decimals: int = 1) -> str:
     """A fraction: 0.9834 is '98.3 %'."""
-    return f"{100 * value:.{decimals}f}{SPACE}%" if is_known(value) else UNKNOWN
+    if not is_known(value):
+        return UNKNOWN
+    text = f"{100 * value:.{decimals}f}".replace("-", "−") if abs(value) < 100 else number(100 * value)
+    return f"{text}{SPACE}%"
 
 
 def number(value: float | None) -> str:
-    """'1,437'; '0.0312'; '12.5'."""
+    """'1,437'; '0.0312'; '−12.5'."""
     if not is_known(value):
         return UNKNOWN
-    if value == int(value) and abs(value) < 1e15:
+    if value < 0:
+        return f"−{number(-value)}"
+    if value == int(value) and value < 1e15:
         return f"{int(value):,}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= value < 1e15 else f"{value:.4g}"
 
 
 def times(value: float | None) -> str:
@@ -39,18 +47,49 @@ def times(value: float | None) -> str:
     return number(round(value, 1)) if is_known(value) else UNKNOWN
 
 
-def score(name: str, value: float | None, decimals: int = 1) -> str:
-    """Scores are fractions, shown in percent; a loss is not."""
-    if value is not None and 0 <= value <= 1 and "loss" not in name:
+def score(value: float | None, unit: str, decimals: int = 1) -> str:
+    """'98.3 %' of a fraction, '3.42 years', '0.274 nats'."""
+    if unit == FRACTION:
         return percent(value, decimals)
-    return number(value)
+    return with_unit(number(value), unit) if is_known(value) else UNKNOWN
 
 
-def interval(name: str, bounds: tuple[float | None, float | None] | None) -> str:
-    """Of a score: '97.1 % to 98.9 %'; empty where it isn't known."""
+def interval(bounds: tuple[float | None, float | None] | None, unit: str) -> str:
+    """Of a score: '97.1 % to 98.9 %', '3.2 to 3.5 years'; empty where it isn't known."""
     if bounds is None or not all(map(is_known, bounds)):
         return ""
-    return " to ".join(score(name, bound) for bound in bounds)
+    if unit == FRACTION:
+        return " to ".join(map(percent, bounds))
+    return with_unit(" to ".join(map(number, bounds)), unit)
+
+
+def change(value: float | None, unit: str, decimals: int = 1) -> str:
+    """Of a score, without its unit (`unit_of_change`): '−0.1', '+1.0' points; '+0.031'."""
+    if not is_known(value):
+        return UNKNOWN
+    text = f"{100 * value:+.{decimals}f}" if unit == FRACTION else f"{value:+.3g}"
+    return text.replace("-", "−")
+
+
+def unit_of_change(unit: str) -> str:
+    return "points" if unit == FRACTION else unit
+
+
+def difference(gain: Difference | None, metric: Metric, decimals: int = 1) -> str:
+    """The change of a score, with its interval: '−0.19 (−0.45 to +0.07)'."""
+    if gain is None or not all(map(is_known, (gain.median, gain.low, gain.high))):
+        return UNKNOWN
+    median, low, high = (change(value, metric.unit, decimals) for value in metric.change(gain))
+    return f"{median} ({low} to {high})"
+
+
+def amount(value: float, unit: str) -> str:
+    """Of a difference, whichever its direction: '0.5 points', '0.031 years'."""
+    return with_unit(change(abs(value), unit).lstrip("+"), unit_of_change(unit))
+
+
+def with_unit(text: str, unit: str) -> str:
+    return f"{text}{SPACE}{unit}" if unit else text
 
 
 def seconds(value: float | None) -> str:
@@ -92,11 +131,6 @@ def ratio(value: float | None) -> str:
 def spread(value: float | None, half: float | None, show: Callable[[float | None], str] = number) -> str:
     """A value and how far it varies: '1,240 ± 12'."""
     return f"{show(value)} ± {show(half)}" if is_known(value) and is_known(half) else show(value)
-
-
-def points(value: float | None, decimals: int = 1) -> str:
-    """A difference of two scores in percentage points: '−0.1', '+1.0'."""
-    return f"{100 * value:+.{decimals}f}".replace("-", "−") if is_known(value) else UNKNOWN
 
 
 def memory(value: float | None) -> str:
@@ -141,7 +175,7 @@ def moment(time: str) -> str:
     return f"{at.day} {at:%B %Y, %H:%M}{zone}"
 
 
-def unit(value: float | None) -> float:
+def bar_length(value: float | None) -> float:
     """As the length of a bar: 0 to 1, nothing for what isn't known."""
     return round(min(max(value, 0.0), 1.0), 4) if is_known(value) else 0.0
 

@@ -21,6 +21,8 @@ from suanli.core.console import Progress, say, warn
 from suanli.core.errors import DataError, UsageError, unknown
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement
+from suanli.core.schema import Arrays, Geometry, Tensors, example_of
+from suanli.core.task import Answer, format_number
 from suanli.core.types import SPLITS, AnyPath, Device, Json, Source, Split, Step
 from suanli.data.cache import prepare_source
 from suanli.data.checks import refuse_bad_share
@@ -32,6 +34,7 @@ from suanli.training.prepare import DataOptions, resolve
 from suanli.training.validation import validation_batch_size
 
 LISTED = 24  # samples, and mistakes, that are kept with their pictures
+TOP = 20  # classes, or boxes, of each of their answers
 
 
 class AugmentedScores(TypedDict):
@@ -47,35 +50,54 @@ class Preview(TypedDict):
     base64: str
 
 
+class AnswerValues(TypedDict):
+    """The fields of an `Answer` that the report draws."""
+
+    kind: str
+    text: str
+    values: Mapping[str, Json]
+
+
+class View(TypedDict):
+    """What a preview shows: a coordinate c of axis a of the input is c * scale[a] + shift[a] there."""
+
+    size: Sequence[int]  # of the cached input
+    scale: Sequence[float]
+    shift: Sequence[float]
+
+
 class Example(TypedDict):
     """One input and its answer."""
 
     name: str
-    true: str
-    predicted: str
-    probability: float
-    true_probability: float
+    expected: AnswerValues
+    answer: AnswerValues
+    error: float  # how wrong the answer is; 0: right
+    view: View
     preview: Preview
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """All scores of one model on one split; fractions, not percent."""
+    """All scores of one model on one split; fractions are not percent."""
 
     split: str
     count: int
     metric: str  # the primary one of the scores; "headline" in the file
+    higher_is_better: bool  # of the metric
     scores: Mapping[str, float]
+    units: Mapping[str, str]  # of every score: "fraction", "nats"; that of the metric is "unit" in the file
     intervals: Mapping[str, tuple[float, float]]  # 95 %, of every score; that of the metric is "interval" in the file
     with_augmentation: AugmentedScores | None
     details: Mapping[str, object]  # what the task adds for the report: classes, confusion
-    mistakes: Sequence[Example]  # the most confident first
+    mistakes: Sequence[Example]  # the worst first
     samples: Sequence[Example]
     seconds: float
 
     def to_json(self) -> dict[str, object]:
         values = asdict(self)
         values["headline"] = values.pop("metric")
+        values["unit"] = self.units[self.metric]
         values["interval"] = self.intervals[self.metric]
         details: dict[str, Json] = values.pop("details")
         return values | details
@@ -95,7 +117,7 @@ def evaluate(
 
     Writes evaluation/<split>.json and the scores into model.json; with `data`, nothing is written.
     `augmented_views` adds the figure with test-time augmentation where the recipe's augmentations
-    have views. Raises DataError when there is no model yet or the other data has other classes.
+    have views. Raises DataError when there is no model yet or the other data has other targets.
     """
     started = time.perf_counter()
     run = Run.open(run)
@@ -127,17 +149,22 @@ def _own_split(run: Run, saved: SavedModel, options: DataOptions, split: str) ->
 
 def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: str) -> Split:
     """Labelled inputs that the run has not seen: those of `split`, or all where nothing is split."""
-    source = _find_other_source(options, data)
+    source = _find_other_source(options, data, saved.task.annotation)
     if source.kind != saved.preprocess.kind:
         raise DataError(f"The model reads {saved.preprocess.kind}, the data is {source.kind}.", fix="Use other data.")
-    unknown_class = sorted(set(source.classes) - set(saved.classes))
+    task = saved.task
+    if source.annotation != task.annotation:
+        raise DataError(
+            f"The model learned {task.annotation!r} targets, the data has {source.annotation!r}.", fix="Use other data."
+        )
+    unknown_class = sorted(set(source.classes) - set(task.classes))
     if unknown_class:
         raise DataError(
-            f"The model doesn't know the class {unknown_class[0]!r}; it knows {', '.join(saved.classes[:10])}.",
+            f"The model doesn't know the class {unknown_class[0]!r}; it knows {', '.join(task.classes[:10])}.",
             fix="Rename the classes of the data to those of the model.",
         )
-    rows = [replace(r, split="test") for r in source.rows if r.split in (split, None)]
-    source = replace(source, rows=rows, classes=saved.classes, fingerprint=f"{source.fingerprint}:{split}")
+    examples = [replace(one, split="test") for one in source.examples if one.split in (split, None)]
+    source = replace(source, examples=examples, classes=task.classes, fingerprint=f"{source.fingerprint}:{split}")
     prepared = prepare_source(
         source, saved.recipe, cache_dir_of(options.cache_dir), threads=cores(), preprocess=saved.preprocess
     )
@@ -145,15 +172,15 @@ def _other_data(saved: SavedModel, options: DataOptions, data: AnyPath, split: s
     return prepared.splits["test"]
 
 
-def _find_other_source(options: DataOptions, data: AnyPath) -> Source:
+def _find_other_source(options: DataOptions, data: AnyPath, annotation: str) -> Source:
     """Data that isn't divided needs no times, and it may have no groups."""
     options = replace(options, subject=str(data), time_column=None)
     try:
-        return options.find_source()
+        return options.find_source(annotation)
     except UsageError as error:
         if options.group_column is None and options.group_pattern is None:
             raise
-        source = replace(options, group_column=None, group_pattern=None).find_source()
+        source = replace(options, group_column=None, group_pattern=None).find_source(annotation)
         warn(f"{data} is evaluated without groups: {error}")
         return source
 
@@ -168,7 +195,7 @@ def _write(run: Run, evaluation: Evaluation, device: Device, saved: SavedModel) 
                 measurement(
                     f"{evaluation.split}_{name}",
                     value,
-                    "nats" if name == "log_loss" else "fraction",
+                    evaluation.units[name],
                     environment=here,
                     recipe=saved.recipe,
                     variant="reference",
@@ -194,58 +221,61 @@ class _Evaluator:
         if len(split) == 0:
             raise DataError("The split has no examples.", fix="Choose another split.")
         say(f"evaluating {len(split):,} examples")
-        probabilities = infer(self.step, self.saved.preprocess, task, self._rows("Evaluating"))
-        predicted = probabilities.argmax(axis=1)
-        wrong = np.flatnonzero(predicted != split.targets)
-        wrong = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:LISTED]
-        records = task.records(probabilities, split.targets)
+        predictions = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
+        records = task.records(predictions, split.targets)
+        scores, errors = task.scores(records), task.errors(records)
+        worst = np.argsort(-errors, kind="stable")[:LISTED]
         sample = np.random.default_rng(0).permutation(len(split))[:LISTED]
         return Evaluation(
             split=name,
             count=len(split),
-            metric=task.metric,
-            scores=task.scores(records),
+            metric=task.metric.name,
+            higher_is_better=task.metric.higher_is_better,
+            scores=scores,
+            units={score: task.unit_of(score) for score in scores},
             intervals=intervals(task, records, split.groups),
-            with_augmentation=self._score_views() if augmented_views else None,
-            details=task.evaluate(records, self.saved.classes),
-            mistakes=[self._example(int(i), probabilities[i]) for i in wrong],
-            samples=[self._example(int(i), probabilities[i]) for i in sample],
+            with_augmentation=self._score_views() if augmented_views and task.averages_views else None,
+            details=task.evaluate(records),
+            mistakes=[self._example(int(i), predictions, errors[i]) for i in worst if errors[i] > 0],
+            samples=[self._example(int(i), predictions, errors[i]) for i in sample],
             seconds=time.perf_counter() - started,
         )
 
-    def _rows(self, title: str) -> Iterator[torch.Tensor]:
+    def _inputs(self, title: str) -> Iterator[Tensors]:
         done = 0
         with Progress(title, len(self.feed)) as progress:
-            for rows, _, _ in self.feed.in_order(self.batch_size):
-                yield rows
-                done += len(rows)
+            for inputs, _, positions in self.feed.in_order(self.batch_size):
+                yield inputs
+                done += len(positions)
                 progress.update(done)
 
     def _score_views(self) -> AugmentedScores | None:
         """Scores over the mean of several views; None where the recipe's augmentations have none."""
-        pipeline = compose(self.saved.recipe.augment, self.saved.preprocess.kind)
-        views = len(pipeline.views(self.saved.preprocess.to_model(self.feed.rows(torch.arange(1)))))
+        task, preprocess = self.saved.task, self.saved.preprocess
+        pipeline = compose(self.saved.recipe.augment, preprocess.roles, task.targets)
+        views = len(pipeline.views(preprocess.to_model(self.feed.inputs(torch.arange(1)))))
         if views == 1:
             return None
-        rows = self._rows(f"Evaluating {views} views")
-        task = self.saved.task
-        probabilities = infer(self.step, self.saved.preprocess, task, rows, views=pipeline.views)
-        records = task.records(probabilities, self.split.targets)
+        inputs = self._inputs(f"Evaluating {views} views")
+        records = task.records(infer(self.step, preprocess, task, inputs, views=pipeline.views), self.split.targets)
         return {
             "views": views,
             "scores": task.scores(records),
             "intervals": intervals(task, records, self.split.groups),
         }
 
-    def _example(self, position: int, probabilities: np.ndarray) -> Example:
-        target, predicted = int(self.split.targets[position]), int(probabilities.argmax())
-        preview = self.saved.preprocess.preview(self.split.inputs[self.split.index[position]])
+    def _example(self, position: int, predictions: Arrays, error: float) -> Example:
+        task, split = self.saved.task, self.split
+        geometry = Geometry.from_array(split.geometries[position])
+        inputs = example_of(split.inputs, int(split.index[position]))
+        size = next(iter(inputs.values())).shape[: len(geometry.size)]
+        preview = self.saved.preprocess.preview(inputs)
         return {
-            "name": self.split.names[position],
-            "true": self.saved.classes[target],
-            "predicted": self.saved.classes[predicted],
-            "probability": float(probabilities[predicted]),
-            "true_probability": float(probabilities[target]),
+            "name": split.names[position],
+            "expected": _to_json(task.describe_target(example_of(split.targets, position), geometry)),
+            "answer": _to_json(task.answer(example_of(predictions, position), geometry, top=TOP)),
+            "error": float(error),
+            "view": {"size": size, "scale": geometry.scale, "shift": geometry.shift},
             "preview": {
                 "media_type": preview.media_type,
                 "base64": base64.b64encode(preview.content).decode(),
@@ -253,15 +283,25 @@ class _Evaluator:
         }
 
 
+def _to_json(answer: Answer) -> AnswerValues:
+    return {"kind": answer.kind, "text": answer.text, "values": answer.values}
+
+
 def table(evaluation: Evaluation) -> str:
     """The scores as text for people."""
     metric, augmented = evaluation.metric, evaluation.with_augmentation
     lines = [f"{evaluation.split}, {evaluation.count:,} examples"]
+    width = max(20, *map(len, evaluation.scores))
     for name, value in evaluation.scores.items():
-        low, high = evaluation.intervals[name]
-        lines.append(f"  {name:<20} {value:8.4f}   95 % interval {low:.4f} to {high:.4f}")
+        lines.append(f"  {name:<{width}} {_row(value, evaluation.intervals[name], evaluation.units[name], 8)}")
     if augmented is not None:
-        low, high = augmented["intervals"][metric]
-        score = f"{metric} {augmented['scores'][metric]:.4f}   95 % interval {low:.4f} to {high:.4f}"
-        lines.append(f"  with {augmented['views']} augmented views: {score}")
+        row = _row(augmented["scores"][metric], augmented["intervals"][metric], evaluation.units[metric])
+        lines.append(f"  with {augmented['views']} augmented views: {metric} {row}")
     return "\n".join(lines)
+
+
+def _row(value: float, interval: tuple[float, float], unit: str, width: int = 0) -> str:
+    """A score and its interval, with the unit behind both."""
+    is_fraction = unit == "fraction"
+    score, low, high = (f"{number:.4f}" if is_fraction else format_number(number) for number in (value, *interval))
+    return f"{score:>{width}}   95 % interval {low} to {high} {'' if is_fraction else unit}".rstrip()
