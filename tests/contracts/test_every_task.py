@@ -1,7 +1,10 @@
-"""What holds for every file of tasks/."""
+"""What holds for every file of tasks/. A new one needs a sample in tests/task_samples.py."""
+
+from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,123 +12,234 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import suanli
+from served import serving
 from suanli.core import registry
 from suanli.core.compare import difference, intervals
-from suanli.core.errors import DataError
-from suanli.core.types import Records, Task
+from suanli.core.errors import DataError, UsageError
+from suanli.core.schema import Arrays, Stored, take
+from suanli.core.sections import Matrix, Plot, Table
+from suanli.core.task import Answer, Records, Task
+from suanli.core.types import Json
+from suanli.engines import timing
+from task_samples import HERE, SAMPLES, encode, make_task
 
-CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+# A task without an annotation, of graphs that suanli didn't train, has neither targets nor scores.
+NAMES = [name for name, task in registry.load_all("tasks").items() if task.annotation]
+COUNT = 60
 
 
-@pytest.fixture(params=registry.names("tasks"))
-def task(request) -> Task:
-    task = registry.load("tasks", request.param)()
-    assert task.name == request.param
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    assert request.param in SAMPLES, "add a sample to tests/task_samples.py"
+    return str(request.param)
+
+
+@pytest.fixture
+def task(name: str) -> Task:
+    task = make_task(name)
+    assert task.name == name
     return task
 
 
-@pytest.fixture
-def answers(task: Task) -> tuple[np.ndarray, np.ndarray]:
-    logits = torch.randn(60, len(CLASSES), generator=torch.Generator().manual_seed(0))
-    return task.probabilities(logits).numpy(), np.arange(60) % len(CLASSES)
+def draw(task: Task, count: int) -> dict[str, Stored]:
+    return encode(task, SAMPLES[task.name].draw(np.random.default_rng(1), count))
+
+
+def answer(task: Task, targets: dict[str, Stored], seed: int = 1, share: float = 0.1) -> dict[str, np.ndarray]:
+    """What a model answers that is wrong on this share of the examples."""
+    count = len(next(iter(targets.values())))
+    return SAMPLES[task.name].answer(targets, np.random.default_rng(seed).random(count) < share)
 
 
 @pytest.fixture
-def records(task: Task, answers: tuple[np.ndarray, np.ndarray]) -> Records:
-    return task.records(*answers)
+def targets(task: Task) -> dict[str, Stored]:
+    return draw(task, COUNT)
+
+
+@pytest.fixture
+def answers(task: Task, targets: dict[str, Stored]) -> Arrays:
+    return answer(task, targets, share=0.3)
+
+
+@pytest.fixture
+def records(task: Task, answers: Arrays, targets: dict[str, Stored]) -> Records:
+    return task.records(answers, targets)
 
 
 def select(records: Records, which: np.ndarray) -> Records:
     return {name: column[which] for name, column in records.items()}
 
 
-def test_the_gate_has_a_tolerance_and_a_metric_among_the_scores(task, records):
-    assert isinstance(task, Task)
-    assert 0 <= task.tolerance < 0.1
+# --- targets and settings -------------------------------------------------------------------
+
+
+def test_a_task_survives_json(task: Task) -> None:
+    assert type(task).of(task.classes, json.loads(json.dumps(task.settings))) == task
+
+
+def test_an_unknown_setting_is_a_usage_error(task: Task) -> None:
+    with pytest.raises(UsageError, match="unheard_of"):
+        type(task).of(task.classes, {"unheard_of": 1})
+
+
+def test_targets_fit_their_schema(task: Task, targets: dict[str, Stored]) -> None:
+    assert targets.keys() == task.targets.keys()
+    (one,) = SAMPLES[task.name].draw(np.random.default_rng(0), 1)
+    for column, array in task.encode(one, HERE).items():
+        assert array.dtype == task.targets[column].dtype
+        assert len(array.shape) == len(task.targets[column].shape)
+        assert all(side in (None, size) for side, size in zip(task.targets[column].shape, array.shape, strict=True))
+
+
+def test_every_split_counts_the_same_names(task: Task) -> None:
+    raw = SAMPLES[task.name].draw(np.random.default_rng(0), 40)
+    counts = task.count_targets({"train": raw, "val": raw[:3], "test": []})
+    assert counts["train"].keys() == counts["val"].keys() == counts["test"].keys()
+    assert sum(counts["train"].values()) >= 40
+    assert not any(counts["test"].values())
+    assert all(isinstance(line, str) for line in task.describe_counts(counts))
+
+
+# --- learning and answers -------------------------------------------------------------------
+
+
+def batch(task: Task, count: int) -> dict[str, torch.Tensor]:
+    columns = [take(column, np.arange(count), name) for name, column in draw(task, count).items()]
+    return {name: torch.from_numpy(array) for arrays in columns for name, array in arrays.items()}
+
+
+def test_going_down_the_loss_makes_it_smaller(task: Task) -> None:
+    torch.manual_seed(0)
+    outputs, targets = SAMPLES[task.name].raw(8).requires_grad_(), batch(task, 8)
+    counts = task.counts(targets) if task.has_counts else dict.fromkeys(task.loss(outputs, targets), 8)
+
+    def total(outputs: torch.Tensor) -> torch.Tensor:
+        sums = task.loss(outputs, targets)
+        assert all(one.shape == () for one in sums.values())
+        assert counts.keys() == sums.keys()
+        return sum(one / counts[name] for name, one in sums.items())
+
+    before = total(outputs)
+    before.backward()
+    assert total(outputs - 0.01 * outputs.grad) < before
+    assert 0 < task.guessing_loss() < math.inf
+
+
+def test_the_loss_of_a_batch_is_the_sum_of_its_parts(task: Task) -> None:
+    torch.manual_seed(0)
+    outputs, targets = SAMPLES[task.name].raw(8), batch(task, 8)
+    sums = task.loss(outputs, targets)
+    halves = [
+        task.loss(outputs[half], {name: tensor[half] for name, tensor in targets.items()})
+        for half in (slice(0, 4), slice(4, 8))
+    ]
+    for name, one in sums.items():
+        torch.testing.assert_close(halves[0][name] + halves[1][name], one)
+
+
+def test_predictions_fit_the_schema_of_outputs(task: Task) -> None:
+    predictions = task.predict(SAMPLES[task.name].raw(5).bfloat16())
+    assert list(predictions) == list(task.outputs)
+    for name, tensor in predictions.items():
+        assert tensor.dtype == torch.float32
+        assert task.outputs[name].dtype == "float32"
+        assert tuple(tensor.shape) == (5, *task.outputs[name].shape)
+
+
+def test_answers_are_plain_values(task: Task, answers: Arrays, targets: dict[str, Stored]) -> None:
+    given = task.answer({name: array[0] for name, array in answers.items()}, HERE, top=2)
+    true = task.describe_target({name: array[0] for name, array in targets.items()}, HERE)
+    for one in (given, true):
+        assert isinstance(one, Answer)
+        assert json.loads(json.dumps(one.values, allow_nan=False)) == one.values
+        assert set(one.columns) <= one.values.keys()
+        assert one.text
+        assert "\n" not in one.text
+    assert given.kind == true.kind
+    assert set(task.text_outputs) <= {*given.values, "answer"}
+
+
+def test_equal_answers_have_no_drift(task: Task, answers: Arrays, targets: dict[str, Stored]) -> None:
+    assert task.drift(answers, answers).tolist() == [0] * COUNT
+    assert task.drift(answers, answer(task, targets, seed=2, share=0.9)).max() > 0.1
+
+
+# --- scores ---------------------------------------------------------------------------------
+
+
+def test_the_metric_is_among_the_scores(task: Task, records: Records) -> None:
     scores = task.scores(records)
-    assert task.metric in scores
+    assert task.metric.name in scores
+    assert 0 <= task.metric.tolerance < 0.1
     assert task.distances <= scores.keys()
     assert all(type(value) is float and math.isfinite(value) for value in scores.values())
 
 
-def test_better_answers_have_a_higher_metric(task):
-    targets = np.arange(21) % len(CLASSES)
-    right = np.eye(len(CLASSES), dtype=np.float32)[targets]
-    wrong = np.roll(right, 1, axis=1)
-    better, worse = (task.scores(task.records(answers, targets))[task.metric] for answers in (right, wrong))
-    assert better > worse
+def test_better_answers_are_a_gain(task: Task, targets: dict[str, Stored]) -> None:
+    name = task.metric.name
+    worse, better = (task.scores(task.records(answer(task, targets, share=s), targets))[name] for s in (0.9, 0.0))
+    assert task.metric.gain(worse, better) > 0
 
 
-def test_probabilities_are_float32_and_sum_to_one(task):
-    probabilities = task.probabilities(torch.randn(5, 3).bfloat16() * 20)
-    assert probabilities.dtype == torch.float32
-    assert ((probabilities >= 0) & (probabilities <= 1)).all()
-    torch.testing.assert_close(probabilities.sum(1), torch.ones(5))
+def test_errors_are_those_of_wrong_answers(task: Task, targets: dict[str, Stored]) -> None:
+    wrong = np.arange(COUNT) % 2 == 0
+    errors = task.errors(task.records(SAMPLES[task.name].answer(targets, wrong), targets))
+    assert errors.shape == (COUNT,)
+    assert errors[wrong].mean() > 2 * errors[~wrong].mean()
 
 
-@pytest.mark.parametrize("shares", [False, True])
-@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 2, 4)])
-def test_going_down_the_loss_makes_it_smaller(task, shares, weights):
-    logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    targets = torch.arange(8) % 4
-    if shares:
-        targets = 0.8 * torch.eye(4)[targets] + 0.05
-    before = task.loss(logits, targets, label_smoothing=0.1, class_weights=weights)
-    before.backward()
-    assert before.shape == ()
-    after = task.loss(logits - 0.1 * logits.grad, targets, label_smoothing=0.1, class_weights=weights)
-    assert after < before
+def test_figures_are_json_and_become_sections(task: Task, records: Records) -> None:
+    figures = task.evaluate(records)
+    assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+    assert all(isinstance(one, Table | Plot | Matrix) for one in task.sections(figures))
+    assert task.sections({}) == []
 
 
-def test_evaluation_details_are_json(task, records):
-    details = task.evaluate(records, CLASSES)
-    assert isinstance(details, dict)
-    assert json.loads(json.dumps(details, allow_nan=False)) == details
+def test_a_few_examples_have_scores_and_figures(task: Task) -> None:
+    """Of some classes or ranges there are none."""
+    targets = draw(task, 2)
+    records = task.records(answer(task, targets), targets)
+    assert all(map(math.isfinite, task.scores(records).values()))
+    json.dumps(task.evaluate(records), allow_nan=False)
 
 
-def test_classes_may_have_no_examples(task, answers):
-    probabilities, targets = answers
-    only = targets < 2
-    records = task.records(probabilities[only], targets[only])
-    task.scores(records)
-    json.dumps(task.evaluate(records, CLASSES), allow_nan=False)
-
-
-def test_an_empty_split_is_bad_data(task):
+def test_an_empty_split_is_bad_data(task: Task) -> None:
+    targets = encode(task, [])
     with pytest.raises(DataError):
-        task.records(np.zeros((0, 2), np.float32), np.zeros(0, np.int64))
+        task.records(answer(task, targets), targets)
 
 
 # --- weights --------------------------------------------------------------------------------
 
 
-def test_every_record_is_a_row(records):
-    assert {len(column) for column in records.values()} == {60}
+def test_every_record_is_a_row(records: Records) -> None:
+    assert {len(column) for column in records.values()} == {COUNT}
 
 
-def test_weights_of_one_equal_no_weights_to_the_last_bit(task, records):
-    assert task.scores(records, np.ones(60)) == task.scores(records)
+def test_weights_of_one_equal_no_weights_to_the_last_bit(task: Task, records: Records) -> None:
+    assert task.scores(records, np.ones(COUNT)) == task.scores(records)
 
 
-@given(st.lists(st.integers(0, 3), min_size=60, max_size=60).filter(any))
+@given(st.lists(st.integers(0, 3), min_size=COUNT, max_size=COUNT).filter(any))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_weight_counts_an_example_so_often(task, records, weights):
-    repeated = select(records, np.repeat(np.arange(60), weights))
+def test_a_weight_counts_an_example_so_often(task: Task, records: Records, weights: list[int]) -> None:
+    repeated = select(records, np.repeat(np.arange(COUNT), weights))
     assert task.scores(records, np.array(weights)) == pytest.approx(task.scores(repeated))
 
 
-def test_only_the_proportion_of_weights_matters(task, records):
-    weights = np.random.default_rng(0).random(60)
+def test_only_the_proportion_of_weights_matters(task: Task, records: Records) -> None:
+    weights = np.random.default_rng(0).random(COUNT)
     assert task.scores(records, 7 * weights) == pytest.approx(task.scores(records, weights))
 
 
-def test_the_order_of_examples_changes_nothing(task, records):
-    order, weights = np.random.default_rng(0).permutation(60), np.arange(60)
+def test_the_order_of_examples_changes_nothing(task: Task, records: Records) -> None:
+    order, weights = np.random.default_rng(0).permutation(COUNT), np.arange(COUNT)
     assert task.scores(select(records, order), weights[order]) == pytest.approx(task.scores(records, weights))
 
 
-def test_many_resamples_at_once_score_like_one_after_another(task, records):
-    weights = np.random.default_rng(0).integers(0, 4, (9, 60)).astype(float)
+def test_many_resamples_at_once_score_like_one_after_another(task: Task, records: Records) -> None:
+    weights = np.random.default_rng(0).integers(0, 4, (9, COUNT)).astype(float)
     expected = Task.resampled_scores(task, records, weights)
     scores = task.resampled_scores(records, weights)
     assert scores.keys() == expected.keys()
@@ -136,7 +250,7 @@ def test_many_resamples_at_once_score_like_one_after_another(task, records):
 # --- intervals and the gate -----------------------------------------------------------------
 
 
-def test_every_score_has_an_interval(task, records):
+def test_every_score_has_an_interval(task: Task, records: Records) -> None:
     scores, bounds = task.scores(records), intervals(task, records)
     assert bounds.keys() == scores.keys()
     for name, (low, high) in bounds.items():
@@ -144,35 +258,90 @@ def test_every_score_has_an_interval(task, records):
         assert name in task.distances or low <= scores[name] <= high
 
 
-def test_a_closed_form_agrees_with_the_bootstrap(task, records):
-    many = select(records, np.arange(600) % 60)
+def test_a_closed_form_agrees_with_the_bootstrap(task: Task, records: Records) -> None:
+    many = select(records, np.arange(600) % COUNT)
     by_bootstrap = intervals(task, many, groups=np.arange(600))
     for name, bounds in task.closed_intervals(many).items():
         assert bounds == pytest.approx(by_bootstrap[name], abs=0.01)
 
 
-def answers_right(share: float, seed: int, count: int = 3000) -> tuple[np.ndarray, np.ndarray]:
-    """Answers that are right for this share of the examples, and their targets."""
-    random, targets = np.random.default_rng(seed), np.arange(count) % len(CLASSES)
-    predicted = np.where(random.random(count) < share, targets, (targets + 1) % len(CLASSES))
-    return 0.9 * np.eye(len(CLASSES), dtype=np.float32)[predicted] + np.float32(0.1 / len(CLASSES)), targets
-
-
 @pytest.mark.parametrize("groups", [None, np.arange(3000) // 3])
 @pytest.mark.parametrize(("loss", "refused"), [(0.0, False), (1.0, False), (8.0, True)])
-def test_the_gate_refuses_a_loss_well_over_the_tolerance_only(task, loss, refused, groups):
-    """The reference answers 90 % right; the other model spoils answers: tolerances' worth of them."""
-    before, targets = answers_right(0.9, seed=1)
-    after = before.copy()
-    spoiled = np.random.default_rng(2).random(len(after)) < loss * task.tolerance
-    after[spoiled] = np.roll(after[spoiled], 1, axis=1)
-    change = difference(task, task.records(before, targets), task.records(after, targets), groups)
-    assert change.exceeds(task.tolerance) == refused
+def test_the_gate_refuses_a_loss_well_over_the_tolerance_only(
+    task: Task, loss: float, refused: bool, groups: np.ndarray | None
+) -> None:
+    """The second model loses so many tolerances."""
+    targets = draw(task, 3000)
+    before = answer(task, targets)
+    after = SAMPLES[task.name].worsen(before, targets, loss * task.metric.tolerance)
+    sides = [task.records(side, targets) for side in (before, after)]
+    allowed = task.metric.allowed_loss(task.scores(sides[0])[task.metric.name])
+    assert difference(task, *sides, groups).exceeds(allowed) == refused
 
 
-def test_the_gate_does_not_refuse_noise(task):
+def test_the_gate_does_not_refuse_noise(task: Task) -> None:
     """Equally good models that err on different examples."""
-    (before, targets), (after, _) = answers_right(0.9, seed=1, count=400), answers_right(0.9, seed=3, count=400)
-    change = difference(task, task.records(before, targets), task.records(after, targets))
+    targets = draw(task, 400)
+    sides = [task.records(answer(task, targets, seed=seed), targets) for seed in (1, 3)]
+    change = difference(task, *sides)
     assert change.low <= change.median <= change.high
-    assert not change.exceeds(task.tolerance)
+    assert not change.exceeds(task.metric.allowed_loss(task.scores(sides[0])[task.metric.name]))
+
+
+# --- all verbs ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_task_goes_through_all_verbs(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx
+
+    monkeypatch.setattr(timing, "TURN_S", 0.01)  # of timing one engine, which no answer depends on
+
+    sample = SAMPLES[task.name]
+    (tmp_path / "data").mkdir()
+    data, picture, metric = sample.write(tmp_path / "data"), tmp_path / "data" / "000.png", task.metric
+    prepared = suanli.prepare(data, settings=sample.settings)
+    assert sum(sum(counts.values()) for counts in prepared.findings["class_counts"].values()) >= 150
+
+    run = suanli.train(data, settings=sample.settings, speedups="none", threads=1, out=tmp_path / "run")
+    evaluation = suanli.evaluate(run)
+    assert evaluation.metric == metric.name
+    assert metric.gain(sample.reaches, evaluation.scores[metric.name]) > 0, evaluation.scores
+    assert evaluation.intervals.keys() == evaluation.scores.keys() == evaluation.units.keys()
+
+    (plain,) = suanli.predict(run, picture)
+    optimized = suanli.optimize(run, engines="onnxruntime", time_budget="60s")
+    accepted = {(one.engine, one.precision) for one in optimized.search.candidates if one.state == "accepted"}
+    assert accepted >= {("eager", "float32"), ("onnxruntime", "float32")}, optimized.search
+    (optimal,) = suanli.predict(run, picture)
+    assert plain.answer is not None
+    assert plain.answer.kind == optimal.answer.kind
+    check_values(optimal.values, plain.values)
+
+    exported = suanli.export(run, to="onnx", out=tmp_path / "exported.onnx")
+    assert [output.name for output in onnx.load(exported.path).graph.output] == list(task.outputs)
+
+    with serving(run.path) as server:
+        reply = server.ask("POST", "/predict", picture.read_bytes())
+    assert reply.status == 200, reply.body
+    (served,) = reply.json()["predictions"]
+    check_values({name: served[name] for name in plain.values}, plain.values)
+
+    page = suanli.report(run).read_text(encoding="utf-8")
+    assert metric.name.replace("_", " ") in page
+    for section in task.sections(evaluation.details):
+        assert section.title in page
+
+
+def check_values(given: Json, expected: Json) -> None:
+    """Answers of two engines, up to rounding."""
+    if isinstance(expected, dict):
+        assert given.keys() == expected.keys()
+        for name, value in expected.items():
+            check_values(given[name], value)
+    elif isinstance(expected, list):
+        assert len(given) == len(expected)
+        for one, other in zip(given, expected, strict=True):
+            check_values(one, other)
+    else:
+        assert given == (pytest.approx(expected, rel=0.02, abs=0.02) if isinstance(expected, float) else expected)

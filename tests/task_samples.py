@@ -1,0 +1,203 @@
+"""A sample of each task, for the tests that hold for every one. A new task adds its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from suanli.core import registry
+from suanli.core.schema import Arrays, Geometry, Ragged, Stored
+from suanli.core.task import Task
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+HERE = Geometry.unchanged((32, 32))
+Random = np.random.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """`answer` gives what `predict` would, right or nearly right where `wrong` (N,) is False; `worsen` what another
+    model would, whose primary metric is worse by this much (a share of the score where the tolerance is one)."""
+
+    classes: Sequence[str] = ()
+    draw: Callable[[Random, int], list[Any]]  # raw targets
+    answer: Callable[[Mapping[str, Stored], np.ndarray], dict[str, np.ndarray]]
+    worsen: Callable[[Arrays, Mapping[str, Stored], float], dict[str, np.ndarray]]
+    raw: Callable[[int], torch.Tensor]  # what a network might return
+    write: Callable[[Path], Path]  # data for a training of seconds, into an empty folder
+    settings: Mapping[str, Any]  # of that training
+    reaches: float  # the primary metric that it must reach
+
+
+def encode(task: Task, targets: Sequence[Any]) -> dict[str, Stored]:
+    """The columns of these raw targets, as the cache holds them."""
+    encoded = [task.encode(target, HERE) for target in targets]
+    columns: dict[str, Stored] = {}
+    for name, column in task.targets.items():
+        arrays, empty = [one[name] for one in encoded], np.zeros((0, *column.fixed_shape), column.dtype)
+        columns[name] = Ragged.of(arrays, like=empty) if column.is_ragged else np.stack(arrays) if arrays else empty
+    return columns
+
+
+def make_task(name: str) -> Task:
+    """The task, fitted to a sample of targets."""
+    sample, task = SAMPLES[name], registry.load("tasks", name).of(SAMPLES[name].classes, {})
+    fitted: Task = task.fit(encode(task, sample.draw(np.random.default_rng(0), 500)))
+    return fitted
+
+
+def _write_pictures(folder: Path, paint: Callable[[Random, np.ndarray], Any], count: int, size: int) -> list[Any]:
+    """Noise that `paint` has changed, and what it returned for each."""
+    random = np.random.default_rng(0)
+    targets = []
+    for i in range(count):
+        pixels = random.integers(90, 160, (size, size, 3))
+        targets.append(paint(random, pixels))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i:03d}.png")
+    return targets
+
+
+def _write_table(folder: Path, targets: Sequence[Any]) -> Path:
+    lines = [f"{i:03d}.png,{target}\n" for i, target in enumerate(targets)]
+    (folder / "table.csv").write_text("".join(["path,label\n", *lines]))
+    return folder / "table.csv"
+
+
+# --- classification -------------------------------------------------------------------------
+
+
+def _name_classes(random: Random, count: int) -> list[str]:
+    return random.permutation([CLASSES[i % len(CLASSES)] for i in range(count)]).tolist()
+
+
+def _classify(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    place = (np.asarray(targets["class"]) + wrong) % len(CLASSES)
+    return {"probabilities": 0.9 * np.eye(len(CLASSES), dtype=np.float32)[place] + np.float32(0.1 / len(CLASSES))}
+
+
+def _misclassify(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:  # noqa: ARG001
+    probabilities = answers["probabilities"].copy()
+    spoiled = np.random.default_rng(2).random(len(probabilities)) < amount
+    probabilities[spoiled] = np.roll(probabilities[spoiled], 1, axis=1)
+    return {"probabilities": probabilities}
+
+
+def _write_classes(folder: Path) -> Path:
+    def paint(random: Random, pixels: np.ndarray) -> str:
+        label = int(random.integers(3))
+        pixels += 40 * (label - 1)
+        return CLASSES[label]
+
+    return _write_table(folder, _write_pictures(folder, paint, 150, 12))
+
+
+# --- regression -----------------------------------------------------------------------------
+
+
+def _draw_values(random: Random, count: int) -> list[float]:
+    return random.normal(50, 10, count).tolist()
+
+
+def _estimate(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    target = np.asarray(targets["value"])
+    noise = np.random.default_rng(len(wrong) + int(wrong.sum())).normal(size=len(wrong))
+    return {"value": (target + noise * np.where(wrong, 5, 1)).astype(np.float32)}
+
+
+def _misestimate(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:
+    error = answers["value"] - np.asarray(targets["value"])
+    return {"value": answers["value"] + np.float32(amount) * error}
+
+
+def _write_values(folder: Path) -> Path:
+    def paint(random: Random, pixels: np.ndarray) -> float:
+        value = float(random.uniform(-80, 80))
+        pixels += int(value)
+        return value
+
+    return _write_table(folder, _write_pictures(folder, paint, 150, 12))
+
+
+# --- boxes, of CONTRIBUTING.md --------------------------------------------------------------
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
+
+
+def _paint_boxes(random: Random, pixels: np.ndarray) -> list[tuple[Any, ...]]:
+    boxes: list[tuple[Any, ...]] = []
+    for _ in range(random.integers(1, 4)):
+        width, height = random.integers(8, 20, 2).tolist()
+        left, top = random.integers(0, len(pixels) - width), random.integers(0, len(pixels) - height)
+        box = (int(left), int(top), int(left + width), int(top + height))
+        if all(box[0] > b[2] or b[0] > box[2] or box[1] > b[3] or b[1] > box[3] for b in boxes):
+            label = str(random.choice(list(COLOURS)))
+            pixels[box[1] : box[3], box[0] : box[2]] = COLOURS[label]
+            boxes.append((*box, label))
+    return boxes
+
+
+def _draw_boxes(random: Random, count: int) -> list[Any]:
+    return [_paint_boxes(random, np.zeros((48, 48, 3))) for _ in range(count)]
+
+
+def _detect(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    answers = np.zeros((len(wrong), 20, 6), np.float32)
+    for i, is_wrong in enumerate(wrong):
+        boxes = np.insert(targets["boxes"][i], 4, 0.9, axis=1)
+        answers[i, : len(boxes)] = boxes + 30 * is_wrong * np.array([1, 1, 1, 1, 0, 0])
+    return {"boxes": answers}
+
+
+def _overlook(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:  # noqa: ARG001
+    boxes = answers["boxes"].copy()
+    boxes[np.random.default_rng(2).random(boxes.shape[:2]) < 2 * amount, 4] = 0  # recall is about half of the score
+    return {"boxes": boxes}
+
+
+def _write_boxes(folder: Path) -> Path:
+    lines = [
+        {"file": f"{i:03d}.png", "boxes": [{"label": label, "box": box} for *box, label in boxes]}
+        for i, boxes in enumerate(_write_pictures(folder, _paint_boxes, 300, 48))
+    ]
+    (folder / "boxes.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+SAMPLES = {
+    "classification": Sample(
+        classes=CLASSES,
+        draw=_name_classes,
+        answer=_classify,
+        worsen=_misclassify,
+        raw=lambda count: torch.randn(count, len(CLASSES)),
+        write=_write_classes,
+        settings={"epochs": 4, "batch_size": 30},
+        reaches=0.8,
+    ),
+    "regression": Sample(
+        draw=_draw_values,
+        answer=_estimate,
+        worsen=_misestimate,
+        raw=lambda count: torch.randn(count, 1),
+        write=_write_values,
+        settings={"epochs": 10, "batch_size": 30},
+        reaches=20,
+    ),
+    "boxes": Sample(
+        classes=("blue", "green", "red"),
+        draw=_draw_boxes,
+        answer=_detect,
+        worsen=_overlook,
+        raw=lambda count: torch.randn(count, 7, 6, 6),
+        write=_write_boxes,
+        settings={},
+        reaches=0.8,
+    ),
+}
