@@ -38,6 +38,7 @@ import numpy as np
 import suanli
 from engine_ways import BATCHES, CALIBRATION, TOLERANCE, Way
 from record import Record, arguments, start
+from splits import classes_of, inputs_of
 from suanli.core.compare import share_difference
 from suanli.core.console import hide_progress
 from suanli.core.run import Run
@@ -190,15 +191,11 @@ class Bench:
             splits = resolve(options, recipe=recipe, settings={}, announce=False)[1].splits
         random = np.random.default_rng(0)  # the same rows in the same order as suanli uses
         order, training = random.permutation(len(splits["val"])), random.permutation(len(splits["train"]))
-        validation = splits["val"].index[order]
-        if len(validation) < BATCHES[-1]:
-            sys.exit(f"{name}: {len(validation)} validation examples are too few; {BATCHES[-1]} are needed.")
-        np.save(case / "rows.npy", splits["val"].inputs[validation])
-        np.save(case / "targets.npy", splits["val"].targets[order])
-        np.save(
-            case / "calibration.npy",
-            splits["train"].inputs[splits["train"].index[np.sort(training[:CALIBRATION])]],
-        )
+        if len(order) < BATCHES[-1]:
+            sys.exit(f"{name}: {len(order)} validation examples are too few; {BATCHES[-1]} are needed.")
+        np.save(case / "rows.npy", inputs_of(splits["val"])[order])
+        np.save(case / "targets.npy", classes_of(splits["val"])[order])
+        np.save(case / "calibration.npy", inputs_of(splits["train"])[np.sort(training[:CALIBRATION])])
         return case
 
     def optimize(self, name: str, case: Path, copy: str, **options: Json) -> tuple[SearchResult, float]:

@@ -79,8 +79,8 @@ def suanli_epochs(archive: Path, size: int, *, resident: bool) -> Iterator[tuple
         for _ in range(EPOCHS):
             count = 0
             for feed in feeds:
-                for rows, _, _ in feed.batches(iter(torch.randperm(len(feed)).split(BATCH))):
-                    inputs = prepared.preprocess.to_model(rows)
+                for cached, _, _ in feed.batches(iter(torch.randperm(len(feed)).split(BATCH))):
+                    inputs = prepared.preprocess.to_model(cached)["image"]
                     assert inputs.dtype == torch.float32
                     count += len(inputs)
             yield count, time.perf_counter() - started

@@ -32,7 +32,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
@@ -40,6 +39,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from handwritten import MEANS, optimizer_of
 from record import Record, arguments, start
 from sides import Side, auto_plan, plan_of, settler
+from splits import classes_of, inputs_of
 from suanli.core.errors import pip_install
 from suanli.core.types import Batch, Device, Json, Plan, Recipe
 from suanli.data.cache import PreparedData
@@ -81,7 +81,7 @@ class Network(pl.LightningModule):
         super().__init__()
         self.recipe, self.network, self.augment, self.fused = recipe, module, augment, fused
         self.to_model = prepared.preprocess.to_model
-        self.classes = len(prepared.classes)
+        self.classes = len(prepared.task.classes)
         self.steps_per_epoch = -(-len(prepared.splits["train"]) // recipe.batch_size)
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
@@ -90,15 +90,16 @@ class Network(pl.LightningModule):
         else:
             rows, targets, index = batch
             own_batch = Batch(
-                inputs=self.to_model(rows),
-                targets=targets,
+                inputs=self.to_model({"image": rows}),
+                targets={"class": targets},
                 index=index,
                 epoch=self.current_epoch,
                 classes=self.classes,
             )
             changed = self.augment(own_batch, self.generator)
-            inputs, targets = changed.inputs, changed.targets
-        return F.cross_entropy(self.network(inputs), targets, label_smoothing=self.recipe.label_smoothing)
+            inputs, targets = changed.inputs["image"], changed.targets["class"]
+        smoothing = self.recipe.task_args.get("label_smoothing", 0.0)
+        return F.cross_entropy(self.network(inputs), targets, label_smoothing=smoothing)
 
     def on_fit_start(self) -> None:
         self.generator = torch.Generator(self.device).manual_seed(self.recipe.seed)
@@ -117,8 +118,8 @@ class Rows(Dataset[Any]):
 
     def __init__(self, prepared: PreparedData, device: torch.device) -> None:
         split = prepared.splits["train"]
-        self.rows = torch.from_numpy(np.asarray(split.inputs[split.index])).to(device)
-        self.targets = torch.from_numpy(np.asarray(split.targets)).to(device)
+        self.rows = torch.from_numpy(inputs_of(split)).to(device)
+        self.targets = torch.from_numpy(classes_of(split)).to(device)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -134,8 +135,8 @@ class Images(Dataset[Any]):
 
     def __init__(self, recipe: Recipe, prepared: PreparedData) -> None:
         split = prepared.splits["train"]
-        self.rows = torch.from_numpy(np.asarray(split.inputs[split.index]))
-        self.targets = split.targets.tolist()
+        self.rows = torch.from_numpy(inputs_of(split))
+        self.targets = classes_of(split).tolist()
         self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (_mean_of(prepared), _std_of(prepared)))
         self.changes = [_change_of(spec, self.rows.shape[1]) for spec in recipe.augment]
 

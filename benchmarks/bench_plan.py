@@ -22,6 +22,7 @@ import numpy as np
 from handwritten import Handwritten
 from record import Record, arguments, start
 from sides import Side, alternate, auto_plan
+from splits import classes_of
 from suanli.compute.infer import infer
 from suanli.compute.plan import plain_plan
 from suanli.compute.step_runner import apply_settings
@@ -118,9 +119,9 @@ def scores(
 def answers(loop: Loop) -> np.ndarray:
     """1.0 for each validation example with a correct answer, else 0.0."""
     with loop.use_averaged_weights():
-        batches = (rows for rows, _, _ in loop.val_feed.in_order(validation_batch_size(loop.recipe)))
-        probabilities = infer(loop.compute, loop.preprocess, loop.task, batches)
-    return (probabilities.argmax(1) == loop.val_feed.split.targets).astype(float)
+        batches = (inputs for inputs, _, _ in loop.val_feed.in_order(validation_batch_size(loop.recipe)))
+        probabilities = infer(loop.compute, loop.preprocess, loop.task, batches)["probabilities"]
+    return (probabilities.argmax(1) == classes_of(loop.val_feed.split)).astype(float)
 
 
 def describe(right: np.ndarray) -> dict[str, Json]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from processes import Processes
 from record import Record, arguments, start
+from splits import classes_of, inputs_of
 from suanli.core.console import hide_progress
 from suanli.core.registry import names
 from suanli.core.types import Json
@@ -152,9 +153,9 @@ def write_variants(cifar10: Path, folder: Path) -> None:
         whole = prepare(cifar10, cache_dir=folder)
     train, test = whole.splits["train"], whole.splits["test"]
     order = np.random.default_rng(0).permutation(len(train))
-    arrays = {"x_test": test.inputs[test.index], "y_test": test.targets}
+    arrays = {"x_test": inputs_of(test), "y_test": classes_of(test)}
     for name, chosen in (("", order), ("few", order[:FEW])):
-        colour = arrays | {"x_train": train.inputs[train.index[chosen]], "y_train": train.targets[chosen]}
+        colour = arrays | {"x_train": inputs_of(train)[chosen], "y_train": classes_of(train)[chosen]}
         if name:
             np.savez(folder / f"{name}.npz", **colour)
         grey = {key: to_grey(value) if key.startswith("x") else value for key, value in colour.items()}

@@ -80,9 +80,9 @@ def trivial(folder: Path) -> Path:
     from onnx import parser, save
 
     graph = f"""<ir_version: 10, opset_import: ["": 18]>
-        trivial (uint8[batch, {SHAPE[1]}, {SHAPE[2]}, {SHAPE[3]}] rows) => (float[batch, {CLASSES}] probabilities)
+        trivial (uint8[batch, {SHAPE[1]}, {SHAPE[2]}, {SHAPE[3]}] image) => (float[batch, {CLASSES}] probabilities)
         <int64[2] flat = {{0, -1}}, int64[1] first = {{0}}, int64[1] last = {{{CLASSES}}}, int64[1] axis = {{1}}> {{
-            bytes = Reshape(rows, flat)
+            bytes = Reshape(image, flat)
             few = Slice(bytes, first, last, axis)
             numbers = Cast<to = 1>(few)
             probabilities = Softmax<axis = 1>(numbers)

@@ -30,6 +30,7 @@ import torch
 
 from processes import Processes
 from record import Record, arguments, start
+from splits import classes_of, inputs_of
 from suanli.core.types import Json
 from suanli.data.cache import PreparedData
 
@@ -110,7 +111,7 @@ def format_mean(values: list[float], form: str) -> str:
 
 def as_arrays(prepared: PreparedData) -> dict[str, np.ndarray]:
     """All but the test split, as the peers train on it, and the test split."""
-    splits = {name: (split.inputs[split.index], split.targets) for name, split in prepared.splits.items()}
+    splits = {name: (inputs_of(split), classes_of(split)) for name, split in prepared.splits.items()}
     rest = [splits[name] for name in splits if name != "test"]
     return {
         "x_train": np.concatenate([inputs for inputs, _ in rest]),

@@ -163,7 +163,12 @@ def make_queue(model: Any, piece: int) -> Answer:
 def load_suanli(case: Path, way: Way) -> LoadedWay:
     """suanli's own: the predictor of an optimised run. `precision` is the name of its folder: the goal, or "int8"."""
     predictor = suanli.load(case / way.precision, trust_code=True)
-    return predictor.probabilities, f"{predictor.engine} {predictor.precision}"
+    (name,) = predictor.preprocess.inputs
+
+    def answer(rows: np.ndarray) -> np.ndarray:
+        return predictor.answer({name: rows})["probabilities"]
+
+    return answer, f"{predictor.engine} {predictor.precision}"
 
 
 LOADERS = {

@@ -33,6 +33,7 @@ from handwritten import MEANS, Handwritten
 from record import Record, arguments, start
 from sides import Side, alternate, half_precision_flops, plan_of
 from suanli.compute.flops import flops
+from suanli.compute.infer import network_inputs
 from suanli.compute.plan import plain_plan
 from suanli.core.console import hide_progress
 from suanli.core.errors import SuanliError
@@ -185,7 +186,8 @@ def training_flops(loop: Loop) -> int:
     """Operations of the matrix products and convolutions in a forward and backward pass, as PyTorch counts them,
     without the optimizer's."""
     batch = loop.first_batch()
-    operations = flops(lambda: F.cross_entropy(loop.runner.forward(batch.inputs), batch.targets).backward())
+    inputs, classes = network_inputs(batch.inputs), batch.targets["class"]
+    operations = flops(lambda: F.cross_entropy(loop.runner.forward(inputs), classes).backward())
     loop.model.zero_grad(set_to_none=True)
     return operations
 

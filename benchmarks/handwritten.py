@@ -14,11 +14,11 @@ import copy
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from splits import classes_of, inputs_of
 from suanli.core import registry
 from suanli.core.types import Batch, Device, Recipe
 from suanli.data.cache import PreparedData
@@ -40,14 +40,17 @@ class Handwritten:
             raise ValueError(f"a person doesn't write {', '.join(unknown)} here; known: {', '.join(MEANS)}")
         split = prepared.splits["train"]
         self.recipe = recipe
-        self.classes = len(prepared.classes)
+        self.classes = len(prepared.task.classes)
+        self.smoothing = recipe.task_args.get("label_smoothing", 0.0)
         self.device = torch.device(device.torch_name)
-        self.rows = torch.from_numpy(np.asarray(split.inputs[split.index])).to(self.device)
-        self.targets = torch.from_numpy(np.asarray(split.targets)).to(self.device)
+        self.rows = torch.from_numpy(inputs_of(split)).to(self.device)
+        self.targets = torch.from_numpy(classes_of(split)).to(self.device)
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
         self.steps_in_all = round(recipe.epochs * self.steps_per_epoch)
         self.batch_size = len(split) // self.steps_per_epoch
-        self.to_model, self.augment = prepared.preprocess.to_model, compose(recipe.augment, prepared.kind)
+        (self.input,) = prepared.preprocess.inputs
+        self.to_model = prepared.preprocess.to_model
+        self.augment = compose(recipe.augment, prepared.preprocess.roles, prepared.task.targets)
         self.planes = prepared.kind == "image" and "channels_last" not in means  # as torchvision's ToTensor gives them
         self.autocast = "bf16" in means
         layout = torch.channels_last if "channels_last" in means else torch.contiguous_format
@@ -74,7 +77,7 @@ class Handwritten:
             group["lr"] = group["initial_lr"] * scale
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else nullcontext():
-            loss = F.cross_entropy(self.module(inputs).float(), targets, label_smoothing=self.recipe.label_smoothing)
+            loss = F.cross_entropy(self.module(inputs).float(), targets, label_smoothing=self.smoothing)
         loss.backward()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
@@ -85,10 +88,16 @@ class Handwritten:
 
     def inputs(self, index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Augmented model inputs and targets of the examples at `index`."""
-        inputs = self.to_model(self.rows[index])
-        batch = Batch(inputs=inputs, targets=self.targets[index], index=index, epoch=epoch, classes=self.classes)
+        batch = Batch(
+            inputs=self.to_model({self.input: self.rows[index]}),
+            targets={"class": self.targets[index]},
+            index=index,
+            epoch=epoch,
+            classes=self.classes,
+        )
         batch = self.augment(batch, self.generator)
-        return batch.inputs.contiguous() if self.planes else batch.inputs, batch.targets
+        inputs = batch.inputs[self.input]
+        return inputs.contiguous() if self.planes else inputs, batch.targets["class"]
 
     @torch.no_grad()
     def _average(self, step: int) -> None:

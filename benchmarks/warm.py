@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sides import plan_of, settler
+from splits import classes_of
 from suanli.compute.infer import infer
 from suanli.compute.step_runner import apply_settings
 from suanli.core.types import Device, Recipe
@@ -68,10 +69,10 @@ class Warm:
 
     def _fit(self, fresh: torch.nn.Module) -> float:
         """Seconds of the network's data-dependent initialisation, repeated on a network that isn't used."""
-        rows = self.loop.train_feed.rows(torch.arange(min(2000, len(self.loop.train_feed))))
+        inputs = self.loop.train_feed.inputs(torch.arange(min(2000, len(self.loop.train_feed))))
         began = self._now()
         if callable(initialize := getattr(fresh, "initialize", None)):
-            initialize(self.prepared.preprocess.to_model(rows))
+            initialize(*self.prepared.preprocess.to_model(inputs).values())
         return self._now() - began
 
     def _evaluate(self, *, views: bool) -> tuple[float, float]:
@@ -80,11 +81,11 @@ class Warm:
         feed = loop.val_feed
         began = self._now()
         with loop.use_averaged_weights(), apply_settings(loop.compute):
-            batches = (rows for rows, _, _ in feed.in_order(EVALUATED))
+            batches = (inputs for inputs, _, _ in feed.in_order(EVALUATED))
             shown_views = loop.augment.views if views else None
-            probabilities = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown_views)
+            answers = infer(loop.compute, loop.preprocess, loop.task, batches, views=shown_views)
         took = self._now() - began
-        return float((probabilities.argmax(1) == feed.split.targets).mean()), took
+        return float((answers["probabilities"].argmax(1) == classes_of(feed.split)).mean()), took
 
     def _now(self) -> float:
         self._settle()

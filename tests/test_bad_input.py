@@ -672,6 +672,7 @@ def test_ctrl_c_says_what_is_kept(picture_folder: Folder, capsys: pytest.Capture
     options = ["--model", "stopping:net", "--epochs", "1", "--threads", "1"]
     assert call("train", root, *options, "--out", "kept") == 0
     Path("stop").touch()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new process has it, whatever a test before left
     for arguments, says in [
         (["train", root, *options], "Stopped. Nothing was kept."),
         (["optimize", "stopping:net", "--data", root], "Stopped. The engines from before are unchanged."),
