@@ -50,6 +50,11 @@ class Column:
 Schema: TypeAlias = Mapping[str, Column]
 
 
+def schema_bytes(schema: Schema) -> int:
+    """Of one example; a ragged column counts as one value."""
+    return sum(column.size_bytes for column in schema.values())
+
+
 def format_shape(shape: Sequence[int | str | None]) -> str:
     """Such as "(3, ?)": a question mark is any size."""
     sides = ["?" if side is None else str(side) for side in shape]

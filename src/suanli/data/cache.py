@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from suanli.core.console import Progress, say, size
 from suanli.core.errors import BadInput, DamagedFile, StorageError, UsageError
 from suanli.core.registry import load, load_all
-from suanli.core.schema import Arrays, Geometry, Ragged, Stored, example_bytes, select
+from suanli.core.schema import Arrays, Geometry, Ragged, Stored, example_bytes, schema_bytes, select
 from suanli.core.storage import atomic_folder, raise_storage_errors, read_json, write_json
 from suanli.core.task import Task
 from suanli.core.types import SPLITS, Example, Preprocess, Raw, Recipe, Source, Split
@@ -169,9 +169,7 @@ def _build(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | 
         splits = _assign_splits(examples, read, recipe, pool)
         fitted = preprocess or load("preprocess", source.kind).fit(_training_inputs(splits, read), recipe.preprocess)
         with atomic_folder(path) as folder:
-            _check_space(
-                folder, len(examples) * sum(c.size_bytes for c in (*fitted.inputs.values(), *task.targets.values()))
-            )
+            _check_space(folder, len(examples) * (schema_bytes(fitted.inputs) + schema_bytes(task.targets)))
             results = _encode(examples, read, fitted, task, folder, pool)
             numbers = [BAD if r.reason else SPLITS.index(s) for r, s in zip(results, splits, strict=True)]
             split = np.array(numbers, np.uint8)
@@ -287,7 +285,7 @@ def _encode(
     pool: ThreadPoolExecutor,
 ) -> list[checks.DecodeResult]:
     """Writes the columns of inputs and targets. Those of an input that can't be decoded stay zero or empty."""
-    length = max(1, min(CHUNK, CHUNK_BYTES // max(1, sum(column.size_bytes for column in preprocess.inputs.values()))))
+    length = max(1, min(CHUNK, CHUNK_BYTES // max(1, schema_bytes(preprocess.inputs))))
 
     def work(chunk: range) -> Callable[[], list[checks.DecodeResult]]:
         """Returns what is left to do in the order of the examples."""

@@ -95,11 +95,6 @@ class Layout:
         return self.slots * sum(_round_up(self.batch * column.size_bytes) for column in columns)
 
 
-def example_bytes(schema: Schema) -> int:
-    """Of one example of fixed shape."""
-    return sum(column.size_bytes for column in schema.values())
-
-
 def to_line(message: EngineOptions | EngineInfo | Layout | Warmup) -> bytes:
     return json.dumps(asdict(message)).encode() + b"\n"
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from suanli.core.schema import schema_bytes
 from suanli.core.task import Task
 from suanli.core.types import Preprocess
 from suanli.models.model_folder import build_preprocess, build_task
@@ -32,7 +33,6 @@ from suanli.serving.shared_memory import (
     EngineOptions,
     Layout,
     Warmup,
-    example_bytes,
     from_line,
     new_memory,
     to_line,
@@ -66,7 +66,7 @@ async def start_worker(
         info = await process.exchange(to_line(options), EngineInfo)
         preprocess = build_preprocess(info.preprocess)
         task = build_task(info.task, info.classes, info.task_settings)
-        largest = max(example_bytes(preprocess.inputs), example_bytes(task.outputs), 1)
+        largest = max(schema_bytes(preprocess.inputs), schema_bytes(task.outputs), 1)
         batch = max(1, min(max_batch, SLOT_BYTES // largest)) if info.batches else 1
         layout = Layout(slots=SLOTS, batch=batch, inputs=preprocess.inputs, outputs=task.outputs)
         memory = process.share_memory(layout.size_bytes)

@@ -252,8 +252,9 @@ class Loop:
     def _add_totals(self, targets: Tensors) -> Tensors:
         """A collective where the task has counts: what the sums of the loss are divided by, which each example of a
         micro-batch carries."""
-        counts = self.task.counts(targets) if self.task.has_counts else {}
-        size = len(next(iter(targets.values())))
+        if not self.task.has_counts:
+            return targets
+        counts, size = self.task.counts(targets), len(next(iter(targets.values())))
         totals = {TOTAL + name: self._step_group.sum(count.float()).expand(size) for name, count in counts.items()}
         return {**targets, **totals}
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from suanli.core.console import warn
 from suanli.core.errors import BadInput, DataError
-from suanli.core.schema import Arrays, Schema, Stored, example_bytes, random_inputs, select, take
+from suanli.core.schema import Arrays, Schema, Stored, example_bytes, random_inputs, schema_bytes, select, take
 from suanli.core.types import Preprocess, Raw, Recipe, Split
 from suanli.data.preprocess.tensors import TensorsPreprocess, find_files
 from suanli.engines.examples import Examples, SeparateExamples, StackedExamples
@@ -94,8 +94,7 @@ def _pick(split: Split, positions: np.ndarray) -> dict[str, np.ndarray]:
 
 def make_up(schema: Schema, *, batches: bool = True) -> ChosenExamples:
     """Random inputs, fewer of large ones. The shapes of `schema` have no open sizes."""
-    size_bytes = max(1, sum(column.size_bytes for column in schema.values()))
-    count = min(MADE_UP, max(4, MADE_UP_BYTES // size_bytes))
+    count = min(MADE_UP, max(4, MADE_UP_BYTES // max(1, schema_bytes(schema))))
     examples = StackedExamples(arrays=random_inputs(schema, count), batches=batches)
     return ChosenExamples(examples=examples, origin="made up", count=count)
 
@@ -118,17 +117,18 @@ def choose_arrays(path: Path, columns: Schema, *, batches: bool) -> ChosenExampl
             warn(f"Only {len(examples):,} examples of {path} are used; more don't fit.")
             break
         try:
-            examples += preprocess.split(files[position].read_bytes())
+            more = preprocess.split(files[position].read_bytes())
         except BadInput as error:
             raise DataError(f"{files[position]}: {error.message}.", fix=error.fix) from error
-        size_bytes = sum(array.nbytes for one in examples for array in one.values())
+        examples += more
+        size_bytes += sum(array.nbytes for one in more for array in one.values())
     return _divide(path, examples, len(examples), batches=batches)
 
 
 def choose_inputs(path: Path, preprocess: Preprocess, *, batches: bool) -> ChosenExamples:
     """From files without labels, such as a folder of pictures. Those that can't be read are left out."""
     named = list(preprocess.find_inputs(path))
-    limit = CALIBRATION + max(MADE_UP, min(UNLABELLED, MAX_BYTES // max(1, _example_bytes(preprocess.inputs))))
+    limit = CALIBRATION + max(MADE_UP, min(UNLABELLED, MAX_BYTES // max(1, schema_bytes(preprocess.inputs))))
     order = np.random.default_rng(0).permutation(len(named))[:limit]
     with ThreadPoolExecutor(cores()) as pool:
         encoded = list(pool.map(_encoder(preprocess), (named[i][1] for i in order)))
@@ -136,10 +136,6 @@ def choose_inputs(path: Path, preprocess: Preprocess, *, batches: bool) -> Chose
     if len(examples) < len(encoded):
         warn(f"{len(encoded) - len(examples):,} of {len(encoded):,} inputs in {path} can't be read and are left out.")
     return _divide(path, examples, len(named), batches=batches)
-
-
-def _example_bytes(schema: Schema) -> int:
-    return sum(column.size_bytes for column in schema.values())
 
 
 def _encoder(preprocess: Preprocess) -> Callable[[Callable[[], Raw]], Arrays | None]:
