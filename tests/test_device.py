@@ -21,6 +21,7 @@ from suanli.core.errors import MachineError, UsageError
 from suanli.machine import device as hardware
 from suanli.machine import gpus
 from suanli.machine.ceilings import Ceilings
+from suanli.machine.cpus import affinity
 from suanli.machine.peak import title
 from suanli.verbs.device import device, table
 
@@ -294,6 +295,25 @@ def in_a_process(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "1, None"), ("3", "3, 3")])
+def test_threads_follow_a_quota_unless_the_user_says_otherwise(tmp_path: Path, before: str, after: str) -> None:
+    if len(affinity()) < 2:
+        pytest.skip("there is only one core")
+    tree(tmp_path, {"sys/fs/cgroup/cpu.max": "100000 100000", "proc/self/cgroup": "0::/"})
+    code = f"""
+import os, sys
+from pathlib import Path
+os.environ.pop("OMP_NUM_THREADS", None)
+os.environ |= {{"OMP_NUM_THREADS": {before!r}}} if {before!r} else {{}}
+from suanli.machine import process_environment
+process_environment.set_variables(Path({str(tmp_path)!r}))
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+variables = process_environment.speed_variables()
+print(variables["OMP_NUM_THREADS"], process_environment.of_user("OMP_NUM_THREADS"), sep=", ")
+"""
+    assert in_a_process(code).strip() == after
 
 
 @needs_linux

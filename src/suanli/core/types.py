@@ -58,7 +58,8 @@ class Device:
 
 
 class Environment(TypedDict):
-    """Where a run was computed: environment.json. It has no host or user names and no environment variables."""
+    """Where a run was computed: environment.json. It has no host or user names, and of the environment's variables only
+    those that decide speed."""
 
     command: list[str]  # a home directory in it is written as ~
     time: str  # ISO 8601, UTC
@@ -70,6 +71,7 @@ class Environment(TypedDict):
     instruction_sets: list[str]
     cores: int
     threads: int
+    variables: NotRequired[dict[str, str]]  # of the environment, that decide speed; absent in older runs
     cuda: NotRequired[str | None]  # these three on NVIDIA and AMD GPUs only
     cudnn: NotRequired[int | None]
     driver: NotRequired[str | None]
@@ -491,6 +493,10 @@ def _never_needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
+def _nothing_to_undo(step: Step) -> None:
+    """For a speedup that changes the record of the step alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Speedup:
     """One way to compute faster that changes what is learned by rounding at most: `compute/speedups/<name>.py`."""
@@ -506,9 +512,16 @@ class Speedup:
     tolerance: float = 1e-3  # relative error (L2) of outputs that is accepted; of gradients, four times as much
     risks: tuple[str, ...] = ()  # what may fail later because of it: "memory", "numerics", "backend"
     group: str | None = None  # "precision", "compile": at most one speedup of a group is used
+    raced: bool = False  # what it gains depends on the others: the planner races all combinations of such speedups
+    switchable: bool = (
+        False  # can be turned on and off between two steps; `undo` takes back what `apply` changed in place
+    )
+    undo: Callable[[Step], None] = _nothing_to_undo
+    rate: str | None = None  # the precision whose rate, measured once on each machine, tells what to expect of it
     slow_start: bool = False  # compiles first: tried only where the run is long enough to win that time back
     delayed_effect: bool = False  # the gain shows only from the second step on
     saves_memory: bool = False  # costs time: used only where memory runs out
+    beside_others: bool = False  # gains where other programs use the cores: tried in training when they do
     distributed_only: bool = False  # gains only between processes, and planning runs in one: used only by name
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -22,12 +21,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from suanli.core import console
 from suanli.core.errors import MachineError, UsageError
 from suanli.core.types import Device, Environment
+from suanli.machine.cpus import cgroups, read_text
+from suanli.machine.cpus import cores as cores
+from suanli.machine.cpus import physical_cores as physical_cores
 from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
+from suanli.machine.process_environment import speed_variables
 
 # --- devices --------------------------------------------------------------------------------
 
@@ -136,7 +140,7 @@ _TORCH_NAMES = {"avx512_f": "avx512f", "fma3": "fma", "neon": "asimd", "dot": "a
 
 
 def cpu_name(root: Path = Path("/")) -> str:
-    text = _read(root / "proc/cpuinfo") or ""
+    text = read_text(root / "proc/cpuinfo") or ""
     if (model := re.search(r"^(?:model name|Model)\s*:\s*(\S.*)$", text, re.MULTILINE)) is not None:
         return " ".join(model[1].split())
     if sys.platform == "darwin" and shutil.which("sysctl"):
@@ -147,7 +151,7 @@ def cpu_name(root: Path = Path("/")) -> str:
 
 def instruction_sets(root: Path = Path("/")) -> frozenset[str]:
     """Those of INSTRUCTION_SETS that the processor has and the kernel allows."""
-    text = _read(root / "proc/cpuinfo") or ""
+    text = read_text(root / "proc/cpuinfo") or ""
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
     if flags is not None:
         have = set(flags[1].split())
@@ -156,45 +160,18 @@ def instruction_sets(root: Path = Path("/")) -> frozenset[str]:
     return frozenset(have & set(INSTRUCTION_SETS))
 
 
+@cache
+def has_matrix_units() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 in tiles (AMX): with other instructions for bfloat16, a
+    product can be slower than in float32."""
+    return "amx_bf16" in instruction_sets()
+
+
 def _torch_capabilities() -> dict[str, object]:
     import torch
 
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # the oldest torch that suanli accepts has none
     return dict(get_capabilities()) if get_capabilities else {}
-
-
-def cores(root: Path = Path("/")) -> int:
-    """Logical cores that this process may use, by its affinity and the CPU quota of its cgroups. Fractions are rounded
-    down, since one thread too many makes all others wait for it."""
-    allowed = float(len(_affinity()))
-    for folder, version in _cgroups("cpu", root):
-        if version == 2:
-            quota, _, period = (_read(folder / "cpu.max") or "max").partition(" ")
-        else:
-            quota, period = (
-                _read(folder / "cpu.cfs_quota_us") or "",
-                _read(folder / "cpu.cfs_period_us") or "",
-            )
-        if quota.isdecimal() and period.isdecimal() and int(period) > 0:
-            allowed = min(allowed, int(quota) / int(period))
-    return max(1, math.floor(allowed))
-
-
-def physical_cores(root: Path = Path("/")) -> int | None:
-    """Physical cores among those that this process may use; None: unknown."""
-    siblings = set()
-    for cpu in _affinity():
-        threads = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        if threads is None:
-            return None
-        siblings.add(threads)
-    return min(len(siblings), cores(root))
-
-
-def _affinity() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
 
 
 # --- memory ---------------------------------------------------------------------------------
@@ -234,7 +211,9 @@ def peak_memory_bytes(device: Device) -> int | None:
     if device.type == "mps" or sys.platform == "win32":
         return None
     # Better than getrusage, whose peak a new process inherits from the one that started it.
-    if (peak_kb := re.search(r"^VmHWM:\s*(\d+) kB", _read(Path("/proc/self/status")) or "", re.MULTILINE)) is not None:
+    if (
+        peak_kb := re.search(r"^VmHWM:\s*(\d+) kB", read_text(Path("/proc/self/status")) or "", re.MULTILINE)
+    ) is not None:
         return int(peak_kb[1]) * 1024
     import resource
 
@@ -244,11 +223,13 @@ def peak_memory_bytes(device: Device) -> int | None:
 
 def _available_main_memory(root: Path, sharers: int = 1) -> int | None:
     free = [max(0, limit - used) for limit, used in _cgroup_memory(root)]
-    if (kb := re.search(r"^MemAvailable:\s*(\d+) kB", _read(root / "proc/meminfo") or "", re.MULTILINE)) is not None:
+    if (
+        kb := re.search(r"^MemAvailable:\s*(\d+) kB", read_text(root / "proc/meminfo") or "", re.MULTILINE)
+    ) is not None:
         free.append(int(kb[1]) * 1024)
     free = [bytes_ // sharers for bytes_ in free]
     if (limit := _address_space_limit()) is not None:  # each process has its own
-        pages = (_read(root / "proc/self/statm") or "0").split()[0]
+        pages = (read_text(root / "proc/self/statm") or "0").split()[0]
         free.append(max(0, limit - int(pages) * os.sysconf("SC_PAGE_SIZE")))
     return min(free, default=None)
 
@@ -265,37 +246,14 @@ def _address_space_limit() -> int | None:
 def _cgroup_memory(root: Path) -> Iterator[tuple[int, int]]:
     """Limit and use, in bytes, of every cgroup that limits this process. File cache that the kernel can drop on demand
     isn't counted as used."""
-    for folder, version in _cgroups("memory", root):
+    for folder, version in cgroups("memory", root):
         names = ("memory.max", "memory.current", "inactive_file")
         if version == 1:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        limit, used = _read(folder / names[0]) or "max", _read(folder / names[1]) or "0"
+        limit, used = read_text(folder / names[0]) or "max", read_text(folder / names[1]) or "0"
         if limit.isdecimal() and used.isdecimal() and int(limit) < 1 << 62:  # larger means no limit in version 1
-            stat = re.search(rf"^{names[2]} (\d+)$", _read(folder / "memory.stat") or "", re.MULTILINE)
+            stat = re.search(rf"^{names[2]} (\d+)$", read_text(folder / "memory.stat") or "", re.MULTILINE)
             yield int(limit), max(0, int(used) - (int(stat[1]) if stat else 0))
-
-
-def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
-    """The cgroup folders of this process, from its own up to the root, and their version (1 or 2). In a container its
-    own path may be invisible; then the mounted root is the container's."""
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number == "0":
-            mount, version = root / "sys/fs/cgroup", 2
-        elif controller in controllers.split(","):
-            mount, version = root / "sys/fs/cgroup" / controller, 1
-        else:
-            continue
-        own = mount / path.lstrip("/")
-        yield from ((folder, version) for folder in (own, *own.parents) if folder.is_relative_to(mount))
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return None
 
 
 _OUT_OF_MEMORY = re.compile(
@@ -358,6 +316,7 @@ def environment(device: Device | None = None) -> Environment:
         "instruction_sets": sorted(instruction_sets()),
         "cores": cores(),
         "threads": torch.get_num_threads(),
+        "variables": speed_variables(),
     }
     if device.type == "cuda":
         record["cuda"] = torch.version.cuda or torch.version.hip

@@ -32,9 +32,11 @@ from suanli.machine.timing import seconds
 
 PRECISIONS = ("float32", "tfloat32", "bfloat16", "float16", "float8_e4m3fn", "int8")
 CHANNELS, PIXELS = 256, 14  # of the 3x3 convolution: the third stage of a ResNet at 224 px
+ROUNDED = "float32 in bfloat16"  # float32 layers whose products oneDNN computes in bfloat16
 COPY_BYTES = 256 << 20
 LAUNCHES = 500  # in a row: fewer than fit into a GPU's queue, where waiting for room would be measured too
 JPEG_PIXELS = 224
+_SWITCHES = {"float32": "ieee", "tfloat32": "tf32", ROUNDED: "bf16"}  # of float32 layers
 _FAST_INT8 = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
@@ -135,6 +137,8 @@ def why_not(device: Device, precision: str) -> str | None:
     """Why this precision isn't worth measuring here; None: it is. A slow emulation is no ceiling."""
     if precision == "float32" or precision in device.fast_dtypes:
         return None
+    if precision == ROUNDED and device.type == "cpu" and "bfloat16" in device.fast_dtypes:
+        return None
     if precision == "int8" and (device.type == "cuda" or _cpu_multiplies_int8(device)):
         return None
     return "no fast hardware for it"
@@ -149,12 +153,12 @@ def _matmul(device: Device, precision: str, clock: Clock) -> Workload:
     8-bit operators require."""
     if reason := why_not(device, precision):
         raise Absent(reason)
-    make = partial(_matmul_of, device, precision)
+    make = partial(matmul, device, precision)
     on_cpu = device.type == "cpu"
     return clock.grow(make, (512, 1024, 2048) if on_cpu else (2048, 4096, 8192))
 
 
-def _matmul_of(device: Device, precision: str, n: int) -> Workload:
+def matmul(device: Device, precision: str, n: int) -> Workload:
     left, right = (_random_tensor(device, (n, n), precision) for _ in range(2))
     right = right.t()
     if precision == "int8":
@@ -171,12 +175,12 @@ def _convolution(device: Device, precision: str, clock: Clock) -> Workload:
     """A 3x3 convolution, channels last, forward and both gradients: three times the operations of the forward pass."""
     if reason := why_not(device, precision):
         raise Absent(reason)
-    make = partial(_convolution_of, device, precision)
+    make = partial(convolution, device, precision)
     on_cpu = device.type == "cpu"
     return clock.grow(make, (1, 4, 16) if on_cpu else (512,))
 
 
-def _convolution_of(device: Device, precision: str, batch: int) -> Workload:
+def convolution(device: Device, precision: str, batch: int) -> Workload:
     image = (batch, CHANNELS, PIXELS, PIXELS)
     inputs, weights, gradient = (
         _random_tensor(device, shape, precision).to(memory_format=torch.channels_last)
@@ -197,26 +201,27 @@ def _random_tensor(device: Device, shape: tuple[int, ...], precision: str) -> to
     random = torch.Generator(device.torch_name).manual_seed(0)  # torch's own generator belongs to the user
     if precision == "int8":
         return torch.randint(-128, 128, shape, dtype=torch.int8, device=device.torch_name, generator=random)
-    dtype = torch.float32 if precision == "tfloat32" else getattr(torch, precision)
+    dtype = torch.float32 if precision in _SWITCHES else getattr(torch, precision)
     return torch.randn(shape, device=device.torch_name, generator=random).to(dtype)
 
 
 def _in_precision(precision: str, call: Callable[[], object]) -> Callable[[], object]:
-    if precision not in ("float32", "tfloat32"):
+    if precision not in _SWITCHES:
         return call
 
     def call_in_precision() -> None:
-        with set_fp32_precision("ieee" if precision == "float32" else "tf32"):
+        with set_fp32_precision(_SWITCHES[precision]):
             call()
 
     return call_in_precision
 
 
 def set_fp32_precision(value: str) -> AbstractContextManager[None]:
-    """Computes float32 in full ("ieee") or in NVIDIA's "tf32" in the block, whatever is set for the process."""
-    switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
-    if value == "ieee":
-        switches += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]  # type: ignore[attr-defined]
+    """Computes float32 in full ("ieee"), in NVIDIA's "tf32", or on a CPU in "bf16" in the block, whatever is set for
+    the process."""
+    on_gpu = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    on_cpu = [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]  # type: ignore[attr-defined]
+    switches = {"ieee": on_gpu + on_cpu, "tf32": on_gpu, "bf16": on_cpu}[value]
     return set_attributes(switches, "fp32_precision", value)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,13 +35,16 @@ from suanli.machine.device import cores, cpu_name, instruction_sets
 from suanli.machine.disk import measure_read_rates
 from suanli.machine.gpus import nvidia_driver
 from suanli.machine.microbenchmarks import Absent, build_workloads, synchronizer
+from suanli.machine.run_delay import core_time
 from suanli.machine.switches import set_attributes
 
-FORMAT = 1  # raise when a figure changes its meaning
+FORMAT = 2  # raise when a figure changes its meaning
 BUDGET_S = 12.0
 ROUNDS = 15
 ENOUGH = 5  # rounds from which a spread can be known
 CALLS = 400  # that fit into the budget, on average
+# Variables that keep the libraries of torch from using what the processor has.
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def probe(
@@ -86,7 +90,7 @@ def read_cached(device: Device, cache: Path) -> Ceilings | None:
 def fingerprint(device: Device) -> str:
     """A digest of the hardware, software and limits that decide a ceiling."""
     facts: list[object] = [FORMAT, device.name, device.torch_name, device.fast_dtypes, str(torch.__version__)]
-    facts += [cpu_name(), cores(), sorted(instruction_sets())]
+    facts += [cpu_name(), cores(), sorted(instruction_sets()), {name: os.environ.get(name) for name in LIMITS}]
     if device.type == "cpu":
         facts += [torch.get_num_threads()]
     if device.type == "cuda":
@@ -218,22 +222,11 @@ def _rates(
     with fastest, ExitStack() as resources, torch.no_grad():
         workloads, absent = build_workloads(device, resources, call_s, decode)
         calls = {name: workload.call for name, workload in workloads.items()}
-        before = _core_time()
+        before = core_time()
         times = timing.time_interleaved(calls, rounds=ROUNDS, budget_s=budget_s, settle=synchronizer(device))
-        ran, waited = (now - then for now, then in zip(_core_time(), before, strict=True))
+        ran, waited = (now - then for now, then in zip(core_time(), before, strict=True))
     rates = {name: [workload.amount / took for took in times[name]] for name, workload in workloads.items()}
     return rates, absent, waited / (ran + waited) if ran > 0 else None
-
-
-def _core_time() -> tuple[int, int]:
-    """Nanoseconds that the threads of this process ran, and that they were ready and waited for a core. 0 where the
-    kernel doesn't tell."""
-    ran = waited = 0
-    for thread in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, ValueError):
-            values = thread.read_text().split()
-            ran, waited = ran + int(values[0]), waited + int(values[1])
-    return ran, waited
 
 
 def _merge_reasons(absent: Mapping[str, str]) -> dict[str, str]:

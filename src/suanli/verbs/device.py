@@ -24,6 +24,7 @@ from suanli.machine.ceilings import Ceilings
 from suanli.machine.gpus import Gpu, are_gpus_hidden, gpus, nvidia_driver
 from suanli.machine.peak import probe as measure_ceilings
 from suanli.machine.peak import read_cached, title
+from suanli.machine.process_environment import speed_variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,7 @@ class DeviceReport:
     cores: int  # logical, that this process may use
     physical_cores: int | None
     instruction_sets: tuple[str, ...]
+    variables: dict[str, str]  # of the environment, that decide speed
     memory_bytes: int | None
     available_memory_bytes: int | None
     disks: tuple[Disk, ...]
@@ -116,6 +118,7 @@ def device(
         cores=devices.cores(),
         physical_cores=devices.physical_cores(),
         instruction_sets=tuple(n for n in devices.INSTRUCTION_SETS if n in devices.instruction_sets()),
+        variables=speed_variables(),
         memory_bytes=cpu.memory_bytes,
         available_memory_bytes=devices.available_memory_bytes(cpu),
         disks=(_disk("prepared data", cache), _disk("downloads", data_dir())),
@@ -223,6 +226,8 @@ def _machine_rows(report: DeviceReport) -> Iterator[tuple[str, str]]:
     physical = f", {report.physical_cores} physical" if report.physical_cores is not None else ""
     yield "cores", f"{report.cores} usable{physical}"
     yield "instructions", " ".join(report.instruction_sets) or "none that matter"
+    if report.variables:
+        yield "variables", " ".join(f"{name}={value}" for name, value in report.variables.items())
     yield "memory", f"{_size(report.memory_bytes)}, {_size(report.available_memory_bytes)} available"
     for disk in report.disks:
         yield "disk", f"{_size(disk.free_bytes)} free for {disk.use} ({disk.path})"
