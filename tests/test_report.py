@@ -33,7 +33,7 @@ from report_runs import (
     write,
     write_lines,
 )
-from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, roofline
+from speed_runs import bench, bench_run, diagnosis, fallbacks, hostile_speed, plan, plan_changes, roofline
 from suanli.core.errors import DamagedFile, DataError, StorageError
 from suanli.core.sections import Line, Matrix, Plot, Table
 from suanli.reporting import words
@@ -46,7 +46,7 @@ from suanli.verbs.report import report
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = digits_run(tmp_path_factory.mktemp("runs") / "digits-1")
-    edit(path / "summary.json", plan=plan(), diagnosis=diagnosis(), fallbacks=fallbacks())
+    edit(path / "summary.json", plan=plan(), diagnosis=diagnosis(), fallbacks=fallbacks(), plan_changes=plan_changes())
     write(path / "roofline.json", roofline())
     return path
 

@@ -26,6 +26,7 @@ from suanli.core.types import Device, Example, Plan, Recipe, Source, Speedup, Sp
 from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.loader import Feed
 from suanli.machine.device import detect
+from suanli.machine.threads import start_thread
 from suanli.parallel.blocks import repeated_blocks
 from suanli.parallel.group import Group
 from suanli.training.setup import Setup
@@ -82,6 +83,7 @@ def test_a_loss_scale_that_overflows_at_first_is_no_error_of_float16() -> None:
         ("allocator", device("cuda:0", "float32"), True),
         ("allocator", device("mps", "float32"), False),
         ("bind_threads", device("cuda:0", "float32"), False),
+        ("short_spin", device("cuda:0", "float32"), False),
         ("cudnn_benchmark", device("cpu", "float32"), False),
         ("onednn_bf16", device("cuda:0", "bfloat16"), False),
         ("graphs", device("cuda:0", "float32"), True),
@@ -302,6 +304,68 @@ print(inside.count(1))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1  # this thread at least; the pool's other one where it got to work
+
+
+@linux_only
+def test_waiting_threads_spin_less_and_as_before_afterwards() -> None:
+    """By the CPU time of a process whose second thread waits for work: with its usual spinning, some thirty times."""
+    script = """
+import os, time
+import torch
+torch.set_num_threads(2)
+from suanli.compute.speedups.short_spin import spin_less, why_not
+from suanli.core.types import Device
+values = torch.ones(1 << 20)
+def spun():
+    values.neg_()
+    time.sleep(0.2)
+    before = time.process_time()
+    for _ in range(20):
+        values[: 1 << 17].neg_()
+        time.sleep(0.03)
+    return time.process_time() - before
+def threads():
+    return len(os.listdir("/proc/self/task"))
+assert why_not(Device(name="", torch_name="cpu", memory_bytes=None, fast_dtypes=("float32",))) is None
+before, count = spun(), threads()
+with spin_less():
+    inside = spun()
+    assert torch.get_num_threads() == 2
+    assert threads() > count
+while threads() > count:  # the second pool ends a moment after its thread
+    time.sleep(0.01)
+assert torch.get_num_threads() == 2
+print(before, inside, spun())
+"""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("there is only one core")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120, env=variables
+    )
+    assert done.returncode == 0, done.stderr
+    before, inside, after = map(float, done.stdout.split())
+    assert inside < before / 2
+    assert inside < after / 2
+
+
+def test_a_thread_has_its_own_number_of_threads_for_operations() -> None:
+    seen: list[int] = []
+
+    def compute() -> None:
+        torch.ones(1 << 17).exp_()
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        start_thread(compute, name="own", pool=1).join()
+        plain = threading.Thread(target=compute)
+        plain.start()
+        plain.join()
+        assert [*seen, torch.get_num_threads()] == [1, 2, 2]
+    finally:
+        torch.set_num_threads(before)
 
 
 @linux_only

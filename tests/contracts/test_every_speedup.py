@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from registered import find_table_rows
-from suanli.compute.plan import ORDER_OF_SUMS, apply_plan
+from suanli.compute.plan import ORDER_OF_SUMS, apply_plan, switch_plan
 from suanli.compute.plan_trial import difference
 from suanli.compute.step_runner import StepRunner, apply_settings
 from suanli.core import registry
@@ -133,6 +133,34 @@ def process_settings() -> dict[str, object]:
         with warnings.catch_warnings(action="ignore"), suppress(TypeError, RuntimeError):  # deprecated; takes arguments
             settings[name] = getattr(torch._C, name)()
     return settings
+
+
+@every
+def test_it_can_be_turned_on_and_off_between_two_steps(speedup: Speedup) -> None:
+    """Weights, gradients and the optimizer's state have the bits and the layout of a step that never had it."""
+    if not speedup.switchable:
+        pytest.skip(f"{speedup.name}: not switchable")
+    never, step = step_of(), step_of()
+    only_where_used(speedup, step)
+    plain, one = Plan(device="cpu", speedups=()), Plan(device="cpu", speedups=(speedup.name,))
+    switch_plan(plain, one, step, HERE)
+    back = switch_plan(one, plain, step, HERE)
+    assert back == step
+    for each in (never, back):
+        StepRunner(each, F.cross_entropy)(*batch(7))
+    assert_same_bits(never, back)
+
+
+def assert_same_bits(a: Step, b: Step) -> None:
+    assert a.optimizer is not None
+    assert b.optimizer is not None
+    states = [[*s.optimizer.state_dict()["state"].values()] for s in (a, b)]  # type: ignore[union-attr]
+    tensors = [[*s.model.state_dict().values()] for s in (a, b)]
+    for mine, theirs in zip(*tensors, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.stride() == theirs.stride()
+    for ours, other in zip(*states, strict=True):
+        assert all(torch.equal(torch.as_tensor(ours[k]), torch.as_tensor(other[k])) for k in ours)
 
 
 @by_file

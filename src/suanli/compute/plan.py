@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from suanli.core.errors import MachineError, UsageError, unknown
 from suanli.core.registry import load, load_all, names
-from suanli.core.types import Device, Plan, Speedup, Step
+from suanli.core.types import Device, Plan, Setting, Speedup, Step
 from suanli.machine.device import cores
 
 PLAIN = "plain"
@@ -80,8 +80,24 @@ def apply_plan(plan: Plan, step: Step, device: Device) -> Step:
             raise _unusable(name, device, reason)
         step = speedup.apply(step, device)
     if plan.threads is not None:
-        step = replace(step, settings=(partial(use_threads, plan.threads), *step.settings))
+        step = replace(step, settings=(_thread_setting(plan.threads), *step.settings))
     return step
+
+
+def switch_plan(current: Plan, new: Plan, plain: Step, device: Device) -> Step:
+    """The `plain` step, whose network has been changed by the current plan, changed by the new one instead. Raises
+    ValueError where a speedup can't be turned on or off between two steps, and MachineError as `apply_plan` does."""
+    if fixed := [n for n in {*current.speedups, *new.speedups} if not load("speedups", n).switchable]:
+        raise ValueError(f"{', '.join(sorted(fixed))} can't be turned on or off between two steps")
+    for name in reversed(current.speedups):
+        load("speedups", name).undo(plain)
+    return apply_plan(new, plain, device)
+
+
+@cache
+def _thread_setting(count: int) -> Setting:
+    """The same object for each count, so that two steps with the same number of threads have the same setting."""
+    return partial(use_threads, count)
 
 
 def error_tolerance(speedups: Iterable[str], device: Device) -> float:
@@ -93,6 +109,18 @@ def error_tolerance(speedups: Iterable[str], device: Device) -> float:
 def sort_speedups(chosen: Iterable[str]) -> tuple[str, ...]:
     """The names in the order in which the speedups are applied, each once."""
     return tuple(sorted(set(chosen), key=lambda n: (load("speedups", n).stage, n)))
+
+
+def fewer_threads(current: int | None) -> list[int]:
+    """The numbers of threads to try in place of `current` (None: torch's default): as many as there are cores, where a
+    container's quota leaves fewer than torch believes, then half of that down to one."""
+    now = current or torch.get_num_threads()
+    count = cores() if cores() < now else now // 2
+    counts = []
+    while count >= 1:
+        counts.append(count)
+        count //= 2
+    return counts
 
 
 @contextmanager

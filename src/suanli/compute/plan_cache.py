@@ -17,6 +17,7 @@ from suanli.core.registry import names
 from suanli.core.storage import read_json, write_json
 from suanli.core.types import Json, Plan, Trial
 
+SCANNED = 100  # of the newest plans, for similar ones
 LOCK_TIMEOUT_S = 5.0  # how long a second process waits for the first to stop measuring
 
 
@@ -25,12 +26,15 @@ class CachedPlan:
     plan: Plan
     complete: bool  # nothing is left to try
     refused: Mapping[str, str] = field(default_factory=dict)  # by the gate, after evaluation: speedup to reason
+    raced: bool = False  # the combinations were timed on full-size steps
+    family: str = ""  # of trainings with the same network on the same machine
 
 
 class PlanCache:
     """The stored plan of one kind of training; with `cache` None nothing is stored."""
 
-    def __init__(self, cache: Path | None, key: str, threads: int | None) -> None:
+    def __init__(self, cache: Path | None, key: str, threads: int | None, family: str = "") -> None:
+        self._family = family
         self._folder = cache / "plans" if cache is not None else None
         self._name = f"{key}.json" if threads is None else f"{key}-threads{threads}.json"
 
@@ -49,7 +53,20 @@ class PlanCache:
     def write(self, cached: CachedPlan) -> None:
         if self.path is not None:
             with suppress(StorageError):
-                write_json(self.path, asdict(cached))
+                write_json(self.path, asdict(replace(cached, family=self._family)))
+
+    def similar(self, most: int = 2) -> list[tuple[str, ...]]:
+        """The speedups of the newest plans of the same family, each once."""
+        if self._folder is None or not self._family:
+            return []
+        newest = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        similar: dict[tuple[str, ...], None] = {}
+        for path in newest[:SCANNED]:
+            with suppress(OSError, DamagedFile, KeyError, TypeError, AttributeError, ValueError):
+                values = read_json(path)
+                if values["family"] == self._family and path != self.path:
+                    similar[_parse(values).plan.speedups] = None
+        return list(similar)[:most]
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
@@ -84,6 +101,7 @@ class PlanCache:
             CachedPlan(
                 plan=replace(plan, speedups=left, dropped={**plan.dropped, **speedups}),
                 complete=cached.complete,
+                raced=cached.raced,
                 refused={**cached.refused, **speedups},
             )
         )
@@ -103,4 +121,10 @@ def _parse(values: Json) -> CachedPlan:
     )
     if not (plan.threads is None or plan.threads >= 1):
         raise ValueError("not a number of threads")
-    return CachedPlan(plan=plan, complete=bool(values["complete"]), refused=dict(values["refused"]))
+    return CachedPlan(
+        plan=plan,
+        complete=bool(values["complete"]),
+        refused=dict(values["refused"]),
+        raced=bool(values.get("raced")),
+        family=str(values.get("family", "")),
+    )

@@ -1,15 +1,18 @@
-"""The search for the fastest plan: one change after the other, checked and timed against the best plan so far."""
+"""The search for the fastest plan: a race of the combinations whose parts act on each other, then one further change
+after the other, each checked and timed against the best plan so far."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-import torch
-
-from suanli.compute.plan import error_tolerance, plain_plan, sort_speedups, usable_speedups
+from suanli.compute.entrants import WORTH_TRYING, WORTH_USING, Combination, combinations, cost, expected_gains, promise
+from suanli.compute.plan import error_tolerance, fewer_threads, plain_plan, sort_speedups, usable_speedups
 from suanli.compute.plan_cache import CachedPlan
+from suanli.compute.plan_race import add_errors, check_numbers, describe_gain, error_reason, join_names, race_on_copy
 from suanli.compute.plan_trial import (
     COMPILING_LIMIT_S,
     Subject,
@@ -54,7 +57,9 @@ class _Baseline:
 class Search:
     """Continues where a cached search stopped. `complete`: nothing is left to try; `measured`: something was timed."""
 
-    def __init__(self, subject: Subject, steps: int, threads: int | None, cached: CachedPlan | None) -> None:
+    def __init__(
+        self, subject: Subject, steps: int, threads: int | None, cache: Path | None, cached: CachedPlan | None
+    ) -> None:
         self.subject, self.device, self.steps, self.fixed_threads = subject, subject.device, steps, threads
         self.usable, self.dropped = usable_speedups(self.device)
         refused = dict(cached.refused) if cached else {}
@@ -62,16 +67,24 @@ class Search:
             reason = speedup.needless(subject.step, self.device) or refused.get(name)
             if speedup.saves_memory:
                 reason = reason or "only where memory is the limit: it costs time"
+            if speedup.beside_others:
+                reason = reason or "only beside other programs: a training tries it when they use the cores"
             if speedup.distributed_only:
                 reason = reason or "only by name: planning runs in one process, so it can't measure the gain"
             if reason is not None:
                 del self.usable[name]
                 self.dropped[name] = reason
+        self.gains = expected_gains(self.usable, subject.step.model, self.device, cache)
+        for name, gain in self.gains.items():
+            if gain < WORTH_TRYING:
+                self.dropped[name] = f"measured here, {self.usable[name].rate} is {gain:.2f} times as fast as float32"
+                del self.usable[name]
         start = plain_plan(self.device, threads)
         self.best = replace(start, speedups=cached.plan.speedups, threads=cached.plan.threads) if cached else start
         self.best_s = 0.0  # of a step; not measured yet
         self.trials = list(cached.plan.trials) if cached else []
         self.untried: dict[str, str] = {}  # changes that there was no time for, and why
+        self.raced = cached is not None and cached.raced
         self.complete = self.measured = False
         self.started = time.perf_counter()
 
@@ -82,22 +95,37 @@ class Search:
         trials = (Trial(change=join_names(names), kept=True, reason=why),) if names else ()
         return self._plan(replace(self.best, speedups=names), trials, "short list")
 
-    def run(self) -> Plan:
+    def without_measuring(self) -> Plan:
+        """The stored plan, or else the short list."""
+        return self._plan(self.best, tuple(self.trials), "cached") if self.trials else self.short_list()
+
+    def field(self, known: Iterable[Combination] = ()) -> list[Combination]:
+        """What enters the race; the last one is plain PyTorch."""
+        base = [n for n, s in self.usable.items() if s.usual and s.switchable and not s.raced]
+        return combinations(sort_speedups(base), self.usable, self.gains, known)
+
+    def has_time_to_race(self) -> bool:
+        """Whether all combinations can race on a copy in the share of the training that planning may take."""
+        field = self.field()
+        best = max(promise(names, self.usable, self.gains) for names in field)
+        return cost(field, self.usable, self.gains) <= PLANNING_SHARE * self.steps / best
+
+    def run(self, known: Iterable[Combination] = ()) -> Plan:
+        """`known`: plans that were the best for similar trainings, the best first."""
         if self.steps < MIN_STEPS:
-            if self.trials:
-                return self._plan(self.best, tuple(self.trials), "cached")
-            return self.short_list()
+            return self.without_measuring()
         trainee = self.subject.trial(plain_plan(self.device, self.fixed_threads))
         with apply_settings(trainee.compute):
             reference = trainee.compute_numbers()
             self.best_s = timing.seconds(trainee.advance)
-        if self.best.speedups or self.best.threads != self.fixed_threads:  # continue from the cached plan
-            del trainee
+        self.complete = self.measured = True
+        raced = not self.raced and self._race(trainee, [*known, self.best.speedups])
+        if raced or self.best.speedups or self.best.threads != self.fixed_threads:
+            del trainee  # its memory may be needed
             trainee = self.subject.trial(self.best)
             with apply_settings(trainee.compute):
                 trainee.advance()
                 self.best_s = timing.seconds(trainee.advance)
-        self.complete = self.measured = True
         baseline = _Baseline(numbers=reference, trainee=trainee)
         del trainee  # so that it is freed once a better one replaces it
         self._try_all(baseline)
@@ -106,6 +134,25 @@ class Search:
         if not self.trials and (names := self._usual()):
             return self._check_short_list(reference, names)
         return self._plan(self.best, tuple(self.trials), "measured")
+
+    def _race(self, trainee: Trainee, known: Iterable[Combination]) -> bool:
+        """Time the combinations of those speedups whose gains depend on each other, as many as there is time for, on
+        one copy that computes by one after the other. The best plan is the winner, if it is faster than plain
+        PyTorch on fresh rounds. Gives whether there was time for it."""
+        field = self.field(known)
+        left = self._left_s() / self.best_s / max(promise(names, self.usable, self.gains) for names in field)
+        everything = len(field)
+        while len(field) > 2 and cost(field, self.usable, self.gains) > left:
+            del field[-2]  # the least likely; the last one is plain PyTorch
+        if len(field) < 3:
+            return False
+        errors, refused = check_numbers(self.subject, field, self.fixed_threads)
+        start = replace(self.best, threads=self.fixed_threads)
+        winner, raced = race_on_copy(trainee, list(errors), start, self.best_s)
+        self.trials = [*refused.values(), *add_errors(raced, errors)]
+        self.best, self.raced = replace(start, speedups=winner), len(field) == everything
+        self.complete = self.raced
+        return True
 
     def _check_short_list(self, reference: Numbers, names: tuple[str, ...]) -> Plan:
         """The usual speedups where there was no time to time them, if they compute the same."""
@@ -117,7 +164,7 @@ class Search:
             trial = Trial(change=join_names(names), kept=False, reason=failure.message)
             return self._plan(self.best, (trial,), "short list")
         kept = error <= (allowed := error_tolerance(names, self.device))
-        reason = "computes the same; the run is too short to time it" if kept else _error_reason(error, allowed)
+        reason = "computes the same; the run is too short to time it" if kept else error_reason(error, allowed)
         trial = Trial(change=join_names(names), kept=kept, reason=reason, error=error)
         return self._plan(plan if kept else self.best, (trial,), "short list")
 
@@ -145,20 +192,21 @@ class Search:
         changes = []
         best = self.best
         usual = self._usual()
-        if not best.speedups and len(usual) > 1:
+        if not self.raced and not best.speedups and len(usual) > 1:
             changes.append(self._change(join_names(usual), usual))
         for name, speedup in self.usable.items():
-            if name in best.speedups:
+            if name in best.speedups or (self.raced and speedup.raced):
                 continue
             rivals = [n for n in best.speedups if speedup.group and self.usable[n].group == speedup.group]
             names = [n for n in best.speedups if n not in rivals] + [name]
             changes.append(self._change(" ".join([f"+{name}", *(f"-{n}" for n in rivals)]), names))
         if self.device.type == "cpu" and self.fixed_threads is None:
-            count = best.threads or torch.get_num_threads()
-            while (count := count // 2) >= 1:
+            for count in fewer_threads(best.threads):
                 fewer = replace(best, threads=count)
                 changes.append(_Change(name=f"threads={count}", plan=fewer, delayed_effect=True))
         for name in best.speedups:
+            if self.raced and name in self.usable and self.usable[name].raced:
+                continue
             changes.append(self._change(f"-{name}", [n for n in best.speedups if n != name]))
         return sorted(changes, key=lambda c: c.slow_start)
 
@@ -175,13 +223,16 @@ class Search:
         """The usual speedups that are usable here, the first of each group."""
         by_group: dict[str, str] = {}
         for name, speedup in self.usable.items():
-            if speedup.usual:
+            if speedup.usual and self.gains.get(name, math.inf) >= WORTH_USING:
                 by_group.setdefault(speedup.group or name, name)
         return sort_speedups(by_group.values())
 
+    def _left_s(self) -> float:
+        return PLANNING_SHARE * self.steps * self.best_s - (time.perf_counter() - self.started)
+
     def _too_expensive(self, change: _Change) -> str | None:
         """Why there is no time to try this; None: there is."""
-        left_s = PLANNING_SHARE * self.steps * self.best_s - (time.perf_counter() - self.started)
+        left_s = self._left_s()
         rounds = ROUNDS[0] * 2 * (2 if change.delayed_effect else 1)
         needed_s = self.best_s * (rounds + 1)
         if change.slow_start:
@@ -208,7 +259,7 @@ class Search:
                 first_s = time.perf_counter() - started
             error = difference(baseline.numbers, numbers)
             if error > (allowed := error_tolerance(change.plan.speedups, self.device)):
-                return Trial(change=change.name, kept=False, reason=_error_reason(error, allowed), error=error)
+                return Trial(change=change.name, kept=False, reason=error_reason(error, allowed), error=error)
             before, after = _time_alternately(baseline.trainee, candidate, change.delayed_effect)
         except MachineError as refusal:  # needless beside the others
             return Trial(change=change.name, kept=False, reason=refusal.message)
@@ -219,7 +270,7 @@ class Search:
         gain = timing.gain(before, after)
         after_s = timing.spread(after).median
         start_s = max(0.0, first_s - after_s) if change.slow_start else 0.0
-        reason = f"{gain.ratio:.2f} times as fast (spread {gain.spread:.2f}, {gain.rounds} rounds)"
+        reason = describe_gain(gain)
         kept = gain.proven
         if kept and start_s >= self.steps * after_s * (gain.ratio - 1):
             kept, reason = False, f"{reason}, but compiling takes {start_s:.0f} s, more than it saves"
@@ -248,6 +299,11 @@ class Search:
             first = change.split()[0]
             if first.startswith("+") and len(change.split()) <= 2:
                 dropped[first[1:]] = reason
+        for name, speedup in self.usable.items():
+            with_it = [t for t in trials if f"+{name}" in t.change.split() and t.ratio is not None]
+            if self.raced and speedup.raced and with_it:
+                best_with = max(with_it, key=lambda t: t.ratio or 0.0)
+                dropped[name] = f"with it at most {best_with.ratio:.2f} times as fast as plain PyTorch"
         return replace(
             best,
             dropped={n: r for n, r in dropped.items() if n not in best.speedups},
@@ -275,17 +331,9 @@ def _time_alternately(incumbent: Trainee, candidate: Trainee, delayed_effect: bo
     return seconds
 
 
-def _error_reason(error: float, allowed: float) -> str:
-    return f"outputs or gradients differ by {error:.2g}, more than the {allowed:g} that rounding explains"
-
-
 def _reverse(trial: Trial) -> str:
     """The reverse of a change that was kept, which needs no trial any more; "" where there is none."""
     words = trial.change.split()
     if not trial.kept or len(words) != 1 or words[0][0] not in "+-":
         return ""
     return ("-" if words[0][0] == "+" else "+") + words[0][1:]
-
-
-def join_names(names: Sequence[str]) -> str:
-    return " ".join(f"+{name}" for name in names)

@@ -29,8 +29,11 @@ class Trainee(Protocol):
     def advance(self) -> None:
         """Train one whole step, its input included, and wait for the device."""
 
-    def compute_numbers(self) -> Numbers:
-        """Train one step on the first batch and return what it computed."""
+    def compute_numbers(self, examples: int | None = None) -> Numbers:
+        """Train one step on the first batch, or on so many of its examples, and return what it computed."""
+
+    def switch(self, plan: Plan) -> None:
+        """Compute by another plan from now on. Raises what `switch_plan` raises."""
 
 
 class Subject(Protocol):
@@ -40,7 +43,12 @@ class Subject(Protocol):
     def device(self) -> Device: ...
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """A digest of all that decides which plan is the best."""
+
+    @property
+    def family(self) -> str:
+        """A digest of what trainings have in common that are likely to be fast by the same plans."""
 
     @property
     def step(self) -> Step: ...

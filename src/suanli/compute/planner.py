@@ -1,27 +1,27 @@
 """Finds the fastest way to compute a training here: measured on real batches, kept only where it helps.
 
-The search starts from plain PyTorch. For each change (a speedup more or less, another number of threads), the planner
-first compares outputs and gradients with plain PyTorch's on the same batch with the same weights. Then it times the
-change and the best plan so far alternately, and keeps the change only if its gain exceeds the spread. The first
-change is the short list, all usual speedups together: it brings most of the gain for one comparison.
+Combinations of the speedups whose gains depend on each other race against plain PyTorch (`race.py`). Then each further
+change (a speedup more or less, another number of threads) is timed alternately with the best plan so far, and kept only
+if its gain exceeds the spread (`plan_search.py`). Outputs and gradients are compared with plain PyTorch's before.
 
 Measuring may take 5 % of the forecast training time. What there was no time for is measured by the next training of
-the same kind: the plan is stored in the cache directory, under a key of all that determines it. A run that is too
-short to measure anything uses the stored plan or the short list. Compiling is tried only where the run is long enough
-to win its cost back.
-
-Trials run on copies of network and optimizer; the training itself starts untouched.
+the same kind: the plan is stored in the cache directory, under a key of all that determines it. Trials run on copies of
+network and optimizer, and the training itself starts untouched. A training on a CPU that is too short for that gets the
+stored plan, or else the short list, with which it begins to race on its own steps (`adaptation.py`). Compiling is tried
+only where the run is long enough to win its cost back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from suanli.compute.entrants import Combination
 from suanli.compute.plan import check_threads, error_tolerance, plain_plan, plan_of_names, sort_speedups
 from suanli.compute.plan_cache import CachedPlan, PlanCache
-from suanli.compute.plan_search import Search, join_names
+from suanli.compute.plan_race import PLAIN, check_numbers, join_names
+from suanli.compute.plan_search import Search
 from suanli.compute.plan_trial import Subject, difference, run_check_step
 from suanli.core.console import say
 from suanli.core.errors import GateError
@@ -32,8 +32,18 @@ SHARDED = "sharded"  # origin of a plan that couldn't be measured, since no copy
 UNMEASURED = "used without measuring: there is no room for copies of a sharded network to try them on"
 
 
-def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = None, cache: Path | None) -> Plan:
-    """The plan for "auto", "none" or a list of names, for a training that has `steps` left, counted at full size.
+def plan(
+    subject: Subject,
+    requested: str,
+    *,
+    steps: int,
+    threads: int | None = None,
+    cache: Path | None,
+    races_in_training: bool = False,
+) -> Plan:
+    """The plan for "auto", "none" or a list of names, for a training that has `steps` left, counted at full size. With
+    `races_in_training`, a training that has no time for trials on copies gets the short list, and is to race plans on
+    its own steps.
 
     Raises UsageError for an unknown name, MachineError for a named speedup that can't be used, and GateError for one
     whose numbers are wrong. `cache` None: nothing is stored.
@@ -41,7 +51,7 @@ def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = 
     check_threads(threads)
     if requested != "auto":
         return _check_named(subject, plan_of_names(requested, subject.device, threads))
-    store = PlanCache(cache, subject.key, threads)
+    store = PlanCache(cache, subject.key, threads, subject.family)
     cached = store.read()
     if cached is not None and cached.complete:
         return _adapt(cached, subject, steps)
@@ -49,30 +59,57 @@ def plan(subject: Subject, requested: str, *, steps: int, threads: int | None = 
         cached = store.read()  # another process may have completed it
         if not is_only_planner:
             say("another process is planning on this machine, so nothing is measured now")
-            return _adapt(cached, subject, steps) if cached else short_list(subject, threads)
+            return _adapt(cached, subject, steps) if cached else short_list(subject, threads, cache)
         if cached is not None and cached.complete:
             return _adapt(cached, subject, steps)
-        search = Search(subject, steps, threads, cached)
-        best = search.run()
+        search = Search(subject, steps, threads, cache, cached)
+        if races_in_training and not search.raced and not search.has_time_to_race():
+            return search.without_measuring()
+        best = search.run(store.similar())
         if search.measured:
             refused = dict(cached.refused) if cached else {}
-            store.write(CachedPlan(plan=best, complete=search.complete, refused=refused))
+            store.write(CachedPlan(plan=best, complete=search.complete, refused=refused, raced=search.raced))
     return best
 
 
-def short_list(subject: Subject, threads: int | None) -> Plan:
-    """All usual speedups, unmeasured."""
-    return Search(subject, 0, threads, None).short_list()
+def short_list(subject: Subject, threads: int | None, cache: Path | None) -> Plan:
+    """All usual speedups, unmeasured, but for precisions that aren't faster on this machine."""
+    return Search(subject, 0, threads, cache, None).short_list()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """The combinations that a training races on its own steps, and what is known of them."""
+
+    combinations: tuple[Combination, ...]  # that compute the same as plain PyTorch, which is the last one
+    errors: Mapping[Combination, float]
+    refused: tuple[Trial, ...]  # those that compute something else, or fail
+
+
+def race_field(subject: Subject, *, most: int, threads: int | None, cache: Path | None) -> Field:
+    """At most so many combinations, the likely winners first, each checked on a part of the first batch."""
+    store = PlanCache(cache, subject.key, threads, subject.family)
+    field = Search(subject, 0, threads, cache, store.read()).field(store.similar())
+    errors, refused = check_numbers(subject, [*field[:-1][: most - 1], PLAIN], threads)
+    names = tuple(n for n in errors if n != PLAIN)
+    return Field(combinations=(*names, PLAIN), errors=errors, refused=tuple(refused.values()))
+
+
+def store_raced(store: PlanCache, plan: Plan) -> None:
+    """Keep the plan that won on a training's own steps, for trainings to come that are as short."""
+    cached = store.read()
+    if cached is None or not cached.raced:
+        store.write(CachedPlan(plan=plan, complete=False, refused=dict(cached.refused) if cached else {}))
 
 
 def plan_without_trials(
-    subject: Subject, requested: str | Plan, *, threads: int | None, extra: Sequence[str] = ()
+    subject: Subject, requested: str | Plan, *, threads: int | None, cache: Path | None, extra: Sequence[str] = ()
 ) -> Plan:
     """A plan for a network that can't be copied for trials: what is requested ("auto": all usual speedups and
     `extra`), without the speedups that `subject` has no use for. Raises UsageError and MachineError for a name that
     can't be used."""
     if requested == "auto":
-        usual = short_list(subject, threads)
+        usual = short_list(subject, threads, cache)
         names = [n for n in (*usual.speedups, *extra) if _needless(n, subject) is None]
         trials = (Trial(change=join_names(names), kept=True, reason=UNMEASURED),) if names else ()
         dropped = {n: r for n, r in usual.dropped.items() if n not in names}

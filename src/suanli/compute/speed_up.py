@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from suanli.compute import planner
-from suanli.compute.plan import apply_plan
+from suanli.compute.plan import apply_plan, switch_plan
 from suanli.compute.step_runner import Loss, Numbers, StepRunner, apply_settings, call, list_tensors, map_tensors
 from suanli.core.errors import UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
@@ -123,7 +123,7 @@ class _OwnLoop:
             raise UsageError("The example batch holds no tensor.", fix="Give (inputs, targets) as training will.")
         self.device: Device = device.detect(str(parameters[0].device))
         self.step = Step(model=model, optimizer=optimizer)
-        self._loss, self._batch, self._clip_norm = loss, batch, clip_norm
+        self.loss, self.batch, self.clip_norm = loss, batch, clip_norm
 
     def trial(self, plan: Plan) -> _OwnTrial:
         try:
@@ -133,9 +133,12 @@ class _OwnLoop:
                 f"The model or its optimizer can't be copied ({error}), so nothing can be tried on a copy.",
                 fix='Give a model that copy.deepcopy can copy, or speedups="none".',
             ) from error
-        step = apply_plan(plan, replace(self.step, model=model, optimizer=optimizer), self.device)
-        runner = StepRunner(step, _of_float32(step, self._loss), clip_norm=self._clip_norm)
-        return _OwnTrial(runner, self._batch)
+        return _OwnTrial(self, replace(self.step, model=model, optimizer=optimizer), plan)
+
+    @property
+    def family(self) -> str:
+        facts = [type(self.step.model).__qualname__, peak.fingerprint(self.device)]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
     @property
     def key(self) -> str:
@@ -144,8 +147,8 @@ class _OwnLoop:
             repr(self.step.model),
             [list(p.shape) for p in self.step.model.parameters()],
             type(optimizer).__qualname__,
-            [(list(t.shape), str(t.dtype)) for t in list_tensors(self._batch)],
-            self._clip_norm,
+            [(list(t.shape), str(t.dtype)) for t in list_tensors(self.batch)],
+            self.clip_norm,
             peak.fingerprint(self.device),
         ]
         return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
@@ -163,8 +166,17 @@ def _of_float32(step: Step, loss: Loss) -> Loss:
 
 
 class _OwnTrial:
-    def __init__(self, runner: StepRunner, batch: tuple[Any, Any]) -> None:
-        self._runner, self._batch = runner, batch
+    def __init__(self, subject: _OwnLoop, plain: Step, plan: Plan) -> None:
+        self._subject, self._plain, self._plan = subject, plain, plan
+        self._batch = subject.batch
+        self._runner = self._make_runner(apply_plan(plan, plain, subject.device))
+
+    def _make_runner(self, step: Step) -> StepRunner:
+        return StepRunner(step, _of_float32(step, self._subject.loss), clip_norm=self._subject.clip_norm)
+
+    def switch(self, plan: Plan) -> None:
+        self._runner = self._make_runner(switch_plan(self._plan, plan, self._plain, self._subject.device))
+        self._plan = plan
 
     @property
     def compute(self) -> Step:
@@ -175,6 +187,6 @@ class _OwnTrial:
         if self._runner.device.type == "cuda":
             torch.cuda.synchronize(self._runner.device)
 
-    def compute_numbers(self) -> Numbers:
+    def compute_numbers(self, examples: int | None = None) -> Numbers:  # noqa: ARG002  # a batch may have any form
         torch.manual_seed(0)
         return self._runner.compute_numbers(*self._batch)

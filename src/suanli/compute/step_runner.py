@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import distributed as dist
@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from suanli.compute.cuda_graph import CapturedStep
 from suanli.compute.step_clock import StepClock
-from suanli.core.types import Step
+from suanli.core.types import Setting, Step
 from suanli.parallel.group import ALONE, Group
 
 MAX_OVERFLOWS = 17  # halvings that take the loss scale from its start, 2^16, to 1
@@ -209,12 +209,39 @@ def _call_unpacked(function: Callable[..., Any], inputs: Any) -> Any:
     return function(*inputs) if isinstance(inputs, Sequence) else function(inputs)
 
 
+class AppliedSettings:
+    """The process-wide settings of a step, on until the end of a `with` block."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._active: dict[Setting, AbstractContextManager[object]] = {}
+
+    def change(self, step: Step) -> None:
+        """From now on those of `step`. A setting that both have stays on: turning the allocator's off would give back
+        the memory that it keeps."""
+        self._end([setting for setting in self._active if setting not in step.settings])
+        for setting in step.settings:
+            if setting not in self._active:
+                active = setting()
+                active.__enter__()
+                self._active[setting] = active
+
+    def _end(self, settings: list[Setting]) -> None:
+        for setting in reversed(settings):
+            self._active.pop(setting).__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        self.change(self._step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(list(self._active))
+
+
 @contextmanager
 def apply_settings(step: Step) -> Iterator[None]:
     """The step's process-wide settings are on while the block runs."""
-    with ExitStack() as stack:
-        for setting in step.settings:
-            stack.enter_context(setting())
+    with AppliedSettings(step):
         yield
 
 

@@ -130,8 +130,8 @@ class Forecast:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fallback:
-    """A speedup that failed in training, and how the training went on."""
+class PlanChange:
+    """Why a training went on with another plan: a speedup failed, plans raced, other programs used the cores."""
 
     step: int | None = None  # after which it happened
     message: Annotated[str, Field(alias="said")] = ""
@@ -151,7 +151,8 @@ class Summary:
     forecast: Forecast = Forecast()
     plan: Plan | None = None
     diagnosis: Diagnosis | None = None
-    fallbacks: tuple[Fallback, ...] = ()
+    fallbacks: tuple[PlanChange, ...] = ()
+    plan_changes: tuple[PlanChange, ...] = ()  # to what was faster
 
 
 # --- evaluation/<split>.json ----------------------------------------------------------------

@@ -13,15 +13,14 @@ clock could not be repeated.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from suanli.compute import planner
 from suanli.compute.step_runner import apply_settings
 from suanli.core.console import duration, plural, say
 from suanli.core.errors import OutOfMemory, UsageError
 from suanli.core.registry import load_all
-from suanli.core.types import Budget, Device, Json, Recipe, RecipeChoice
+from suanli.core.types import Budget, Device, Json, Plan, Recipe, RecipeChoice
 from suanli.data.cache import PreparedData
 from suanli.machine import timing
 from suanli.training.forecast import check_memory, explain_out_of_memory, validation_steps
@@ -70,15 +69,16 @@ def check_target(target: float | None) -> None:
 
 
 def choose_for_time(
-    recipe: Recipe, prepared: PreparedData, device: Device, threads: int | None, left_s: float
+    recipe: Recipe, prepared: PreparedData, device: Device, usual: Callable[[Setup], Plan], left_s: float
 ) -> Recipe:
     """The recipe with the most expensive budget that fits into `left_s` seconds from now, its epochs stretched or cut
-    to fill them. Raises UsageError where there is no time for a few steps and an evaluation."""
+    to fill them. `usual` gives the plan by which a training is timed. Raises UsageError where there is no time for a
+    few steps and an evaluation."""
     deadline = time.perf_counter() + left_s
     changes = [budget.changes for budget in _budgets(recipe)] or [{}]
-    choice = cheapest = _Estimate(recipe, changes[0], prepared, device, threads)
+    choice = cheapest = _Estimate(recipe, changes[0], prepared, device, usual)
     for more in changes[:0:-1]:
-        candidate = _Estimate(recipe, more, prepared, device, threads)
+        candidate = _Estimate(recipe, more, prepared, device, usual)
         # By its operations first: even one step may take longer than there is time.
         may_fit = candidate.flops <= WIDE_SPEEDUP * cheapest.flops_per_s * _training_s(deadline)
         if may_fit and candidate.fits_memory and candidate.seconds <= _training_s(deadline):
@@ -108,12 +108,17 @@ class _Estimate:
     """What a budget costs on this data and device, with the usual speedups."""
 
     def __init__(
-        self, recipe: Recipe, changes: Mapping[str, Json], prepared: PreparedData, device: Device, threads: int | None
+        self,
+        recipe: Recipe,
+        changes: Mapping[str, Json],
+        prepared: PreparedData,
+        device: Device,
+        usual: Callable[[Setup], Plan],
     ) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
         with explain_out_of_memory(device):
             setup = Setup(self.recipe, prepared, device)
-            self._loop = setup.trial(planner.short_list(setup, threads))
+            self._loop = setup.trial(usual(setup))
         self._device = device
         self._steps = self._loop.full_size_steps_left + validation_steps(self._loop)
 

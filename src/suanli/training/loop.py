@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from suanli.compute.infer import network_inputs
+from suanli.compute.plan import switch_plan
 from suanli.compute.step_runner import Numbers, StepRunner
 from suanli.core.errors import DamagedFile, Diverged, UsageError
 from suanli.core.schema import Tensors
 from suanli.core.task import Metric, Task
-from suanli.core.types import Batch, Device, Preprocess, Recipe, Step
+from suanli.core.types import Batch, Device, Plan, Preprocess, Recipe, Step
 from suanli.data.loader import Feed, Order, mix
 from suanli.parallel import dtensor
 from suanli.parallel.group import ALONE, Group
@@ -49,6 +50,8 @@ class Progress:
     best: float | None = None
     stale: int = 0  # validations since the best
     seconds: float = 0.0  # in training steps so far
+    # Where the plan changed between two steps: the first step of each plan, its speedups and threads.
+    plans: list[tuple[int, list[str], int | None]] = field(default_factory=list)
 
     def add_score(self, score: float, metric: Metric) -> None:
         self.last = score
@@ -64,6 +67,8 @@ class Loop:
         *,
         recipe: Recipe,
         step: Step,
+        plain: Step,
+        plan: Plan,
         task: Task,
         preprocess: Preprocess,
         train: Feed,
@@ -73,10 +78,13 @@ class Loop:
         full_size: bool = False,
         local_only: bool = False,
     ) -> None:
-        """`full_size`: every step sees full-size pictures, whatever the recipe says, so that all steps cost the same.
-        `local_only`: the loop learns from this process's share of the batch without the other processes. Both are
-        for measuring. Raises UsageError for more processes than examples in a batch."""
-        self.recipe, self.compute, self.task, self.preprocess = recipe, step, task, preprocess
+        """`step` is the `plain` one, changed by `plan`. `full_size`: every step sees full-size pictures, whatever the
+        recipe says, so that all steps cost the same. `local_only`: the loop learns from this process's share of the
+        batch without the other processes. Both are for measuring. Raises UsageError for more processes than examples
+        in a batch."""
+        self.recipe, self.plan, self.task, self.preprocess = recipe, plan, task, preprocess
+        self._plain, self._device = plain, device
+        self.compute = step
         self.train_feed, self.val_feed = train, val
         self.device = torch.device(device.torch_name)
         self.group, self._step_group = group, ALONE if local_only else group
@@ -169,6 +177,12 @@ class Loop:
         """Positions in the training split of this process's examples."""
         positions = self.order.positions(step)
         return positions if self.global_positions is None else positions[self.global_positions]
+
+    def steps_at_this_size(self, most: int) -> int:
+        """How many steps from now on, at most so many, see pictures of the same size."""
+        first, steps = self.progress.step, min(self.steps, self.progress.step + most)
+        same = (step for step in range(first, steps) if self.image_scale(step) != self.image_scale(first))
+        return next(same, steps) - first
 
     def image_scale(self, step: int) -> float:
         """What progressive resizing multiplies each side of the pictures by. A continuation sees full size."""
@@ -280,11 +294,18 @@ class Loop:
 
     # --- measuring ---
 
+    def switch(self, plan: Plan) -> None:
+        """Computes by another plan from the next step on. Raises ValueError for a speedup that can't be turned on or
+        off between two steps, and MachineError for one that this step has no use for."""
+        self.compute = self.runner.step = switch_plan(self.plan, plan, self._plain, self._device)
+        self.plan = plan
+
     def advance(self) -> None:
         """Trains the next step and waits for the device: what the planner times. Losses aren't checked, since a
-        training that diverges takes as long as any other."""
-        if self._measured_run is None:
+        training that diverges takes as long as any other. After the last step comes the first one again."""
+        if self._measured_run is None or self.progress.step >= self.steps:
             self._check = None
+            self.progress.step %= self.steps
             self._measured_run = self.run()
         next(self._measured_run)
         if self.device.type == "cuda":
@@ -302,10 +323,10 @@ class Loop:
         batch = self.first_batch(examples, scale)
         self.runner.backward(network_inputs(batch.inputs), self._add_totals(batch.targets), whole=whole)
 
-    def compute_numbers(self) -> Numbers:
-        """Trains one step on the first batch and returns what it computed."""
+    def compute_numbers(self, examples: int | None = None) -> Numbers:
+        """Trains one step on the first batch, or on so many of its examples, and returns what it computed."""
         self.model.train()
-        batch = self.first_batch()
+        batch = self.first_batch(examples)
         self._seed_model(0)
         self._set_lr(self.progress.step)
         return self.runner.compute_numbers(network_inputs(batch.inputs), self._add_totals(batch.targets))

@@ -10,8 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from suanli.compute import planner
 from suanli.compute.plan import check_request, plan_of_names
 from suanli.core.console import say
 from suanli.core.errors import DataError, Interrupted, MachineError, UsageError
@@ -219,7 +221,8 @@ def _prepare(
     elif budget_s is not None:
         if resources.group.is_first:
             left_s = budget_s - (time.perf_counter() - started)
-            recipe = budget.choose_for_time(recipe, prepared, resources.device, resources.options.threads, left_s)
+            usual = partial(planner.short_list, threads=resources.options.threads, cache=cache_dir_of(data.cache_dir))
+            recipe = budget.choose_for_time(recipe, prepared, resources.device, usual, left_s)
         recipe = Recipe.model_validate(resources.group.broadcast(recipe.model_dump(mode="json")))
     return data, recipe, prepared
 

@@ -16,6 +16,7 @@ from suanli.compute import planner
 from suanli.compute.plan import PLAIN, check_threads, plain_plan, plan_of_names, sort_speedups, usable_speedups
 from suanli.compute.plan_cache import PlanCache
 from suanli.compute.plan_trial import first_line, free_memory
+from suanli.compute.step_runner import AppliedSettings
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.core.registry import names
 from suanli.core.types import Device, Plan, Recipe
@@ -27,6 +28,7 @@ from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
 from suanli.training.diagnose import Facts
 from suanli.training.forecast import check_memory, estimate_memory, explain_out_of_memory, forecast, measure_step_s
+from suanli.training.live_plan import MANY_STEPS, LivePlan, can_change
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 
@@ -63,6 +65,8 @@ class Session:
         if self.threads is None and not self.group.is_alone and self.device.type == "cpu":
             self.threads = distributed.threads_per_process(self.group)
         self._loop: Loop | None = None
+        self._live: LivePlan | None = None  # None: the plan stays
+        self._race_steps = 0  # in which plans may race
         self.plan, needed_bytes, self.key = self._open_sharded() if spec.shard else self._open_whole()
         self._first_plan = self.plan  # before anything failed
         self.ceilings = peak.read_cached(self.device, spec.cache)  # None: they weren't measured
@@ -89,6 +93,10 @@ class Session:
         with explain_out_of_memory(self.device):
             setup = self._setup(fresh=self.spec.checkpoint is None)
         plan, needed_bytes = self._choose_plan(setup)
+        if self._may_change(plan):
+            with explain_out_of_memory(self.device):
+                steps = 0 if isinstance(self.spec.requested, Plan) else self._race_steps
+                self._live = LivePlan(setup, plan, cache=self.spec.cache, threads=self.threads, race_steps=steps)
         with explain_out_of_memory(self.device):
             self._loop = setup.loop(plan)
         self._restore(self._loop, self.spec.checkpoint)
@@ -96,12 +104,17 @@ class Session:
             self._share_by_speed(needed_bytes)
         return plan, needed_bytes, setup.key
 
+    def _may_change(self, plan: Plan) -> bool:
+        """Whether the training may go over to another plan between two steps."""
+        return self.group.is_alone and plan.origin not in UNPLANNED and can_change(plan, self.device)
+
     def _choose_plan(self, setup: Setup) -> tuple[Plan, int]:
         """A collective: the plan, and the memory that it takes in bytes."""
         with explain_out_of_memory(self.device):
             plain = setup.trial(plain_plan(self.device, self.threads))
         self._restore(plain, self.spec.checkpoint)
         steps = round(plain.full_size_steps_left)
+        self._race_steps = plain.steps_at_this_size(MANY_STEPS)
         refusal: OutOfMemory | None = None
         try:
             needed_bytes = check_memory(plain, self.device)
@@ -122,7 +135,14 @@ class Session:
         plan: Plan | None = None
         if self.group.is_first:
             with explain_out_of_memory(self.device):
-                plan = planner.plan(setup, spec.requested, steps=steps, threads=self.threads, cache=spec.cache)
+                plan = planner.plan(
+                    setup,
+                    spec.requested,
+                    steps=steps,
+                    threads=self.threads,
+                    cache=spec.cache,
+                    races_in_training=self.group.is_alone and self.device.type == "cpu",
+                )
         return self._share(plan)
 
     def _plan_smaller(self, setup: Setup, error: OutOfMemory) -> tuple[Plan, int]:
@@ -133,7 +153,7 @@ class Session:
             named = requested if isinstance(requested, Plan) else None
             plan = named or plan_of_names(str(requested), self.device, self.threads)
             return plan, check_memory(setup.trial(plan), self.device)
-        usual = planner.short_list(setup, self.threads)
+        usual = planner.short_list(setup, self.threads, self.spec.cache)
         for extra in ((), (CHECKPOINTING,)):
             plan = replace(usual, speedups=sort_speedups((*usual.speedups, *extra)))
             try:
@@ -149,7 +169,9 @@ class Session:
         for extra in tries:
             with explain_out_of_memory(self.device):
                 setup = self._setup(fresh=self.spec.checkpoint is None)
-                unmeasured = planner.plan_without_trials(setup, self.spec.requested, threads=self.threads, extra=extra)
+                unmeasured = planner.plan_without_trials(
+                    setup, self.spec.requested, threads=self.threads, cache=self.spec.cache, extra=extra
+                )
                 plan = self._share(unmeasured)
                 self._loop = setup.loop(plan)
             key = setup.key
@@ -221,6 +243,26 @@ class Session:
             return None
         return least * self.loop.full_size_steps(0, progress.step) / progress.seconds
 
+    # --- between two steps ---
+
+    def start(self, settings: AppliedSettings) -> None:
+        """The first step comes."""
+        if self._live is not None:
+            self._live.start(self.loop, settings)
+
+    @property
+    def is_racing(self) -> bool:
+        """Whether plans race on the steps that come."""
+        return self._live is not None and self._live.is_racing
+
+    def after_step(self, seconds: float, settings: AppliedSettings) -> str | None:
+        """The last step took so long. Goes over to another plan where that is faster, and says so in a sentence."""
+        if self._live is None:
+            return None
+        news = self._live.after_step(self.loop, seconds, settings)
+        self.plan = self._live.plan
+        return news
+
     # --- when a plan fails on the way ---
 
     def fall_back(self, error: Exception, checkpoints: Path) -> str | None:
@@ -230,6 +272,8 @@ class Session:
             return None
         if not self.group.is_alone and not isinstance(error, Diverged):
             return None  # what failed here did not fail in every process
+        self._live = None
+        self.plan = replace(self.plan, speedups=self.loop.plan.speedups, threads=self.loop.plan.threads)
         risk, reason = _risk(error)
         weaker = self._weaken(risk, reason)
         if weaker is None:
@@ -268,7 +312,7 @@ class Session:
         """Go back to the first step with a lower learning rate; gives that in words. The plan is the first one again:
         it was not to blame."""
         self.recipe = self.recipe.model_copy(update={"lr": self.recipe.lr * LOWER_RATE})
-        self.plan = self._first_plan
+        self.plan, self._live = self._first_plan, None
         self._free()
         self._loop = self._setup(fresh=True).loop(self.plan)
         return f"beginning again at a learning rate of {self.recipe.lr:.2g}"

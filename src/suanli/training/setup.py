@@ -128,11 +128,13 @@ class Setup:
         model, optimizer = copy.deepcopy((self.module, self.optimizer))
         return self._loop(replace(self.step, model=model, optimizer=optimizer), plan, measuring=True)
 
-    def _loop(self, step: Step, plan: Plan, *, measuring: bool = False) -> Loop:
-        step = apply_plan(plan, step, self.device)
+    def _loop(self, plain: Step, plan: Plan, *, measuring: bool = False) -> Loop:
+        step = apply_plan(plan, plain, self.device)
         return Loop(
             recipe=self.recipe,
             step=step,
+            plain=plain,
+            plan=plan,
             task=self.task,
             preprocess=self.prepared.preprocess,
             train=self._feed("train", step.resident),
@@ -142,6 +144,12 @@ class Setup:
             full_size=measuring,
             local_only=measuring,
         )
+
+    @property
+    def family(self) -> str:
+        """A digest of the network and the machine, whatever the sizes."""
+        facts = [self.recipe.model, peak.fingerprint(self.device)]
+        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=10).hexdigest()
 
     @property
     def key(self) -> str:

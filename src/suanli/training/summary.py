@@ -23,6 +23,7 @@ class Summary:
     def __init__(self, session: Session, run: Run, options: TrainerOptions) -> None:
         self.session, self.run, self.options = session, run, options
         self.fallbacks: list[Mapping[str, object]] = list(options.fallbacks)
+        self.plan_changes: list[Mapping[str, object]] = []  # to what was faster
         self.seconds = {} if options.prepare_s is None else {"prepare": options.prepare_s}
         self.processes = options.processes
         if self.processes is not None:
@@ -52,6 +53,8 @@ class Summary:
             "diagnosis": diagnosis.to_json() if diagnosis else None,
             "gate": self.gate,
         }
+        if loop.progress.plans:
+            figures["plans"] = loop.progress.plans
         self.run.write("summary.json", figures | self._lasting())
         if status in FINISHED and rate is not None:
             self._record(rate)
@@ -61,6 +64,7 @@ class Summary:
             "forecast": self.session.forecast.to_json(),
             "plan": asdict(self.session.plan),
             "fallbacks": self.fallbacks,
+            "plan_changes": self.plan_changes,
             "wanted_score": self.options.target_score,
             "processes": self.processes,
             "shard": self.options.shard,
@@ -99,7 +103,7 @@ def describe_planning(plan: Plan) -> str | None:
     if plan.origin == SHARDED and plan.speedups:
         return "plan: the usual speedups; a sharded network has no copies on which to measure more"
     if plan.origin == "short list":
-        return "plan: the usual speedups; the run is too short to measure more"
+        return "plan: the usual speedups to begin with; there is no time for trials before the training"
     if plan.origin != "measured":
         return None
     ratios = [t.ratio for t in plan.trials if t.kept and t.ratio is not None]

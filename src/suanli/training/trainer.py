@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from suanli.compute.plan_cache import PlanCache
-from suanli.compute.step_runner import apply_settings
+from suanli.compute.step_runner import AppliedSettings
 from suanli.core.console import Progress, duration, plural, say, warn
 from suanli.core.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
 from suanli.core.run import Run
@@ -105,8 +105,8 @@ class Trainer:
         """Make all steps. Where a plan fails and the user leaves the choice, a weaker one goes on."""
         while True:
             try:
-                with apply_settings(self.loop.compute):
-                    return self._steps(stop)
+                with AppliedSettings(self.loop.compute) as settings:
+                    return self._steps(stop, settings)
             except Exception as error:  # noqa: BLE001  # compilers and kernel libraries may raise anything
                 self._recover(error)
 
@@ -171,15 +171,21 @@ class Trainer:
 
     # --- the steps ---
 
-    def _steps(self, stop: StopRequest) -> str:
+    def _steps(self, stop: StopRequest, settings: AppliedSettings) -> str:
         loop, every_s = self.loop, self.options.checkpoint_every_s
         validate_every = max(1, round(self.recipe.validate_every * loop.order.steps_per_epoch))
         saved_at = time.monotonic()
         log = _RateLog(loop)
         self.watch = Watch(loop.runner.clock, self.session.facts, loop.steps)
+        self.session.start(settings)
         with Progress("Training", loop.steps) as bar:
+            before_s = loop.progress.seconds
             for loss in loop.run():
                 step = loop.progress.step
+                if (news := self.session.after_step(loop.progress.seconds - before_s, settings)) is not None:
+                    self.summary.plan_changes.append({"step": step, "said": news, "speedups": list(loop.plan.speedups)})
+                    say(news)
+                before_s = loop.progress.seconds
                 if (diagnosis := self.watch.after_step(step)) is not None:
                     say(str(diagnosis))
                 last, validates = step == loop.steps, step % validate_every == 0

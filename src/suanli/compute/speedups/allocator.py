@@ -83,4 +83,6 @@ def _other_allocator() -> str | None:
     return next((name for name in _OTHER_ALLOCATORS if name in maps), None)
 
 
-SPEEDUP = Speedup(name="allocator", stage=4, apply=apply, why_not=why_not, delayed_effect=True)
+SPEEDUP = Speedup(
+    name="allocator", stage=4, apply=apply, why_not=why_not, delayed_effect=True, raced=True, switchable=True
+)

@@ -31,4 +31,7 @@ SPEEDUP = Speedup(
     tolerance=0.05,
     risks=("numerics",),
     group="precision",
+    raced=True,
+    switchable=True,
+    rate="bfloat16",
 )

@@ -84,4 +84,6 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return "the thread that reads ahead would share a core" if step.read_ahead else None
 
 
-SPEEDUP = Speedup(name="bind_threads", stage=95, apply=apply, why_not=why_not, needless=needless, delayed_effect=True)
+SPEEDUP = Speedup(
+    name="bind_threads", stage=95, apply=apply, why_not=why_not, needless=needless, delayed_effect=True, switchable=True
+)

@@ -13,10 +13,22 @@ from suanli.core.types import Device, Speedup, Step
 
 
 def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
-    layout = torch.channels_last
     if not step.sharded:  # sharded weights are divided by rows; for most kernels the layout of the inputs is enough
-        step.model.to(memory_format=layout)  # type: ignore[call-overload]
-    return replace(step, memory_format=layout)
+        _lay_out(step, torch.channels_last)
+    return replace(step, memory_format=torch.channels_last)
+
+
+def undo(step: Step) -> None:
+    _lay_out(step, torch.contiguous_format)
+
+
+def _lay_out(step: Step, layout: torch.memory_format) -> None:
+    """The optimizer's state too, or each of its steps would read weights in one order and moments in another."""
+    step.model.to(memory_format=layout)  # type: ignore[call-overload]
+    for state in step.optimizer.state.values() if step.optimizer is not None else ():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 4:
+                state[name] = value.contiguous(memory_format=layout)
 
 
 def why_not(device: Device) -> str | None:
@@ -31,4 +43,14 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
-SPEEDUP = Speedup(name="channels_last", stage=10, apply=apply, why_not=why_not, needless=needless, usual=True)
+SPEEDUP = Speedup(
+    name="channels_last",
+    stage=10,
+    apply=apply,
+    why_not=why_not,
+    needless=needless,
+    usual=True,
+    raced=True,
+    switchable=True,
+    undo=undo,
+)

@@ -34,4 +34,6 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
-SPEEDUP = Speedup(name="cudnn_benchmark", stage=50, apply=apply, why_not=why_not, needless=needless, usual=True)
+SPEEDUP = Speedup(
+    name="cudnn_benchmark", stage=50, apply=apply, why_not=why_not, needless=needless, usual=True, switchable=True
+)

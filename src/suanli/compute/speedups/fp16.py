@@ -33,4 +33,5 @@ SPEEDUP = Speedup(
     tolerance=0.02,
     risks=("numerics",),
     group="precision",
+    rate="float16",
 )

@@ -16,6 +16,12 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
     return replace(step)
 
 
+def undo(step: Step) -> None:
+    assert step.optimizer is not None
+    for group in step.optimizer.param_groups:
+        group |= {"fused": None, "foreach": None}
+
+
 def why_not(device: Device) -> str | None:
     if device.type not in ("cpu", "cuda"):
         return f"torch has no fused optimizers for {device.type}"
@@ -32,4 +38,13 @@ def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     return None
 
 
-SPEEDUP = Speedup(name="fused_optimizer", stage=30, apply=apply, why_not=why_not, needless=needless, usual=True)
+SPEEDUP = Speedup(
+    name="fused_optimizer",
+    stage=30,
+    apply=apply,
+    why_not=why_not,
+    needless=needless,
+    usual=True,
+    switchable=True,
+    undo=undo,
+)

@@ -56,4 +56,7 @@ SPEEDUP = Speedup(
     tolerance=0.05,
     risks=("numerics",),
     group="precision",
+    raced=True,
+    switchable=True,
+    rate="float32 in bfloat16",
 )

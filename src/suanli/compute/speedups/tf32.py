@@ -30,4 +30,14 @@ def why_not(device: Device) -> str | None:
     return None
 
 
-SPEEDUP = Speedup(name="tf32", stage=22, apply=apply, why_not=why_not, usual=True, tolerance=0.01, risks=("numerics",))
+SPEEDUP = Speedup(
+    name="tf32",
+    stage=22,
+    apply=apply,
+    why_not=why_not,
+    usual=True,
+    tolerance=0.01,
+    risks=("numerics",),
+    raced=True,
+    switchable=True,
+)
