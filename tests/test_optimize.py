@@ -21,6 +21,7 @@ from served import digits_run
 from suanli import cli
 from suanli.core.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
 from suanli.engines import store, timing
+from suanli.engines.candidates import Candidate, choose, compute_speed
 from suanli.machine import device
 from suanli.models.model_folder import load_model, save_model
 from suanli.verbs.optimize import OptimizeResult
@@ -787,3 +788,55 @@ def test_the_command_line(tuned: tuple[Path, OptimizeResult], capsys: pytest.Cap
         cli.main(["optimize", str(tuned[0]), "--for", "beauty"])
     assert end.value.code == 2
     assert "Allowed: energy" in capsys.readouterr().err
+
+
+# --- a machine that is not quiet ---
+
+
+class TimedAnswers:
+    """In place of an engine's process: replies with times of one thread and of two, and whether threads waited."""
+
+    def __init__(self, one_s: float, two_s: float, busy_s: float, *, busy_turns: int) -> None:
+        self.one_s, self.two_s, self.busy_s, self.busy_turns = one_s, two_s, busy_s, busy_turns
+
+    def ask(self, limit_s: float, do: str, *, threads: int, **request: object) -> dict[str, object]:
+        assert (limit_s > 0, do, request["batch"]) == (True, "time", 1)
+        if threads == 1:
+            return {"seconds": [self.one_s] * 20, "joules": None, "waited": 0.01}
+        self.busy_turns -= 1
+        busy = self.busy_turns >= 0
+        seconds = [self.busy_s if busy else self.two_s] * 20
+        return {"seconds": seconds, "joules": None, "waited": 0.6 if busy else 0.0}
+
+
+@pytest.mark.parametrize("busy_turns", [0, 3, timing.ROUNDS, 1000])
+def test_a_busy_machine_chooses_the_same_engine(busy_turns: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first spins, and so is fifty times as slow beside another program; the second is not."""
+    ways = {"spins": (1.5e-3, 1.0e-3, 5e-2), "sleeps": (2.5e-3, 1.8e-3, 3e-3)}
+    runners = [
+        timing.Runner(
+            candidate=Candidate(engine=name, precision="float32", state="accepted"),
+            sandbox=TimedAnswers(*way, busy_turns=busy_turns),  # type: ignore[arg-type]
+        )
+        for name, way in ways.items()
+    ]
+    timer = timing.EngineTimer(examples=Path(), batches=False, threads=2, input_s=1e-3, goal="latency")
+    disturbed = timer.time(runners, room_s=1000)
+    chosen = choose([runner.result(disturbed) for runner in runners], "latency", 0.0, None)
+    speed = chosen.latency()
+    assert speed is not None
+    assert (chosen.engine, speed.threads, speed.p50_s) == (
+        ("spins", 1, 1.5e-3) if busy_turns == 1000 else ("spins", 2, 1.0e-3)
+    )
+    assert ("Other programs use this machine" in capsys.readouterr().err) == (busy_turns == 1000)
+
+
+def test_an_engine_with_disturbed_times_alone_still_has_figures() -> None:
+    """As where it left before the machine was quiet again, or where only batches were timed in quiet."""
+    single = compute_speed(1, 2, [2e-3] * 20, [None], disturbed=True)
+    batch = compute_speed(64, 2, [8e-2] * 20, [None])
+    lone = Candidate(engine="lone", precision="float32", state="accepted", speeds=(single,))
+    mixed = Candidate(engine="mixed", precision="float32", state="accepted", speeds=(single, batch))
+    assert lone.latency() == lone.throughput() == mixed.latency() == single
+    assert mixed.throughput() == batch
+    assert lone.cost("latency") == single.p50_s

@@ -26,6 +26,7 @@ class Speed:
     p95_s: Positive
     p99_s: Positive
     joules: Positive | None  # per input; None: no counter can be read
+    disturbed: bool = False  # other programs had the cores, and those of other engines may have had them less
 
     @property
     def per_s(self) -> float:
@@ -75,12 +76,12 @@ class Candidate:
 
     def latency(self) -> Speed | None:
         """With one input: with all threads, which larger batches need, unless one thread alone is clearly faster."""
-        single = [s for s in self.speeds if s.batch == 1]
+        single = _comparable([s for s in self.speeds if s.batch == 1])
         most = max((s.threads for s in single), default=1)
         return min(single, key=lambda s: s.p50_s * (CLEARLY_FASTER if s.threads < most else 1), default=None)
 
     def throughput(self) -> Speed | None:
-        return max(self.speeds, key=lambda s: s.per_s, default=None)
+        return max(_comparable(self.speeds), key=lambda s: s.per_s, default=None)
 
     def cost(self, goal: str) -> float:
         """What `goal` minimises: seconds or joules per input, or bytes; infinite where it isn't known."""
@@ -110,7 +111,19 @@ class SearchResult:
         return asdict(self)
 
 
-def compute_speed(batch: int, threads: int, seconds: Sequence[float], joules: Sequence[float | None]) -> Speed:
+def _comparable(speeds: Sequence[Speed]) -> Sequence[Speed]:
+    """Those that nothing disturbed; all of them where there is none: then all engines were disturbed."""
+    return [speed for speed in speeds if not speed.disturbed] or speeds
+
+
+def compute_speed(
+    batch: int,
+    threads: int,
+    seconds: Sequence[float],
+    joules: Sequence[float | None],
+    *,
+    disturbed: bool = False,
+) -> Speed:
     """From the seconds of every call, and the joules per input of every turn."""
     known = [j for j in joules if j is not None]
     p50, p95, p99 = (percentile(seconds, share) for share in (0.5, 0.95, 0.99))
@@ -122,6 +135,7 @@ def compute_speed(batch: int, threads: int, seconds: Sequence[float], joules: Se
         p95_s=p95,
         p99_s=p99,
         joules=percentile(known, 0.5) if known else None,
+        disturbed=disturbed,
     )
 
 

@@ -202,9 +202,11 @@ class _EngineRequests:
         self, threads: int, examples: str, batch: int, for_s: float, warm_up: int, least: int
     ) -> dict[str, object]:
         """Seconds of each call with a batch of examples: at least `least` calls, and more until `for_s` seconds are
-        over; `warm_up` calls before them don't count. Examples that are answered one at a time take turns."""
+        over; `warm_up` calls before them don't count. Examples that are answered one at a time take turns. Also the
+        share of their time that threads of this process waited for a core."""
         from suanli.engines.examples import load_examples
         from suanli.machine.energy import measure_energy
+        from suanli.machine.run_delay import RunDelay
 
         engine, placement = self._loaded[threads]
         inputs = load_examples(Path(examples))
@@ -213,14 +215,14 @@ class _EngineRequests:
         for _ in range(warm_up):
             engine.answer(next(turns))
         seconds: list[float] = []
-        started = time.perf_counter()
+        delay, started = RunDelay(), time.perf_counter()
         with measure_energy(placement.device) as meter:
             while len(seconds) < least or (time.perf_counter() - started < for_s and len(seconds) < MAX_CALLS):
                 arrays = next(turns)
                 before = time.perf_counter()
                 engine.answer(arrays)
                 seconds.append(time.perf_counter() - before)
-        return {"seconds": seconds, "joules": meter.joules}
+        return {"seconds": seconds, "joules": meter.joules, "waited": delay()}
 
     def memory(self, placement: object) -> dict[str, object]:
         """The peak of this process's main memory, or of its memory on a GPU; bytes."""

@@ -94,10 +94,11 @@ class EngineSearch:
                 goal=self.goal,
             )
             room_s = max(self.left_s(), TIMING_SHARE * self.budget_s / 2)
-            timer.time([entry for entry in entries if isinstance(entry, Runner)], room_s)
+            disturbed = timer.time([entry for entry in entries if isinstance(entry, Runner)], room_s)
             if reference.candidate.state != "accepted":
                 raise SandboxError(f"{reference.candidate.name} {reference.candidate.reason}")
-            candidates = mark_best([entry.result() if isinstance(entry, Runner) else entry for entry in entries])
+            results = [entry.result(disturbed) if isinstance(entry, Runner) else entry for entry in entries]
+            candidates = mark_best(results)
             return SearchResult(
                 candidates=tuple(candidates),
                 chosen=choose(candidates, self.goal, check.allowed_loss, self.max_latency_s),
