@@ -18,7 +18,7 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -277,6 +277,16 @@ def test_names_that_lead_out_are_refused(name: str, member: str, tmp_path: Path)
     write = write_zip if name == "x.zip" else write_tar
     with pytest.raises(DataError, match="leads out of it"):
         archive.read(write(tmp_path / name, {**FLAT, member: b"!"}), Columns())
+
+
+@given(st.text("a.:/\n", max_size=9))
+def test_names_are_those_of_pathlib_or_refused(name: str) -> None:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or name[:2] == "a:":
+        with pytest.raises(DataError, match="leads out of it"):
+            _archives.clean_name(Path("x.zip"), name)
+    else:
+        assert _archives.clean_name(Path("x.zip"), name) == "/".join(path.parts)
 
 
 def test_a_backslash_in_a_zip_is_a_slash(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from suanli.core.schema import Ragged, Tensors, example_bytes, take
 from suanli.core.types import Device, Split
 from suanli.machine.device import available_memory_bytes
+from suanli.machine.threads import start_thread
 
 RESIDENT_SHARE = 0.4  # of the available memory that a resident split may take
 READ_AHEAD = 3  # batches
@@ -205,8 +206,8 @@ def _read_ahead(read: Callable[[torch.Tensor], Read], steps: Iterator[torch.Tens
         except BaseException as error:  # noqa: BLE001  # raised again where the batch is awaited
             put(error)
 
-    thread = threading.Thread(target=work, name="suanli-read-ahead", daemon=True)
-    thread.start()
+    # Shuffling an epoch would start a second pool. Waiting threads then hardly spin, as `short_spin` has it.
+    thread = start_thread(work, name="suanli-read-ahead", pool=1)
     try:
         while True:
             item = ready.get()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from suanli.core.errors import DataError, SuanliError, UsageError, suggest
+from suanli.core.garbage import pause_collector
 from suanli.core.registry import load, load_all, names
 from suanli.core.types import AnyPath, Columns, Dataset, Source
 from suanli.data.download import fetch
@@ -28,7 +29,8 @@ def find_source(
     columns = columns or Columns()
     if columns.group is not None and group_pattern is not None:
         raise UsageError("--group-column and --group-pattern both say what a group is.", fix="Leave one out.")
-    source = _read_source(subject, columns, data_dir)
+    with pause_collector():
+        source = _read_source(subject, columns, data_dir)
     if columns.group is not None and all(row.group is None for row in source.examples):
         raise UsageError(
             f"--group-column is for tables, and {subject} is none.",

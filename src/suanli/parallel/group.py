@@ -33,7 +33,8 @@ from torch.distributed.rendezvous import rendezvous
 from suanli.core import console
 from suanli.core.errors import MachineError, UsageError, first_line
 from suanli.core.types import Json
-from suanli.machine.device import cores
+from suanli.machine import process_environment
+from suanli.machine.cpus import cores
 
 STORE_TIMEOUT = timedelta(hours=2)  # one process may plan, decode or download while the others wait for it
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's own; `watchdog` notices earlier
@@ -331,8 +332,8 @@ def _agree_on_attempt(store: Store, rank: int, size: int) -> str:
 def threads_per_process(group: Group) -> int:
     """CPU threads for operations in this process: what the launcher has set, else its share of the cores."""
     for name in ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK"):
-        if os.environ.get(name, "").isdecimal():
-            return max(1, int(os.environ[name]))
+        if (count := process_environment.of_user(name) or "").isdecimal():
+            return max(1, int(count))
     return max(1, cores() // group.local_size)
 
 

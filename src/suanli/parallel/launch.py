@@ -22,7 +22,8 @@ from suanli.core.errors import Interrupted, MachineError, SuanliError, UsageErro
 from suanli.core.run import Run
 from suanli.core.signals import signal_name
 from suanli.core.types import Device
-from suanli.machine.device import cores
+from suanli.machine import process_environment
+from suanli.machine.cpus import cores
 from suanli.machine.gpus import gpus
 from suanli.parallel import fatal
 
@@ -77,7 +78,7 @@ def launch_training(run: Run, count: int, arguments: Sequence[str], *, restarts:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    threads = process_environment.of_user("OMP_NUM_THREADS") or str(max(1, cores() // count))
     problem: SuanliError | None = None
     with tempfile.TemporaryDirectory(prefix="suanli-", ignore_cleanup_errors=True) as folder, _restore_process():
         file = Path(folder) / "report.json"

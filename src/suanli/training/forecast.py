@@ -2,7 +2,7 @@
 
 Memory: the bytes that autograd keeps for one example (counted with saved-tensor hooks on small batches) times the
 batch size, plus gradients and optimizer state, plus what the process uses already. Time: one forward and backward pass
-at the real batch size. The weights are restored afterwards.
+on a part of a batch. The weights are restored afterwards.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from suanli.training.loop import Loop
 PROBE_BATCHES = (2, 6)
 STATE_COPIES = 4  # weights, gradients and two moments
 BACKWARD = 1.5  # times what the forward pass keeps, at most: gradients between two layers come on top
+TIMED_PART = 4  # of a batch, on a CPU, where time is proportional to examples; a GPU may not notice fewer
+TIMED_EXAMPLES = 16  # at least: too few take no longer than the launch of the kernels
 WORKSPACE_BYTES = 64 << 20  # scratch memory of kernels, and rounding of allocations
 
 
@@ -126,7 +128,8 @@ def forecast(loop: Loop, memory_bytes: int, step_s: float | None) -> Forecast:
     """`memory_bytes` is the result of `check_memory`, `step_s` the seconds of a step when the plan was made; None: a
     step is timed now."""
     if step_s is None:
-        step_s = measure_step_s(loop, memory_bytes)
+        part = TIMED_PART if loop.device.type == "cpu" and loop.compute.micro_batches == 1 else 1
+        step_s = measure_step_s(loop, memory_bytes, max(TIMED_EXAMPLES, loop.batch_size // part))
     return Forecast(
         train_seconds=(loop.full_size_steps_left + validation_steps(loop)) * step_s,
         memory_bytes=memory_bytes,
@@ -143,8 +146,10 @@ def validation_steps(loop: Loop, validations: float | None = None) -> float:
     return validations * len(loop.val_feed) / loop.order.batch_size / 3
 
 
-def measure_step_s(loop: Loop, memory_bytes: int) -> float:
-    """Seconds of a forward and backward pass on this process's share of a batch. Raises OutOfMemory."""
+def measure_step_s(loop: Loop, memory_bytes: int, examples: int | None = None) -> float:
+    """Seconds of a forward and backward pass on this process's share of a batch, from those of its first `examples`
+    (None: of all). Raises OutOfMemory."""
+    examples = min(examples or loop.batch_size, loop.batch_size)
 
     def settle() -> None:
         if loop.device.type == "cuda":
@@ -152,8 +157,8 @@ def measure_step_s(loop: Loop, memory_bytes: int) -> float:
 
     try:
         with apply_settings(loop.compute), loop.preserve_weights():
-            loop.try_step(loop.batch_size)
-            return timing.seconds(lambda: loop.try_step(loop.batch_size), settle)
+            loop.try_step(examples)
+            return timing.seconds(lambda: loop.try_step(examples), settle) * loop.batch_size / examples
     except (RuntimeError, MemoryError, SystemError) as error:
         if not is_out_of_memory(error):
             raise

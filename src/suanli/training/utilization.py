@@ -18,6 +18,7 @@ from suanli.training.loop import Loop
 
 COUNTED_EXAMPLES = 4  # whose operations are counted; every other example takes as many
 PASSES = 2  # of the network, to time its layers
+ROOFLINE_EXAMPLES = 256  # at most, on a CPU: more take longer and reach the same; a GPU needs the whole batch
 
 
 def step_precision(step: Step, device: Device) -> str:
@@ -74,7 +75,7 @@ def count_step_flops(loop: Loop) -> float:
 def measure_roofline(loop: Loop, device: Device, ceilings: Ceilings | None) -> Roofline:
     """Times the layers of the network in a forward pass on a training batch, as validation computes it."""
     step = loop.compute
-    batch = loop.first_batch()
+    batch = loop.first_batch(ROOFLINE_EXAMPLES if device.type == "cpu" else None)
     inputs = network_inputs(batch.inputs)
     was_training = loop.model.training
     loop.model.eval()

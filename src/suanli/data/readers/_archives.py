@@ -28,6 +28,10 @@ MAX_TOTAL_BYTES = 1 << 40
 MAX_RATIO = 200  # of unpacked to packed size; photographs reach 1, drawings about 100
 RATIO_FROM_BYTES = 16 << 20  # smaller files may have any ratio
 
+_UNUSUAL = re.compile(
+    r"/|[A-Za-z]:|.*/\.{0,2}(?:/|$)|\.{0,2}(?:/|$)", re.DOTALL
+)  # with parts to take out, or to refuse
+
 
 @dataclass(frozen=True, slots=True)
 class Listing:
@@ -70,6 +74,8 @@ class RandomAccessFile:
 
 def clean_name(path: Path, name: str) -> str:
     """`name` without "." parts. Raises DataError for a name that leads out of the archive."""
+    if not _UNUSUAL.match(name):  # nearly always
+        return name
     parts = name.split("/")
     if name.startswith("/") or ".." in parts or re.match(r"[A-Za-z]:", name):
         raise DataError(

@@ -142,7 +142,8 @@ def _split_tabs(text: str) -> list[tuple[int, list[str]]] | None:
     tabs = lines[0].count("\t")
     if any(line and line.count("\t") != tabs for line in lines):
         return None
-    return [(n, [_unquote(c) for c in line.split("\t")]) for n, line in enumerate(lines, 1) if line]
+    records = ((n, line.split("\t"), '"' in line) for n, line in enumerate(lines, 1) if line)
+    return [(n, [_unquote(c) for c in cells] if quoted else cells) for n, cells, quoted in records]
 
 
 def _unquote(cell: str) -> str:

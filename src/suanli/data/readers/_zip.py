@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from suanli.core.errors import BadInput, DataError
@@ -25,33 +25,24 @@ from suanli.data.readers._archives import (
 from suanli.data.readers._class_folders import Member, count_and_examples
 
 
-@dataclass(frozen=True, slots=True)
-class ZipMember:
-    """Reads one member of a zip file."""
-
-    file: RandomAccessFile
-    name: str
-    offset: int  # of the local header
-    packed_bytes: int
-    size_bytes: int
-    deflated: bool
-    crc: int
-
-    def __call__(self) -> bytes:
-        header = self.file(self.offset, 30)
-        if header[:4] != b"PK\x03\x04" or len(header) < 30:
-            raise BadInput(f"{self.name} in {self.file.path} is damaged: no header at its position.")
-        # The name and extra field may be longer here than in the central directory.
-        name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
-        content = self.file(self.offset + 30 + name_bytes + extra_bytes, self.packed_bytes)
-        if self.deflated:
-            try:
-                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, self.size_bytes + 1)
-            except zlib.error as error:
-                raise BadInput(f"{self.name} in {self.file.path} is damaged: {error}.") from error
-        if len(content) != self.size_bytes or zlib.crc32(content) != self.crc:
-            raise BadInput(f"{self.name} in {self.file.path} is damaged: wrong size or checksum.")
-        return content
+def _read_member(
+    file: RandomAccessFile, name: str, offset: int, packed_bytes: int, size_bytes: int, deflated: bool, crc: int
+) -> bytes:
+    """The content of one member of a zip file. `offset` is that of its local header."""
+    header = file(offset, 30)
+    if header[:4] != b"PK\x03\x04" or len(header) < 30:
+        raise BadInput(f"{name} in {file.path} is damaged: no header at its position.")
+    # The name and extra field may be longer here than in the central directory.
+    name_bytes, extra_bytes = struct.unpack_from("<HH", header, 26)
+    content = file(offset + 30 + name_bytes + extra_bytes, packed_bytes)
+    if deflated:
+        try:
+            content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, size_bytes + 1)
+        except zlib.error as error:
+            raise BadInput(f"{name} in {file.path} is damaged: {error}.") from error
+    if len(content) != size_bytes or zlib.crc32(content) != crc:
+        raise BadInput(f"{name} in {file.path} is damaged: wrong size or checksum.")
+    return content
 
 
 def list_zip(path: Path) -> Listing:
@@ -79,8 +70,8 @@ def list_zip(path: Path) -> Listing:
                 raise zipfile.BadZipFile(f"{name!r} lies outside of the file")
             total += info.file_size
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            reader = ZipMember(file, name, info.header_offset, info.compress_size, info.file_size, deflated, info.CRC)
-            members[name] = Member(name, info.file_size, reader)
+            where = info.header_offset, info.compress_size, info.file_size
+            members[name] = Member(name, info.file_size, partial(_read_member, file, name, *where, deflated, info.CRC))
             stamps.append(f"{name}\0{info.file_size}\0{info.CRC}")
     check_total(path, total, file.size_bytes)
     notes = [count_and_examples(links, "links in the archive, skipped")] if links else []

@@ -224,6 +224,7 @@ def _make_examples(
     times: list[str | None] = []
     bad = list(table.bad)
     no_numbers: list[str] = []
+    file = table.path.name
     for line, cells in table.rows:
         label, value = cells[chosen.label].strip(), cells[chosen.input]
         try:
@@ -234,7 +235,7 @@ def _make_examples(
         if target is None or (kind == "image" and not value.strip()):
             bad.append(line)
             continue
-        name = f"{table.path.name}:{line}"
+        name = f"{file}:{line}"
         read: Callable[[], Raw] = partial(str, value)
         if kind == "image":
             name, read = value.strip(), partial(read_file, _image_path(table, line, value.strip()))
