@@ -9,8 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from suanli.core import registry
+from suanli.models.networks import _convolution
+from suanli.models.networks._convolution import Conv3x3
 from suanli.models.networks.speednet import Whitening
 from suanli.models.networks.vit_tiny import patch_size
 
@@ -159,3 +162,21 @@ def test_learns_a_batch_by_heart(name: str) -> None:
     inputs, targets = torch.randn(16, 3, 16, 16), torch.arange(16) % 10
     first, last = learns(module, lambda: nn.functional.cross_entropy(module(inputs), targets))
     assert last < 0.8 * first
+
+
+@given(st.integers(1, 4), st.integers(1, 4))
+def test_convolution_of_small_maps_equals_torchs(height: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 8, height, width, generator=generator).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    layer = Conv3x3(8, 16).to(memory_format=torch.channels_last)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr(_convolution, "has_matrix_units", lambda: True)
+        convolved, expected = layer(x), F.conv2d(x, layer.weight, padding=1)
+    assert "SmallMaps" in type(convolved.grad_fn).__name__
+    assert torch.equal(convolved, expected)
+    weights = torch.randn(convolved.shape, generator=generator).to(convolved.dtype)
+    found, right = (
+        torch.autograd.grad(y, (x, layer.weight), weights, retain_graph=True) for y in (convolved, expected)
+    )
+    torch.testing.assert_close(found, right, rtol=0.02, atol=0.02)

@@ -19,12 +19,14 @@ def build(name: str, module: nn.Module, **args: Any) -> torch.optim.Optimizer:
     return registry.load("optimizers", name).build(list(module.named_parameters()), **{"head": "head"} | args)
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_newton_schulz_brings_singular_values_near_one(rows: int, columns: int, dtype: torch.dtype) -> None:
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1, 3])
+)
+def test_newton_schulz_brings_singular_values_near_one(rows: int, columns: int, dtype: torch.dtype, block: int) -> None:
     generator = torch.Generator().manual_seed(rows * 100 + columns)
     u, _, v = torch.linalg.svd(torch.randn(3, rows, columns, generator=generator), full_matrices=False)
     spread = torch.linspace(0.3, 1.0, min(rows, columns))
-    values = torch.linalg.svdvals(orthogonalize(u * spread @ v, 5, dtype))
+    values = torch.linalg.svdvals(orthogonalize(u * spread @ v, 5, dtype, block))
     assert values.min() > 0.5
     assert values.max() < 1.4
 
@@ -34,6 +36,26 @@ def test_a_batch_is_orthogonalised_like_each_alone() -> None:
     together = orthogonalize(matrices, 3, torch.float32)
     alone = torch.cat([orthogonalize(m[None], 3, torch.float32) for m in matrices])
     torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 7])
+def test_a_block_of_steps_computes_what_single_steps_do(steps: int) -> None:
+    matrices = torch.randn(2, 30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(*(orthogonalize(matrices, steps, torch.float64, block) for block in (1, 3)))
+
+
+def test_muon_steps_alike_in_both_layouts() -> None:
+    weights = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = Net().double()
+        gradients = [torch.randn_like(p) for p in net.parameters()]
+        net.to(memory_format=layout)  # type: ignore[call-overload]
+        for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+            parameter.grad = gradient.contiguous(memory_format=layout) if gradient.ndim == 4 else gradient
+        build("muon", net, lr=0.1).step()
+        weights.append(list(net.parameters()))
+    torch.testing.assert_close(*weights)
 
 
 def test_newton_schulz_keeps_zero_and_ignores_scale() -> None:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from suanli.core.types import Model
+from suanli.models.networks._convolution import Conv3x3
 
 MAX_PATCHES = 1_000_000  # enough for a stable covariance of a few dozen values, and quick
 
@@ -112,7 +113,7 @@ class SpeedNet(nn.Module):
 
 
 def _conv3(in_channels: int, out_channels: int, identity: bool) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    conv = Conv3x3(in_channels, out_channels)
     if identity:
         with torch.no_grad():
             nn.init.dirac_(conv.weight[: min(in_channels, out_channels)])

@@ -16,6 +16,17 @@ Group: TypeAlias = dict[str, Any]
 Named: TypeAlias = tuple[str, nn.Parameter]
 P = ParamSpec("P")
 
+
+class Uncompiled(torch.optim.Optimizer):
+    """A base for optimizers. torch wraps these methods to keep torch.compile away from them, and the first call imports
+    torch._dynamo, which takes as long as importing torch, and 150 MB. suanli doesn't compile optimizers."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
 COMMON = ("head", "lr", "weight_decay", "backbone_lr_scale")  # every `build` takes these
 
 

@@ -5,12 +5,19 @@ Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:17
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
 
 from suanli.core.types import Optimizer
 from suanli.training.optimizers import _groups
+
+
+class AdamW(_groups.Uncompiled, torch.optim.AdamW):
+    """torch's, without its wrappers for torch.compile."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 @_groups.check_arguments
@@ -29,7 +36,7 @@ def build(
     groups = _groups.split_by_decay(
         named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale
     )
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
+    return AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
 
 
 OPTIMIZER = Optimizer(usual_lr=1e-3, name="adamw", build=build, source="arXiv:1711.05101")

@@ -14,7 +14,6 @@ https://kellerjordan.github.io/posts/muon/.
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,36 +22,51 @@ import torch
 from torch import nn
 
 from suanli.core.types import Optimizer
+from suanli.machine.device import has_matrix_units
 from suanli.parallel import dtensor
 from suanli.training.optimizers import _groups
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that is steepest at 0: small singular values grow fastest
 
+SMALL_MATRIX = 1 << 18  # values, below which a CPU takes longer to convert it to bfloat16 than that saves
 
-def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype) -> torch.Tensor:
+
+def orthogonalize(matrices: torch.Tensor, steps: int, dtype: torch.dtype, block: int = 1) -> torch.Tensor:
     """Roughly the semi-orthogonal factor of each matrix in (M, rows, columns), by Newton-Schulz iteration: singular
-    values end between about 0.7 and 1.2, and 0 stays 0."""
-    x = matrices.to(dtype)
-    if wide := x.shape[1] > x.shape[2]:
-        x = x.mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    values end between about 0.7 and 1.2, and 0 stays 0.
+
+    A step multiplies by a polynomial of the Gram matrix, so a `block` of several steps can be computed on that alone,
+    in float32 at least, before the matrix itself is multiplied, in `dtype`. Blocks above 3 amplify the rounding of
+    bfloat16 too much."""
+    x = (matrices.mT if (tall := matrices.shape[1] > matrices.shape[2]) else matrices).to(dtype)
     a, b, c = COEFFICIENTS
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if wide else x).to(matrices.dtype)
+    for first in range(0, steps, block):
+        gram = (x @ x.mT).to(dtype if block == 1 else torch.promote_types(matrices.dtype, torch.float32))
+        norm = gram.diagonal(dim1=1, dim2=2).sum(1).sqrt()[:, None, None] + 1e-7 if first == 0 else None
+        if norm is not None:
+            gram = gram / norm**2
+        factor: torch.Tensor | None = None
+        for step in range(first, end := min(first + block, steps)):
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            polynomial.diagonal(dim1=1, dim2=2).add_(a)
+            factor = polynomial if factor is None else polynomial @ factor
+            if step + 1 < end:
+                gram = polynomial @ gram @ polynomial
+        assert factor is not None
+        x = (factor if norm is None else factor / norm).to(dtype) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device has fast matrix products in it: the iteration corrects its own rounding."""
+    """bfloat16 where the device has matrix units for it: the iteration corrects its own rounding."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        fast = device.type == "cpu" and has_matrix_units()
     return torch.bfloat16 if fast else torch.float32
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_groups.Uncompiled):
     """Groups with `muon` True get Muon, the others SGD. The state is one momentum buffer for each parameter."""
 
     def __init__(self, groups: list[_groups.Group], defaults: dict[str, Any]) -> None:
@@ -63,13 +77,6 @@ class Muon(torch.optim.Optimizer):
         if defaults["steps"] < 1:
             raise ValueError("steps must be at least 1")
         super().__init__(groups, defaults)
-
-    # torch wraps these to keep torch.compile away from them, and the first call imports torch._dynamo, which takes as
-    # long as importing torch, and 150 MB. suanli doesn't compile optimizers.
-    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,18 +139,29 @@ def _orthogonalize_updates(updates: list[torch.Tensor], like: list[torch.Tensor]
     return result
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _orthogonalize_by_shape(updates: list[torch.Tensor], steps: int) -> list[torch.Tensor]:
-    dtype = torch.float64 if updates[0].dtype == torch.float64 else fast_dtype(updates[0].device)
+    device, dtype = updates[0].device, updates[0].dtype
+    on_cpu = device.type == "cpu"
+    fast = dtype if dtype == torch.float64 else fast_dtype(device)
+    # The order of columns doesn't matter, so filters are taken as they lie in memory: nothing is transposed.
+    in_order = [u.permute(0, 2, 3, 1) if _is_channels_last(u) else u for u in updates]
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, update in enumerate(updates):
+    for i, update in enumerate(in_order):
         by_shape[len(update), update[0].numel()].append(i)
     result = list(updates)
     for (rows, columns), indices in by_shape.items():
-        flat = torch.stack([updates[i].reshape(rows, columns) for i in indices])
-        # A tall matrix has only `columns` directions for its step: this keeps the step of a row equal.
-        step = orthogonalize(flat, steps, dtype) * max(1.0, rows / columns) ** 0.5
+        flat = torch.stack([in_order[i].reshape(rows, columns) for i in indices])
+        small = on_cpu and rows * columns < SMALL_MATRIX
+        step = orthogonalize(flat, steps, dtype if small else fast, block=3 if on_cpu else 1)  # calls cost on a GPU
+        if rows > columns:  # it has only `columns` directions for its step: this keeps the step of a row equal
+            step *= (rows / columns) ** 0.5
         for i, one in zip(indices, step, strict=True):
-            result[i] = one.view(updates[i].shape)
+            one = one.view(in_order[i].shape)
+            result[i] = one.permute(0, 3, 1, 2) if _is_channels_last(updates[i]) else one
     return result
 
 

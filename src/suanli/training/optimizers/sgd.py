@@ -5,12 +5,19 @@ Source: Sutskever et al., "On the importance of initialization and momentum in d
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
 
 from suanli.core.types import Optimizer
 from suanli.training.optimizers import _groups
+
+
+class SGD(_groups.Uncompiled, torch.optim.SGD):
+    """torch's, without its wrappers for torch.compile."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
 @_groups.check_arguments
@@ -27,7 +34,7 @@ def build(
     groups = _groups.split_by_decay(
         named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale
     )
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 OPTIMIZER = Optimizer(usual_lr=0.1, name="sgd", build=build, source="Sutskever et al., ICML 2013")
