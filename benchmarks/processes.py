@@ -1,5 +1,6 @@
-"""Whole processes of `suanli`, each with a cache of its own that contains only the prepared data: plans and figures of
-the machine are measured anew every time. They run one at a time, or many short trainings in parallel for their scores.
+"""Whole processes of `suanli`, each with a cache of its own that contains only the prepared data and how fast the
+machine computes in each precision: plans are measured anew every time. They run one at a time, or many short trainings
+in parallel for their scores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from suanli.core.console import hide_progress
 from suanli.core.types import Json
 from suanli.data.cache import PreparedData
-from suanli.machine import device
+from suanli.machine import device, precisions
 from suanli.verbs.prepare import prepare
 
 
@@ -30,11 +31,13 @@ class Processes:
         self.folder = folder
         self.prepared = folder / "prepared"
         self.prepared.mkdir()
-        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # of networks and suanli
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(places)}
         self._numbers = count(1)  # of runs; several threads may ask
 
     def prepare(self, data: Path | str) -> PreparedData:
-        """Decodes the data into the cache that all runs share."""
+        """Decodes the data into the cache that all runs share, and measures the machine's precisions there."""
+        precisions.measure(device.detect("cpu"), self.folder)
         with hide_progress():
             return prepare(data, cache_dir=self.folder)
 
@@ -43,7 +46,8 @@ class Processes:
         number = next(self._numbers)
         cache, out = self.folder / f"cache{number}", self.folder / f"run{number}"
         cache.mkdir()
-        (cache / "prepared").symlink_to(self.prepared)
+        for shared in ("prepared", "probe"):
+            (cache / shared).symlink_to(self.folder / shared)
         command = ["train", str(data), *options, "--out", str(out), "--cache-dir", str(cache)]
         took, answer = self._run(command)
         summary = json.loads((out / "summary.json").read_text())

@@ -8,6 +8,7 @@ The first step of a block isn't timed on any side: the caches contain another si
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,9 +16,8 @@ from functools import partial
 
 import torch
 
-from suanli.compute import planner
-from suanli.compute.plan import plain_plan, plan_of_names, sort_speedups
-from suanli.compute.step_runner import apply_settings
+from suanli.compute.plan import plan_of_names, sort_speedups
+from suanli.compute.step_runner import AppliedSettings, apply_settings
 from suanli.core import paths
 from suanli.core.registry import load
 from suanli.core.types import AnyPath, Device, Plan, Step
@@ -25,6 +25,7 @@ from suanli.data.decode import decode
 from suanli.machine import peak
 from suanli.machine.timing import seconds
 from suanli.training.loop import Loop
+from suanli.training.session import Session, TrainingSpec
 from suanli.training.setup import Setup
 
 
@@ -41,10 +42,19 @@ class Side:
         for _ in range(count):
             next(self.steps)
 
-    def block(self, count: int, settle: Callable[[], object] | None = None, *, untimed: int = 1) -> float:
-        """Seconds of `count` steps after some that aren't timed, with the settings applied."""
+    def block(
+        self,
+        count: int,
+        settle: Callable[[], object] | None = None,
+        *,
+        untimed: int = 1,
+        give_up_s: float = math.inf,
+    ) -> float:
+        """Seconds of `count` steps after some that aren't timed, with the settings applied; infinite, without timing
+        any, where those took longer than `give_up_s`."""
         with nullcontext() if self.step is None else apply_settings(self.step):
-            self.advance(untimed)
+            if seconds(partial(self.advance, untimed), settle) > give_up_s:
+                return math.inf
             return seconds(partial(self.advance, count), settle)
 
 
@@ -83,9 +93,21 @@ def plan_of(wanted: Collection[str], setup: Setup) -> Plan:
 
 
 def auto_plan(setup: Setup, cache: AnyPath | None) -> Plan:
-    """What `--speedups auto` chooses for this training, measured now or cached."""
-    steps = round(setup.trial(plain_plan(setup.device)).full_size_steps_left)
-    return planner.plan(setup, "auto", steps=steps, cache=paths.cache_dir(cache))
+    """What `--speedups auto` chooses for this training on pictures of full size: kept, measured on copies, or raced on
+    its first steps, which are trained here."""
+    recipe = setup.recipe.model_copy(update={"progressive_resizing": ()})
+    spec = TrainingSpec(
+        recipe=recipe, prepared=setup.prepared, device=setup.device, cache=paths.cache_dir(cache), requested="auto"
+    )
+    session = Session(spec)
+    progress = session.loop.progress
+    with AppliedSettings(session.loop.compute) as settings:
+        session.start(settings)
+        steps, before = session.loop.run(), 0.0
+        while session.is_racing and next(steps, None) is not None:
+            session.after_step(progress.seconds - before, settings)
+            before = progress.seconds
+    return session.plan
 
 
 def half_precision_flops(device: Device, cache: AnyPath | None) -> tuple[float, str]:

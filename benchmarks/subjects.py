@@ -18,13 +18,30 @@ class Subject:
     recipe: str
     settings: Mapping[str, Json] = field(default_factory=dict)
     block: int  # steps of a block: a second or two on two cores
+    short: float  # epochs of a run that is too short to plan at leisure
 
 
+# With these, a plain step of the larger networks takes a second or two, and planning, at 5 % of the time, a minute.
+BRIEF = {"epochs": 4}
+SMALLER = {"preprocess.size": 96, "batch_size": 32, **BRIEF}
 SUBJECTS = {
-    "speednet": Subject(file="cifar10.zip", recipe="small_images", block=3),
-    "resnet18": Subject(file="imagenette5k.zip", recipe="photos", settings={"preprocess.size": 128}, block=3),
+    "speednet": Subject(file="cifar10.zip", recipe="small_images", block=3, short=0.5),
+    "resnet18": Subject(
+        file="imagenette5k.zip", recipe="photos", settings={"preprocess.size": 128}, block=3, short=0.12
+    ),
+    "resnet50": Subject(
+        file="imagenette5k.zip", recipe="photos", settings={"model": "resnet50", **SMALLER}, block=1, short=0.12
+    ),
+    "vit_tiny": Subject(file="cifar10.zip", recipe="photos_normless", settings=BRIEF, block=2, short=0.1),
+    "convnext": Subject(
+        file="imagenette5k.zip",
+        recipe="photos_any",
+        settings={"model": "convnext:build", **SMALLER},
+        block=3,
+        short=0.25,
+    ),
     # A small step of a few milliseconds, in which every overhead shows.
-    "text_cnn": Subject(file="sentiment_en", recipe="text", block=60),
+    "text_cnn": Subject(file="sentiment_en", recipe="text", block=60, short=0.5),
 }
 ENDLESS = 100_000.0  # epochs
 
