@@ -14,11 +14,11 @@ import torch
 
 from suanli.core.types import Device, Json
 from suanli.machine.device import cores, detect, environment
+from suanli.machine.process_environment import INSTRUCTION_LIMITS
 from suanli.machine.timing import Gain
 
 # Of the environment: what limits the processor's instruction sets, so that it stands for an older one, and what else
 # decides how fast torch computes.
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -31,7 +31,7 @@ class Record:
         self._lines: list[str] = []
         self._started, self._others = time.perf_counter(), Others()
         self.environment = environment(device)
-        self.limits = {name: os.environ[name] for name in LIMITS if name in os.environ}
+        self.limits = {name: os.environ[name] for name in INSTRUCTION_LIMITS if name in os.environ}
         self.settings = {name: os.environ[name] for name in SETTINGS if name in os.environ}
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ PLAIN_WAY = Way(speedups=())
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What an adaptation has found out."""
+    """What changed for good."""
 
     way: Way
     gain: Gain | None  # against what was before: plain PyTorch after a race; None: unknown

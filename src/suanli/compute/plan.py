@@ -17,7 +17,7 @@ from suanli.core.registry import load, load_all, names
 from suanli.core.types import Device, Plan, Setting, Speedup, Step
 from suanli.machine.device import cores
 
-PLAIN = "plain"
+PLAIN, SHORT_LIST, RACED = "plain", "short list", "raced"  # origins of plans
 ORDER_OF_SUMS = 1e-3  # relative error of float32 where only the order of the sums differs
 # The same on an NVIDIA GPU, where PyTorch by default computes convolutions in TF32, with 11 bits: another order gave
 # 0.0014 in a small network, and the error grows with depth.

@@ -8,7 +8,16 @@ from dataclasses import replace
 
 from suanli.compute.entrants import Combination
 from suanli.compute.plan import error_tolerance, plain_plan
-from suanli.compute.plan_trial import Subject, Trainee, difference, first_line, free_memory, limit_time
+from suanli.compute.plan_trial import (
+    FIRST_STEP_S,
+    FIRST_STEP_TIMES,
+    Subject,
+    Trainee,
+    difference,
+    first_line,
+    free_memory,
+    limit_time,
+)
 from suanli.compute.race import Entrant, Race
 from suanli.compute.step_runner import AppliedSettings, Numbers, apply_settings
 from suanli.core.errors import MachineError
@@ -20,7 +29,6 @@ from suanli.machine.timing import Gain
 TURN_S = 0.03  # that a turn takes at least: several steps where they are shorter
 CHECKED_EXAMPLES = 128  # of the first batch, on which outputs and gradients are compared
 PROOF_ROUNDS = 6  # of the winner against plain PyTorch, at most
-FIRST_STEP_LIMIT_S, FIRST_STEP_TIMES = 10.0, 10.0
 PLAIN: Combination = ()
 
 
@@ -53,7 +61,7 @@ def check_numbers(
 def _error(subject: Subject, plan: Plan, reference: Numbers) -> float | str:
     """The relative error, or why there is none."""
     try:
-        with limit_time(FIRST_STEP_LIMIT_S * FIRST_STEP_TIMES):
+        with limit_time(FIRST_STEP_S * FIRST_STEP_TIMES):
             return difference(reference, _numbers(subject, plan))
     except MachineError as refusal:  # needless beside the others
         return refusal.message
@@ -108,7 +116,7 @@ class _Track:
         only from the second step on."""
         self._trainee.switch(replace(self._base, speedups=names))
         settings.change(self._trainee.compute)
-        with limit_time(FIRST_STEP_LIMIT_S + FIRST_STEP_TIMES * self._steps * self._step_s):
+        with limit_time(FIRST_STEP_S + FIRST_STEP_TIMES * self._steps * self._step_s):
             process = process_part(names)
             if names not in self._warm or process != self._process:
                 self._trainee.advance()

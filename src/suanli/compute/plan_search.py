@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from suanli.compute.entrants import WORTH_TRYING, WORTH_USING, Combination, combinations, cost, expected_gains, promise
-from suanli.compute.plan import error_tolerance, fewer_threads, plain_plan, sort_speedups, usable_speedups
+from suanli.compute.plan import SHORT_LIST, error_tolerance, fewer_threads, plain_plan, sort_speedups, usable_speedups
 from suanli.compute.plan_cache import CachedPlan
 from suanli.compute.plan_race import add_errors, check_numbers, describe_gain, error_reason, join_names, race_on_copy
 from suanli.compute.plan_trial import (
     COMPILING_LIMIT_S,
+    FIRST_STEP_S,
+    FIRST_STEP_TIMES,
     Subject,
     Trainee,
     difference,
@@ -35,7 +37,6 @@ CLEAR, HOPELESS = 1.3, 0.7  # with ratios above or below these, one round less i
 COMPILE_SAVING = 0.3  # of a step's time that compiling is assumed to save at most
 COMPILING_S = (10.0, 1.0)  # assumed before it is measured: fixed, and for each module with weights of its own
 FIRST_STEP_LIMIT_S = 120.0  # of any other change, and less where steps are short
-FIRST_STEP_S, FIRST_STEP_TIMES = 10.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ class Search:
         names = self._usual()
         why = "used without measuring: the run is too short for that"
         trials = (Trial(change=join_names(names), kept=True, reason=why),) if names else ()
-        return self._plan(replace(self.best, speedups=names), trials, "short list")
+        return self._plan(replace(self.best, speedups=names), trials, SHORT_LIST)
 
     def without_measuring(self) -> Plan:
         """The stored plan, or else the short list."""
@@ -162,11 +163,11 @@ class Search:
             error = difference(reference, run_check_step(self.subject, plan))
         except MachineError as failure:
             trial = Trial(change=join_names(names), kept=False, reason=failure.message)
-            return self._plan(self.best, (trial,), "short list")
+            return self._plan(self.best, (trial,), SHORT_LIST)
         kept = error <= (allowed := error_tolerance(names, self.device))
         reason = "computes the same; the run is too short to time it" if kept else error_reason(error, allowed)
         trial = Trial(change=join_names(names), kept=kept, reason=reason, error=error)
-        return self._plan(plan if kept else self.best, (trial,), "short list")
+        return self._plan(plan if kept else self.best, (trial,), SHORT_LIST)
 
     def _try_all(self, baseline: _Baseline) -> None:
         queue = self._changes()

@@ -18,6 +18,7 @@ from suanli.core.types import Device, Plan, Step
 from suanli.machine.device import is_out_of_memory
 
 COMPILING_LIMIT_S = 600.0
+FIRST_STEP_S, FIRST_STEP_TIMES = 10.0, 10.0  # that a first step may take: so long, and so many usual steps
 
 
 class Trainee(Protocol):

@@ -549,7 +549,8 @@ class Plan:
     threads: int | None = None  # that an operation on the CPU uses; None: torch's default
     dropped: Mapping[str, str] = field(default_factory=dict)  # speedups that aren't in use, with the reason
     trials: tuple[Trial, ...] = ()
-    origin: str = "named"  # "plain", "named", "measured", "cached", or "short list": the run is too short to measure
+    # "plain", "named", "measured", "cached", "raced" on the training's own steps, or "short list": not measured
+    origin: str = "named"
     seconds: float = 0.0  # spent on planning
 
 

@@ -35,6 +35,7 @@ from suanli.machine.device import cores, cpu_name, instruction_sets
 from suanli.machine.disk import measure_read_rates
 from suanli.machine.gpus import nvidia_driver
 from suanli.machine.microbenchmarks import Absent, build_workloads, synchronizer
+from suanli.machine.process_environment import INSTRUCTION_LIMITS
 from suanli.machine.run_delay import core_time
 from suanli.machine.switches import set_attributes
 
@@ -43,8 +44,6 @@ BUDGET_S = 12.0
 ROUNDS = 15
 ENOUGH = 5  # rounds from which a spread can be known
 CALLS = 400  # that fit into the budget, on average
-# Variables that keep the libraries of torch from using what the processor has.
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def probe(
@@ -90,7 +89,8 @@ def read_cached(device: Device, cache: Path) -> Ceilings | None:
 def fingerprint(device: Device) -> str:
     """A digest of the hardware, software and limits that decide a ceiling."""
     facts: list[object] = [FORMAT, device.name, device.torch_name, device.fast_dtypes, str(torch.__version__)]
-    facts += [cpu_name(), cores(), sorted(instruction_sets()), {name: os.environ.get(name) for name in LIMITS}]
+    limits = {name: os.environ.get(name) for name in INSTRUCTION_LIMITS}
+    facts += [cpu_name(), cores(), sorted(instruction_sets()), limits]
     if device.type == "cpu":
         facts += [torch.get_num_threads()]
     if device.type == "cuda":

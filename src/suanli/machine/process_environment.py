@@ -11,10 +11,12 @@ from pathlib import Path
 
 from suanli.machine.cpus import affinity, cores
 
+# What keeps the libraries of torch from using all that the processor has.
+INSTRUCTION_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 # What decides how fast a process computes: for the record of a run.
 SPEED_VARIABLES = (
     *("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_SPINCOUNT", "GOMP_CPU_AFFINITY"),
-    *("MKL_NUM_THREADS", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"),
+    *("MKL_NUM_THREADS", *INSTRUCTION_LIMITS),
     *("THP_MEM_ALLOC_ENABLE", "GLIBC_TUNABLES", "PYTORCH_ALLOC_CONF"),
 )
 # How often a thread of GNU's OpenMP looks for work before it sleeps: by default 300,000 times, 4 to 11 ms on a Xeon, in

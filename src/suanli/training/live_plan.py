@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from suanli.compute.adaptation import Adaptation, Change, Way
-from suanli.compute.plan import sort_speedups, usable_speedups
+from suanli.compute.plan import RACED, SHORT_LIST, sort_speedups, usable_speedups
 from suanli.compute.plan_cache import PlanCache
 from suanli.compute.plan_race import add_errors, trials_of
 from suanli.compute.planner import Field, race_field, store_raced
@@ -22,7 +22,6 @@ from suanli.machine.run_delay import OtherPrograms, RunDelay
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 
-SHORT_LIST, RACED = "short list", "raced"  # origins of plans
 FEWEST = 3  # combinations, plain PyTorch among them, that are worth a race
 STEPS_EACH = 6  # of the training at the first size of its pictures, for each combination in the race
 MANY_STEPS = 200  # from here on a turn may have several short steps, which is less noisy

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from suanli.compute.plan import SHORT_LIST
 from suanli.compute.planner import SHARDED
 from suanli.core.console import duration, plural
 from suanli.core.run import FINISHED, Run, measurement
@@ -102,7 +103,7 @@ def describe_planning(plan: Plan) -> str | None:
     """The result of planning in a sentence; None where nothing was planned."""
     if plan.origin == SHARDED and plan.speedups:
         return "plan: the usual speedups; a sharded network has no copies on which to measure more"
-    if plan.origin == "short list":
+    if plan.origin == SHORT_LIST:
         return "plan: the usual speedups to begin with; there is no time for trials before the training"
     if plan.origin != "measured":
         return None
