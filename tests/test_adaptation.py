@@ -142,6 +142,17 @@ def test_a_way_that_cant_be_used_leaves_the_race() -> None:
     assert made.way == TWO
 
 
+def test_the_last_way_that_is_left_is_the_plan() -> None:
+    made = Adaptation(TWO, entrants=[ONE, TWO])
+    made.start(1.0)
+    while made.way == ONE:
+        made.record(0.1, 1.0)
+    change = made.withdraw()
+    assert change is not None
+    assert change.way == made.way == made.planned == ONE
+    assert not made.is_racing
+
+
 # --- on real networks -----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ import suanli
 from served import digits_run
 from suanli import cli
 from suanli.core.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
+from suanli.core.types import EncodedInput, EngineInputs, Placement
 from suanli.engines import store, timing
+from suanli.engines.backends import openvino
 from suanli.engines.candidates import Candidate, choose, compute_speed
 from suanli.machine import device
 from suanli.models.model_folder import load_model, save_model
@@ -168,7 +170,7 @@ def test_pictures_without_labels(trained: Path, tmp_path: Path, capsys: pytest.C
         cli.main(["optimize", str(exported), "--data", str(tmp_path / "photos"), "--engines", "onnxruntime,openvino"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "on 600 inputs without labels" in text
+    assert "on 600 examples without labels" in text
     assert "the same answer for" in text
     index = store.read(Path("net-engines"))
     assert index is not None
@@ -686,6 +688,31 @@ def test_several_threads_get_their_own_answers(tuned: tuple[Path, OptimizeResult
             for i, answer in enumerate(pool.map(engine.answer, parts)):
                 expected = alone[i % 36 : i % 36 + len(parts[i]["image"])]
                 np.testing.assert_allclose(answer["probabilities"], expected, atol=0.1)
+
+
+def test_an_openvino_engine_answers_an_input_alike_in_every_batch_and_process(
+    tuned: tuple[Path, OptimizeResult], tmp_path: Path
+) -> None:
+    """int8 by kernels of other shapes rounds as in a batch of one, and the size of pieces is kept with the engine."""
+    reference = suanli.load(tuned[0], engine="reference")
+    examples = [one.arrays for raw in pictures(70) if isinstance(one := reference.encode(raw), EncodedInput)]
+    inputs = {"image": np.stack([arrays["image"] for arrays in examples])}
+    (graph,) = (tuned[0] / "model" / "engines").glob("onnxruntime-float32-*/model.onnx")
+    tuning = Placement(device=device.detect("cpu"), threads=2, tuning=True)
+    openvino.build(EngineInputs(model=None, onnx=graph, calibration=[inputs]), "int8", tmp_path, tuning)
+    one_by_one = [
+        openvino.load(tmp_path, "int8", tuning).answer({"image": inputs["image"][i : i + 1]}) for i in (0, 69)
+    ]
+    for piece in (0, 8, 32):
+        (tmp_path / openvino.PIECES_FILE).write_text(json.dumps({"2": {"1": piece, "2": piece}}))
+        stored = openvino.load(tmp_path, "int8", replace(tuning, tuning=False))
+        batch = stored.answer(inputs)["probabilities"]
+        assert np.array_equal(batch[[0, 69]], np.concatenate([one["probabilities"] for one in one_by_one]))
+    (tmp_path / openvino.PIECES_FILE).unlink()
+    openvino.load(tmp_path, "int8", replace(tuning, tuning=False)).answer(inputs)
+    assert not (tmp_path / openvino.PIECES_FILE).exists(), "files of a stored engine don't change"
+    openvino.load(tmp_path, "int8", tuning).answer(inputs)
+    assert json.loads((tmp_path / openvino.PIECES_FILE).read_text())["2"]["2"] in (0, 8, 32)
 
 
 def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> None:

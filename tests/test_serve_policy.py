@@ -22,6 +22,7 @@ from suanli.serving.batching import Batcher
 from suanli.serving.figures import BUCKETS_S, LAST, Figures, Times
 from suanli.serving.policy import AS_GOOD, Curve, Policy
 from suanli.serving.protocol import Refusal
+from suanli.serving.thread_choice import ThreadChoice
 from suanli.serving.worker import Worker, start_worker
 
 seconds = st.floats(1e-6, 10.0)
@@ -525,3 +526,41 @@ def test_an_engine_is_replaced_without_a_lost_request(house: House) -> None:
 
     house.run(work, most=4)
     assert not house.died
+
+
+# --- one thread while other programs use the cores -----------------------------------------------
+
+
+def serve_batches(
+    choice: ThreadChoice, delays: list[float], pace: dict[bool, float], now: float, until: float
+) -> float:
+    """Batches of one example, 10 ms on a quiet machine; `pace` by whether one thread computes. Returns the time."""
+    while now < until:
+        delays[0] = 0.3 if not choice.single and pace[False] > 1.1 else 0.0
+        seconds = 0.01 * pace[choice.single]
+        now += seconds
+        choice.add(1, seconds, now)
+    return now
+
+
+def test_one_thread_computes_only_while_that_is_faster():
+    delays = [0.0]
+    choice = ThreadChoice(lambda size: 0.01 * size, lambda: delays[0])
+    now = serve_batches(choice, delays, {False: 1.0, True: 1.3}, 0.0, 60.0)
+    assert not choice.single
+    now = serve_batches(choice, delays, {False: 3.0, True: 1.3}, now, now + 2.0)
+    assert choice.single
+    now = serve_batches(choice, delays, {False: 1.0, True: 1.3}, now, now + 40.0)
+    assert not choice.single
+
+
+def test_all_threads_stay_where_one_is_slower_even_beside_other_programs():
+    delays = [0.0]
+    choice = ThreadChoice(lambda size: 0.01 * size, lambda: delays[0])
+    tried = 0
+    now = 0.0
+    while now < 120.0:
+        now = serve_batches(choice, delays, {False: 1.5, True: 1.9}, now, now + 0.02)
+        tried += choice.single
+    assert not choice.single
+    assert 0 < tried < 120.0 / 0.02 / 10, "trials become rarer"

@@ -121,15 +121,15 @@ class Adaptation:
             self.way = self._turns.race.turn
         return change
 
-    def withdraw(self) -> None:
-        """The way that was to be tried can't be used."""
+    def withdraw(self) -> Change | None:
+        """The way that was to be tried can't be used. Returns what that changes for good."""
         assert self._turns is not None
         race = self._turns.race
         race.withdraw(self.way)
         if race.turn is None:
-            self._end(race)
-        else:
-            self.way = race.turn
+            return self._end(race)
+        self.way = race.turn
+        return None
 
     def _change_size(self, size: float) -> None:
         """What is fast on small pictures needn't be on large ones, so the best of the last race run again."""

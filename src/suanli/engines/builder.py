@@ -38,7 +38,7 @@ class EngineBuilder:
         if engine.needs == "model" and self.subject.model is None:
             return "there is only an ONNX graph, no PyTorch network"
         if precision != "float32" and self.subject.origin == "made up":
-            return "a lower precision can't be evaluated on made-up inputs"
+            return "a lower precision can't be evaluated on random inputs"
         if precision == "int8" and self.subject.calibration is None:
             return "there are no examples to calibrate with"
         return None
@@ -106,7 +106,7 @@ class EngineBuilder:
         }
 
     def _placement(self, threads: int) -> dict[str, object]:
-        return asdict(Placement(device=self.device, threads=threads, trust_code=self.subject.trust_code))
+        return asdict(Placement(device=self.device, threads=threads, trust_code=self.subject.trust_code, tuning=True))
 
 
 def make_builder(

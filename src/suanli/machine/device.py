@@ -162,9 +162,11 @@ def instruction_sets(root: Path = Path("/")) -> frozenset[str]:
 
 @cache
 def has_matrix_units() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 in tiles (AMX): with other instructions for bfloat16, a
-    product can be slower than in float32."""
-    return "amx_bf16" in instruction_sets()
+    """Whether oneDNN multiplies matrices of bfloat16 in tiles (AMX): with other instructions for bfloat16, a product
+    can be slower than in float32."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "DEFAULT"
+    allowed = any(word in limit.upper() for word in ("AMX", "DEFAULT", "ALL"))
+    return allowed and "amx_bf16" in instruction_sets()
 
 
 def _torch_capabilities() -> dict[str, object]:
@@ -306,7 +308,10 @@ def environment(device: Device | None = None) -> Environment:
 
     device = device or detect()
     record: Environment = {
-        "command": [Path(sys.argv[0]).name, *(_without_home(argument) for argument in sys.argv[1:])],
+        "command": [
+            "suanli" if (name := Path(sys.argv[0]).name) == "__main__.py" else name,
+            *(_without_home(argument) for argument in sys.argv[1:]),
+        ],
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "os": platform.platform(),

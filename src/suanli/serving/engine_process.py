@@ -26,6 +26,8 @@ import numpy as np
 
 from suanli.core.errors import first_line
 from suanli.engines.sandbox import exit_with_parent
+from suanli.machine.run_delay import RunDelay
+from suanli.serving.policy import Curve
 from suanli.serving.shared_memory import (
     REPLY,
     REQUEST,
@@ -38,6 +40,7 @@ from suanli.serving.shared_memory import (
     to_line,
 )
 from suanli.serving.tensors import refuse_unservable
+from suanli.serving.thread_choice import ThreadChoice
 
 if TYPE_CHECKING:
     from suanli.core.schema import Arrays
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 WARM_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are warmed up
 WARM_S = 2.0  # of timing them
 NICE = 5
+SINGLE_BYTES = 1 << 29  # resident memory up to which the engine is loaded once more, for one thread
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -153,8 +157,47 @@ def _receive_descriptor(connection: socket.socket) -> int:
     return array.array("i", ancillary[0][2])[0]
 
 
+class _Engine:
+    """The engine, and where the user fixed no number of threads the same engine with one thread, which computes while
+    other programs use the cores. That one is loaded when it is needed first."""
+
+    def __init__(self, predictor: Predictor, options: EngineOptions, seconds: Mapping[int, float]) -> None:
+        """`seconds` of a batch by its size."""
+        self._all, self._single, self._options = predictor, predictor, options
+        self._loading: threading.Thread | None = None
+        can_change = options.threads is None and predictor.threads > 1 and _resident_bytes() < SINGLE_BYTES
+        self._choice = ThreadChoice(Curve(seconds).seconds, RunDelay()) if can_change else None
+
+    def compute(self, inputs: Mapping[str, np.ndarray], count: int) -> Arrays:
+        if self._choice is None:
+            return _compute(self._all, inputs, count)
+        if self._choice.single and self._loading is None:
+            self._loading = threading.Thread(target=self._load_single, daemon=True)
+            self._loading.start()
+        before = time.perf_counter()
+        answers = _compute(self._single if self._choice.single else self._all, inputs, count)
+        now = time.perf_counter()
+        if self._loading is None or not self._loading.is_alive():
+            self._choice.add(count, now - before, now)
+        return answers
+
+    def _load_single(self) -> None:
+        from suanli.engines.predictor import load
+
+        options = self._options
+        with contextlib.suppress(Exception):  # then all threads go on
+            self._single = load(
+                Path(options.subject),
+                engine=options.engine,
+                device=options.device,
+                threads=1,
+                trust_code=options.trust_code,
+            )
+
+
 def _serve(connection: socket.socket) -> None:
-    predictor, info = _load(from_line(_receive_line(connection), EngineOptions))
+    options = from_line(_receive_line(connection), EngineOptions)
+    predictor, info = _load(options)
     connection.sendall(to_line(info))
     descriptor = _receive_descriptor(connection)
     layout = from_line(_receive_line(connection), Layout)
@@ -162,13 +205,14 @@ def _serve(connection: socket.socket) -> None:
     os.close(descriptor)
     seconds = _warm(predictor, layout, slots) | dict(info.measured)
     connection.sendall(to_line(Warmup(seconds=seconds, memory_bytes=_resident_bytes())))
+    engine = _Engine(predictor, options, seconds)
     while (request := _receive_exactly(connection, REQUEST.size)) is not None:
         slot, count = REQUEST.unpack(request)
         inputs, outputs = slots[slot]
         start = time.perf_counter()
         reason = b""
         try:
-            answers = _compute(predictor, inputs, count)
+            answers = engine.compute(inputs, count)
             for name, output in outputs.items():
                 output[:count] = answers[name]
                 if output.dtype.kind == "f" and not np.isfinite(output[:count]).all():

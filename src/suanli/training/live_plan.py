@@ -75,23 +75,24 @@ class LivePlan:
         """The last step took so long. Gets the loop ready for the next one; gives what changed for good, in words."""
         self.raced_steps += self._adaptation.is_racing
         change = self._adaptation.record(seconds, loop.image_scale(loop.progress.step))
-        self._go_over(loop, settings)
+        change = self._go_over(loop, settings) or change
         if change is None:
             return None
         return self._describe_busy(change) if change.race is None else self._finish_race(change)
 
-    def _go_over(self, loop: Loop, settings: AppliedSettings) -> None:
+    def _go_over(self, loop: Loop, settings: AppliedSettings) -> Change | None:
+        """Gives what is decided by this: where a way can't be used and one is left, the race is over."""
         way = self._adaptation.way
         if (way.speedups, way.threads) == (loop.plan.speedups, loop.plan.threads):
-            return
+            return None
         try:
             loop.switch(replace(loop.plan, speedups=way.speedups, threads=way.threads))
         except MachineError:  # a speedup is needless beside the others
-            self._adaptation.withdraw()
-            self._go_over(loop, settings)
-            return
+            change = self._adaptation.withdraw()
+            return self._go_over(loop, settings) or change
         settings.change(loop.compute)
         loop.progress.plans.append((loop.progress.step, list(way.speedups), way.threads))
+        return None
 
     def _finish_race(self, change: Change) -> str | None:
         assert self._field is not None

@@ -6,6 +6,7 @@ Sources: "Precision Control" and "Runtime Model" in OpenVINO's documentation; `n
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -23,7 +24,9 @@ from suanli.engines.backends import _cpu
 from suanli.engines.graphs import find_float_nodes, find_names
 
 FILE = "model.xml"
-HINTS = {"float32": "f32", "bfloat16": "bf16"}
+PIECES_FILE = "pieces.json"
+# What int8 leaves to floating point is in float32: rounded to bfloat16, an answer would depend on the batch around it.
+HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}
 PIECES = (8, 32)  # inputs of a batch that one core may get
 SINGLE = "suanli_single"  # in the model's information: the first axis doesn't count examples
 HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
@@ -64,7 +67,7 @@ def _split(calibration: Sequence[Arrays], names: Sequence[str], *, batches: bool
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
-    model = _CompiledModel(folder / FILE, precision, placement.threads)
+    model = _CompiledModel(folder, precision, placement)
     return LoadedEngine(answer=model.answer, find_precision=model.find_precision)
 
 
@@ -72,29 +75,33 @@ class _CompiledModel:
     """A model compiled for any shapes; where calls may hold several examples, for one input, too, and, when it is
     needed, for pieces of large batches."""
 
-    def __init__(self, path: Path, precision: str, threads: int) -> None:
-        self._path, self._precision, self._threads = path, precision, threads
-        self._settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-        if precision in HINTS:  # what int8 leaves to floating point may be in the processor's best
-            self._settings["INFERENCE_PRECISION_HINT"] = HINTS[precision]
+    def __init__(self, folder: Path, precision: str, placement: Placement) -> None:
+        self._path, self._precision, self._threads = folder / FILE, precision, placement.threads
+        self._settings = {
+            "INFERENCE_NUM_THREADS": self._threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": HINTS[precision],
+        }
         self._openvino = import_openvino()
         self._core = self._openvino.Core()
-        model = self._core.read_model(path)
+        model = self._core.read_model(self._path)
         self._inputs, self._outputs = ([port.any_name for port in ports] for ports in (model.inputs, model.outputs))
         self._any_shape = self._core.compile_model(model, "CPU", self._settings)
         self._batches = not model.has_rt_info([SINGLE])
         self._one_input = self._compile_for(1, "LATENCY") if self._batches else None
         self._queues: dict[int, Any] = {}  # by size of a piece
-        self._best_piece: dict[int, int] = {}  # by the number of sizes to choose from; 0: the batch stays in one piece
+        self._pieces = _Pieces(folder, placement)
 
     def answer(self, arrays: Arrays) -> Arrays:
         inputs = pick(arrays, self._inputs)
         choices = [piece for piece in PIECES if self._batches and 1 < self._threads <= _count(inputs) // piece]
         if not choices:
             return self._compute(inputs)
-        if len(choices) not in self._best_piece:
-            self._best_piece[len(choices)] = self._find_fastest(inputs, choices)
-        return self._compute_in_pieces(inputs, self._best_piece[len(choices)])
+        piece = self._pieces.find(len(choices))
+        if piece is None:
+            piece = self._find_fastest(inputs, choices)
+            self._pieces.keep(len(choices), piece)
+        return self._compute_in_pieces(inputs, piece)
 
     def find_precision(self, arrays: Arrays) -> str:  # noqa: ARG002
         precisions: Counter[str] = Counter()
@@ -139,8 +146,7 @@ class _CompiledModel:
         return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self._outputs)}
 
     def _find_fastest(self, inputs: Arrays, choices: list[int]) -> int:
-        """The fastest size of a piece depends on the network and the caches; it is measured on the first large
-        batch."""
+        """The fastest size of a piece depends on the network and the caches."""
         seconds = {}
         for piece in [0, *choices]:
             for _ in range(2):  # the first compiles and warms up
@@ -148,6 +154,27 @@ class _CompiledModel:
                 self._compute_in_pieces(inputs, piece)
                 seconds[piece] = time.perf_counter() - before
         return min(seconds, key=lambda piece: seconds[piece])
+
+
+class _Pieces:
+    """The sizes of pieces that were fastest while the engine was timed, kept with it: kernels differ by the shape, and
+    the last bits of answers with them, so a process that measured them anew could answer differently."""
+
+    def __init__(self, folder: Path, placement: Placement) -> None:
+        self._path, self._threads, self._tuning = folder / PIECES_FILE, placement.threads, placement.tuning
+        # By number of threads, then by how many sizes there were to choose from; 0: the batch stays in one piece.
+        self._sizes: dict[str, dict[str, int]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def find(self, choices: int) -> int | None:
+        """The size with these threads, else with any number; None: it has to be measured."""
+        own = self._sizes.get(str(self._threads), {})
+        if self._tuning:
+            return own.get(str(choices))
+        return next((sizes[str(choices)] for sizes in (own, *self._sizes.values()) if str(choices) in sizes), 0)
+
+    def keep(self, choices: int, piece: int) -> None:
+        self._sizes.setdefault(str(self._threads), {})[str(choices)] = piece
+        self._path.write_text(json.dumps(self._sizes))
 
 
 def _count(inputs: Arrays) -> int:
