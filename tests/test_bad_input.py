@@ -193,7 +193,7 @@ def test_a_class_with_one_image(picture_folder: Folder, refused: Refused) -> Non
     root = picture_folder()
     (root / "lonely").mkdir()
     Image.new("RGB", (12, 12), (9, 9, 9)).save(root / "lonely" / "one.png")
-    refused("train", root, code=3, says=("Class 'lonely' has a single usable input", "add more of that class"))
+    refused("train", root, code=3, says=("Class 'lonely' has a single usable example", "add more of that class"))
 
 
 def whole_jpeg(folder: Path) -> bytes:
@@ -224,9 +224,9 @@ def test_a_file_that_is_no_picture(
             "text": b"This is no picture.",
         }
         bad.write_bytes(contents[kind])
-    refused("train", root, code=3, says=("1 of 61 inputs", "class0/bad.jpg: ", "--max-bad 0.03"))
+    refused("train", root, code=3, says=("1 of 61 examples", "class0/bad.jpg: ", "--max-bad 0.03"))
     assert call("prepare", root, "--max-bad", "0.03") == 0
-    assert "1 input left out, can't be decoded: class0/bad.jpg" in capsys.readouterr().err
+    assert "1 example left out, can't be decoded: class0/bad.jpg" in capsys.readouterr().err
 
 
 # --- archives and tables ------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_table_with_missing_columns_or_files(picture_folder: Folder, refused: 
     table.write_text("path,label\n" + "".join(f"gone/{p.name},{p.parent.name}\n" for p in paths))
     refused("train", table, code=3, says=("None of the first 20 files", "gone/000.png", "relative to"))
     table.write_text("path,label\n" + "".join(f"{p},{p.parent.name}\n" for p in [*paths, root / "gone.png"]))
-    refused("train", table, code=3, says=("1 of 61 inputs", "gone.png: No such file", "--max-bad"))
+    refused("train", table, code=3, says=("1 of 61 examples", "gone.png: No such file", "--max-bad"))
     table.write_text("path,label\n")
     refused("train", table, code=3, says="table.csv")
     table.write_text("")
@@ -592,7 +592,7 @@ def test_weights_that_can_not_be_used(
         ),
         (["predict"], "such as suanli predict runs/digits-1 photo.png. See suanli predict --help."),
         (["optimize"], "Name a trained run, such as suanli optimize runs/digits-1."),
-        (["export", "run"], "Name the format: --to onnx, openvino, pt2 or safetensors. See suanli export --help."),
+        (["export", "run"], "Name the format: --to onnx, openvino, pt2, litert or safetensors."),
         (["train", "digits", "--model", "resnet81"], "Did you mean 'resnet18'"),
         (["train", "digits", "--model", "nomodule:net"], "Can't import 'nomodule'"),
         (["train", "digits", "--model", "mynet:gone"], "no function 'gone'"),
@@ -621,6 +621,8 @@ def test_weights_that_can_not_be_used(
         (["train", "digits", "--set", "val_fraction=0.6", "--set", "test_fraction=0.6"], "less than 1"),
         (["train", "digitz"], "Did you mean 'digits'"),
         (["prepare", "cifar_10"], "Did you mean 'cifar10'"),
+        (["run", "nosuchfolder"], "There is no file or folder nosuchfolder, and no built-in data set of that name."),
+        (["run", "mynet"], "The nearest file or folder is 'mynet.py'. Did you mean 'mnist'?"),
         (["prepare", "digits", "--max-bad", "2"], "--max-bad"),
     ],
 )
@@ -651,7 +653,7 @@ def test_options_are_checked_before_data_is_decoded(
 def test_a_pdf(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "doc.pdf").write_bytes(b"%PDF-1.7\n")
     refused("train", "doc.pdf", code=3, says="doc.pdf is not data that suanli reads. Give a folder")
-    with pytest.raises(BadInput, match="it is a PDF; save its pages as images"):
+    with pytest.raises(BadInput, match="it is a PDF"):
         decode(b"%PDF-1.7\n")
 
 
@@ -660,12 +662,12 @@ def test_a_pdf(tmp_path: Path, refused: Refused) -> None:
 
 def test_ctrl_c_says_what_is_kept(picture_folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
     Path("stopping.py").write_text(
-        "import os, signal\n"
         "from pathlib import Path\n"
+        "from interrupts import press_ctrl_c\n"
         f"{NET}"
         "def net(*arguments, **sizes):\n"
         "    if Path('stop').exists():\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"  # a real Ctrl-C while planning
+        "        press_ctrl_c()\n"  # while planning
         "    return tiny(*arguments, **sizes)\n"
     )
     root = picture_folder()
@@ -674,8 +676,22 @@ def test_ctrl_c_says_what_is_kept(picture_folder: Folder, capsys: pytest.Capture
     Path("stop").touch()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new process has it, whatever a test before left
     for arguments, says in [
-        (["train", root, *options], "Stopped. Nothing was kept."),
-        (["optimize", "stopping:net", "--data", root], "Stopped. The engines from before are unchanged."),
+        (
+            ["train", root, *options],
+            "Stopped. Training had not begun, and nothing was kept. Run the same command again.",
+        ),
+        (
+            ["evaluate", "kept", "--trust-code"],
+            "Stopped. The scores from before are unchanged. Run the same command again.",
+        ),
+        (
+            ["predict", "kept", root, "--trust-code"],
+            "Stopped. Answers that were printed are complete; the others were not kept. Run the same command again.",
+        ),
+        (
+            ["optimize", "stopping:net", "--data", root],
+            "Stopped. The engines from before are unchanged. Run the same command again.",
+        ),
         (["train", "kept", "--more-epochs", "1"], "Stopped. Go on with: suanli train kept"),
         (["run", "kept", "--more-epochs", "1"], "Stopped. Go on with: suanli run kept"),
     ]:
@@ -683,6 +699,24 @@ def test_ctrl_c_says_what_is_kept(picture_folder: Folder, capsys: pytest.Capture
         assert call(*arguments) == 130
         assert capsys.readouterr().err.endswith(f"suanli: {says}\n")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_that_a_library_swallows_is_no_unexpected_error(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("swallowing.py").write_text(
+        "from interrupts import send\n"
+        "def net(*arguments, **sizes):\n"
+        "    try:\n"
+        f"        send({int(number)})\n"
+        "    except BaseException:\n"
+        "        raise AttributeError('partially initialized module')\n"  # as an import that was cut short does
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    assert call("train", "digits", "--model", "swallowing:net", "--epochs", "1", "--threads", "1") == 130
+    assert capsys.readouterr().err.endswith("nothing was kept. Run the same command again.\n")
 
 
 # --- memory and numbers -------------------------------------------------------------------------

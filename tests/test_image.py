@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from suanli.core.errors import BadInput, DataError, UsageError
+from suanli.data.decode import decode_pillow
 from suanli.data.preprocess.image import ImagePreprocess
 
 RANDOM = np.random.default_rng(0)
@@ -166,6 +167,40 @@ def test_exif_orientation_is_applied(kind, orientation):
     assert fit(data).inputs["image"].shape[:2] == upright.shape[:2]
 
 
+def segment(marker, content):
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [
+        ([segment(0xE2, bytes(60_000))] * 3 + [segment(0xE1, exif(6))], b""),  # behind a large colour profile
+        ([segment(0xFE, b"how Exif\0\0 works: " + exif(8)), segment(0xE1, exif(6))], b""),
+        ([segment(0xFE, exif(8))], b""),  # a comment, which states nothing
+        ([], b"\xff\xd8" + segment(0xE1, exif(6))),  # of another picture
+        ([segment(0xE1, XMP)], b""),
+        ([b"\xff\xff\xff" + segment(0xE1, exif(6))[1:]], b""),  # with fill bytes
+    ],
+)
+def test_the_orientation_of_a_jpeg_is_read_where_it_stands(before, behind):
+    jpeg = saved(smooth(24, 32), "JPEG")
+    content = jpeg[:2] + b"".join(before) + jpeg[2:] + behind
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    row = native(expected.height, expected.width).encode(content)
+    assert row.geometry.size == (expected.height, expected.width)
+    assert fit(content).input_shape[1:] == (expected.height, expected.width)  # by the header alone
+    assert np.abs(row.arrays["image"].astype(int) - np.array(expected).astype(int)).mean() < 6
+
+
 def test_damaged_exif_does_not_damage_the_picture():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -185,6 +220,56 @@ def test_sixteen_bits_are_scaled_not_clipped():
         encoded = native(8, 8, channels=1).encode(raw)
         assert np.abs(encoded.arrays["image"][..., 0] - expected).max() <= 1
         assert encoded.traits == ("16-bit",)
+
+
+def tiff(values, bits, sample_format):
+    """A grey TIFF of one strip, (H, W), as the specification has it (TIFF 6.0)."""
+    height, width = values.shape
+    if bits == 12:
+        pairs = values.reshape(-1, 2)
+        packed = [pairs[:, 0] >> 4, ((pairs[:, 0] & 15) << 4) | (pairs[:, 1] >> 8), pairs[:, 1] & 255]
+        content = np.stack(packed, axis=1).astype(np.uint8).tobytes()
+    else:
+        content = values.astype(f"<{'uif'[sample_format - 1]}{bits // 8}").tobytes()
+    fields = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(content)}
+    fields[339] = sample_format
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    return (
+        b"II*\0" + struct.pack("<I", 8 + len(content)) + content + struct.pack("<H", len(fields)) + entries + bytes(4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "what"),
+    [(32, 1, "32-bit"), (32, 2, "32-bit"), (16, 2, "signed"), (8, 2, "signed"), (32, 3, "floating-point")],
+)
+def test_a_tiff_of_an_unknown_range_is_refused(bits, sample_format, what):
+    content = tiff(np.full((4, 6), 20), bits, sample_format)
+    assert what in error_of(content)
+    with suppress(OSError):  # Pillow opens it; as `predict` takes its image
+        image = Image.open(io.BytesIO(content))
+        with pytest.raises(BadInput, match=what):
+            decode_pillow(image)
+
+
+def test_twelve_bits_are_scaled():
+    values = np.linspace(0, 4095, 48).astype(int).reshape(6, 8)
+    row = native(6, 8, channels=1).encode(tiff(values, 12, 1))
+    assert row.traits == ("16-bit",)
+    np.testing.assert_allclose(row.arrays["image"][:, :, 0], values * 255 / 4095, atol=1)
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP", b"tEXt"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_long_text_in_a_png_is_passed_over(kind, behind):
+    text = b"a" * (3 << 20)
+    packed = {b"zTXt": b"k\0\0", b"iTXt": b"k\0\1\0\0\0", b"iCCP": b"k\0\0", b"tEXt": b"k\0"}[kind]
+    content = packed + (text * 25 if kind == b"tEXt" else zlib.compress(text))
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    png = saved(smooth())
+    at = len(png) - 12 if behind else 33
+    row = native().encode(png[:at] + chunk + png[at:])
+    np.testing.assert_array_equal(row.arrays["image"], smooth())
 
 
 def test_sixteen_bit_colour_is_a_trait():
@@ -317,13 +402,69 @@ def error_of(raw):
 
 def test_the_error_says_what_the_bytes_are():
     assert "0 bytes" in error_of(b"")
-    assert "<html" in error_of(b"<html><body>404</body></html>")
-    assert "de ad be ef" in error_of(b"\xde\xad\xbe\xef" * 10)
+    assert error_of(b"<html><body>404</body></html>").endswith("it is an HTML page: was the download refused?")
+    assert error_of(b"\xde\xad\xbe\xef" * 10).endswith("it is of no kind that suanli knows, or damaged.")
     assert "str" in error_of("cat.jpg")
     assert "not an image" in error_of("né".encode() * 20).lower()
     assert "float64" in error_of(np.zeros((4, 4)))
     assert "(2, 3, 4, 5)" in error_of(np.zeros((2, 3, 4, 5), np.uint8))
     assert "no pixels" in error_of(np.zeros((0, 4), np.uint8))
+
+
+def office(folder):
+    stream = io.BytesIO()
+    with ZipFile(stream, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<Types/>")
+        archive.writestr(f"{folder}/document.xml", "<x/>")
+    return stream.getvalue()
+
+
+def npy():
+    stream = io.BytesIO()
+    np.save(stream, np.zeros(3))
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"%PDF-1.7\n%", "a PDF."),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "an MP4 video."),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0", "a QuickTime video."),
+        (office("word"), "a Word document."),
+        (office("xl"), "an Excel workbook."),
+        (b"\n <!DOCTYPE HTML>\n<title>403</title>", "an HTML page: was the download refused?"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer, not the file itself"),
+        (b'<?xml version="1.0"?><!-- made by hand --><svg xmlns=""/>', "an SVG drawing."),
+        (b"\x89PNG\r\n\x1a\n" + bytes(50), "a PNG image that is damaged or cut short."),
+        (b"RIFF\x10\0\0\0WAVEfmt ", "a WAV recording."),
+        (npy(), "a NumPy array (.npy)."),
+        (bytes(128) + b"DICM" + bytes(50), "a DICOM image."),
+        (b"\0\x05\x16\x07\0\x02\0\0Mac OS X", "metadata that macOS keeps"),
+        (bytes(100_000), "nothing but zero bytes"),
+        ("好的 a text that isn't an image".encode(), "text that starts with '好的 a text that isn't"),
+    ],
+)
+def test_other_kinds_are_named_in_words(content, words):
+    assert f"it is {words}" in error_of(content).replace('"', "'")
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_heic_without_its_package_says_how_to_read_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert "it is a HEIC photo; to read it: " in error_of(HEIC)
+    assert "pip install 'suanli[heic]'" in error_of(HEIC)
+
+
+def test_heic():
+    heif = pytest.importorskip("pillow_heif", reason="HEIC needs pillow-heif: pip install 'suanli[heic]'")
+    assert "HEIC" in error_of(HEIC)
+    stream = io.BytesIO()
+    heif.from_pillow(Image.fromarray(smooth(64, 96))).save(stream, quality=95)
+    row = native(64, 96).encode(stream.getvalue()).arrays["image"].astype(int)
+    assert np.abs(row - smooth(64, 96)).mean() < 8
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
@@ -487,7 +628,9 @@ def test_inputs_of_a_folder_and_of_a_file(tmp_path: Path):
     assert [name for name, _ in inputs] == [str(Path("b/a.jpg")), "z.PNG"]
     assert [read() for _, read in inputs] == [b"b/a.jpg", b"z.PNG"]
     [(name, read)] = ImagePreprocess.find_inputs(tmp_path / "notes.txt")
-    assert (name, read()) == (str(tmp_path / "notes.txt"), b"notes.txt")
+    assert name == str(tmp_path / "notes.txt")
+    with pytest.raises(BadInput, match="it is text that starts with 'notes.txt'"):
+        read()
 
 
 def test_inputs_where_nothing_is(tmp_path: Path):

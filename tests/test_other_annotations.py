@@ -68,7 +68,7 @@ def test_usual_forms_of_boxes_and_masks(names: list[str], says: str, tmp_path: P
         (["mask/1.jpg", "no_mask/1.jpg"], None),
         (["images/1.jpg", "labels/2.jpg"], None),
         (["cat/1.jpg", "cat/1.xml", "dog/2.jpg", "dog/2.xml"], "only the class folders are learned"),
-        (["ill/1.png", "ill/1_mask.png", "well/2.png", "well/2_mask.png"], "2 inputs whose names look like masks"),
+        (["ill/1.png", "ill/1_mask.png", "well/2.png", "well/2_mask.png"], "2 images whose names look like masks"),
         (["face/1_mask.png", "other/1.png"], None),
     ],
 )
@@ -195,5 +195,5 @@ def test_a_number_that_is_not_finite_is_a_bad_example(tmp_path: Path) -> None:
     assert "not a finite number" in findings["bad"][0]["reason"]
     targets[:50] = np.inf
     np.savez(tmp_path / "d.npz", x=random.integers(0, 255, (200, 4, 4), np.uint8), y=targets)
-    with pytest.raises(DataError, match=r"50 of 200 inputs can't be decoded(.|\n)*x\[0\]: Its target inf"):
+    with pytest.raises(DataError, match=r"50 of 200 examples can't be decoded(.|\n)*x\[0\]: Its target inf"):
         suanli.prepare(tmp_path / "d.npz")

@@ -131,7 +131,7 @@ def test_skipped_files_are_noted(kind: str, tmp_path: Path) -> None:
     files = {**FLAT, "README.md": b"", "cat/labels.xml": b"", "dog/a.mp4": b"", "dog/b.mp4": b"", "up.jpg": b""}
     source = pack(kind, tmp_path, files)
     assert source.notes == (
-        "1 images outside a class folder, skipped: up.jpg",
+        "1 image outside a class folder, skipped: up.jpg",
         "4 other files, skipped: README.md, cat/labels.xml, dog/a.mp4, …",
     )
 
@@ -598,6 +598,13 @@ def test_quoted_newlines(suffix: str, cell: str, tmp_path: Path) -> None:
     assert source.examples[1].name == f"r.{suffix}:4"
 
 
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_of_a_spreadsheet_in_another_language(mark: str, tmp_path: Path) -> None:
+    rows = f'text{mark}label\n"good, really; yes"{mark}a\n"bad, no"{mark}b\n'
+    source = read_text(tmp_path / "r.csv", "\ufeff" + rows)
+    assert contents(source) == [("good, really; yes", "a"), ("bad, no", "b")]
+
+
 def test_a_lone_quote_in_a_tsv_is_a_character(tmp_path: Path) -> None:
     source = read_text(tmp_path / "r.tsv", 'text\tlabel\n"so\ta\n6" long\tb\n')
     assert contents(source) == [('"so', "a"), ('6" long', "b")]
@@ -685,7 +692,7 @@ def test_bad_rows_are_counted_and_empty_texts_kept(tmp_path: Path) -> None:
         ("t.jsonl", b"[" * 100_000, "no rows"),
         ("t.csv", b"a,b,c\n1,2,3\n", "no label column.*a, b, c"),
         ("t.csv", b"a,b,label\n1,2,3\n", "no input column.*a, b, label"),
-        ("t.csv", b"text;label\na;1\n", "text;label.*separated by commas"),
+        ("t.csv", b"text|label\na|1\n", r"text\|label.*separated by commas"),
         ("t.csv", b"text,label\na,1\nb,1\n", "only one class, '1'"),
         ("t.csv", b"text,text,label\na,b,1\n", "more than one column named 'text'"),
         ("t.csv", b"text,label\na,1\nb\0,2\n", "NUL byte in line 3"),

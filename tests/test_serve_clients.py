@@ -6,6 +6,7 @@ Triton's and KServe's clients for HTTP, curl, and `suanli predict --url`; what t
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import io
 import json
@@ -370,10 +371,12 @@ def test_curl_sends_json(server: Served, pixels: np.ndarray, local: list[Predict
 def test_curl_gets_the_status_and_the_reason(server: Served, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("hello")
     reply = curl("-i", "-F", f"file=@{tmp_path / 'bad.png'}", f"{server.url}/predict").decode()
-    assert reply.startswith("HTTP/1.1 200")  # the others of the form would have answers
-    (prediction,) = json.loads(reply.split("\r\n\r\n")[-1])["predictions"]
+    assert reply.startswith("HTTP/1.1 400")
+    answer = json.loads(reply.split("\r\n\r\n")[-1])
+    (prediction,) = answer["predictions"]
     assert prediction["label"] is None
-    assert prediction["error"]
+    assert answer["error"] == f"bad.png: {prediction['error']}"
+    assert "it is text that starts with 'hello'" in prediction["error"]
     for path, status in (("predict?model=nobody", 404), ("predict?top=0", 400), ("v2/models/digits/infer", 400)):
         reply = curl("-i", "--data-binary", "hello", f"{server.url}/{path}").decode()
         assert reply.startswith(f"HTTP/1.1 {status}")
@@ -435,10 +438,10 @@ def command(*arguments: str | Path, stdin: bytes | None = None, code: int = 0) -
 
 def test_the_command_line_and_standard_input(server: Served, run: Path, folder: Path) -> None:
     (expected,) = suanli.predict(run, folder / "00.png")
-    rows = command("--url", server.url, "-", "--csv", stdin=(folder / "00.png").read_bytes()).splitlines()
-    name, label, probability, error = rows[1].split(",")
-    assert (name, label, error) == ("-", expected.label, "")
-    assert float(probability) == pytest.approx(expected.probability, abs=1e-5)
+    table = command("--url", server.url, "-", "--csv", stdin=(folder / "00.png").read_bytes())
+    (row,) = csv.DictReader(io.StringIO(table))
+    assert (row["name"], row["label"], row["error"]) == ("-", expected.label, "")
+    assert float(row["probability"]) == pytest.approx(expected.probability, abs=1e-5)
     files = sorted(map(str, folder.glob("*.png")))
     there = json.loads(command("--url", server.url, "-", "--json", stdin="\n".join(files).encode()))
     assert there["model"] == server.url
@@ -473,9 +476,8 @@ def test_texts_are_sent_too(make_reviews: Callable[[], Path], tmp_path: Path) ->
         plain = ("-H", "Content-Type: text/plain", "--data-binary", texts[0])
         answer = json.loads(curl(*plain, f"{server.url}/predict"))
         assert [prediction["label"] for prediction in answer["predictions"]] == expected[:1]
-        for body in ('{"inputs": ["\\ud800"]}', '{"inputs": [""]}'):
-            answer = server.ask("POST", "/predict", body, {"Content-Type": "application/json"})
-            assert answer.status == 200
+        for body, status in (('{"inputs": ["\\ud800"]}', 200), ('{"inputs": [""]}', 400)):
+            assert server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).status == status
         for body in ('{"inputs": [1]}', '{"inputs": []}', "[]", "{"):
             assert server.ask("POST", "/predict", body, {"Content-Type": "application/json"}).status == 400
         assert server.ask("POST", "/predict", b"\x89PNG", {"Content-Type": "image/png"}).status == 415

@@ -162,6 +162,30 @@ class Clients:
         return sum(kind == what for kind, _ in self.found)
 
 
+def test_waiting_connections_make_room_and_busy_ones_do_not(tmp_path: Path, environment: dict[str, str]) -> None:
+    subject = engines(tmp_path / "odd", batch_ms=10)
+    with serving(subject, environment=environment, constants={"connection.MAX_CONNECTIONS": 4}) as server:
+        with contextlib.ExitStack() as stack:
+            waiting = [stack.enter_context(contextlib.closing(server.connection())) for _ in range(9)]
+            for connection in waiting:
+                connection.request("GET", "/v2/health/live")
+                assert connection.getresponse().read() == b'{"live": true}'
+            assert server.ask("GET", "/v2/health/live").status == 200
+            assert waiting[0].sock.recv(1) == b""  # closed: it had waited longest
+            waiting[-1].request("GET", "/v2/health/live")
+            assert waiting[-1].getresponse().status == 200
+        busy = [Raw(server) for _ in range(4)]
+        with contextlib.ExitStack() as stack:
+            for number, one in enumerate(busy):
+                stack.enter_context(one).send(message((SLEEPS, number, 100)))
+            until(lambda: server.ask("GET", "/v2/health/live").status == 503, within_s=5, what="too many in use")
+            refused = server.ask("GET", "/v2/health/live")
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+            assert "too many connections" in refused.json()["error"]
+            assert [read(one.answer()) for one in busy] == [[number] for number in range(4)]
+        until(lambda: server.ask("GET", "/v2/health/live").status == 200, within_s=5, what="room again")
+
+
 def test_sigterm_under_load_loses_no_accepted_request(tmp_path: Path, environment: dict[str, str]) -> None:
     subject = engines(tmp_path / "odd", batch_ms=10)
     with serving(subject, environment=environment) as server:

@@ -117,8 +117,8 @@ def test_answers_are_as_the_document_says(server: Served, requests: dict[str, di
         fits("InferResponse", json.loads(answer.body[:end]))
     picture = io.BytesIO()
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(picture, "png")
-    for body in (picture.getvalue(), b"no picture"):
-        fits("Predictions", server.ask("POST", "/predict", body, {"Content-Type": "image/png"}).json())
+    for body, name in ((picture.getvalue(), "Predictions"), (b"no picture", "Unreadable")):
+        fits(name, server.ask("POST", "/predict", body, {"Content-Type": "image/png"}).json())
     fits("Status", server.ask("GET", "/status").json())
     fits("ModelStats", server.ask("GET", "/v2/models/digits/stats").json()["model_stats"][0])
     fits("ModelConfig", server.ask("GET", "/v2/models/digits/config").json())

@@ -227,6 +227,11 @@ def test_a_file_that_is_no_picture(browser: Browser, tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(digit(2))
     (tmp_path / "bad.png").write_text("no picture <b>at all</b>")
     browser.click("#tab-picture")
+    browser.write("#files", str(tmp_path / "bad.png"))  # alone: the whole request is refused
+    browser.until("document.querySelector('.batch .bad')")
+    assert "it is text that starts with" in browser.text(".batch .bad")
+    assert [" 400 " in message for message in browser.messages()] == [True]  # the browser notes every refusal
+    browser.click("#forget")
     browser.write("#files", f"{tmp_path / 'bad.png'}\n{tmp_path / 'good.png'}")
     assert answers(browser) == ["No answer", "2"]
     assert "Not an image that suanli can read" in browser.text(".batch .bad")
@@ -249,7 +254,7 @@ def test_a_full_server(browser: Browser) -> None:
     give(browser, "drop", "5.png", digit(5))
     browser.until("document.querySelector('.batch .banner button:disabled')")
     assert browser.text(".batch .banner button").startswith("Try again in 1")
-    assert "The server is full" in browser.text(".batch .banner")
+    assert "The server has too many requests" in browser.text(".batch .banner")
     assert "Too much <b>waits</b>." in browser.text(".batch .banner")
     browser.until("document.querySelector('.batch .banner button:enabled')")
     browser.click(".batch .banner button")

@@ -28,6 +28,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+LISTED = 24  # names that an error lists; of more, only the nearest
+NEAREST = 5
+
 
 class SuanliError(Exception):
     """Base of the tree."""
@@ -94,15 +97,33 @@ class Interrupted(SuanliError):
 
 
 def unknown(what: str, name: str, allowed: Iterable[str], *, error: type[SuanliError] = UsageError) -> SuanliError:
-    """The error for a name that isn't one of `allowed`. It lists them and suggests the nearest."""
+    """The error for a name that isn't one of `allowed`. It suggests the nearest, and lists them."""
     return error(f"Unknown {what} {name!r}.", fix=suggest(name, allowed))
 
 
 def suggest(name: str, allowed: Iterable[str], *, what: str = "Allowed") -> str:
-    """A fix that lists the names that are allowed, the one that is most like `name` first, if any is like it."""
+    """A fix that names the one of `allowed` that is most like `name`, if any is like it, and lists all, or of many the
+    nearest few."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(name, names, n=1)
-    return (f"Did you mean {near[0]!r}? " if near else "") + f"{what}: {', '.join(names)}."
+    near = nearest(name, names, count=NEAREST)
+    mean = f"Did you mean {near[0]!r}? " if near else ""
+    if len(names) <= LISTED:
+        return f"{mean}{what}: {', '.join(names)}."
+    if not near:
+        return f"{what} are {len(names):,} names, such as {', '.join(names[:NEAREST])}."
+    return mean + (f"Others like it: {', '.join(near[1:])}." if near[1:] else "")
+
+
+def nearest(name: str, names: Iterable[str], *, count: int = 1) -> list[str]:
+    """Those that are most like `name`, at most so many, the most alike first. Case and punctuation don't count."""
+    plain: dict[str, str] = {}
+    for one in names:
+        plain.setdefault(_letters(one), one)
+    return [plain[match] for match in difflib.get_close_matches(_letters(name), plain, n=count)]
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
 
 
 def first_line(error: BaseException, length: int) -> str:

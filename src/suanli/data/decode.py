@@ -9,6 +9,7 @@ Not supported: colour profiles, results with more than 8 bits per channel, and f
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
@@ -23,12 +24,17 @@ from PIL import Image
 
 from suanli.core.errors import BadInput
 from suanli.core.types import Raw
+from suanli.data.file_kinds import describe_bytes, is_heic
 
 MAX_PIXELS = 100_000_000
 # An explicit list, since Pillow would start Ghostscript for EPS, for example.
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "ICO", "JPEG2000")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF", "ICO", "JPEG2000", "HEIF")
 EXIF_ORIENTATION = 0x0112
 _GREY_MODES = {"1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N", "LA", "La"}
+_APP1, _START_OF_SCAN = 0xE1, 0xDA  # markers of JPEG
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT = 258, 339  # tags of TIFF
+_LONG_TEXT, _ALL_TEXTS = 1 << 20, 32 << 20  # bytes; Pillow refuses a PNG with a text of 1 MiB, or 64 MiB together
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 # What Pillow raises for damaged files of these formats. MemoryError isn't one of them on purpose.
 _DAMAGE = (
@@ -140,24 +146,31 @@ def _decode_jpeg(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int] | None:
         # "Premature end of JPEG file" and "premature end of data segment" mean that part of the picture is missing;
         # Pillow would fill it with grey. Other errors (stray bytes) are harmless.
         if "remature end" in str(error):
-            raise BadInput("The JPEG is cut short: part of the picture is missing.") from error
+            raise BadInput("The JPEG is cut short: part of the image is missing.") from error
         return None
     orientation = _jpeg_orientation(data)
     return pixels, ("exif-rotated",) if orientation != 1 else (), orientation
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    start = data.find(b"Exif\0\0", 2, 1 << 16)
-    if start < 0:
-        return 1
-    exif = Image.Exif()
-    _silence_pillow()
-    try:
-        exif.load(data[start : start + (1 << 16)])
-        orientation = exif.get(EXIF_ORIENTATION, 1)
-    except _DAMAGE:  # damaged metadata doesn't make a damaged picture
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+    """As Pillow reads it, which is only asked where there may be one: in EXIF or XMP before the picture."""
+    start = 2
+    while data[start : start + 1] == b"\xff" and start + 4 <= len(data):
+        marker = data[start + 1]
+        if marker == _APP1:
+            _silence_pillow()
+            try:
+                return _exif_orientation(Image.open(io.BytesIO(data), formats=("JPEG",)))
+            except _DAMAGE:  # damaged metadata doesn't make a damaged picture
+                return 1
+        if marker == _START_OF_SCAN:
+            break
+        if marker == 0xFF:  # fill bytes
+            start += 1
+            continue
+        alone = marker == 0x01 or 0xD0 <= marker <= 0xD8  # without a length
+        start += 2 if alone else 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return 1
 
 
 def _rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -185,23 +198,76 @@ _filtering = threading.Lock()
 
 def _open(data: bytes) -> Image.Image:
     _silence_pillow()
+    _open_as_heic(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except _DAMAGE as error:
-        raise BadInput(f"Not an image that suanli can read: {_describe_bytes(data)}.") from error
+        if (shorter := _drop_long_texts(data)) is not None:
+            return _open(shorter)
+        raise BadInput(f"Not an image that suanli can read: it is {describe_bytes(data)}") from error
     _check_size(image.height, image.width)
     return image
 
 
-def _describe_bytes(data: bytes) -> str:
-    if data.startswith(b"%PDF"):
-        return "it is a PDF; save its pages as images"
-    start = data[:24]
-    text = start.decode("utf-8", errors="ignore")
-    valid = len(text.encode()) >= len(start) - 3  # the last character may be cut in two
-    if valid and "".join(text.split()).isprintable():
-        return f"it is text that starts with {text!r}"
-    return f"{len(data)} bytes that start with {data[:8].hex(' ')}"
+def _check_tiff(image: Image.Image) -> None:
+    """Raises BadInput for a TIFF whose numbers have no known black and white."""
+    form, bits = _tiff_tag(image, _SAMPLE_FORMAT), _tiff_tag(image, _BITS_PER_SAMPLE)
+    if form == 3:
+        raise _range_error("floating-point")
+    if bits > 16:
+        raise _range_error(f"{bits}-bit")
+    if form == 2:
+        raise _range_error("signed")
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int:
+    """The largest of its values; 1 for none, which is the default of the tags here."""
+    values = getattr(image, "tag_v2", {}).get(tag, 1)
+    return max(values) if isinstance(values, tuple) else int(values)
+
+
+def _range_error(pixels: str) -> BadInput:
+    return BadInput(f"The image has {pixels} pixels, whose range is unknown.", fix="Save it with 8 or 16 bits.")
+
+
+def _open_as_heic(data: bytes) -> None:
+    """Lets Pillow open HEIC, where the package for it is installed."""
+    if is_heic(data) and "HEIF" not in Image.OPEN:
+        with contextlib.suppress(ImportError):
+            import pillow_heif
+
+            pillow_heif.register_heif_opener()
+
+
+def _drop_long_texts(data: bytes) -> bytes | None:
+    """A PNG without the texts and colour profiles that are longer than Pillow reads, which suanli has no use for. None:
+    it has none, or isn't a PNG."""
+    if not data.startswith(_PNG):
+        return None
+    kept, total, start = [data[:8]], 0, 8
+    while start + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, start)
+        end = start + 12 + length
+        size_bytes = _text_bytes(kind, data[start + 8 : end - 4]) if kind in _PNG_TEXTS else 0
+        if size_bytes < _LONG_TEXT and total + size_bytes < _ALL_TEXTS:
+            total += size_bytes
+            kept.append(data[start:end])
+        start = end
+    shorter = b"".join(kept)
+    return shorter if len(shorter) < len(data) else None
+
+
+def _text_bytes(kind: bytes, content: bytes) -> int:
+    """The unpacked size of a text chunk, or of a chunk that isn't smaller than the limit, that."""
+    if kind == b"tEXt" or (kind == b"iTXt" and content.partition(b"\0")[2][:1] != b"\1"):
+        return len(content)
+    packed = content.partition(b"\0")[2][1:]
+    if kind == b"iTXt":
+        packed = packed[1:].split(b"\0", 2)[-1]
+    try:
+        return len(zlib.decompressobj().decompress(packed, _LONG_TEXT))
+    except zlib.error:
+        return 0
 
 
 def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
@@ -213,6 +279,8 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
             image.load()
             pixels, traits = _to_pixels(image)
         except _DAMAGE as error:
+            if (shorter := _drop_long_texts(data)) is not None:
+                return _decode_other(shorter)
             reason = "is cut short" if "truncated" in str(error) else f"can't be decoded ({error})"
             raise BadInput(f"The {image.format} image {reason}.") from error
         # Not earlier: to read the tag, Pillow loads a PNG, and a second load would ignore damage.
@@ -238,10 +306,16 @@ def _exif_orientation(image: Image.Image) -> int:
 def _to_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
     mode = image.mode
     traits: tuple[str, ...] = ()
-    if mode.startswith("I"):
-        return _from_16_bit(np.array(image)), ("16-bit",)
+    _check_tiff(image)
     if mode == "F":
-        raise BadInput("The image has floating-point pixels, whose range is unknown.", fix="Save it with 8 or 16 bits.")
+        raise _range_error("floating-point")
+    if mode == "I" and image.format not in ("PNG", "PPM"):  # these are of 16 bits
+        raise _range_error("32-bit")
+    if mode.startswith("I"):
+        values = np.array(image)
+        if _tiff_tag(image, _BITS_PER_SAMPLE) == 12:
+            values = (values.astype(np.uint32) * 65_535 // 4095).astype(np.uint16)
+        return _from_16_bit(values), ("16-bit",)
     if mode in ("P", "PA"):
         traits += ("palette",)
     if mode == "CMYK":
@@ -256,8 +330,6 @@ def _to_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[str, ...]]:
 
 def _from_16_bit(values: np.ndarray) -> np.ndarray:
     """uint8 from 16-bit values (H, W) or (H, W, C), rounded; (H, W) becomes (H, W, 1)."""
-    if values.min() < 0 or values.max() > 65_535:
-        raise BadInput("The image has 32-bit pixels, whose range is unknown.", fix="Save it with 8 or 16 bits.")
     pixels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
@@ -269,7 +341,8 @@ def _from_array(array: np.ndarray) -> DecodedImage:
         raise BadInput(f"An image is an array (H, W) or (H, W, channels), not {array.shape}.", fix="Reshape the array.")
     if array.dtype not in (np.uint8, np.uint16):
         raise BadInput(
-            f"The pixels are {array.dtype}; uint8 or uint16 was expected.", fix="Scale them to 0-255 as uint8."
+            f"The pixels are {array.dtype}; uint8 (0 to 255) or uint16 was expected.",
+            fix="Scale them to 0-255 as uint8.",
         )
     _check_size(array.shape[0], array.shape[1])
     traits: tuple[str, ...] = ()

@@ -6,14 +6,19 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from suanli.core.errors import DataError, SuanliError, UsageError, suggest
+from suanli.core.errors import DataError, SuanliError, UsageError, nearest, suggest
 from suanli.core.garbage import pause_collector
 from suanli.core.registry import load, load_all, names
 from suanli.core.types import AnyPath, Columns, Dataset, Source
 from suanli.data.download import fetch
 from suanli.data.splits import group_by_pattern
+from suanli.data.suffixes import is_ignored
+
+MAX_LISTED = 10_000  # names that may be meant
 
 URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
@@ -38,6 +43,8 @@ def find_source(
         )
     if columns.time is not None and all(row.time is None for row in source.examples):
         raise UsageError(f"--time-column is for tables, and {subject} is none.", fix="Leave it out.")
+    place = str(subject) if str(subject) in names("datasets") else str(Path(subject).expanduser().resolve())
+    source = replace(source, origin=repr((place, columns, group_pattern)))
     return source if group_pattern is None else group_by_pattern(source, group_pattern)
 
 
@@ -65,11 +72,25 @@ def _no_data_error(subject: str) -> SuanliError:
     """A usage error where `subject` looks like a name, a data error where it looks like a path."""
     if URL.match(subject):
         return DataError("suanli doesn't fetch URLs.", fix="Download the file, then name it.")
-    error = DataError if Path(subject).suffix or os.sep in subject else UsageError
+    path = Path(subject).expanduser()
+    built_in = suggest(subject, names("datasets"), what="Built in")
+    beside = nearest(path.name, _list_names(path.parent))
+    there = f"The nearest file or folder is {str(path.parent / beside[0])!r}. " if beside else ""
+    if not path.parent.is_dir():
+        there = f"The folder {path.parent} isn't there either. "
+    error = DataError if path.suffix or os.sep in subject else UsageError
     return error(
-        f"There is no file or folder {subject}, and no built-in data set of that name.",
-        fix=suggest(subject, names("datasets"), what="Built in"),
+        f"There is no file or folder {subject}, and no built-in data set of that name.", fix=f"{there}{built_in}"
     )
+
+
+def _list_names(folder: Path) -> list[str]:
+    """What a folder holds, as far as it may be read; not of a huge one."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in islice(entries, MAX_LISTED) if not is_ignored(entry.name)]
+    except OSError:
+        return []
 
 
 @contextmanager

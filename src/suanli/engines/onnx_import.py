@@ -166,7 +166,7 @@ def _count_classes(outputs: Sequence[TensorType]) -> int:
 def import_exported(file: OnnxFile, options: PictureOptions) -> ImportedGraph:
     """A graph that `suanli export` wrote. Raises DamagedFile where its metadata doesn't fit it."""
     if options.any:
-        raise UsageError(f"{file.path} brings its own size, mean and std.", fix="Leave the options out.")
+        raise UsageError(f"{file.path} has its own size, mean and std.", fix="Leave the options out.")
     try:
         preprocess = build_preprocess(json.loads(file.metadata["preprocess"]))
         inputs = {tensor.name: tensor for tensor in file.signature.inputs}
@@ -256,14 +256,12 @@ def _picture_shape(file: OnnxFile, options: PictureOptions) -> tuple[int, int, i
     channels, sides = (first, (second, third)) if has_channels_first(source) else (third, (first, second))
     assert channels is not None
     if size is not None and any(side is not None and side != n for side, n in zip(sides, size, strict=True)):
-        raise UsageError(f"{file.path} takes pictures of {format_shape(sides)}, not {size}.", fix="Leave --size out.")
+        raise UsageError(f"{file.path} takes images of {format_shape(sides)}, not {size}.", fix="Leave --size out.")
     height, width = size or sides
     if height is None or width is None:
-        raise UsageError(
-            f"{file.path} leaves the size of pictures open.", fix="Give it: --size 224, or --size 224x160."
-        )
+        raise UsageError(f"{file.path} leaves the size of images open.", fix="Give it: --size 224, or --size 224x160.")
     if max(height, width) > MAX_SIDE:
-        raise UsageError(f"Pictures of {height}x{width} are too large.", fix=f"Give at most {MAX_SIDE} pixels a side.")
+        raise UsageError(f"Images of {height}x{width} are too large.", fix=f"Give at most {MAX_SIDE} pixels a side.")
     _check_statistics(options, channels)
     return height, width, channels
 
@@ -273,7 +271,7 @@ def _check_statistics(options: PictureOptions, channels: int) -> None:
         if values is not None and len(values) != channels:
             raise UsageError(f"{name} has {len(values)} numbers; there are {channels} channels.", fix="One for each.")
     if not all(map(math.isfinite, [*(options.mean or ()), *(options.std or ())])):
-        raise UsageError("--mean and --std have to be finite numbers.", fix="Such as 0.485,0.456,0.406.")
+        raise UsageError("--mean and --std have to be finite numbers.", fix="For example: 0.485,0.456,0.406.")
     if options.std is not None and min(options.std) <= 0:
         raise UsageError(
             "--std has to be above 0.", fix="Give what the network was trained with, such as 0.229,0.224,0.225."

@@ -223,6 +223,12 @@ class Predictions(TypedDict):
     predictions: list[Prediction]
 
 
+class Unreadable(Predictions):
+    """Of inputs of which none can be read; each has its own error."""
+
+    error: str
+
+
 class EmptyAnswer(TypedDict):
     """What answers of a model have in common."""
 

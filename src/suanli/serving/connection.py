@@ -5,7 +5,8 @@ once. A client is disconnected if it sends too slowly, sends only a part of a re
 many requests at once, or doesn't read its answers. When a client disconnects, the function that its request has put
 into `scope["suanli.on_disconnect"]` is called at once.
 
-Not here: the number of connections, which uvicorn limits (`limit_concurrency`).
+The number of connections is limited here, too, since uvicorn's limit counts those that wait for a next request: where
+there are too many, the one that has waited longest is closed. Only where none waits, a new one's requests are refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ BODY_S = 10.0  # for a body, plus its size at the slowest rate
 SLOWEST_BYTES_PER_S = 50_000
 STALLED_S = 30.0  # a client must read some of its answers within this time
 HEAD_BYTES = 1 << 16  # of a request's path and headers
+MAX_CONNECTIONS = 1024
 PIPELINED = 64  # requests of a connection that wait for the one before them
 BODIES = 16  # limit for all unanswered bodies together, as a multiple of the largest body
 
@@ -29,10 +31,11 @@ BODIES = 16  # limit for all unanswered bodies together, as a multiple of the la
 class SharedState:
     """State that all connections of a server share."""
 
-    __slots__ = ("closing", "held_bytes", "max_body_bytes")
+    __slots__ = ("closing", "held_bytes", "idle", "max_body_bytes")
 
     def __init__(self, max_body_bytes: int) -> None:
         self.max_body_bytes = max_body_bytes
+        self.idle: dict[Connection, None] = {}  # that wait for a next request, the longest first
         self.closing = False  # the server is shutting down: each connection closes after its next answer
         self.held_bytes = 0  # of bodies without an answer yet
 
@@ -54,9 +57,15 @@ class Connection(HttpToolsProtocol):
         self._held_bytes = 0
         self._body_bytes, self._body_since = 0, 0.0
         self._start_timer(HEADERS_S)
+        if len(self.connections) > MAX_CONNECTIONS and self.shared.idle:
+            longest = next(iter(self.shared.idle))
+            del self.shared.idle[longest]
+            self.connections.discard(longest)  # it counts no more
+            longest.timeout_keep_alive_handler()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self.shared.idle.pop(self, None)
         self.resume_writing()
         self._release()
         cycle = self._running
@@ -70,6 +79,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._head_is_new = False
+        self.shared.idle.pop(self, None)
         self._unset_keepalive_if_required()
         try:
             self.parser.feed_data(data)
@@ -151,11 +161,14 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        too_many = len(self.connections) > MAX_CONNECTIONS
+        super()._start_asgi_task(cycle, _refuse_request if too_many else app)
 
     def on_response_complete(self) -> None:
         if not self.pipeline:
             self._release()
+            if not self.transport.is_closing():
+                self.shared.idle[self] = None
         super().on_response_complete()
 
     def _refuse(self, status: int, text: str, headers: bytes = b"") -> None:
@@ -188,6 +201,14 @@ class Connection(HttpToolsProtocol):
                 return
         if not self.transport.is_closing():
             self.transport.abort()
+
+
+async def _refuse_request(scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG001
+    body = json.dumps({"error": "The server has too many connections that are in use."}).encode()
+    headers = {b"content-type": b"application/json", b"content-length": b"%d" % len(body), b"retry-after": b"1"}
+    headers[b"connection"] = b"close"
+    await send({"type": "http.response.start", "status": 503, "headers": list(headers.items())})
+    await send({"type": "http.response.body", "body": body})
 
 
 class _Body:

@@ -13,7 +13,7 @@ import contextlib
 import hmac
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Annotated, Any, cast
 from urllib.parse import urlsplit
@@ -24,11 +24,12 @@ from starlette.responses import Response
 from starlette.routing import Router
 from starlette.types import Message, Receive, Scope, Send
 
+from suanli.engines.predictor import Prediction
 from suanli.serving import bodies, codec, describe, metrics, pages
 from suanli.serving.codec import HEADER_LENGTH
 from suanli.serving.forms import read_body, read_inputs, read_object
 from suanli.serving.log import Log
-from suanli.serving.model import ServedModel
+from suanli.serving.model import NothingReadable, ServedModel
 from suanli.serving.openapi import JsonResponse, Operation, WrongMethod, document
 from suanli.serving.protocol import Refusal, bad_request
 from suanli.serving.repository import Repository
@@ -43,7 +44,7 @@ JsonLength = Annotated[
     int,
     Field(
         ge=0,
-        description="Length of the JSON, after which the tensors' bytes follow; 0: the body is one picture or text.",
+        description="Length of the JSON, after which the tensors' bytes follow; 0: the body is one image or text.",
     ),
 ]
 PREDICT_BODIES = {  # by media type
@@ -103,7 +104,13 @@ class App:
             Operation("POST /v2/repository/index", self.repository_index, **index),
             Operation("POST /v2/repository/models/{name}/load", self.model_load, **change),
             Operation("POST /v2/repository/models/{name}/unload", self.model_unload, **change),
-            Operation("POST /predict", self.predict, body=PREDICT_BODIES, parameters=query),
+            Operation(
+                "POST /predict",
+                self.predict,
+                body=PREDICT_BODIES,
+                refused={400: bodies.Unreadable | bodies.Error},
+                parameters=query,
+            ),
             Operation("GET /status", self.status, open_to_all=True),
             Operation("GET /metrics", self.metrics, answer={"text/plain": str}),
             Operation("GET /openapi.json", self.openapi),
@@ -279,7 +286,7 @@ class App:
     # --- for the pages and people ---
 
     async def predict(self, request: Request) -> JsonResponse[bodies.Predictions]:
-        """Answer files or texts as they are."""
+        """Answer files or texts as they are. One that can't be read has an error; if all are, the status is 400."""
         start = time.perf_counter()
         top = request.query_params.get("top") or "5"
         if not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000:
@@ -295,19 +302,25 @@ class App:
         body = await read_body(request, self._max_body_bytes)
         names, raws = await read_inputs(body, request.headers.get("content-type", ""), model.preprocess)
         model = find()  # again, since a newer version may have taken its place meanwhile
-        with _cancel_on_disconnect(request.scope):
-            predictions = await model.predict(names, raws, top=int(top[:9]))
-        return JsonResponse(
-            {
-                "model": model.name,
-                "version": model.version,
-                "engine": model.info.engine,
-                "precision": model.info.precision,
-                "seconds": time.perf_counter() - start,
-                "texts": [one.answer.text if one.answer else "" for one in predictions],
-                "predictions": [cast(bodies.Prediction, one.to_json()) for one in predictions],
-            }
-        )
+        reason = None
+        predictions: Sequence[Prediction]
+        try:
+            with _cancel_on_disconnect(request.scope):
+                predictions = await model.predict(names, raws, top=int(top[:9]))
+        except NothingReadable as error:
+            predictions, reason = error.predictions, error.message
+        values: bodies.Predictions = {
+            "model": model.name,
+            "version": model.version,
+            "engine": model.info.engine,
+            "precision": model.info.precision,
+            "seconds": time.perf_counter() - start,
+            "texts": [one.answer.text if one.answer else "" for one in predictions],
+            "predictions": [cast(bodies.Prediction, one.to_json()) for one in predictions],
+        }
+        if reason is not None:
+            values = bodies.Unreadable(**values, error=reason)
+        return JsonResponse(values, 200 if reason is None else 400)
 
     async def status(self, _: Request) -> JsonResponse[bodies.Status]:
         """Status of the server and its models, which the pages show."""

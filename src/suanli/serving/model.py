@@ -84,6 +84,16 @@ async def _start_engine(subject: Path, options: ModelOptions) -> Worker:
     return worker
 
 
+class NothingReadable(Refusal):
+    """None of the inputs of a request can be read. `predictions` say why, each for itself."""
+
+    def __init__(self, predictions: Sequence[Prediction]) -> None:
+        named = [f"{one.name}: {one.error}" for one in predictions[:3]]
+        more = f" And {len(predictions) - 3} more." if len(predictions) > 3 else ""
+        super().__init__(400, " ".join(named) + more)
+        self.predictions = predictions
+
+
 class ServedModel:
     """Made by `load_model`; `infer` and `predict` answer, `drain` and `close` end it. All on one asyncio loop."""
 
@@ -277,7 +287,8 @@ class ServedModel:
             return InferResponse(id=request.id, model_name=self.name, model_version=self.version, outputs=outputs)
 
     async def predict(self, names: Sequence[str], raws: Sequence[Raw], *, top: int) -> list[Prediction]:
-        """For each input its answer, with at most `top` entries where it ranks, or an error. Raises Refusal."""
+        """For each input its answer, with at most `top` entries where it ranks, or an error. Raises Refusal, and
+        NothingReadable where all have errors."""
         with self._count_request() as count:
             count[0] = len(raws)
             self.admit(len(raws))
@@ -285,7 +296,10 @@ class ServedModel:
             encoded = await self._encode(raws)
             good = [one for one in encoded if isinstance(one, EncodedInput)]
             results = split(await self._compute(stack(good, self.preprocess), arrival_s, None)) if good else []
-            return predictions(names, encoded, results, self.task, self.empty, top=top)
+            answers = predictions(names, encoded, results, self.task, self.empty, top=top)
+            if not good:
+                raise NothingReadable(answers)
+            return answers
 
     @contextlib.contextmanager
     def _count_request(self) -> Iterator[list[int]]:
@@ -321,7 +335,7 @@ class ServedModel:
     async def _encode(self, raws: Sequence[Raw]) -> list[EncodedInput | str]:
         delay_s = self._encoder.delay_s
         if delay_s > self.policy.target_s:
-            raise Refusal(503, f"Model {self.name} has too much to decode.", retry_after_s=delay_s)
+            raise Refusal(503, f"Model {self.name} can't decode more inputs at the moment.", retry_after_s=delay_s)
         start = time.perf_counter()
         try:
             return await self._encoder.encode(raws)

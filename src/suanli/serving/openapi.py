@@ -57,7 +57,7 @@ class JsonResponse(Response, Generic[T]):
 
     def __init__(self, values: T, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         content = json.dumps(values, ensure_ascii=False)
-        super().__init__(content.encode("utf-8", "replace"), status, headers)
+        super().__init__(content.encode("utf-8", "backslashreplace"), status, headers)
 
 
 class WrongMethod(Refusal):
@@ -79,15 +79,18 @@ class Operation(Route):
         body: Types | None = None,
         body_required: bool = True,
         answer: Types | None = None,
+        refused: Mapping[int, Any] | None = None,
         parameters: Mapping[tuple[str, str], Any] | None = None,
     ) -> None:
         """`route` is such as "GET /path". `open_to_all`: it needs no key. `body` and `answer` are types by media type;
-        the default answer is the T of the endpoint's JsonResponse[T]. `parameters` are types by place ("query",
+        the default answer is the T of the endpoint's JsonResponse[T]. `refused` are types of refusals by status, other
+        than `Error`. `parameters` are types by place ("query",
         "header") and name; a header is in the answer, too. A type is whatever pydantic's TypeAdapter takes."""
         self.method, _, path = route.partition(" ")
         super().__init__(path, endpoint, methods=[self.method], include_in_schema=include_in_schema)
         self.open_to_all = open_to_all
         self.body, self.body_required, self.answer, self.parameters = body, body_required, answer, parameters or {}
+        self.refused = refused or {}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.methods and scope["method"] not in self.methods:
@@ -148,6 +151,8 @@ class _DocumentBuilder:
         responses = {"200": self.response("Done.", answer, headers)}
         for code in sorted(self._refusals(route)):
             responses[str(code)] = {"$ref": f"#/components/responses/Refused{code}"}
+        for code, kind in route.refused.items():
+            responses[str(code)] = self.response(REASONS[code], {"application/json": kind})
         if route.path.endswith("/ready"):
             unready = {"application/json": answer["application/json"] | bodies.Error}
             responses["503"] = self.response("It isn't ready.", unready, {"Retry-After": Count})

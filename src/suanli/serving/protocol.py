@@ -35,6 +35,8 @@ NAMES = {dtype: name for name, dtype in DATATYPES.items()}
 MAX_RANK = 8
 MAX_TENSORS = 64  # of one request
 MAX_ELEMENTS = 1 << 40  # of one tensor, counting a side of 0 as 1: NumPy refuses larger shapes even if they are empty
+MAX_GZIP_MEMBERS = 10_000
+_PIECE_BYTES = 1 << 16
 MAX_STRINGS = 1 << 16  # elements of one BYTES tensor: each is a Python object and is read by itself
 
 
@@ -139,11 +141,24 @@ def join_bytes(elements: Sequence[bytes]) -> bytes:
 
 def decompress(body: bytes, max_bytes: int, *, wbits: int) -> bytes:
     """A compressed body; zlib's `wbits` says which format it may have. Raises Refusal(413), before more memory is used,
-    for one that grows beyond `max_bytes`, Refusal(400) for one that is cut short, and zlib.error for another format."""
-    decompressor = zlib.decompressobj(wbits)
-    content = decompressor.decompress(body, max_bytes + 1)
-    if len(content) > max_bytes:
-        raise Refusal(413, f"The body is more than {max_bytes} bytes when it is decompressed.")
-    if not decompressor.eof:
-        raise bad_request("The compressed body is cut short.")
-    return content
+    for one that grows beyond `max_bytes`, Refusal(400) for one that is cut short or has other bytes behind its end, and
+    zlib.error for another format. Gzip may have several members (RFC 1952)."""
+    parts: list[bytes] = []
+    left_bytes, start = max_bytes, 0
+    for _ in range(MAX_GZIP_MEMBERS):
+        decompressor = zlib.decompressobj(wbits)
+        while not decompressor.eof:
+            piece = body[start : start + _PIECE_BYTES]  # else each member would copy all that follow it
+            if not piece:
+                raise bad_request("The compressed body is cut short.")
+            content = decompressor.decompress(piece, left_bytes + 1)
+            start += len(piece) - len(decompressor.unused_data)
+            left_bytes -= len(content)
+            if left_bytes < 0:
+                raise Refusal(413, f"The body is more than {max_bytes} bytes when it is decompressed.")
+            parts.append(content)
+        if start == len(body):
+            return b"".join(parts)
+        if body[start : start + 2] != b"\x1f\x8b" or wbits <= zlib.MAX_WBITS:
+            break
+    raise bad_request("The compressed body has other bytes behind its end, or too many parts.")

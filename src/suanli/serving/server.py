@@ -43,7 +43,6 @@ class ServerOptions:
     port: int = 8000  # 0: a free one
     grpc_port: int | None = None  # None: no gRPC
     max_body_bytes: int = 1 << 26
-    max_connections: int = 1024
     api_key: str | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
@@ -200,7 +199,6 @@ def _make_config(app: App, options: ServerOptions) -> uvicorn.Config:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(DRAIN_S),
-            limit_concurrency=options.max_connections,
             ssl_certfile=str(options.tls_cert) if tls else None,
             ssl_keyfile=str(options.tls_key) if tls else None,
         )

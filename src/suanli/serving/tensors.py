@@ -186,5 +186,10 @@ def _classification(name: str, values: np.ndarray, names: Sequence[str], count: 
     count = min(count, values.shape[-1])
     rows = values.reshape(-1, values.shape[-1]).astype(np.float64)
     order = np.argsort(-rows, axis=1, kind="stable")[:, :count]
-    texts = [f"{row[i]:f}:{i}:{names[i]}".encode() for row, highest in zip(rows, order, strict=True) for i in highest]
-    return Tensor(name=name, datatype="BYTES", shape=(*values.shape[:-1], count), data=texts)
+    texts = [f"{row[i]:f}:{i}:{names[i]}" for row, highest in zip(rows, order, strict=True) for i in highest]
+    return Tensor(
+        name=name,
+        datatype="BYTES",
+        shape=(*values.shape[:-1], count),
+        data=[t.encode("utf-8", "replace") for t in texts],
+    )

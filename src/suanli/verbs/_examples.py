@@ -11,13 +11,15 @@ import numpy as np
 
 from suanli.core.console import warn
 from suanli.core.errors import BadInput, DataError
+from suanli.core.run import Run
 from suanli.core.schema import Arrays, Schema, Stored, example_bytes, random_inputs, schema_bytes, select, take
 from suanli.core.types import Preprocess, Raw, Recipe, Split
+from suanli.data.cache import PreparedData
 from suanli.data.preprocess.tensors import TensorsPreprocess, find_files
 from suanli.engines.examples import Examples, SeparateExamples, StackedExamples
 from suanli.engines.subject import Origin
 from suanli.machine.device import cores
-from suanli.training.prepare import DataOptions, resolve
+from suanli.training.prepare import DataOptions, resolve, resolve_run
 
 CALIBRATION = 300  # training examples
 MAX_BYTES = 1 << 30  # of the inputs for evaluation
@@ -43,22 +45,23 @@ class LabelledData:
     validation: Split
 
 
-def prepare_labelled(
-    options: DataOptions, recipe: Recipe, classes: tuple[str, ...] = (), *, digest: str | None = None
-) -> LabelledData:
-    """Training and validation examples. Raises DataError where they aren't of these classes, or not the ones that a
-    model with this digest of its data was trained on."""
+def labelled_of_run(run: Run, options: DataOptions, recipe: Recipe) -> LabelledData:
+    """Training and validation examples of a run's own data. Raises DataError where it is gone or has changed."""
+    return _labelled(resolve_run(run, options, recipe, verb="evaluate", announce=False))
+
+
+def prepare_labelled(options: DataOptions, recipe: Recipe, classes: tuple[str, ...] = ()) -> LabelledData:
+    """Training and validation examples. Raises DataError where they aren't of these classes."""
     _, prepared = resolve(options, recipe=recipe, settings={}, announce=False)
-    if digest not in (None, prepared.digest):
-        raise DataError(
-            "The data has changed since this model was trained, so its validation split may hold what it has learned.",
-            fix="Put the data back as it was, or give other data with --data.",
-        )
     if classes and prepared.task.classes != classes:
         raise DataError(
             f"The data has the classes {_few(prepared.task.classes)}; the model has {_few(classes)}.",
             fix="Give data with the classes of the model.",
         )
+    return _labelled(prepared)
+
+
+def _labelled(prepared: PreparedData) -> LabelledData:
     if not len(prepared.splits["val"]):
         raise DataError("There are no validation examples.", fix="Give data with more examples.")
     return LabelledData(
@@ -126,7 +129,7 @@ def choose_arrays(path: Path, columns: Schema, *, batches: bool) -> ChosenExampl
 
 
 def choose_inputs(path: Path, preprocess: Preprocess, *, batches: bool) -> ChosenExamples:
-    """From files without labels, such as a folder of pictures. Those that can't be read are left out."""
+    """From files without labels, such as a folder of images. Those that can't be read are left out."""
     named = list(preprocess.find_inputs(path))
     limit = CALIBRATION + max(MADE_UP, min(UNLABELLED, MAX_BYTES // max(1, schema_bytes(preprocess.inputs))))
     order = np.random.default_rng(0).permutation(len(named))[:limit]
@@ -134,7 +137,7 @@ def choose_inputs(path: Path, preprocess: Preprocess, *, batches: bool) -> Chose
         encoded = list(pool.map(_encoder(preprocess), (named[i][1] for i in order)))
     examples = [arrays for arrays in encoded if arrays is not None]
     if len(examples) < len(encoded):
-        warn(f"{len(encoded) - len(examples):,} of {len(encoded):,} inputs in {path} can't be read and are left out.")
+        warn(f"{len(encoded) - len(examples):,} of {len(encoded):,} examples in {path} can't be read and are left out.")
     return _divide(path, examples, len(named), batches=batches)
 
 

@@ -105,8 +105,8 @@ class Server:
                 values = json.loads(content)
             except ValueError:
                 values = {}
-            if reply.status == 200:
-                return values
+            if reply.status == 200 or (isinstance(values, dict) and "predictions" in values):
+                return values  # if none of the inputs can be read, the status is 400, and each has an error
             message = values.get("error") if isinstance(values, dict) else None
             if reply.status != 503 or attempt == TRIES - 1:
                 raise _error(self.url, reply.status, message or reply.reason)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from suanli.core.errors import DataError
+from suanli.data.readers._file_names import normalise_name
 
 MANY = 20  # different numbers in a label column, up to which they are always classes
 LEARNED_AS_NUMBERS = "learned as numbers (regression); --set task=classification learns them as classes"
@@ -77,8 +78,8 @@ def find_masks(images: Iterable[str]) -> list[str]:
 def unsupported_annotation_error(where: str, annotation: str) -> DataError:
     return DataError(
         f"{where} has {annotation}. Boxes and masks aren't supported yet: suanli learns a class or a number "
-        "for each picture.",
-        fix="To classify, put each picture, or each part cut out of one, into a folder of its class (cat/1.jpg), or "
+        "for each image.",
+        fix="To classify, put each image, or each part cut out of one, into a folder of its class (cat/1.jpg), or "
         "give a table with the columns path and label.",
     )
 
@@ -113,7 +114,7 @@ def parse_label(label: str, annotation: str) -> str | float | None:
     """The target that a cell says; None: it says that there is none. Raises ValueError for what is no number, where
     targets are."""
     if annotation == "class":
-        return label or None
+        return normalise_name(label) or None
     return None if label.casefold() in _MISSING else parse_value(label)
 
 

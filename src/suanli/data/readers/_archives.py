@@ -114,6 +114,6 @@ def check_total(path: Path, total_bytes: int, packed_bytes: int) -> None:
 def bomb_error(path: Path, name: str, size_bytes: int, packed_bytes: int) -> DataError:
     return DataError(
         f"{name} in {path} unpacks from {size(packed_bytes)} to at least {size(size_bytes)}, "
-        f"more than {MAX_RATIO} times as much: it looks like a decompression bomb_error.",
+        f"more than {MAX_RATIO} times as much: it looks like a decompression bomb.",
         fix="If you trust it, unpack it and give the folder.",
     )

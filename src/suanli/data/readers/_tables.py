@@ -9,15 +9,16 @@ import csv
 import io
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from suanli.core.errors import DataError
-from suanli.data.readers._class_folders import TABLE_SUFFIXES, is_ignored, parse_split, suffix_of
-from suanli.data.suffixes import IMAGE_SUFFIXES
+from suanli.data.file_kinds import name_kind, name_text
+from suanli.data.readers._class_folders import TABLE_SUFFIXES, suffix_of
+from suanli.data.split_names import parse_splits
+from suanli.data.suffixes import IMAGE_SUFFIXES, is_ignored
 
 MAX_CELL_CHARACTERS = 16 << 20  # in a longer cell a quote was never closed
 MAX_SHOWN = 30  # names of columns in an error
@@ -50,7 +51,8 @@ def find_tables(folder: Path) -> dict[str, Path]:
     data set."""
     try:
         paths = [p for p in sorted(folder.iterdir()) if suffix_of(p.name) in TABLE_SUFFIXES and p.is_file()]
-        tables = [(split, path) for path in paths if (split := parse_split(path.stem))]
+        splits = parse_splits(path.stem for path in paths)
+        tables = [(splits[path.stem], path) for path in paths if path.stem in splits]
         if not tables or _has_class_folders(folder):
             return {}
     except OSError as error:
@@ -66,10 +68,11 @@ def find_tables(folder: Path) -> dict[str, Path]:
 
 def _has_class_folders(folder: Path) -> bool:
     classes = 0
+    splits = parse_splits(inner.name for inner in _folders(folder))
     for inner in _folders(folder):
-        if parse_split(inner.name) and any(_folders(inner.path)):
+        if inner.name in splits and any(_folders(inner.path)):
             return True
-        classes += not parse_split(inner.name) and _has_images(inner.path)
+        classes += inner.name not in splits and _has_images(inner.path)
         if classes == 2:
             return True
     return False
@@ -95,7 +98,7 @@ def read_table(path: Path) -> Table:
         table = _read_json_lines(path, text)
     else:
         records = _split_tabs(text) if suffix == "tsv" else None
-        table = _make_table(path, records or _parse_csv(path, text, "\t" if suffix == "tsv" else ","))
+        table = _make_table(path, records or _parse_csv(path, text, "\t" if suffix == "tsv" else _find_delimiter(text)))
     if not table.rows:
         raise DataError(
             f"The table {path} has no rows with its columns {format_columns(table.columns)}"
@@ -125,7 +128,11 @@ def _read_text(path: Path) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
+        if kind := name_kind(content):
+            raise DataError(f"{path} is no table: it is {kind}.", fix="Give a CSV, TSV or JSONL file.") from error
         raise DataError(f"The table {path} is not UTF-8 (line {line}).", fix=fix) from error
+    if kind := name_text(content):
+        raise DataError(f"{path} is no table: it is {kind}", fix="Get the table itself.")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(
@@ -155,6 +162,12 @@ def _unquote(cell: str) -> str:
     return cell
 
 
+def _find_delimiter(text: str) -> str:
+    """Of a .csv: a comma, unless its header has only semicolons or tabs, as spreadsheets in many languages write."""
+    header = text.split("\n", 1)[0]
+    return next((mark for mark in ",;\t" if mark in header), ",")
+
+
 def _parse_csv(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Records with quoted cells (RFC 4180)."""
     before = csv.field_size_limit(MAX_CELL_CHARACTERS)
@@ -177,18 +190,16 @@ def _parse_csv(path: Path, text: str, delimiter: str) -> list[tuple[int, list[st
 
 
 def _make_table(path: Path, records: list[tuple[int, list[str]]]) -> Table:
-    columns = tuple(name.strip() for name in records[0][1])
-    repeated = [name for name, count in Counter(columns).items() if count > 1]
-    if repeated:
-        raise DataError(f"The table {path} has more than one column named {min(repeated)!r}.", fix="Rename one.")
+    header = [name.strip() for name in records[0][1]]
+    named = [i for i, name in enumerate(header) if name]  # spreadsheets and pandas leave columns without a name
     rows: list[tuple[int, Cells]] = []
     bad = []
     for line, cells in records[1:]:
-        if len(cells) == len(columns):
-            rows.append((line, tuple(cells)))
-        else:
+        if len(cells) != len(header) and (len(cells) < len(header) or any(cells[len(header) :])):
             bad.append(line)
-    return Table(path, columns, rows, bad)
+        else:
+            rows.append((line, tuple(cells) if len(named) == len(cells) else tuple(cells[i] for i in named)))
+    return Table(path, tuple(header[i] for i in named), rows, bad)
 
 
 def _read_json_lines(path: Path, text: str) -> Table:
@@ -211,9 +222,17 @@ def _read_json_lines(path: Path, text: str) -> Table:
 
 
 def _format_cell(value: object) -> str:
-    """A JSON value as the text of a cell; empty for lists, objects and null."""
+    """A JSON value as the text of a cell, which for a list of texts is JSON; empty for other lists, objects and
+    null."""
     if isinstance(value, str):
-        return value
+        return _replace_half_pairs(value)
     if isinstance(value, bool | int | float):
         return json.dumps(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return json.dumps(value, ensure_ascii=False)
     return ""
+
+
+def _replace_half_pairs(text: str) -> str:
+    """JSON can state half of a surrogate pair ("\\ud83d"), which no other text can hold."""
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -6,6 +6,7 @@ import stat
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,10 @@ from suanli.data.readers._archives import (
     clean_name,
 )
 from suanli.data.readers._class_folders import Member, count_and_examples
+from suanli.data.readers._file_names import NameDecoder, choose_decoder, is_utf8
+
+UTF8_FLAG = 0x800
+UNICODE_PATH = 0x7075
 
 
 def _read_member(
@@ -57,8 +62,8 @@ def list_zip(path: Path) -> Listing:
     members: dict[str, Member] = {}
     folders, links, stamps = [], [], []
     total = 0
-    for info in infos:
-        raw_name = _zip_name(info)
+    names, notes = _read_names(infos)
+    for info, raw_name in zip(infos, names, strict=True):
         name = clean_name(path, raw_name)
         if raw_name.endswith("/"):
             folders.append(name)
@@ -74,19 +79,42 @@ def list_zip(path: Path) -> Listing:
             members[name] = Member(name, info.file_size, partial(_read_member, file, name, *where, deflated, info.CRC))
             stamps.append(f"{name}\0{info.file_size}\0{info.CRC}")
     check_total(path, total, file.size_bytes)
-    notes = [count_and_examples(links, "links in the archive, skipped")] if links else []
+    if links:
+        notes.append(count_and_examples(links, "links in the archive, skipped"))
     if len(members) < len(stamps):
         notes.append(f"{len(stamps) - len(members)} names occur again in the archive; the last member is used")
     return Listing(list(members.values()), folders, notes, stamps)
 
 
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The member's name. Some programs write UTF-8 without the flag for it, and zipfile then decodes it as cp437."""
-    name = info.filename
-    if not info.flag_bits & 0x800 and not name.isascii():
-        with suppress(UnicodeError):
-            name = name.encode("cp437").decode()
-    return name.replace("\\", "/")
+def _read_names(infos: Sequence[zipfile.ZipInfo]) -> tuple[list[str], list[str]]:
+    """The members' names, and notes. A name is UTF-8 where the archive says so or where it can be; else all have the
+    encoding that suits them best, or that of old PCs, which the format prescribes."""
+    stated = [_stated_name(info) for info in infos]
+    raws = [b"" if name is not None else _raw_name(info) for name, info in zip(stated, infos, strict=True)]
+    parts = {part for raw in raws for part in raw.split(b"/")}
+    decoder = choose_decoder(parts, western="cp437") or NameDecoder("utf-8")
+    names = [decoder(raw) if name is None else name for name, raw in zip(stated, raws, strict=True)]
+    unusual = [part for part in parts if not is_utf8(part)]
+    notes = [decoder.describe(unusual)] if unusual and decoder.encoding != "cp437" else []
+    return [name.partition("\0")[0].replace("\\", "/") for name in names], notes
+
+
+def _stated_name(info: zipfile.ZipInfo) -> str | None:
+    """The name as Unicode, where the archive states it. None: it is bytes."""
+    if info.flag_bits & UTF8_FLAG or info.orig_filename.isascii():
+        return info.orig_filename
+    extra = info.extra
+    while len(extra) >= 4:  # Info-ZIP's "Unicode path" holds the name in UTF-8, and a checksum of the other
+        kind, length = struct.unpack_from("<HH", extra)
+        field, extra = extra[4 : 4 + length], extra[4 + length :]
+        if kind == UNICODE_PATH and field[:5] == struct.pack("<BI", 1, zlib.crc32(_raw_name(info))):
+            with suppress(UnicodeDecodeError):
+                return field[5:].decode()
+    return None
+
+
+def _raw_name(info: zipfile.ZipInfo) -> bytes:
+    return info.orig_filename.encode("cp437")  # as which zipfile has decoded it
 
 
 def _check_zip_member(path: Path, name: str, info: zipfile.ZipInfo) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
+from suanli.data.file_kinds import name_file
 from suanli.data.readers import _tar
 from suanli.data.readers._archives import Listing
 from suanli.data.readers._class_folders import fingerprint_of, make_source
@@ -54,8 +55,9 @@ def _list_archive(path: Path, suffix: str) -> Listing:
     try:
         return list_zip(path) if suffix == ".zip" else _tar.list_tar(path, suffix)
     except (*_tar.DAMAGED, zipfile.BadZipFile) as error:
+        kind = f": it is {words}" if (words := name_file(path)) else ""
         raise DataError(
-            f"The archive {path} is damaged, cut short, or not what its name says ({error}).",
+            f"The archive {path} is damaged, cut short, or not what its name says{kind} ({error}).",
             fix="Get it again, and compare its size or checksum with its publisher's.",
         ) from error
     except OSError as error:

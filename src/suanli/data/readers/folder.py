@@ -12,9 +12,10 @@ from pathlib import Path
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
-from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, is_ignored, make_source
+from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, make_source
 from suanli.data.readers._files import read_file
 from suanli.data.readers._tables import find_tables
+from suanli.data.suffixes import is_ignored
 
 MAX_FILES = 20_000_000  # links among folders can multiply files without limit
 
@@ -41,11 +42,6 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder ha
     )
 
 
-def _replace_undecodable(path: str) -> str:
-    """The path in valid UTF-8, so that it can be printed and saved."""
-    return os.fsencode(path).decode(errors="replace")
-
-
 def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
     """Files, folders, notes, and the stamps for the fingerprint."""
     members: list[Member] = []
@@ -60,7 +56,7 @@ def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
         for entry in _list_entries(folder):
             if is_ignored(entry.name):
                 continue
-            path = _replace_undecodable(relative + entry.name)
+            path = relative + entry.name
             try:
                 about = entry.stat()
             except OSError:  # a broken link, or one to itself

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suanli.core.errors import DataError
-from suanli.core.types import Columns, Example, Reader, Source
+from suanli.core.types import Columns, Example, Reader, Source, Target
 from suanli.data.readers._annotations import LEARNED_AS_NUMBERS, choose_annotation, numbers_error
 from suanli.data.readers._class_folders import count_and_examples, fingerprint_of, order_classes, source_name
 from suanli.data.readers._stored_arrays import (
@@ -67,24 +67,18 @@ def read(path: Path, columns: Columns) -> Source:
 
 def _make_source(path: Path, parts: list[_SplitArrays], names: list[str], wanted: str | None) -> Source:
     scale, notes = _find_scale(path, parts)
-    labels = [_read_labels(path, part, wanted) for part in parts]
-    every = list(itertools.chain.from_iterable(labels))
-    if wanted is None and any(_has_fractions(part.labels) for part in parts):
-        wanted = "value"
-        notes.append(f"labels with fractions are {LEARNED_AS_NUMBERS}")
-    annotation, more = choose_annotation(str(path), every, "class" if names else wanted)
-    classes = _name_classes(path, parts, every, names) if annotation == "class" else ()
+    annotation, classes, targets, more = _find_targets(path, parts, names, wanted)
     rows: list[Example] = []
-    for part, values in zip(parts, labels, strict=True):
+    for part, values in zip(parts, targets, strict=True):
         images = _to_channels_last(part.images)
         rows += [
             Example(
                 name=f"{part.name}[{i}]",
-                target=_parse(path, part, i, label) if annotation == "value" else names[int(label)] if names else label,
+                target=target,
                 split=part.split,
                 read=partial(_read_image, images, i, scale),
             )
-            for i, label in enumerate(values)
+            for i, target in enumerate(values)
         ]
     about = path.stat()
     return Source(
@@ -97,6 +91,47 @@ def _make_source(path: Path, parts: list[_SplitArrays], names: list[str], wanted
         size_bytes=sum(part.images.size for part in parts),
         notes=(*notes, *more),
     )
+
+
+def _find_targets(
+    path: Path, parts: list[_SplitArrays], names: list[str], wanted: str | None
+) -> tuple[str, tuple[str, ...], list[list[Target]], tuple[str, ...]]:
+    """What the targets are, the classes, the targets of each part, and notes."""
+    if wanted in (None, "labels") and _are_label_lists(parts, one_each=wanted is not None):
+        count = parts[0].labels.shape[1]
+        classes = tuple(names) if len(set(names)) == count else tuple(map(str, range(count)))
+        lists: list[list[Target]] = [
+            [tuple(classes[j] for j in row.nonzero()[0]) for row in part.labels.astype(bool)] for part in parts
+        ]
+        return "labels", classes, lists, (f"rows of {count} labels of 0 and 1 read as several labels",)
+    labels = [_read_labels(path, part, wanted) for part in parts]
+    every = list(itertools.chain.from_iterable(labels))
+    notes: tuple[str, ...] = ()
+    if wanted is None and any(_has_fractions(part.labels) for part in parts):
+        wanted = "value"
+        notes = (f"labels with fractions are {LEARNED_AS_NUMBERS}",)
+    annotation, more = choose_annotation(str(path), every, "class" if names else wanted)
+    if annotation == "value":
+        values = [
+            [_parse(path, p, i, one) for i, one in enumerate(part)] for p, part in zip(parts, labels, strict=True)
+        ]
+        return annotation, (), values, (*notes, *more)
+    classes = _name_classes(path, parts, every, names)
+    named = [[names[int(label)] for label in part] for part in labels] if names else labels
+    return annotation, classes, named, (*notes, *more)
+
+
+def _are_label_lists(parts: list[_SplitArrays], *, one_each: bool) -> bool:
+    """Whether all labels are rows of 0 and 1, one entry a class, and not all rows have a single 1, unless that is
+    allowed (`one_each`)."""
+    import numpy as np
+
+    labels = [part.labels for part in parts]
+    if len({one.shape[1:] for one in labels}) > 1 or any(one.ndim != 2 or one.shape[1] < 2 for one in labels):
+        return False
+    if any(one.dtype.kind not in "buif" or not np.isin(one, (0, 1)).all() for one in labels):
+        return False
+    return not all(one.all() for one in labels) and (one_each or not all(map(_is_one_hot, labels)))
 
 
 def _load(path: Path) -> tuple[list[_SplitArrays], list[str]]:

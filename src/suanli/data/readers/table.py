@@ -8,33 +8,32 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from suanli.core.errors import DataError, unknown
 from suanli.core.types import SPLITS, Columns, Example, Raw, Reader, Source
-from suanli.data.readers._annotations import choose_annotation, numbers_error, parse_label
+from suanli.data.column_names import LABEL_NAMES, PATH_NAMES, TEXT_NAMES
+from suanli.data.readers._annotations import numbers_error
 from suanli.data.readers._class_folders import (
     TABLE_SUFFIXES,
     fingerprint_of,
     order_classes,
-    parse_split,
     source_name,
     suffix_of,
 )
 from suanli.data.readers._files import read_file
+from suanli.data.readers._label_columns import Labels, find_flags, find_labels
+from suanli.data.readers._named_images import NamedImages, find_named_images
 from suanli.data.readers._tables import MAX_SHOWN, Cells, Table, find_tables, format_columns, read_table
 from suanli.data.readers._times import parse_times
+from suanli.data.split_names import parse_splits
 from suanli.data.suffixes import IMAGE_SUFFIXES
 
-LABEL_NAMES = ("label", "labels", "class", "target", "category", "y", "sentiment", "class_name", "label_name")
-PATH_NAMES = ("path", "file", "filename", "file_name", "image", "filepath", "file_path", "image_path")
-TEXT_NAMES = (
-    *("text", "sentence", "content", "review", "comment", "title", "question", "body", "document"),
-    *("message", "tweet", "utterance", "query"),
-)
+ID_NAMES = ("id", "image_id", "img_id", "image_name", "img_name", "img", "name", "uuid", "photo", "picture")
+_NUMBER = re.compile(r"-?[\d.,e+-]+|NA|")  # or a date
 _SAMPLED = 100  # values of a column that show whether they are paths of images
 
 
@@ -47,6 +46,12 @@ class _ColumnChoice:
     split: int | None
     group: int | None
     time: int | None
+    flags: tuple[int, ...] = ()  # in place of a label column: columns of 0 and 1, one for each class
+    images: NamedImages | None = None  # that the input column names; None: it has texts, or paths of images
+
+    @property
+    def positions(self) -> list[int]:
+        return [i for i in (self.input, self.label, self.split, self.group, self.time, *self.flags) if i is not None]
 
 
 def why_not(path: Path) -> str | None:
@@ -71,7 +76,7 @@ def read(path: Path, columns: Columns) -> Source:
     files: dict[str | None, Path] = {s: tables[s] for s in SPLITS if s in tables} or {None: path}
     rows: list[Example] = []
     times: list[str | None] = []  # of the rows, where there is a time column
-    annotation = "class"
+    labels = Labels()
     notes: tuple[str, ...] = ()
     kinds: dict[str, Path] = {}
     for split, file in files.items():
@@ -80,15 +85,12 @@ def read(path: Path, columns: Columns) -> Source:
         chosen = _choose(table, columns, first=first)
         if first and chosen is not None:  # the other tables have the same names or the usual ones
             columns = replace(columns, input=table.columns[chosen.input], label=table.columns[chosen.label])
-            labels = [cells[chosen.label].strip() for _, cells in table.rows]
-            annotation, notes = choose_annotation(f"The label column of {path}", labels, columns.annotation)
+            labels, notes = find_labels(path, table, chosen.label, chosen.flags, columns.annotation)
         if chosen is None:
             notes = (*notes, f"{file.name} has no label column, skipped")
             continue
         kinds[_kind(table, chosen)] = file
-        new_rows, new_times, new_notes = _make_examples(
-            table, chosen, split, kind=_kind(table, chosen), annotation=annotation
-        )
+        new_rows, new_times, new_notes = _make_examples(table, chosen, split, kind=_kind(table, chosen), labels=labels)
         rows += new_rows
         times += new_times
         notes = (*notes, *new_notes)
@@ -107,8 +109,8 @@ def read(path: Path, columns: Columns) -> Source:
         name=source_name(path.resolve().name if path.is_dir() else path.stem),
         kind=kind,
         examples=rows,
-        annotation=annotation,
-        classes=() if annotation == "value" else _check_classes(path, rows),
+        annotation=labels.annotation,
+        classes=_find_classes(path, rows, labels),
         fingerprint=fingerprint_of([*stamps, columns.input, columns.label, *_extra_stamps(columns)]),
         size_bytes=size_bytes,
         notes=notes,
@@ -129,24 +131,41 @@ def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | N
     input_ = _find_named(table, columns.input, "input column", first)
     if label is None:
         label = next((by_name[n] for n in LABEL_NAMES if n in by_name and by_name[n] != input_), None)
+    named = input_ is not None
     if input_ is None:
         input_ = _find_input(table, by_name, label)
     if label is None and input_ is not None and len(table.columns) == 2 and first:
         label = 1 - input_
     if label is None and not first:
         return None
+    known = (
+        input_,
+        by_name.get("split"),
+        *(_find_named(table, n, "column", False) for n in (columns.group, columns.time)),
+    )
+    flags = find_flags(table, known) if label is None and input_ is not None else ()
+    label = flags[0] if flags else label
     if label is None or input_ is None or label == input_:
         if input_ is None and len(table.columns) > 2 and _has_features(table):
             raise _features_error(table)
         raise _missing_column_error(table, "label" if label is None else "input")
     split = by_name.get("split")
-    return _ColumnChoice(
+    images = None if _are_image_paths(table, input_, exist=True) else _find_images(table, input_)
+    if images is None and first and not named and _are_numbers(table, input_):
+        raise _features_error(table)
+    chosen = _ColumnChoice(
+        images=images,
         input=input_,
         label=label,
         split=None if split in (input_, label) else split,
         group=_find_named(table, columns.group, "group column", True),  # else its groups may be in other tables, too
         time=_find_named(table, columns.time, "time column", first),
+        flags=flags,
     )
+    for name in (table.columns[i] for i in chosen.positions):
+        if table.columns.count(name) > 1:
+            raise DataError(f"The table {table.path} has more than one column named {name!r}.", fix="Rename one.")
+    return chosen
 
 
 def _find_named(table: Table, name: str | None, what: str, first: bool) -> int | None:
@@ -161,8 +180,9 @@ def _find_named(table: Table, name: str | None, what: str, first: bool) -> int |
 def _find_input(table: Table, by_name: dict[str, int], label: int | None) -> int | None:
     paths = [by_name[n] for n in PATH_NAMES if n in by_name and by_name[n] != label]
     texts = [by_name[n] for n in TEXT_NAMES if n in by_name and by_name[n] != label]
-    for position in paths:
-        if _are_image_paths(table, position):
+    ids = [by_name[n] for n in ID_NAMES if n in by_name and by_name[n] != label]
+    for position in (*paths, *ids):
+        if _are_image_paths(table, position) or _find_images(table, position):
             return position
     if texts:
         return texts[0]
@@ -174,8 +194,8 @@ def _find_input(table: Table, by_name: dict[str, int], label: int | None) -> int
 def _missing_column_error(table: Table, what: str) -> DataError:
     usual = LABEL_NAMES if what == "label" else (*PATH_NAMES[:4], *TEXT_NAMES[:5])
     hint = ""
-    if len(table.columns) == 1 and any(c in table.columns[0] for c in ";|\t,"):
-        hint = " Its columns must be separated by commas in .csv and tabs in .tsv."
+    if len(table.columns) == 1 and any(c in table.columns[0] for c in "|,"):
+        hint = " Its columns must be separated by commas, semicolons or tabs in .csv and tabs in .tsv."
     return DataError(
         f"The table {table.path} has no {what} column with a usual name; "
         f"its columns are: {format_columns(table.columns)}.",
@@ -187,36 +207,51 @@ def _features_error(table: Table) -> DataError:
     return DataError(
         f"The table {table.path} has columns of numbers and words, and none with texts or paths of images: "
         f"{format_columns(table.columns)}. Such tables of features aren't supported yet.",
-        fix="To classify texts or images, name their column with --input-column.",
+        fix="If a column has texts or names images, name it with --input-column, and put the images beside the table; "
+        "if the numbers are pixels, save the images as arrays in an .npz file (see docs/data.md).",
     )
+
+
+def _are_numbers(table: Table, position: int) -> bool:
+    values = [value for _, cells in table.rows[:_SAMPLED] if (value := cells[position].strip())]
+    return bool(values) and all(_NUMBER.fullmatch(value) for value in values)
+
+
+def _find_images(table: Table, position: int) -> NamedImages | None:
+    sample = [cells[position].strip() for _, cells in table.rows[:_SAMPLED]]
+    return find_named_images(table.path.parent, sample)
 
 
 def _has_features(table: Table) -> bool:
     """Whether most columns have numbers, or the same few words again and again."""
     sample = [cells for _, cells in table.rows[:_SAMPLED]]
-    if len(sample) < 10:  # too few to tell
+    if len(sample) < 4:  # too few to tell
         return False
 
     def is_feature(position: int) -> bool:
         values = [cells[position] for cells in sample]
-        return len(set(values)) <= len(sample) / 5 or all(re.fullmatch(r"-?[\d.,e+-]+|NA|", v.strip()) for v in values)
+        few = len(sample) >= 10 and len(set(values)) <= len(sample) / 5
+        return few or all(_NUMBER.fullmatch(v.strip()) for v in values)
 
     return sum(map(is_feature, range(len(table.columns)))) > len(table.columns) / 2
 
 
-def _are_image_paths(table: Table, position: int) -> bool:
+def _are_image_paths(table: Table, position: int, *, exist: bool = False) -> bool:
+    """Whether nearly all values are; with `exist`, also whether there is one of them."""
     values = [cells[position].strip() for _, cells in table.rows[:_SAMPLED]]
     values = [value for value in values if value]
     paths = sum("\n" not in v and len(v) < 1000 and suffix_of(v) in IMAGE_SUFFIXES for v in values)
-    return paths > 0.9 * len(values)
+    if paths <= 0.9 * len(values):
+        return False
+    return not exist or any(os.path.exists(os.path.join(table.path.parent, v.replace("\\", "/"))) for v in values)
 
 
 def _kind(table: Table, chosen: _ColumnChoice) -> str:
-    return "image" if _are_image_paths(table, chosen.input) else "text"
+    return "image" if chosen.images is not None or _are_image_paths(table, chosen.input) else "text"
 
 
 def _make_examples(
-    table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str, annotation: str
+    table: Table, chosen: _ColumnChoice, split: str | None, *, kind: str, labels: Labels
 ) -> tuple[list[Example], list[str | None], list[str]]:
     """Rows, their cells of the time column, and notes of one table. An empty text stays a row; preprocessing decides
     about it."""
@@ -225,10 +260,11 @@ def _make_examples(
     bad = list(table.bad)
     no_numbers: list[str] = []
     file = table.path.name
+    splits = {} if split or chosen.split is None else parse_splits({c[chosen.split].strip() for _, c in table.rows})
     for line, cells in table.rows:
         label, value = cells[chosen.label].strip(), cells[chosen.input]
         try:
-            target = parse_label(label, annotation)
+            target = labels.parse(table, label, cells)
         except ValueError:
             no_numbers.append(f"{label[:40]!r} in line {line}")
             continue
@@ -238,21 +274,25 @@ def _make_examples(
         name = f"{file}:{line}"
         read: Callable[[], Raw] = partial(str, value)
         if kind == "image":
-            name, read = value.strip(), partial(read_file, _image_path(table, line, value.strip()))
-        row_split = split or _parse_split_cell(table, chosen, line, cells)
+            name = value.strip() if chosen.images is None else chosen.images.path_of(value.strip())
+            read = partial(read_file, _image_path(table, line, name))
+        row_split = split or _parse_split_cell(table, chosen, line, cells, splits)
         rows.append(
             Example(name=name, target=target, split=row_split, read=read, group=_group(table, chosen, line, cells))
         )
         times.append(None if chosen.time is None else cells[chosen.time])
     if no_numbers:
         raise numbers_error(f"The label column {table.columns[chosen.label]!r} of {table.path}", no_numbers)
+    notes = []
+    if chosen.images is not None and rows:
+        notes.append(f"the column {table.columns[chosen.input]} of {file} read as names of images: {rows[0].name}, …")
     if not bad:
-        return rows, times, []
+        return rows, times, notes
     lines = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
     note = f"{len(bad)} lines of {table.path.name} with missing or surplus cells (line {lines})"
     if len(bad) > len(rows):
         raise DataError(f"The table {table.path} is mostly damaged: {note}.", fix="Save it again.")
-    return rows, times, [f"{note}, skipped"]
+    return rows, times, [*notes, f"{note}, skipped"]
 
 
 def _group(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str | None:
@@ -276,10 +316,12 @@ def _add_times(rows: list[Example], cells: list[str | None], column: str) -> lis
     return rows
 
 
-def _parse_split_cell(table: Table, chosen: _ColumnChoice, line: int, cells: Cells) -> str | None:
+def _parse_split_cell(
+    table: Table, chosen: _ColumnChoice, line: int, cells: Cells, splits: Mapping[str, str]
+) -> str | None:
     if chosen.split is None or not cells[chosen.split].strip():
         return None
-    split = parse_split(cells[chosen.split])
+    split = splits.get(cells[chosen.split].strip())
     if split is None:
         raise DataError(
             f"The column split of {table.path} has {cells[chosen.split]!r} in line {line}.",
@@ -323,8 +365,16 @@ def _stat_files(path: Path, rows: list[Example]) -> tuple[int, list[str]]:
     return total, stamps
 
 
-def _check_classes(path: Path, rows: list[Example]) -> tuple[str, ...]:
-    classes = order_classes(row.target for row in rows)
+def _find_classes(path: Path, rows: list[Example], labels: Labels) -> tuple[str, ...]:
+    """None where targets are numbers. Raises DataError for what are no classes."""
+    if labels.annotation == "value":
+        return ()
+    if labels.flags:
+        return labels.flags
+    if labels.annotation == "class":
+        classes = order_classes(row.target for row in rows)
+    else:
+        classes = order_classes(name for row in rows for name in row.target)
     if len(classes) < 2:
         raise DataError(
             f"{path} has only one class, {classes[0]!r}; at least two are needed.",

@@ -152,6 +152,10 @@ const SHOW = {
     headline(label),
     bars(Object.entries(probabilities).sort((a, b) => b[1] - a[1]), most),
   ],
+  labels: (text, { labels, probabilities }, most) => [
+    headline(labels.join(", ") || text),
+    bars(Object.entries(probabilities).sort((a, b) => b[1] - a[1]), most),
+  ],
   value: (text) => [headline(text)],
   boxes: (text, { boxes }, most) => [
     headline(text),

@@ -129,7 +129,7 @@ function showShell() {
   $("shell").hidden = !model?.kind;
   if (!model?.kind) return;
   const key = status.key_needed ? ' -H "Authorization: Bearer $SUANLI_API_KEY"' : "";
-  const file = takesPictures(model) ? "picture.png" : "FILE";
+  const file = takesPictures(model) ? "image.png" : "FILE";
   let [path, what] = [`predict?${new URLSearchParams({ model: model.name })}`, ` -F file=@${file}`];
   if (takesTexts(model)) what = ` -H 'Content-Type: text/plain' --data-binary @text.txt`;
   else if (!takesFiles(model)) [path, what] = [`v2/models/${encodeURIComponent(model.name)}`, ""];

@@ -59,7 +59,7 @@ export async function predict({ model, top, files = null, text = null, signal = 
   const response = await ask(`predict?${query}`, { method: "POST", headers, body: content, signal }, PREDICT_LIMIT_MS);
   const answer = await body(response);
   const tripS = (performance.now() - started) / 1000;
-  if (!response.ok || !answer) fail(response, answer ?? {});
+  if (!answer?.predictions) fail(response, answer ?? {}); // where no input can be read, each has its own error
   return { ...answer, tripS };
 }
 
