@@ -51,6 +51,7 @@ def array_source(arrays: list[np.ndarray], labels: list[str], splits: list[str |
         kind="image",
         examples=rows,
         classes=tuple(sorted(set(labels))),
+        origin="arrays",
         fingerprint=fingerprint,
         size_bytes=1,
     )
@@ -138,7 +139,11 @@ def test_the_second_time_nothing_is_decoded(picture_folder: Callable[..., Path])
 
 
 @pytest.mark.parametrize(
-    "file", ["inputs/image.npy", "targets/class.npy", "geometries.npy", "meta.json", "names.json", "split.npy"]
+    "file",
+    [
+        *("inputs/image.npy", "targets/class.npy", "geometries.npy", "meta.json", "names.json", "split.npy"),
+        *("leaks.npy", "examples.npz"),
+    ],
 )
 def test_a_damaged_cache_is_made_again(picture_folder: Callable[..., Path], file: str) -> None:
     root = picture_folder()
@@ -173,7 +178,7 @@ def bad_share_folder(root: Path) -> Path:
 
 def test_too_many_bad_inputs_stop_and_are_listed(picture_folder: Callable[..., Path]) -> None:
     root = bad_share_folder(picture_folder())
-    with pytest.raises(DataError, match=r"(?s)3 of 63 inputs.*empty\.png.*text\.jpg.*short\.png.*--max-bad"):
+    with pytest.raises(DataError, match=r"(?s)3 of 63 examples.*empty\.png.*text\.jpg.*short\.png.*--max-bad"):
         suanli.prepare(root)
     prepared = suanli.prepare(root, max_bad=0.1)
     assert prepared.reused  # the work of the refused attempt was kept
@@ -194,13 +199,17 @@ def test_a_class_with_a_single_image_is_refused(picture_folder: Callable[..., Pa
     root = picture_folder()
     (root / "lonely").mkdir()
     Image.new("RGB", (12, 12), (9, 9, 9)).save(root / "lonely" / "one.png")
-    with pytest.raises(DataError, match="'lonely' has a single usable input"):
+    with pytest.raises(DataError, match="'lonely' has a single usable example"):
         suanli.prepare(root)
 
 
 def test_too_few_for_a_split_says_which_share_would_do(picture_folder: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="split is empty.*val_fraction"):
-        suanli.prepare(picture_folder(each=2))
+    with pytest.raises(DataError, match="split is empty.*so few groups.*val_fraction"):
+        suanli.prepare(picture_folder(each=2), group_pattern=r"/00(\d)")
+
+
+def test_four_images_are_enough_for_three_splits(picture_folder: Callable[..., Path]) -> None:
+    assert all(map(len, suanli.prepare(picture_folder(each=2)).splits.values()))
 
 
 def test_a_full_disk_is_noticed_before_decoding(

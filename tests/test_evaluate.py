@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import suanli
+from suanli.cli import main
 from suanli.training.prepare import DataOptions
 from suanli.verbs.evaluate import Evaluation, table
+
+
+def call(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0)
 
 
 @pytest.fixture
@@ -33,6 +43,11 @@ def test_the_file_has_the_metric_the_units_and_the_answers(run: suanli.Run) -> N
         values = one["answer"]["values"]
         assert one["error"] == pytest.approx(0.0 if values["label"] == label else values["probability"])
         assert one["view"]["size"] == [12, 12]
+    assert (
+        repr(evaluation)
+        == f"Evaluation(test, {evaluation.count} examples, accuracy {evaluation.scores['accuracy']:.2%})"
+    )
+    assert evaluation._repr_html_().count("95 % interval") == len(evaluation.scores)
     lines = (run.path / "ledger.jsonl").read_text().splitlines()
     units = {one["metric"]: one["unit"] for one in map(json.loads, lines)}
     assert (units["test_accuracy"], units["test_log_loss"]) == ("fraction", "nats")
@@ -50,6 +65,23 @@ def test_the_worst_answers_come_first_and_right_ones_are_no_mistakes(run: suanli
     assert errors == sorted(errors, reverse=True)
     assert min(errors) > 0
     assert max(one["error"] for one in evaluation.samples) <= errors[0]
+
+
+def test_a_score_that_is_not_defined_is_no_number(run: suanli.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in Path("pictures/class1").iterdir():
+        file.unlink()
+    for file in Path("pictures/class0").iterdir():  # copies would be training images
+        pixels = np.random.default_rng(int(file.stem)).integers(0, 120, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    assert call("evaluate", str(run.path), "--data", "pictures", "--json", "--device", "cpu") == 0
+    written = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert written["scores"]["accuracy"] is not None
+    assert written["scores"]["balanced_accuracy"] is written["scores"]["macro_f1"] is None
+    assert written["intervals"].keys() == {name for name, value in written["scores"].items() if value is not None}
+    assert call("evaluate", str(run.path), "--data", "pictures", "--device", "cpu") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"balanced_accuracy +n/a\n", output)
+    assert "All examples are of one class, so balanced_accuracy and macro_f1 are not defined." in output
 
 
 def test_data_with_other_targets_is_refused(run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,8 +112,9 @@ def test_the_table_for_people_has_units_behind_scores_that_are_no_fractions() ->
     )
     assert table(evaluation).splitlines() == [
         "test, 1,200 examples",
-        "  mean_absolute_error      1,235   95 % interval 1,100 to 1,301 USD",
-        "  median_absolute_error      0.5   95 % interval 0 to 1",
-        "  r2                      0.9100   95 % interval 0.9000 to 0.9200",
-        "  with 2 augmented views: mean_absolute_error 0.5   95 % interval 0.25 to 1 USD",
+        "                          model  95 % interval",
+        "  mean_absolute_error     1,235  1,100 to 1,301 USD",
+        "  median_absolute_error     0.5  0 to 1",
+        "  r2                     0.9100  0.9000 to 0.9200",
+        "  with test-time augmentation (2 views): mean_absolute_error 0.5   95 % interval 0.25 to 1 USD",
     ]

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from suanli.data.readers import table
 from suanli.data.splits import assign_splits, content_digest, group_by_pattern
 from suanli.reporting.findings import list_findings
 from suanli.reporting.records import Check
+from suanli.training.prepare import DataOptions, resolve
 
 FRACTIONS = st.floats(0.05, 0.4)
 GROUPS = st.lists(st.sampled_from([f"patient {i}" for i in range(30)]), min_size=1, max_size=80)
@@ -56,7 +58,7 @@ def make_rows(
 def assign(rows: Sequence[Example], val: float, test: float) -> list[str]:
     return assign_splits(
         rows, lambda at: [content_digest(rows[i].read()) for i in at], val_fraction=val, test_fraction=test
-    )
+    ).splits
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
@@ -170,7 +172,8 @@ def test_splits_of_a_real_table_are_as_ever(shared_data: Path, tmp_path: Path) -
     file = tmp_path / "weather.csv"
     shutil.copy(shared_data / "tables" / "seattle_weather.csv", file)
     os.utime(file, (1000, 1000))
-    prepared = suanli.prepare(file, **WEATHER)
+    old = replace(DataOptions.of(file, data_dir=None, cache_dir=None, **WEATHER), stratified=False)
+    prepared = resolve(old, recipe=None, settings={})[1]  # as a run of an older version finds it
     assert prepared.digest == "27e326e3334dab9eab35"
     assert set(prepared.findings["counts"]) == {
         *("bad", "duplicates_across_splits", "duplicates_within", "label_conflicts")

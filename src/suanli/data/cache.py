@@ -11,38 +11,41 @@ import glob
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from suanli.core.console import Progress, say, size
+from suanli.core.console import say, size
 from suanli.core.errors import BadInput, DamagedFile, StorageError, UsageError
 from suanli.core.registry import load, load_all
-from suanli.core.schema import Arrays, Geometry, Ragged, Stored, example_bytes, schema_bytes, select
+from suanli.core.run import Run
+from suanli.core.schema import Ragged, Stored, example_bytes, schema_bytes, select
 from suanli.core.storage import atomic_folder, raise_storage_errors, read_json, write_json
 from suanli.core.task import Task
 from suanli.core.types import SPLITS, Example, Preprocess, Raw, Recipe, Source, Split
 from suanli.data import checks
-from suanli.data.columns import ColumnWriter, load_columns
-from suanli.data.splits import assign_splits, content_digest, number_groups
+from suanli.data.columns import load_columns
+from suanli.data.encode import INPUTS, TARGETS, encode_examples, map_chunks
+from suanli.data.examples import DIGEST_BYTES, ExampleTable, rows_of_bytes
+from suanli.data.examples import FILE as EXAMPLES
+from suanli.data.examples import LEFT_OUT as BAD
+from suanli.data.kept_splits import SplitDecision, SplitOptions
+from suanli.data.leaks import FILE as LEAKS
+from suanli.data.leaks import find_leaks, write_leaks
+from suanli.data.splits import UNIT_BYTES, Assignment, content_digest, number_groups
 
 FORMAT = 2  # raise when the meaning of a cached file changes
 HELD_BYTES = 1 << 30  # raw inputs up to this size in total are read from the disk once instead of twice
 MEASURED = 1000  # training rows for statistics, at least; at most twice as many
 MEASURED_BYTES = 128 << 20  # that those rows may have
-CHUNK = 128  # inputs that a thread takes at a time, at most
-CHUNK_BYTES = 16 << 20  # of encoded rows that a thread takes at a time
-INPUTS, TARGETS = "inputs", "targets"  # folders of columns
-BAD = 255  # in split.npy: an input that can't be decoded
-
-T = TypeVar("T")
+FOUND = {"groups": "groups", "leaks": "leakage"}  # files that are there where the check has a finding of that name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,22 @@ class PreparedData:
     findings: checks.Findings
     reused: bool  # it was in the cache: nothing was decoded
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
+        return f"PreparedData({self.name}, {self.kind}, {sizes})"
+
+    @cached_property
+    def examples(self) -> ExampleTable | None:
+        """None: a cache of an older version, which didn't keep them. Raises DamagedFile."""
+        return ExampleTable.load(self.path / EXAMPLES) if (self.path / EXAMPLES).exists() else None
+
+    def copy_to(self, run: Run) -> None:
+        """What the data check found and what it knows of each example, which a run keeps."""
+        run.write("check.json", self.findings)
+        for file in (EXAMPLES, LEAKS):
+            if (self.path / file).exists():
+                run.copy(file, self.path / file)
+
     def to_json(self) -> dict[str, object]:
         return {
             "name": self.name,
@@ -70,32 +89,40 @@ class PreparedData:
             "annotation": self.task.annotation,
             "classes": list(self.task.classes),
             "counts": self.findings["class_counts"],
+            "sizes": {name: len(split) for name, split in self.splits.items()},
             "input_shape": list(self.preprocess.input_shape),
         }
 
 
 def prepare_source(
-    source: Source, recipe: Recipe, cache: Path, *, threads: int, preprocess: Preprocess | None = None
+    source: Source,
+    recipe: Recipe,
+    cache: Path,
+    *,
+    threads: int,
+    preprocess: Preprocess | None = None,
+    splitting: SplitOptions | None = None,
 ) -> PreparedData:
     """The prepared data of `source` for the recipe's task, from the cache or made now. Raises UsageError and
     StorageError.
 
     `preprocess` is that of a trained model; without, a new one is fitted to the training split.
     """
+    splitting = replace(splitting or SplitOptions(), cache=cache)
     if recipe.val_fraction + recipe.test_fraction >= 1:
         raise UsageError(
             f"val_fraction {recipe.val_fraction} and test_fraction {recipe.test_fraction} leave nothing to train on.",
             fix="Let them add up to less than 1.",
         )
     task = make_task(recipe, source)
-    path = cache / "prepared" / f"{source.name}-{_key(source, task, recipe, preprocess)}"
+    path = cache / "prepared" / f"{source.name}-{_key(source, task, recipe, preprocess, splitting)}"
     if (cached := _load_cached(path, task)) is not None:
         return cached
     with _lock(path):
         if (cached := _load_cached(path, task)) is not None:  # another process was faster
             return cached
         _remove_leftovers(path)
-        _build(source, task, recipe, preprocess, path, threads)
+        _build(source, task, recipe, preprocess, splitting, path, threads)
     return _load(path, task, reused=False)
 
 
@@ -146,7 +173,7 @@ def _remove_leftovers(path: Path) -> None:
                 shutil.rmtree(leftover)
 
 
-def _key(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | None) -> str:
+def _key(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | None, splitting: SplitOptions) -> str:
     settings = [
         FORMAT,
         source.fingerprint,
@@ -157,22 +184,33 @@ def _key(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | No
         source.classes,
         recipe.val_fraction,
         recipe.test_fraction,
+        *splitting.key(),
     ]
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
-def _build(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | None, path: Path, threads: int) -> None:
+def _build(
+    source: Source,
+    task: Task,
+    recipe: Recipe,
+    preprocess: Preprocess | None,
+    options: SplitOptions,
+    path: Path,
+    threads: int,
+) -> None:
     """Decodes every input and writes the folder `path`."""
     examples = source.examples
     read = _make_reader(source)
     with ThreadPoolExecutor(threads) as pool:
-        splits = _assign_splits(examples, read, recipe, pool)
+        decision = SplitDecision(source, task, recipe, options)
+        assignment = decision.decide(_digest_inputs(read, pool))
+        splits = assignment.splits
         fitted = preprocess or load("preprocess", source.kind).fit(_training_inputs(splits, read), recipe.preprocess)
         with atomic_folder(path) as folder:
             _check_space(folder, len(examples) * (schema_bytes(fitted.inputs) + schema_bytes(task.targets)))
-            results = _encode(examples, read, fitted, task, folder, pool)
-            numbers = [BAD if r.reason else SPLITS.index(s) for r, s in zip(results, splits, strict=True)]
-            split = np.array(numbers, np.uint8)
+            results = encode_examples(examples, read, fitted, task, folder, pool)
+            table = _make_table(examples, assignment, results)
+            split = table.splits
             if preprocess is None:
                 fitted = _measure(fitted, folder / INPUTS, np.flatnonzero(split == 0))
             np.save(folder / "split.npy", split)
@@ -180,6 +218,10 @@ def _build(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | 
             if (groups := number_groups(examples)) is not None:
                 np.save(folder / "groups.npy", groups)
             write_json(folder / "names.json", [example.name for example in examples])
+            table.save(folder / EXAMPLES)
+            leaks = find_leaks(table, table, fitted.similar_bits)
+            write_leaks(folder / LEAKS, leaks.entries)
+            np.save(folder / "leaks.npy", leaks.kinds)
             targets = load_columns(folder / TARGETS, task.targets, len(examples))
             meta = {
                 "format": FORMAT,
@@ -189,9 +231,30 @@ def _build(source: Source, task: Task, recipe: Recipe, preprocess: Preprocess | 
                 "digest": _digest(fitted, results, targets, split),
                 "classes": list(source.classes),
                 "preprocess": fitted.settings(),
-                "findings": checks.collect_findings(source, task, splits, results),
+                "findings": checks.collect_findings(source, task, splits, results, leaks)
+                | {"set_aside": _count_set_aside(examples, split)},
             }
             write_json(folder / "meta.json", meta)
+        decision.keep(assignment)
+
+
+def _make_table(
+    examples: Sequence[Example], assignment: Assignment, results: Sequence[checks.DecodeResult]
+) -> ExampleTable:
+    numbers = [BAD if r.reason else SPLITS.index(s) for r, s in zip(results, assignment.splits, strict=True)]
+    return ExampleTable(
+        names=[example.name for example in examples],
+        splits=np.array(numbers, np.uint8),
+        digests=rows_of_bytes([result.digest for result in results], DIGEST_BYTES),
+        keys=rows_of_bytes([result.key for result in results]),
+        units=rows_of_bytes(assignment.units, UNIT_BYTES),
+    )
+
+
+def _count_set_aside(examples: Sequence[Example], split: np.ndarray) -> dict[str, int]:
+    """How many examples suanli took for validation and test: those that the data doesn't put there itself."""
+    given = np.array([example.split in ("val", "test") for example in examples])
+    return {name: int(((split == SPLITS.index(name)) & ~given).sum()) for name in ("val", "test")}
 
 
 def _measure(preprocess: Preprocess, folder: Path, train: np.ndarray) -> Preprocess:
@@ -228,26 +291,11 @@ def _make_reader(source: Source) -> Callable[[int], Raw]:
     return read
 
 
-def _map_chunks(
-    count: int, work: Callable[[range], T], pool: ThreadPoolExecutor, title: str, length: int = CHUNK
-) -> Iterator[T]:
-    """Runs `work` on consecutive ranges in threads and shows progress; gives the results in order."""
-    chunks = [range(i, min(i + length, count)) for i in range(0, count, length)]
-    done = 0
-    with Progress(title, count) as progress:
-        try:
-            for chunk, result in zip(chunks, pool.map(work, chunks), strict=True):
-                yield result
-                done += len(chunk)
-                progress.update(done)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _digest_inputs(
+    read: Callable[[int], Raw], pool: ThreadPoolExecutor
+) -> Callable[[Sequence[int]], list[bytes | None]]:
+    """A function that reads the inputs at some positions for their digests; None: it can't be read."""
 
-
-def _assign_splits(
-    examples: Sequence[Example], read: Callable[[int], Raw], recipe: Recipe, pool: ThreadPoolExecutor
-) -> list[str]:
     def digest(i: int) -> bytes | None:
         try:
             return content_digest(read(i))
@@ -255,10 +303,10 @@ def _assign_splits(
             return None
 
     def digests(positions: Sequence[int]) -> list[bytes | None]:
-        chunks = _map_chunks(len(positions), lambda c: [digest(positions[i]) for i in c], pool, "Reading")
+        chunks = map_chunks(len(positions), lambda c: [digest(positions[i]) for i in c], pool, "Reading")
         return [d for chunk in chunks for d in chunk]
 
-    return assign_splits(examples, digests, val_fraction=recipe.val_fraction, test_fraction=recipe.test_fraction)
+    return digests
 
 
 def _training_inputs(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
@@ -274,66 +322,6 @@ def _training_inputs(splits: Sequence[str], read: Callable[[int], Raw]) -> Calla
                 continue
 
     return raws
-
-
-def _encode(
-    examples: Sequence[Example],
-    read: Callable[[int], Raw],
-    preprocess: Preprocess,
-    task: Task,
-    folder: Path,
-    pool: ThreadPoolExecutor,
-) -> list[checks.DecodeResult]:
-    """Writes the columns of inputs and targets. Those of an input that can't be decoded stay zero or empty."""
-    length = max(1, min(CHUNK, CHUNK_BYTES // max(1, schema_bytes(preprocess.inputs))))
-
-    def work(chunk: range) -> Callable[[], list[checks.DecodeResult]]:
-        """Returns what is left to do in the order of the examples."""
-        encoded = [_encode_one(examples[i], partial(read, i), preprocess, task) for i in chunk]
-        ragged_inputs = inputs.write(chunk.start, [one.inputs for one in encoded])
-        ragged_targets = targets.write(chunk.start, [one.targets for one in encoded])
-        results = [one.result for one in encoded]
-
-        def finish() -> list[checks.DecodeResult]:
-            inputs.append(ragged_inputs)
-            targets.append(ragged_targets)
-            return results
-
-        return finish
-
-    with (
-        ColumnWriter(folder / INPUTS, preprocess.inputs, len(examples)) as inputs,
-        ColumnWriter(folder / TARGETS, task.targets, len(examples)) as targets,
-    ):
-        chunks = _map_chunks(len(examples), work, pool, "Decoding", length)
-        return [result for finish in chunks for result in finish()]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Encoded:
-    inputs: Arrays | None
-    targets: Arrays | None
-    result: checks.DecodeResult
-
-
-def _encode_one(example: Example, read: Callable[[], Raw], preprocess: Preprocess, task: Task) -> _Encoded:
-    inputs: Arrays | None = None
-    targets: Arrays | None = None
-    geometry = None
-    result = checks.DecodeResult()
-    try:
-        encoded = preprocess.encode(read())
-        inputs, geometry = encoded.arrays, encoded.geometry
-        result = checks.DecodeResult(digest=encoded.digest, traits=encoded.traits, geometry=geometry)
-    except BadInput as error:
-        result = checks.DecodeResult(reason=error.message.rstrip("."))
-    except OSError as error:
-        result = checks.DecodeResult(reason=error.strerror or str(error))
-    try:  # of a bad input, too: the digest of the data covers its target
-        targets = task.encode(example.target, geometry or Geometry.unchanged((0, 0)))
-    except BadInput as error:
-        result = checks.DecodeResult(reason=result.reason or error.message.rstrip("."))
-    return _Encoded(inputs=inputs, targets=targets, result=result)
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
@@ -368,23 +356,26 @@ def _load(path: Path, task: Task, *, reused: bool) -> PreparedData:
         names = read_json(path / "names.json")
         inputs = load_columns(path / INPUTS, preprocess.inputs, len(names))
         targets = load_columns(path / TARGETS, task.targets, len(names))
-        others = [np.load(path / f"{name}.npy", allow_pickle=False) for name in ("split", "geometries")]
-        groups = np.load(path / "groups.npy", allow_pickle=False) if "groups" in meta["findings"] else None
-        if any(len(column) != len(names) for column in (*others, *([] if groups is None else [groups]))):
+        files = {"split", "geometries"}
+        files |= {file for file, finding in FOUND.items() if finding in meta["findings"]}
+        columns = {name: np.load(path / f"{name}.npy", allow_pickle=False) for name in files}
+        if any(len(column) != len(names) for column in columns.values()):
             raise ValueError("columns differ in length")
+        if (path / EXAMPLES).exists() and not zipfile.is_zipfile(path / EXAMPLES):
+            raise ValueError(f"{EXAMPLES} is cut short")
     except (FileNotFoundError, ValueError, EOFError) as error:
         raise DamagedFile(f"The cached data in {path} is damaged ({error}).", fix="Remove that folder.") from error
-    split, geometries = others
     splits = {}
     for number, name in enumerate(SPLITS):
-        index = np.flatnonzero(split == number)
+        index = np.flatnonzero(columns["split"] == number)
         splits[name] = Split(
             inputs=inputs,
             index=index,
             targets={column: select(stored, index) for column, stored in targets.items()},
             names=[names[i] for i in index],
-            geometries=geometries[index],
-            groups=None if groups is None else groups[index],
+            geometries=columns["geometries"][index],
+            groups=columns["groups"][index] if "groups" in columns else None,
+            leaks=columns["leaks"][index] if "leaks" in columns else None,
         )
     return PreparedData(
         name=meta["name"],

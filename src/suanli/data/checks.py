@@ -7,7 +7,7 @@ extra. It only reports; the caller decides whether to stop. Lists have at most `
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -15,9 +15,11 @@ import numpy as np
 
 from suanli.core.console import plural
 from suanli.core.errors import DataError
+from suanli.core.registry import load_all
 from suanli.core.schema import Geometry
 from suanli.core.task import Task
 from suanli.core.types import SPLITS, Example, Source, Target
+from suanli.data.leaks import LeakCounts, LeakEntry, Leaks, count_leaks, describe_leaks
 
 LISTED = 100
 FEW_GROUPS = 5  # a split with fewer says little about groups that the model hasn't seen
@@ -74,6 +76,9 @@ class Findings(TypedDict):
     notes: list[str]  # from the reader
     groups: NotRequired[dict[str, int]]  # by split, how many there are; these two where examples have groups
     groups_across_splits: NotRequired[list[DividedGroup]]
+    set_aside: NotRequired[dict[str, int]]  # examples that suanli took for val and test itself
+    leakage: NotRequired[dict[str, LeakCounts]]  # of val and test; older versions wrote neither of these two
+    leaks: NotRequired[list[LeakEntry]]  # the full list is leaks.csv
     test_before_train: NotRequired[int]  # test inputs earlier than a training input, where examples have times
 
 
@@ -82,6 +87,7 @@ class DecodeResult:
     """What decoding learned about one input."""
 
     digest: bytes = b""
+    key: bytes = b""  # of near-duplicates
     traits: tuple[str, ...] = ()
     geometry: Geometry | None = None
     reason: str | None = None  # why it can't be decoded; None: it can
@@ -92,8 +98,10 @@ class DecodeResult:
         return () if self.geometry is None else self.geometry.size
 
 
-def collect_findings(source: Source, task: Task, splits: Sequence[str], results: Sequence[DecodeResult]) -> Findings:
-    """The findings; `splits` and `results` have one entry for each example of `source`."""
+def collect_findings(
+    source: Source, task: Task, splits: Sequence[str], results: Sequence[DecodeResult], leaks: Leaks
+) -> Findings:
+    """The findings; `splits`, `results` and `leaks` have one entry for each example of `source`."""
     rows = source.examples
     bad = [Bad(name=r.name, reason=d.reason) for r, d in zip(rows, results, strict=True) if d.reason is not None]
     good = [i for i, result in enumerate(results) if result.reason is None]
@@ -124,7 +132,12 @@ def collect_findings(source: Source, task: Task, splits: Sequence[str], results:
         "traits": dict(Counter(t for i in good for t in results[i].traits).most_common()),
         "sizes": _summarize_sizes([results[i].size for i in good if results[i].size]),
         "notes": list(source.notes),
+        "leakage": {},
+        "leaks": list(leaks.entries[:LISTED]),
     }
+    for split in ("val", "test"):
+        own = [i for i in good if splits[i] == split]
+        findings["leakage"][split] = count_leaks(leaks.kinds[own])
     _add_groups(findings, rows, splits, good)
     _add_times(findings, rows, splits, good)
     return findings
@@ -206,7 +219,7 @@ def refuse_bad_share(findings: Findings, max_bad: float) -> None:
     if more > 0:
         listed += f"\n  … and {more} more"
     raise DataError(
-        f"{findings['counts']['bad']} of {findings['total']} inputs can't be decoded "
+        f"{findings['counts']['bad']} of {findings['total']} examples can't be decoded "
         f"({findings['bad_share']:.1%}, allowed is {max_bad:.1%}):\n{listed}\n",
         fix=f"Repair or remove them, or accept them with --max-bad {min(1.0, findings['bad_share'] + 0.01):.2f}.",
     )
@@ -216,7 +229,7 @@ def refuse_unlearnable(findings: Findings, task: Task) -> None:
     """Raises DataError if a class or a split is too small for training or evaluation."""
     task.refuse_unlearnable(findings["class_counts"])
     counts = findings["class_counts"]
-    few = "groups" if "groups" in findings else "inputs"
+    few = "groups" if "groups" in findings else "examples"
     for split in SPLITS:
         if not any(counts[split].values()):
             raise DataError(
@@ -230,30 +243,50 @@ def format_findings(findings: Findings) -> list[str]:
     """The findings as sentences for a terminal, the most important first."""
     counts = findings["counts"]
     lines = []
-    if counts["duplicates_across_splits"]:
+    lines += _format_leaks(findings)
+    if not lines and counts["duplicates_across_splits"]:
         names = findings["duplicates_across_splits"][0]["names"]
         lines.append(
-            f"{plural(counts['duplicates_across_splits'], 'input')} in more than one split, so scores are too high: "
+            f"{plural(counts['duplicates_across_splits'], 'example')} in more than one split, so scores are too high: "
             f"{' = '.join(names[:3])}"
         )
     lines += _format_groups(findings)
     if early := findings.get("test_before_train"):
-        lines.append(f"{plural(early, 'test input')} earlier than the latest training input")
+        lines.append(f"{plural(early, 'test example')} earlier than the last training example")
     if counts["label_conflicts"]:
-        names, labels = findings["label_conflicts"][0]["names"], findings["label_conflicts"][0]["labels"]
-        lines.append(
-            f"{plural(counts['label_conflicts'], 'input')} with two labels: {names[0]} ({labels[0]}) = "
-            f"{names[1]} ({labels[1]})"
-        )
+        first = findings["label_conflicts"][0]
+        named: dict[str, str] = {}
+        for name, label in zip(first["names"], first["labels"], strict=True):
+            named.setdefault(label, name)
+        examples = " = ".join(f"{name} ({label})" for label, name in list(named.items())[:3])
+        lines.append(f"{plural(counts['label_conflicts'], 'example')} with different labels: {examples}")
     if counts["bad"]:
         bad = findings["bad"][0]
-        lines.append(f"{plural(counts['bad'], 'input')} left out, can't be decoded: {bad['name']} ({bad['reason']})")
+        lines.append(f"{plural(counts['bad'], 'example')} left out, can't be decoded: {bad['name']} ({bad['reason']})")
     if counts["duplicates_within"]:
-        lines.append(f"{plural(counts['duplicates_within'], 'group')} of identical inputs within a split")
+        lines.append(f"{plural(counts['duplicates_within'], 'group')} of identical examples within a split")
     lines += findings.get("remarks", [])
     if findings["traits"]:
-        lines.append("unusual inputs, handled: " + ", ".join(f"{n} {t}" for t, n in findings["traits"].items()))
+        lines.append(f"converted: {describe_traits(findings['traits'])}")
     return lines + list(findings["notes"])
+
+
+def describe_traits(traits: Mapping[str, int]) -> str:
+    """ "1 palette image, 12 grayscale images"."""
+    nouns = {trait: noun for kind in load_all("preprocess").values() for trait, noun in kind.trait_names.items()}
+    return ", ".join(plural(count, nouns.get(trait, trait)) for trait, count in traits.items())
+
+
+def _format_leaks(findings: Findings) -> list[str]:
+    lines = []
+    for split, score in (("test", "test score"), ("val", "validation score")):
+        leaks = findings.get("leakage", {}).get(split)
+        if leaks is None or not leaks["exact"] + leaks["near"]:
+            continue
+        first = next((one for one in findings["leaks"] if one["split"] == split), None)
+        example = f": {first['example']} = {first['copies'][0]['name']}" if first else ""
+        lines.append(f"data leakage: {describe_leaks(split, **leaks)}, so the {score} is too high{example}")
+    return lines
 
 
 def _format_groups(findings: Findings) -> list[str]:

@@ -1,27 +1,31 @@
 """Decides the split of each example that the data doesn't state.
 
-The content of an input decides its split: the first 8 bytes of its digest, read as a number in [0, 1). So a new input
-never moves another one, equal inputs are in the same split, and every class is split in the same expected proportion.
-Where examples have a group, the digest of the group decides instead, so that no group is divided. Where they have a
-time, the latest examples are the test split and the latest of the others the validation split.
+The content of an input decides its split: the first 8 bytes of its digest, read as a number in [0, 1). So equal inputs
+are in the same split, and every class is split in the same expected proportion. Where examples have a group, the digest
+of the group decides instead, so that no group is divided. Then as few as possible are moved so that each split has some
+of each class: a class of which a split would have less than half or more than twice its share, or none. What was
+assigned before stays (`data/kept_splits.py`), so that a new input never moves another one. Where examples have a time,
+the latest are the test split and the latest of the others the validation split.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from suanli.core.errors import DataError, UsageError
-from suanli.core.types import Example, Raw, Source
+from suanli.core.types import SPLITS, Example, Raw, Source, Target
 
 
 def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
     """The split of an input with this content digest (at least 8 bytes)."""
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    position = _position(digest)
     if position < test_fraction:
         return "test"
     return "val" if position < test_fraction + val_fraction else "train"
@@ -37,23 +41,41 @@ def content_digest(raw: Raw) -> bytes:
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
+Known: TypeAlias = Mapping[bytes, str]  # a unit (8 bytes) -> its split
+UNIT_BYTES = 8  # of the digest of what a split never divides: a group, or an input by its content
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """Of N examples."""
+
+    splits: list[str]  # each one of SPLITS
+    units: list[bytes]  # b"" where the data or a time decides the split
+
+
 def assign_splits(
     rows: Sequence[Example],
     content_digests: Callable[[Sequence[int]], Iterable[bytes | None]],
     *,
     val_fraction: float,
     test_fraction: float,
-) -> list[str]:
+    strata: Callable[[Target], Iterable[str]] | None = None,
+    known: Known | None = None,
+) -> Assignment:
     """One of SPLITS for each row; what the data states is kept.
 
     `content_digests` gives the digests of the inputs at these positions, None for one that can't be read: it is in the
-    training split, where decoding reports it. Raises DataError where times leave nothing to train on.
+    training split, where decoding reports it. `strata` gives the classes of a target, of which each split should have
+    some; None: nothing is moved for that. `known` are units whose split was decided before. Raises DataError where
+    times leave nothing to train on.
     """
     published = {r.split for r in rows}
-    val = 0.0 if "val" in published else val_fraction
-    test = 0.0 if "test" in published else test_fraction
-    splits = [r.split or "train" for r in rows]
-    undecided = [] if val == test == 0 else [i for i, r in enumerate(rows) if r.split not in ("val", "test")]
+    fractions = {
+        "val": 0.0 if "val" in published else val_fraction,
+        "test": 0.0 if "test" in published else test_fraction,
+    }
+    splits, units = [r.split or "train" for r in rows], [b""] * len(rows)
+    undecided = [i for i, r in enumerate(rows) if r.split not in ("val", "test")] if any(fractions.values()) else []
     # A row without a split joins its group where the data states that group's split.
     stated = {r.group: r.split for r in rows if r.group is not None and r.split in ("val", "test")}
     joining = {i: stated[r.group] for i, r in enumerate(rows) if r.split is None and r.group in stated}
@@ -62,18 +84,114 @@ def assign_splits(
     undecided = [i for i in undecided if i not in joining]
     if any(rows[i].time is not None for i in undecided):
         latest = _latest_times(rows, undecided)
-        for i, split in zip(undecided, _split_by_time(latest, val, test), strict=True):
+        for i, split in zip(undecided, _split_by_time(latest, fractions["val"], fractions["test"]), strict=True):
             splits[i] = split
-        return splits
+        return Assignment(splits=splits, units=units)
     digests: dict[int, bytes | None] = {i: content_digest(g) for i in undecided if (g := rows[i].group) is not None}
     others = [i for i in undecided if i not in digests]
     digests.update(zip(others, content_digests(others), strict=True))
+    members: dict[bytes, list[int]] = defaultdict(list)
     for i in undecided:
+        if (digest := digests[i]) is not None:
+            members[digest[:UNIT_BYTES]].append(i)
+    assigned: dict[bytes, str] = {}
+    for unit in members:
         # Always with both fractions, so that a published test split doesn't change which inputs are for validation.
-        digest = digests[i]
-        own = "train" if digest is None else split_of(digest, val_fraction, test_fraction)
-        splits[i] = own if (own == "val" and val) or (own == "test" and test) else "train"
-    return splits
+        own = (known or {}).get(unit) or split_of(unit, val_fraction, test_fraction)
+        assigned[unit] = own if own == "train" or fractions[own] else "train"
+    if strata is not None:
+        classes = {unit: {name for i in at for name in strata(rows[i].target)} for unit, at in members.items()}
+        assigned |= balance(assigned, classes, fractions, fixed=known or {})
+    for unit, at in members.items():
+        for i in at:
+            splits[i], units[i] = assigned[unit], unit
+    return Assignment(splits=splits, units=units)
+
+
+def balance(
+    assigned: Mapping[bytes, str],
+    classes: Mapping[bytes, Collection[str]],
+    fractions: Mapping[str, float],
+    *,
+    fixed: Container[bytes],
+) -> dict[bytes, str]:
+    """The fewest moves of units, but `fixed` ones, after which each split has its part of each class, and then of all:
+    the units that move, with their new splits. Found greedily; of equal moves, the unit nearest to the other split by
+    its digest goes."""
+    shares = {"train": 1 - sum(fractions.values()), **fractions}
+    counts: dict[str | None, Counter[str]] = defaultdict(Counter)  # None: of all classes
+    for unit, split in assigned.items():
+        for name in (None, *classes[unit]):
+            counts[name][split] += 1
+    bounds = {name: _bounds(number.total(), shares) for name, number in counts.items()}
+    moved: dict[bytes, str] = {}
+    for name in sorted(counts, key=lambda name: (name is None, name or "")):
+        if not _excess(counts[name], bounds[name]):
+            continue
+        movable = [unit for unit in assigned if unit not in fixed and (name is None or name in classes[unit])]
+        while _excess(counts[name], bounds[name]):
+            best = (0, 0, 0.0, b"", "")  # of the classes, of all, nearness
+            for unit in movable:
+                now = moved.get(unit, assigned[unit])
+                for split in shares:
+                    if split != now and shares[split]:
+                        own = sum(_gain(counts[c], bounds[c], now, split) for c in classes[unit])
+                        of_all = _gain(counts[None], bounds[None], now, split)
+                        best = max(best, (own, of_all, -_distance(unit, split, fractions), unit, split))
+            if best[:2] <= (0, 0):
+                break
+            *_, unit, split = best
+            for c in (None, *classes[unit]):
+                counts[c].subtract([moved.get(unit, assigned[unit])])
+                counts[c][split] += 1
+            moved[unit] = split
+    return {unit: split for unit, split in moved.items() if split != assigned[unit]}
+
+
+def _bounds(count: int, shares: Mapping[str, float]) -> dict[str, tuple[int, int]]:
+    """The fewest and the most of `count` units that each split may have: half and twice its share, and at least one.
+    Of two units one is for training; a single one may be anywhere."""
+    if count < len(SPLITS):
+        return {"train": (1 if count == 2 else 0, count)}
+    slack = 1e-9  # 0.1 * 30 is more than 3
+    return {
+        split: (max(1, int(share * count / 2 + slack)), max(1, int(2 * share * count + slack)))
+        for split, share in shares.items()
+        if share
+    }
+
+
+def _excess(counts: Mapping[str, int], bounds: Mapping[str, tuple[int, int]]) -> int:
+    """By how many units the splits are beyond their bounds."""
+    return sum(_beyond(counts[split], bounds[split]) for split in bounds)
+
+
+def _beyond(count: int, bounds: tuple[int, int]) -> int:
+    return max(0, bounds[0] - count, count - bounds[1])
+
+
+def _gain(counts: Mapping[str, int], bounds: Mapping[str, tuple[int, int]], now: str, then: str) -> int:
+    """How much less the splits of a class are beyond their bounds once a unit has moved."""
+    gain = 0
+    for split, change in ((now, -1), (then, 1)):
+        if split in bounds:
+            gain += _beyond(counts[split], bounds[split]) - _beyond(counts[split] + change, bounds[split])
+    return gain
+
+
+def _position(digest: bytes) -> float:
+    return int.from_bytes(digest[:UNIT_BYTES], "big") / 2**64
+
+
+def _distance(unit: bytes, split: str, fractions: Mapping[str, float]) -> float:
+    """From the unit's number to those of a split: test is below validation, which is below training."""
+    low, high = {
+        "test": (0.0, fractions["test"]),
+        "val": (fractions["test"], fractions["test"] + fractions["val"]),
+        "train": (fractions["test"] + fractions["val"], 1.0),
+    }[split]
+    position = _position(unit)
+    return max(0.0, low - position, position - high)
 
 
 def _latest_times(rows: Sequence[Example], positions: Sequence[int]) -> np.ndarray:
@@ -100,7 +218,7 @@ def _split_by_time(times: np.ndarray, val: float, test: float) -> list[str]:
     if not (splits == "train").any():
         different = len(np.unique(times))
         raise DataError(
-            f"Split by time, nothing is left to train on: {len(times):,} examples have {different:,} different times "
+            f"A split by time leaves nothing to train on: {len(times):,} examples have {different:,} different times "
             "(or groups with these latest times), and equal times stay together.",
             fix="Give finer times, smaller fractions (--set test_fraction=0.05), or a column named split.",
         )

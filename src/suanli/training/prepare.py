@@ -20,7 +20,11 @@ from suanli.core.run import Run
 from suanli.core.types import AnyPath, Columns, Json, Recipe, Source
 from suanli.data import checks
 from suanli.data.cache import PreparedData, make_task, prepare_source
+from suanli.data.examples import FILE as EXAMPLES
+from suanli.data.examples import ExampleTable
+from suanli.data.kept_splits import SplitOptions
 from suanli.data.source import find_source
+from suanli.data.splits import Known
 from suanli.machine import device
 from suanli.models import build
 from suanli.models.model_folder import build_preprocess
@@ -41,28 +45,44 @@ class DataOptions:
     data_dir: str | None = None
     cache_dir: str | None = None
     max_bad: float = 0.01
+    stratified: bool = False  # splits have some of each class; a run of an older version doesn't say so
     preprocess: Mapping[str, Json] | None = None  # kind and settings that the given weights learned with
 
     @classmethod
     def of(cls, subject: AnyPath, *, data_dir: AnyPath | None, cache_dir: AnyPath | None, **more: Any) -> DataOptions:
-        name = str(subject)
-        path = Path(subject).expanduser()
-        if name not in registry.names("datasets") and path.exists():
-            name = str(path.resolve())
-        return cls(subject=name, data_dir=_absolute(data_dir), cache_dir=_absolute(cache_dir), **more)
+        return cls(
+            subject=_place(subject),
+            stratified=True,
+            data_dir=_absolute(data_dir),
+            cache_dir=_absolute(cache_dir),
+            **more,
+        )
 
     @classmethod
-    def of_run(cls, run: Run, *, data_dir: AnyPath | None = None, cache_dir: AnyPath | None = None) -> DataOptions:
-        """Those of a run; the directories may have moved since."""
+    def of_run(
+        cls,
+        run: Run,
+        *,
+        subject: AnyPath | None = None,
+        data_dir: AnyPath | None = None,
+        cache_dir: AnyPath | None = None,
+    ) -> DataOptions:
+        """Those of a run; the data, at `subject`, and the directories may have moved since."""
         try:
             options = cls(**run.data["options"])
         except (KeyError, TypeError) as error:
             raise DamagedFile(f"{run.path / 'data.json'} has no usable options.", fix="Train again.") from error
         return replace(
             options,
+            subject=options.subject if subject is None else _place(subject),
             data_dir=_absolute(data_dir) or options.data_dir,
             cache_dir=_absolute(cache_dir) or options.cache_dir,
         )
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether there is nothing where the data was."""
+        return self.subject not in registry.names("datasets") and not Path(self.subject).exists()
 
     def find_source(self, annotation: str | None = None) -> Source:
         """The data that they name, with targets of this annotation where it leaves a choice. Raises UsageError and
@@ -81,15 +101,27 @@ class DataOptions:
         )
 
 
+def _place(subject: AnyPath) -> str:
+    """The name of a built-in data set, an absolute path, or what is neither as it is."""
+    path = Path(subject).expanduser()
+    is_path = str(subject) not in registry.names("datasets") and path.exists()
+    return str(path.resolve()) if is_path else str(subject)
+
+
 def _absolute(path: AnyPath | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def resolve(
-    options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json], announce: bool = True
+    options: DataOptions,
+    *,
+    recipe: str | Recipe | None,
+    settings: Mapping[str, Json],
+    announce: bool = True,
+    known: Known | None = None,
 ) -> tuple[Recipe, PreparedData]:
     """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
-    one that suits the data, with `settings` on top."""
+    one that suits the data, with `settings` on top. `known` are splits that a run keeps."""
     started = time.perf_counter()
     source = options.find_source(_choose_annotation(recipe, settings))
     if not isinstance(recipe, Recipe):
@@ -112,13 +144,76 @@ def resolve(
             )
         preprocess = build_preprocess(options.preprocess)
     prepared = prepare_source(
-        source, recipe, default_cache_dir(options.cache_dir), threads=device.cores(), preprocess=preprocess
+        source,
+        recipe,
+        default_cache_dir(options.cache_dir),
+        threads=device.cores(),
+        preprocess=preprocess,
+        splitting=SplitOptions(stratified=options.stratified, known=known),
     )
     if announce:
         _announce(prepared, time.perf_counter() - started)
     checks.refuse_bad_share(prepared.findings, options.max_bad)
     checks.refuse_unlearnable(prepared.findings, prepared.task)
     return recipe, prepared
+
+
+def resolve_run(run: Run, options: DataOptions, recipe: Recipe, *, verb: str, announce: bool = True) -> PreparedData:
+    """The data of a run with the splits that it was trained with, wherever `options` say that it is now. Raises
+    DataError where it is gone, with the command of `verb` that finds it again, and where it has changed, with the
+    difference."""
+    moved = f"suanli {verb} {run.path} --data NEWPATH"
+    if options.is_gone:
+        raise DataError(
+            f"The data of {run.path} isn't at {options.subject} any more.",
+            fix=f"If it was moved, name the new place: {moved}",
+        )
+    _, prepared = resolve(options, recipe=recipe, settings={}, announce=announce)
+    if prepared.digest != run.data["digest"] and (run.path / EXAMPLES).exists():
+        known = ExampleTable.load(run.path / EXAMPLES).known  # another machine may have seen other data before
+        _, prepared = resolve(options, recipe=recipe, settings={}, announce=announce, known=known)
+    if prepared.digest != run.data["digest"]:
+        raise DataError(
+            f"The data of {run.path} has changed since it was trained, so examples may be in other splits now: "
+            f"{_describe_change(run.data, prepared.to_json())}.",
+            fix=f"Put it back as it was, or name its place: {moved}. Other data needs another training, or "
+            f"suanli evaluate {run.path} --data OTHER.",
+        )
+    return prepared
+
+
+def move_data(run: Run, options: DataOptions, *, verb: str) -> None:
+    """The data of `run` is now where `options` say, and the run keeps that. Raises DataError for other data."""
+    resolve_run(run, options, run.recipe, verb=verb, announce=False)
+    keep_place(run, options)
+
+
+def keep_place(run: Run, options: DataOptions) -> None:
+    """Writes into the run where its data is now."""
+    about = run.data
+    if about["options"]["subject"] != options.subject:
+        moved = {"source": options.subject, "options": about["options"] | {"subject": options.subject}}
+        run.write("data.json", about | moved)
+
+
+def _describe_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two data sets, each as `PreparedData.to_json` describes it."""
+    classes, others = before.get("classes", []), now["classes"]
+    if classes != others:
+        parts = [("without", set(classes) - set(others)), ("with", set(others) - set(classes))]
+        words = [f"{word} the classes {', '.join(sorted(names)[:5])}" for word, names in parts if names]
+        return "it is " + (" and ".join(words) or "with its classes in another order")
+    totals = [{s: sum(counts.values()) for s, counts in about.get("counts", {}).items()} for about in (before, now)]
+    differing = [
+        f"{totals[1].get(s, 0):,} {s} examples, not {n:,}" for s, n in totals[0].items() if totals[1].get(s) != n
+    ]
+    if differing:
+        return f"it has {', '.join(differing)}"
+    if before.get("counts") != now["counts"]:
+        return "other labels, or examples in other splits"
+    if before.get("input_shape") != now["input_shape"]:
+        return f"inputs of another shape, {now['input_shape']}, not {before.get('input_shape')}"
+    return "as many examples of each class, with other contents or in another order"
 
 
 def _choose_annotation(recipe: str | Recipe | None, settings: Mapping[str, Json]) -> str | None:
@@ -145,6 +240,16 @@ def _check_names(recipe: Recipe, source: Source) -> None:
     registry.load("optimizers", recipe.optimizer)
 
 
+def _describe_set_aside(aside: Mapping[str, int], left: int) -> str:
+    """Which examples suanli doesn't train on although the data doesn't say so; empty: none."""
+    names = {"val": "validation", "test": "test"}
+    taken = [f"{n:,} for {names[split]}" for split, n in aside.items() if n]
+    if not taken:
+        return ""
+    how = " ".join(f"--set {split}_fraction=0.2" for split, n in aside.items() if n)
+    return f"set aside from {left + sum(aside.values()):,} examples: {' and '.join(taken)} (to change it: {how})"
+
+
 def _announce(prepared: PreparedData, seconds: float) -> None:
     counts = {name: len(split) for name, split in prepared.splits.items()}
     classes = f"{len(names)} classes, " if (names := prepared.task.classes) else ""
@@ -153,7 +258,11 @@ def _announce(prepared: PreparedData, seconds: float) -> None:
         f"{prepared.name}: {counts['train']:,} train, {counts['val']:,} validation, {counts['test']:,} test, "
         f"{classes}input {'x'.join(map(str, prepared.preprocess.input_shape))}, {how}"
     )
+    if (aside := prepared.findings.get("set_aside", {})) and (sentence := _describe_set_aside(aside, counts["train"])):
+        say(sentence)
     if groups := prepared.findings.get("groups"):
         say(f"groups: {groups['train']:,} train, {groups['val']:,} validation, {groups['test']:,} test")
+    for line in prepared.task.describe():
+        say(line)
     for remark in checks.format_findings(prepared.findings):
         warn(remark)

@@ -16,7 +16,7 @@ from pathlib import Path
 from suanli.compute import planner
 from suanli.compute.plan import check_request, plan_of_names
 from suanli.core.console import say
-from suanli.core.errors import DataError, Interrupted, MachineError, UsageError
+from suanli.core.errors import Interrupted, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.registry import load
 from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
@@ -30,7 +30,7 @@ from suanli.parallel import launch, preflight, submission
 from suanli.parallel.group import Group, join_group, process_place, too_many_processes
 from suanli.training import budget, checkpoint
 from suanli.training.options import ComputeOptions, RecipeOptions, TrainerOptions
-from suanli.training.prepare import DataOptions, resolve
+from suanli.training.prepare import DataOptions, move_data, resolve, resolve_run
 from suanli.training.session import Session, TrainingSpec
 from suanli.training.trainer import Trainer
 
@@ -130,7 +130,7 @@ def start_run(
         resources.start_processes(run, data, resumed=False, trust_code=True)  # its code was named here
         return run
     processes = _preflight(resources, recipe, prepared, Path(out or RUNS))
-    session = Session(_spec(recipe, prepared, data, resources))
+    session = Session(training_spec(recipe, prepared, data, resources))
     options = TrainerOptions(
         target_score=learned.target_accuracy, processes=processes, prepare_s=time.perf_counter() - started
     )
@@ -150,10 +150,12 @@ def resume_run(
     *,
     given: Sequence[str],
     more_epochs: float | None,
+    moved_to: AnyPath | None,
     trust_code: bool,
 ) -> Run:
     """Go on with a run: from its last checkpoint, or, where it is finished, for `more_epochs`. Of `data` only the two
-    directories count. `given` are the options that the user gave and that a run can't change."""
+    directories count; `moved_to` is where the data is now. `given` are the options that the user gave and that a run
+    can't change."""
     started = time.perf_counter()
     run = Run(run.path, writes=resources.group.is_first)
     restarted = bool(resources.group.restarts)
@@ -164,8 +166,11 @@ def resume_run(
         return run  # one of the processes died when all was done
     with _resumable(run), run.lock(ENDING_S if restarted else 0):
         _refuse_resuming(run, given, more_epochs, trust_code)
+        own = DataOptions.of_run(run, subject=moved_to, data_dir=data.data_dir, cache_dir=data.cache_dir)
+        if moved_to is not None:
+            move_data(run, own, verb="train")
         if resources.count == 1:
-            data = DataOptions.of_run(run, data_dir=data.data_dir, cache_dir=data.cache_dir)
+            data = own
             _resume(run, data, resources, more_epochs, started=started)
     if resources.count > 1:
         resources.start_processes(run, data, resumed=True, more_epochs=more_epochs, trust_code=True)
@@ -231,14 +236,12 @@ def _resume(
     run: Run, data: DataOptions, resources: Resources, more_epochs: float | None, *, started: float | None = None
 ) -> None:
     """A collective: train a run from its newest checkpoint. `started`: when preparing began, to keep in the summary."""
-    recipe, prepared = resolve(data, recipe=run.recipe, settings={})
-    if prepared.digest != run.data["digest"]:
-        raise DataError(
-            f"The data of {run.path} has changed since it was trained.",
-            fix="Put the data back as it was, or train anew.",
-        )
+    recipe = run.recipe
+    # One that has just begun was announced by the process that began it.
+    announce = resources.group.is_alone or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    prepared = resolve_run(run, data, recipe, verb="train", announce=announce)
     processes = _preflight(resources, recipe, prepared, run.path)
-    spec = _spec(recipe, prepared, data, resources)
+    spec = training_spec(recipe, prepared, data, resources)
     saved = checkpoint.read_newest(run.checkpoints)
     steps = resources.group.gather(None if saved is None else saved.step)
     if len(set(steps)) > 1:
@@ -248,7 +251,7 @@ def _resume(
         )
     summary = run.summary
     session = Session(
-        replace(spec, requested=_plan_to_resume(summary, resources), checkpoint=saved, more_epochs=more_epochs)
+        replace(spec, requested=plan_to_resume(summary, resources), checkpoint=saved, more_epochs=more_epochs)
     )
     options = TrainerOptions(
         target_score=summary.get("wanted_score"),
@@ -260,13 +263,16 @@ def _resume(
     resources.train(session, run, options)
 
 
-def _spec(recipe: Recipe, prepared: PreparedData, data: DataOptions, resources: Resources) -> TrainingSpec:
+def training_spec(
+    recipe: Recipe, prepared: PreparedData, data: DataOptions, resources: Resources, plan: str | Plan | None = None
+) -> TrainingSpec:
+    """`plan` replaces the speedups that the user asked for."""
     return TrainingSpec(
         recipe=recipe,
         prepared=prepared,
         device=resources.device,
         cache=cache_dir_of(data.cache_dir),
-        requested=resources.options.speedups,
+        requested=plan or resources.options.speedups,
         threads=resources.options.threads,
         group=resources.group,
         balance=resources.options.balance,
@@ -288,7 +294,7 @@ def _preflight(resources: Resources, recipe: Recipe, prepared: PreparedData, fol
     )
 
 
-def _plan_to_resume(summary: Mapping[str, Json], resources: Resources) -> str | Plan:
+def plan_to_resume(summary: Mapping[str, Json], resources: Resources) -> str | Plan:
     """The plan that the run began with, unless the user names another: other ways of computing round differently.
     Raises MachineError for a speedup that this machine can't use."""
     before, speedups = summary.get("plan"), resources.options.speedups

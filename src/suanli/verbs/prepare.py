@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from suanli.core.types import AnyPath, Json, Recipe
 from suanli.data.cache import PreparedData
+from suanli.data.leaks import FILE as LEAKS
 from suanli.training.prepare import DataOptions, resolve
 
 
@@ -58,4 +59,6 @@ def summary(prepared: PreparedData) -> str:
         lines.append(f"{name:<{width}}" + "".join(f"  {counts[s][name]:>8,}" for s in ("train", "val", "test")))
     if len(listed) < len(names):
         lines.append(f"… and {len(names) - len(listed)} more classes")
+    if prepared.findings.get("leaks"):
+        lines.append(f"Examples in training and another split: {prepared.path / LEAKS}")
     return "\n".join([*lines, f"Cache: {prepared.path}"])

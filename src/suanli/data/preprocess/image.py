@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +27,12 @@ from PIL import Image
 
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
-from suanli.core.types import EncodedInput, Json, Preprocess, Preview, Raw
+from suanli.core.types import EncodedInput, Json, Marked, Preprocess, Preview, Raw
+from suanli.data.column_names import PATH_NAMES
 from suanli.data.decode import decode, read_header
-from suanli.data.suffixes import IMAGE_SUFFIXES
+from suanli.data.file_kinds import START_BYTES, describe_bytes, may_be_image
+from suanli.data.perceptual_hash import SIMILAR_BITS, perceptual_hash
+from suanli.data.suffixes import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_ignored
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +41,12 @@ Resize = Literal["crop", "squash", "pad"]
 NATIVE_SIDE = 64  # px: images that all have one size up to this keep it
 DEFAULT_SIDE = 128  # px
 MAX_SIDE = 4096  # px that a user may set
+MARKED_SIDE = 256  # px
 SAMPLED = 256  # images that decide size and channels
 MEASURED_BYTES = 1 << 28  # of rows that decide mean and standard deviation, about
 PAD_LEVEL = 128
+FEATURES_SIDE = 16  # px of the pictures that a linear baseline sees
+FEATURES_ROWS = 64  # that are made smaller at a time
 SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
 
 
@@ -54,7 +61,18 @@ class ImagePreprocess(Preprocess):
 
     kind: ClassVar[str] = "image"
     roles: ClassVar[tuple[str, ...]] = ("image",)
+    similar_bits: ClassVar[int] = SIMILAR_BITS
     media_types: ClassVar[tuple[str, ...]] = ("image/", "application/x-www-form-urlencoded")  # curl's --data-binary
+    trait_names: ClassVar[Mapping[str, str]] = {
+        **{name: f"{name} image" for name in ("palette", "16-bit", "animated")},
+        "grey": "grayscale image",
+        "colour": "color image",
+        "alpha": "transparent image",
+        "cmyk": "CMYK image",
+        "exif-rotated": "EXIF-rotated image",
+    }
+    column_names: ClassVar[tuple[str, ...]] = PATH_NAMES
+    features_name: ClassVar[str] = "the pixels of small copies"
 
     height: int
     width: int
@@ -98,6 +116,10 @@ class ImagePreprocess(Preprocess):
         digest = hashlib.sha256(b"%d,%d:" % (height, width), usedforsecurity=False)
         digest.update(np.ascontiguousarray(row).data)
         return EncodedInput(arrays={"image": row}, digest=digest.digest()[:16], geometry=geometry, traits=traits)
+
+    def similarity_key(self, raw: Raw, encoded: EncodedInput) -> bytes:  # noqa: ARG002
+        """A hash of the picture as the model sees it."""
+        return perceptual_hash(encoded.arrays["image"])
 
     def measure(self, inputs: Mapping[str, Stored]) -> Self:
         """A copy with `mean` and `std` of at most about 256 MB of the rows, evenly spread, read a few MB at a time."""
@@ -155,6 +177,51 @@ class ImagePreprocess(Preprocess):
     def model_args(self) -> dict[str, Json]:
         return {"in_channels": self.channels, "image_size": [self.height, self.width]}
 
+    @property
+    def encoding_code(self) -> str:
+        """With Pillow and numpy; pixels are those of `encode`, up to one level where an image is resized."""
+        h, w, mode = self.height, self.width, "L" if self.channels == 1 else "RGB"
+        size, bilinear = f"({w}, {h})", "Image.Resampling.BILINEAR"
+        resize = {
+            "squash": [f"image = image.resize({size}, {bilinear})"],
+            "pad": [
+                f"scale = min({w} / image.width, {h} / image.height)",
+                "w, h = max(1, round(image.width * scale)), max(1, round(image.height * scale))",
+                f"fitted = image.resize((w, h), {bilinear})",
+                f"image = Image.new({mode!r}, {size}, {(PAD_LEVEL,) * self.channels})",
+                f"image.paste(fitted, (({w} - w) // 2, ({h} - h) // 2))",
+            ],
+            "crop": [
+                f"scale = min(image.width / {w}, image.height / {h})",
+                f"w, h = max(1, round({w} * scale)), max(1, round({h} * scale))",
+                "left, top = (image.width - w) // 2, (image.height - h) // 2",
+                f"image = image.crop((left, top, left + w, top + h)).resize({size}, {bilinear})",
+            ],
+        }[self.resize]
+        return "\n".join(
+            [
+                "import numpy",
+                "from PIL import Image, ImageOps",
+                f"image = ImageOps.exif_transpose(Image.open(path)).convert({mode!r})",
+                *resize,
+                f"image = numpy.asarray(image).reshape(1, {h}, {w}, {self.channels})",
+            ]
+        )
+
+    def features(self, inputs: Mapping[str, Stored], positions: np.ndarray) -> np.ndarray:
+        """Pixels of the pictures at 16x16 or their own smaller size (N, F), less their mean."""
+        import torch
+        from torch.nn.functional import adaptive_avg_pool2d
+
+        rows, size = inputs["image"], (min(self.height, FEATURES_SIDE), min(self.width, FEATURES_SIDE))
+        assert isinstance(rows, np.ndarray)
+        parts = []
+        for start in range(0, len(positions), FEATURES_ROWS):
+            batch = torch.from_numpy(rows[positions[start : start + FEATURES_ROWS]])
+            parts.append(adaptive_avg_pool2d(self.to_model({"image": batch})["image"], size).flatten(1).numpy())
+        features: np.ndarray = np.concatenate(parts) / math.sqrt(parts[0].shape[1])
+        return features
+
     def preview(self, inputs: Arrays) -> Preview:
         """A PNG of at most 128 px; tiny pictures are enlarged without smoothing."""
         row = inputs["image"]
@@ -167,17 +234,35 @@ class ImagePreprocess(Preprocess):
         image.save(stream, "PNG")
         return Preview(media_type="image/png", content=stream.getvalue())
 
+    def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:
+        """The image in grey, of 256 px along its longer side, with the weights (H, W) as heat: from nothing by yellow
+        to red."""
+        row = inputs["image"]
+        longer = max(row.shape[:2])
+        size = tuple(max(1, round(side * MARKED_SIDE / longer)) for side in row.shape[1::-1])
+        sampling = Image.Resampling.NEAREST if longer < MARKED_SIDE else Image.Resampling.BILINEAR
+        image = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).convert("L").resize(size, sampling)
+        heat = Image.fromarray(weights.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+        share = np.asarray(heat).clip(0, 1)[:, :, None]
+        colour = np.concatenate([np.full_like(share, 255), 230 * (1 - share), np.zeros_like(share)], axis=2)
+        cover = 0.75 * np.sqrt(share)
+        pixels = (1 - cover) * np.asarray(image, np.float32)[:, :, None] + cover * colour
+        stream = io.BytesIO()
+        Image.fromarray(pixels.round().astype(np.uint8)).save(stream, "PNG")
+        return Marked(picture=Preview(media_type="image/png", content=stream.getvalue()))
+
     @classmethod
     def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
-        """A file; every image below a folder (by suffix, sorted); or standard input ("-"), which is the bytes of one
-        image or a list of paths, one per line. Raises DataError where there are none."""
+        """A file; the files below a folder, sorted; or standard input ("-"), which is the bytes of one image or a list
+        of paths, one per line. Files that are no images say so when they are read; texts beside images are left out.
+        Raises DataError where there are none."""
         if path == Path("-"):
             return _read_standard_input()
         if path.is_dir():
             return _list_images(path)
         if not path.exists():
             raise DataError(f"There is no {path}.", fix="Check the path: an image, a folder of images, or '-'.")
-        return [(str(path), path.read_bytes)]
+        return [(str(path), partial(_read_image, path))]
 
     def split_batch(self, raw: Raw) -> Sequence[Raw] | None:
         """The pictures in an array (N, H, W, C)."""
@@ -190,7 +275,7 @@ class ImagePreprocess(Preprocess):
         header = read_header(raw)
         if header.height * header.width > max_pixels:
             raise BadInput(
-                f"The picture has {header.width}x{header.height} pixels; "
+                f"The image has {header.width}x{header.height} pixels; "
                 f"at most {max_pixels / 1e6:g} million are allowed.",
                 fix="Send a smaller one.",
             )
@@ -323,15 +408,32 @@ def _scale_and_shift(
 def _list_images(folder: Path) -> list[tuple[str, Callable[[], Raw]]]:
     paths = []
     for directory, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in files:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                paths.append(Path(directory) / name)
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        paths += [path for name in files if not is_ignored(name) and _is_listed(path := Path(directory) / name)]
     if not paths:
-        raise DataError(
-            f"There is no image below {folder}.", fix="Give a folder that holds .jpg, .png or other images."
-        )
-    return [(str(path.relative_to(folder)), path.read_bytes) for path in sorted(paths)]
+        raise DataError(f"There is no file below {folder}.", fix="Give a folder that holds .jpg, .png or other images.")
+    return [(_readable(path.relative_to(folder)), partial(_read_image, path)) for path in sorted(paths)]
+
+
+def _readable(path: Path) -> str:
+    """The path with bytes that aren't UTF-8 written out, so that it can be printed and sent."""
+    return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _is_listed(path: Path) -> bool:
+    suffix = path.suffix.lower().removeprefix(".")
+    return suffix in IMAGE_SUFFIXES or (suffix not in TEXT_SUFFIXES and path.is_file())  # a pipe would block
+
+
+def _read_image(path: Path) -> bytes:
+    """The content of a file that may be an image. Others, such as long videos, aren't read whole. Raises BadInput,
+    OSError."""
+    if path.suffix.lower() not in SUFFIXES and path.is_file():
+        with path.open("rb") as stream:
+            start = stream.read(START_BYTES)
+        if not may_be_image(start):
+            raise BadInput(f"Not an image that suanli can read: it is {describe_bytes(start)}")
+    return path.read_bytes()
 
 
 def _read_standard_input() -> list[tuple[str, Callable[[], Raw]]]:
@@ -346,7 +448,7 @@ def _read_standard_input() -> list[tuple[str, Callable[[], Raw]]]:
         is_list = False
     if not is_list:
         return [("-", partial(bytes, data))]
-    return [(str(path), path.read_bytes) for path in paths]
+    return [(str(path), partial(_read_image, path)) for path in paths]
 
 
 PREPROCESS = ImagePreprocess

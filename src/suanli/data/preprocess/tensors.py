@@ -50,7 +50,7 @@ class TensorsPreprocess(Preprocess):
         """Raises UsageError: arrays of unknown meaning are no data to train with."""
         raise UsageError(
             "Arrays of any kind are inputs of an ONNX file; no network is trained on them.",
-            fix="Give pictures, texts or a table.",
+            fix="Give images, texts or a table.",
         )
 
     def encode(self, raw: Raw) -> EncodedInput:

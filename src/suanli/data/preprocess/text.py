@@ -21,16 +21,15 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
-from suanli.core.types import EncodedInput, Json, Preprocess, Preview, Raw
-
-if TYPE_CHECKING:
-    pass
+from suanli.core.types import EncodedInput, Json, Marked, Preprocess, Preview, Raw
+from suanli.data.column_names import TEXT_NAMES
+from suanli.data.file_kinds import name_kind
 
 PADDING, UNKNOWN = 0, 1
 MAX_CHARACTERS = 100_000
@@ -56,6 +55,7 @@ _TOKEN = re.compile(
     rf"|[^\s{_INVISIBLE}]",
     re.IGNORECASE,
 )
+_NO_LETTERS = re.compile(rf"[^\w{_MARKS}]+")
 _ONE_UNSPACED = re.compile(rf"[{_UNSPACED}]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"'})
@@ -64,10 +64,12 @@ _QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": 
 def normalise(raw: Raw) -> str:
     """NFKC with plain quotes and single spaces, from UTF-8 bytes or a string. Raises BadInput."""
     if isinstance(raw, bytes):
+        content = raw
         try:
             raw = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise BadInput(f"Not UTF-8 text (byte {error.start}).", fix="Save it as UTF-8, or remove it.") from error
+            kind = f": it is {words}" if (words := name_kind(content)) else f" (byte {error.start})"
+            raise BadInput(f"Not UTF-8 text{kind}.", fix="Save it as UTF-8, or remove it.") from error
     if not isinstance(raw, str):
         raise BadInput(f"Text or UTF-8 bytes expected, not {type(raw).__name__}.", fix="Remove it.")
     text = raw[:MAX_CHARACTERS]
@@ -94,6 +96,9 @@ class TextPreprocess(Preprocess):
     roles: ClassVar[tuple[str, ...]] = ("tokens",)
     media_types: ClassVar[tuple[str, ...]] = ("text/",)
     takes_strings: ClassVar[bool] = True
+    trait_names: ClassVar[Mapping[str, str]] = {"truncated": "truncated text", "no known word": "unknown-word text"}
+    column_names: ClassVar[tuple[str, ...]] = TEXT_NAMES
+    features_name: ClassVar[str] = "the words"
 
     vocabulary: tuple[str, ...]  # the most frequent token first
     length: int
@@ -148,6 +153,11 @@ class TextPreprocess(Preprocess):
         geometry = Geometry.unchanged((len(ids),))
         return EncodedInput(arrays={"tokens": row}, digest=digest, geometry=geometry, traits=tuple(traits))
 
+    def similarity_key(self, raw: Raw, encoded: EncodedInput) -> bytes:  # noqa: ARG002
+        """Of the letters and digits: equal whatever the case, punctuation and white space. None for a text without."""
+        letters = _NO_LETTERS.sub("", normalise(raw).casefold())
+        return hashlib.blake2b(letters.encode(), digest_size=16).digest() if letters else b""
+
     def measure(self, inputs: Mapping[str, Stored]) -> Self:  # noqa: ARG002  # ids have no mean or spread
         return self
 
@@ -168,6 +178,18 @@ class TextPreprocess(Preprocess):
     def model_args(self) -> dict[str, Json]:
         return {"vocabulary_size": len(self.vocabulary) + 2, "length": self.length}
 
+    def features(self, inputs: Mapping[str, Stored], positions: np.ndarray) -> Any:
+        """Which words each text has, as a sparse matrix (N, vocabulary) whose rows have the length 1."""
+        from scipy.sparse import csr_matrix
+
+        tokens = inputs["tokens"]
+        assert isinstance(tokens, np.ndarray)
+        words = [np.unique(row[row > UNKNOWN]) for row in tokens[positions]]
+        counts = [len(row) for row in words]
+        values = np.repeat([1 / np.sqrt(max(count, 1)) for count in counts], counts)
+        shape = (len(positions), len(self.vocabulary) + 2)
+        return csr_matrix((values, np.concatenate(words), np.cumsum([0, *counts])), shape=shape)
+
     def preview(self, inputs: Arrays) -> Preview:
         """The words that the model reads, with unknown tokens as <unk>."""
         words = [self._word(int(token)) for token in inputs["tokens"] if token != PADDING]
@@ -176,6 +198,11 @@ class TextPreprocess(Preprocess):
             joined = _ONE_UNSPACED.fullmatch(before) and _ONE_UNSPACED.fullmatch(word)
             text += word if joined else f" {word}"
         return Preview(media_type="text/plain", content=text.encode())
+
+    def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:
+        """The words that the model reads, with their weights (L,)."""
+        pairs = zip(inputs["tokens"], weights, strict=True)
+        return Marked(words=tuple((self._word(int(t)), float(weight)) for t, weight in pairs if t != PADDING))
 
     @classmethod
     def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:

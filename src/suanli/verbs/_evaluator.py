@@ -1,0 +1,140 @@
+"""Evaluates one model on one split."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from suanli.compute.infer import infer
+from suanli.core import types
+from suanli.core.baselines import compare_with_baselines
+from suanli.core.console import Progress, plural, say
+from suanli.core.errors import DataError, MachineError
+from suanli.core.schema import Arrays, Geometry, Tensors, example_of
+from suanli.core.task import Answer, Records
+from suanli.core.types import Device, Split, Step
+from suanli.data.loader import Feed
+from suanli.engines import saliency
+from suanli.models.model_folder import SavedModel
+from suanli.training.augment import compose
+from suanli.training.validation import validation_batch_size
+from suanli.verbs._evaluation import AnswerValues, AugmentedScores, Evaluation, Example, Preview
+from suanli.verbs._leakage import find_rows, score_part, select_rows
+
+LISTED = 24  # samples, and mistakes, that are kept with their pictures
+TOP = 20  # classes, or boxes, of each of their answers
+
+
+class Evaluator:
+    """One model on one split."""
+
+    def __init__(self, saved: SavedModel, split: Split, device: Device) -> None:
+        self.saved, self.split, self.device = saved, split, device
+        self.step = Step(model=saved.module.to(device.torch_name))
+        self.feed = Feed(split, device)
+        self.batch_size = validation_batch_size(saved.recipe)
+        self.records: Records = {}  # of the last evaluation, of the examples whose scores count
+        self.rows = np.arange(0)  # their positions in the split
+
+    def evaluate(self, name: str, augmented_views: bool, training: Split | None) -> Evaluation:
+        """`name`: of the split; `training`: for baselines that learn. Raises DataError for no examples."""
+        started = time.perf_counter()
+        task, split = self.saved.task, self.split
+        if len(split) == 0:
+            raise DataError("The split has no examples.", fix="Choose another split.")
+        say(f"evaluating {plural(len(split), 'example')}")
+        for line in task.describe():
+            say(line)
+        predictions = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
+        records = task.records(predictions, split.targets)
+        rows, leakage = find_rows(task, split, name, records)  # that count
+        part = score_part(task, split, records, rows)
+        records = select_rows(records, rows)
+        self.records, self.rows = records, rows
+        errors = task.errors(records)
+        worst = np.argsort(-errors, kind="stable")[:LISTED]
+        sample = np.random.default_rng(0).permutation(len(rows))[:LISTED]
+        return Evaluation(
+            split=name,
+            count=len(rows),
+            metric=task.metric.name,
+            higher_is_better=task.metric.higher_is_better,
+            scores=part["scores"],
+            units={score: task.unit_of(score) for score in part["scores"]},
+            intervals=part["intervals"],
+            with_augmentation=self._score_views(rows) if augmented_views and task.averages_views else None,
+            leakage=leakage,
+            baselines=compare_with_baselines(task, self.saved.preprocess, records, split, training, rows),
+            details=task.evaluate(records),
+            remarks=task.describe_scores(records),
+            mistakes=self._explain([i for i in worst.tolist() if errors[i] > 0], rows, predictions, errors),
+            samples=[self._example(int(rows[i]), predictions, errors[i]) for i in sample],
+            seconds=time.perf_counter() - started,
+        )
+
+    def _inputs(self, title: str) -> Iterator[Tensors]:
+        done = 0
+        with Progress(title, len(self.feed)) as progress:
+            for inputs, _, positions in self.feed.in_order(self.batch_size):
+                yield inputs
+                done += len(positions)
+                progress.update(done)
+
+    def _score_views(self, rows: np.ndarray) -> AugmentedScores | None:
+        """Scores of these examples over the mean of several views; None where the recipe's augmentations have none."""
+        task, preprocess = self.saved.task, self.saved.preprocess
+        pipeline = compose(self.saved.recipe.augment, preprocess.roles, task.targets)
+        views = len(pipeline.views(preprocess.to_model(self.feed.inputs(torch.arange(1)))))
+        if views == 1:
+            return None
+        inputs = self._inputs(f"Evaluating {views} views")
+        records = task.records(infer(self.step, preprocess, task, inputs, views=pipeline.views), self.split.targets)
+        part = score_part(task, self.split, records, rows)
+        return {"views": views, "scores": part["scores"], "intervals": part["intervals"]}
+
+    def _explain(
+        self, places: Sequence[int], rows: np.ndarray, predictions: Arrays, errors: np.ndarray
+    ) -> list[Example]:
+        """The examples at these places of `rows`, with what their answers rest on, where that can be found."""
+        examples = [self._example(int(rows[i]), predictions, errors[i]) for i in places]
+        inputs = [example_of(self.split.inputs, int(self.split.index[rows[i]])) for i in places]
+        try:
+            found = saliency.explain(self.saved, inputs)
+        except MachineError as error:
+            say(f"the report shows no saliency maps: {error.message}")
+            return examples
+        for example, one in zip(examples, found, strict=True):
+            picture = one.marked.picture
+            example["saliency"] = {
+                "method": one.method,
+                "picture": None if picture is None else _preview(picture),
+                "words": one.marked.words,
+            }
+        return examples
+
+    def _example(self, position: int, predictions: Arrays, error: float) -> Example:
+        task, split = self.saved.task, self.split
+        geometry = Geometry.from_array(split.geometries[position])
+        inputs = example_of(split.inputs, int(split.index[position]))
+        size = next(iter(inputs.values())).shape[: len(geometry.size)]
+        preview = self.saved.preprocess.preview(inputs)
+        return {
+            "name": split.names[position],
+            "expected": _to_json(task.describe_target(example_of(split.targets, position), geometry)),
+            "answer": _to_json(task.answer(example_of(predictions, position), geometry, top=TOP)),
+            "error": float(error),
+            "view": {"size": size, "scale": geometry.scale, "shift": geometry.shift},
+            "preview": _preview(preview),
+        }
+
+
+def _preview(preview: types.Preview) -> Preview:
+    return {"media_type": preview.media_type, "base64": base64.b64encode(preview.content).decode()}
+
+
+def _to_json(answer: Answer) -> AnswerValues:
+    return {"kind": answer.kind, "text": answer.text, "values": answer.values}
