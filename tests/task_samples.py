@@ -98,6 +98,35 @@ def _write_classes(folder: Path) -> Path:
     return _write_table(folder, _write_pictures(folder, paint, 150, 12))
 
 
+# --- several labels -------------------------------------------------------------------------
+
+
+def _draw_labels(random: Random, count: int) -> list[tuple[str, ...]]:
+    return [tuple(name for name in CLASSES if random.random() < 0.4) for _ in range(count)]
+
+
+def _label(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    labels = np.asarray(targets["labels"]).astype(bool) ^ wrong[:, None]
+    noise = np.random.default_rng(len(wrong)).random(labels.shape)
+    return {"probabilities": (np.where(labels, 0.6, 0.1) + 0.3 * noise).astype(np.float32)}
+
+
+def _mislabel(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:  # noqa: ARG001
+    probabilities = answers["probabilities"].copy()
+    spoiled = np.random.default_rng(2).random(len(probabilities)) < amount
+    probabilities[spoiled] = 1 - probabilities[spoiled]
+    return {"probabilities": probabilities}
+
+
+def _write_labels(folder: Path) -> Path:
+    def paint(random: Random, pixels: np.ndarray) -> str:
+        flags = random.random(3) < (0.6, 0.4, 0.3)
+        pixels += np.where(flags, 50, -50)
+        return "|".join(name for name, flag in zip(CLASSES, flags, strict=False) if flag) or "none"
+
+    return _write_table(folder, _write_pictures(folder, paint, 200, 12))
+
+
 # --- regression -----------------------------------------------------------------------------
 
 
@@ -178,6 +207,16 @@ SAMPLES = {
         worsen=_misclassify,
         raw=lambda count: torch.randn(count, len(CLASSES)),
         write=_write_classes,
+        settings={"epochs": 4, "batch_size": 30},
+        reaches=0.8,
+    ),
+    "multilabel": Sample(
+        classes=CLASSES,
+        draw=_draw_labels,
+        answer=_label,
+        worsen=_mislabel,
+        raw=lambda count: torch.randn(count, len(CLASSES)),
+        write=_write_labels,
         settings={"epochs": 4, "batch_size": 30},
         reaches=0.8,
     ),

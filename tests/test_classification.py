@@ -119,8 +119,9 @@ def test_scores_are_those_of_scikit_learn(answers):
     predicted, scores = probabilities.argmax(1), scores_of(probabilities, targets)
     recall = metrics.recall_score(targets, predicted, labels=np.unique(targets), average="macro", zero_division=0)
     assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(targets, predicted))
-    assert scores["balanced_accuracy"] == pytest.approx(recall)
-    assert scores["macro_f1"] == pytest.approx(metrics.f1_score(targets, predicted, average="macro", zero_division=0))
+    f1 = metrics.f1_score(targets, predicted, average="macro", zero_division=0)
+    if len(np.unique(targets)) > 1:
+        assert (scores["balanced_accuracy"], scores["macro_f1"]) == pytest.approx((recall, f1))
     normed = probabilities / probabilities.sum(1, keepdims=True)
     expected = metrics.log_loss(targets, normed, labels=np.arange(classes))
     assert scores["log_loss"] == pytest.approx(expected, rel=1e-5)
@@ -133,7 +134,7 @@ def test_scores_are_those_of_scikit_learn(answers):
 def test_scores_stay_in_bounds(answers):
     scores = scores_of(*answers)
     assert ("top5_accuracy" in scores) == (answers[0].shape[1] > 5)
-    assert all(0 <= value <= 1 for name, value in scores.items() if name != "log_loss")
+    assert all(0 <= value <= 1 or math.isnan(value) for name, value in scores.items() if name != "log_loss")
     assert scores["log_loss"] >= 0
     assert scores.get("top5_accuracy", 1.0) >= scores["accuracy"]
     assert task.metric.name in scores
@@ -143,7 +144,8 @@ def test_scores_stay_in_bounds(answers):
 def test_scores_do_not_depend_on_the_order_of_examples(answers, seed):
     probabilities, targets = answers
     order = np.random.default_rng(seed).permutation(len(targets))
-    assert scores_of(probabilities[order], targets[order]) == pytest.approx(scores_of(probabilities, targets))
+    expected = pytest.approx(scores_of(probabilities, targets), nan_ok=True)
+    assert scores_of(probabilities[order], targets[order]) == expected
 
 
 def test_perfect_and_always_wrong_answers():
@@ -166,6 +168,20 @@ def test_a_model_that_always_says_the_same_gets_no_top5_for_it():
 def test_classes_that_do_not_occur_do_not_count_in_balanced_accuracy():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.2, 0.8, 0.0]], np.float32)
     assert scores_of(probabilities, np.array([0, 0]))["balanced_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("targets", "undefined", "says"),
+    [
+        ([0, 0], {"balanced_accuracy", "macro_f1"}, "All examples are of one class"),
+        ([0, 1], set(), "over the 2 of 3 classes"),
+    ],
+)
+def test_means_over_classes_say_over_how_many(targets, undefined, says):
+    three = TASK(classes=("a", "b", "c"))
+    records = three.records({"probabilities": np.eye(3, dtype=np.float32)[:2]}, {"class": np.array(targets)})
+    assert set(three.undefined_scores(records)) == undefined
+    assert says in three.describe_scores(records)[0]
 
 
 def test_calibration_error_of_a_known_gap():
@@ -214,8 +230,9 @@ def test_confused_pairs_are_the_largest_mistakes_in_order():
 def test_undefined_figures_are_none_and_the_result_is_json():
     probabilities = np.array([[0.9, 0.1, 0.0], [0.6, 0.4, 0.0]], np.float32)
     details = details_of(probabilities, np.array([0, 1]), ["a", "b", "c"])
-    assert details["per_class"][1] == {"name": "b", "count": 1, "precision": None, "recall": 0.0, "f1": 0.0}
-    assert details["per_class"][2] == {"name": "c", "count": 0, "precision": None, "recall": None, "f1": None}
+    b, c = details["per_class"][1:]
+    assert b == {"name": "b", "count": 1, "precision": None, "recall": 0.0, "f1": 0.0, "auroc": 1.0}
+    assert c == {"name": "c", "count": 0, "precision": None, "recall": None, "f1": None, "auroc": None}
     assert json.loads(json.dumps(details, allow_nan=False)) == details
 
 

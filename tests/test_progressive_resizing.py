@@ -96,6 +96,7 @@ def test_stopping_between_two_sizes_changes_nothing(picture_folder: Callable[...
 
     root = picture_folder(each=60, size=(32, 32))
     options = {"epochs": 3, "batch_size": 16, "settings": {"progressive_resizing": STAGES}}
+    options |= {"speedups": "none", "threads": 1}
     whole = suanli.train(root, **options)
     with stop_after(5), pytest.raises(suanli.Interrupted):
         suanli.train(root, out="stopped", **options)

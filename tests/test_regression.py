@@ -62,6 +62,11 @@ def test_a_weight_is_that_many_examples(drawn: tuple[list[tuple[float, float]], 
         assert scores[name] == pytest.approx(score(target, predicted), rel=1e-9, abs=1e-9), name
 
 
+def test_targets_without_weight_cost_no_digits_of_r2() -> None:
+    target, predicted, weights = np.array([1.0, 1 + 1e-5, 1e6]), np.array([1 + 1e-5, 1.0, 0.0]), np.array([1, 1, 0])
+    assert TASK.scores(records_of(target, predicted), weights)["r2"] == pytest.approx(-3, rel=1e-9)
+
+
 @pytest.mark.parametrize(("predicted", "r2"), [([0.1, 0.1, 0.1], 1), ([0.1, 0.1, 0.2], 0)])
 def test_r2_without_variance(predicted: list[float], r2: float) -> None:
     assert TASK.scores(records_of([0.1] * 3, predicted))["r2"] == r2
@@ -134,7 +139,7 @@ def test_ranges_have_round_ends() -> None:
     assert list(counts["train"])[:2] == ["0 to 50000", "50000 to 100000"]
     assert list(counts["train"])[-1] == "750000 to 800000"
     assert counts["test"]["100000 to 150000"] == 1
-    assert TASK.describe_counts(counts) == ["no training targets, but others: 100000 to 150000"]
+    assert TASK.describe_counts(counts) == ["ranges of targets without training examples: 100000 to 150000"]
     many = TASK.count_targets({"train": [1e9 + 64 * i for i in range(11)]})["train"]
     assert next(iter(many)) == "1000000000 to 1000000050"
 
@@ -147,7 +152,7 @@ def test_a_few_values_are_counted_by_themselves() -> None:
 @pytest.mark.parametrize("targets", [[], [2.5, 2.5, 2.5], [math.nan], [1, 1 + 1e-12]])
 def test_targets_that_are_all_equal_can_not_be_learned(targets: list[float]) -> None:
     counts = TASK.count_targets({"train": targets, "val": [], "test": []})
-    with pytest.raises(DataError, match="nothing to learn|No input has"):
+    with pytest.raises(DataError, match="nothing to learn|No example has"):
         TASK.refuse_unlearnable(counts)
 
 

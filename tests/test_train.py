@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import suanli
+from interrupts import press_ctrl_c
 from suanli.core import registry
 from suanli.core.run import Run
 from suanli.core.types import Recipe
@@ -54,7 +54,8 @@ def test_it_learns_from_a_folder(picture_folder: Callable[..., Path]) -> None:
     assert run.summary["status"] == "finished"
     assert run.metrics[-1]["split"] == "val"
     assert run.metrics[-1]["scores"]["accuracy"] >= 0.9
-    assert run.scores == {}  # the test split was not touched
+    assert run.scores_split == "val"  # the test split was not touched
+    assert run.scores == run.metrics[-1]["scores"]
     assert not list(run.path.glob("evaluation/*"))
 
 
@@ -101,14 +102,15 @@ def test_stopping_anywhere_changes_nothing(picture_folder: Callable[..., Path], 
 
 @contextmanager
 def stop_after(step: int) -> Iterator[None]:
-    """Ctrl-C when that step is reached: a real signal to this process."""
+    """Ctrl-C when that step is reached."""
     from suanli.training.loop import Loop
 
-    original = Loop._train_on
+    original, sent = Loop._train_on, []
 
     def learn(self: Loop, batch: object) -> torch.Tensor:
-        if self.progress.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
+        if self.progress.step + 1 == step and not sent:  # a second Ctrl-C would end the process
+            sent.append(step)
+            press_ctrl_c()
         return original(self, batch)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -161,18 +163,23 @@ def test_killed_and_terminated_runs_go_on_exactly(picture_folder: Callable[..., 
     assert same(weights(whole), weights(Run(run)))
 
 
-@pytest.mark.parametrize("optimizer", registry.names("optimizers"))
-def test_imports_only_what_it_needs(picture_folder: Callable[..., Path], optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "verb", "needed"),
+    [*((name, "train", []) for name in registry.names("optimizers")), ("sgd", "run", ["sklearn", "scipy"])],
+)  # evaluation fits a linear baseline
+def test_imports_only_what_it_needs(
+    picture_folder: Callable[..., Path], optimizer: str, verb: str, needed: list[str]
+) -> None:
     """torch's compiler alone takes as long as torch."""
     heavy = ["torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy", "pandas", "matplotlib", "timm"]
     heavy += ["torch.onnx", "onnx", "onnxruntime", "openvino", "tensorboard", "mlflow", "wandb", "grpc"]
-    line = ["run", str(picture_folder()), "--epochs", "1", "--batch-size", "16", "--speedups", "none", "--out", "run"]
+    line = [verb, str(picture_folder()), "--epochs", "1", "--batch-size", "16", "--speedups", "none", "--out", "run"]
     line += ["--set", f"optimizer={optimizer}"]
     code = "import sys; from suanli.cli import main\n"
     code += f"try: main({line})\nfinally: print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1:] == ["[]"]
+    assert done.stdout.splitlines()[-1:] == [str(needed)]
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_steps(picture_folder: Callable[..., Path]) -> None:
@@ -213,10 +220,35 @@ def test_changed_data_stops_a_resume(picture_folder: Callable[..., Path]) -> Non
     with stop_after(2), pytest.raises(suanli.Interrupted):
         suanli.train(root, out="stopped", epochs=2)
     (root / "class0" / "000.png").unlink()
-    with pytest.raises(suanli.DataError, match="has changed since"):
+    with pytest.raises(suanli.DataError, match=r"has changed since .* it has \d+ (train|val|test) examples, not \d+"):
         suanli.train("stopped")
     with pytest.raises(suanli.DataError):
         suanli.evaluate("stopped")
+
+
+def test_data_that_was_moved_is_found_again(picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+    root = picture_folder()
+    with stop_after(2), pytest.raises(suanli.Interrupted):
+        suanli.train(root, out="stopped", epochs=2)
+    moved = root.rename(tmp_path / "elsewhere")
+    with pytest.raises(suanli.DataError, match=r"isn't at .*pictures any more.*suanli train .*stopped --data NEWPATH"):
+        suanli.run("stopped")
+    other = picture_folder("other_pictures")
+    with pytest.raises(suanli.DataError, match=r"has changed since .*: as many examples of each class|it has \d+"):
+        suanli.train("stopped", moved_to=other)
+    run = suanli.train("stopped", moved_to=moved)
+    assert run.data["options"]["subject"] == run.data["source"] == str(moved)
+    again = moved.rename(tmp_path / "again")
+    with pytest.raises(suanli.DataError, match=r"isn't at .*any more.*suanli evaluate .*stopped --data NEWPATH"):
+        suanli.evaluate(run)
+    suanli.evaluate(run, data=again, split="testing")  # its own data at a third place: it is scored on its test split
+    assert run.scores["accuracy"] >= 0
+    assert run.data["source"] == str(again)
+    shutil.copytree(again, moved)
+    suanli.run(run, moved_to=moved)
+    assert run.data["source"] == str(moved)
+    with pytest.raises(suanli.UsageError, match="Name the run first"):
+        suanli.train(moved, moved_to=moved)
 
 
 def test_divergence_names_the_step_and_keeps_a_good_checkpoint(picture_folder: Callable[..., Path]) -> None:
@@ -326,9 +358,10 @@ def test_a_model_folder_runs_no_code_of_its_own(run: Run) -> None:
 
 def test_a_better_model_does_not_wear_old_scores(picture_folder: Callable[..., Path]) -> None:
     run = suanli.run(picture_folder(), epochs=1, out="made")
-    assert run.scores
+    assert run.scores_split == "test"
     suanli.train(run, more_epochs=1)
-    assert run.scores == {}
+    assert run.scores_split == "val"
+    assert not (run.path / "evaluation").exists()
 
 
 def test_run_finishes_what_training_left(run: Run) -> None:

@@ -65,6 +65,15 @@ def test_inputs_have_the_promised_names_shapes_types_and_roles(fitted, rows):
     assert tuple(column.role for column in fitted.inputs.values()) == fitted.roles
 
 
+def test_keys_of_near_duplicates_tell_different_inputs_apart(fitted, kind):
+    keys = [fitted.similarity_key(raw, fitted.encode(raw)) for raw in RAWS[kind]]
+    assert keys == [fitted.similarity_key(raw, fitted.encode(raw)) for raw in RAWS[kind]]
+    bits = np.unpackbits(np.array([np.frombuffer(key, np.uint8) for key in keys if key]), axis=1)
+    if len(bits):  # a kind may have none
+        differences = (bits[:, None] != bits[None]).sum(2) + len(bits[0]) * np.eye(len(bits))
+        assert differences.min() > fitted.similar_bits
+
+
 def test_geometry_brings_the_inputs_own_corners_back(fitted, kind):
     for raw in RAWS[kind]:
         geometry = fitted.encode(raw).geometry
@@ -144,3 +153,16 @@ def test_preview_has_a_media_type_and_content(fitted, rows):
     assert kind in ("image", "text", "audio")
     assert subtype
     assert preview.content
+
+
+def test_features_for_a_linear_baseline_are_numbers_of_about_length_one(fitted, rows):
+    fitted = fitted.measure(rows)
+    features = fitted.features(rows, np.array([4, 1]))
+    if features is None:
+        assert not fitted.features_name
+        return
+    dense = features if isinstance(features, np.ndarray) else features.toarray()
+    assert dense.shape[0] == features.shape[0] == 2
+    assert np.isfinite(dense).all()
+    assert 0.1 < np.linalg.norm(dense, axis=1).mean() < 3
+    assert fitted.features_name

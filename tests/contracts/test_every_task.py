@@ -225,7 +225,7 @@ def test_weights_of_one_equal_no_weights_to_the_last_bit(task: Task, records: Re
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_weight_counts_an_example_so_often(task: Task, records: Records, weights: list[int]) -> None:
     repeated = select(records, np.repeat(np.arange(COUNT), weights))
-    assert task.scores(records, np.array(weights)) == pytest.approx(task.scores(repeated))
+    assert task.scores(records, np.array(weights)) == pytest.approx(task.scores(repeated), nan_ok=True)
 
 
 def test_only_the_proportion_of_weights_matters(task: Task, records: Records) -> None:
@@ -286,6 +286,36 @@ def test_the_gate_does_not_refuse_noise(task: Task) -> None:
     change = difference(task, *sides)
     assert change.low <= change.median <= change.high
     assert not change.exceeds(task.metric.allowed_loss(task.scores(sides[0])[task.metric.name]))
+
+
+# --- baselines ------------------------------------------------------------------------------
+
+
+def test_the_constant_baseline_is_worse_than_good_answers(task: Task, targets: dict[str, Stored]) -> None:
+    given = task.constant_baseline(targets)
+    if given is None:
+        pytest.skip(f"{task.name} has none")
+    text, records = given
+    assert text.startswith("always answering")
+    name = task.metric.name
+    good = task.scores(task.records(answer(task, targets, share=0), targets))[name]
+    assert task.metric.gain(task.scores(records)[name], good) > 0
+    assert type(task).of(task.classes, {}).constant_baseline(targets) is None  # it isn't fitted
+
+
+def test_the_linear_baseline_learns_from_features(task: Task, targets: dict[str, Stored]) -> None:
+    """From right answers, which no linear model can miss."""
+    right = [one.reshape(COUNT, -1) for one in answer(task, targets, share=0).values()]
+    features = np.concatenate(right, axis=1)
+    features = features / np.abs(features).max()
+    given = task.linear_baseline(features, targets, features, targets)
+    if given is None:
+        pytest.skip(f"{task.name} has none")
+    constant = task.constant_baseline(targets)
+    assert constant is not None
+    name = task.metric.name
+    scores = [task.scores(records)[name] for _, records in (constant, given)]
+    assert task.metric.gain(*scores) > 0
 
 
 # --- all verbs ------------------------------------------------------------------------------

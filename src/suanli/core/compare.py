@@ -62,6 +62,40 @@ def difference(task: Task, before: Records, after: Records, groups: np.ndarray |
     return Difference(median=measured, low=min(low, measured), high=max(high, measured))
 
 
+def changes(
+    task: Task, before: Records, after: Records, groups: np.ndarray | None = None
+) -> dict[str, tuple[float, float, float]]:
+    """How much every score of the second of two models is above the first one's, and the ends of the 95 % interval: as
+    `difference`, with the direction of the score; those that aren't defined are left out. Raises ValueError for
+    different numbers of examples."""
+    primary = task.metric.change(difference(task, before, after, groups))
+    old, new = task.scores(before), task.scores(after)
+    olds, news = _resample(task, [before, after], groups)
+    found = {}
+    for name in old.keys() & new.keys():
+        measured = new[name] - old[name]
+        if math.isnan(measured):  # not defined for these examples
+            continue
+        samples = news[name] - olds[name]
+        low, high = _interval(measured, samples[~np.isnan(samples)])
+        found[name] = (measured, min(low, measured), max(high, measured))
+    if task.metric.name in found:
+        found[task.metric.name] = primary
+    return {name: found[name] for name in new if name in found}
+
+
+def independent_change(
+    before: float, before_bounds: tuple[float, float], after: float, after_bounds: tuple[float, float]
+) -> tuple[float, float, float]:
+    """The difference of two scores of different examples, and its 95 % interval, from the interval of each. Source: G.
+    Y. Zou and A. Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27 (2008).
+    """
+    (low_0, high_0), (low_1, high_1) = before_bounds, after_bounds
+    measured = after - before
+    low = measured - math.hypot(after - low_1, high_0 - before)
+    return measured, low, measured + math.hypot(high_1 - after, before - low_0)
+
+
 def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
     """The 95 % interval of the mean of a figure of each example (N,), by the same bootstrap."""
     draws = islice(_draw(len(values), groups), RESAMPLES)
@@ -125,6 +159,10 @@ def _draw(count: int, groups: np.ndarray | None) -> Iterator[np.ndarray]:
 
 
 def _interval(measured: float, samples: np.ndarray, distance: bool = False) -> tuple[float, float]:
+    """Resamples in which a score isn't defined (NaN), such as those that drew no example of a class, don't count."""
+    samples = samples[~np.isnan(samples)]
+    if not len(samples):
+        return measured, measured
     if distance:
         samples = np.sqrt(np.maximum(0, samples**2 - 2 * (np.mean(samples**2) - measured**2)))
     low, high = np.quantile(samples, [0.025, 0.975])

@@ -26,8 +26,8 @@ class Column:
 
     shape: tuple[int | None, ...]  # of one example, without the batch; None first: it differs, see `Ragged`
     dtype: str
-    # Of inputs "image", "tokens", "wave", "number", "category", "features"; of targets and outputs "class", "boxes",
-    # "mask", "value", "text", "identity", "probabilities".
+    # Of inputs "image", "tokens", "wave", "number", "category", "features"; of targets and outputs "class", "labels",
+    # "boxes", "mask", "value", "text", "identity", "probabilities".
     role: str
     names: tuple[str, ...] = ()  # of the entries of the last axis, such as the classes; empty: they have none
     limit: int | None = None  # integers are below it, such as the size of a vocabulary; None: any that the type holds

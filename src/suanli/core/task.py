@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +21,9 @@ from suanli.core.errors import DataError, Diverged, UsageError, unknown
 from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
 from suanli.core.types import Difference, Json, Target
+
+if TYPE_CHECKING:
+    import torch
 
 Records: TypeAlias = Mapping[str, np.ndarray]  # columns with one row an example: all that scores depend on
 FITTED = {"fitted": True}  # metadata of a field that `fit` fills, and a user can't set
@@ -60,13 +63,15 @@ class Metric:
         median_text, low_text, high_text = (format_number(value, "+", 3) for value in (median, low, high))
         return f"{self.name} {median_text}{unit} ({low_text} to {high_text})"
 
-    def format(self, score: float) -> str:
-        """A score, or an amount of it, for people: "98.31%", "3.42 years"."""
+    def format(self, score: float | None) -> str:
+        """A score, or an amount of it, for people: "98.31%", "3.42 years", "n/a"."""
         return format_score(score, self.unit)
 
 
-def format_score(score: float, unit: str, sign: str = "") -> str:
-    """ "98.31%", "3.42 years"; with `sign` "+", of a difference."""
+def format_score(score: float | None, unit: str, sign: str = "") -> str:
+    """ "98.31%", "3.42 years"; "n/a" where it isn't defined; with `sign` "+", of a difference."""
+    if score is None:
+        return "n/a"
     return f"{score:{sign}.2%}" if unit == "fraction" else f"{format_number(score, sign)} {unit}".rstrip()
 
 
@@ -79,12 +84,12 @@ def format_number(value: float, sign: str = "", digits: int = 4) -> str:
 class Answer:
     """What a person or a client gets for one input.
 
-    Page and report draw "classes" and "boxes" by their values: `label`, `probability` and `probabilities` (by class);
-    `boxes`, each with a `label`, a `probability` and a `box` (left, top, right, bottom in the input's pixels). A target
-    has no probabilities. Any other kind is drawn as its text.
+    Page and report draw these by their values: "classes" by `label`, `probability` and `probabilities` (by class);
+    "labels" by `labels` and `probabilities`; "boxes" by `boxes`, each with a `label`, a `probability` and a `box`
+    (left, top, right, bottom in the input's pixels). A target has no probabilities. Any other is drawn as its text.
     """
 
-    kind: str  # "classes", "value", "boxes", "mask", "text", "match", "tensors"
+    kind: str  # "classes", "labels", "value", "boxes", "mask", "text", "match", "tensors"
     text: str  # one line for people
     # For JSON, in the user's own coordinates and names. The same keys for all answers of a task, none of them "name" or
     # "error".
@@ -98,7 +103,7 @@ class Task(ABC):
     targets of the training split. Shapes: B batch, N examples, R resamples."""
 
     name: ClassVar[str]
-    annotation: ClassVar[str]  # what a `Source` must carry: "class", "value", "boxes"
+    annotation: ClassVar[str]  # what a `Source` must carry: "class", "labels", "value", "boxes"
     metric: ClassVar[Metric]
     units: ClassVar[Mapping[str, str]] = {}  # of scores beside the metric that aren't fractions: "nats", "" for unknown
     distances: ClassVar[frozenset[str]] = frozenset()  # scores that are never below 0 and that noise makes larger
@@ -158,6 +163,10 @@ class Task(ABC):
         """A copy with what depends on the encoded targets of the training split, such as the weights of classes."""
         return self
 
+    def strata(self, target: Target) -> Sequence[str]:  # noqa: ARG002
+        """The classes of a raw target: of each, every split that suanli makes gets some examples."""
+        return ()
+
     @abstractmethod
     def count_targets(self, targets: Mapping[str, Sequence[Target]]) -> dict[str, dict[str, int]]:
         """By split, how many targets there are of each class, or of each range of values: the table of the data check.
@@ -202,6 +211,12 @@ class Task(ABC):
     def predict(self, outputs: Any) -> Tensors:
         """float32 tensors of `outputs` (B, …) from what the network returns. Part of the exported graph."""
 
+    def explained(self, outputs: Any) -> torch.Tensor:
+        """(B,): the number that a saliency map explains, of what the network returns: the largest, which for a
+        classifier is the logit of its answer. A task whose network returns more than one tensor overrides it."""
+        largest: torch.Tensor = outputs.flatten(1).amax(1)
+        return largest
+
     @abstractmethod
     def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:
         """For one example of `predict`; of a list, at most the `top` likeliest entries."""
@@ -230,14 +245,25 @@ class Task(ABC):
 
     @abstractmethod
     def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
-        """Every score by its name. `weights` (N,), integers or not, say how often each example counts; None: once.
-        Every score must be defined where whole classes have no weight."""
+        """Every score by its name. `weights` (N,), integers or not, say how often each example counts; None: once. A
+        score that isn't defined, such as the recall of a class without examples, is NaN; the primary metric never
+        is."""
+
+    def undefined_scores(self, records: Records) -> Collection[str]:  # noqa: ARG002
+        """The names of those of `scores` that mean nothing for these records, whatever their value: shown as n/a. The
+        primary metric is never one of them."""
+        return ()
+
+    def describe_scores(self, records: Records) -> list[str]:  # noqa: ARG002
+        """What a person should know of the scores of these records, such as which classes they leave out."""
+        return []
 
     def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """`scores` (R,) for each row of weights (R, N). A task overrides it where it can do better than one row after
-        another."""
+        """`scores` (R,) for each row of weights (R, N), NaN where one isn't defined. A task overrides it where it can
+        do better than one row after another."""
         rows = [self.scores(records, row) for row in weights]
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        names = dict.fromkeys(name for row in rows for name in row)
+        return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
     def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:  # noqa: ARG002
         """95 % intervals of scores that have a closed form, which needs no resamples; examples are independent."""
@@ -246,6 +272,36 @@ class Task(ABC):
     def closed_difference(self, before: Records, after: Records) -> Difference | None:  # noqa: ARG002
         """The gain in the primary metric on the same independent examples; None: it has no closed form."""
         return None
+
+    def constant_baseline(self, targets: Mapping[str, Stored]) -> tuple[str, Records] | None:  # noqa: ARG002
+        """The same answer for every input, whatever it is, by what `fit` learned: its description ('always answering
+        "dog"') and its records of N targets. None: the task has none, or isn't fitted."""
+        return None
+
+    def linear_baseline(
+        self,
+        features: Any,  # noqa: ARG002
+        targets: Mapping[str, Stored],  # noqa: ARG002
+        other_features: Any,  # noqa: ARG002
+        other_targets: Mapping[str, Stored],  # noqa: ARG002
+    ) -> tuple[str, Records] | None:
+        """A linear model that learned targets (M,) from `features` (M, F): its name ("logistic regression") and its
+        records of N other examples. None: the task has none, or it would take more than a second or two."""
+        return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `calibrate` changes anything."""
+        return False
+
+    def calibrate(self, records: Records) -> Self:  # noqa: ARG002
+        """A copy with what is chosen on records of the validation split, such as a threshold. Called once, when the
+        training is over; the copy is saved with the model."""
+        return self
+
+    def describe(self) -> list[str]:
+        """What a person should know of a fitted task, such as the threshold of its answers, as sentences."""
+        return []
 
     @abstractmethod
     def errors(self, records: Records) -> np.ndarray:
@@ -273,7 +329,7 @@ class Task(ABC):
 def check_predictions(predictions: Arrays, count: int) -> None:
     """Raises DataError where there are no examples (`count`), and Diverged for predictions that aren't finite."""
     if not count:
-        raise DataError("The split has no examples to evaluate.", fix="Give one with labelled inputs.")
+        raise DataError("The split has no examples to evaluate.", fix="Give one with labelled examples.")
     for values in predictions.values():
         assert len(values) == count, (len(values), count)
         if not np.isfinite(values).all():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from suanli.core.sections import Line, Matrix, Plot, Section, Table
+from suanli.core.sections import Format, Line, Matrix, Plot, Section, Table
 from suanli.core.types import Json
+from suanli.tasks._curves import draw_curves
 
 MATRIX_CLASSES = 20  # cells of a larger matrix are too small to read
 PAIRS_BESIDE = 8  # the most frequent mistakes that fit beside a matrix
@@ -15,6 +16,8 @@ def draw_figures(figures: Mapping[str, Json]) -> list[Section]:
     """Of `Classification.evaluate`, any of which may be missing, or be of an older version."""
     classes = figures.get("per_class") or []
     sections: list[Section] = [] if not classes else [_class_table(classes)]
+    if curves := figures.get("curves"):
+        sections += draw_curves(curves, figures["positive_class"], figures["threshold"])
     sections += _confusion(
         figures.get("confusion"), [str(row.get("name")) for row in classes], figures.get("confused") or []
     )
@@ -22,7 +25,13 @@ def draw_figures(figures: Mapping[str, Json]) -> list[Section]:
 
 
 def _class_table(classes: Sequence[Mapping[str, Json]]) -> Table:
-    columns = {"name": "class", "count": "inputs", "precision": "precision", "recall": "recall", "f1": "F1"}
+    columns = {"name": "class", "count": "examples"}
+    areas = [area for row in classes if (area := row.get("auroc")) is not None]
+    if areas:
+        columns["auroc"] = "AUROC"
+    columns |= {"precision": "precision", "recall": "recall", "f1": "F1"}
+
+    shares: list[Format] = ["percent"] * (len(columns) - 2)
 
     def f1(row: Mapping[str, Json]) -> float:
         value = row.get("f1")
@@ -31,9 +40,15 @@ def _class_table(classes: Sequence[Mapping[str, Json]]) -> Table:
     return Table(
         title="Each class",
         columns=tuple(columns.values()),
-        formats=("text", "count", "percent", "percent", "percent"),
+        formats=("text", "count", *shares),
         rows=tuple(tuple(row.get(name) for name in columns) for row in sorted(classes, key=f1)),
-        note="Each class, the lowest F1 first.",
+        note="Each class, the lowest F1 first."
+        + (
+            f" AUROC is the area under the ROC curve of one class against the rest; its mean is "
+            f"{100 * sum(areas) / len(areas):.1f} %."
+            if areas
+            else ""
+        ),
     )
 
 
@@ -49,7 +64,7 @@ def _confusion(counts: Json, names: Sequence[str], pairs: Sequence[Mapping[str, 
     if pairs:
         yield Table(
             title="" if drawn else "Confusion",
-            columns=("true", "predicted as", "inputs"),
+            columns=("true", "predicted as", "examples"),
             formats=("text", "text", "count"),
             rows=tuple(
                 (pair.get("true"), pair.get("predicted"), pair.get("count"))
@@ -76,7 +91,6 @@ def _calibration(bins: Sequence[Mapping[str, Json]]) -> Iterator[Plot]:
             lines=(exact, measured),
             x_range=(0.0, 1.0),
             y_range=(0.0, 1.0),
-            note="Reliability. Across: the confidence that the model states; up: the share of those answers that are "
-            "right. Larger dots hold more inputs. Below the dashed line the model is surer than it should be, above "
-            "it less sure.",
+            note="Reliability. Horizontal: the confidence of the model; vertical: the accuracy at that confidence. "
+            "Larger dots hold more examples. Below the dashed line the model is overconfident, above it the reverse.",
         )

@@ -1,14 +1,15 @@
 """Classification with one class per input: cross-entropy is the loss, accuracy the primary metric.
 
 Scores are computed at every validation, so most come from three counts per class, in NumPy (`predict` must not import
-more); tests compare them with scikit-learn. Not supported: several labels per input, ordered classes, or mistakes of
-different cost.
+more); tests compare them with scikit-learn. Of two classes one is the positive one: they have curves, and a threshold
+that a user's goal chooses on validation data. Ordered classes are learned as any others.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -17,38 +18,70 @@ import numpy as np
 from pydantic import Field
 
 from suanli.core.compare import share_difference, wilson_interval
-from suanli.core.console import plural
-from suanli.core.errors import DataError
+from suanli.core.errors import UsageError, unknown
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
-from suanli.core.task import FITTED, Answer, Metric, Records, Task, check_predictions
+from suanli.core.task import FITTED, Answer, Metric, Records, Task
 from suanli.core.types import Difference, Json, Target
+from suanli.tasks import _linear
+from suanli.tasks._class_counts import describe_counts, refuse_unlearnable
+from suanli.tasks._class_names import find_order, find_positive
+from suanli.tasks._classification_scores import (
+    CALIBRATION_BINS,
+    calibration_error,
+    check_probabilities,
+    confused_pairs,
+    confusion_matrix,
+    count_classes,
+    log_losses,
+    mean_ratio,
+    per_class,
+    rank_targets,
+    sum_bins,
+)
 from suanli.tasks._classification_sections import draw_figures
+from suanli.tasks._curves import Text, check_goal, choose_threshold, curve_figures, rank_scores
 
 if TYPE_CHECKING:
     import torch
 
-CALIBRATION_BINS = 15
 MATRIX_CLASSES = 100  # of a larger confusion matrix only the most frequent mistakes are kept
-CONFUSED_PAIRS = 20
+OVER_CLASSES = ("balanced_accuracy", "macro_f1")  # scores that are means over classes: not defined where there is one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Task):
     """`label_smoothing` is the share of each target that is spread over all classes; `class_weights` "balanced" lets
-    each class count the same in the loss, however many examples it has."""
+    each class count the same in the loss, however many examples it has. Of two classes, `positive_class` is the one
+    that is looked for ("": by name, or the rarer one), and `goal` says how the threshold of its probability is chosen
+    on the validation split ("": the likelier class is the answer)."""
 
     name: ClassVar[str] = "classification"
     annotation: ClassVar[str] = "class"
     metric: ClassVar[Metric] = Metric(name="accuracy", tolerance=0.005)
-    units: ClassVar[Mapping[str, str]] = {"log_loss": "nats"}
+    units: ClassVar[Mapping[str, str]] = {"log_loss": "nats", "mean_rank_error": "ranks"}
     distances: ClassVar[frozenset[str]] = frozenset({"calibration_error"})
     averages_views: ClassVar[bool] = True
     text_outputs: ClassVar[tuple[str, ...]] = ("label",)
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: Literal["none", "balanced"] = "none"
+    positive_class: Text = ""
+    goal: Text = ""
     weights: tuple[float, ...] = field(default=(), metadata=FITTED)  # of each class in the loss; empty: all count 1
+    frequencies: tuple[float, ...] = field(default=(), metadata=FITTED)  # shares of the training targets
+
+    threshold: float | None = field(default=None, metadata=FITTED)  # from which on the positive class is the answer
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a goal or a positive class that these classes can't have."""
+        for name, value in (("goal", self.goal), ("positive_class", self.positive_class)):
+            if value and self.classes and len(self.classes) != 2:
+                raise UsageError(f"{name} is for two classes, and there are {len(self.classes)}.", fix="Leave it out.")
+        if self.positive_class and self.classes and self.positive_class not in self.classes:
+            raise unknown("positive_class", self.positive_class, self.classes)
+        if self.goal:
+            check_goal(self.goal)
 
     # --- targets ---
 
@@ -65,13 +98,20 @@ class Classification(Task):
     def _positions(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.classes)}
 
+    def strata(self, target: Target) -> Sequence[str]:
+        return (target,)
+
     def fit(self, targets: Mapping[str, Stored]) -> Self:
-        """With "balanced", weights in inverse proportion to the frequency of a class; 0 for one without examples."""
-        if self.class_weights == "none":
-            return self
+        """With the frequencies of the classes and, of two, the positive one; with "balanced", weights in inverse
+        proportion to the frequencies, 0 for a class without examples."""
         counts = np.bincount(np.asarray(targets["class"]), minlength=len(self.classes))
+        frequencies = tuple((counts / max(counts.sum(), 1)).tolist())
+        positive = self.positive_class or (find_positive(self.classes, frequencies) if len(self.classes) == 2 else "")
+        fitted = replace(self, frequencies=frequencies, positive_class=positive)
+        if self.class_weights == "none":
+            return fitted
         weights = np.where(counts > 0, counts.sum() / np.maximum(counts, 1) / max((counts > 0).sum(), 1), 0.0)
-        return replace(self, weights=tuple(weights.tolist()))
+        return replace(fitted, weights=tuple(weights.tolist()))
 
     def count_targets(self, targets: Mapping[str, Sequence[Target]]) -> dict[str, dict[str, int]]:
         """By split and class."""
@@ -79,43 +119,11 @@ class Classification(Task):
 
     def refuse_unlearnable(self, counts: Mapping[str, Mapping[str, int]]) -> None:
         """Raises DataError for one class only, and for a class that can't be both learned and evaluated."""
-        totals = {name: sum(split[name] for split in counts.values()) for name in self.classes}
-        filled = [name for name, n in totals.items() if n]
-        if len(filled) < 2:
-            raise DataError(
-                f"Only one class has usable inputs: {', '.join(map(repr, filled)) or 'none'}.",
-                fix="A classifier needs at least two; add a second class.",
-            )
-        single = [name for name in filled if totals[name] == 1]
-        if single:
-            others = len(single) - 1
-            do = "does" if others == 1 else "do"
-            also = f", and so {do} {plural(others, 'other class', 'other classes')}" if others else ""
-            raise DataError(
-                f"Class {single[0]!r} has a single usable input{also}.",
-                fix="Training and evaluation need different inputs: add more of that class or remove it.",
-            )
-        untrained = [name for name in filled if counts["train"][name] == 0]
-        if untrained and any(counts["train"].values()):
-            raise DataError(
-                f"Class {untrained[0]!r} has no training input.",
-                fix="Add some to the training split, or remove the class from the others.",
-            )
+        refuse_unlearnable(self.classes, counts)
 
     def describe_counts(self, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
-        """Classes without test inputs, and without any."""
-        lines = []
-        if untested := [name for name, n in counts["train"].items() if n and not counts["test"][name]]:
-            lines.append(f"classes without test inputs: {', '.join(untested[:10])}")
-        if empty := [name for name in self.classes if not any(split[name] for split in counts.values())]:
-            lines.append(f"classes without inputs: {', '.join(empty[:10])}")
-        totals = [n for name in self.classes if (n := sum(split[name] for split in counts.values()))]
-        if totals and max(totals) >= 3 * min(totals):
-            lines.append(
-                f"the largest class has {max(totals) / min(totals):.1f} times the inputs of the smallest; "
-                "--set class_weights=balanced may help"
-            )
-        return lines
+        """Classes without test examples, and without any; classes that look ordered."""
+        return describe_counts(self.classes, counts)
 
     # --- learning ---
 
@@ -164,22 +172,62 @@ class Classification(Task):
         return {"probabilities": outputs.float().softmax(dim=1)}
 
     def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:  # noqa: ARG002
-        """The likeliest class, its probability, and the `top` likeliest, best first."""
+        """The class that is decided for, its probability, and the `top` likeliest, best first; before them the answer,
+        where the threshold decides for one of less than half."""
         probabilities = prediction["probabilities"]
-        best = np.argsort(-probabilities, kind="stable")[: max(top, 1)]
+        decided = int(self._decide(probabilities[None])[0])
+        best = np.argsort(-probabilities, kind="stable")
+        best = np.concatenate([[decided], best[best != decided]])[: max(top, 1)]
         ranked = {self.classes[i]: float(probabilities[i]) for i in best}
         label, probability = next(iter(ranked.items()))
         return Answer(
             kind="classes",
             text="  ".join(f"{name} {share:.1%}" for name, share in list(ranked.items())[:3]),
             values={"label": label, "probability": probability, "probabilities": ranked},
-            columns=("label", "probability"),
+            columns=("label", "probability", "probabilities"),
         )
 
+    def _decide(self, probabilities: np.ndarray) -> np.ndarray:
+        """(N,) from (N, K): the likeliest class, of equal probabilities the lowest; with a threshold, the positive
+        class where its probability reaches it."""
+        if self.threshold is None:
+            likeliest: np.ndarray = probabilities.argmax(1)
+            return likeliest
+        positive = self._positions[self.positive_class]
+        return np.where(probabilities[:, positive] >= self.threshold, positive, 1 - positive)
+
+    @property
+    def _plain(self) -> Self:
+        """Without a threshold, which suits this model only."""
+        return self if self.threshold is None else replace(self, threshold=None)
+
+    def describe(self) -> list[str]:
+        """The positive class, and the threshold with its goal."""
+        if not self.positive_class:
+            return []
+        line = f'positive class: "{self.positive_class}" (to choose the other: --set positive_class=NAME)'
+        if self.threshold is None:
+            return [line]
+        name, goal = f'"{self.positive_class}"', f'chosen for the goal "{self.goal}" on validation examples'
+        if self.threshold <= 0 or self.threshold > 1:
+            always = name if self.threshold <= 0 else "the other class"
+            return [line, f"{always} is always predicted, {goal}: no other threshold reaches it with this model"]
+        at = f"{name} is predicted where its probability is at least {self.threshold:.4g}"
+        return [line, f"{at}, {goal}, so accuracy may be lower than at 0.5"]
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Where there is a goal."""
+        return bool(self.goal)
+
+    def calibrate(self, records: Records) -> Self:
+        """With the threshold that reaches the goal best on these records."""
+        return replace(self, threshold=choose_threshold(records["score"], records["positive"], self.goal))
+
     def texts(self, predictions: Arrays, geometries: Sequence[Geometry]) -> dict[str, list[str]]:  # noqa: ARG002
-        """The likeliest class of each example, without the rest of an answer, which would take most of a server's time
+        """The answer to each example, without the rest of an answer, which would take most of a server's time
         for a request."""
-        return {"label": [self.classes[i] for i in predictions["probabilities"].argmax(1)]}
+        return {"label": [self.classes[i] for i in self._decide(predictions["probabilities"])]}
 
     def describe_target(self, target: Arrays, geometry: Geometry) -> Answer:  # noqa: ARG002
         label = self.classes[int(target["class"])]
@@ -188,47 +236,95 @@ class Classification(Task):
     # --- scores ---
 
     def records(self, predictions: Arrays, targets: Mapping[str, Stored]) -> Records:
-        """`target`, `predicted` (of equal probabilities the lowest class), `confidence` in it and the `bin` of that for
-        calibration, `loss` in nats; and `rank` of the target where there are more than 5 classes."""
+        """`target`, `predicted`, `confidence` in it and the `bin` of that for calibration, `loss` in nats, and the
+        `probabilities` of up to 100 classes; `rank` of the target where there are more than 5 classes; `positive` and
+        its `score` where one of two is the positive class; `distance` in ranks where classes are ordered."""
         probabilities, target = predictions["probabilities"], np.asarray(targets["class"])
-        _check(probabilities, target)
-        confidence = probabilities.max(1).astype(np.float64).clip(0, 1)
+        check_probabilities(probabilities, target)
+        predicted = self._decide(probabilities)
+        confidence = np.take_along_axis(probabilities, predicted[:, None], 1)[:, 0].astype(np.float64).clip(0, 1)
         records = {
             "target": target.astype(np.int64),
-            "predicted": probabilities.argmax(1),
+            "predicted": predicted,
             "confidence": confidence,
             "bin": np.ceil(confidence * CALIBRATION_BINS).astype(np.int64).clip(1) - 1,
-            "loss": _losses(probabilities, target),
+            "loss": log_losses(probabilities, target),
         }
-        return records | ({"rank": _rank(probabilities, target)} if probabilities.shape[1] > 5 else {})
+        if len(self.classes) <= MATRIX_CLASSES:
+            records["probabilities"] = probabilities
+        if probabilities.shape[1] > 5:
+            records["rank"] = rank_targets(probabilities, target)
+        if self.positive_class:
+            position = self._positions[self.positive_class]
+            records |= {"positive": target == position, "score": probabilities[:, position].astype(np.float64)}
+        if (ranks := find_order(self.classes)) is not None:
+            records["distance"] = np.abs(np.array(ranks)[predicted] - np.array(ranks)[target])
+        return records
 
     def scores(self, records: Records, weights: np.ndarray | None = None) -> dict[str, float]:
         """Every score as a fraction, but `log_loss` in nats. `top5_accuracy` where there are more than 5 classes.
 
         `balanced_accuracy` is the mean recall over the classes that occur; `macro_f1` the mean F1
-        over those that occur or were predicted, as in scikit-learn.
+        over those that occur or were predicted, as in scikit-learn. Of two classes, `sensitivity` is the recall of the
+        positive one, `specificity` that of the other; they, `auroc` and `average_precision` may be NaN where all
+        examples are of one class. `mean_rank_error` is in ranks, of ordered classes.
         """
         weights = np.ones(len(records["target"])) if weights is None else weights
         return {name: float(values[0]) for name, values in self.resampled_scores(records, weights[None]).items()}
 
+    def undefined_scores(self, records: Records) -> Collection[str]:
+        """The means over classes and what tells two classes apart, where all examples are of one."""
+        if len(np.unique(records["target"])) > 1:
+            return ()
+        if "positive" not in records:
+            return OVER_CLASSES
+        return (
+            *OVER_CLASSES,
+            "auroc",
+            "average_precision",
+            "specificity" if records["positive"].all() else "sensitivity",
+        )
+
+    def describe_scores(self, records: Records) -> list[str]:
+        """Over how many classes the means are."""
+        occurring, names = len(np.unique(records["target"])), " and ".join(OVER_CLASSES)
+        if self.undefined_scores(records):
+            return [f"All examples are of one class, so {names} are not defined."]
+        if occurring < len(self.classes):
+            return [
+                f"{names} are means over the {occurring} of {len(self.classes)} classes with examples in this split."
+            ]
+        return []
+
     def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Everything but the sums over examples is computed for all R at once."""
         count = weights.sum(1)
-        right, occurring, predicted = _counts(records, weights)
+        right, occurring, predicted = count_classes(records, weights)
         scores = {"accuracy": right.sum(1) / count}
         if "rank" in records:
             scores["top5_accuracy"] = (weights * (records["rank"] < 5)).sum(1) / count
-        scores["balanced_accuracy"] = _mean_ratio(right, occurring)
-        scores["macro_f1"] = _mean_ratio(2 * right, occurring + predicted)
+        scores["balanced_accuracy"] = mean_ratio(right, occurring)
+        scores["macro_f1"] = mean_ratio(2 * right, occurring + predicted)
         scores["log_loss"] = (weights * records["loss"]).sum(1) / count
-        scores["calibration_error"] = _calibration_error(*_bins(records, weights))
+        scores["calibration_error"] = calibration_error(*sum_bins(records, weights))
+        if "positive" in records:
+            positive, right_ones = records["positive"], records["target"] == records["predicted"]
+            scores["auroc"], scores["average_precision"] = rank_scores(records["score"], positive, weights)
+            for name, own in (("sensitivity", positive), ("specificity", ~positive)):
+                with np.errstate(invalid="ignore"):
+                    scores[name] = weights @ (own & right_ones).astype(float) / (weights @ own.astype(float))
+        if "distance" in records:
+            scores["mean_rank_error"] = weights @ records["distance"] / count
         return scores
 
     def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:
-        """Wilson's, of both accuracies."""
+        """Wilson's, of the scores that are shares of examples."""
         right = {"accuracy": records["target"] == records["predicted"]}
         if "rank" in records:
             right["top5_accuracy"] = records["rank"] < 5
+        if "positive" in records:
+            positive, both = records["positive"], right["accuracy"]
+            right |= {n: both[own] for n, own in (("sensitivity", positive), ("specificity", ~positive)) if own.any()}
         return {name: wilson_interval(int(one.sum()), len(one)) for name, one in right.items()}
 
     def closed_difference(self, before: Records, after: Records) -> Difference | None:
@@ -236,6 +332,24 @@ class Classification(Task):
         if self.metric.name != "accuracy":
             return None
         return share_difference(*(side["predicted"] == side["target"] for side in (before, after)))
+
+    def constant_baseline(self, targets: Mapping[str, Stored]) -> tuple[str, Records] | None:
+        """The frequencies of the classes as probabilities, so the most frequent one is the answer."""
+        if not self.frequencies:
+            return None
+        frequencies = np.array(self.frequencies, np.float32)
+        predictions = {"probabilities": np.tile(frequencies, (len(targets["class"]), 1))}
+        return f'always answering "{self.classes[frequencies.argmax()]}"', self._plain.records(predictions, targets)
+
+    def linear_baseline(
+        self, features: Any, targets: Mapping[str, Stored], other_features: Any, other_targets: Mapping[str, Stored]
+    ) -> tuple[str, Records] | None:
+        """A logistic regression."""
+        learned = np.asarray(targets["class"])
+        predicted = _linear.classify(features, learned, len(self.classes), other_features)
+        if predicted is None:
+            return None
+        return "logistic regression", self._plain.records({"probabilities": predicted}, other_targets)
 
     def errors(self, records: Records) -> np.ndarray:
         """The confidence in a wrong class."""
@@ -250,12 +364,13 @@ class Classification(Task):
         return distances
 
     def agreement(self, expected: Arrays, answered: Arrays) -> np.ndarray:
-        """Whether the likeliest class is the same."""
-        same: np.ndarray = expected["probabilities"].argmax(1) == answered["probabilities"].argmax(1)
+        """Whether the same class is decided for."""
+        same: np.ndarray = self._decide(expected["probabilities"]) == self._decide(answered["probabilities"])
         return same
 
     def evaluate(self, records: Records) -> dict[str, Json]:
-        """`per_class`, `confusion` (rows are true classes, columns predicted ones; None for more than 100 classes),
+        """`curves` of two classes, `per_class` (with the area under the ROC curve of one class against the rest),
+        `confusion` (rows are true classes, columns predicted ones; None for more than 100 classes),
         `confused` (the most frequent mistakes) and `reliability`.
 
         A figure that isn't defined, such as the recall of a class without examples, is None.
@@ -263,13 +378,24 @@ class Classification(Task):
         classes = self.classes
         ones = np.ones((1, len(records["target"])))
         few = len(classes) <= MATRIX_CLASSES
-        return {
-            "per_class": _per_class(classes, *(counts[0] for counts in _counts(records, ones, len(classes)))),
+        figures: dict[str, Json] = {}
+        table = per_class(classes, *(counts[0] for counts in count_classes(records, ones, len(classes))))
+        if "positive" in records:
+            decided = records["predicted"] == self._positions[self.positive_class]
+            figures["curves"] = curve_figures(records["score"], records["positive"], decided)
+            figures["positive_class"] = self.positive_class
+            figures["threshold"] = 0.5 if self.threshold is None else self.threshold
+        elif few:
+            for i, row in enumerate(table):
+                area = float(rank_scores(records["probabilities"][:, i], records["target"] == i, ones)[0][0])
+                row["auroc"] = None if math.isnan(area) else area
+        return figures | {
+            "per_class": table,
             "confusion": confusion_matrix(records, len(classes)).tolist() if few else None,
-            "confused": _confused_pairs(records, classes),
+            "confused": confused_pairs(records, classes),
             "reliability": [
                 {"confidence": confidence / n if n else None, "accuracy": right / n if n else None, "count": int(n)}
-                for right, n, confidence in zip(*(sums[0].tolist() for sums in _bins(records, ones)), strict=True)
+                for right, n, confidence in zip(*(sums[0].tolist() for sums in sum_bins(records, ones)), strict=True)
             ],
         }
 
@@ -286,111 +412,6 @@ def _on_device(weights: tuple[float, ...], device: torch.device, dtype: torch.dt
 
     with torch.inference_mode(False):
         return torch.tensor(weights, dtype=torch.float32).to(device, dtype)
-
-
-def confusion_matrix(records: Records, classes: int) -> np.ndarray:
-    """Counts (K, K): rows are true classes, columns predicted ones."""
-    return np.bincount(_cells(records, classes), minlength=classes * classes).reshape(classes, classes)
-
-
-def _cells(records: Records, classes: int) -> np.ndarray:
-    """(N,): the flat position of each example in the confusion matrix."""
-    cells: np.ndarray = records["target"] * classes + records["predicted"]
-    return cells
-
-
-def _sums(weights: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-    """(R, count): the sums of weights (R, N) by the place (N,) of each example."""
-    return np.stack([np.bincount(places, row, count) for row in weights])
-
-
-def _right_and_all(records: Records, column: str, weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sums (R, count) of the weights of right answers, and of all, by the values of a column."""
-    right = records["target"] == records["predicted"]
-    sums = _sums(weights, 2 * records[column] + right, 2 * count)
-    return sums[:, 1::2], sums[:, 1::2] + sums[:, ::2]
-
-
-def _counts(records: Records, weights: np.ndarray, classes: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right answers, examples and predictions of each class (R, K): the diagonal and the sums of the confusion matrix,
-    which itself would need too much memory for very many classes. Without `classes`, K is the highest class's."""
-    classes = max(classes, *(int(records[column].max()) + 1 for column in ("target", "predicted")))
-    right, occurring = _right_and_all(records, "target", weights, classes)
-    return right, occurring, _sums(weights, records["predicted"], classes)
-
-
-def _mean_ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """(R,): the mean of part / whole (R, K) over the classes whose whole isn't 0."""
-    part, whole = part[:, whole.any(0)], whole[:, whole.any(0)]
-    ratios = np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
-    means: np.ndarray = ratios.sum(1) / (whole > 0).sum(1)
-    return means
-
-
-def _check(probabilities: np.ndarray, targets: np.ndarray) -> None:
-    check_predictions({"probabilities": probabilities}, len(targets))
-    assert probabilities.ndim == 2, probabilities.shape
-    assert targets.shape == probabilities.shape[:1], (targets.shape, probabilities.shape)
-    assert 0 <= targets.min() <= targets.max() < probabilities.shape[1], "targets out of range"
-
-
-def _rank(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """How many classes rank before the true one, (N,). Of equal probabilities the lower class ranks first, as in
-    argmax: a model that gives all classes the same must not score 100 %."""
-    own = np.take_along_axis(probabilities, targets[:, None], 1)
-    lower = np.arange(probabilities.shape[1]) < targets[:, None]
-    ahead: np.ndarray = ((probabilities > own) | ((probabilities == own) & lower)).sum(1)
-    return ahead
-
-
-def _losses(probabilities: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Log loss of each example in nats, (N,). Probabilities are clipped by their rounding unit, as in scikit-learn, so
-    that one zero doesn't make the mean infinite."""
-    own = np.take_along_axis(probabilities, targets[:, None], 1)[:, 0].astype(np.float64)
-    unit = np.finfo(probabilities.dtype).eps
-    losses: np.ndarray = -np.log(own.clip(unit, 1 - unit))
-    return losses
-
-
-def _bins(records: Records, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right answers, examples and the sum of confidences in each of 15 equally wide bins of confidence (R, 15)."""
-    right, count = _right_and_all(records, "bin", weights, CALIBRATION_BINS)
-    return right, count, _sums(weights * records["confidence"], records["bin"], CALIBRATION_BINS)
-
-
-def _calibration_error(right: np.ndarray, count: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-    """Expected calibration error (R,): the mean difference between confidence and accuracy. Source: C. Guo et al., "On
-    Calibration of Modern Neural Networks", ICML 2017, arXiv:1706.04599."""
-    full = np.where(count > 0, count, 1)
-    gaps = np.abs(confidence / full - right / full) * count
-    errors: np.ndarray = np.array([sum(row) for row in gaps.tolist()]) / count.sum(1)  # NumPy's sum rounds differently
-    return errors
-
-
-def _per_class(
-    classes: Sequence[str], right: np.ndarray, occurring: np.ndarray, predicted: np.ndarray
-) -> list[dict[str, object]]:
-    def share(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
-        return [float(p / w) if w else None for p, w in zip(part, whole, strict=True)]
-
-    precision, recall = share(right, predicted), share(right, occurring)
-    f1 = share(2 * right, occurring + predicted)
-    return [
-        {"name": name, "count": int(occurring[i]), "precision": precision[i], "recall": recall[i], "f1": f1[i]}
-        for i, name in enumerate(classes)
-    ]
-
-
-def _confused_pairs(records: Records, classes: Sequence[str]) -> list[dict[str, object]]:
-    """The most frequent mistakes, at most 20; equal counts in the order of the classes."""
-    wrong = _cells(records, len(classes))[records["predicted"] != records["target"]]
-    pairs, counts = np.unique(wrong, return_counts=True)
-    worst = np.argsort(-counts, kind="stable")[:CONFUSED_PAIRS]
-    return [
-        {"true": classes[true], "predicted": classes[predicted], "count": int(counts[i])}
-        for i in worst
-        for true, predicted in [divmod(int(pairs[i]), len(classes))]
-    ]
 
 
 TASK = Classification

@@ -19,6 +19,7 @@ from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Line, Plot, Section, Table
 from suanli.core.task import FITTED, Answer, Metric, Records, Task, check_predictions
 from suanli.core.types import Json, Positive, Target
+from suanli.tasks import _linear
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,7 @@ class Regression(Task):
     delta: Positive = 1.0
     mean: float = field(default=0.0, metadata=FITTED)  # of the training targets
     spread: float = field(default=1.0, metadata=FITTED)  # their standard deviation
+    median: float | None = field(default=None, metadata=FITTED)  # older versions didn't keep it
 
     # --- targets ---
 
@@ -62,11 +64,12 @@ class Regression(Task):
         return {"value": value[0]}
 
     def fit(self, targets: Mapping[str, Stored]) -> Self:
-        """With the mean and the spread (1 where all targets are equal)."""
+        """With the mean, the median and the spread (1 where all targets are equal)."""
         values = np.asarray(targets["value"], np.float64)
         if not len(values):
             return self
-        return replace(self, mean=float(values.mean()), spread=float(np.ptp(values) and values.std()) or 1.0)
+        spread = float(np.ptp(values) and values.std()) or 1.0
+        return replace(self, mean=float(values.mean()), spread=spread, median=float(np.median(values)))
 
     def count_targets(self, targets: Mapping[str, Sequence[Target]]) -> dict[str, dict[str, int]]:
         """By split and range of values, which includes its lower end, the last one both; or by value, if there are at
@@ -83,7 +86,7 @@ class Regression(Task):
         """Raises DataError where all targets are equal, or there are none."""
         names = list(next(iter(counts.values())))
         if not names:
-            raise DataError("No input has a usable target.", fix="Give inputs with numbers as targets.")
+            raise DataError("No example has a usable target.", fix="Give examples with numbers as targets.")
         if len(names) == 1:
             raise DataError(
                 f"Every target is {names[0]}: there is nothing to learn.", fix="Check where the targets come from."
@@ -94,7 +97,7 @@ class Regression(Task):
         unknown = [
             name for name, n in counts["train"].items() if not n and any(split[name] for split in counts.values())
         ]
-        return [f"no training targets, but others: {', '.join(unknown[:5])}"] if unknown else []
+        return [f"ranges of targets without training examples: {', '.join(unknown[:5])}"] if unknown else []
 
     # --- learning ---
 
@@ -164,7 +167,7 @@ class Regression(Task):
         errors, distances = _absolute_errors(records), records["target"] - records["target"].mean()
         sums = weights @ np.stack([errors, errors**2, distances, distances**2], axis=1)
         count, squared = weights.sum(1), sums[:, 1]
-        variation = _variation(sums[:, 2:], distances, weights)
+        variation = _variation(sums[:, 2:], records["target"], weights)
         explained = 1 - np.divide(squared, variation, out=np.zeros_like(squared), where=variation > 0)
         return {
             "mean_absolute_error": sums[:, 0] / count,
@@ -172,6 +175,21 @@ class Regression(Task):
             "root_mean_squared_error": np.sqrt(squared / count),
             "r2": np.where(variation > 0, explained, squared == 0),
         }
+
+    def constant_baseline(self, targets: Mapping[str, Stored]) -> tuple[str, Records] | None:
+        """The median of the training targets, whose mean absolute error is the smallest."""
+        if self.median is None:
+            return None
+        predictions = {"value": np.full(len(targets["value"]), self.median, np.float32)}
+        return f"always answering {self.median:.4g}, the training median", self.records(predictions, targets)
+
+    def linear_baseline(
+        self, features: Any, targets: Mapping[str, Stored], other_features: Any, other_targets: Mapping[str, Stored]
+    ) -> tuple[str, Records]:
+        """A ridge regression."""
+        values = (np.asarray(targets["value"], np.float64) - self.mean) / self.spread
+        predicted = _linear.estimate(features, values, other_features) * self.spread + self.mean
+        return "ridge regression", self.records({"value": predicted.astype(np.float32)}, other_targets)
 
     def errors(self, records: Records) -> np.ndarray:
         """The absolute error."""
@@ -285,8 +303,8 @@ def _absolute_errors(records: Records) -> np.ndarray:
 
 def _variation(sums: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(R,): the weighted sum of squared distances of values (N,) from their weighted mean, from the weighted sums
-    (R, 2) of values and squares. Where these nearly cancel out, it is computed anew, from one of the values: so it is
-    exactly 0 where all that have a weight are equal."""
+    (R, 2) of their distances from any number and of the squares of these. Where these nearly cancel out, it is computed
+    anew, from one of the values: so it is exactly 0 where all that have a weight are equal."""
     count = weights.sum(1)
     variation: np.ndarray = sums[:, 1] - sums[:, 0] ** 2 / count
     for row in np.flatnonzero(variation <= 1e-3 * sums[:, 1]):

@@ -146,7 +146,7 @@ def _describe(name: str, array: np.ndarray) -> str:
 
 def _refuse(what: str) -> NoReturn:
     raise UsageError(
-        f"A graph whose outputs are just tensors can't be {what}: no target goes with them.",
+        f"A graph whose outputs are just tensors can't be {what}: they have no targets.",
         fix="Its engines are compared by their answers: suanli optimize FILE.onnx.",
     )
 

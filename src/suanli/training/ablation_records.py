@@ -130,11 +130,11 @@ class Ablation:
         """What a reader of the figures should know, in sentences."""
         for variant in self.variants:
             if variant.refused:
-                yield f"{variant.name} is refused: {variant.refused}"
+                yield f"{variant.name} is rejected: {variant.refused}"
             elif variant.again is not None:
                 yield (
                     f"{variant.name} lost {self.metric} with this seed but not with another one: "
-                    f"chance, so it is not refused."
+                    f"chance, so it is not rejected."
                 )
         if self.widest_interval > self.tolerance:
             yield (

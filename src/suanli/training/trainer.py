@@ -34,7 +34,7 @@ from suanli.training.loop import READ_LOSSES_EVERY, Loop
 from suanli.training.options import TrainerOptions
 from suanli.training.session import UNPLANNED, Session
 from suanli.training.summary import Summary, describe, describe_planning
-from suanli.training.validation import validate
+from suanli.training.validation import calibrate, validate
 
 LOG_EVERY_S = 1.0
 ASKED_S = 5.0  # until a stop that another process was asked for comes to this one, too
@@ -74,7 +74,7 @@ class Trainer:
         if (processes := self.summary.processes) is not None:
             first = processes["each"][0]  # the process that writes
             preflight.refuse_full_disk(first["host"], first["disk_bytes"], self.session.forecast.disk_bytes)
-        self.directory.write("check.json", self.prepared.findings)
+        self.prepared.copy_to(self.directory)
         if self.session.spec.more_epochs is not None:
             self._save()  # from here on the run is a longer one
         self.summary.write_running()
@@ -295,12 +295,13 @@ class Trainer:
             self._remove_outdated()
         with loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():
             self._compare_with_float32()
+            task = calibrate(loop)
             save_model(
                 self.directory.model_path,
                 loop.model,
                 recipe=self.recipe,
                 preprocess=self.prepared.preprocess,
-                task=self.loop.task,
+                task=task,
                 data=self.prepared.to_json() | {"cache": None},
                 writes=self.group.is_first,
             )
@@ -312,10 +313,13 @@ class Trainer:
 
     def _remove_outdated(self) -> None:
         """Remove what speaks of the model that is replaced now."""
-        path = self.directory.path
-        for file in (*(path / "evaluation").glob("*.json"), path / "report.html", path / "README.md"):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.directory.model_path / store.FOLDER, ignore_errors=True)
+        path, engines = self.directory.path, self.directory.model_path / store.FOLDER
+        shutil.rmtree(path / "evaluation", ignore_errors=True)
+        for name in ("report.html", "README.md"):
+            (path / name).unlink(missing_ok=True)
+        if engines.exists():
+            say(f"{engines} is removed: its engines are of the previous model. For new ones: suanli optimize {path}")
+            shutil.rmtree(engines, ignore_errors=True)
 
     def _announce_end(self, status: str) -> None:
         loop, target = self.loop, self.options.target_score

@@ -16,7 +16,7 @@ from suanli.core.errors import UsageError
 from suanli.core.types import Batch
 
 # Roles of targets that an augmentation keeps true: of the whole picture, where parts may move or go; or any.
-WHOLE_PICTURE = frozenset({"class", "value", "identity"})
+WHOLE_PICTURE = frozenset({"class", "labels", "value", "identity"})
 EVERY_ROLE = WHOLE_PICTURE | {"boxes", "mask", "text"}
 
 
