@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import suanli
 from pair_model import saved_pair
@@ -32,8 +33,14 @@ from suanli.models.model_folder import build_task, load_model, save_model
 
 module = importlib.import_module("suanli.verbs.export")
 
-SUFFIXES = {"onnx": ".onnx", "openvino": "-openvino", "pt2": ".pt2", "safetensors": ".safetensors"}
-GRAPHS = ("onnx", "openvino", "pt2")
+SUFFIXES = {
+    "onnx": ".onnx",
+    "openvino": "-openvino",
+    "pt2": ".pt2",
+    "litert": ".tflite",
+    "safetensors": ".safetensors",
+}
+GRAPHS = ("onnx", "openvino", "pt2", "litert")
 
 # As a user would read them; not the source that the verb runs.
 READERS = {
@@ -54,10 +61,24 @@ answers = openvino.compile_model(path + "/model.xml", "CPU", {"INFERENCE_PRECISI
 """,
     "pt2": """
 import torch
+from PIL import Image
 about = {name + ".json": "" for name in ("classes", "preprocess", "rows", "inputs", "outputs", "task")}
 program = torch.export.load(path, extra_files=about)
 about = {name.split(".")[0]: text for name, text in about.items()}
 answers = program.module()(torch.from_numpy(rows)).numpy()
+""",
+    "litert": """
+from ai_edge_litert import schema_py_generated
+from ai_edge_litert.interpreter import Interpreter
+model = schema_py_generated.ModelT.InitFromPackedBuf(open(path, "rb").read())
+about = {item.name.decode(): bytes(model.buffers[item.buffer].data).decode() for item in model.metadata}
+interpreter = Interpreter(model_path=path)
+interpreter.allocate_tensors()
+answers = []
+for row in rows:
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], row[None])
+    interpreter.invoke()
+    answers.append(interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0])
 """,
     "safetensors": """
 from safetensors import safe_open
@@ -99,7 +120,7 @@ def digits() -> np.ndarray:
 def form(request: pytest.FixtureRequest) -> str:
     for package in module.FORMATS[request.param].packages:
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"needs {package}: {pip_install('suanli[engines]')}")
+            pytest.skip(f"needs {package}: {pip_install(f'suanli[{module.FORMATS[request.param].extra}]')}")
     return str(request.param)
 
 
@@ -165,7 +186,16 @@ answers = [model(inputs)[name] for name in ("price", "boxes")]
 """,
     "pt2": """
 import torch
+from PIL import Image
 answers = torch.export.load(path).module()(*(torch.from_numpy(inputs[name]) for name in ("image", "tokens")))
+""",
+    "litert": """
+from ai_edge_litert.interpreter import Interpreter
+runner = Interpreter(path).get_signature_runner()
+pairs = [
+    runner(args_0=inputs["image"][i : i + 1], args_1=inputs["tokens"][i : i + 1]) for i in range(len(inputs["image"]))
+]
+answers = [numpy.concatenate([pair[name] for pair in pairs]) for name in ("output_0", "output_1")]
 """,
 }
 
@@ -180,7 +210,8 @@ def test_several_inputs_and_outputs(form: str, tmp_path: Path, monkeypatch: pyte
         inference = InferenceModule(saved)
         with torch.inference_mode():
             expected = inference(*map(torch.from_numpy, inputs.values()))
-        assert "'image': image, 'tokens': tokens" in exported.use or "torch.from_numpy(tokens)" in exported.use
+        calls = ("'image': image, 'tokens': tokens", "torch.from_numpy(tokens)", "args_0=image, args_1=tokens")
+        assert any(call in exported.use for call in calls)
         assert "image: uint8 (B, 8, 8, 1), tokens: int32 (B, 5)" in exported.use
         # One of the outputs is wrong: the prices, by a hundredth of their range.
         write, bias = module.FORMATS[form].write, saved.module.price.bias
@@ -277,6 +308,7 @@ def test_a_file_that_needs_suanli_is_refused(run: suanli.Run, monkeypatch: pytes
 
 BRANCHES = """
 import torch
+from PIL import Image
 from torch import nn
 
 class Branches(nn.Module):
@@ -393,7 +425,7 @@ def test_where_nothing_can_be_written(form: str, run: suanli.Run, monkeypatch: p
 
 @pytest.mark.usefixtures("untouched")
 def test_wrong_options(run: suanli.Run) -> None:
-    with pytest.raises(suanli.UsageError, match=r"Did you mean 'onnx'\? Allowed: onnx, openvino, pt2, safetensors"):
+    with pytest.raises(suanli.UsageError, match=r"Did you mean 'onnx'\? Allowed: litert, onnx, openvino, pt2"):
         suanli.export(run, to="onx")
     with pytest.raises(suanli.DataError, match="There is nothing at"):
         suanli.export("nowhere", to="onnx")
@@ -412,9 +444,26 @@ def test_the_command(run: suanli.Run, capsys: pytest.CaptureFixture[str]) -> Non
         main(["export", str(run.path), "--to", "safetensors", "--out", "weights.safetensors"])
     assert not ended.value.code
     output = capsys.readouterr().out
-    assert "weights.safetensors (1.1 MB): every tensor is the model's." in output
+    assert "weights.safetensors (1.1 MB): every tensor equals the model's." in output
     assert "Use it: safetensors.torch.load_file('weights.safetensors')" in output
     with pytest.raises(SystemExit) as ended:
         main(["export", str(run.path), "--to", "safetensors", "--out", "weights.safetensors", "--json"])
     assert ended.value.code == 2
     assert "exists" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize(("size", "mode"), [((61, 40), "RGB"), ((17, 83), "RGB"), ((24, 32), "L"), ((50, 49), "P")])
+def test_the_code_in_a_file_prepares_an_image_as_suanli_does(
+    resize: str, size: tuple[int, int], mode: str, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
+    path = tmp_path / "image.png"
+    Image.fromarray(pixels).convert(mode).save(path)
+    for channels in (1, 3):
+        preprocess = ImagePreprocess(height=24, width=31, channels=channels, resize=resize)  # type: ignore[arg-type]
+        names: dict[str, Any] = {"path": path}
+        exec(preprocess.encoding_code, names)
+        expected = preprocess.encode(path.read_bytes()).arrays["image"].astype(int)
+        assert names["image"].shape == (1, *expected.shape)
+        assert np.abs(names["image"][0] - expected).max() <= 1

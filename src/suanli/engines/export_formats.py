@@ -3,13 +3,15 @@
     onnx           one .onnx file
     openvino       a folder with model.xml and model.bin
     pt2            one .pt2 file, a program of torch.export
+    litert         one .tflite file for phones and microcontrollers, which takes one input a call
     safetensors    the weights alone, with what built the network
 
 A graph takes cached inputs (images: uint8 (B, H, W, C) of the working size; texts: token ids) and gives the task's
 predictions (probabilities: float32 (B, K)), so the second half of preprocessing, such as normalising, is inside it and
 must not be done again. The metadata "preprocess" says how to get to such inputs (height, width, channels, resize;
-vocabulary, length), "inputs" and "outputs" what each array is for one example, "task" what its predictions mean, and
-"classes" which class each number is for; where there is one input, "rows" describes it, too. All of it is JSON.
+vocabulary, length); for images, "code" is Python that does it. "inputs" and "outputs" say what each array is for one
+example, "task" what its predictions mean, and "classes" which class each number is for; where there is one input,
+"rows" describes it, too. All of it is JSON.
 """
 
 from __future__ import annotations
@@ -17,9 +19,12 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from suanli.core.errors import MachineError
 from suanli.core.schema import Schema
@@ -64,6 +69,20 @@ def answer(arrays):
     answers = module(*map(torch.from_numpy, arrays.values()))
     return [part.numpy() for part in (answers if isinstance(answers, tuple) else [answers])]
 """
+READ_LITERT = """
+from ai_edge_litert import schema_py_generated
+from ai_edge_litert.interpreter import Interpreter
+model = schema_py_generated.ModelT.InitFromPackedBuf(open(path, "rb").read())
+metadata = {item.name.decode(): bytes(model.buffers[item.buffer].data).decode() for item in model.metadata}
+runner = Interpreter(path).get_signature_runner()
+def answer(arrays):
+    count = len(next(iter(arrays.values())))
+    answers = [
+        runner(**{f"args_{place}": array[i : i + 1] for place, array in enumerate(arrays.values())})
+        for i in range(count)
+    ]
+    return [numpy.concatenate([one[f"output_{place}"] for one in answers]) for place in range(len(job["outputs"]))]
+"""
 READ_SAFETENSORS = """
 import hashlib
 import torch
@@ -82,6 +101,7 @@ answer = None
 class ExportFormat:
     suffix: str  # of the file, after the name of the run
     packages: tuple[str, ...]  # what writes and reads it, besides suanli's own requirements
+    extra: str = "engines"  # of suanli, that brings these
     write: Callable[[SavedModel, Path, Mapping[str, str]], None]  # model, path, metadata
     read: str  # source that reads it
     usage: str  # how to use it, in one line; {path} is the file, {feed} a dict of arrays, {tensors} a call's arguments
@@ -100,6 +120,8 @@ def build_metadata(saved: SavedModel, export_format: ExportFormat) -> dict[str, 
         values["classes"] = list(task.classes)
     if export_format.has_graph:
         values["inputs"], values["outputs"] = _describe(preprocess.inputs), _describe(task.outputs)
+        if preprocess.encoding_code is not None:
+            values["code"] = preprocess.encoding_code
         if len(preprocess.inputs) == 1:  # as earlier versions said it
             (column,) = preprocess.inputs.values()
             values["rows"] = {"shape": list(column.shape), "dtype": column.dtype, "about": ABOUT}
@@ -178,6 +200,40 @@ def _write_pt2(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> No
     path.write_bytes(stream.getbuffer())
 
 
+def _write_litert(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
+    import flatbuffers
+    import litert_torch
+    import torch
+    from ai_edge_litert import schema_py_generated as schema
+
+    from suanli.engines.inference_module import example_tensors, innermost_cause
+
+    module = _plain_module(saved).eval()
+    tensors = example_tensors(saved.preprocess, 1)
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            module(*tensors)  # constants that the first call caches must not be created while exporting
+            litert_torch.convert(module, tensors).export(str(path))
+    except Exception as error:  # a user's network may raise anything while it is traced
+        if is_out_of_memory(error):
+            raise
+        raise MachineError(
+            f"This network can't be written as LiteRT ({innermost_cause(error)}).",
+            fix="Choose another format: --to onnx, or --to safetensors for the weights alone.",
+        ) from error
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    for name, text in metadata.items():
+        buffer, item = schema.BufferT(), schema.MetadataT()
+        buffer.data = np.frombuffer(text.encode(), np.uint8)
+        item.name, item.buffer = name, len(model.buffers)
+        model.buffers.append(buffer)
+        model.metadata = [*(model.metadata or []), item]
+    builder = flatbuffers.Builder(1 << 20)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    path.write_bytes(builder.Output())
+
+
 def _plain_module(saved: SavedModel) -> nn.Module:
     """One that gives a single output as it is, several as a tuple."""
     from torch import nn
@@ -226,6 +282,14 @@ FORMATS = {
         write=_write_pt2,
         read=READ_PT2,
         usage="torch.export.load({path!r}).module()({tensors}), {inputs}",
+    ),
+    "litert": ExportFormat(
+        suffix=".tflite",
+        packages=("litert_torch", "ai_edge_litert"),
+        extra="litert",
+        write=_write_litert,
+        read=READ_LITERT,
+        usage="ai_edge_litert.interpreter.Interpreter({path!r}).get_signature_runner()({arguments}), {inputs}, B = 1",
     ),
     "safetensors": ExportFormat(
         suffix=".safetensors",

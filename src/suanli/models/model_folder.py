@@ -81,7 +81,7 @@ def save_model(
     )
 
 
-def add_scores(folder: Path, split: str, scores: Mapping[str, float]) -> None:
+def add_scores(folder: Path, split: str, scores: Mapping[str, float | None]) -> None:
     """Write the scores of a split into model.json."""
     card = read_card(folder)
     card["scores"][split] = dict(scores)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import indent
 
 from suanli.core.console import size
 from suanli.core.errors import MachineError, UsageError, pip_install, unknown
@@ -34,6 +35,7 @@ class ExportResult:
     size_bytes: int
     difference: float | None  # largest one of an answer to the model's; None: weights, and they are equal
     use: str  # how to use it, in one line
+    code: str | None  # Python that makes its inputs of a file `path`, without suanli; None: there is none
 
     def to_json(self) -> dict[str, object]:
         return asdict(self) | {"path": str(self.path)}
@@ -42,11 +44,11 @@ class ExportResult:
 def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code: bool = False) -> ExportResult:
     """Write the model of a run or a model folder as a plain file, and compare it with the model in a new process.
 
-    `to` is "onnx", "openvino", "pt2" or "safetensors"; `out` the file, for openvino the folder (default: the name of
-    the run and the format's suffix, in the current directory). Raises UsageError for an unknown format and where `out`
-    exists, MachineError where a package is missing, the network can't be exported or the file can't be read again,
-    GateError where an answer differs by more than 0.001 (of a probability, or of what an output ranges over) or a
-    weight at all, StorageError where nothing can be written. After an error nothing is left behind. For safetensors,
+    `to` is "onnx", "openvino", "pt2", "litert" or "safetensors"; `out` the file, for openvino the folder (default: the
+    name of the run and the format's suffix, in the current directory). Raises UsageError for an unknown format and
+    where `out` exists, MachineError where a package is missing, the network can't be exported or the file can't be read
+    again, GateError where an answer differs by more than 0.001 (of a probability, or of what an output ranges over) or
+    a weight at all, StorageError where nothing can be written. After an error nothing is left behind. For safetensors,
     tensors are compared instead of answers.
     """
     if to not in FORMATS:
@@ -67,7 +69,14 @@ def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(draft, target)
     use = export_format.usage.format(path=str(target), model=saved.recipe.model, **_describe_call(saved))
-    return ExportResult(path=target, to=to, size_bytes=size_bytes, difference=difference, use=use)
+    return ExportResult(
+        path=target,
+        to=to,
+        size_bytes=size_bytes,
+        difference=difference,
+        use=use,
+        code=saved.preprocess.encoding_code if export_format.has_graph else None,
+    )
 
 
 def _name(folder: Path) -> str:
@@ -86,7 +95,8 @@ def _refuse_occupied(target: Path, export_format: ExportFormat) -> None:
 def _refuse_missing_packages(to: str, export_format: ExportFormat) -> None:
     if missing := [package for package in export_format.packages if importlib.util.find_spec(package) is None]:
         raise MachineError(
-            f"Export to {to} needs {', '.join(missing)}.", fix=f"Install it: {pip_install('suanli[engines]')}"
+            f"Export to {to} needs {', '.join(missing)}.",
+            fix=f"Install it: {pip_install(f'suanli[{export_format.extra}]')}",
         )
 
 
@@ -115,6 +125,7 @@ def _describe_call(saved: SavedModel) -> dict[str, str]:
     return {
         "feed": f"{{{', '.join(f'{name!r}: {name}' for name in schema)}}}",
         "first": "[0]" if len(saved.task.outputs) == 1 else "",
+        "arguments": ", ".join(f"args_{place}={name}" for place, name in enumerate(schema)),
         "tensors": ", ".join(f"torch.from_numpy({name})" for name in schema),
         "inputs": ", ".join(f"{name}: {column.dtype} ({shapes[name]})" for name, column in schema.items()),
     }
@@ -126,7 +137,8 @@ def _describe_call(saved: SavedModel) -> dict[str, str]:
 def summarize(result: ExportResult) -> str:
     """Where the file is, its size, how it was checked, and how to use it."""
     if result.difference is None:
-        check = "every tensor is the model's"
+        check = "every tensor equals the model's"
     else:
         check = f"read without suanli, its answers are within {result.difference:.2g} of the model's"
-    return f"{result.path} ({size(result.size_bytes)}): {check}.\nUse it: {result.use}"
+    text = f"{result.path} ({size(result.size_bytes)}): {check}.\nUse it: {result.use}"
+    return f"{text}\nTo prepare its input from the file `path`:\n{indent(result.code, '    ')}" if result.code else text

@@ -108,7 +108,9 @@ class SpeedNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.groups(self.activation(self.whitening(x)))
-        logits: torch.Tensor = self.head(F.adaptive_max_pool2d(x, 1).flatten(1))
+        # Some formats have no adaptive pooling; where nothing is learned, both are the same.
+        x = x.amax((2, 3)) if torch.compiler.is_exporting() else F.adaptive_max_pool2d(x, 1).flatten(1)
+        logits: torch.Tensor = self.head(x)
         return logits
 
 
