@@ -121,7 +121,7 @@ def ages_run(path: Path, task: str = "ages") -> Path:
     write(path / "recipe.json", {"model": "resnet18", "task": task})
     counts = {"train": {"0 to 20": 50, "20 to 40": 70}, "test": {"0 to 20": 5, "20 to 40": 7}}
     write(path / "data.json", {"name": "faces", "classes": [], "counts": counts})
-    remarks = ["no training targets from 60 to 80, but others"]
+    remarks = ["ranges of targets without training examples: 60 to 80"]
     write(path / "check.json", {"total": 132, "imbalance": None, "empty_classes": [], "remarks": remarks})
     lines = [{"step": i, "epoch": i, "split": "val", "scores": {"mean_absolute_error": 12 / i}} for i in (1, 2, 3)]
     write_lines(path / "metrics.jsonl", lines)

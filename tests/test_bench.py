@@ -164,7 +164,7 @@ def test_what_costs_accuracy_is_refused_and_not_used_again(
     assert "accuracy" in refused[f"+ {name}"]
     again = suanli.bench(root, steps=10, epochs=4, rounds=1, **SMALL)
     assert name not in again.ablation.plan.speedups
-    assert "gate refused" in again.ablation.plan.dropped[name]
+    assert "gate rejected" in again.ablation.plan.dropped[name]
 
 
 @pytest.mark.long

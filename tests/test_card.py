@@ -15,6 +15,7 @@ def test_the_card_tells_score_use_and_command(picture_folder: Callable[..., Path
     assert card.count("(95 % interval") == len(run.scores)
     assert "suanli predict made" in card
     assert "class0, class1" in card
+    assert "image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')" in card
 
 
 def test_a_class_name_stays_text(picture_folder: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,8 +52,19 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert call(verb, "--help") == 0
         shown = capsys.readouterr().out
         assert "--json" in shown
+    assert call("--help") == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]  # nothing is cut off
     assert call("--version") == 0
     assert capsys.readouterr().out == f"suanli {suanli.__version__}\n"
+
+
+def test_help_is_in_sentences() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert commands.keys() >= {*VERBS, "compare", "runs", "export", "optimize", "serve"}
+    for name, command in commands.items():
+        texts = [command.help, *(p.help for p in command.params if getattr(p, "help", None))]
+        for text in texts:
+            assert re.fullmatch(r"(?!Of |For |Its )[A-Z].*\.", text), f"{name}: {text}"
 
 
 def test_run_then_everything_else(picture_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +86,9 @@ def test_run_then_everything_else(picture_folder: Callable[..., Path], capsys: p
     assert evaluation["intervals"].keys() == told["scores"].keys()
     assert evaluation["interval"] == evaluation["intervals"]["accuracy"]
     assert call("evaluate", "made", "--split", "val") == 0
-    assert capsys.readouterr().out.count("95 % interval") >= len(told["scores"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines()[:12])) <= 80
+    assert all(name in shown for name in ("95 % interval", "baselines:", *told["scores"]))
     assert call("report", "made", "--out", "elsewhere.html") == 0
     assert Path("elsewhere.html").exists()
     capsys.readouterr()

@@ -426,6 +426,8 @@ def test_environment_has_no_personal_names(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", [f"{home}/.venv/bin/suanli", "train", f"--data-dir={home}/data", f"{home}2/x"])
     record = hardware.environment(hardware.detect("cpu"))
     assert record["command"] == ["suanli", "train", "--data-dir=~/data", f"{home}2/x"]
+    monkeypatch.setattr(sys, "argv", [f"{home}/suanli/__main__.py", "train"])  # python -m suanli
+    assert hardware.environment(hardware.detect("cpu"))["command"] == ["suanli", "train"]
     assert record["versions"]["torch"] == torch.__version__
     assert {"suanli", "numpy"} <= set(record["versions"])
     assert record["device"]["torch_name"] == "cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import suanli
 from suanli.cli import main
@@ -20,6 +22,7 @@ from suanli.compute import infer
 from suanli.core.errors import DamagedFile
 from suanli.core.types import Step
 from suanli.models import model_folder
+from suanli.verbs.predict import as_csv
 
 
 @pytest.fixture
@@ -66,9 +69,20 @@ def test_a_bad_file_among_good_ones(run: suanli.Run) -> None:
     shutil.copy("pictures/class0/000.png", "mixed/a.png")
     Path("mixed/b.png").write_bytes(b"")
     Path("mixed/c.png").write_text("hello")
+    Path("mixed/d").write_bytes(Path("mixed/a.png").read_bytes())  # an image, whatever its name says
+    Path("mixed/e.pdf").write_bytes(b"%PDF-1.7\n")
+    Path("mixed/@eaDir").mkdir()
+    Path("mixed/@eaDir/t.png").write_bytes(b"")
     answers = suanli.predict(run, "mixed")
-    assert [a.error is None for a in answers] == [True, False, False]
+    assert {a.name: a.error for a in answers} == {
+        "a.png": None,
+        "b.png": "The image is empty (0 bytes).",
+        "c.png": "Not an image that suanli can read: it is text that starts with 'hello'.",
+        "d": None,
+        "e.pdf": "Not an image that suanli can read: it is a PDF.",
+    }
     assert answers[1].label is None
+    assert as_csv(answers).splitlines()[-1] == "e.pdf,,,,,Not an image that suanli can read: it is a PDF."
 
 
 def test_standard_input(run: suanli.Run) -> None:
@@ -76,14 +90,88 @@ def test_standard_input(run: suanli.Run) -> None:
     command = [sys.executable, "-m", "suanli", "predict", str(run.path), "-", "--csv"]
     process = subprocess.run(command, input=picture, capture_output=True, timeout=120, check=True)
     rows = process.stdout.decode().splitlines()
-    assert rows[0] == "name,label,probability,error"
+    assert rows[0] == "name,label,probability,probabilities.class0,probabilities.class1,error"
     assert rows[1].split(",")[1] in ("class0", "class1")
 
 
-def test_text_from_standard_input(
+def test_every_form_of_an_image_gives_the_same_answer(run: suanli.Run) -> None:
+    path = Path("pictures/class0/000.png")
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    several = [np.stack([pixels] * 2), (form for form in (pixels, path)), np.array([str(path)] * 2), (path, path)]
+    expected = suanli.predict(run, path)[0].probability
+    with Image.open(path) as image, path.open("rb") as file:
+        for form in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), pixels, image, file):
+            (answer,) = suanli.predict(run, form)
+            assert answer.probability == pytest.approx(expected), type(form)
+    for forms in several:
+        assert [answer.probability for answer in suanli.predict(run, forms)] == pytest.approx([expected] * 2)
+    assert [a.name for a in suanli.predict(run, [pixels, path, pixels])] == ["#0", str(path), "#2"]
+
+
+@pytest.mark.parametrize(
+    ("form", "error", "message"),
+    [
+        (5, suanli.UsageError, "can't be int"),
+        (None, suanli.UsageError, "can't be NoneType"),
+        ([[1, 2], [3]], suanli.UsageError, "Input 0 is a list itself"),
+        ("a great film", suanli.DataError, "nothing at a great film.*takes a string as a path"),
+        ("x" * 5000, suanli.DataError, "nothing at xxx"),
+        ("a\0b", suanli.DataError, "nothing at"),
+        (Path("nowhere.png"), suanli.DataError, "nothing at nowhere.png"),
+    ],
+)
+def test_what_is_no_image_is_named(run: suanli.Run, form: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        suanli.predict(run, form)
+
+
+def test_a_form_that_can_not_be_decoded_is_an_answer_with_the_reason(run: suanli.Run) -> None:
+    answers = suanli.predict(run, [np.zeros((4, 4)), {"a": np.zeros(3)}, b"text", np.zeros((4, 4), np.uint8)])
+    assert [bool(answer.error) for answer in answers] == [True, True, True, False]
+    assert "float64" in str(answers[0].error)
+
+
+def test_data_frames(run: suanli.Run) -> None:
+    pandas = pytest.importorskip("pandas")
+    paths = [str(path) for path in sorted(Path("pictures/class0").iterdir())[:3]]
+    frame = pandas.DataFrame({"path": paths, "age": [1, 2, 3]})
+    expected = [answer.label for answer in suanli.predict(run, paths)]
+    for form in (frame, frame["path"], frame[["path"]]):
+        assert [answer.label for answer in suanli.predict(run, form)] == expected
+    with pytest.raises(suanli.UsageError, match="None of the columns"):
+        suanli.predict(run, frame.rename(columns={"path": "where"}))
+
+
+def test_the_table_has_every_probability(run: suanli.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        main(["predict", str(run.path), "bad.png", "pictures/class0/000.png", "--csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert rows[0]["error"]
+    assert rows[0]["probabilities.class1"] == ""
+    assert float(rows[1]["probabilities.class0"]) + float(rows[1]["probabilities.class1"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_texts_in_every_form(
     text_table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = suanli.train(text_table, epochs=6, batch_size=32, speedups="none")
+    good, bad = "great lovely fine film", "awful dull poor plot"
+    Path("lines.txt").write_text(f"{good}\n{bad}\n")
+    forms = [[good, bad], (text for text in (good, bad)), np.array([good, bad]), "lines.txt", Path("lines.txt")]
+    for form in (*forms, [good.encode(), bad.encode()]):
+        assert [answer.label for answer in suanli.predict(run, form)] == ["good", "bad"], type(form)
+    (one,) = suanli.predict(run, good, explain=True)
+    assert (one.name, one.label) == (good, "good")
+    assert one.saliency is not None
+    assert [word for word, _ in one.saliency.marked.words] == [*good.split()]
+    with pytest.raises(suanli.DataError, match="a text that looks like a path is ambiguous"):
+        suanli.predict(run, "texts/missing.txt")
+    assert suanli.load(run).predict("texts/missing.txt")[0].error is None
+    with pytest.raises(SystemExit):
+        main(["predict", str(run.path), bad, "--json"])
+    assert json.loads(capsys.readouterr().out)["predictions"][0]["label"] == "bad"
     lines = b"a great lovely fine film\nawful dull poor plot\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     with pytest.raises(SystemExit):

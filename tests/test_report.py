@@ -29,6 +29,7 @@ from report_runs import (
     in_older_form,
     many_classes_run,
     png,
+    text_preview,
     text_run,
     write,
     write_lines,
@@ -144,7 +145,7 @@ def test_a_finished_run_is_reported_in_full(finished: Path) -> None:
     assert seen.says(f"(95 % interval {100 * (score - 0.02):.1f} % to {100 * (score + 0.02):.1f} %)")
     assert seen.says("89.1 % to 93.4 %")  # of another score, in the table
     assert seen.says("0.231 to 0.322")
-    assert seen.says("speednet was trained on digits (1,257 training inputs in 10 classes) for 20 epochs in 18 s.")
+    assert seen.says("speednet was trained on digits (1,257 training examples in 10 classes) for 20 epochs in 18 s.")
     assert seen.says("Test, test-time augmentation mean of 4 views")
     assert seen.says("suanli run digits --set epochs=20 --out 'runs/digits 1'")
     assert seen.says("train/3/0007.png cut short after 112 of 230 bytes")
@@ -192,14 +193,36 @@ def test_an_evaluation_of_an_older_version_looks_the_same(run: Path) -> None:
     assert page(run).source == whole
 
 
+def test_mistakes_show_what_their_answers_rest_on(run: Path) -> None:
+    path = run / "evaluation" / "test.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for one in values["mistakes"]:
+        one["saliency"] = {"method": "Grad-CAM", "picture": png(np.zeros((8, 8))), "words": []}
+    write(path, values)
+    seen = page(run)
+    assert seen.says("Below each image: the regions that the answer rests on, from yellow to red (Grad-CAM).")
+    assert seen.source.count('class="marked"') == len(values["mistakes"])
+    for one in values["mistakes"]:
+        one["preview"] = text_preview("a text")
+        one["saliency"] = {"method": "gradients", "picture": None, "words": [["good", 1.0], [HOSTILE, -0.5]]}
+    write(path, values)
+    seen = page(run)
+    assert seen.says("Blue words speak for the answer, orange ones against it (gradients).")
+    assert HOSTILE not in seen.source
+    assert '<span class="for" style="--v:1.0">good</span>' in seen.source
+    assert '<span class="against" style="--v:0.5">' in seen.source
+
+
 def test_a_task_of_another_version_is_shown_with_its_units_and_answers(tmp_path: Path) -> None:
     seen = page(ages_run(tmp_path / "run"))
-    assert seen.says("resnet18 was trained on faces (120 training inputs).")
+    assert seen.says("resnet18 was trained on faces (120 training examples).")
     assert seen.says("mean absolute error is 3.422 years (95 % interval 3.1 to 3.75 years).")
-    assert seen.says("3.422 years mean absolute error, test split, 12 inputs 95 % interval 3.1 to 3.75 years Lower is")
-    assert seen.says("split and view mean absolute error years r2 Test, single view 3.422 3.1 to 3.75 −21.0 % −40.0 %")
-    assert seen.says("Inputs by value in each split. values training test all 0 to 20 50 5 55")
-    assert seen.says("No training targets from 60 to 80, but others.")
+    assert seen.says(
+        "3.422 years mean absolute error, test split, 12 examples 95 % interval 3.1 to 3.75 years Lower is"
+    )
+    assert seen.says("score Test, single view mean absolute error years 3.422 3.1 to 3.75 r2 −21.0 % −40.0 %")
+    assert seen.says("Examples by value in each split. values training test all 0 to 20 50 5 55")
+    assert seen.says("Ranges of targets without training examples: 60 to 80.")
     assert seen.says("31.5 is 30 face0.png")
     assert seen.says("✓ 44 face1.png")
     assert seen.says("The answers that are most wrong, the worst first.")
@@ -362,14 +385,14 @@ def test_a_bench_is_reported_in_full(tmp_path: Path) -> None:
     )
     assert seen.says("Training reaches 1,980 examples per second, 2.83 times plain PyTorch.")
     assert seen.says("Evaluation reaches 5,015 examples per second, 2.22 times plain PyTorch.")
-    assert seen.says("Refused for its score: int4_weights.")
+    assert seen.says("Rejected for its score: int4_weights.")
     assert seen.says("Doesn't run here: graphs.")
     assert seen.says("+ graphs failed: needs an NVIDIA GPU")
     assert seen.says("1,000 validation examples can't show a loss as small as that: intervals are up to ±1.1 points")
     assert seen.says("Time allowed 100 of 120 steps")
     assert seen.says("2.83 × as fast as plain PyTorch, training ± 0.06, half the interquartile range")
     assert seen.headings()[0] == "Speed"  # what a bench is about comes first
-    assert seen.says("A dashed bar was refused for its score.")
+    assert seen.says("A dashed bar was rejected for its score.")
     assert seen.says("Of ceiling: the share of the FLOP/s")
     assert seen.says("+ bf16 1,490 ± 25 2.13 ± 0.04 336 / 356 900.0 MB 62 % 61.5 % +0.3 (−0.9 to +1.4)")
     assert seen.says("+ int4_weights refused: accuracy falls 6.1 points 2,100 ± 36")
@@ -444,7 +467,7 @@ def test_a_run_with_nothing_but_a_recipe(tmp_path: Path) -> None:
 def test_validation_scores_are_never_taken_for_test_scores(run: Path) -> None:
     (run / "evaluation" / "test.json").unlink()
     seen = page(run)
-    assert seen.says("These scores are of validation, which took part in choices")
+    assert seen.says("These are validation scores, and training uses that split")
     assert seen.says(f"suanli evaluate {run}")
     assert not seen.says("which took no part in training")
 
@@ -613,6 +636,14 @@ def test_a_chart_stays_in_its_frame_whatever_the_values(points: list[tuple[float
     assert "nan" not in drawn.text
 
 
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_an_axis_of_shares_ends_at_100_percent(values: list[float]) -> None:
+    drawn = chart("Accuracy", [Series(label="a", points=list(enumerate(values)))], x_label="epoch", y_most=1.0)
+    assert drawn is not None
+    assert max(float(tick.label) for tick in drawn.y_ticks) <= 1
+    assert all(0 <= float(y) <= 220 for _, y in re.findall(r"([\d.]+) ([\d.]+)", drawn.lines[0].path))
+
+
 positive = st.floats(1e-30, 1e30)
 
 
@@ -624,6 +655,12 @@ def test_decades_lie_between_the_bounds_and_are_few(a: float, b: float) -> None:
     assert values == sorted(values)
     assert len(values) <= 9
     assert values or high < 2.6 * low
+
+
+def test_a_line_of_one_point_is_drawn_as_a_dot() -> None:
+    drawn = chart("Loss", [Series(label="training", points=[(0.5, 2.0)])], x_label="epoch")
+    assert drawn is not None
+    assert [dot.text for dot in drawn.lines[0].dots] == ["training: 2 at epoch 0.5"]
 
 
 @given(st.lists(st.tuples(st.floats(), st.floats()), max_size=30), st.sampled_from(["x", "xy"]))
@@ -781,8 +818,9 @@ const frame = document.querySelector("iframe");
 frame.onload = () => {{
   const page = frame.contentDocument, root = page.documentElement;
   const broken = [...page.images].filter(i => i.complete && !i.naturalWidth).length;
-  document.querySelector("output").textContent =
-    JSON.stringify({{scroll: root.scrollWidth, client: root.clientWidth, broken, alerts: page.scripts.length}});
+  const captions = [...page.querySelectorAll(".caption")].map(one => one.getBoundingClientRect().width);
+  const measured = {{scroll: root.scrollWidth, client: root.clientWidth, broken, alerts: page.scripts.length}};
+  document.querySelector("output").textContent = JSON.stringify({{...measured, caption: Math.min(999, ...captions)}});
 }};
 frame.srcdoc = {source};
 </script>"""
@@ -808,3 +846,4 @@ def test_a_browser_shows_it_without_errors_or_sideways_scrolling(any_run: Path, 
     measured = json.loads(html.unescape(done.stdout.rpartition("<output>")[2].partition("</output>")[0]))
     assert measured["scroll"] <= measured["client"] <= width
     assert measured["broken"] == measured["alerts"] == 0
+    assert measured["caption"] >= 280  # px: also above a small confusion matrix

@@ -107,7 +107,7 @@ def test_the_choice_has_its_gain_and_its_score(tmp_path: Path) -> None:
     assert "Engines" in seen.headings()
     assert ("a", {"href": "#engines"}) in seen.tags
     assert seen.says(
-        "Chosen for latency: openvino int8, 4.00 times as fast with one input as the reference, eager float32. "
+        "Chosen for latency: openvino int8, 4.00× faster with one example than the baseline, eager float32. "
         "On 4,000 of 5,107 validation examples its accuracy is 93.56 %, −0.19 points against the reference "
         "(95 % interval −0.45 to +0.07). Measured on AMD EPYC 9R14 with 2 cores."
     )
@@ -118,23 +118,24 @@ def test_the_choice_has_its_gain_and_its_score(tmp_path: Path) -> None:
 
 def test_every_candidate_is_listed_the_best_first(tmp_path: Path) -> None:
     seen = page_of(tmp_path)
-    head = "# engine p50 ms p95 p99 inputs/s batch, threads energy an input size memory load build accuracy"
+    head = "# engine p50 ms p95 p99 examples/s batch, threads energy an example size memory load build accuracy"
     assert seen.says(head)
     rows = [
-        "1 openvino int8 chosen, unbeaten 0.2 0.3 0.4 16,000 64, 2 1 mJ 360.0 kB – 166 ms 2.3 s "
+        "1 openvino int8 chosen, Pareto-optimal 0.2 0.3 0.4 16,000 64, 2 1 mJ 360.0 kB – 166 ms 2.3 s "
         "93.56 % −0.19 (−0.45 to +0.07)",
-        "2 onnxruntime int8 (rescued, 2 kept) unbeaten 0.25 0.375 0.5 12,800 64, 2 – 360.0 kB – 166 ms 2.3 s 93.69 %",
+        "2 onnxruntime int8 (2 layers in float32) Pareto-optimal 0.25 0.375 0.5 12,800 64, 2 – 360.0 kB – 166 ms 2.3 s "
+        "93.69 %",
         "3 eager float32 reference 0.8 1.2 1.6 4,000 64, 2 4 mJ 1.2 MB 322.0 MB 1.1 s 1.0 s 93.75 %",
         "4 inductor float32 1 1.5 2 3,200 64, 2 –",
-        "5 onnxruntime int8 refused: accuracy -6.10 points (-7.00 to -5.20) – – – – – 360.0 kB",
-        "6 aot_inductor int8 failed: while it was timed: gone – – – – – – – – 9.0 s –",
+        "5 onnxruntime int8 rejected: accuracy -6.10 points (-7.00 to -5.20) – – – – – 360.0 kB",
+        "6 aot_inductor int8 crashed or timed out: while it was timed: gone – – – – – – – – 9.0 s –",
     ]
     places = [" ".join(seen.words.split()).find(row) for row in rows]
     assert -1 not in places
     assert places == sorted(places)
-    assert seen.says("Rescued: so many of the most sensitive layers were kept in higher precision.")
+    assert seen.says("Layers in float32: the number of most sensitive layers that stayed in that precision.")
     assert seen.says("1 engine not tried, and why")
-    assert seen.says("tensorrt float16 impossible: needs an NVIDIA GPU")
+    assert seen.says("tensorrt float16 unsupported: needs an NVIDIA GPU")
 
 
 def test_a_figure_without_measurements_has_no_column(tmp_path: Path) -> None:
@@ -145,8 +146,8 @@ def test_a_figure_without_measurements_has_no_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("goal", "gain"),
     [
-        ("latency", "{:.2f} times as fast with one input as"),
-        ("throughput", "{:.2f} times as many inputs per second as"),
+        ("latency", "{:.2f}× faster with one example than"),
+        ("throughput", "{:.2f}× the throughput of"),
         ("size", "{:.1f} % of the size of"),
         ("energy", "{:.1f} % of the energy of"),
     ],
@@ -154,7 +155,7 @@ def test_a_figure_without_measurements_has_no_column(tmp_path: Path) -> None:
 def test_the_gain_is_that_of_the_search(tmp_path: Path, goal: str, gain: str) -> None:
     times = EAGER.cost(goal) / INT8.cost(goal)
     seen = page_of(tmp_path, replace(SEARCH, goal=goal))
-    assert seen.says(f"Chosen for {goal}: openvino int8, {gain.format(100 / times if '%' in gain else times)} the ref")
+    assert seen.says(f"Chosen for {goal}: openvino int8, {gain.format(100 / times if '%' in gain else times)} the base")
 
 
 def test_the_order_is_that_of_the_goal(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_the_order_is_that_of_the_goal(tmp_path: Path) -> None:
 
 def test_the_reference_may_be_the_best(tmp_path: Path) -> None:
     seen = page_of(tmp_path, replace(SEARCH, chosen=EAGER, examples=5107))
-    assert seen.says("Chosen for latency: eager float32, the reference itself; no other engine is clearly better.")
+    assert seen.says("Chosen for latency: eager float32, the baseline itself; no other engine is clearly better.")
     assert seen.says("On all 5,107 validation examples its accuracy is 93.75 %. Measured")
 
 
@@ -182,9 +183,9 @@ def test_without_labels_there_is_no_score(tmp_path: Path) -> None:
         SEARCH, candidates=(reference, other), chosen=reference, labelled=False, examples=64, of_examples=64
     )
     seen = page_of(tmp_path, replace(search, graph="not installed: onnx"))
-    assert seen.says("Without labelled data only float32 was tried, and answers were compared on 64 made-up inputs.")
+    assert seen.says("Without labelled data only float32 was tried, and answers were compared on 64 random inputs.")
     assert seen.says("There is no ONNX graph: Not installed: onnx.")
-    assert seen.says("up: inputs per second")
+    assert seen.says("vertical: examples per second")
     assert not seen.says("accuracy")
     ups = [float(dot["cy"] or 0) for dot in circles(seen, "area")]
     assert ups[0] < ups[1]  # the reference has more inputs per second
@@ -198,12 +199,12 @@ def test_without_labels_lower_precision_is_compared_with_the_reference(tmp_path:
     search = replace(SEARCH, candidates=(reference, other), chosen=other, labelled=False, origin="unlabelled")
     seen = page_of(tmp_path, search)
     assert seen.says(
-        "On 4,000 of 5,107 inputs without labels its answers differ from the reference's by 0.021 on average, and "
-        "99.30 % decide the same (95 % interval 98.1 % to 99.8 %)."
+        "On 4,000 of 5,107 examples without labels its answers differ from the reference's by 0.021 on average, and "
+        "99.30 % get the same decision (95 % interval 98.1 % to 99.8 %)."
     )
     assert seen.says("differs by same answer 1 openvino int8")
     assert seen.says("0.021 99.30 %")
-    assert seen.says("Up to 0.5 % of answers may decide otherwise than the reference's.")
+    assert seen.says("An engine may decide otherwise than the reference on up to 0.5 % of examples.")
     drawn = replace(
         search, chosen=replace(other, agreement=None), candidates=(reference, replace(other, agreement=None))
     )
@@ -231,7 +232,7 @@ def test_accepted_engines_have_a_dot_and_the_unbeaten_a_name(tmp_path: Path) -> 
     assert caption is not None
     assert re.findall(r"<strong>(\d)&nbsp;<bdi>(.*?)</bdi>", caption[0]) == [
         ("1", "openvino int8"),
-        ("2", "onnxruntime int8 (rescued, 2 kept)"),
+        ("2", "onnxruntime int8 (2 layers in float32)"),
     ]
 
 
@@ -258,7 +259,7 @@ def test_a_lower_score_may_be_the_better_one(tmp_path: Path) -> None:
     assert seen.says("a loss as small as that: the interval is ±0.07 years wide.")
     assert seen.says("mean absolute error difference, years 1 openvino int8")
     assert seen.says("3.42 years +0.02 (−0.05 to +0.09)")
-    assert seen.says("mean absolute error, years ms for one input")
+    assert seen.says("mean absolute error, years ms for one example")
     assert seen.says("highest tolerated")
     line = re.search(r'<g class="rule-line"><path d="M[\d.]+ ([\d.]+)L', seen.source)
     assert line is not None
@@ -268,7 +269,7 @@ def test_a_lower_score_may_be_the_better_one(tmp_path: Path) -> None:
 def test_engines_of_one_speed_and_no_other_can_be_drawn(tmp_path: Path) -> None:
     seen = page_of(tmp_path, replace(SEARCH, candidates=(EAGER,), chosen=EAGER))
     assert len(circles(seen, "area")) == 1
-    assert seen.says("0.5 1 accuracy, % ms for one input (p50)")  # ticks on both sides
+    assert seen.says("0.5 1 accuracy, % ms for one example (p50)")  # ticks on both sides
 
 
 # --- what is missing, wrong or hostile -------------------------------------------------------

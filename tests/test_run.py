@@ -11,7 +11,7 @@ import pytest
 
 from suanli.core.errors import DamagedFile, DataError, RunBusy, StorageError, UsageError
 from suanli.core.run import Run
-from suanli.core.types import Recipe
+from suanli.core.types import Plan, Recipe, Trial
 
 
 def create(name: str = "digits", out: Path | None = None) -> Run:
@@ -73,6 +73,38 @@ def test_a_line_cut_short_is_skipped() -> None:
     with (run.path / "metrics.jsonl").open("ab") as stream:
         stream.write(b'{"step": 3, "lo')
     assert [m["step"] for m in run.metrics] == [1, 2]
+
+
+def test_a_notebook_shows_a_small_table(trained_on_pictures: Path) -> None:
+    run = Run(trained_on_pictures / "made")
+    assert run.scores_split == "val"
+    assert repr(run).endswith(f"made', finished, validation accuracy {100 * run.scores['accuracy']:.2f}%)")
+    table = run._repr_html_()
+    for part in ("<td", "pictures", "speednet", "finished", "validation accuracy"):
+        assert part in table
+    nothing, hostile = Run("nowhere"), create(name="x")
+    assert repr(nothing) == "Run('nowhere')"
+    assert "can&#x27;t be read" in nothing._repr_html_()
+    hostile.write("data.json", {"name": "<script>"})
+    assert "<script>" not in hostile._repr_html_()
+
+
+def test_a_plan_shows_its_trials() -> None:
+    trial = Trial(change="+bf16", kept=False, reason="0.9 times <as> fast")
+    plan = Plan(device="cpu", speedups=("channels_last",), threads=2, trials=(trial,), origin="measured")
+    assert repr(plan) == "Plan(channels_last, threads=2, measured, cpu)"
+    assert "tried +bf16" in plan._repr_html_()
+    assert "<as>" not in plan._repr_html_()
+
+
+def test_notebook_forms_need_no_torch() -> None:
+    create(name="digits")
+    script = (
+        "import sys, suanli; run = suanli.Run('runs/digits-1'); run._repr_html_(), repr(run), run.scores;"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False\n"
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import suanli
+from interrupts import press_ctrl_c
 from suanli.compute.speedups import onednn_bf16
 from suanli.core.run import Run
 from suanli.core.types import Batch
@@ -111,7 +111,7 @@ def test_with_a_checkpoint_it_goes_on_from_there(
 
     def learn(loop: Loop, batch: Batch) -> torch.Tensor:
         if loop.progress.step + 1 == step:
-            signal.raise_signal(signal.SIGINT)
+            press_ctrl_c()
         return real(loop, batch)
 
     monkeypatch.setattr(Loop, "_train_on", learn)

@@ -219,5 +219,5 @@ def test_a_task_survives_json_and_has_no_targets() -> None:
         lambda: TASK.scores({}),
         lambda: TASK.model_args,
     ):
-        with pytest.raises(UsageError, match="no target goes with"):
+        with pytest.raises(UsageError, match="they have no targets"):
             use()

@@ -4,7 +4,7 @@
 
     run = suanli.run("digits")
     print(run.scores["accuracy"])
-    suanli.predict(run, "pictures/*.png")
+    suanli.predict(run, "images/*.png")
 
 Every verb of the command line is a function here with the same arguments. They are imported on
 first use, so that `import suanli` costs nothing.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from suanli.core.run import Run
     from suanli.engines.predictor import load
     from suanli.verbs.bench import bench
+    from suanli.verbs.compare import compare
     from suanli.verbs.device import device
     from suanli.verbs.evaluate import evaluate
     from suanli.verbs.export import export
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from suanli.verbs.prepare import prepare
     from suanli.verbs.report import report
     from suanli.verbs.run import run
+    from suanli.verbs.runs import runs
     from suanli.verbs.serve import serve
     from suanli.verbs.train import train
 
@@ -45,6 +47,7 @@ __all__ = [
     "SuanliError",
     "UsageError",
     "bench",
+    "compare",
     "device",
     "evaluate",
     "export",
@@ -54,12 +57,16 @@ __all__ = [
     "prepare",
     "report",
     "run",
+    "runs",
     "serve",
     "speed_up",
     "train",
 ]
 
-_VERBS = {"bench", "device", "evaluate", "export", "optimize", "predict", "prepare", "report", "run", "serve", "train"}
+_VERBS = {
+    *("bench", "compare", "device", "evaluate", "export", "optimize", "predict", "prepare", "report", "run", "runs"),
+    *("serve", "train"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,14 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from suanli.core.console import is_muted
+from suanli.core.console import is_muted, stop_progress
 from suanli.core.errors import Interrupted, LostProcess, SuanliError, UsageError
 from suanli.core.garbage import pause_collector
 from suanli.machine import process_environment
@@ -29,10 +29,11 @@ from suanli.parallel import fatal
 
 if TYPE_CHECKING:
     from suanli.core.run import Run
+    from suanli.engines.predictor import Prediction
 
 app = typer.Typer(
     name="suanli",
-    help="suanli (算力, computing power): data in, a trained, measured, optimised model out.",
+    help="suanli (算力, computing power) turns data into a trained, measured and optimised model.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -40,40 +41,51 @@ app = typer.Typer(
 
 # --- options that several verbs share ---
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="A built-in name, folder, archive, table file or .npz.")]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="A built-in data set, a folder, an archive, a table or an .npz file.")
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
-Model = Annotated[str | None, typer.Option(help="A built-in name, package.module:function or timm:NAME.")]
-Recipe = Annotated[str | None, typer.Option(help="A shipped recipe; without it, the one that suits the data.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples of one step, over all processes.")]
-Speedups = Annotated[str, typer.Option(help="auto, none, or names separated by commas.")]
-Engine = Annotated[str, typer.Option(help="auto (what optimize chose), reference, or an engine's name.")]
+Model = Annotated[
+    str | None, typer.Option(help="Train this network: a built-in name, package.module:function or timm:NAME.")
+]
+Recipe = Annotated[str | None, typer.Option(help="Use this built-in recipe; default: the one that suits the data.")]
+BatchSize = Annotated[int | None, typer.Option(help="Use this many examples in a step, over all processes.")]
+Speedups = Annotated[str, typer.Option(help="Use these speedups: auto, none, or names separated by commas.")]
+Engine = Annotated[str, typer.Option(help="Use this engine: auto (what optimize chose), reference, or a name.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe; repeatable."),
+    typer.Option("--set", metavar="FIELD=VALUE", help="Set any field of the recipe; repeatable."),
 ]
-InputColumn = Annotated[str | None, typer.Option(help="Column of a table with the text, or the file's path.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of a table with the label.")]
-GroupColumn = Annotated[str | None, typer.Option(help="Column with the patient, speaker, …: no two splits share one.")]
+InputColumn = Annotated[
+    str | None, typer.Option(help="Read the text, or the path of the file, from this column of a table.")
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Read the label from this column of a table.")]
+GroupColumn = Annotated[
+    str | None, typer.Option(help="Read the group (patient, speaker, …) from this column; no group is in two splits.")
+]
 GroupPattern = Annotated[
-    str | None, typer.Option(metavar="REGEX", help="For files: its (…) takes the patient, speaker, … from the path.")
+    str | None,
+    typer.Option(metavar="REGEX", help="Take the group (patient, …) from the path of each file: the part in (…)."),
 ]
-TimeColumn = Annotated[str | None, typer.Option(help="Column with a date or number: the latest are the test split.")]
-MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Share of undecodable inputs that is accepted.")]
-DataDir = Annotated[Path | None, typer.Option(help="Where downloads live (or SUANLI_DATA).")]
-CacheDir = Annotated[Path | None, typer.Option(help="Where prepared data lives (or SUANLI_CACHE).")]
-DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Run the code that a saved model names.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+TimeColumn = Annotated[
+    str | None, typer.Option(help="Read a date or number from this column; the latest rows are the test split.")
+]
+MaxBad = Annotated[float, typer.Option(min=0, max=1, help="Accept up to this share of examples that can't be decoded.")]
+DataDir = Annotated[Path | None, typer.Option(help="Keep downloads here; default: $SUANLI_DATA, or the cache.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Cache data here; default: $SUANLI_CACHE, or ~/.cache/suanli.")]
+DeviceName = Annotated[str, typer.Option("--device", help="Compute on this device: auto, cpu, cuda, cuda:1 or mps.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow a saved model to run the code that it names.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 
 
 # --- verbs ---
 
 
-@app.command("device", help="Show this machine, what torch can use of it, what it reaches, and what is missing.")
+@app.command("device", help="Show this machine, how fast it is, and what is missing.")
 def _device(
     context: typer.Context,
-    probe: Annotated[bool, typer.Option("--probe", help="Measure what the device reaches (under 20 s), once.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure it anew.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure how fast the device is (under 20 s), once.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again, even if the figures are cached.")] = False,
     device: DeviceName = "auto",
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
@@ -112,29 +124,47 @@ def _prepare(
 
 
 # Options of `train` and `run`.
-Epochs = Annotated[float | None, typer.Option(help="Passes over the training data.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same machine, same result.")]
-Weights = Annotated[Path | None, typer.Option(help="Start from these weights (.safetensors).")]
-TargetAccuracy = Annotated[float | None, typer.Option(help="Train the least that is known to reach it (0 to 1).")]
-TimeBudget = Annotated[str | None, typer.Option(help="Train the best that fits: 90s, 5m, 1.5h.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: measured, then cached.")]
-Processes = Annotated[str | None, typer.Option("--nproc", help="Processes that share each batch: a number, or auto.")]
-Balance = Annotated[bool, typer.Option("--balance", help="Shares of a batch follow each process's speed.")]
+Epochs = Annotated[float | None, typer.Option(help="Train for this many passes over the training data.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Set the peak learning rate.")]
+Seed = Annotated[
+    int | None, typer.Option(help="Set the random seed of initialisation, order, augmentation and dropout.")
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Start from the weights of a run, a model/ folder or a .safetensors file.")
+]
+TargetAccuracy = Annotated[
+    float | None, typer.Option(help="Use the cheapest training measured to reach this accuracy (0 to 1).")
+]
+TimeBudget = Annotated[str | None, typer.Option(help="Use the largest training that fits this time: 90s, 5m, 1.5h.")]
+Threads = Annotated[int | None, typer.Option(help="Use this many CPU threads; default: measured, then cached.")]
+Processes = Annotated[
+    str | None, typer.Option("--nproc", help="Split each batch between this many processes: a number, or auto.")
+]
+Balance = Annotated[bool, typer.Option("--balance", help="Give faster processes larger shares of a batch.")]
 Shard = Annotated[
     bool | None,
-    typer.Option("--shard/--no-shard", help="Each process holds a part of the network; default: as the run did."),
+    typer.Option("--shard/--no-shard", help="Shard the network over the processes, or not; default: as in the run."),
 ]
-MaxRestarts = Annotated[int, typer.Option(min=0, help="How often several processes restart after one died.")]
-HangTimeout = Annotated[float, typer.Option(min=1, help="Seconds without a step until several processes restart.")]
-RunOut = Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-<n>.")]
-MoreEpochs = Annotated[float | None, typer.Option(help="Continue a finished run for so long.")]
-CheckpointEvery = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")]
-Track = Annotated[list[str] | None, typer.Option(help="tensorboard, mlflow or wandb; repeatable.")]
-Emit = Annotated[str | None, typer.Option(help="Train nothing; print a file for a cluster: slurm or kubernetes.")]
-Submit = Annotated[bool, typer.Option("--submit", help="With --emit: submit that file, too.")]
-Nodes = Annotated[int, typer.Option(min=1, help="With --emit: machines, each with --nproc processes.")]
-Image = Annotated[str | None, typer.Option(help="With --emit kubernetes: a container image with suanli.")]
+MaxRestarts = Annotated[
+    int, typer.Option(min=0, help="Restart at most this many times if one of several processes dies.")
+]
+HangTimeout = Annotated[
+    float, typer.Option(min=1, help="Restart all processes after this many seconds without a step.")
+]
+RunOut = Annotated[Path | None, typer.Option(help="Write the run into this folder; default: runs/<data>-<n>.")]
+MoreEpochs = Annotated[float | None, typer.Option(help="Continue a finished run for this many epochs.")]
+MovedTo = Annotated[
+    Path | None, typer.Option("--data", "--moved-to", help="Name the new place of a run's data, if it was moved.")
+]
+CheckpointEvery = Annotated[float, typer.Option(min=0, help="Set the seconds between checkpoints.")]
+Track = Annotated[list[str] | None, typer.Option(help="Send metrics to tensorboard, mlflow or wandb; repeatable.")]
+Emit = Annotated[str | None, typer.Option(help="Train nothing, and print a file for a cluster: slurm or kubernetes.")]
+Submit = Annotated[bool, typer.Option("--submit", help="With --emit, submit that file, too.")]
+Nodes = Annotated[int, typer.Option(min=1, help="With --emit, use this many machines, each with --nproc processes.")]
+Image = Annotated[str | None, typer.Option(help="With --emit kubernetes, use this container image, with suanli in it.")]
+NumberOfFolds = Annotated[
+    str | None, typer.Option(metavar="K", help="Cross-validate with K folds: 5, or 5x3 to repeat it three times.")
+]
 CLUSTER_OPTIONS = ("emit", "submit", "nodes", "image")  # of train, for a file instead of a training
 
 
@@ -143,7 +173,10 @@ def _training(verb: str) -> Callable[..., None]:
 
     def command(
         context: typer.Context,
-        data: Annotated[str, typer.Argument(metavar="DATA", help="A data set, or an interrupted run to go on with.")],
+        data: Annotated[
+            str,
+            typer.Argument(metavar="DATA", help="A data set (as for prepare), or an interrupted run, to resume it."),
+        ],
         model: Model = None,
         weights: Weights = None,
         recipe: Recipe = None,
@@ -164,6 +197,7 @@ def _training(verb: str) -> Callable[..., None]:
         hang_timeout_s: HangTimeout = 300.0,
         out: RunOut = None,
         more_epochs: MoreEpochs = None,
+        moved_to: MovedTo = None,
         checkpoint_every_s: CheckpointEvery = 60.0,
         track: Track = None,
         emit: Emit = None,
@@ -175,6 +209,7 @@ def _training(verb: str) -> Callable[..., None]:
         group_column: GroupColumn = None,
         group_pattern: GroupPattern = None,
         time_column: TimeColumn = None,
+        folds: NumberOfFolds = None,
         max_bad: MaxBad = 0.01,
         data_dir: DataDir = None,
         cache_dir: CacheDir = None,
@@ -200,14 +235,16 @@ def _train(result: _Result, options: dict[str, Any]) -> None:
     run = train(**options)
     if is_muted():  # another process of the same training prints the result
         return
-    scores = {f"val_{name}": value for name, value in _last_validation(run).items()}
+    scores = {f"val_{name}": value for name, value in run.validation_scores.items()}
     result.values = _describe(run) | {"scores": scores}
-    result.render = lambda: f"Run: {run.path}\nNext: suanli evaluate {run.path}"
+    if options["folds"] is not None:
+        result.values["cross_validation"] = run.cross_validation
+    folds = f"{_cross_validation(run)}\n" if options["folds"] is not None else ""
+    result.render = lambda: f"{folds}Run: {run.path}\nNext: suanli evaluate {run.path}"
 
 
 def _run(result: _Result, options: dict[str, Any]) -> None:
     with pause_collector():
-        from suanli.core import registry
         from suanli.verbs.run import run
     gc.freeze()
 
@@ -215,23 +252,28 @@ def _run(result: _Result, options: dict[str, Any]) -> None:
     if is_muted():
         return
     result.values = _describe(made) | {"scores": made.scores}
-    metric = registry.load("tasks", made.recipe.task).metric
-    score = metric.format(made.scores[metric.name])
+    if options["folds"] is not None:
+        result.values["cross_validation"] = made.cross_validation
     lines = {"Run": made.path, "Model": made.model_path, "Report": made.path / "report.html"}
     text = "".join(f"\n{name + ':':<8}{path}" for name, path in lines.items())
-    result.render = lambda: f"Test {metric.name}: {score}{text}"
+    if options["folds"] is not None:
+        text = f"\n{_cross_validation(made)}{text}"
+    result.render = lambda: f"Test {_primary(made, made.scores)}{text}"
+
+
+def _cross_validation(run: Run) -> str:
+    return f"Cross-validation {_primary(run, run.cross_validation)}"
+
+
+def _primary(run: Run, scores: Mapping[str, float]) -> str:
+    from suanli.core import registry
+
+    metric = registry.load("tasks", run.recipe.task).metric
+    return f"{metric.name.replace('_', ' ')}: {metric.format(scores[metric.name])}"
 
 
 def _describe(run: Run) -> dict[str, Any]:
     return {"run": str(run.path), "status": run.summary["status"], "epochs": run.summary["epochs"]}
-
-
-def _last_validation(run: Run) -> dict[str, float]:
-    """Scores of the weights that were kept."""
-    scores = [m["scores"] for m in run.metrics if m.get("split") == "val"]
-    if run.recipe.early_stop is None:
-        return scores[-1] if scores else {}
-    return max(scores, key=lambda s: next(iter(s.values())), default={})
 
 
 def _emit(result: _Result, verb: str, context: typer.Context) -> None:
@@ -239,7 +281,7 @@ def _emit(result: _Result, verb: str, context: typer.Context) -> None:
     from suanli.parallel.submission import emit
 
     if verb != "train":
-        raise UsageError("--emit is for suanli train.", fix="Evaluate and report when the run is there.")
+        raise UsageError("--emit works with suanli train only.", fix="Evaluate and report once the run is finished.")
     cluster = {name: context.params[name] for name in CLUSTER_OPTIONS}
     asked = {k: v for k, v in context.params.items() if _is_given(context, k) and k not in (*cluster, "as_json")}
     emitted = emit(
@@ -254,14 +296,18 @@ def _emit(result: _Result, verb: str, context: typer.Context) -> None:
 app.command("train", help="Train a model into a run directory.")(_training("train"))
 
 
-@app.command("evaluate", help="Evaluate the model of a run.")
+@app.command("evaluate", help="Evaluate a trained model.")
 def _evaluate(
     context: typer.Context,
     run: RunDir,
-    split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
-    data: Annotated[Path | None, typer.Option(help="Evaluate on other data with the same classes.")] = None,
+    split: Annotated[str, typer.Option(help="Evaluate on this split: test, val or train.")] = "test",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Evaluate on other data with the same classes, or name the new place of moved data."),
+    ] = None,
     device: DeviceName = "auto",
-    augmented_views: Annotated[bool, typer.Option(help="Also score with test-time augmentation.")] = True,
+    augmented_views: Annotated[bool, typer.Option(help="Also give the score with test-time augmentation.")] = True,
+    folds: NumberOfFolds = None,
     cache_dir: CacheDir = None,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
@@ -274,69 +320,100 @@ def _evaluate(
         for examples in (values["mistakes"], values["samples"]):
             for example in examples:
                 del example["preview"]  # the report's
-        if split != "test":
-            values["scores"] = {f"{split}_{name}": value for name, value in values["scores"].items()}
+                example.pop("saliency", None)
+        if evaluation.split != "test":
+            values["scores"] = {f"{evaluation.split}_{name}": value for name, value in values["scores"].items()}
         result.values = values | {"run": str(run)}
         result.render = lambda: table(evaluation)
 
 
-@app.command("predict", help="Answer for files, folders or standard input.")
+@app.command("predict", help="Classify files, folders or standard input, or predict values.")
 def _predict(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL INPUT...", help="A run or its model/ folder; then files, folders, patterns, or - (stdin)."
+            metavar="MODEL INPUT...",
+            help="A run or its model/ folder; then files, folders, patterns, texts, or - for standard input.",
         ),
     ],
     url: Annotated[
         str | None, typer.Option(help="Ask this server instead, and name no MODEL: http://127.0.0.1:8000.")
     ] = None,
     top: Annotated[
-        int, typer.Option(min=1, help="How many entries of an answer that ranks, such as classes, to show.")
+        int, typer.Option(min=1, help="Show at most this many classes, or other ranked entries, of each answer.")
     ] = 5,
     engine: Engine = "auto",
     device: DeviceName = "auto",
     trust_code: TrustCode = False,
-    csv: Annotated[bool, typer.Option("--csv", help="Comma-separated values.")] = False,
+    csv: Annotated[
+        bool, typer.Option("--csv", help="Print comma-separated values, with the probability of every class.")
+    ] = False,
+    explain: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write what each answer rests on: a saliency map, or weighted words."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
         if csv and as_json:
             raise UsageError("--csv and --json exclude each other.", fix="Choose one.")
-        from suanli.verbs.predict import as_csv, predict, table
+        from suanli.verbs.predict import csv_lines, iterate, table
 
         model, inputs = (words[0], words[1:]) if url is None else (None, words)
         if not inputs:
-            raise UsageError("There is nothing to predict.", fix="Name files, folders, a quoted pattern, or -.")
-        answers = predict(model, inputs, top=top, engine=engine, device=device, trust_code=trust_code, url=url)
-        result.values = {"model": model or url, "predictions": [p.to_json() for p in answers]}
-        result.render = lambda: as_csv(answers) if csv else table(answers)
-        if answers and all(p.error for p in answers):
-            result.exit_code = 3
+            fix = "Name the model first: suanli predict RUN INPUT… (files, folders, a quoted pattern, texts, or -)."
+            raise UsageError("There is nothing to predict.", fix=fix)
+        options: dict[str, Any] = {"engine": engine, "device": device, "trust_code": trust_code, "url": url}
+        options["explain"] = explain or False
+        answers = _counted(result, iterate(model, inputs, top=sys.maxsize if csv else top, **options))
+        if csv:
+            result.render = lambda: csv_lines(answers)
+            return
+        listed = list(answers)
+        result.values = {"model": model or url, "predictions": [p.to_json() for p in listed]}
+        result.render = lambda: table(listed)
+
+
+def _counted(result: _Result, answers: Iterator[Prediction]) -> Iterator[Prediction]:
+    """The same, and the exit code where none of the inputs could be read."""
+    worked = failed = False
+    for answer in answers:
+        worked, failed = worked or answer.error is None, failed or answer.error is not None
+        yield answer
+    if failed and not worked:
+        result.exit_code = 3
 
 
 NOT_SCALED = ("epochs", "threads", "time_budget_s", "price_per_hour")  # options that --scaling does not take
 
 
-@app.command("bench", help="Measure what each change of the plan brings; --scaling: processes.")
+@app.command("bench", help="Measure the gain of each speedup, or (--scaling) of processes.")
 def _bench(
     context: typer.Context,
     data: Data,
     model: Model = None,
     recipe: Recipe = None,
-    epochs: Annotated[float | None, typer.Option(help="Of the training that is planned.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Plan for a training of this many epochs.")] = None,
     batch_size: BatchSize = None,
     settings: Settings = None,
     device: DeviceName = "auto",
     speedups: Speedups = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the full plan; default: measured.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps of each measurement; default: what time allows.")
+    threads: Annotated[
+        int | None, typer.Option(help="Use this many CPU threads in the full plan; default: measured.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds; each times every variant once.")] = 5,
-    time_budget_s: Annotated[float | None, typer.Option(help="Seconds for all measurements together.")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of this machine, in any currency.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; default: runs/<data>-bench-<n>.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Train this many steps for each measurement; default: what time allows.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Measure in this many rounds, every variant once in each.")] = 5,
+    time_budget_s: Annotated[
+        float | None, typer.Option(help="Take at most this many seconds for all measurements together.")
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Give the price of this machine per hour, in any currency.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the run into this folder; default: runs/<data>-bench-<n>.")
+    ] = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
     group_column: GroupColumn = None,
@@ -345,8 +422,13 @@ def _bench(
     max_bad: MaxBad = 0.01,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
-    scaling: Annotated[bool, typer.Option("--scaling", help="Measure 1, 2, … processes on a batch instead.")] = False,
-    processes: Annotated[str | None, typer.Option(help="With --scaling: 1,2,4; default: powers of two.")] = None,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Measure the speed of 1, 2, … processes that share each batch.")
+    ] = False,
+    processes: Annotated[
+        str | None,
+        typer.Option(help="With --scaling, measure these numbers of processes: 1,2,4; default: powers of two."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
@@ -378,29 +460,39 @@ def _bench_processes(result: _Result, options: dict[str, Any]) -> None:
     result.render = lambda: table(measured)
 
 
-@app.command("optimize", help="Find the fastest engine for a trained model that still gives the right answers.")
+@app.command("optimize", help="Find the fastest inference engine whose answers are still right.")
 def _optimize(
     context: typer.Context,
     subject: Annotated[
         str,
         typer.Argument(metavar="SUBJECT", help="A run, a model/ folder, an .onnx file, or package.module:function."),
     ],
-    goal: Annotated[str, typer.Option("--for", help="latency, throughput, size or energy.")] = "latency",
+    goal: Annotated[str, typer.Option("--for", help="Optimize for latency, throughput, size or energy.")] = "latency",
     tolerance: Annotated[
-        float | None, typer.Option(help="Loss of the primary metric that is accepted, such as 0.005.")
+        float | None, typer.Option(help="Accept this loss of the primary metric, such as 0.005.")
     ] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="95 of 100 single answers must be quicker.")] = None,
-    time_budget: Annotated[str, typer.Option(help="For all of it: 90s, 5m, 1.5h.")] = "3m",
-    engines: Annotated[str | None, typer.Option(help="Names separated by commas; default: all.")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Require a p95 latency of one example below this many milliseconds.")
+    ] = None,
+    time_budget: Annotated[str, typer.Option(help="Take at most this time for everything: 90s, 5m, 1.5h.")] = "3m",
+    engines: Annotated[str | None, typer.Option(help="Try these engines, separated by commas; default: all.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="For calibration and evaluation: labelled data, a folder of pictures, .npz files."),
+        typer.Option(help="Use this for calibration and evaluation: labelled data, a folder of images, or .npz files."),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Of a function's network (.safetensors).")] = None,
-    size: Annotated[str | None, typer.Option(help="Pixels of an ONNX file's input: 224, or 224x160.")] = None,
-    mean: Annotated[str | None, typer.Option(help="Of each channel, white is 1: 0.485,0.456,0.406.")] = None,
-    std: Annotated[str | None, typer.Option(help="Of each channel: 0.229,0.224,0.225.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the engines of an ONNX file or a function go.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Load these weights into the network of a function (.safetensors).")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Set the input size of an ONNX file in pixels: 224, or 224x160.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="Subtract this from each channel, where white is 1: 0.485,0.456,0.406.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="Then divide each channel by this: 0.229,0.224,0.225.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the engines of an ONNX file or a function into this folder.")
+    ] = None,
     device: DeviceName = "auto",
     cache_dir: CacheDir = None,
     trust_code: TrustCode = False,
@@ -422,8 +514,15 @@ def _optimize(
 @app.command("export", help="Write a trained model as a plain file, for use without suanli.")
 def _export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory or its model/ folder.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino, pt2 or safetensors (weights alone).")],
-    out: Annotated[Path | None, typer.Option(help="The file or folder; default: <run>.<form>, here.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="Write this format: onnx, openvino, pt2, litert (.tflite), or safetensors (weights alone)."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Write to this file or folder; default: <run>.<format>, here.")
+    ] = None,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -435,33 +534,41 @@ def _export(
         result.render = lambda: summarize(exported)
 
 
-@app.command("serve", help="Answer requests over HTTP and gRPC, and on a web page.")
+@app.command("serve", help="Serve a model over HTTP and gRPC, and on a web page.")
 def _serve(
     context: typer.Context,
     subject: Annotated[
         str, typer.Argument(metavar="SUBJECT", help="A run, a model/ folder, or a folder of models (NAME/ or NAME/1/).")
     ],
-    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="For HTTP; 0: a free one.")] = 8000,
-    grpc_port: Annotated[int | None, typer.Option(help="For gRPC too; usual is 8001.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Listen on this address; 0.0.0.0 means all addresses of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Listen for HTTP on this port; 0 means any free port.")] = 8000,
+    grpc_port: Annotated[int | None, typer.Option(help="Also listen for gRPC on this port, usually 8001.")] = None,
     p99_ms: Annotated[
-        float | None, typer.Option("--p99-ms", help="The longest that a request may take; others are refused at once.")
+        float | None,
+        typer.Option(
+            "--p99-ms",
+            help="Set the latency limit of a request in milliseconds; requests that would exceed it are rejected.",
+        ),
     ] = None,
     engine: Engine = "auto",
     device: DeviceName = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine; default: as optimize chose.")] = None,
-    max_body_mb: Annotated[float, typer.Option(help="Of one request.")] = 64,
-    max_image_megapixels: Annotated[float, typer.Option(help="Of one picture.")] = 50,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="Clients must send the key in this file; default: $SUANLI_API_KEY, if set.")
+    threads: Annotated[
+        int | None, typer.Option(help="Give the engine this many CPU threads; default: as optimize chose.")
     ] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="A certificate (PEM), for https.")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    max_body_mb: Annotated[float, typer.Option(help="Reject requests larger than this many megabytes.")] = 64,
+    max_image_megapixels: Annotated[float, typer.Option(help="Reject images larger than this many megapixels.")] = 50,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Require the API key in this file; default: $SUANLI_API_KEY, if set.")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Serve https with this certificate (PEM).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Use this private key with the certificate (PEM).")] = None,
     shutdown_delay_s: Annotated[
-        float, typer.Option(min=0, help="Seconds between 'not ready' and no more connections, for load balancers.")
+        float, typer.Option(min=0, help="On shutdown, report 'not ready' for this many seconds, for load balancers.")
     ] = 0,
-    log: Annotated[str, typer.Option(help="json, text, none, or auto: text on a terminal.")] = "auto",
-    log_requests: Annotated[bool, typer.Option("--log-requests", help="Log every request, too.")] = False,
+    log: Annotated[str, typer.Option(help="Write the log as json, text, none, or auto (text on a terminal).")] = "auto",
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="Also log every request.")] = False,
     trust_code: TrustCode = False,
 ) -> None:
     from suanli.verbs.serve import serve
@@ -469,10 +576,10 @@ def _serve(
     serve(**_options(context))
 
 
-@app.command("report", help="Write the run's report, one HTML page.")
+@app.command("report", help="Write the report of a run as one HTML page.")
 def _report(
     run: RunDir,
-    out: Annotated[Path | None, typer.Option(help="Where to write it; default: <run>/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write to this file; default: <run>/report.html.")] = None,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
@@ -483,15 +590,52 @@ def _report(
         result.render = lambda: f"Report: {path}"
 
 
+@app.command("runs", help="List runs, with data, model, score, training time and state.")
+def _runs(
+    folders: Annotated[
+        list[str] | None, typer.Argument(metavar="[FOLDER]...", help="Folders with runs, or runs; default: runs/.")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(help="Sort by time (the newest first), name, score (the best first) or training time.")
+    ] = "time",
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.runs import runs, table
+
+        found = runs(*folders or (), sort=sort)
+        result.values = {"runs": [one.to_json() for one in found]}
+        result.render = lambda: table(found)
+
+
+@app.command("compare", help="Compare runs: recipe, data, scores, learning curves and cost.")
+def _compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Two run directories or more.")],
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the comparison as one offline HTML page.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.reporting.comparison_views import text
+        from suanli.verbs.compare import compare
+
+        comparison = compare(*runs, html=html)
+        result.values = comparison.to_json() | ({} if html is None else {"html": str(html)})
+        result.render = lambda: text(comparison)
+
+
 app.command("run", help="Prepare, train, evaluate and report in one go.")(_training("run"))
 
 
 # --- results and errors ---
 
+PIPE_WIDTH = 240  # characters of a line that doesn't go to a terminal
+
 
 class _Result:
     values: dict[str, Any]
-    render: Callable[[], Any]  # what a person sees: text, or something that rich prints
+    render: Callable[[], Any]  # what a person sees: text, lines, or something that rich prints
     exit_code = 0
 
     def fail(self, error: SuanliError, figures: dict[str, Any]) -> None:
@@ -516,10 +660,15 @@ def _result(as_json: bool) -> Iterator[_Result]:
         output = result.render()
         if isinstance(output, str):
             print(output)
+        elif isinstance(output, Iterator):
+            for line in output:
+                print(line)
         else:
             from rich.console import Console
 
-            Console(highlight=False).print(output)
+            # Lines of a pipe or a file are not broken: people search them.
+            wide = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+            Console(highlight=False, width=wide).print(output)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -559,13 +708,15 @@ def _parse_numbers(option: str, text: str | None) -> list[float] | None:
         return None if text is None else [float(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageError(
-            f"{option} takes numbers separated by commas, not {text!r}.", fix="Such as 0.5,0.4,0.3."
+            f"{option} takes numbers separated by commas, not {text!r}.", fix="For example: 0.5,0.4,0.3."
         ) from error
 
 
 @app.callback(invoke_without_command=True)
 def _global_options(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version of suanli and exit.", is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if version:
@@ -576,16 +727,26 @@ def _global_options(
 
 
 INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
-KEPT = {  # what a verb that was stopped leaves; others: nothing
-    "optimize": "The engines from before are unchanged.",
+KEPT = {  # what a verb that was stopped leaves, and how to go on
+    "prepare": "No half-prepared data was kept; downloads go on where they stopped. Run the same command again.",
+    "train": "Training had not begun, and nothing was kept. Run the same command again.",
+    "run": "The run keeps what was finished: suanli runs lists it, and suanli run RUN goes on with it.",
+    "evaluate": "The scores from before are unchanged. Run the same command again.",
+    "predict": "Answers that were printed are complete; the others were not kept. Run the same command again.",
+    "optimize": "The engines from before are unchanged. Run the same command again.",
+    "export": "No file was written. Run the same command again.",
+    "bench": "No figures were kept. Run the same command again, with a smaller --time-budget-s if it took too long.",
+    "report": "The report from before is unchanged. Run the same command again.",
     "serve": "",
 }
+NOTHING_KEPT = "Nothing was changed. Run the same command again."
 MISSING = {  # what to name where an argument is missing
     "data": "Name the data: a folder, archive, table or built-in name, such as {command} digits.",
     "run": "Name a run, such as {command} runs/digits-1.",
+    "runs": "Name two runs or more, such as {command} runs/digits-1 runs/digits-2.",
     "subject": "Name a trained run, such as {command} runs/digits-1.",
     "words": "Name a run and what to predict, such as {command} runs/digits-1 photo.png.",
-    "to": "Name the format: --to onnx, openvino, pt2 or safetensors.",
+    "to": "Name the format: --to onnx, openvino, pt2, litert or safetensors.",
 }
 
 
@@ -613,8 +774,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str], debug: bool) -> int:
     # SIGTERM acts like Ctrl-C, so that half-written files are removed. Training handles both in its own way.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = _take_signals()
     if not arguments:
         app(["--help"], standalone_mode=False, prog_name="suanli")
         return 2
@@ -622,7 +782,7 @@ def _main(arguments: list[str], debug: bool) -> int:
         code = int(app(arguments, standalone_mode=False, prog_name="suanli") or 0)
         if code != INTERRUPTED or fatal.is_supervised():
             return code
-        message, fix = "Stopped.", KEPT.get(arguments[0], "Nothing was kept.")
+        message, fix = "Stopped.", KEPT.get(arguments[0], NOTHING_KEPT)
     except SuanliError as error:
         if debug:
             raise
@@ -647,10 +807,28 @@ def _main(arguments: list[str], debug: bool) -> int:
         if fatal.is_supervised() and _report_to_launcher(error):
             return 0
         message, fix, code = _explain_unexpected(error)
+    if code != INTERRUPTED and interrupted():  # a library swallowed Ctrl-C, as in an import, and then failed
+        message, fix, code = "Stopped.", KEPT.get(arguments[0], NOTHING_KEPT), INTERRUPTED
+    stop_progress()
     if "--json" in arguments:
         print(json.dumps({"error": message, "fix": fix, "exit_code": code}, ensure_ascii=False))
     print(f"suanli: {message} {fix}".rstrip(), file=sys.stderr)
     return code
+
+
+def _take_signals() -> Callable[[], bool]:
+    """Lets SIGTERM act like Ctrl-C. Gives a function that says whether one of them has come."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, such as by nohup
+            signal.signal(signal.SIGINT, interrupt)
+    return lambda: bool(came)
 
 
 def _explain_command_line(error: typer.TyperException) -> tuple[str, str]:

@@ -91,11 +91,13 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
+            _shown.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self in _shown:
             self._bar.stop()
+            _shown.remove(self)
 
     def update(self, done: float, note: str = "") -> None:
         if self._bar is not None:
@@ -107,6 +109,15 @@ class Progress:
         self._printed = now
         left = (now - self._started) * (self.total - done) / max(done, 1e-9)
         say(f"{self.title}: {100 * done / max(self.total, 1e-9):.0f} %, {duration(left)} left {note}".rstrip())
+
+
+_shown: list[Progress] = []
+
+
+def stop_progress() -> None:
+    """Ends all bars, before an error is printed: one in a generator would otherwise end, and be drawn, after it."""
+    for progress in [*_shown]:
+        progress.__exit__()
 
 
 def duration(seconds: float) -> str:
@@ -121,9 +132,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def plural(count: int, noun: str, many: str | None = None) -> str:
-    """ "1 input", "1,204 inputs", "2 classes"."""
-    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+def plural(count: float, noun: str, many: str | None = None) -> str:
+    """ "1 example", "1,204 examples", "2 classes", "0.5 epochs"."""
+    number = f"{int(count):,}" if count == int(count) else f"{count:g}"
+    return f"{number} {noun if count == 1 else many or noun + 's'}"
 
 
 def size(count: float) -> str:

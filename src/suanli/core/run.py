@@ -1,10 +1,12 @@
 """The run directory: the only thing that one verb passes to the next.
 
     recipe.json  environment.json  data.json  check.json     what is learned, where, from which data
+    examples.npz  leaks.csv                                   its examples, and those in training and another split
     metrics.jsonl  ledger.jsonl  summary.json                what happened
     checkpoints/                                              all that an exact resume needs
     model/                                                    all that a prediction needs, on any machine
     evaluation/<split>.json                                   scores
+    evaluation/<split>.safetensors                            what `compare` needs of each example
     report.html  README.md                                    for people
 
 A lock file lets only one process write a run at a time. A crash can cut short at most the last line of a .jsonl file,
@@ -14,21 +16,28 @@ which readers skip.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from suanli.core.errors import DamagedFile, DataError, RunBusy, UsageError
-from suanli.core.storage import json_bytes, raise_storage_errors, read_json, write_json
+from suanli.core.console import duration
+from suanli.core.errors import DamagedFile, DataError, RunBusy, SuanliError, UsageError
+from suanli.core.storage import atomic_file, json_bytes, raise_storage_errors, read_json, write_json
 from suanli.core.types import AnyPath, Environment, Json, Measurement, Recipe
+
+if TYPE_CHECKING:
+    from suanli.core.task import Metric
 
 RUNS = Path("runs")
 LOCK = ".lock"
+CROSS_VALIDATION = "cross-validation"  # in place of a split, of an evaluation
 FINISHED = ("finished", "stopped early")  # what summary.json says of a run that is done
 
 
@@ -40,7 +49,40 @@ class Run:
         self.path, self._writes = Path(path), writes
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        """With its state and primary score, as far as the files say: "Run('runs/digits-1', finished, test accuracy
+        98.50%)"."""
+        return f"Run({', '.join([repr(str(self.path)), *(text for _, text in self._headline())])})"
+
+    def _repr_html_(self) -> str:
+        from suanli.core.notebook import html_table
+
+        with suppress(SuanliError, OSError, LookupError, TypeError, ValueError):
+            summary, recipe = self.summary, self.recipe
+            rows: list[tuple[str, object]] = [
+                ("data", self.data.get("name")),
+                ("model", recipe.model),
+                *self._headline(),
+                ("epochs", summary.get("epochs")),
+                ("training", duration(s) if (s := summary.get("seconds", {}).get("train")) is not None else None),
+            ]
+            return html_table(f"Run {self.path}", rows)
+        return html_table(f"Run {self.path}", [("state", "its files can't be read")])
+
+    def _headline(self) -> list[tuple[str, str]]:
+        """State and primary score, without those that aren't known."""
+        with suppress(SuanliError, OSError, LookupError, TypeError, ValueError, AttributeError):
+            found = [("state", str(status))] if (status := self.summary.get("status")) else []
+            if (scores := self.scores) and (metric := self._metric()).name in scores:
+                split = "test" if self.scores_split == "test" else "validation"
+                found.append(("score", f"{split} {metric.name} {metric.format(scores[metric.name])}"))
+            return found
+        return []
+
+    def _metric(self) -> Metric:
+        from suanli.core.registry import load
+
+        metric: Metric = load("tasks", self.recipe.task).metric
+        return metric
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -105,6 +147,21 @@ class Run:
         finally:
             lock.release()
 
+    def is_being_written(self) -> bool:
+        """Whether another process of this machine holds the lock; False where that can't be known."""
+        from filelock import FileLock, Timeout
+
+        path = self.path / LOCK
+        if not path.is_file():  # taking it would create it
+            return False
+        try:
+            with FileLock(path, timeout=0):
+                return False
+        except Timeout:
+            return True
+        except OSError:  # it may not be opened
+            return False
+
     # --- what is inside ---
 
     @property
@@ -137,8 +194,37 @@ class Run:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores on the test split; empty before it is evaluated."""
-        path = self.path / "evaluation" / "test.json"
+        """The scores on the split that `scores_split` names: on the test split, once it is evaluated, and before that
+        on the validation split, of the weights that were kept. Empty before the first validation. A score that isn't
+        defined for these examples is None."""
+        if self.scores_split == "test":
+            return dict(read_json(self.path / "evaluation" / "test.json")["scores"])
+        return self.validation_scores
+
+    @property
+    def scores_split(self) -> str | None:
+        """ "test", "val", or None where there are no scores yet."""
+        if (self.path / "evaluation" / "test.json").exists():
+            return "test"
+        return "val" if self.validation_scores else None
+
+    @property
+    def validation_scores(self) -> dict[str, float]:
+        """On the validation split, during training; with early stopping those of the best weights, which are kept."""
+        scores = [dict(m["scores"]) for m in self.metrics if m.get("split") == "val"]
+        if not scores or self.recipe.early_stop is None:
+            return scores[-1] if scores else {}
+        metric = self._metric()
+        return max(scores, key=lambda one: metric.gain(0.0, one.get(metric.name, math.nan)))
+
+    def scored_examples(self, split: str) -> Path:
+        """The file with the records of each example of an evaluation (`core/scored_examples.py`)."""
+        return self.path / "evaluation" / f"{split}.safetensors"
+
+    @property
+    def cross_validation(self) -> dict[str, float]:
+        """The scores of `evaluate --folds`; empty without it."""
+        path = self.path / "evaluation" / f"{CROSS_VALIDATION}.json"
         return dict(read_json(path)["scores"]) if path.exists() else {}
 
     @property
@@ -156,6 +242,12 @@ class Run:
     def write(self, name: str, value: object) -> None:
         if self._writes:
             write_json(self.path / name, value)
+
+    def copy(self, name: str, file: Path) -> None:
+        """A copy of a file."""
+        if self._writes:
+            with atomic_file(self.path / name) as stream, file.open("rb") as content:
+                shutil.copyfileobj(content, stream)
 
     def log(self, **metrics: object) -> None:
         self._append("metrics.jsonl", metrics)

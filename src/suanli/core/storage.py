@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -100,8 +101,21 @@ def _umask() -> int:
 
 
 def json_bytes(value: object, *, indent: int | None = None) -> bytes:
-    """A line of JSON in UTF-8. File names that are not UTF-8 (lone surrogates) become JSON escapes."""
-    return json.dumps(value, indent=indent, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    """A line of JSON in UTF-8. File names that are not UTF-8 (lone surrogates) become JSON escapes; numbers that aren't
+    finite, which JSON doesn't know, null."""
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_replace_not_finite(value), indent=indent, ensure_ascii=False)
+    return text.encode(errors="backslashreplace") + b"\n"
+
+
+def _replace_not_finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _replace_not_finite(one) for name, one in value.items()}
+    return [_replace_not_finite(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def write_json(path: Path, value: object) -> None:

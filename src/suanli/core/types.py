@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from suanli.core.errors import MachineError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -107,6 +109,7 @@ class Source:
     examples: Sequence[Example]
     annotation: str = "class"  # what the targets are; the tasks that learn from it say so
     classes: tuple[str, ...] = ()  # in the order of the model's outputs; a class may have no examples
+    origin: str = ""  # stays when the files change: the place, and how it is read; empty: its splits aren't kept
     fingerprint: str  # changes when the files do; cheap: from names, sizes, times or a checksum
     size_bytes: int | None = None  # of all raw inputs, uncompressed; None: unknown
     licence: str | None = None
@@ -173,6 +176,36 @@ class Preview:
     content: bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marked:
+    """One input with marks where an answer rests on it: a picture, or words with weights from -1 (they speak against
+    the answer) to 1 (for it)."""
+
+    picture: Preview | None = None
+    words: tuple[tuple[str, float], ...] = ()
+
+    def to_html(self) -> str:
+        """A fragment."""
+        import base64
+        from html import escape
+
+        if self.picture is not None:
+            content = base64.b64encode(self.picture.content).decode()
+            return f'<img alt="" src="data:{self.picture.media_type};base64,{content}">'
+        spans = (
+            f'<span style="background:rgba({"29,95,174" if weight > 0 else "173,79,18"},{abs(weight) * 0.6:.2f})">'
+            f"{escape(word)}</span>"
+            for word, weight in self.words
+        )
+        return f"<p>{' '.join(spans)}</p>"
+
+    def to_file(self) -> tuple[str, bytes]:
+        """The suffix and the content of a file that shows it."""
+        if self.picture is not None:
+            return f".{self.picture.media_type.partition('/')[2]}", self.picture.content
+        return ".html", f'<!doctype html><meta charset="utf-8">{self.to_html()}\n'.encode(errors="backslashreplace")
+
+
 class Preprocess(ABC):
     """Turns a raw input into a model input, in two halves: `encode` runs once per input on the CPU and its arrays are
     cached; `to_model` runs on every batch on the device.
@@ -186,6 +219,10 @@ class Preprocess(ABC):
     roles: ClassVar[tuple[str, ...]]  # of its inputs, which are known before it is fitted
     media_types: ClassVar[tuple[str, ...]] = ()  # of a request's body that is one raw input: "image/", "text/"
     takes_strings: ClassVar[bool] = False  # a str is an input itself; else it is the path of one
+    trait_names: ClassVar[Mapping[str, str]] = {}  # nouns for the traits of `encode`: "palette" is a "palette image"
+    column_names: ClassVar[tuple[str, ...]] = ()  # of a data frame's column with inputs; empty: each is a part of one
+    similar_bits: ClassVar[int] = 0  # the keys of near-duplicates differ in at most so many bits
+    features_name: ClassVar[str] = ""  # what `features` are, for people: "the words"
 
     @classmethod
     @abstractmethod
@@ -199,6 +236,11 @@ class Preprocess(ABC):
     @abstractmethod
     def encode(self, raw: Raw) -> EncodedInput:
         """The arrays to cache, by `inputs`. Raises BadInput."""
+
+    def similarity_key(self, raw: Raw, encoded: EncodedInput) -> bytes:  # noqa: ARG002
+        """By which the data check finds near-duplicates of an input: bytes of the same length for all, or none where it
+        can't be told from others. Other kinds of data have no such key."""
+        return b""
 
     @abstractmethod
     def measure(self, inputs: Mapping[str, Stored]) -> Self:
@@ -229,11 +271,21 @@ class Preprocess(ABC):
     def preview(self, inputs: Arrays) -> Preview:
         """The cached arrays of one example for people to look at."""
 
+    def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:  # noqa: ARG002
+        """The cached arrays of one example with the weights of their positions, which `engines/saliency.py` finds:
+        (H, W) from 0 to 1 of an image, (L,) from -1 to 1 of a text. Raises MachineError for a kind without any."""
+        raise MachineError(f"Inputs of the kind {self.kind} can't be marked.", fix="Predict without --explain.")
+
     @classmethod
     @abstractmethod
     def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
         """The unlabelled inputs of a file or folder, for `predict`: the name of each and a function that reads it.
         `Path("-")` is standard input. Raises DataError where there are none."""
+
+    def features(self, inputs: Mapping[str, Stored], positions: np.ndarray) -> Any:  # noqa: ARG002
+        """A few hundred plain numbers of each of these inputs, or some of many (N, F), as an array or a sparse matrix,
+        for a linear baseline. The length of a row is about 1. None: inputs of this kind have none."""
+        return None
 
     @property
     def geometry(self) -> Geometry:
@@ -241,6 +293,12 @@ class Preprocess(ABC):
         from suanli.core.schema import Geometry
 
         return Geometry.unchanged(self.input_shape[1:] or self.input_shape)
+
+    @property
+    def encoding_code(self) -> str | None:
+        """Lines of Python that do the first half without suanli, from the file `path` to the inputs of an exported
+        graph (1, …), by name; None: there are none."""
+        return None
 
     def split_file(self, name: str, read: Callable[[], Raw]) -> Iterable[tuple[str, Callable[[], Raw]]]:
         """The inputs in one of `find_inputs`, for kinds whose files hold several."""
@@ -275,6 +333,7 @@ class Split:
     names: Sequence[str]  # (N,), each an Example.name
     geometries: np.ndarray  # (N, 3, axes) float64, each a Geometry
     groups: np.ndarray | None = None  # (N,) int64, equal for examples of one group; None: there are no groups
+    leaks: np.ndarray | None = None  # (N,) uint8: 0 where it isn't in training, see data/leaks.py; None: unknown
 
     def __len__(self) -> int:
         return len(self.index)
@@ -553,6 +612,19 @@ class Plan:
     origin: str = "named"
     seconds: float = 0.0  # spent on planning
 
+    def __repr__(self) -> str:
+        threads = "" if self.threads is None else f", threads={self.threads}"
+        return f"Plan({'+'.join(self.speedups) or 'plain PyTorch'}{threads}, {self.origin}, {self.device})"
+
+    def _repr_html_(self) -> str:
+        from suanli.core.notebook import html_table
+
+        kept = [
+            (f"tried {trial.change}", f"{trial.reason}{'' if trial.kept else ' (left out)'}") for trial in self.trials
+        ]
+        unused = [(f"without {name}", reason) for name, reason in self.dropped.items()]
+        return html_table(repr(self), [*kept, *unused])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -602,6 +674,7 @@ class Placement:
     device: Device
     threads: int  # that an operation on the CPU uses
     trust_code: bool = False  # code that isn't suanli's may build the network
+    tuning: bool = False  # before the engine is stored: what it measures of itself is kept in its folder
 
 
 @dataclass(frozen=True, kw_only=True)

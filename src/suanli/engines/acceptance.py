@@ -226,9 +226,9 @@ class AcceptanceCheck:
 
 
 def describe_agreement(agreement: Estimate) -> str:
-    """ "the same answer for 99.41 % of the inputs (98.90 to 99.69 %)"."""
+    """ "the same answer for 99.41 % of the examples (98.90 to 99.69 %)"."""
     low, high = 100 * agreement.low, 100 * agreement.high
-    return f"the same answer for {agreement.value:.2%} of the inputs ({low:.2f} to {high:.2f})"
+    return f"the same answer for {agreement.value:.2%} of the examples ({low:.2f} to {high:.2f})"
 
 
 def _first(column: Stored, count: int) -> Stored:

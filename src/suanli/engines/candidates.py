@@ -66,7 +66,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return f"{self.engine} {self.precision}" + (f" (rescued, {len(self.kept)} kept)" if self.kept else "")
+        return f"{self.engine} {self.precision}" + (f" ({len(self.kept)} layers in float32)" if self.kept else "")
 
     def measured_loss(self) -> float:
         """Of the score; without labels, the share of answers that decide otherwise than the reference's."""

@@ -8,29 +8,29 @@ Only what the engine needs is imported: OpenVINO and ONNX Runtime run without to
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from suanli.core.console import warn
-from suanli.core.errors import BadInput, DataError, MachineError, UsageError, first_line, unknown
+from suanli.core.errors import BadInput, MachineError, UsageError, first_line, unknown
 from suanli.core.registry import load as load_plugin
 from suanli.core.schema import Arrays, zeros
 from suanli.core.task import Answer, Task
 from suanli.core.types import AnyPath, Device, EncodedInput, Json, LoadedEngine, Placement, Preprocess
 from suanli.engines import store
+from suanli.engines.inputs import list_inputs, read
+from suanli.engines.saliency import Saliency
 from suanli.engines.store import EngineIndex
 from suanli.machine.device import cores, detect
 from suanli.models.model_folder import build_preprocess, build_task, find_model_folder, read_card
 
 BATCH = 64
-RAWS = (str, bytes, bytearray, memoryview, np.ndarray, Mapping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class Prediction:
     answer: Answer | None
     error: str | None = None
     empty: Answer = field(repr=False)  # what stands in JSON and in tables where there is no answer
+    saliency: Saliency | None = field(
+        default=None, repr=False, compare=False
+    )  # what the answer rests on, where that was asked for
 
     @property
     def values(self) -> Mapping[str, Json]:
@@ -64,7 +67,8 @@ class Prediction:
         return probabilities
 
     def to_json(self) -> dict[str, Json]:
-        return {"name": self.name, **self.values, "error": self.error}
+        values = {"name": self.name, **self.values, "error": self.error}
+        return values if self.saliency is None else values | {"saliency": self.saliency.to_json()}
 
 
 class Predictor:
@@ -98,22 +102,22 @@ class Predictor:
     def predict(self, inputs: Any, *, top: int = 5) -> list[Prediction]:
         """One Prediction for each input; one that can't be read has `error`.
 
-        `inputs` is one input or a sequence of them. An image is a path, the bytes of a file, an array (H, W),
-        (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of them. A text is a string. Where a graph takes
-        tensors, an input is a mapping from names to arrays, or the path of an .npz file; with an axis more in front, a
-        mapping is N of them. Of an answer that ranks, such as classes, at most the `top` best entries are given.
+        `inputs` is one input, or a list, a generator or a column of a data frame of them. An image is a path, the bytes
+        of a file, an open file, an array (H, W), (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of
+        them. A text is a string. Where a graph takes tensors, an input is a mapping from names to arrays, or the path
+        of an .npz file; with an axis more in front, a mapping is N of them. Of an answer that ranks, such as classes,
+        at most the `top` best entries are given.
         """
+        named = list_inputs(inputs, self.preprocess, strings_are_texts=True)
         results: list[Prediction] = []
-        named = _name_inputs(inputs, self.preprocess)
-        for start in range(0, len(named), BATCH):
-            part = named[start : start + BATCH]
-            encoded = [self.encode(raw) for _, raw in part]
+        while part := list(islice(named, BATCH)):
+            encoded = [self.encode(read(one)) for one in part]
             results += self.predict_encoded([name for name, _ in part], encoded, top=top)
         return results
 
     def encode(self, raw: Any) -> EncodedInput | str:
-        """What the engine reads of an input, or why there is nothing."""
-        return encode(self.preprocess, raw)
+        """What the engine reads of an input, or why there is nothing; a BadInput is that reason."""
+        return raw.message if isinstance(raw, BadInput) else encode(self.preprocess, raw)
 
     def predict_encoded(
         self, names: Sequence[str], encoded: Sequence[EncodedInput | str], *, top: int
@@ -332,40 +336,6 @@ def _fall_back(index: EngineIndex, reason: str, *, has_model: bool) -> str | Non
 def encode(preprocess: Preprocess, raw: Any) -> EncodedInput | str:
     """What an engine reads of an input, or why there is nothing. Safe to call from several threads at once."""
     try:
-        if isinstance(raw, Path):
-            raw = raw.read_bytes()
-        elif isinstance(raw, bytearray | memoryview):
-            raw = bytes(raw)
-        elif hasattr(raw, "getexif"):  # a Pillow image
-            from suanli.data.decode import decode_pillow
-
-            raw = decode_pillow(raw)
         return preprocess.encode(raw)
     except BadInput as error:
         return error.message
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def _name_inputs(inputs: Any, preprocess: Preprocess) -> list[tuple[str, Any]]:
-    """Each input with its name."""
-    several = preprocess.split_batch(inputs) if isinstance(inputs, np.ndarray | Mapping) else None
-    if several is not None:
-        return [(f"#{i}", item) for i, item in enumerate(several)]
-    if isinstance(inputs, Sequence) and not isinstance(inputs, str | bytes | bytearray | memoryview):
-        return [_name_input(item, preprocess, i) for i, item in enumerate(inputs)]
-    return [_name_input(inputs, preprocess, 0)]
-
-
-def _name_input(item: Any, preprocess: Preprocess, number: int) -> tuple[str, Any]:
-    if isinstance(item, os.PathLike) or (isinstance(item, str) and not preprocess.takes_strings):
-        path = Path(item).expanduser()
-        if not path.exists():
-            raise DataError(f"There is nothing at {path}.", fix="Give the path of a file, its bytes, or an array.")
-        return str(item), path
-    if not isinstance(item, RAWS) and not hasattr(item, "getexif"):
-        raise UsageError(
-            f"An input can't be {type(item).__name__}.",
-            fix="Give paths, bytes, arrays (H, W, C) of uint8 or Pillow images; for texts, strings; for tensors dicts.",
-        )
-    return f"#{number}", item

@@ -63,7 +63,7 @@ def check_count(option: str, count: int, device: Device) -> int:
     """`count`, if it is a sensible number of processes on this machine. Raises UsageError that names the option."""
     limit, unit = max_processes(device)
     if not 1 <= count <= limit:
-        fix = f"This machine has {plural(limit, unit)}: give 1 to {limit}."
+        fix = f"This machine has {plural(limit, unit)}: give {'1' if limit == 1 else f'1 to {limit}'}."
         raise UsageError(f"{option} can't be {count}.", fix=fix)
     return count
 

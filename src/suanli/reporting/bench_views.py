@@ -168,7 +168,7 @@ def _notes(ablation: Ablation, metric: Metric) -> list[str]:
 def _caveats(ablation: Ablation, metric: Metric) -> list[str]:
     """What makes the scores less sure."""
     caveats = [
-        f"{variant.name} lost some of its score with this seed but not with another one: chance, so it isn't refused."
+        f"{variant.name} lost some of its score with this seed but not with another one: chance, so it isn't rejected."
         for variant in ablation.variants
         if variant.again is not None and variant.refused is None
     ]
@@ -201,7 +201,7 @@ def sentences(ablation: Ablation, model: str, data: str) -> list[str]:
             speed = f"{title} reaches {_whole(figures.examples_per_s.median)} examples per second"
             times = figures.ratio.median
             brief.append(speed + (f", {words.ratio(times)} times plain PyTorch." if words.is_known(times) else "."))
-    for verdict, title in (("refused", "Refused for its score"), ("failed", "Doesn't run here")):
+    for verdict, title in (("refused", "Rejected for its score"), ("failed", "Doesn't run here")):
         names = [variant.name.removeprefix("+ ") for variant in ablation.variants if variant.verdict == verdict]
         if names:
             brief.append(f"{title}: {', '.join(names)}.")

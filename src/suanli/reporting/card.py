@@ -11,6 +11,7 @@ import shlex
 from suanli.reporting import prose
 from suanli.reporting.files import RunFiles
 from suanli.reporting.records import Data
+from suanli.reporting.views import split_sizes
 from suanli.reporting.words import interval, score
 
 
@@ -29,7 +30,7 @@ def card(run: RunFiles) -> str:
         lines += ["", "## Data", "", *_data(run.data)]
     lines += ["", "## How good it is", "", *_scores(run)]
     if run.trained:
-        lines += ["", "## Use", "", *_use(name)]
+        lines += ["", "## Use", "", *_use(name, run.encoding_code)]
     lines += ["", "## Limits", "", *_limits(run)]
     lines += _command(run)
     return "\n".join(lines) + "\n"
@@ -52,8 +53,7 @@ def _command(run: RunFiles) -> list[str]:
 
 
 def _data(data: Data) -> list[str]:
-    counts = {split: sum(classes.values()) for split, classes in data.counts.items()}
-    sizes = ", ".join(f"{n:,} {split}" for split, n in counts.items())
+    sizes = ", ".join(f"{n:,} {split}" for split, n in split_sizes(data).items())
     classes = ", ".join(map(_plain, data.classes[:20])) + (", …" if len(data.classes) > 20 else "")
     return [
         f"- {_plain(data.name or '?')}: {sizes}",
@@ -64,33 +64,45 @@ def _data(data: Data) -> list[str]:
 
 def _scores(run: RunFiles) -> list[str]:
     if (evaluation := run.evaluations.get("test")) is None:
-        return ["Not evaluated on the test split yet: `suanli evaluate` does it."]
-    lines = [f"On {evaluation.count or 0:,} test inputs that took no part in training or in any choice:", ""]
+        lines = ["Not evaluated on the test split yet: `suanli evaluate` does it."]
+        return [*lines, *(line for sentence in prose.describe_cross_validation(run) for line in ("", sentence))]
+    lines = [f"On {prose.describe_examples(run, 'test')}:", ""]
     for name, value in evaluation.scores.items():
         unit = run.unit_of(name)
         bounds = interval(evaluation.all_intervals.get(name), unit)
         remark = ", lower is better" if name == evaluation.primary and not evaluation.higher_is_better else ""
         bounds = f" (95 % interval {bounds})" if bounds else ""
-        lines.append(f"- {name.replace('_', ' ')}: {score(value, unit)}{bounds}{remark}")
-    return lines
+        others = "".join(f"; {one.name} baseline {score(one.scores.get(name), unit)}" for one in evaluation.baselines)
+        lines.append(f"- {name.replace('_', ' ')}: {score(value, unit)}{bounds}{remark}{others}")
+    metric = run.metric(evaluation.primary or "")
+    worth = [_plain(one.describe(metric)) for one in evaluation.baselines]
+    remarks = [
+        worth,
+        list(evaluation.remarks),
+        prose.describe_leakage(run, "test"),
+        prose.describe_cross_validation(run),
+    ]
+    return [*lines, *(line for sentences in remarks if sentences for line in ("", " ".join(sentences)))]
 
 
-def _use(name: str) -> list[str]:
-    return [
+def _use(name: str, encoding_code: str | None) -> list[str]:
+    lines = [
         "```sh",
         f"suanli predict {shlex.quote(name)} INPUT...",
         "```",
         "",
-        "The folder `model/` is enough: all that a prediction needs is inside.",
+        "The folder `model/` alone is enough for predictions.",
     ]
+    if encoding_code is None:
+        return lines
+    about = "An exported model needs its input prepared like this, from the file `path`:"
+    return [*lines, "", about, "", "```python", encoding_code, "```"]
 
 
 def _limits(run: RunFiles) -> list[str]:
-    lines = ["- It was evaluated on inputs from the source that it learned from; others can be harder."]
+    lines = ["- It was evaluated on examples from the source of its training data; other data can be harder."]
     if run.data and run.data.classes:
-        lines.insert(0, "- It knows these classes only: anything else gets the name of one of them.")
-    if run.check and run.check.counts.get("duplicates_across_splits"):
-        lines.append("- Some inputs are in more than one split, so the scores are too high (see the report).")
+        lines.insert(0, "- It knows these classes only: anything else is given one of them, too.")
     if run.check and run.check.counts.get("groups_across_splits"):
         lines.append("- Some groups are in more than one split, so the scores are too high (see the report).")
     return lines

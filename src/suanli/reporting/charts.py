@@ -84,10 +84,12 @@ def chart(
     y_range: Range = (None, None),
     show: Callable[[float], str] | None = None,
     y_label: str = "",
+    y_most: float = math.inf,
     log: str = "",
 ) -> Chart | None:
-    """None where no series has a point that can be drawn. A bound of None is that of the points; `show`
-    writes a y value. `log` names the axes that are logarithmic ("x", "xy"): what isn't positive has no place there."""
+    """None where no series has a point that can be drawn. A bound of None is that of the points; `show` writes values
+    of y, and no tick is above `y_most`, the largest that there can be. `log` names the axes that are logarithmic ("x",
+    "xy"): what isn't positive has no place there."""
     usable = _usable(log)
     visible = [one for one in series if any(map(usable, one.points))]
     finite = [point for one in visible for point in one.points if usable(point)]
@@ -97,6 +99,7 @@ def chart(
     y_low, y_high = _bounds(y_range, [y for _, y in finite])
     x_values = decades(x_low, x_high) if "x" in log else ticks(x_low, x_high)
     y_values = decades(y_low, y_high) if "y" in log else ticks(y_low, y_high)
+    y_values = [y for y in y_values if y <= y_most * (1 + 1e-9)] or y_values
     if "y" not in log:
         y_low, y_high = y_values[0], y_values[-1]
     to_x = (_log_scale if "x" in log else _scale)(x_low, x_high, LEFT, WIDTH - RIGHT)
@@ -202,7 +205,8 @@ def _line(
             continue
         path.append(f"{pen}{to_x(x):g} {to_y(y):g}")
         pen = "L"
-    radii = one.radii or ([3.0] * len(one.points) if one.dots else [])
+    alone = sum(map(usable, one.points)) == 1  # a path through one point draws nothing
+    radii = one.radii or ([3.0] * len(one.points) if one.dots or alone else [])
     texts = one.texts or [f"{one.label}: {show(y)} at {x_label} {x:.4g}" for x, y in one.points]
     marks = one.marks or [""] * len(one.points)
     dots = tuple(

@@ -15,7 +15,13 @@ from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, decades
 from suanli.reporting.records import Engines
 
-STATES = {"lost": "failed"}  # its process was
+STATES = {  # as people read them
+    "impossible": "unsupported",
+    "refused": "rejected",
+    "lost": "crashed or timed out",
+    "no time": "skipped (budget)",
+    "waiting": "skipped (budget)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class Row:
 class SearchView:
     sentences: list[str]
     chart: Chart | None
-    score: str | None  # the name of the plot's y axis; None: it is inputs per second
+    score: str | None  # the name of the plot's y axis; None: it is examples per second
     columns: list[Cell]
     rows: list[Row]
     untried: list[tuple[str, str]]  # names, and why not
@@ -73,8 +79,8 @@ def _joules(one: Candidate) -> float | None:
 # --- sentences ---
 
 GAINS: dict[str, Callable[[float], str]] = {
-    "latency": lambda times: f"{words.ratio(times)} times as fast with one input as",
-    "throughput": lambda times: f"{words.ratio(times)} times as many inputs per second as",
+    "latency": lambda times: f"{words.ratio(times)}× faster with one example than",
+    "throughput": lambda times: f"{words.ratio(times)}× the throughput of",
     "size": lambda times: f"{words.percent(1 / times)} of the size of",
     "energy": lambda times: f"{words.percent(1 / times)} of the energy of",
 }
@@ -93,21 +99,21 @@ def _choice(search: SearchResult) -> str:
     reference, chosen, goal = search.candidates[0], search.chosen, search.goal
     choice = f"Chosen for {goal}: {chosen.name}"
     if _same(chosen, reference):
-        return f"{choice}, the reference itself; no other engine is clearly better."
+        return f"{choice}, the baseline itself; no other engine is clearly better."
     ours, theirs = chosen.cost(goal), reference.cost(goal)
     if goal in GAINS and ours and words.is_known(ours) and words.is_known(theirs):
-        return f"{choice}, {GAINS[goal](theirs / ours)} the reference, {reference.name}."
-    return f"{choice}; the reference is {reference.name}."
+        return f"{choice}, {GAINS[goal](theirs / ours)} the baseline, {reference.name}."
+    return f"{choice}; the baseline is {reference.name}."
 
 
 def _score(search: SearchResult, metric: Metric) -> str:
     chosen = search.chosen
     part = "all" if search.of_examples == search.examples else f"{words.number(search.examples)} of"
     if search.origin == "unlabelled":
-        inputs = f"{part} {words.count(search.of_examples, 'input')} without labels"
+        inputs = f"{part} {words.count(search.of_examples, 'example')} without labels"
         return f"On {inputs} {_agreement(chosen)}." if chosen.drifts else f"Answers were compared on {inputs}."
     if not search.labelled:
-        made_up = words.count(search.examples, "made-up input")
+        made_up = words.count(search.examples, "random input")
         return f"Without labelled data only float32 was tried, and answers were compared on {made_up}."
     if not words.is_known(chosen.score):
         return ""
@@ -125,7 +131,7 @@ def _agreement(chosen: Candidate) -> str:
     if (same := chosen.agreement) is None:
         return differs
     bounds = words.interval((same.low, same.high), words.FRACTION)
-    return f"{differs}, and {words.percent(same.value, 2)} decide the same (95{words.SPACE}% interval {bounds})"
+    return f"{differs}, and {words.percent(same.value, 2)} get the same decision (95{words.SPACE}% interval {bounds})"
 
 
 def _drift(one: Candidate) -> str:
@@ -139,12 +145,13 @@ def _same(one: Candidate, other: Candidate) -> bool:
 
 def _notes(search: SearchResult, metric: Metric) -> list[str]:
     notes = [
-        "p50, p95, p99: one input, with all threads unless one is clearly faster; inputs/s: with the batch size and "
-        "the threads that are best. All took turns, each in a process of its own, whose memory is in the table."
+        "p50, p95, p99: latency of one example, with all threads unless one thread is clearly faster. Examples/s: with "
+        "the best batch size and number of threads. Engines were timed in turn, each in its own process, whose memory "
+        "is in the table."
     ]
     if words.is_known(search.tolerance) and search.labelled:
         notes.append(
-            "Differences are to the reference on the same examples, with the 95 % interval; a loss of up to "
+            "Differences are from the reference on the same examples, with the 95 % interval; a loss of up to "
             f"{words.amount(search.tolerance, metric.unit)} of {words.with_spaces(metric.name)} is tolerated."
         )
         difference = search.chosen.difference
@@ -152,9 +159,10 @@ def _notes(search: SearchResult, metric: Metric) -> list[str]:
             wide = words.amount(half, metric.unit)
             notes.append(f"So few examples can't show a loss as small as that: the interval is ±{wide} wide.")
     if search.origin == "unlabelled" and search.chosen.agreement:
-        notes.append(f"Up to {words.percent(search.tolerance)} of answers may decide otherwise than the reference's.")
+        most = words.percent(search.tolerance)
+        notes.append(f"An engine may decide otherwise than the reference on up to {most} of examples.")
     if any(one.kept for one in search.candidates):
-        notes.append("Rescued: so many of the most sensitive layers were kept in higher precision.")
+        notes.append("Layers in float32: the number of most sensitive layers that stayed in that precision.")
     if search.graph:
         notes.append(f"There is no ONNX graph: {words.sentence(search.graph)}")
     if words.is_known(search.seconds):
@@ -184,8 +192,8 @@ def _table(tried: Sequence[Candidate], search: SearchResult, metric: Metric) -> 
         Cell(text="p50 ms"): ms("p50_s"),
         Cell(text="p95"): ms("p95_s"),
         Cell(text="p99"): ms("p99_s"),
-        Cell(text="inputs/s", detail="batch, threads"): _throughput,
-        Cell(text="energy", detail="an input"): lambda one: Cell(text=words.si(_joules(one), "J")),
+        Cell(text="examples/s", detail="batch, threads"): _throughput,
+        Cell(text="energy", detail="an example"): lambda one: Cell(text=words.si(_joules(one), "J")),
         Cell(text="size", detail="memory"): lambda one: _both(words.memory, one.size_bytes, one.memory_bytes),
         Cell(text="load", detail="build"): lambda one: _both(words.span, one.load_s, one.build_s),
         Cell(text="differs by", detail="same answer"): lambda one: Cell(
@@ -252,7 +260,7 @@ def _plot(tried: Sequence[Candidate], search: SearchResult, metric: Metric | Non
         return None
     low, high = min(x for *_, (x, _) in placed) / 1.05, max(x for *_, (x, _) in placed) * 1.05
     x_range = decades(low / 10, low)[-1], decades(high, 10 * high)[0]  # round values, so that few have ticks, too
-    what, unit, tolerated = "inputs per second", "", []
+    what, unit, tolerated = "examples per second", "", []
     if metric is not None:
         what, unit = words.with_spaces(metric.name), "%" if percent else metric.unit
         tolerated = [_tolerated(up(search.candidates[0]), scale * search.tolerance, metric, x_range)]
@@ -261,12 +269,13 @@ def _plot(tried: Sequence[Candidate], search: SearchResult, metric: Metric | Non
         [
             *tolerated,
             _dots("other engines", "rule-line", [p for p in placed if not p[1].best], search),
-            _dots("unbeaten", "first", [p for p in placed if p[1].best], search),
+            _dots("Pareto-optimal", "first", [p for p in placed if p[1].best], search),
         ],
-        x_label="ms for one input (p50)",
+        x_label="ms for one example (p50)",
         x_range=x_range,
         y_label=f"{what}, {unit}" if unit else what,
         show=words.si if metric is None else None,
+        y_most=100 if percent else math.inf,
         log="x",
     )
 

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 from suanli.compute.roofline_records import Roofline
 from suanli.core import registry
-from suanli.core.errors import DamagedFile
-from suanli.core.run import Run, read_lines
+from suanli.core.errors import DamagedFile, UsageError
+from suanli.core.run import CROSS_VALIDATION, Run, read_lines
 from suanli.core.sections import Section
 from suanli.core.storage import read_json
 from suanli.core.task import Metric, Task
 from suanli.core.types import SPLITS, AnyPath, Measurement
+from suanli.models.model_folder import build_preprocess
 from suanli.reporting.parse_record import FIX, parse_record
 from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, Summary
 from suanli.reporting.words import FRACTION
@@ -47,6 +48,7 @@ class RunFiles:
     engines: Engines | None
     trained: bool
     only_bench: bool  # it measures speed and trains nothing
+    encoding_code: str | None  # Python that prepares an input without suanli; None: there is none
     task: type[Task] | None  # None: this version doesn't know it
     sections: dict[str, list[Section]]  # of each evaluation, by split: what the task shows of its figures
 
@@ -68,7 +70,7 @@ def read_run(path: AnyPath) -> RunFiles:
     path = Run.open(path).path
     recipe = _recipe(path / "recipe.json")
     task = _task(recipe)
-    files = {split: path / "evaluation" / f"{split}.json" for split in SPLITS}
+    files = {split: path / "evaluation" / f"{split}.json" for split in (*SPLITS, CROSS_VALIDATION)}
     evaluations = {split: _read(file, Evaluation) for split, file in files.items()}
     metrics = _without_repeats(_read_lines(path / "metrics.jsonl", Metrics))
     trained = (path / "model" / "model.json").is_file()
@@ -89,9 +91,19 @@ def read_run(path: AnyPath) -> RunFiles:
         engines=_read(path / "model" / "engines" / "engines.json", Engines),
         trained=trained,
         only_bench=measured and not trained and not metrics,
+        encoding_code=_encoding_code(path / "model" / "model.json"),
         task=task,
         sections={split: _sections(task, file) for split, file in files.items() if task and evaluations[split]},
     )
+
+
+def _encoding_code(model: Path) -> str | None:
+    if not model.is_file():
+        return None
+    try:
+        return build_preprocess(_json(model)["preprocess"]).encoding_code
+    except (LookupError, TypeError, UsageError):  # of a kind or with settings that this version doesn't know
+        return None
 
 
 def _task(recipe: Mapping[str, Any]) -> type[Task] | None:

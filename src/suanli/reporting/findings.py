@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from suanli.data.checks import describe_traits
 from suanli.reporting import words
 from suanli.reporting.records import Check, Duplicate
 
@@ -55,14 +56,14 @@ def _groups(duplicates: Sequence[Duplicate]) -> list[Group]:
 
 def _duplicates(check: Check) -> list[Finding]:
     across, conflicts = check.duplicates_across_splits, check.label_conflicts
-    findings = []
-    if n := _total(check, "duplicates_across_splits", across):
+    findings = _leaks(check)
+    if not findings and (n := _total(check, "duplicates_across_splits", across)):
         findings.append(
             Finding(
                 weight="severe",
-                title=f"{words.count(n, 'input')} in more than one split",
-                advice="A model that has learned from test inputs scores too high. Delete one copy of each, or give the"
-                " data without splits: suanli then decides by content, and equal inputs stay together.",
+                title=f"{words.count(n, 'example')} in more than one split",
+                advice="A model that was trained on test examples scores too high on them. Delete one copy of each, or"
+                " give the data without splits: suanli then splits by content and keeps equal examples together.",
                 groups=_groups(across),
                 total=n,
             )
@@ -71,10 +72,37 @@ def _duplicates(check: Check) -> list[Finding]:
         findings.append(
             Finding(
                 weight="warning",
-                title=f"{words.count(n, 'input')} under more than one label",
+                title=f"{words.count(n, 'example')} under more than one label",
                 advice="No model can get all copies right. Keep the copy with the right label.",
                 groups=_groups(conflicts),
                 total=n,
+            )
+        )
+    return findings
+
+
+def _leaks(check: Check) -> list[Finding]:
+    findings = []
+    for split in ("test", "val"):
+        if (leaks := check.leakage.get(split)) is None or not leaks.total:
+            continue
+        listed = [one for one in check.leaks if one.split == split]
+        groups = [
+            Group(
+                names=(one.example, *(copy.name for copy in one.copies)),
+                remark="near-duplicate" if one.kind == "near" else "",
+            )
+            for one in listed
+        ]
+        score = "test score" if split == "test" else "validation score"
+        findings.append(
+            Finding(
+                weight="severe" if split == "test" else "warning",
+                title=f"Data leakage: {leaks.describe(split)}, so the {score} is too high",
+                advice="Delete one copy of each (leaks.csv in the run lists them all), or give the data without splits:"
+                " suanli then splits by content and keeps equal examples together.",
+                groups=groups,
+                total=leaks.total,
             )
         )
     return findings
@@ -89,8 +117,8 @@ def _divisions(check: Check) -> list[Finding]:
             Finding(
                 weight="severe",
                 title=f"{words.count(n, 'group')} in more than one split",
-                advice="Inputs of one group are alike, so a model that has learned from some scores too high on the"
-                " others. Move each group into one split, or give the data without splits: suanli then divides none.",
+                advice="Examples of one group are alike, so a model trained on some of them scores too high on the"
+                " others. Move each group into one split, or give the data without splits: suanli divides no group.",
                 groups=[Group(names=(one.group,), remark="in " + " and ".join(one.splits)) for one in divided],
                 total=n,
             )
@@ -99,8 +127,8 @@ def _divisions(check: Check) -> list[Finding]:
         findings.append(
             Finding(
                 weight="warning",
-                title=f"{words.count(check.test_before_train, 'test input')} earlier than the latest training input",
-                advice="The score says less about data still to come. A split by time alone has none of them.",
+                title=f"{words.count(check.test_before_train, 'test example')} before the latest training example",
+                advice="The score says less about future data. A split by time alone avoids this.",
             )
         )
     if check.groups:
@@ -123,7 +151,7 @@ def _unusable(check: Check) -> list[Finding]:
     return [
         Finding(
             weight="severe" if (check.bad_share or 0) > MANY_BAD else "warning",
-            title=f"{words.count(n, 'input')} can't be decoded{share}",
+            title=f"{words.count(n, 'example')} can't be decoded{share}",
             advice="They were left out of every split. Replace or delete them.",
             groups=[Group(names=(one.name,), remark=one.reason) for one in check.bad],
             total=n,
@@ -138,8 +166,8 @@ def _classes(check: Check) -> list[Finding]:
         findings.append(
             Finding(
                 weight="warning",
-                title=f"{words.count(n, 'class', 'classes')} without inputs",
-                advice="They can't be learned. Add inputs or remove the class.",
+                title=f"{words.count(n, 'class', 'classes')} without examples",
+                advice="They can't be learned. Add examples or remove the class.",
                 groups=[Group(names=(name,)) for name in check.empty_classes],
                 total=n,
             )
@@ -168,19 +196,18 @@ def _oddities(check: Check) -> list[Finding]:
         findings.append(
             Finding(
                 weight="note",
-                title=f"{words.count(n, 'input')} more than once in one split",
-                advice="Each copy counts again. Delete copies that aren't meant.",
+                title=f"{words.count(n, 'example')} more than once in one split",
+                advice="Each copy counts as an example. Delete unintended copies.",
                 groups=_groups(within),
                 total=n,
             )
         )
     if check.traits:
-        listed = ", ".join(f"{words.number(n)} {trait}" for trait, n in check.traits.items())
         findings.append(
             Finding(
                 weight="note",
-                title=f"Unusual formats: {listed}",
-                advice="They were converted to the form of all others. Nothing to do if they are meant.",
+                title=f"Converted: {describe_traits(check.traits)}",
+                advice="They now have the same form as all others. Nothing to do if they belong here.",
             )
         )
     if check.sizes and check.sizes.min and check.sizes.min != check.sizes.max:

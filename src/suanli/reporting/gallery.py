@@ -50,6 +50,13 @@ class Frame:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Word:
+    text: str
+    speaks_for: bool  # the answer
+    strength: float  # 0 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Card:
     name: str
     picture: str | None  # the address of a picture, which holds all of it
@@ -59,6 +66,9 @@ class Card:
     expected: Side | None  # None: not known
     right: bool | None  # None: not known, or answers of this kind are only more or less right
     frame: Frame | None  # None: nothing is drawn over the picture
+    method: str | None  # that found what the answer rests on; None: it wasn't looked for
+    marked: str | None  # the address of a picture that shows it
+    words: tuple[Word, ...]  # or the words
 
 
 def cards(examples: Iterable[Example]) -> list[Card]:
@@ -92,9 +102,21 @@ def _card(one: Example) -> Card:
         text=_text(preview),
         answer=side,
         expected=expected,
-        right=right or (right if answer.kind == "classes" else None),
+        right=right or (right if answer.kind in ("classes", "labels") else None),
         frame=None if drawn is None else _frame(drawn),
+        method=one.saliency.method if one.saliency else None,
+        marked=_picture(one.saliency.picture) if one.saliency else None,
+        words=tuple(_words(one.saliency.words)) if one.saliency else (),
     )
+
+
+def _words(pairs: Sequence[tuple[str, float]]) -> Iterator[Word]:
+    left = TEXT_LENGTH
+    for text, weight in pairs:
+        left -= len(text)
+        if left < 0:
+            return
+        yield Word(text=text, speaks_for=weight > 0, strength=words.bar_length(abs(weight)))
 
 
 def _side(one: Answer, shares: Mapping[str, Number]) -> Side:

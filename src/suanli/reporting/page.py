@@ -23,7 +23,7 @@ from suanli.reporting.section_views import section_views
 
 def render(run: RunFiles) -> str:
     return (
-        _templates()
+        templates()
         .get_template("report.html")
         .render(
             **_overview(run),
@@ -40,16 +40,17 @@ def render(run: RunFiles) -> str:
 
 
 @cache
-def _templates() -> Environment:
-    templates = Environment(
+def templates() -> Environment:
+    """Of all pages, with the filters that write values."""
+    environment = Environment(
         loader=PackageLoader("suanli.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= words.FILTERS
-    return templates
+    environment.filters |= words.FILTERS
+    return environment
 
 
 def _overview(run: RunFiles) -> dict[str, Any]:
@@ -79,13 +80,13 @@ def _data(run: RunFiles) -> dict[str, Any]:
 def _scores(run: RunFiles) -> dict[str, Any]:
     split = next((split for split in ("test", "val", "train") if split in run.evaluations), None)
     evaluation = run.evaluations[split] if split else None
-    columns, rows = views.score_rows(run.evaluations)
+    names, columns = views.score_columns(run.evaluations)
     phases = views.phases(run.summary, evaluation) if run.summary else []
     return {
         "evaluation": evaluation,
         "evaluation_split": views.SPLIT_NAMES[split].lower() if split else None,
         "score_columns": columns,
-        "score_rows": rows,
+        "score_names": names,
         "section_groups": section_views(run.sections.get(split or "", [])),
         "samples": cards(evaluation.samples) if evaluation else [],
         "mistakes": cards(evaluation.mistakes) if evaluation else [],

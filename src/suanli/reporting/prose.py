@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from suanli.core.run import CROSS_VALIDATION
 from suanli.reporting import bench_views, scaling_views, views, words
 from suanli.reporting.files import RunFiles
 
@@ -49,7 +50,9 @@ def _missing_evaluation(run: RunFiles, score: views.PrimaryScore | None) -> list
         return []
     what = "There is no evaluation of this run yet."
     if score is not None:
-        what = "These scores are of validation, which took part in choices; test is not evaluated yet."
+        what = (
+            "These are validation scores, and training uses that split to choose; the test split is not evaluated yet."
+        )
     if run.trained:
         return [Missing(message=f"{what} To evaluate it:", command=("suanli", "evaluate", str(run.path)))]
     return [Missing(message=f"{what} It needs a trained model first.")]
@@ -64,15 +67,68 @@ def abstract(run: RunFiles, score: views.PrimaryScore | None) -> list[str]:
         return scaling_views.abstract(run.scaling)
     sentences = [_training(run)]
     if score is not None:
-        inputs = words.count(score.count, "input") if score.count is not None else "inputs"
-        caveat = "which took no part in training or in any choice" if score.split == "test" else ""
-        sentence = f"On the {inputs} of the {views.SPLIT_NAMES[score.split].lower()} split"
-        sentence += f", {caveat}," if caveat else ","
+        sentence = f"On {describe_examples(run, score.split)},"
         sentence += f" {words.with_spaces(score.name)} is {score.text}"
         if score.interval:
             sentence += f" (95 % interval {score.interval})"
         sentences.append(sentence + ".")
+        evaluation = run.evaluations[score.split]
+        sentences += [one.describe(run.metric(score.name)) for one in evaluation.baselines]
+        sentences += [*evaluation.remarks, *describe_leakage(run, score.split)]
+    return sentences + describe_cross_validation(run)
+
+
+def describe_cross_validation(run: RunFiles) -> list[str]:
+    """A sentence, where there was one."""
+    evaluation = run.evaluations.get(CROSS_VALIDATION)
+    if evaluation is None or (primary := evaluation.primary) is None or evaluation.folds is None:
+        return []
+    unit = run.unit_of(primary)
+    bounds = words.interval(evaluation.all_intervals.get(primary), unit)
+    sentence = (
+        f"In cross-validation with {words.number(evaluation.folds.count)} folds, each of the"
+        f" {words.count(evaluation.count, 'example')} was predicted by a model that hadn't seen it:"
+        f" {words.with_spaces(primary)} is {words.score(evaluation.scores[primary], unit)}"
+    )
+    return [sentence + (f" (95 % interval {bounds})." if bounds else "."), *describe_leakage(run, CROSS_VALIDATION)]
+
+
+def describe_examples(run: RunFiles, split: str) -> str:
+    """The examples whose scores are shown, and whether the model has seen them: "the 143 test examples that …"."""
+    evaluation = run.evaluations[split]
+    name = views.SPLIT_NAMES[split].lower()
+    count = words.count(evaluation.count, f"{name} example") if evaluation.count is not None else f"{name} examples"
+    leakage = evaluation.leakage
+    unseen = leakage is None and not _has_duplicates(run, split)
+    if split == "test" and (unseen or (leakage is not None and leakage.excluded)):
+        return f"the {count} that took no part in training or in any choice"
+    return f"the {count}"
+
+
+def describe_leakage(run: RunFiles, split: str) -> list[str]:
+    """What the scores of a split would be with the examples that the model has seen, or without."""
+    evaluation = run.evaluations[split]
+    leakage, primary = evaluation.leakage, evaluation.primary
+    if leakage is None or primary is None:
+        if _has_duplicates(run, split):
+            return ["Some examples are in more than one split, so the scores are too high."]
+        return []
+    sentences = [words.sentence(f"data leakage: {leakage.describe(split)}")]
+    other = leakage.whole if leakage.excluded else leakage.new
+    if other is not None:
+        text = words.score(other.scores.get(primary), run.unit_of(primary))
+        which = "With these" if leakage.excluded else "Without these"
+        sentences.append(f"{which}, on {words.count(other.count, 'example')}, {words.with_spaces(primary)} is {text}.")
+    if not leakage.excluded:
+        sentences.append("Too few other examples remain for a score of their own, so the test scores are too high.")
     return sentences
+
+
+def _has_duplicates(run: RunFiles, split: str) -> bool:
+    """Whether an older version, which didn't count them, found examples of the test split in others."""
+    if run.check is None or run.check.leakage or split != "test":
+        return False
+    return run.check.counts.get("duplicates_across_splits", 0) > 0
 
 
 def _training(run: RunFiles) -> str:
@@ -83,9 +139,10 @@ def _training(run: RunFiles) -> str:
     if sizes.get("train") and run.data:
         names = views.count_names(run.data) if run.data.classes else []
         classes = f" in {words.count(len(names), 'class', 'classes')}" if names else ""
-        sentence += f" ({words.count(sizes['train'], 'training input')}{classes})"
+        sentence += f" ({words.count(sizes['train'], 'training example')}{classes})"
     if summary and words.is_known(summary.epochs):
-        sentence += f" for {words.number(summary.epochs)} epochs"
+        epochs = "epoch" if summary.epochs == 1 else "epochs"
+        sentence += f" for {words.number(summary.epochs)} {epochs}"
     if summary and words.is_known(summary.seconds.get("train")):
         sentence += f" in {words.seconds(summary.seconds['train'])}"
     return sentence + "."

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Base64Bytes, Field
 
+from suanli.core.baselines import Baseline
 from suanli.core.types import Plan
+from suanli.data.leaks import describe_leaks
 from suanli.engines.candidates import SearchResult
 from suanli.training.diagnose import Diagnosis
 
@@ -52,6 +54,7 @@ class Data:
     licence: str | None = None
     classes: tuple[str, ...] = ()
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # split -> class or range -> inputs
+    sizes: Mapping[str, int] = field(default_factory=dict)  # by split; older versions wrote none, since counts added up
     input_shape: tuple[int, ...] = ()
     digest: str | None = None
 
@@ -70,6 +73,39 @@ class Duplicate:
     names: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()  # in which any of them is
     labels: tuple[str, ...] = ()  # one for each name
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakCounts:
+    """How many examples of a split are also in training."""
+
+    examples: int = 0
+    exact: int = 0
+    near: int = 0
+    only_validation: int = 0  # of these, in validation alone
+
+    @property
+    def total(self) -> int:
+        return self.exact + self.near
+
+    def describe(self, split: str) -> str:
+        """ "251 of 394 test examples (63.7 %) are also training examples"."""
+        counts = {name: getattr(self, name) for name in ("examples", "exact", "near", "only_validation")}
+        return describe_leaks(split, **counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    name: str = "?"
+    split: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leak:
+    example: str = "?"
+    split: str = ""
+    kind: str = ""
+    copies: tuple[Copy, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +140,8 @@ class Check:
     groups: Mapping[str, int] = field(default_factory=dict)  # by split; empty: examples have no groups
     groups_across_splits: tuple[DividedGroup, ...] = ()
     test_before_train: int = 0
+    leakage: Mapping[str, LeakCounts] = field(default_factory=dict)  # by split; empty: an older version
+    leaks: tuple[Leak, ...] = ()
 
 
 # --- metrics.jsonl and summary.json ---------------------------------------------------------
@@ -166,6 +204,30 @@ class AugmentedScores:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartScores:
+    """Of some examples of a split."""
+
+    count: int | None = None
+    scores: Scores = field(default_factory=dict)
+    intervals: Intervals = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leakage(LeakCounts):
+    excluded: bool = False  # all other figures of the evaluation are of the new examples
+    whole: PartScores = PartScores()
+    new: PartScores | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folds:
+    """Of a cross-validation."""
+
+    count: int | None = None
+    repetitions: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preview:
     """How an input is shown to a person."""
 
@@ -210,6 +272,15 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saliency:
+    """What an answer rests on."""
+
+    method: str | None = None
+    picture: Preview | None = None
+    words: tuple[tuple[str, float], ...] = ()  # with weights from -1 to 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Example:
     name: str = "?"
     answer: Answer | None = None
@@ -217,6 +288,7 @@ class Example:
     error: Number = None
     view: View | None = None
     preview: Preview | None = None
+    saliency: Saliency | None = None
     # In place of answers in older versions, which knew classes only.
     true: str | None = None
     predicted: str | None = None
@@ -235,6 +307,10 @@ class Evaluation:
     interval: tuple[Number, Number] | None = None  # of the primary score
     intervals: Intervals = field(default_factory=dict)  # older versions wrote the primary score's only
     with_augmentation: AugmentedScores | None = None
+    baselines: tuple[Baseline, ...] = ()  # older versions wrote none
+    leakage: Leakage | None = None
+    folds: Folds | None = None
+    remarks: tuple[str, ...] = ()  # the task's, on its scores
     mistakes: tuple[Example, ...] = ()
     samples: tuple[Example, ...] = ()
     seconds: Number = None

@@ -49,7 +49,7 @@ ORIGINS = {
     "measured": "Chosen by trials on this machine",
     "cached": "Chosen by trials on this machine, for an earlier run of the same kind",
     "sharded": "The network is sharded over the processes and can't be copied for trials: these usually help.",
-    "raced": "The run was too short for trials before it: combinations of speedups raced on its own first steps.",
+    "raced": "The run was too short for trials in advance, so combinations of speedups raced in its first steps.",
     "short list": "The run is too short for trials, so these are the ones that usually help.",
 }
 

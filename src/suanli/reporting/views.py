@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from suanli.core.run import CROSS_VALIDATION
 from suanli.core.types import SPLITS
 from suanli.reporting import words
 from suanli.reporting.charts import Chart, Point, Series, chart, thin
@@ -50,30 +51,41 @@ def primary_score(run: RunFiles) -> PrimaryScore | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreRow:
+class ScoreColumn:
     name: str
     scores: Scores
     intervals: Intervals
     note: str = ""
 
 
-def score_rows(evaluations: dict[str, Evaluation]) -> tuple[list[str], list[ScoreRow]]:
-    """Columns and rows of the table of scores. An average over views is never mixed with one view."""
-    rows: list[ScoreRow] = []
-    for split in reversed(SPLITS):
+def score_columns(evaluations: dict[str, Evaluation]) -> tuple[list[str], list[ScoreColumn]]:
+    """Names and columns of the table of scores. An average over views is never mixed with one view."""
+    columns: list[ScoreColumn] = []
+    for split in (*reversed(SPLITS), CROSS_VALIDATION):
         if (evaluation := evaluations.get(split)) is None:
             continue
         name = SPLIT_NAMES[split]
         intervals = evaluation.all_intervals
-        rows.append(ScoreRow(name=f"{name}, single view", scores=evaluation.scores, intervals=intervals))
+        columns.append(ScoreColumn(name=f"{name}, single view", scores=evaluation.scores, intervals=intervals))
+        if (leakage := evaluation.leakage) is not None:
+            columns[-1] = replace(columns[-1], note=words.count(evaluation.count, "example"))
+            other, which = (leakage.whole, "all") if leakage.excluded else (leakage.new, "new ones alone")
+            if other is not None:
+                note = f"{words.count(other.count, 'example')}, {which}"
+                columns.append(
+                    ScoreColumn(name=columns[-1].name, scores=other.scores, intervals=other.intervals, note=note)
+                )
         if augmented := evaluation.with_augmentation:
             views = f"mean of {augmented.views} views" if augmented.views else "several views"
             name = f"{name}, test-time augmentation"
-            rows.append(ScoreRow(name=name, scores=augmented.scores, intervals=augmented.intervals, note=views))
-    return list(dict.fromkeys(key for row in rows for key in row.scores)), rows
+            columns.append(ScoreColumn(name=name, scores=augmented.scores, intervals=augmented.intervals, note=views))
+        for one in evaluation.baselines:
+            name = f"{SPLIT_NAMES[split]}, baseline"
+            columns.append(ScoreColumn(name=name, scores=one.scores, intervals={}, note=one.description))
+    return list(dict.fromkeys(key for column in columns for key in column.scores)), columns
 
 
-SPLIT_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+SPLIT_NAMES = {"train": "Training", "val": "Validation", "test": "Test", CROSS_VALIDATION: "Cross-validation"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +121,10 @@ def count_names(data: Data) -> list[str]:
 
 
 def split_sizes(data: Data | None) -> dict[str, int]:
-    counts = data.counts if data else {}
-    return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
+    if data is None:
+        return {}
+    sizes = data.sizes or {split: sum(counts.values()) for split, counts in data.counts.items()}
+    return {split: sizes[split] for split in SPLITS if split in sizes}
 
 
 def curves(metrics: Sequence[Metrics], name: str | None, unit: Callable[[str], str]) -> list[Chart]:
@@ -148,6 +162,7 @@ def curves(metrics: Sequence[Metrics], name: str | None, unit: Callable[[str], s
             x_range=x_range,
             y_label="" if percent else unit(name),
             show=_score_writer(scores) if percent else None,
+            y_most=1.0 if percent else math.inf,
         ),
         chart(
             "Learning rate",

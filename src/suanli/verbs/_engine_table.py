@@ -9,9 +9,18 @@ from suanli.core.console import duration
 from suanli.core.task import Metric
 from suanli.engines.acceptance import describe_agreement
 from suanli.engines.candidates import Candidate, SearchResult
+from suanli.reporting.engine_views import STATES
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+
+GAINS = {  # in the terms of each goal
+    "latency": "{times:.2f}× faster than",
+    "throughput": "{times:.2f}× the throughput of",
+    "size": "{times:.2f}× smaller than",
+    "energy": "{times:.2f}× more examples per joule than",
+}
 
 
 def engine_table(search: SearchResult, metric: Metric, path: Path) -> Group:
@@ -24,7 +33,7 @@ def engine_table(search: SearchResult, metric: Metric, path: Path) -> Group:
     rows = Table(box=None, pad_edge=False, padding=(0, 1))
     rows.add_column("engine", no_wrap=True)
     compared = {"labelled": metric.name, "unlabelled": "differs by"}.get(search.origin or "", "")
-    for title in ("p50 ms", "p95", "p99", "inputs/s", "times", "MB", compared):
+    for title in ("p50 ms", "p95", "p99", "examples/s", "×", "MB", compared):
         rows.add_column(title, justify="right", no_wrap=True)
     for c in sorted((c for c in search.candidates if c.speeds), key=lambda c: c.cost(search.goal)):
         speed, most = c.latency(), c.throughput()
@@ -41,7 +50,7 @@ def engine_table(search: SearchResult, metric: Metric, path: Path) -> Group:
     others: dict[tuple[str, str], list[str]] = {}
     for c in search.candidates:
         if not c.speeds:
-            others.setdefault((c.state, c.reason), []).append(c.name)
+            others.setdefault((STATES.get(c.state, c.state), c.reason), []).append(c.name)
     lines = [Text(f"  {state}: {', '.join(names)}: {reason}", style="dim") for (state, reason), names in others.items()]
     return Group(rows, *lines, Text(_summarize(search, metric, path)))
 
@@ -55,10 +64,8 @@ def _describe_answers(candidate: Candidate, metric: Metric) -> str:
 def _summarize(search: SearchResult, metric: Metric, path: Path) -> str:
     chosen, reference = search.chosen, search.candidates[0]
     times = reference.cost(search.goal) / chosen.cost(search.goal)
-    lines = [
-        f"> chosen for {search.goal}: {chosen.name}, {times:.2f} times as good as the reference, {reference.name}; "
-        "* no other is as good in every respect."
-    ]
+    gain = GAINS[search.goal].format(times=times)
+    lines = [f"> chosen for {search.goal}: {chosen.name}, {gain} the baseline ({reference.name}); * Pareto-optimal"]
     part = (
         f"{search.examples:,}"
         if search.examples == search.of_examples
@@ -72,10 +79,10 @@ def _summarize(search: SearchResult, metric: Metric, path: Path) -> str:
                 f"its answers differ by {chosen.drift:.2g} on average."
             )
     elif search.origin == "unlabelled":
-        lines += [f"Compared with the reference on {part} inputs without labels (95 % intervals):"]
+        lines += [f"Compared with the reference on {part} examples without labels (95 % intervals):"]
         lines += [f"  {line}." for line in _describe_distance(chosen)]
     else:
-        lines.append("Without data only float32 was tried, and answers were compared on made-up inputs.")
+        lines.append("Without data only float32 was tried, and answers were compared on random inputs.")
     lines.append(f"Took {duration(search.seconds)} of {duration(search.budget_s)}.")
     return "\n".join([*lines, f"Engines: {path}"])
 

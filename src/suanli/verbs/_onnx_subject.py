@@ -61,8 +61,8 @@ def _choose(
     if not task.annotation or _is_unlabelled(folder):
         if str(data) in names("datasets") or not folder.exists():
             raise DataError(
-                f"{data} is of no use for {file.path}, whose outputs are no classes.",
-                fix="Give a folder of pictures, or .npz files with arrays named like the inputs.",
+                f"{data} is labelled data, but the outputs of {file.path} are not classes.",
+                fix="Give a folder of images, or .npz files with arrays named like the inputs.",
             )
         return graph, _examples.choose_inputs(folder, graph.preprocess, batches=batches)
     source = DataOptions.of(data, data_dir=None, cache_dir=options.cache_dir, preprocess=graph.preprocess.to_json())
@@ -86,7 +86,7 @@ def _resolve_by_signature(file: OnnxFile, options: GraphOptions) -> tuple[Import
     arrays = _holds_arrays(options.data)
     if pictures.any and (arrays or not signature.takes_pictures):
         raise UsageError(
-            f"--size, --mean and --std are for pictures, and {file.path} takes {format_inputs(signature.inputs)}.",
+            f"--size, --mean and --std are for images, and {file.path} takes {format_inputs(signature.inputs)}.",
             fix="Leave them out; arrays are taken as they are.",
         )
     with GraphProbe() as probe:
@@ -100,7 +100,7 @@ def _resolve_by_signature(file: OnnxFile, options: GraphOptions) -> tuple[Import
                 file, replace(pictures, size=pictures.size or (height, width)), batches=batches
             )
             made_up = graph.preprocess.inputs
-            say(f"{file.path}: pictures become {height}x{width}" + ("" if batches else ", one at a time"))
+            say(f"{file.path}: images become {height}x{width}" + ("" if batches else ", one at a time"))
         else:
             graph = onnx_import.import_tensors(file, batches=batches)
             made_up = _fill_sizes(graph, signature, sizes)

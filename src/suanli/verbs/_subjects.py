@@ -21,7 +21,14 @@ from suanli.engines.subject import Subject
 from suanli.models import build
 from suanli.models.model_folder import find_model_folder, load_model, read_card, save_model
 from suanli.training.prepare import DataOptions, resolve
-from suanli.verbs._examples import ChosenExamples, choose_labelled, make_up, prepare_labelled, warn_of_made_up
+from suanli.verbs._examples import (
+    ChosenExamples,
+    choose_labelled,
+    labelled_of_run,
+    make_up,
+    prepare_labelled,
+    warn_of_made_up,
+)
 from suanli.verbs._onnx_subject import GraphOptions, resolve_graph
 
 SIDE = re.compile(r"(\d{1,4})(?:x(\d{1,4}))?")
@@ -44,7 +51,7 @@ class SubjectOptions:
         """Raises UsageError for options that `what` doesn't take."""
         for name in names:
             if getattr(self, name) is not None:
-                raise UsageError(f"--{name} doesn't go with {what}, which brings its own.", fix="Leave it out.")
+                raise UsageError(f"--{name} can't be used with {what}, which has its own.", fix="Leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +114,7 @@ def _resolve_model(subject: AnyPath, options: SubjectOptions) -> ResolvedSubject
         chosen = choose_labelled(labelled)
     elif run is not None:
         own = DataOptions.of_run(run, cache_dir=options.cache_dir)
-        chosen = choose_labelled(prepare_labelled(own, saved.recipe, task.classes, digest=run.data["digest"]))
+        chosen = choose_labelled(labelled_of_run(run, own, saved.recipe))
     else:
         warn_of_made_up()
         chosen = make_up(saved.preprocess.inputs)

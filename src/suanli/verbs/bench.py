@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from suanli.compute import planner
 from suanli.compute.plan import check_request, plain_plan
 from suanli.compute.plan_cache import PlanCache
-from suanli.core.console import size, warn
+from suanli.core.console import plural, size, warn
 from suanli.core.errors import GateError, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, measurement
@@ -59,7 +59,7 @@ class PlanRefused(GateError):
     def __init__(self, result: BenchResult) -> None:
         full, harmful = result.ablation.full, " and ".join(result.ablation.harmful_speedups())
         super().__init__(
-            f"The full plan ({full.name}) is refused: {full.refused}",
+            f"The full plan ({full.name}) is rejected: {full.refused}",
             fix=f"Train without {harmful or 'it'}; the figures are in {result.run.path}.",
         )
         self.result = result
@@ -162,7 +162,7 @@ def _apply_gate(result: BenchResult, requested: str, plans: PlanCache) -> None:
         warn(remark)
     if ablation.full.refused is not None:
         if requested == "auto":  # the next training does without
-            reason = f"the gate refused it in {result.run.path}: {ablation.full.refused}"
+            reason = f"the gate rejected it in {result.run.path}: {ablation.full.refused}"
             plans.refuse(dict.fromkeys(ablation.harmful_speedups(), reason))
         raise PlanRefused(result)
     for variant in ablation.variants:
@@ -199,7 +199,7 @@ def table(result: BenchResult) -> Group:
     from rich.console import Group
 
     ablation = result.ablation
-    device = f"{ablation.device}, batches of {ablation.batch_size:,}, {ablation.rounds} rounds"
+    device = f"{ablation.device}, batches of {ablation.batch_size:,}, {plural(ablation.rounds, 'round')}"
     return Group(
         device,
         "",

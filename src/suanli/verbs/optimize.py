@@ -178,8 +178,8 @@ def _check_latency(result: OptimizeResult, max_latency_ms: float | None) -> None
         raise TooSlow(
             result,
             f"No engine answers in {max_latency_ms:g} ms here; the best, {result.chosen.name}, takes "
-            f"{speed.p95_s * 1000:.3g} ms (95 of 100 answers are quicker).",
-            fix="Allow more, choose a smaller model, or a faster machine.",
+            f"{speed.p95_s * 1000:.3g} ms (p95).",
+            fix="Allow more, or use a smaller model or a faster machine.",
         )
 
 

@@ -3,136 +3,166 @@
 from __future__ import annotations
 
 import csv
-import glob
 import io
 import json
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from suanli.core.console import warn
-from suanli.core.errors import BadInput, DataError, UsageError
+from suanli.core.errors import BadInput, MachineError, UsageError
 from suanli.core.registry import load as load_plugin
-from suanli.core.types import AnyPath, EncodedInput, Json, Preprocess, Raw
+from suanli.core.storage import atomic_file
+from suanli.core.types import AnyPath, EncodedInput, Json, Raw
+from suanli.engines import saliency
+from suanli.engines.inputs import NamedInput, list_inputs, read
 from suanli.engines.predictor import BATCH, Prediction, Predictor, load
-from suanli.machine.device import cores
+from suanli.machine.device import cores, detect
+
+if TYPE_CHECKING:
+    from suanli.models.model_folder import SavedModel
+
+MOST_REMOTE = 10_000  # entries of an answer that a server gives
 
 
 def predict(
     model: AnyPath | None,
-    inputs: AnyPath | Sequence[AnyPath],
+    inputs: Any,
     *,
     top: int = 5,
     engine: str = "auto",
     device: str = "auto",
     trust_code: bool = False,
     url: str | None = None,
+    explain: AnyPath | bool = False,
 ) -> list[Prediction]:
-    """Predict files, folders, globs ("pictures/*.png") or standard input ("-").
+    """The model's answer for each input.
 
-    `model` is a run directory or its model/ folder. An input that can't be read gives a Prediction with `error`; an
-    argument that names nothing at all raises DataError. `engine` is that of `suanli.load`. `trust_code` runs the code
-    of a network that isn't suanli's own. With `url`, a server answers (see `suanli serve`) and `model` is None.
+    `model` is a run directory or its model/ folder. `inputs` is a path (a file, a folder, a pattern such as
+    "images/*.png", or "-", standard input), the bytes of a file, an open file, an array, a Pillow image, a text, a
+    column or frame of pandas or polars, or a list or generator of these. An array (H, W) or (H, W, C) of uint8 is an
+    image, one with an axis more in front several. For a model of texts, a string is a path if there is such a file,
+    else a text.
+
+    An input that can't be read gives a Prediction with `error`; a path where nothing is raises DataError, and what
+    can't be an input UsageError. Of an answer that ranks, such as classes, at most the `top` best entries are given.
+    `engine` is that of `suanli.load`. `trust_code` runs the code of a network that isn't suanli's own. With `url`, a
+    server answers (see `suanli serve`) and `model` is None.
+
+    `explain` adds to each Prediction its `saliency`: where in an image, or on which words, the answer rests (see
+    `engines/saliency.py`); a path is a folder into which it writes them, images as .png and texts as .html. Raises
+    MachineError where the model can't be explained.
     """
-    items = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    options: dict[str, Any] = {"engine": engine, "device": device, "trust_code": trust_code, "url": url}
+    return list(iterate(model, inputs, top=top, explain=explain, **options))
+
+
+def iterate(
+    model: AnyPath | None,
+    inputs: Any,
+    *,
+    top: int,
+    engine: str,
+    device: str,
+    trust_code: bool,
+    url: str | None,
+    explain: AnyPath | bool,
+) -> Iterator[Prediction]:
+    """As `predict`, one after another, so that not all of them are in memory."""
+    if url is not None and explain:
+        raise UsageError("A server gives no explanations.", fix="Name the run or its model/ folder in place of --url.")
     if url is not None:
-        predictions = _predict_remotely(url, items, top)
+        predictions = _predict_remotely(url, inputs, top)
     else:
-        predictions = _predict_here(model, items, top, engine=engine, device=device, trust_code=trust_code)
+        predictor = _load(model, engine, device, trust_code)
+        saved = _load_to_explain(model, device, trust_code) if explain else None
+        predictions = _predict_here(predictor, saved, inputs, top)
+    if explain and not isinstance(explain, bool):
+        predictions = _write_saliencies(predictions, Path(explain).expanduser())
     for prediction in predictions:
         if prediction.error is not None:
             warn(f"{prediction.name}: {prediction.error}")
-    return predictions
+        yield prediction
 
 
-def _predict_here(
-    model: AnyPath | None, items: Sequence[AnyPath], top: int, *, engine: str, device: str, trust_code: bool
-) -> list[Prediction]:
+def _load(model: AnyPath | None, engine: str, device: str, trust_code: bool) -> Predictor:
     if model is None:
         raise UsageError("There is no model to predict with.", fix="Name a run or a model folder, or give url.")
-    predictor = load(model, engine=engine, device=device, trust_code=trust_code)
-    predictions: list[Prediction] = []
+    return load(model, engine=engine, device=device, trust_code=trust_code)
+
+
+def _load_to_explain(model: AnyPath | None, device: str, trust_code: bool) -> SavedModel:
+    """The network itself, whichever engine answers. Raises MachineError where there are engines alone."""
+    from suanli.models.model_folder import find_model_folder, load_model
+
+    folder = find_model_folder(model or "")
+    if not (folder / "model.json").is_file():
+        raise MachineError(
+            f"{folder} has engines only, and explanations need the network.", fix="Name the run, or its model/ folder."
+        )
+    saved = load_model(folder, trust_code=trust_code)
+    saved.module.to(detect(device).torch_name)
+    return saved
+
+
+def _predict_here(predictor: Predictor, saved: SavedModel | None, inputs: Any, top: int) -> Iterator[Prediction]:
     with ThreadPoolExecutor(cores()) as pool:
-        for chunk in _chunks(_list_inputs(predictor.preprocess, items), BATCH):
-            encoded = list(pool.map(lambda named: _encode(predictor, named[1]), chunk))
-            predictions += predictor.predict_encoded([name for name, _ in chunk], encoded, top=top)
-    return predictions
+        for chunk in _chunks(list_inputs(inputs, predictor.preprocess), BATCH):
+            encoded = list(pool.map(lambda named: predictor.encode(read(named)), chunk))
+            predictions = predictor.predict_encoded([name for name, _ in chunk], encoded, top=top)
+            if saved is not None:
+                good = [one.arrays for one in encoded if isinstance(one, EncodedInput)]
+                found = iter(saliency.explain(saved, good))
+                pairs = zip(predictions, encoded, strict=True)
+                predictions = [p if isinstance(one, str) else replace(p, saliency=next(found)) for p, one in pairs]
+            yield from predictions
 
 
-def _predict_remotely(url: str, items: Sequence[AnyPath], top: int) -> list[Prediction]:
+def _write_saliencies(predictions: Iterable[Prediction], folder: Path) -> Iterator[Prediction]:
+    """Writes a file for each answer: <number>-<name>.png or .html."""
+    for number, prediction in enumerate(predictions):
+        if prediction.saliency is not None:
+            name = re.sub(r"[^\w.-]+", "-", Path(prediction.name).stem).strip("-.")[:80] or "input"
+            suffix, content = prediction.saliency.marked.to_file()
+            with atomic_file(folder / f"{number:04d}-{name}{suffix}") as stream:
+                stream.write(content)
+        yield prediction
+
+
+def _predict_remotely(url: str, inputs: Any, top: int) -> Iterator[Prediction]:
     from suanli.verbs._remote import Server
 
-    predictions: list[Prediction] = []
     with closing(Server(url)) as server:
-        for chunk in _chunks(_list_inputs(load_plugin("preprocess", server.kind), items), BATCH):
-            pairs = [(name, _read(read)) for name, read in chunk]
+        for chunk in _chunks(list_inputs(inputs, load_plugin("preprocess", server.kind)), BATCH):
+            pairs = [(named[0], _sendable(read(named))) for named in chunk]
             readable = [(name, raw) for name, raw in pairs if not isinstance(raw, BadInput)]
             names, raws = [name for name, _ in readable], [raw for _, raw in readable]
-            answers = iter(server.predict(names, raws, top=top))
+            answers = iter(server.predict(names, raws, top=min(top, MOST_REMOTE)))
             for name, raw in pairs:
                 if isinstance(raw, BadInput):
-                    predictions.append(Prediction(name=name, answer=None, error=raw.message, empty=server.empty))
+                    yield Prediction(name=name, answer=None, error=raw.message, empty=server.empty)
                 else:
-                    predictions.append(next(answers))
-    return predictions
+                    yield next(answers)
 
 
-def _read(read: Callable[[], Raw]) -> bytes | str | BadInput:
-    """The content of an input, or why it can't be read."""
-    try:
-        raw = read()
-    except BadInput as error:
-        return error
-    except OSError as error:
-        return BadInput(error.strerror or str(error))
-    return raw if isinstance(raw, bytes | str) else BadInput("Arrays can't be sent: predict on this machine.")
-
-
-NamedInput = tuple[str, Callable[[], Raw]]  # and what reads it
-
-
-def _list_inputs(preprocess: Preprocess | type[Preprocess], items: Sequence[AnyPath]) -> Iterator[NamedInput]:
-    for item in items:
-        for path in _find_paths(str(item)):
-            for name, read in preprocess.find_inputs(path):
-                yield from [(name, read)] if isinstance(preprocess, type) else preprocess.split_file(name, read)
-
-
-def _find_paths(item: str) -> list[Path]:
-    if item == "-" and (sys.stdin is None or sys.stdin.closed):  # by `<&-`, or a service manager
-        raise DataError("Standard input is closed.", fix="Pipe the inputs in, or name files.")
-    if item == "-" or Path(item).expanduser().exists():
-        return [Path(item).expanduser()]
-    matches = sorted(glob.glob(str(Path(item).expanduser()), recursive=True))
-    if not matches:
-        raise DataError(
-            f"There is nothing at {item}.",
-            fix="Give files, folders, a quoted pattern, or - for standard input.",
-        )
-    return [Path(m) for m in matches]
+def _sendable(raw: Raw | BadInput) -> bytes | str | BadInput:
+    if isinstance(raw, bytes | str | BadInput):
+        return raw
+    return BadInput("Arrays can't be sent to a server: give files or their bytes, or predict on this machine.")
 
 
 def _chunks(items: Iterable[NamedInput], count: int) -> Iterator[list[NamedInput]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, count)):
         yield chunk
-
-
-def _encode(predictor: Predictor, read: Callable[[], Raw]) -> EncodedInput | str:
-    """What the engine reads of an input, or why there is nothing."""
-    try:
-        return predictor.encode(read())
-    except OSError as error:
-        return error.strerror or str(error)
-    except BadInput as error:
-        return error.message
 
 
 def table(predictions: Sequence[Prediction]) -> Table:
@@ -143,15 +173,62 @@ def table(predictions: Sequence[Prediction]) -> Table:
     return rows
 
 
-def as_csv(predictions: Sequence[Prediction]) -> str:
-    """Columns name, those of the task's answers, and error; quoted where needed."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    columns = predictions[0].empty.columns if predictions else ()
-    writer.writerow(["name", *columns, "error"])
+def as_csv(predictions: Iterable[Prediction]) -> str:
+    return "\n".join(csv_lines(predictions))
+
+
+def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
+    """Columns name, those of the task's answers, and error; quoted where needed. A value with several named entries,
+    such as the probabilities of all classes, gets a column for each: "probabilities.cat".
+
+    The entries are those of the first answer, so answers must have all of them (`top`).
+    """
+    failed: list[Prediction] = []  # before the first answer
+    columns: list[tuple[str, ...]] | None = None
     for p in predictions:
-        writer.writerow([p.name, *(_cell(p.values[column]) for column in columns), p.error or ""])
-    return stream.getvalue().rstrip("\n")
+        if columns is None and p.answer is None:
+            failed.append(p)
+            continue
+        if columns is None:
+            columns = _columns(p)
+            yield _line(["name", *map(".".join, columns), "error"])
+            yield from (_row(one, columns) for one in failed)
+        yield _row(p, columns)
+    if columns is None:
+        columns = _columns(failed[0]) if failed else []
+        yield _line(["name", *map(".".join, columns), "error"])
+        yield from (_row(one, columns) for one in failed)
+
+
+def _columns(p: Prediction) -> list[tuple[str, ...]]:
+    """The keys that lead to each value."""
+    found: list[tuple[str, ...]] = []
+    for name in p.empty.columns:
+        value = p.values[name]
+        found += [(name, key) for key in sorted(value, key=_natural)] if isinstance(value, Mapping) else [(name,)]
+    return found
+
+
+def _natural(key: str) -> tuple[int, float, str]:
+    """Numbers by their value, then the other names."""
+    try:
+        return 0, float(key), key
+    except ValueError:
+        return 1, 0.0, key
+
+
+def _row(p: Prediction, columns: Sequence[tuple[str, ...]]) -> str:
+    cells = []
+    for name, *key in columns:
+        value = p.values[name]
+        cells.append(_cell(value.get(key[0]) if key else value))
+    return _line([p.name, *cells, p.error or ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="").writerow(cells)
+    return stream.getvalue()
 
 
 def _cell(value: Json) -> str:

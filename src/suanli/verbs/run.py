@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
+from suanli.core.console import say
 from suanli.core.errors import Interrupted
 from suanli.core.run import FINISHED, Run, is_run
 from suanli.parallel import group
+from suanli.training.prepare import DataOptions, move_data
+from suanli.verbs._folds import parse_folds
 from suanli.verbs.evaluate import evaluate
 from suanli.verbs.report import report
 from suanli.verbs.train import train
@@ -32,14 +35,21 @@ def _needs_no_training(data: Any, options: Mapping[str, Any]) -> bool:
         return False
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     given = {name for name, value in options.items() if value not in (defaults[name], {}, ())}
-    return given <= {"device", "cache_dir", "trust_code"}
+    return given <= {"device", "data_dir", "cache_dir", "moved_to", "trust_code"}
 
 
 @_take_arguments_of(train)
 def run(data: Any, **options: Any) -> Run:
     """Prepare, train, evaluate on the test split and report, in one go. Arguments as for `train`."""
+    folds = options.pop("folds", None)
+    if folds is not None:
+        parse_folds(folds)  # before any work is done
     if _needs_no_training(data, options):
         trained, trust_code = Run.open(data), options.get("trust_code", False)
+        if (moved_to := options.get("moved_to")) is not None:
+            folders = {name: options.get(name) for name in ("data_dir", "cache_dir")}
+            with trained.lock():
+                move_data(trained, DataOptions.of_run(trained, subject=moved_to, **folders), verb="run")
     else:
         try:
             trained, trust_code = train(data, **options), True  # its code has just run here
@@ -50,6 +60,10 @@ def run(data: Any, **options: Any) -> Run:
     places = {"device": options.get("device", "auto"), "cache_dir": options.get("cache_dir")}
     try:
         evaluation = evaluate(trained, **places, trust_code=trust_code)
+        if folds is not None:
+            evaluate(trained, **places, folds=folds, trust_code=trust_code)
+        for one in evaluation.baselines:
+            say(one.describe(evaluation.as_metric()))
         summary = trained.summary
         trained.write("summary.json", summary | {"seconds": summary["seconds"] | {"evaluate": evaluation.seconds}})
         report(trained)
