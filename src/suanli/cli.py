@@ -266,10 +266,7 @@ def _cross_validation(run: Run) -> str:
 
 
 def _primary(run: Run, scores: Mapping[str, float]) -> str:
-    from suanli.core import registry
-
-    metric = registry.load("tasks", run.recipe.task).metric
-    return f"{metric.name.replace('_', ' ')}: {metric.format(scores[metric.name])}"
+    return f"{run.metric.name.replace('_', ' ')}: {run.metric.format(scores[run.metric.name])}"
 
 
 def _describe(run: Run) -> dict[str, Any]:

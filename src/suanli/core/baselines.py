@@ -58,10 +58,7 @@ def compare_with_baselines(
     baselines = []
     for name, description, answered in _answer(task, preprocess, split, training):
         others = {key: column[rows] for key, column in answered.items()}
-        undefined = task.undefined_scores(others)
-        scores = {
-            key: None if key in undefined else value for key, value in task.scores(others).items() if key in names
-        }
+        scores = {key: value for key, value in task.defined_scores(others).items() if key in names}
         gain = difference(task, others, records, groups)
         baselines.append(Baseline(name=name, description=description, scores=scores, gain=gain))
     return baselines

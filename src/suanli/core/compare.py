@@ -50,8 +50,7 @@ def intervals(task: Task, records: Records, groups: np.ndarray | None = None) ->
 def difference(task: Task, before: Records, after: Records, groups: np.ndarray | None = None) -> Difference:
     """How much the second of two models gains in the task's primary metric, from their records of the same examples in
     the same order; `groups` as for `intervals`. Raises ValueError for different numbers of examples."""
-    if _count(before) != _count(after):
-        raise ValueError(f"not the same examples: {_count(before)} and {_count(after)}")
+    _check_counts(before, after)
     closed = task.closed_difference(before, after) if groups is None else None
     if closed is not None:
         return closed
@@ -68,7 +67,7 @@ def changes(
     """How much every score of the second of two models is above the first one's, and the ends of the 95 % interval: as
     `difference`, with the direction of the score; those that aren't defined are left out. Raises ValueError for
     different numbers of examples."""
-    primary = task.metric.change(difference(task, before, after, groups))
+    _check_counts(before, after)
     old, new = task.scores(before), task.scores(after)
     olds, news = _resample(task, [before, after], groups)
     found = {}
@@ -79,8 +78,9 @@ def changes(
         samples = news[name] - olds[name]
         low, high = _interval(measured, samples[~np.isnan(samples)])
         found[name] = (measured, min(low, measured), max(high, measured))
-    if task.metric.name in found:
-        found[task.metric.name] = primary
+    closed = task.closed_difference(before, after) if groups is None else None
+    if closed is not None and task.metric.name in found:
+        found[task.metric.name] = task.metric.change(closed)
     return {name: found[name] for name in new if name in found}
 
 
@@ -132,6 +132,11 @@ def share_difference(before: np.ndarray, after: np.ndarray) -> Difference:
 
 def _count(records: Records) -> int:
     return len(next(iter(records.values())))
+
+
+def _check_counts(before: Records, after: Records) -> None:
+    if _count(before) != _count(after):
+        raise ValueError(f"not the same examples: {_count(before)} and {_count(after)}")
 
 
 def _resample(task: Task, sides: Sequence[Records], groups: np.ndarray | None) -> list[dict[str, np.ndarray]]:

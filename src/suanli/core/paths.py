@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from suanli.core.types import AnyPath
@@ -24,3 +25,8 @@ def cache_dir(path: AnyPath | None = None) -> Path:
     if os.environ.get("SUANLI_CACHE"):
         return Path(os.environ["SUANLI_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "suanli"
+
+
+def safe_name(text: str, default: str, longest: int | None = None) -> str:
+    """The text as a name of a file or folder that is valid on any system; `default` where nothing of it is left."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")[:longest] or default

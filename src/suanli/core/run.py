@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Self
 
 from suanli.core.console import duration
 from suanli.core.errors import DamagedFile, DataError, RunBusy, SuanliError, UsageError
+from suanli.core.paths import safe_name
 from suanli.core.storage import atomic_file, json_bytes, raise_storage_errors, read_json, write_json
 from suanli.core.types import AnyPath, Environment, Json, Measurement, Recipe
 
@@ -72,13 +73,15 @@ class Run:
         """State and primary score, without those that aren't known."""
         with suppress(SuanliError, OSError, LookupError, TypeError, ValueError, AttributeError):
             found = [("state", str(status))] if (status := self.summary.get("status")) else []
-            if (scores := self.scores) and (metric := self._metric()).name in scores:
+            if (scores := self.scores) and (metric := self.metric).name in scores:
                 split = "test" if self.scores_split == "test" else "validation"
                 found.append(("score", f"{split} {metric.name} {metric.format(scores[metric.name])}"))
             return found
         return []
 
-    def _metric(self) -> Metric:
+    @property
+    def metric(self) -> Metric:
+        """The primary one of its task."""
         from suanli.core.registry import load
 
         metric: Metric = load("tasks", self.recipe.task).metric
@@ -214,7 +217,7 @@ class Run:
         scores = [dict(m["scores"]) for m in self.metrics if m.get("split") == "val"]
         if not scores or self.recipe.early_stop is None:
             return scores[-1] if scores else {}
-        metric = self._metric()
+        metric = self.metric
         return max(scores, key=lambda one: metric.gain(0.0, one.get(metric.name, math.nan)))
 
     def scored_examples(self, split: str) -> Path:
@@ -353,7 +356,7 @@ def measurement(
 
 def _create_numbered_folder(parent: Path, name: str) -> Path:
     """A new folder <name>-<n> in `parent`, with the first n after those that exist."""
-    name = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+    name = safe_name(name, "run")
     with raise_storage_errors(parent):
         parent.mkdir(parents=True, exist_ok=True)
         numbers = [int(m[1]) for p in os.listdir(parent) if (m := re.fullmatch(re.escape(name) + r"-(\d+)", p))]

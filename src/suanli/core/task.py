@@ -8,6 +8,7 @@ interval (`core/compare.py`), and cache, training, engines, server and report ne
 from __future__ import annotations
 
 import json
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
@@ -253,6 +254,14 @@ class Task(ABC):
         """The names of those of `scores` that mean nothing for these records, whatever their value: shown as n/a. The
         primary metric is never one of them."""
         return ()
+
+    def defined_scores(self, records: Records) -> dict[str, float | None]:
+        """`scores`, with None for those that aren't defined for these records."""
+        undefined = self.undefined_scores(records)
+        return {
+            name: None if name in undefined or math.isnan(value) else value
+            for name, value in self.scores(records).items()
+        }
 
     def describe_scores(self, records: Records) -> list[str]:  # noqa: ARG002
         """What a person should know of the scores of these records, such as which classes they leave out."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from suanli.core.console import hide_progress, say
@@ -78,7 +78,7 @@ class _FoldTrainer:
                 return TrainedFold(prepared=prepared, run=Run.open(place))
             shutil.rmtree(place, ignore_errors=True)
             spec = training_spec(recipe, prepared, options, self.resources, self.plan)
-            about = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
+            about = options.describe(prepared)
             trained = Run.create(prepared.name, place, recipe, about, environment(self.resources.device))
             with trained.lock():
                 self.resources.train(Session(spec), trained, TrainerOptions())

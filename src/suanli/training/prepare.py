@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,10 @@ class DataOptions:
             data_dir=_absolute(data_dir) or options.data_dir,
             cache_dir=_absolute(cache_dir) or options.cache_dir,
         )
+
+    def describe(self, prepared: PreparedData) -> dict[str, Json]:
+        """What a run keeps of its data, in data.json."""
+        return prepared.to_json() | {"source": self.subject, "options": asdict(self)}
 
     @property
     def is_gone(self) -> bool:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -120,7 +120,7 @@ def start_run(
     if out is not None:
         refuse_occupied(Path(out).expanduser())
     data, recipe, prepared = _prepare(data, learned, resources, out=out, trust_code=trust_code, begun=None)
-    about = prepared.to_json() | {"source": data.subject, "options": asdict(data)}
+    about = data.describe(prepared)
     group, count = resources.group, resources.count
     if count > 1:
         if count > recipe.batch_size:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 from suanli.core.run import Run, refuse_inside, refuse_occupied
@@ -34,8 +33,7 @@ def save_figures(
 ) -> Run:
     """A run directory with <kind>.json, a line of the ledger for each figure, and the report."""
     here = environment(device)
-    data = prepared.to_json() | {"source": options.subject, "options": asdict(options)}
-    run = Run.create(f"{prepared.name}-{kind}", out, recipe, data, here)
+    run = Run.create(f"{prepared.name}-{kind}", out, recipe, options.describe(prepared), here)
     with run.lock():
         run.write("check.json", prepared.findings)
         run.write(f"{kind}.json", figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -51,26 +52,14 @@ class Evaluator:
             say(line)
         predictions = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
         records = task.records(predictions, split.targets)
-        rows, leakage = find_rows(task, split, name, records)  # that count
-        part = score_part(task, split, records, rows)
-        records = select_rows(records, rows)
+        evaluation, records, rows = summarize(name, self.saved, split, records, training)
         self.records, self.rows = records, rows
         errors = task.errors(records)
         worst = np.argsort(-errors, kind="stable")[:LISTED]
         sample = np.random.default_rng(0).permutation(len(rows))[:LISTED]
-        return Evaluation(
-            split=name,
-            count=len(rows),
-            metric=task.metric.name,
-            higher_is_better=task.metric.higher_is_better,
-            scores=part["scores"],
-            units={score: task.unit_of(score) for score in part["scores"]},
-            intervals=part["intervals"],
+        return replace(
+            evaluation,
             with_augmentation=self._score_views(rows) if augmented_views and task.averages_views else None,
-            leakage=leakage,
-            baselines=compare_with_baselines(task, self.saved.preprocess, records, split, training, rows),
-            details=task.evaluate(records),
-            remarks=task.describe_scores(records),
             mistakes=self._explain([i for i in worst.tolist() if errors[i] > 0], rows, predictions, errors),
             samples=[self._example(int(rows[i]), predictions, errors[i]) for i in sample],
             seconds=time.perf_counter() - started,
@@ -130,6 +119,35 @@ class Evaluator:
             "view": {"size": size, "scale": geometry.scale, "shift": geometry.shift},
             "preview": _preview(preview),
         }
+
+
+def summarize(
+    name: str, saved: SavedModel, split: Split, records: Records, training: Split | None
+) -> tuple[Evaluation, Records, np.ndarray]:
+    """What follows from the records of a split alone, with the records of the examples whose scores count, and their
+    positions. `name`: of the split; `training`: for baselines that learn."""
+    task = saved.task
+    rows, leakage = find_rows(task, split, name, records)
+    part = score_part(task, split, records, rows)
+    records = select_rows(records, rows)
+    evaluation = Evaluation(
+        split=name,
+        count=len(rows),
+        metric=task.metric.name,
+        higher_is_better=task.metric.higher_is_better,
+        scores=part["scores"],
+        units={score: task.unit_of(score) for score in part["scores"]},
+        intervals=part["intervals"],
+        with_augmentation=None,
+        leakage=leakage,
+        baselines=compare_with_baselines(task, saved.preprocess, records, split, training, rows),
+        details=task.evaluate(records),
+        remarks=task.describe_scores(records),
+        mistakes=[],
+        samples=[],
+        seconds=0.0,
+    )
+    return evaluation, records, rows
 
 
 def _preview(preview: types.Preview) -> Preview:

@@ -3,7 +3,6 @@ the scores of the whole split beside them."""
 
 from __future__ import annotations
 
-import math
 from typing import TypedDict
 
 import numpy as np
@@ -75,13 +74,12 @@ def select_rows(records: Records, rows: np.ndarray) -> Records:
 def score_part(task: Task, split: Split, records: Records, rows: np.ndarray) -> PartScores:
     """Of the examples at these positions."""
     chosen = select_rows(records, rows)
-    scores = task.scores(chosen)
-    undefined = {*task.undefined_scores(chosen), *(name for name, value in scores.items() if math.isnan(value))}
+    scores = task.defined_scores(chosen)
     bounds = intervals(task, chosen, None if split.groups is None else split.groups[rows])
     return {
         "count": len(rows),
-        "scores": {name: None if name in undefined else value for name, value in scores.items()},
-        "intervals": {name: ends for name, ends in bounds.items() if name not in undefined},
+        "scores": scores,
+        "intervals": {name: ends for name, ends in bounds.items() if scores.get(name) is not None},
     }
 
 

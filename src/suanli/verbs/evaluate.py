@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from suanli.core.baselines import compare_with_baselines
 from suanli.core.console import warn
 from suanli.core.errors import DataError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
@@ -24,9 +23,9 @@ from suanli.models.model_folder import SavedModel, add_scores, load_model
 from suanli.training.prepare import DataOptions, keep_place, resolve_run
 from suanli.verbs._evaluation import Evaluation as Evaluation
 from suanli.verbs._evaluation import table as table
-from suanli.verbs._evaluator import Evaluator
+from suanli.verbs._evaluator import Evaluator, summarize
 from suanli.verbs._folds import cross_validate
-from suanli.verbs._leakage import compare_with_training, find_rows, score_part, select_rows
+from suanli.verbs._leakage import compare_with_training
 
 
 def evaluate(
@@ -85,27 +84,9 @@ def _cross_validate(
     run: Run, saved: SavedModel, options: DataOptions, device: Device, folds: str | int, started: float
 ) -> Evaluation:
     examples, records, how = cross_validate(run, saved, options, device, folds)
-    rows, leakage = find_rows(saved.task, examples, CROSS_VALIDATION, records)
-    part = score_part(saved.task, examples, records, rows)
-    records = select_rows(records, rows)
-    evaluation = Evaluation(
-        split=CROSS_VALIDATION,
-        count=len({examples.names[i] for i in rows.tolist()}),
-        metric=saved.task.metric.name,
-        higher_is_better=saved.task.metric.higher_is_better,
-        scores=part["scores"],
-        units={score: saved.task.unit_of(score) for score in part["scores"]},
-        intervals=part["intervals"],
-        with_augmentation=None,
-        leakage=leakage,
-        folds=how,
-        baselines=compare_with_baselines(saved.task, saved.preprocess, records, examples, None, rows),
-        details=saved.task.evaluate(records),
-        remarks=saved.task.describe_scores(records),
-        mistakes=[],
-        samples=[],
-        seconds=time.perf_counter() - started,
-    )
+    evaluation, _, rows = summarize(CROSS_VALIDATION, saved, examples, records, None)
+    different = len({examples.names[i] for i in rows.tolist()})
+    evaluation = replace(evaluation, count=different, folds=how, seconds=time.perf_counter() - started)
     _write(run, evaluation, device, saved, options)
     return evaluation
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from suanli.core.console import warn
 from suanli.core.errors import BadInput, MachineError, UsageError
+from suanli.core.paths import safe_name
 from suanli.core.registry import load as load_plugin
 from suanli.core.storage import atomic_file
 from suanli.core.types import AnyPath, EncodedInput, Json, Raw
@@ -130,7 +130,7 @@ def _write_saliencies(predictions: Iterable[Prediction], folder: Path) -> Iterat
     """Writes a file for each answer: <number>-<name>.png or .html."""
     for number, prediction in enumerate(predictions):
         if prediction.saliency is not None:
-            name = re.sub(r"[^\w.-]+", "-", Path(prediction.name).stem).strip("-.")[:80] or "input"
+            name = safe_name(Path(prediction.name).stem, "input", longest=80)
             suffix, content = prediction.saliency.marked.to_file()
             with atomic_file(folder / f"{number:04d}-{name}{suffix}") as stream:
                 stream.write(content)

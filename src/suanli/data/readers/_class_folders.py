@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from suanli.core.console import plural
 from suanli.core.errors import DataError
+from suanli.core.paths import safe_name
 from suanli.core.types import Example, Raw, Source
 from suanli.data.readers._annotations import (
     find_annotation,
@@ -52,7 +53,7 @@ def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
 
 def source_name(name: str) -> str:
     """`name` as a valid directory name on any system."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:80] or "data"
+    return safe_name(name, "data", longest=80)
 
 
 def count_and_examples(names: Sequence[str], what: str, one: str = "") -> str:

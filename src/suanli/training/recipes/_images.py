@@ -19,6 +19,29 @@ SMALL = Recipe(
     task_args={"label_smoothing": 0.1},
 )
 
+LONG = Recipe(  # for data of any size and targets other than one class
+    model="speednet",
+    epochs=20,
+    batch_size=64,
+    optimizer="muon",
+    lr=0.1,
+    optimizer_args={"head_lr_scale": 0.8, "bias_lr_scale": 30.0, "normalize_filters": True},
+    schedule="linear",
+    clip_norm=5.0,
+)
+
+ANY = Recipe(  # for a network that suanli doesn't know, with norms or without
+    model="resnet18",
+    epochs=16,
+    batch_size=64,
+    optimizer="adamw",
+    lr=5e-4,
+    weight_decay=0.05,
+    schedule="cosine",
+    warmup_epochs=1,
+    clip_norm=1.0,
+)
+
 FINE_TUNE = Recipe(
     model="resnet18",
     epochs=8,

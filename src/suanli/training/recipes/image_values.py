@@ -6,6 +6,7 @@ direction of light on faces, and the number of cells in a picture.
 """
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
+from suanli.training.recipes._images import LONG
 
 
 def suits(traits: Traits) -> int | None:
@@ -14,17 +15,12 @@ def suits(traits: Traits) -> int | None:
 
 RECIPE = RecipeChoice(
     recipe=Recipe(
-        name="image_values",
-        task="regression",
-        task_args={"loss_function": "huber"},
-        model="speednet",
-        epochs=20,
-        batch_size=64,
-        optimizer="muon",
-        lr=0.1,
-        optimizer_args={"head_lr_scale": 0.8, "bias_lr_scale": 30.0, "normalize_filters": True},
-        schedule="linear",
-        clip_norm=5.0,
+        **LONG.model_dump()
+        | {
+            "name": "image_values",
+            "task": "regression",
+            "task_args": {"loss_function": "huber"},
+        }
     ),
     suits=suits,
 )

@@ -2,6 +2,7 @@
 gradients assumes the least about its structure; its rates are those of the recipes for classes."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
+from suanli.training.recipes._images import ANY
 
 
 def suits(traits: Traits) -> int | None:
@@ -10,18 +11,12 @@ def suits(traits: Traits) -> int | None:
 
 RECIPE = RecipeChoice(
     recipe=Recipe(
-        name="image_values_any",
-        task="regression",
-        task_args={"loss_function": "huber"},
-        model="resnet18",
-        epochs=16,
-        batch_size=64,
-        optimizer="adamw",
-        lr=5e-4,
-        weight_decay=0.05,
-        schedule="cosine",
-        warmup_epochs=1,
-        clip_norm=1.0,
+        **ANY.model_dump()
+        | {
+            "name": "image_values_any",
+            "task": "regression",
+            "task_args": {"loss_function": "huber"},
+        }
     ),
     suits=suits,
 )
