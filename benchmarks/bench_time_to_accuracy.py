@@ -42,6 +42,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--targets", type=numbers, default="0.7,0.8,0.9")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--peers", default="plain,resnet18")
     parser.add_argument("--peer-limit-s", type=float, default=600.0)
     parser.add_argument("--airbench", type=Path, help="airbench94_muon.py, on a GPU")
@@ -76,7 +77,7 @@ def one_target(
     record: Record, processes: Processes, data: Path, target: float, args: argparse.Namespace
 ) -> dict[str, Json]:
     runs = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         options = ["--target-accuracy", f"{target:g}", "--seed", str(seed), "--device", args.device]
         cold_s, summary = processes.train(data, options)
         one = {

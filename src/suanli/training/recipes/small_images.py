@@ -13,7 +13,7 @@ def suits(traits: Traits) -> int | None:
 
 def _budget(epochs: float, lr: float, model_args: dict[str, object], score: float, **more: object) -> Budget:
     """Measured on CIFAR-10 as JPEG: records/2026-11-25_epyc-2core_accuracy; two in bfloat16 on a GPU:
-    records/2026-11-27_h100_gpu; the most expensive with AMX, one seed: records/2026-11-30_xeon-2core_accuracy."""
+    records/2026-11-27_h100_gpu; the most expensive with AMX: records/2026-12-01_xeon-2core_accuracy."""
     changes = {"epochs": epochs, "lr": lr, "validate_every": epochs, "model_args": model_args}
     return Budget(
         changes=changes | more,
@@ -21,9 +21,9 @@ def _budget(epochs: float, lr: float, model_args: dict[str, object], score: floa
     )
 
 
-def _large_batches(widths: tuple[int, ...], score: float) -> Budget:
+def _large_batches(epochs: float, widths: tuple[int, ...], score: float) -> Budget:
     return _budget(
-        8.0,
+        epochs,
         0.24,
         {"widths": widths, "depths": (2, 2, 2), "whitening_bias": True},
         score,
@@ -52,7 +52,7 @@ RECIPE = RecipeChoice(
         _budget(2.8, 0.24, {"widths": (32, 64, 128)}, 0.804),
         _budget(4.0, 0.15, {"widths": (64, 128, 256)}, 0.847),
         _budget(7.0, 0.15, {"widths": (64, 256, 256)}, 0.876),
-        _large_batches((64, 256, 256), 0.895),
-        _large_batches((96, 384, 384), 0.902),
+        _large_batches(8.0, (64, 256, 256), 0.895),
+        _large_batches(10.0, (96, 384, 384), 0.904),
     ),
 )
