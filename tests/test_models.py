@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from suanli.core import registry
 from suanli.models.networks import _convolution
 from suanli.models.networks._convolution import Conv3x3
+from suanli.models.networks._vit import patch_size
 from suanli.models.networks.speednet import Whitening
-from suanli.models.networks.vit_tiny import patch_size
 
 
 def build(name: str, side: int = 32, **args: object) -> nn.Module:
@@ -35,6 +35,14 @@ def count(module: nn.Module) -> int:
         ("resnet50", 25_557_032),
         ("alexnet", 61_100_840),
         ("vit_tiny", 5_717_416),
+        ("vit", 22_050_664),
+        ("resnet", 44_549_160),
+        ("efficientnet_lite0", 4_652_008),
+        ("efficientnet_lite1", 5_416_680),
+        ("efficientnet_lite2", 6_092_072),
+        ("mobilenet_v3_small", 2_542_856),
+        ("mobilenet_v3_large", 5_483_032),
+        ("convnext", 3_695_520),
     ],
 )
 def test_has_the_published_size(name: str, parameters: int) -> None:
@@ -78,6 +86,51 @@ def test_the_stem_follows_the_size_unless_given(name: str) -> None:
 def test_the_original_alexnet_says_that_small_images_do_not_fit() -> None:
     with pytest.raises(ValueError, match="63 px"):
         build("alexnet", 32, stem="large")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("vit", {"width": 100, "heads": 3}, "heads"),
+        ("vit", {"depth": 0}, "at least 1"),
+        ("vit", {"heads": 0}, "at least 1"),
+        ("vit_tiny", {"patch": 0}, "at least 1"),
+        ("convnext", {"depths": [1, 1]}, "as many depths"),
+        ("resnet", {"depths": [1]}, "four depths"),
+        ("resnet", {"block": "wide"}, "bottleneck"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(name: str, args: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, **args)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("mobilenet_v3_small", {"same_padding": True}),
+        ("convnext", {"depths": [1, 1], "widths": [8, 16]}),
+        ("vit", {"width": 64, "depth": 1, "registers": 2, "norm_first": True, "quick_gelu": True}),
+    ],
+)
+def test_a_batch_of_any_size_can_be_exported(name: str, args: dict[str, object]) -> None:
+    module = build(name, 33, **args).eval()
+    program = torch.export.export(module, (torch.zeros(2, 3, 33, 33),), dynamic_shapes=({0: torch.export.Dim("B")},))
+    images = torch.randn(5, 3, 33, 33)
+    torch.testing.assert_close(program.module()(images), module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_follow_images_of_another_size() -> None:
+    """As with mixed sizes: the same positions, on another grid."""
+    module = build("vit", 64, width=64, depth=1, patch=8).eval()
+    other = build("vit", 48, width=64, depth=1, patch=8).eval()
+    tensors = dict(module.state_dict())
+    tensors["pos_embed"], _ = other.fit_tensor("pos_embed", tensors["pos_embed"])  # type: ignore[operator]
+    other.load_state_dict(tensors)
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(module(images), other(images))
+    module(images).sum().backward()
+    assert module.get_parameter("pos_embed").grad.isfinite().all()  # type: ignore[union-attr]
 
 
 @given(st.integers(1, 600), st.integers(1, 600))

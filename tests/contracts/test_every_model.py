@@ -13,6 +13,8 @@ from torch import nn
 
 from suanli.core import registry
 from suanli.core.types import Model
+from suanli.models.backbone import HeadInputs
+from suanli.models.build import recognize
 
 MODELS = registry.load_all("models")
 IMAGES: list[dict[str, Any]] = [
@@ -22,20 +24,34 @@ IMAGES: list[dict[str, Any]] = [
     {"in_channels": 3, "image_size": (97, 71)},
     {"in_channels": 1, "image_size": (16, 40)},
 ]
+# Of networks that can have any size, a small one.
+SMALL: dict[str, dict[str, Any]] = {
+    "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32]},
+    "resnet": {"depths": [1, 1, 1, 1]},
+    "vit": {"width": 64, "depth": 2, "registers": 2, "layer_scale": True},
+}
 TEXTS: list[dict[str, Any]] = [{"vocabulary_size": 50, "length": 24}, {"vocabulary_size": 9, "length": 3}]
 ARGUMENTS = {"image": IMAGES, "text": TEXTS}
+FIRST_OF_CODE = {model.build.__code__: name for name, model in reversed(MODELS.items())}  # sizes share their code
+
+
+def inputs_of(name: str, model: Model) -> list[dict[str, Any]]:
+    """All for the first of the networks that one function builds, two for the others."""
+    inputs = [args for kind in model.kinds for args in ARGUMENTS[kind]]
+    return inputs if FIRST_OF_CODE[model.build.__code__] == name else inputs[:2]
+
+
 CASES = [
     pytest.param(model, args, id=f"{name}-{'-'.join(map(str, args.values()))}")
     for name, model in MODELS.items()
-    for kind in model.kinds
-    for args in ARGUMENTS[kind]
+    for args in inputs_of(name, model)
 ]
 FIRST = [pytest.param(m, ARGUMENTS[m.kinds[0]][0], id=name) for name, m in MODELS.items()]
 
 
 def build(model: Model, args: dict[str, Any], classes: int = 5, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return model.build(classes=classes, **args)
+    return model.build(classes=classes, **args, **SMALL.get(model.name, {}))
 
 
 def batch(args: dict[str, Any], count: int) -> torch.Tensor:
@@ -57,9 +73,11 @@ def test_gives_logits_for_a_batch_and_for_one(model: Model, args: dict[str, Any]
     module = build(model, args).eval()
     inputs = batch(args, 3)
     with torch.inference_mode():
-        together = module(inputs)
+        with HeadInputs(module, model.head) as seen:
+            together = module(inputs)
         alone = module(inputs[:1])
     assert together.shape == (3, 5)
+    assert seen.vectors(3).ndim == 2  # an embedding of each
     torch.testing.assert_close(alone, together[:1], rtol=1e-3, atol=1e-4)
 
 
@@ -108,3 +126,30 @@ def test_weights_survive_safetensors(model: Model, args: dict[str, Any], tmp_pat
     inputs = batch(args, 2)
     with torch.inference_mode():
         assert torch.equal(module.eval()(inputs), other.eval()(inputs))
+
+
+READERS = [pytest.param(model, id=name) for name, model in MODELS.items() if model.recognize is not Model.recognize]
+
+
+@pytest.mark.parametrize("model", READERS)
+def test_recognizes_its_own_tensors_and_leaves_their_names(model: Model) -> None:
+    with torch.device("meta"):
+        state = build(model, {"in_channels": 1, "image_size": (224, 224)}).state_dict()
+    assert model.convert(dict(state)).keys() == state.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = recognize(shapes)
+    assert found is not None
+    assert found[0] == model.name
+    with torch.device("meta"):
+        again = model.build(classes=5, in_channels=1, image_size=(224, 224), **found[1]).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in again.items()} == shapes
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS.values() if "image" in m.kinds], ids=lambda model: model.name)
+def test_feature_maps_are_at_strides_4_to_32(model: Model) -> None:
+    with torch.device("meta"):
+        module = build(model, {"in_channels": 3, "image_size": (128, 96)})
+        images = torch.zeros(2, 3, 128, 96)
+    if not callable(feature_maps := getattr(module, "feature_maps", None)):
+        pytest.skip("this network has none")
+    assert [tuple(maps.shape[2:]) for maps in feature_maps(images)] == [(32, 24), (16, 12), (8, 6), (4, 3)]

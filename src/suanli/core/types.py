@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired, Self, TypeAlias, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from suanli.core.errors import MachineError
 
@@ -93,7 +93,7 @@ class Example:
     """One labelled input, not read yet."""
 
     name: str  # where a person finds it: "train/cat/001.jpg", "reviews.csv:17"
-    target: Target  # of annotation "class": one of Source.classes
+    target: Target  # of annotation "class": one of Source.classes; "boxes": core.boxes.Boxes
     split: str | None  # one of SPLITS; None: decided by group, time or content (data/splits.py)
     read: Callable[[], Raw]  # raises OSError or BadInput
     group: str | None = None  # patient, speaker, day: never divided where suanli makes the splits
@@ -113,6 +113,7 @@ class Source:
     fingerprint: str  # changes when the files do; cheap: from names, sizes, times or a checksum
     size_bytes: int | None = None  # of all raw inputs, uncompressed; None: unknown
     licence: str | None = None
+    part_of: tuple[str, ...] = ()  # larger data sets that contain it: "imagenet-1k"
     notes: tuple[str, ...] = ()  # what the reader skipped, for the data check
 
 
@@ -156,6 +157,8 @@ class Dataset:
     homepage: str
     downloads: tuple[Download, ...]  # empty: it comes with an installed package
     read: Callable[[Path], Source]  # from the directory of the downloaded files
+    part_of: tuple[str, ...] = ()  # larger data sets that contain it: "imagenet-1k"
+    class_names: tuple[tuple[str, ...], ...] = ()  # by any of which a user's own copy is recognised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +274,15 @@ class Preprocess(ABC):
     def preview(self, inputs: Arrays) -> Preview:
         """The cached arrays of one example for people to look at."""
 
+    def thumbnail(self, inputs: Arrays) -> Preview:
+        """As `preview`, in fewer bytes: the report shows many beside each other."""
+        return self.preview(inputs)
+
+    def copies(self, inputs: Arrays) -> Sequence[Arrays]:  # noqa: ARG002
+        """The cached arrays of one example as copies of it that `similarity_key` doesn't find, such as an image that is
+        mirrored: by them, near-duplicates are told from examples that are only alike. Other kinds have none."""
+        return ()
+
     def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:  # noqa: ARG002
         """The cached arrays of one example with the weights of their positions, which `engines/saliency.py` finds:
         (H, W) from 0 to 1 of an image, (L,) from -1 to 1 of a text. Raises MachineError for a kind without any."""
@@ -378,6 +390,17 @@ class Augmentation(ABC):
 # --- learning -------------------------------------------------------------------------------
 
 
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]  # of the tensors in a file, by name
+
+
+def _recognize_nothing(shapes: Shapes, config: Mapping[str, Json]) -> dict[str, Json] | None:  # noqa: ARG001
+    return None
+
+
+def _convert_nothing(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A network that suanli knows by name: `models/networks/<name>.py`.
@@ -393,6 +416,46 @@ class Model:
     build: Callable[..., nn.Module]
     head: str  # name of the submodule with the output layer, which other classes replace
     source: str  # the paper or repository that describes it
+    # Arguments of `build` with which the network has the tensors of a published file, by their names and shapes; None:
+    # the file is of another network. The second is the publisher's config.json, or empty: from it comes what no shape
+    # shows, such as the number of heads, and without it what is usual. Not among them is what data and task decide.
+    recognize: Callable[[Shapes, Mapping[str, Json]], dict[str, Json] | None] = _recognize_nothing
+    # The tensors of a file that `recognize` knows, under the network's own names; those that have these names already
+    # stay as they are. Parts of the original that the network doesn't have, such as CLIP's text tower, are left out.
+    convert: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = _convert_nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """Weights to start from: what `--weights` named, found on this machine. A run keeps it, with its model."""
+
+    name: str  # finds the same weights again: "efficientnet_lite0", "hf:ORG/NAME@REVISION", an absolute path
+    file: Path  # safetensors
+    model: str | None = None  # the network that has these weights; None: unknown, so the recipe's is tried
+    model_args: Mapping[str, Json] = field(default_factory=dict)
+    preprocess: Mapping[str, Json] = field(default_factory=dict)  # settings that they learned with: size, mean, std, …
+    fitted_preprocess: Mapping[str, Json] | None = None  # of a run: kind and fields, which are taken as they are
+    classes: tuple[str, ...] | None = None  # of the head; None: unknown
+    title: str = ""  # for people: "EfficientNet-Lite0"
+    homepage: str = ""
+    revision: str | None = None
+    licence: str | None = None  # as its publisher states it
+    commercial: bool | None = None  # whether the licence allows commercial use; None: unknown
+    checksum: str = ""  # of the file: "sha256:…"
+    accuracy: float | None = None  # of the original on ImageNet-1k, as its publisher states it
+    learned_from: tuple[str, ...] = ()  # data sets: "imagenet-1k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsSource:
+    """One place that weights come from: `models/pretrained/<name>.py`. The first that knows a name finds it."""
+
+    name: str
+    # None: the name isn't for this source. Raises UsageError for one that doesn't exist, DataError and MachineError
+    # for one that can't be had here. It reaches for the network only where the name says so.
+    find: Callable[[str], Pretrained | None]
+    present: Callable[[], Sequence[str]] = tuple  # the names that are on this machine already
+    order: int = 50  # sources are asked from the lowest
 
 
 Share: TypeAlias = Annotated[float, Field(gt=0, lt=1)]
@@ -415,9 +478,14 @@ class Recipe(BaseModel):
     preprocess: dict[str, Json] = Field(default_factory=dict)
     augment: tuple[str, ...] = ()  # in order: "crop(padding=2)"
     progressive_resizing: tuple[tuple[Share, Share], ...] = ()  # (until this share of the steps, scale of each side)
+    # Each step draws the scale of each side from these and 1.
+    mixed_sizes: tuple[Share, ...] = Field(default=(), max_length=7)
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
     test_fraction: float = Field(default=0.1, gt=0, lt=1)
-    epochs: float = Field(default=10.0, gt=0)
+    # The head is first fitted to features of the frozen backbone: of so many views of each training image, the first as
+    # it is, the others augmented. 0: it isn't.
+    frozen_views: int = Field(default=0, ge=0, le=64)
+    epochs: float = Field(default=10.0, ge=0)  # of all layers; 0, with `frozen_views`: the head alone is trained
     batch_size: int = Field(default=128, ge=1)
     accumulate: int = Field(default=1, ge=1)  # micro-batches that a batch is computed in
     optimizer: str = "sgd"
@@ -425,6 +493,10 @@ class Recipe(BaseModel):
     optimizer_args: dict[str, Json] = Field(default_factory=dict)
     weight_decay: float = Field(default=0.0, ge=0)
     backbone_lr_scale: float = Field(default=1.0, ge=0)  # for all but the head; 0 freezes it
+    layer_lr_decay: float = Field(default=1.0, gt=0, le=1)  # of the rate, from each layer to the one before it
+    unfreeze_epochs: float = Field(default=0.0, ge=0)  # in which layers are unfrozen, from the head down
+    fixed_norms: bool = False  # batch norms outside of the head keep the statistics that the weights brought
+    lora_rank: int = Field(default=0, ge=0)  # of low-rank adapters, which learn in place of the backbone; 0: none
     schedule: Literal["constant", "linear", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
@@ -452,6 +524,29 @@ class Recipe(BaseModel):
         if shares != sorted(set(shares)):
             raise ValueError("the shares of the steps must ascend")
         return stages
+
+    @field_validator("epochs")
+    @classmethod
+    def _trains_something(cls, epochs: float, info: ValidationInfo) -> float:
+        if epochs == 0 and not info.data.get("frozen_views"):
+            raise ValueError("0 epochs train nothing, unless frozen_views fits the head first")
+        return epochs
+
+    @field_validator("mixed_sizes")
+    @classmethod
+    def _one_way_to_choose_sizes(cls, sizes: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        if len(set(sizes)) < len(sizes):
+            raise ValueError("each size counts once")
+        if sizes and info.data.get("progressive_resizing"):
+            raise ValueError("progressive_resizing decides the sizes already: set it to [] to draw them")
+        return sizes
+
+    @field_validator("unfreeze_epochs", "lora_rank")
+    @classmethod
+    def _trains_the_backbone(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("backbone_lr_scale") == 0:
+            raise ValueError("with a backbone_lr_scale of 0 only the head learns")
+        return value
 
     @property
     def digest(self) -> str:
@@ -491,21 +586,32 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UsualWeights:
+    """Weights that help a recipe whose user names none."""
+
+    name: str  # as `--weights` takes it: "imagenet"
+    # Why a training starts from them by default, where this machine has them: "these are 245 photos"; None: it doesn't.
+    reason: Callable[[Traits], str | None]
+    gain: Callable[[Traits], str | None]  # what they usually gain, as a sentence; None: it isn't known for such data
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeChoice:
     """A shipped recipe and the data that it suits: `training/recipes/<name>.py`."""
 
     recipe: Recipe
     suits: Callable[[Traits], int | None]  # the recipe with the highest value is chosen; None: never this one
     budgets: tuple[Budget, ...] = ()  # from the cheapest to the most expensive
+    weights: UsualWeights | None = None  # for a recipe that starts from weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
     """Builds a torch optimizer: `training/optimizers/<name>.py`.
 
-    `build(named_parameters, head=…, lr=…, weight_decay=…, backbone_lr_scale=…, **args)` sets `initial_lr` in every
-    parameter group; the schedule scales it. The `lr` of a group may become a scalar tensor, so that a captured
-    graph sees it change.
+    `build(named_parameters, head=…, lr=…, weight_decay=…, backbone_lr_scale=…, layer_lr_decay=…, **args)` gets all
+    parameters of the network, in its order, and sets `initial_lr` in every group; the schedule scales it. The `lr` of a
+    group may become a scalar tensor, so that a captured graph sees it change.
     """
 
     name: str
@@ -535,6 +641,7 @@ class Step:
     loss_scaling: bool = False  # for dtypes whose range is too small for gradients
     memory_format: torch.memory_format | None = None  # of inputs with four dimensions
     micro_batches: int = 1  # that a batch is computed in, one after another
+    unfreezes: bool = False  # which parameters get gradients changes between steps
     recomputes: bool = False  # blocks recompute their activations in the backward pass (activation checkpointing)
     reads_cache: bool = False  # batches come from a cached split; else the caller passes them
     can_reside: bool = False  # the device's memory has room for the training split
@@ -662,6 +769,7 @@ class Measurement:
     versions: Mapping[str, str]
     recipe: str  # digest
     time: str  # ISO 8601, UTC
+    contaminated: bool = False  # the weights that training started from may have seen the test examples
 
 
 # --- running a trained model ----------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""From a model's name to a network that fits the data, and from a weights file to its parameters.
+"""From a model's name to a network that fits the data.
 
 A model is a built-in name, a user's `package.module:function`, or `timm:NAME`. Every network is tried on a tiny batch
-before anything long starts. Weights come from safetensors only: a pickle can run any code when it is opened. Tensors
-that fit by name and shape are taken; the others are reported, never silently dropped.
+before anything long starts. `fitting.py` reads weights files into it.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from suanli.core import registry
-from suanli.core.errors import DamagedFile, DataError, UsageError, pip_install, unknown
+from suanli.core.errors import UsageError, pip_install, unknown
 from suanli.core.schema import zeros
 from suanli.core.task import Task
 from suanli.core.types import Json, Model, Preprocess, Recipe
 from suanli.machine import device
+from suanli.models.fitting import WeightsReport as WeightsReport
+from suanli.models.fitting import load_weights as load_weights
+from suanli.models.fitting import recognize as recognize
+from suanli.models.timm_import import import_timm
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")  # that wrappers add to the names of tensors
-PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".bin", ".ckpt")
 
 
 # --- names ----------------------------------------------------------------------------------
@@ -79,8 +78,7 @@ def _import(module_name: str, spec: str) -> ModuleType:
 def _resolve_timm(spec: str) -> Model:
     if importlib.util.find_spec("timm") is None:
         raise UsageError(f"Model {spec!r} needs timm.", fix=f"Install it: {pip_install('timm>=1.0')}")
-    import timm
-
+    timm = import_timm()
     name = spec.removeprefix("timm:")
     if not timm.is_model(name):
         raise unknown("timm model", name, timm.list_models())
@@ -105,18 +103,23 @@ def build(recipe: Recipe, preprocess: Preprocess, task: Task, *, on_meta: bool =
     another kind of data, an argument is wrong or the task can't predict from its output. `on_meta`: on the meta device
     and untried where that is possible, since the caller gets the values from elsewhere."""
     model = resolve(recipe.model)
-    if preprocess.kind not in model.kinds:
-        fitting = [n for n, m in registry.load_all("models").items() if preprocess.kind in m.kinds]
-        raise UsageError(
-            f"Model {recipe.model!r} is for {', '.join(model.kinds)} data, not {preprocess.kind}.",
-            fix=f"Models for {preprocess.kind} data: {', '.join(fitting)}.",
-        )
+    refuse_other_kind(model, preprocess.kind)
     args = builder_arguments(recipe, preprocess, task)
     if on_meta and (outline := build_on_meta(model, args)) is not None:
         return outline
     module = construct(model, args)
     _try_batch(model, module, preprocess, task)
     return module
+
+
+def refuse_other_kind(model: Model, kind: str) -> None:
+    """Raises UsageError for a model that isn't for this kind of data."""
+    if kind not in model.kinds:
+        fitting = [name for name, other in registry.load_all("models").items() if kind in other.kinds]
+        raise UsageError(
+            f"Model {model.name!r} is for {', '.join(model.kinds)} data, not {kind}.",
+            fix=f"Models for {kind} data: {', '.join(fitting)}.",
+        )
 
 
 def builder_arguments(recipe: Recipe, preprocess: Preprocess, task: Task) -> dict[str, Json]:
@@ -256,113 +259,3 @@ def head_of(module: nn.Module, model: Model) -> str:
             fix="End the network in torch.nn.Linear(features, classes), as a submodule.",
         )
     return str(candidates[-1])
-
-
-# --- weights --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightsReport:
-    """What happened to each tensor of a weights file. Names are those in the network, or those in the file where the
-    network has no such name."""
-
-    taken: tuple[str, ...]
-    skipped: Mapping[str, str]  # in the file but not taken: name to reason
-    missing: tuple[str, ...]  # in the network but not in the file: these keep their initial values
-
-    def __str__(self) -> str:
-        lines = [f"weights: {len(self.taken)} tensors taken, {len(self.skipped)} not, {len(self.missing)} missing"]
-        lines += [f"  not taken: {name}: {reason}" for name, reason in self.skipped.items()]
-        lines += [f"  not in the file: {name}" for name in self.missing]
-        return "\n".join(lines)
-
-
-def load_weights(module: nn.Module, path: Path, head: str, *, new_head: bool = False) -> WeightsReport:
-    """Copy the tensors that fit from a safetensors file into `module`. A head for other classes is not taken: it is
-    recognised by its shape, or the caller sets `new_head` where the classes are as many but others.
-
-    Nothing is changed unless the whole file could be read. Raises UsageError for another format or a missing file,
-    DamagedFile for one that is truncated or contains NaN or infinity, and DataError where nothing but the head fits.
-    """
-    import torch
-
-    state = module.state_dict()
-    tensors, skipped = _match_names(_read(path), state)
-    for name, tensor in tensors.items():
-        if tensor.shape != state[name].shape:
-            skipped[name] = f"has shape {_shape(tensor)}, the model needs {_shape(state[name])}"
-    in_head = {name for name in tensors if name.startswith(f"{head}.")}
-    if new_head or in_head & skipped.keys():
-        skipped |= dict.fromkeys(in_head - skipped.keys(), "part of a head for other classes")
-    fitting = {name: tensor for name, tensor in tensors.items() if name not in skipped}
-    if not fitting or (fitting.keys() <= in_head and any(not name.startswith(f"{head}.") for name in state)):
-        raise DataError(
-            f"{path} doesn't fit the model: it has {_few([*tensors, *skipped])}, the model {_few(state)}.",
-            fix="Choose the model that these weights were trained with.",
-        )
-    _check_finite(fitting, path)
-    with torch.no_grad():
-        for name, tensor in fitting.items():
-            state[name].copy_(tensor)
-    missing = tuple(name for name in state if name not in tensors)
-    return WeightsReport(taken=tuple(fitting), skipped=skipped, missing=missing)
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if path.suffix.lower() in PICKLES:
-        raise UsageError(
-            f"{path} looks like a pickle, which can run any code when it is opened.",
-            fix='If you trust it, convert it: python -c "import torch, safetensors.torch as s; '
-            f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\"",
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise DamagedFile(
-            f"{path} is not a complete safetensors file ({error}).", fix="Download or convert it again."
-        ) from error
-    except OSError as error:
-        raise UsageError(
-            f"Can't read weights {path}: {error.strerror or error}.", fix="Give the path of a safetensors file."
-        ) from error
-
-
-def _match_names(
-    tensors: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors by their names in the network, and for the others the reason why they have none. A name in the file
-    may have prefixes of wrappers; a name without them is preferred."""
-    matches: dict[str, torch.Tensor] = {}
-    skipped: dict[str, str] = {}
-    for name_in_file in sorted(tensors, key=len):
-        name = name_in_file
-        while name not in state and (prefix := next((p for p in PREFIXES if name.startswith(p)), None)):
-            name = name.removeprefix(prefix)
-        if name not in state:
-            skipped[name_in_file] = "the model has no tensor of this name"
-        elif name in matches:
-            skipped[name_in_file] = f"{name} is in the file twice"
-        else:
-            matches[name] = tensors[name_in_file]
-    return matches, skipped
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    bad = [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]
-    if bad:
-        raise DamagedFile(
-            f"{path} contains NaN or infinity in {_few(bad)}.", fix="Use the weights of an earlier checkpoint."
-        )
-
-
-def _few(names: Iterable[str], count: int = 3) -> str:
-    listed = list(names)
-    more = f", … ({len(listed)} in all)" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + more if listed else "nothing"
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
