@@ -69,8 +69,11 @@ clean:
 	$(INSTALL) --editable .
 	@touch $@
 
+# timm can't be imported without torchvision, which would replace torch by one with CUDA: so it comes without what it asks
+# for, and models/timm_import.py makes it work beside any torch.
 .venv/installed-test: .venv/installed
-	$(INSTALL) --editable '.[test,tensorboard,engines,serve]'
+	$(INSTALL) --editable '.[test,tensorboard,engines,serve,pretrained]'
+	$(INSTALL) --no-deps timm torchvision
 	@touch $@
 
 .venv/installed-check: .venv/installed

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.registry import load as load_plugin
 from suanli.core.registry import names
+from suanli.core.run import RUNS
 from suanli.core.storage import atomic_file, read_json, write_json
 from suanli.core.task import Task
 from suanli.core.types import AnyPath, Json, Preprocess, Recipe
@@ -49,14 +50,16 @@ def save_model(
     preprocess: Preprocess,
     task: Task,
     data: Mapping[str, object],
+    pretrained: Mapping[str, Json] | None = None,
     writes: bool = True,
 ) -> None:
-    """Write the model folder. For a sharded network this is a collective: the tensors are gathered one after the other,
-    for the process that `writes`."""
-    from suanli.models import safetensors_io
+    """Write the model folder; low-rank adapters are added to their weights. `pretrained` says from which weights the
+    training started (`weights.describe`). For a sharded network this is a collective: the tensors are gathered one
+    after the other, for the process that `writes`."""
+    from suanli.models import adapters, safetensors_io
     from suanli.parallel import dtensor
 
-    state = module.state_dict()
+    state = adapters.merged(module.state_dict())
     if not writes:
         safetensors_io.gather_only(state, dtensor.gather)
         return
@@ -75,6 +78,7 @@ def save_model(
             "recipe": recipe.model_dump(mode="json"),
             "weights": {"file": WEIGHTS, "blake2b": _digest(content), "size_bytes": len(content)},
             "data": data,
+            "pretrained": pretrained,
             "scores": {},
             "versions": device.versions(("suanli", "torch", "numpy", "pillow")),
         },
@@ -123,10 +127,12 @@ def find_model_folder(subject: AnyPath) -> Path:
     path = Path(subject).expanduser()
     if not path.exists():
         is_built_in = str(subject) in names("datasets")
+        if not path.is_absolute() and (RUNS / path).exists():
+            raise DataError(f"There is nothing at {path}.", fix=f"Did you mean {RUNS / path}?")
         train = f"Train first: suanli train {subject}" if is_built_in else "suanli train DATA makes one."
         fix = f"Give a run directory or a model/ folder. {train}"
         raise DataError(f"There is nothing at {path}.", fix=fix)
-    folder = _model_in(path)
+    folder = model_in(path)
     answers = any((path / name).exists() for name in ("model.json", "engines.json"))  # engines alone do, too
     if folder == path and not answers:
         raise DataError(
@@ -136,7 +142,8 @@ def find_model_folder(subject: AnyPath) -> Path:
     return folder
 
 
-def _model_in(path: Path) -> Path:
+def model_in(path: Path) -> Path:
+    """Where the model of a run would be; any other folder is its own."""
     is_run = (path / "recipe.json").exists() or (path / "model" / "model.json").exists()
     return path / "model" if is_run else path
 
@@ -148,16 +155,6 @@ def refuse_foreign_code(model: str, path: Path) -> None:
             f"The network of {path} is built by {model!r}, which is not part of suanli.",
             fix="If you trust that code, run it with --trust-code.",
         )
-
-
-def find_weights(path: Path) -> tuple[Path, dict[str, Json] | None]:
-    """The weights file of a run directory, a model folder or a weights file, and the content of its model.json if it
-    has one."""
-    folder = _model_in(path) if path.is_dir() else path.parent
-    file = folder / WEIGHTS if path.is_dir() else path
-    if file.name != WEIGHTS or not (folder / "model.json").exists():
-        return file.absolute(), None
-    return file.absolute(), read_card(folder)
 
 
 def load_model(folder: Path, *, trust_code: bool = False) -> SavedModel:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from suanli.core.errors import DamagedFile
 
 PLACES = "places"  # metadata key: which rows of a tensor that is divided over several files this file has
-_DTYPES = {  # in the order in which their tensors are written
+DTYPES = {  # in the order in which their tensors are written
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -41,7 +41,7 @@ _DTYPES = {  # in the order in which their tensors are written
 
 def file_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names in the order of `write_tensors`: the widest numbers first, so that all are aligned to their width."""
-    dtypes = list(_DTYPES)
+    dtypes = list(DTYPES)
     return sorted(tensors, key=lambda name: (dtypes.index(tensors[name].dtype), name))
 
 
@@ -59,7 +59,7 @@ def write_tensors(
     for name in names:
         tensor = tensors[name]
         first, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
@@ -67,6 +67,17 @@ def write_tensors(
         values = of(tensors[name]).detach().to("cpu").contiguous()
         if values.numel():
             stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a file, by name; no tensor is read. Raises DamagedFile for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFile(
+            f"{path} is not a complete safetensors file ({error}).", fix="Download or convert it again."
+        ) from error
 
 
 def gather_only(tensors: Mapping[str, torch.Tensor], of: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import shlex
 
 from suanli.reporting import prose
 from suanli.reporting.files import RunFiles
-from suanli.reporting.records import Data
+from suanli.reporting.records import Data, StartingWeights
 from suanli.reporting.views import split_sizes
 from suanli.reporting.words import interval, score
 
@@ -28,6 +28,8 @@ def card(run: RunFiles) -> str:
     )
     if run.data:
         lines += ["", "## Data", "", *_data(run.data)]
+    if run.weights:
+        lines += ["", "## Weights that it started from", "", *_weights(run.weights)]
     lines += ["", "## How good it is", "", *_scores(run)]
     if run.trained:
         lines += ["", "## Use", "", *_use(name, run.encoding_code)]
@@ -62,6 +64,11 @@ def _data(data: Data) -> list[str]:
     ]
 
 
+def _weights(weights: StartingWeights) -> list[str]:
+    lines = [f"- {name[:1].upper()}{name[1:]}: {_plain(value)}" for name, value in prose.weights_facts(weights)]
+    return [*lines, *([f"- {weights.caution}"] if weights.caution else [])]
+
+
 def _scores(run: RunFiles) -> list[str]:
     if (evaluation := run.evaluations.get("test")) is None:
         lines = ["Not evaluated on the test split yet: `suanli evaluate` does it."]
@@ -80,6 +87,7 @@ def _scores(run: RunFiles) -> list[str]:
         worth,
         list(evaluation.remarks),
         prose.describe_leakage(run, "test"),
+        prose.describe_overlap(run, "test"),
         prose.describe_cross_validation(run),
     ]
     return [*lines, *(line for sentences in remarks if sentences for line in ("", " ".join(sentences)))]

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -42,6 +42,8 @@ NATIVE_SIDE = 64  # px: images that all have one size up to this keep it
 DEFAULT_SIDE = 128  # px
 MAX_SIDE = 4096  # px that a user may set
 MARKED_SIDE = 256  # px
+THUMBNAIL_SIDE = 96  # px
+COPY_SHARE = 0.8  # of each side, of a copy that shows the middle of an image
 SAMPLED = 256  # images that decide size and channels
 MEASURED_BYTES = 1 << 28  # of rows that decide mean and standard deviation, about
 PAD_LEVEL = 128
@@ -89,8 +91,9 @@ class ImagePreprocess(Preprocess):
 
     @classmethod
     def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
-        """Settings: size (px, or [height, width]), resize, channels (1 or 3). The first 256 readable images decide what
-        isn't set, so `raws` should mix the classes.
+        """Settings: size (px, or [height, width]), resize, channels (1 or 3), mean and std (numbers, or one for each
+        channel, where white is 1). The first 256 readable images decide what isn't set, so `raws` should mix the
+        classes; `measure` finds mean and std that aren't.
 
         Raises UsageError for a bad setting, DataError where no image can be read.
         """
@@ -100,13 +103,22 @@ class ImagePreprocess(Preprocess):
             raise DataError("None of the training images can be read.", fix="Check that the files are complete images.")
         size = checked.get("size") or _working_size(sizes)
         channels = checked.get("channels") or (1 if grey else 3)
-        return cls(height=size[0], width=size[1], channels=channels, resize=checked.get("resize", "crop"))
+        return cls(
+            height=size[0],
+            width=size[1],
+            channels=channels,
+            resize=checked.get("resize", "crop"),
+            mean=_per_channel(checked.get("mean"), channels),
+            std=_per_channel(checked.get("std"), channels),
+        )
 
     def encode(self, raw: Raw) -> EncodedInput:
         """Safe to call from several threads at once."""
-        pixels, traits = decode(raw)
+        pixels, traits, orientation = decode(raw)
         height, width, channels = pixels.shape
         row, geometry = _resize(pixels, self.height, self.width, self.resize)
+        if orientation != 1:
+            geometry = replace(geometry, orientation=orientation)
         if channels == 1 and self.channels == 3:
             row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
         elif channels == 3 and self.channels == 1:
@@ -122,13 +134,16 @@ class ImagePreprocess(Preprocess):
         return perceptual_hash(encoded.arrays["image"])
 
     def measure(self, inputs: Mapping[str, Stored]) -> Self:
-        """A copy with `mean` and `std` of at most about 256 MB of the rows, evenly spread, read a few MB at a time."""
+        """A copy with `mean` and `std`, unless they were set: those of at most about 256 MB of the rows, evenly spread,
+        read a few MB at a time."""
         import torch
 
         rows = inputs["image"]
         assert isinstance(rows, np.ndarray)
         if not len(rows):
             raise DataError("No image can be decoded.", fix="Check that the files are complete images.")
+        if self.mean is not None and self.std is not None:
+            return self
         row_bytes = self.height * self.width * self.channels
         step = max(1, len(rows) * row_bytes // MEASURED_BYTES)
         chunk = max(1, (1 << 22) // row_bytes) * step
@@ -144,13 +159,10 @@ class ImagePreprocess(Preprocess):
             squares += values.square().sum(0).double().numpy()
         mean = total / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0)).clip(min=1 / 255)
-        return type(self)(
-            height=self.height,
-            width=self.width,
-            channels=self.channels,
-            resize=self.resize,
-            mean=tuple(round(float(v), 6) for v in mean),
-            std=tuple(round(float(v), 6) for v in std),
+        return replace(
+            self,
+            mean=self.mean or tuple(round(float(v), 6) for v in mean),
+            std=self.std or tuple(round(float(v), 6) for v in std),
         )
 
     def to_model(self, inputs: Tensors) -> Tensors:
@@ -234,6 +246,25 @@ class ImagePreprocess(Preprocess):
         image.save(stream, "PNG")
         return Preview(media_type="image/png", content=stream.getvalue())
 
+    def thumbnail(self, inputs: Arrays) -> Preview:
+        """A JPEG of at most 96 px; a picture that is smaller, as `preview` shows it."""
+        row = inputs["image"]
+        if max(row.shape[:2]) <= THUMBNAIL_SIDE:
+            return self.preview(inputs)
+        image = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row)
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", quality=80)
+        return Preview(media_type="image/jpeg", content=stream.getvalue())
+
+    def copies(self, inputs: Arrays) -> Sequence[Arrays]:
+        """Mirrored, and the middle of it enlarged."""
+        row = np.array(inputs["image"])  # torch warns of arrays that can't be written, such as a memory map
+        height, width = row.shape[:2]
+        top, left = (round(side * (1 - COPY_SHARE) / 2) for side in (height, width))
+        middle, _ = _resize(row[top : height - top, left : width - left], height, width, "squash")
+        return [{"image": np.ascontiguousarray(row[:, ::-1])}, {"image": middle}]
+
     def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:
         """The image in grey, of 256 px along its longer side, with the weights (H, W) as heat: from nothing by yellow
         to red."""
@@ -283,7 +314,7 @@ class ImagePreprocess(Preprocess):
 
 def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     """The settings with `size` as (height, width)."""
-    allowed = ("size", "resize", "channels")
+    allowed = ("size", "resize", "channels", "mean", "std")
     for name in settings:
         if name not in allowed:
             raise unknown("preprocess setting", name, allowed)
@@ -305,7 +336,29 @@ def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
         raise unknown("value of preprocess.resize", str(checked["resize"]), get_args(Resize))
     if "channels" in checked and (type(checked["channels"]) is not int or checked["channels"] not in (1, 3)):
         raise UsageError(f"preprocess.channels is {checked['channels']!r}.", fix="Give 1 (grey) or 3 (colour).")
-    return checked
+    return checked | {name: _check_numbers(name, checked[name]) for name in ("mean", "std") if name in checked}
+
+
+def _check_numbers(name: str, value: Json) -> tuple[float, ...]:
+    """A mean or std as numbers, of which there is one or three. Raises UsageError."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    lowest = 0.0 if name == "mean" else 1e-4
+    if len(numbers) not in (1, 3) or not all(
+        type(number) in (int, float) and lowest <= number <= 1 for number in numbers
+    ):
+        raise UsageError(
+            f"preprocess.{name} is {value!r}.",
+            fix=f"Give a number from {lowest:g} to 1, where white is 1, or one for each of three channels: "
+            f"preprocess.{name}=[0.5,0.5,0.5].",
+        )
+    return tuple(map(float, numbers))
+
+
+def _per_channel(numbers: tuple[float, ...] | None, channels: int) -> tuple[float, ...] | None:
+    """As many as there are channels; grey images get the average of three."""
+    if numbers is None or len(numbers) == channels:
+        return numbers
+    return numbers * channels if len(numbers) == 1 else (sum(numbers) / len(numbers),)
 
 
 def _read_headers(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
