@@ -118,6 +118,22 @@ def test_the_backbone_learns_at_its_own_rate(optimizer: Optimizer) -> None:
         assert scaled[name] == pytest.approx(rate * (1 if name.startswith("head.") else 0.25))
 
 
+def test_layers_nearer_to_the_input_learn_more_slowly(optimizer: Optimizer) -> None:
+    """With the rate of the backbone; without decay there are no more groups than before."""
+    distances = {"frozen": 4, "conv": 3, "norm": 3, "hidden": 2, "tall": 1, "head": 0}
+    rates: list[dict[str, float]] = []
+    for decay in (1.0, 0.5):
+        module = net()
+        names = {id(p): name for name, p in module.named_parameters()}
+        groups = make(optimizer, module, backbone_lr_scale=0.25, layer_lr_decay=decay).param_groups
+        rates.append({names[id(p)]: group["initial_lr"] for group in groups for p in group["params"]})
+        if decay == 1:
+            assert len(groups) <= 4
+    for name, rate in rates[0].items():
+        distance = 5 if name == "pos_embed" else distances[name.partition(".")[0]]
+        assert rates[1][name] == pytest.approx(rate * 0.5**distance), name
+
+
 def test_a_frozen_backbone_stays_and_costs_no_gradient(optimizer: Optimizer) -> None:
     module = net()
     before = copy.deepcopy(module.state_dict())
@@ -157,6 +173,22 @@ def test_a_parameter_without_gradient_is_skipped(optimizer: Optimizer) -> None:
     before = copy.deepcopy(module.state_dict())
     built.step()
     assert all(torch.equal(p, before[n]) for n, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_may_join_later(optimizer: Optimizer, fused: bool) -> None:
+    """As if they had not existed before."""
+    module = net()
+    built = fuse(make(optimizer, module), fused)
+    module.conv.requires_grad_(False)
+    learn(module, built, 2)
+    module.conv.requires_grad_(True)
+    copied = net()
+    copied.load_state_dict(module.state_dict())
+    learn(module, built, 1)
+    alone = fuse(make(optimizer, copied), fused)
+    learn(copied, alone, 1)
+    assert torch.equal(module.conv.weight, copied.conv.weight)
 
 
 def test_a_zero_gradient_moves_nothing(optimizer: Optimizer) -> None:

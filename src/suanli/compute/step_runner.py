@@ -67,7 +67,7 @@ class StepRunner:
         self._group, self._batch_size, self._loss_adds_up = group, batch_size, loss_adds_up
         self.ends: list[int] | None = None  # of this process's micro-batches, where they aren't of equal size
         self._ddp = None if group.is_alone or step.sharded else wrap_in_ddp(step, self.device)
-        self._captured = CapturedStep(step.model, step.optimizer, self._train) if step.graph else None
+        self._captured = self._capture()
         self._outputs: list[torch.Tensor] | None = None  # collected for `compute_numbers` only
 
     def __call__(self, inputs: Any, targets: Any) -> torch.Tensor:
@@ -76,6 +76,17 @@ class StepRunner:
         loss = self._captured(inputs, targets)
         self.clock.mark("graph")
         return loss
+
+    def _capture(self) -> CapturedStep | None:
+        return CapturedStep(self.step.model, self._optimizer, self._train) if self.step.graph else None
+
+    def follow_gradients(self) -> None:
+        """To be called where other parameters than before get gradients. In a group of processes a collective, with the
+        cost of starting anew."""
+        self._captured = self._capture()
+        if self._ddp is not None:
+            self._ddp = None  # ends its hooks on the parameters
+            self._ddp = wrap_in_ddp(self.step, self.device)
 
     def forward(self, inputs: Any) -> Any:
         """The network's outputs in training, in the precision and layout of the step."""

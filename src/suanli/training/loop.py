@@ -33,8 +33,10 @@ from suanli.training import checkpoint, divergence
 from suanli.training.augment import compose
 from suanli.training.divergence import DivergenceCheck
 from suanli.training.ema import WeightAverage, copy_weights
-from suanli.training.progressive_resizing import full_size_steps, scale_at, shrink
+from suanli.training.freezing import Freezing
+from suanli.training.image_sizes import shrink
 from suanli.training.schedule import lr_factor
+from suanli.training.step_costs import StepCosts
 
 TOTAL = "total of "  # a target of this name and a sum's is what that sum is divided by
 READ_LOSSES_EVERY = 20  # steps: on a GPU, reading a loss waits for the device
@@ -71,6 +73,7 @@ class Loop:
         plan: Plan,
         task: Task,
         preprocess: Preprocess,
+        head: str,
         train: Feed,
         val: Feed,
         device: Device,
@@ -78,10 +81,10 @@ class Loop:
         full_size: bool = False,
         local_only: bool = False,
     ) -> None:
-        """`step` is the `plain` one, changed by `plan`. `full_size`: every step sees full-size pictures, whatever the
-        recipe says, so that all steps cost the same. `local_only`: the loop learns from this process's share of the
-        batch without the other processes. Both are for measuring. Raises UsageError for more processes than examples
-        in a batch."""
+        """`step` is the `plain` one, changed by `plan`; `head` names the network's output layer. `full_size`: every
+        step sees full-size images and trains all layers, whatever the recipe says, so that all steps cost the same.
+        `local_only`: the loop learns from this process's share of the batch without the other processes. Both are for
+        measuring. Raises UsageError for more processes than examples in a batch."""
         self.recipe, self.plan, self.task, self.preprocess = recipe, plan, task, preprocess
         self._plain, self._device = plain, device
         self.compute = step
@@ -104,6 +107,7 @@ class Loop:
             loss_adds_up=task.has_counts,
         )
         self.divide_batch()
+        self.freezing = Freezing(recipe, step.model, self.optimizer, head)
         self.ema = None if recipe.ema_decay is None else WeightAverage(step.model, recipe.ema_decay)
 
         self._losses: list[torch.Tensor] = []  # not read yet
@@ -134,15 +138,22 @@ class Loop:
         return self.progress.step / self.order.steps_per_epoch
 
     def _segment_steps(self) -> list[int]:
-        return [max(1, round(epochs * self.order.steps_per_epoch)) for epochs in self.progress.segments]
-
-    def full_size_steps(self, first: int, end: int) -> float:
-        """The work of the steps from `first` to before `end`, in steps on full-size pictures."""
-        return full_size_steps(self.recipe.progressive_resizing, first, end, self._segment_steps()[0])
+        per_epoch = self.order.steps_per_epoch
+        return [max(1, round(epochs * per_epoch)) if epochs else 0 for epochs in self.progress.segments]
 
     @property
     def full_size_steps_left(self) -> float:
-        return self.full_size_steps(self.progress.step, self.steps)
+        """The work that is left, in steps on full-size images that train all layers."""
+        return self.costs.total(self.progress.step, self.steps)
+
+    @property
+    def costs(self) -> StepCosts:
+        return StepCosts(
+            recipe=self.recipe,
+            steps=self._segment_steps()[0],
+            steps_per_epoch=self.order.steps_per_epoch,
+            layers=self.freezing.layers,
+        )
 
     @property
     def should_stop_early(self) -> bool:
@@ -178,16 +189,6 @@ class Loop:
         positions = self.order.positions(step)
         return positions if self.global_positions is None else positions[self.global_positions]
 
-    def steps_at_this_size(self, most: int) -> int:
-        """How many steps from now on, at most so many, see pictures of the same size."""
-        first, steps = self.progress.step, min(self.steps, self.progress.step + most)
-        same = (step for step in range(first, steps) if self.image_scale(step) != self.image_scale(first))
-        return next(same, steps) - first
-
-    def image_scale(self, step: int) -> float:
-        """What progressive resizing multiplies each side of the pictures by. A continuation sees full size."""
-        return scale_at(self.recipe.progressive_resizing, step, self._segment_steps()[0])
-
     # --- one step ---
 
     def run(self) -> Iterator[float]:
@@ -205,7 +206,7 @@ class Loop:
             started = time.perf_counter()
             self.phase = "input"
             clock.begin()
-            scale = 1.0 if self._full_size else self.image_scale(self.progress.step)
+            scale = 1.0 if self._full_size else self.costs.image_scale(self.progress.step)
             batch = self._make_batch(*next(batches), scale)
             clock.mark("input")
             self.phase = "compute"
@@ -239,6 +240,8 @@ class Loop:
         step = self.progress.step
         self._seed_model(step)
         self._set_lr(step)
+        if self.freezing.train(self.freezing.layers if self._full_size else self.costs.unfrozen_layers(step)):
+            self.runner.follow_gradients()
         loss = self.runner(network_inputs(batch.inputs), self._add_totals(batch.targets))
         if self.ema is not None:
             self.ema.update(step)
@@ -319,17 +322,22 @@ class Loop:
     def try_step(self, examples: int, *, whole: bool = False, scale: float = 1.0) -> None:
         """Forward and backward pass on some training examples, without an optimizer step. `whole`: as one batch, even
         if the recipe accumulates. Changes gradients and batch statistics: see `preserve_weights`."""
-        self.model.train()
+        self._begin_measuring()
         batch = self.first_batch(examples, scale)
         self.runner.backward(network_inputs(batch.inputs), self._add_totals(batch.targets), whole=whole)
 
     def compute_numbers(self, examples: int | None = None) -> Numbers:
         """Trains one step on the first batch, or on so many of its examples, and returns what it computed."""
-        self.model.train()
+        self._begin_measuring()
         batch = self.first_batch(examples)
         self._seed_model(0)
         self._set_lr(self.progress.step)
         return self.runner.compute_numbers(network_inputs(batch.inputs), self._add_totals(batch.targets))
+
+    def _begin_measuring(self) -> None:
+        """Whatever step comes next, all layers are trained."""
+        self.model.train()
+        self.freezing.train(self.freezing.layers)
 
     @contextmanager
     def preserve_weights(self) -> Iterator[None]:

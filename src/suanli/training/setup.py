@@ -10,24 +10,25 @@ import hashlib
 import json
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from suanli.compute.plan import apply_plan
-from suanli.core.console import say
+from suanli.core.console import plural, say
+from suanli.core.errors import UsageError
 from suanli.core.registry import load
 from suanli.core.types import Device, Plan, Recipe, Step
 from suanli.data import loader
 from suanli.data.cache import PreparedData
 from suanli.data.loader import Feed, mix
 from suanli.machine import peak
+from suanli.models import adapters, weights
 from suanli.models import build as building
-from suanli.models.model_folder import find_weights
 from suanli.parallel import fsdp
 from suanli.parallel.group import ALONE, Group
 from suanli.parallel.sync_batchnorm import batch_norms, synchronize_batch_norms
+from suanli.training.frozen_head import FrozenHead
 from suanli.training.loop import Loop
 
 INITIALIZE_EXAMPLES = 2000  # training inputs that a data-dependent initialisation sees
@@ -37,12 +38,15 @@ _COMPUTED = (
     *("model", "model_args", "task", "task_args", "augment", "batch_size", "accumulate", "optimizer", "optimizer_args"),
     *("backbone_lr_scale", "clip_norm", "ema_decay"),
 )
+# Left out of a key where they have their defaults, so that plans of before are still found.
+_COMPUTED_TOO = ("layer_lr_decay", "unfreeze_epochs", "fixed_norms", "lora_rank")
 
 
 class Setup:
     """Raises UsageError for a name or argument in the recipe that doesn't exist or fit.
 
-    With `fresh=False` a checkpoint will replace every weight, so none is loaded or initialised from data. With `shard`
+    With `fresh=False` a checkpoint will replace every weight, so none is loaded or initialised from data. `frozen` is
+    the head to begin with: what fitted it has said already which weights were taken. With `shard`
     the network is sharded over the processes: then making a Setup is a collective, and there are no trials.
     """
 
@@ -55,17 +59,27 @@ class Setup:
         fresh: bool = True,
         group: Group = ALONE,
         shard: bool = False,
+        frozen: FrozenHead | None = None,
     ) -> None:
         self.group, self.sharded = group, shard
         self.recipe, self.prepared, self.device = recipe, prepared, device
+        if shard:
+            refuse_sharded(recipe)
         settled = type(prepared.task).of(prepared.task.classes, recipe.task_args)
         self.task = settled.fit(prepared.splits["train"].targets)
         module = self._build_module(on_meta=shard and not group.is_first)
-        head = building.head_of(module, building.resolve(recipe.model))
+        model = building.resolve(recipe.model)
+        head = self.head = building.head_of(module, model)
         if fresh and recipe.weights is not None:
-            file, card = find_weights(Path(recipe.weights).expanduser())
-            other_classes = card is not None and tuple(card["classes"]) != prepared.task.classes
-            say(str(building.load_weights(module, file, head, new_head=other_classes)))
+            found = weights.find(recipe.weights)
+            other_classes = found.classes is not None and found.classes != prepared.task.classes
+            report = building.load_weights(module, found.file, head, new_head=other_classes, model=model)
+            if frozen is None:
+                say(str(report))
+        if fresh and frozen is not None:
+            frozen.load_into(module.state_dict())
+        if recipe.lora_rank:
+            self._add_adapters(module, announce=fresh)
         fits = device.type != "cpu" and loader.fits(prepared.splits["train"], device)
         self.can_reside = all(group.gather(fits))  # or one plan would not do for all
         self._feed = cache(lambda split, resident: Feed(prepared.splits[split], device, resident=resident))
@@ -86,8 +100,16 @@ class Setup:
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             backbone_lr_scale=recipe.backbone_lr_scale,
+            layer_lr_decay=recipe.layer_lr_decay,
             **recipe.optimizer_args,
         )
+
+    def _add_adapters(self, module: torch.nn.Module, *, announce: bool) -> None:
+        count = adapters.add_adapters(module, self.recipe.lora_rank, head=self.head, seed=mix(self.recipe.seed, 5))
+        learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        if announce:
+            what = plural(count, "matrix", "matrices")
+            say(f"adapters of rank {self.recipe.lora_rank} for {what}: {learning:,} values learn")
 
     def _build_module(self, *, on_meta: bool) -> torch.nn.Module:
         """A collective where the network is sharded. The first process builds it with values, since the memory of a
@@ -114,6 +136,7 @@ class Setup:
             distributed=not self.group.is_alone,
             communicates=not self.group.is_alone and bool(batch_norms(self.module)),
             sharded=self.sharded,
+            unfreezes=self.recipe.unfreeze_epochs > 0,
         )
 
     def loop(self, plan: Plan) -> Loop:
@@ -137,6 +160,7 @@ class Setup:
             plan=plan,
             task=self.task,
             preprocess=self.prepared.preprocess,
+            head=self.head,
             train=self._feed("train", step.resident),
             val=self._feed("val", step.resident and loader.fits(self.prepared.splits["val"], self.device)),
             device=self.device,
@@ -154,13 +178,28 @@ class Setup:
     @property
     def key(self) -> str:
         """A digest of all that decides which plan is the best: what is computed, on what, with which software."""
+        recipe, usual = self.recipe.model_dump(mode="json"), Recipe().model_dump(mode="json")
         facts: list[object] = [
-            {name: self.recipe.model_dump(mode="json")[name] for name in _COMPUTED},
+            {name: recipe[name] for name in _COMPUTED},
             [self.prepared.preprocess.kind, self.prepared.preprocess.model_args, self.prepared.preprocess.input_shape],
             self.task.model_args,
             peak.fingerprint(self.device),
         ]
+        if changed := {name: recipe[name] for name in _COMPUTED_TOO if recipe[name] != usual[name]}:
+            facts.append(changed)
         if not self.group.is_alone:  # a share of the batch, and no speedup that the processes have no use for
             facts.append(self.group.size)
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def refuse_sharded(recipe: Recipe) -> None:
+    """Raise UsageError for what a sharded network can't learn by."""
+    for field, reason in (
+        ("unfreeze_epochs", "which of its weights get gradients is decided once, when it is divided"),
+        ("lora_rank", "an adapter needs the whole weight that it is added to"),
+    ):
+        if getattr(recipe, field):
+            raise UsageError(
+                f"{field} isn't for a sharded network: {reason}.", fix=f"Train without --shard, or set {field}=0."
+            )

@@ -15,6 +15,7 @@ from torch import nn
 from suanli.core.types import Device
 
 SHARDED = "the weights of a sharded network are gathered between its blocks: compile_blocks compiles the blocks"
+UNFREEZES = "the network would be compiled again for each layer that is unfrozen"
 COMMUNICATES = "its batch norms communicate, which cuts the network into pieces too small to gain"
 
 

@@ -23,6 +23,8 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
     if step.sharded:
         return _inductor.SHARDED
+    if step.unfreezes:
+        return _inductor.UNFREEZES
     return _inductor.COMMUNICATES if step.communicates else None
 
 

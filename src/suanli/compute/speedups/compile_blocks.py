@@ -18,6 +18,8 @@ def apply(step: Step, device: Device) -> Step:  # noqa: ARG001
 
 
 def needless(step: Step, device: Device) -> str | None:  # noqa: ARG001
+    if step.unfreezes:
+        return _inductor.UNFREEZES
     if step.communicates:
         return _inductor.COMMUNICATES
     return None if repeated_blocks(step.model) else "the network has no repeated blocks"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeAlias
 
 import torch
 from torch import nn
 
 from suanli.core.errors import UsageError, unknown
+from suanli.models.layers import head_distances, in_head, is_embedding
 
 Group: TypeAlias = dict[str, Any]
 Named: TypeAlias = tuple[str, nn.Parameter]
@@ -27,22 +29,40 @@ class Uncompiled(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
-COMMON = ("head", "lr", "weight_decay", "backbone_lr_scale")  # every `build` takes these
+COMMON = ("head", "lr", "weight_decay", "backbone_lr_scale", "layer_lr_decay")  # every `build` takes these
 
 
-def in_head(name: str, head: str) -> bool:
-    return name.startswith(f"{head}.")
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A parameter to train."""
+
+    name: str
+    parameter: nn.Parameter
+    in_head: bool
+    scale: float  # of its learning rate: 1 in the head
+
+    @property
+    def has_decay(self) -> bool:
+        """Weight decay is for matrices and filters: pulling an offset or a scale towards 0 only biases it."""
+        return self.parameter.ndim > 1 and not is_embedding(self.name)
 
 
-def trainable_parameters(named: Iterable[Named], *, head: str, backbone_lr_scale: float) -> list[Named]:
-    """The parameters to train. A scale of 0 freezes all but the head, so that no gradients are computed for them.
-    Raises UsageError where none is left."""
+def trained_parameters(
+    named: Iterable[Named], *, head: str, backbone_lr_scale: float, layer_lr_decay: float
+) -> list[Trained]:
+    """The parameters to train. Outside of the head, rates are `backbone_lr_scale` times as high, and for each layer
+    nearer to the input `layer_lr_decay` times (Clark et al., "ELECTRA", arXiv:2003.10555). A scale of 0 freezes all but
+    the head, so that no gradients are computed for them. Raises UsageError where none is left."""
+    named = list(named)
+    distances = head_distances(named, head)
     result = []
     for name, parameter in named:
-        if backbone_lr_scale == 0 and not in_head(name, head):
+        inside = in_head(name, head)
+        scale = 1.0 if inside else backbone_lr_scale * layer_lr_decay ** distances[name]
+        if backbone_lr_scale == 0 and not inside:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            result.append((name, parameter))
+            result.append(Trained(name=name, parameter=parameter, in_head=inside, scale=scale))
     if not result:
         raise UsageError(
             "The model has no parameters to train.",
@@ -51,29 +71,15 @@ def trainable_parameters(named: Iterable[Named], *, head: str, backbone_lr_scale
     return result
 
 
-def split_by_decay(
-    named: Iterable[Named], *, head: str, lr: float, weight_decay: float, backbone_lr_scale: float
-) -> list[Group]:
-    """Up to four groups: backbone and head, each with weight decay and without (biases, norms, embeddings)."""
-    groups: dict[tuple[bool, bool], Group] = {}
-    for name, parameter in named:
-        head_part, with_decay = in_head(name, head), has_decay(name, parameter)
-        rate = lr if head_part else lr * backbone_lr_scale
-        decay = weight_decay if with_decay else 0.0
+def split_by_decay(trained: Iterable[Trained], *, lr: float, weight_decay: float) -> list[Group]:
+    """Groups of equal rate, each with weight decay or without (biases, norms, embeddings): up to four, where all layers
+    of the backbone learn at one rate."""
+    groups: dict[tuple[bool, float, bool], Group] = {}
+    for one in trained:
+        rate, decay = lr * one.scale, weight_decay if one.has_decay else 0.0
         empty: Group = {"params": [], "lr": rate, "initial_lr": rate, "weight_decay": decay}
-        group = groups.setdefault((head_part, with_decay), empty)
-        group["params"].append(parameter)
+        groups.setdefault((one.in_head, one.scale, one.has_decay), empty)["params"].append(one.parameter)
     return list(groups.values())
-
-
-def has_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices and filters: pulling an offset or a scale towards 0 only biases it."""
-    return parameter.ndim > 1 and not is_embedding(name)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether it is a table that is looked up or added, by the names that those have in practice."""
-    return any(word in name for word in ("embed", "_token"))
 
 
 def check_arguments(build: Callable[P, torch.optim.Optimizer]) -> Callable[P, torch.optim.Optimizer]:

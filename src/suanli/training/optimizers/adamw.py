@@ -28,14 +28,15 @@ def build(
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
+    layer_lr_decay: float = 1.0,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    named = _groups.trainable_parameters(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
-    groups = _groups.split_by_decay(
-        named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale
+    trained = _groups.trained_parameters(
+        named_parameters, head=head, backbone_lr_scale=backbone_lr_scale, layer_lr_decay=layer_lr_decay
     )
+    groups = _groups.split_by_decay(trained, lr=lr, weight_decay=weight_decay)
     return AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps)
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from suanli.core.types import Optimizer
 from suanli.machine.device import has_matrix_units
@@ -173,6 +172,7 @@ def build(
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
+    layer_lr_decay: float = 1.0,
     momentum: float = 0.6,
     steps: int = 3,
     normalize_filters: bool = False,
@@ -182,27 +182,22 @@ def build(
 ) -> torch.optim.Optimizer:
     """`lr` is the rate of Muon. SGD has `head_lr_scale` times that on the head, and `bias_lr_scale` times that on
     biases, norms and embeddings, so one `lr` raises or lowers all rates."""
-    named = _groups.trainable_parameters(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
-    groups: list[_groups.Group] = []
-    for inside, scale in ((True, 1.0), (False, backbone_lr_scale)):
-        part = [(n, p) for n, p in named if _groups.in_head(n, head) == inside]
-        matrices = [p for n, p in part if _groups.has_decay(n, p)]
-        others = [p for n, p in part if not _groups.has_decay(n, p)]
-        groups += [
-            _group(matrices, lr * (head_lr_scale if inside else 1.0) * scale, weight_decay, muon=not inside),
-            _group(others, lr * bias_lr_scale * scale, 0.0, muon=False),
-        ]
+    trained = _groups.trained_parameters(
+        named_parameters, head=head, backbone_lr_scale=backbone_lr_scale, layer_lr_decay=layer_lr_decay
+    )
+    groups: dict[tuple[bool, float, bool], _groups.Group] = {}
+    for one in sorted(trained, key=lambda t: (not t.in_head, not t.has_decay)):
+        rate = lr * ((head_lr_scale if one.in_head else 1.0) if one.has_decay else bias_lr_scale) * one.scale
+        empty: _groups.Group = {"params": [], "lr": rate, "initial_lr": rate}
+        empty |= {"weight_decay": weight_decay if one.has_decay else 0.0, "muon": one.has_decay and not one.in_head}
+        groups.setdefault((one.in_head, one.scale, one.has_decay), empty)["params"].append(one.parameter)
     defaults = {
         "momentum": momentum,
         "other_momentum": other_momentum,
         "steps": steps,
         "normalize_filters": normalize_filters,
     }
-    return Muon([g for g in groups if g["params"]], defaults)
-
-
-def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float, *, muon: bool) -> _groups.Group:
-    return {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay, "muon": muon}
+    return Muon(list(groups.values()), defaults)
 
 
 OPTIMIZER = Optimizer(usual_lr=0.02, name="muon", build=build, source="https://kellerjordan.github.io/posts/muon/")

@@ -6,7 +6,7 @@ Source: Sutskever et al., "On the importance of initialization and momentum in d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -17,7 +17,18 @@ from suanli.training.optimizers import _groups
 class SGD(_groups.Uncompiled, torch.optim.SGD):
     """torch's, without its wrappers for torch.compile."""
 
-    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+    _step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """The fused kernel wants the momentum of all parameters of a group or of none. Where layers are unfrozen one
+        after the other, some begin later: at zero, which gives what torch gives at their first step."""
+        for group in self.param_groups:
+            if group["fused"] and group["momentum"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None and not self.state[parameter]:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        loss: float | None = self._step(closure)
+        return loss
 
 
 @_groups.check_arguments
@@ -28,12 +39,13 @@ def build(
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
+    layer_lr_decay: float = 1.0,
     momentum: float = 0.9,
 ) -> torch.optim.Optimizer:
-    named = _groups.trainable_parameters(named_parameters, head=head, backbone_lr_scale=backbone_lr_scale)
-    groups = _groups.split_by_decay(
-        named, head=head, lr=lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale
+    trained = _groups.trained_parameters(
+        named_parameters, head=head, backbone_lr_scale=backbone_lr_scale, layer_lr_decay=layer_lr_decay
     )
+    groups = _groups.split_by_decay(trained, lr=lr, weight_decay=weight_decay)
     return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
