@@ -41,7 +41,7 @@ def plain() -> tuple[nn.Module, torch.optim.Optimizer, int, int]:
 
 def usual_resnet18() -> tuple[nn.Module, torch.optim.Optimizer, int, int]:
     """Settings of https://github.com/kuangliu/pytorch-cifar."""
-    network = resnet18.build(classes=10, in_channels=3, image_size=(32, 32))
+    network = resnet18.MODEL.build(classes=10, in_channels=3, image_size=(32, 32))
     return network, torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4), 128, 200
 
 

@@ -13,7 +13,7 @@ from registered import find_table_rows, forget
 from suanli.core import registry
 from suanli.core.errors import UsageError
 from suanli.core.types import Model, Recipe, RecipeChoice, Traits
-from suanli.training import recipes
+from suanli.training import recipes, unfreezing
 from suanli.training.augment import compose
 from suanli.training.recipe import choose_by_traits
 
@@ -84,7 +84,7 @@ def test_its_parts_exist_and_fit_together(name: str) -> None:
 @every
 def test_the_warm_up_is_shorter_than_the_run(name: str) -> None:
     recipe = RECIPES[name].recipe
-    assert recipe.warmup_epochs < recipe.epochs / 2
+    assert recipe.warmup_epochs < unfreezing.with_all_layers(recipe).epochs / 2
 
 
 DATA = sorted(
@@ -124,7 +124,7 @@ def test_few_examples_still_get_enough_steps() -> None:
         if traits.examples < 10_000:
             recipe = choose_by_traits(traits)
             assert recipe.batch_size <= 128, traits
-            assert recipe.epochs >= 8, traits
+            assert unfreezing.with_all_layers(recipe).epochs >= 8, traits
 
 
 def test_recipes_that_suit_equally_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

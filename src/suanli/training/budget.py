@@ -12,6 +12,7 @@ clock could not be repeated.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -23,7 +24,9 @@ from suanli.core.registry import load_all
 from suanli.core.types import Budget, Device, Json, Plan, Recipe, RecipeChoice
 from suanli.data.cache import PreparedData
 from suanli.machine import timing
+from suanli.training import unfreezing
 from suanli.training.forecast import check_memory, explain_out_of_memory, validation_steps
+from suanli.training.frozen_head import FrozenHead
 from suanli.training.recipe import change
 from suanli.training.setup import Setup
 from suanli.training.utilization import count_step_flops
@@ -69,12 +72,19 @@ def check_target(target: float | None) -> None:
 
 
 def choose_for_time(
-    recipe: Recipe, prepared: PreparedData, device: Device, usual: Callable[[Setup], Plan], left_s: float
+    recipe: Recipe,
+    prepared: PreparedData,
+    device: Device,
+    usual: Callable[[Setup], Plan],
+    left_s: float,
+    head: FrozenHead | None = None,
 ) -> Recipe:
     """The recipe with the most expensive budget that fits into `left_s` seconds from now, its epochs stretched or cut
-    to fill them. `usual` gives the plan by which a training is timed. Raises UsageError where there is no time for a
-    few steps and an evaluation."""
+    to fill them; after a `head` on frozen features, none if all layers have no time or reason. `usual` gives the plan
+    by which a training is timed. Raises UsageError where there is no time for a few steps and an evaluation."""
     deadline = time.perf_counter() + left_s
+    if head is not None:
+        return _choose_after_head(recipe, prepared, device, usual, deadline, head)
     changes = [budget.changes for budget in _budgets(recipe)] or [{}]
     choice = cheapest = _Estimate(recipe, changes[0], prepared, device, usual)
     for more in changes[:0:-1]:
@@ -99,6 +109,34 @@ def choose_for_time(
     return change(choice.recipe, {"epochs": max(round(epochs, 2), 0.01)})
 
 
+def _choose_after_head(
+    recipe: Recipe,
+    prepared: PreparedData,
+    device: Device,
+    usual: Callable[[Setup], Plan],
+    deadline: float,
+    head: FrozenHead,
+) -> Recipe:
+    whole = unfreezing.with_all_layers(recipe)
+    least, examples = unfreezing.EPOCHS, len(prepared.splits["train"])
+    reason, epochs = unfreezing.why_enough(head), 0.0
+    if reason is None:
+        least_s = unfreezing.epochs_s(head, examples, least)  # about: even one step may take longer than there is time
+        if least_s is None or least_s <= WIDE_SPEEDUP * _training_s(deadline):
+            estimate = _Estimate(whole, {}, prepared, device, usual, head)
+            least_s = estimate.seconds * least / whole.epochs if estimate.fits_memory else math.inf
+            epochs = min(whole.epochs * _training_s(deadline) / estimate.seconds, LONGEST * whole.epochs)
+        if epochs < least:
+            left = duration(_training_s(deadline))
+            reason = f"{plural(least, 'epoch')} of all layers take about {duration(least_s)}, and {left} are left"
+    if reason is not None:
+        say(f"budget: the head alone, since {reason}")
+        return change(recipe, {"epochs": 0})
+    text = _describe({"epochs": round(epochs, 2)})
+    say(f"budget: all layers for {text}, about {duration(estimate.seconds * epochs / whole.epochs)} of training")
+    return change(whole, {"epochs": round(epochs, 2)})
+
+
 def _training_s(deadline: float) -> float:
     """Seconds that are left for training steps and validations."""
     return max(0.0, (deadline - time.perf_counter() - FINISHING_S) * (1 - RESERVE) / (1 + PLANNING))
@@ -114,10 +152,11 @@ class _Estimate:
         prepared: PreparedData,
         device: Device,
         usual: Callable[[Setup], Plan],
+        head: FrozenHead | None = None,
     ) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
         with explain_out_of_memory(device):
-            setup = Setup(self.recipe, prepared, device)
+            setup = Setup(self.recipe, prepared, device, frozen=head)
             self._loop = setup.trial(usual(setup))
         self._device = device
         self._steps = self._loop.full_size_steps_left + validation_steps(self._loop)

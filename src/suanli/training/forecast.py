@@ -22,6 +22,7 @@ from suanli.machine import timing
 from suanli.machine.device import available_memory_bytes, is_out_of_memory, peak_memory_bytes
 from suanli.parallel import dtensor, fsdp
 from suanli.training import checkpoint
+from suanli.training.image_sizes import smallest_scale
 from suanli.training.loop import Loop
 
 PROBE_BATCHES = (2, 6)
@@ -77,7 +78,7 @@ def estimate_memory(loop: Loop, device: Device) -> tuple[int, OutOfMemory | None
         loop.preserve_weights(),
     ):
         per_example, once = _activation_bytes(loop, batch)
-        if (scale := loop.image_scale(0)) != 1:
+        if (scale := smallest_scale(loop.recipe)) != 1:
             loop.try_step(min(PROBE_BATCHES[0], batch), scale=scale)  # some networks take one size only
     fixed = once + states
     needed = fixed + int(BACKWARD * per_example * batch) + WORKSPACE_BYTES
@@ -98,10 +99,11 @@ def _explain_failure(loop: Loop, batch: int) -> Iterator[None]:
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        sizes = "images that grow, " if loop.recipe.progressive_resizing else ""
+        field = next((name for name in ("progressive_resizing", "mixed_sizes") if getattr(loop.recipe, name)), None)
+        sizes = "images of several sizes, " if field else ""
         raise UsageError(
             f"The network {loop.recipe.model!r} can't learn from {sizes}batches of {batch}: {error}",
-            fix=f"Choose {'progressive_resizing=[], ' if sizes else ''}a larger --batch-size, or another model.",
+            fix=f"Choose {f'{field}=[], ' if field else ''}a larger --batch-size, or another model.",
         ) from error
 
 

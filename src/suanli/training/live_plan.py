@@ -23,7 +23,7 @@ from suanli.training.loop import Loop
 from suanli.training.setup import Setup
 
 FEWEST = 3  # combinations, plain PyTorch among them, that are worth a race
-STEPS_EACH = 6  # of the training at the first size of its pictures, for each combination in the race
+STEPS_EACH = 6  # of the training, before its steps become larger, for each combination in the race
 MANY_STEPS = 200  # from here on a turn may have several short steps, which is less noisy
 TURN_S = 0.02
 
@@ -63,7 +63,7 @@ class LivePlan:
         self.raced_steps = 0
 
     def start(self, loop: Loop, settings: AppliedSettings) -> None:
-        self._adaptation.start(loop.image_scale(loop.progress.step))
+        self._adaptation.start(1.0 if loop.recipe.mixed_sizes else loop.costs.cost(loop.progress.step))
         self._go_over(loop, settings)
 
     @property
@@ -74,7 +74,10 @@ class LivePlan:
     def after_step(self, loop: Loop, seconds: float, settings: AppliedSettings) -> str | None:
         """The last step took so long. Gets the loop ready for the next one; gives what changed for good, in words."""
         self.raced_steps += self._adaptation.is_racing
-        change = self._adaptation.record(seconds, loop.image_scale(loop.progress.step))
+        done, coming = (loop.costs.cost(step) for step in (loop.progress.step - 1, loop.progress.step))
+        if loop.recipe.mixed_sizes:  # no two steps need be alike, so they are compared by what they should cost
+            seconds, coming = seconds / done, 1.0
+        change = self._adaptation.record(seconds, coming)
         change = self._go_over(loop, settings) or change
         if change is None:
             return None

@@ -17,7 +17,7 @@ from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.paths import cache_dir as default_cache_dir
 from suanli.core.paths import data_dir as default_data_dir
 from suanli.core.run import Run
-from suanli.core.types import AnyPath, Columns, Json, Recipe, Source
+from suanli.core.types import AnyPath, Columns, Json, Recipe, RecipeChoice, Source, Traits
 from suanli.data import checks
 from suanli.data.cache import PreparedData, make_task, prepare_source
 from suanli.data.examples import FILE as EXAMPLES
@@ -29,7 +29,7 @@ from suanli.machine import device
 from suanli.models import build
 from suanli.models.model_folder import build_preprocess
 from suanli.training.augment import compose
-from suanli.training.recipe import change, choose_recipe
+from suanli.training.recipe import change, choose_by_traits, find_traits, list_recipes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,37 +116,66 @@ def _absolute(path: AnyPath | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().absolute())
 
 
+@dataclass(frozen=True, kw_only=True)
+class FoundData:
+    """What is known before a recipe is chosen; nothing is decoded yet."""
+
+    source: Source
+    traits: Traits | None  # None: the recipe is named
+
+
+def find_data(options: DataOptions, *, recipe: str | Recipe | None, settings: Mapping[str, Json]) -> FoundData:
+    """The data, and, where it decides the recipe, its traits. `settings` are the user's."""
+    source = options.find_source(_choose_annotation(recipe, settings))
+    if isinstance(recipe, Recipe):
+        return FoundData(source=source, traits=None)
+    # Checks every setting before any work is done; without epochs, if the recipe fits a head first.
+    wanted = change(Recipe(task=_usual_task(source), frozen_views=1), settings)
+    if recipe is not None:
+        return FoundData(source=source, traits=None)
+    model = wanted.model if "model" in settings else None
+    traits = find_traits(source, weights=wanted.weights is not None, model=model, settings=wanted.preprocess)
+    return FoundData(source=source, traits=traits)
+
+
 def resolve(
     options: DataOptions,
     *,
     recipe: str | Recipe | None,
     settings: Mapping[str, Json],
+    brought: Mapping[str, Json] | None = None,
+    found: FoundData | None = None,
     announce: bool = True,
     known: Known | None = None,
+    learn: bool = True,
 ) -> tuple[Recipe, PreparedData]:
-    """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the
-    one that suits the data, with `settings` on top. `known` are splits that a run keeps."""
+    """The complete recipe and the prepared data: a `Recipe`, a shipped one's name, or None for the one that suits the
+    data, with `settings` on top. `brought` are settings of given weights, which the user's replace. `known` are splits
+    that a run keeps. Data that is only looked at (`learn` is False) needs no recipe that learns from its targets."""
     started = time.perf_counter()
-    source = options.find_source(_choose_annotation(recipe, settings))
-    if not isinstance(recipe, Recipe):
-        wanted = change(Recipe(task=_usual_task(source)), settings)  # checks every setting before any work is done
-        recipe = choose_recipe(
-            source,
-            name=recipe,
-            model=wanted.model if "model" in settings else None,
-            weights=wanted.weights is not None,
-            settings=wanted.preprocess,
+    brought = brought or {}
+    found = found or find_data(options, recipe=recipe, settings=settings)
+    source = found.source
+    if options.preprocess is not None and options.preprocess["kind"] != source.kind:
+        raise DataError(
+            f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
+            fix="Choose weights, or data, of the other kind.",
         )
-    recipe = change(recipe, settings)
+    if (model := settings.get("model", brought.get("model"))) is not None:
+        # Or settings that belong to it would be refused, in other words.
+        build.refuse_other_kind(build.resolve(str(model)), source.kind)
+    if found.traits is not None and not learn and not list_recipes(source.annotation):
+        recipe = Recipe(task=_usual_task(source))
+    elif found.traits is not None:
+        # The network of the weights is no choice of the user's, who may have made one beside them.
+        recipe = choose_by_traits(replace(found.traits, weights=found.traits.weights or "weights" in brought))
+    elif isinstance(recipe, str):
+        choice: RecipeChoice = registry.load("recipes", recipe)
+        recipe = choice.recipe
+    assert isinstance(recipe, Recipe)
+    recipe = change(recipe, {**brought, **settings})
     _check_names(recipe, source)
-    preprocess = None
-    if options.preprocess is not None:
-        if options.preprocess["kind"] != source.kind:
-            raise DataError(
-                f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
-                fix="Choose weights, or data, of the other kind.",
-            )
-        preprocess = build_preprocess(options.preprocess)
+    preprocess = None if options.preprocess is None else build_preprocess(options.preprocess)
     prepared = prepare_source(
         source,
         recipe,
@@ -239,8 +268,9 @@ def _check_names(recipe: Recipe, source: Source) -> None:
     build.resolve(recipe.model)
     inputs = registry.load("preprocess", source.kind).roles
     compose(recipe.augment, inputs, make_task(recipe, source).targets)
-    if recipe.progressive_resizing and "image" not in inputs:
-        raise UsageError(f"progressive_resizing is for images, and this is {source.kind}.", fix="Leave it out.")
+    for field in ("progressive_resizing", "mixed_sizes"):
+        if getattr(recipe, field) and "image" not in inputs:
+            raise UsageError(f"{field} is for images, and this is {source.kind}.", fix="Leave it out.")
     registry.load("optimizers", recipe.optimizer)
 
 

@@ -15,35 +15,40 @@ SAMPLED = 300  # inputs that are read before a recipe is chosen
 NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
 
 
-def choose_recipe(
-    source: Source, *, name: str | None, model: str | None, weights: bool, settings: Mapping[str, object]
-) -> Recipe:
-    """The shipped recipe of that name; without a name, the one that suits the data best, for a task that learns from
-    what the data carries."""
-    if name is not None:
-        choice: RecipeChoice = load("recipes", name)
-        return choice.recipe
-    return choose_by_traits(_find_traits(source, weights=weights, model=model, settings=settings))
-
-
 def choose_by_traits(traits: Traits) -> Recipe:
-    """The shipped recipe that suits best. Raises UsageError if none suits, or several suit equally."""
-    choices: dict[str, RecipeChoice] = {
-        name: choice
-        for name, choice in load_all("recipes").items()
-        if load("tasks", choice.recipe.task).annotation == traits.annotation
-    }
+    """The shipped recipe that suits best, for a task that learns from what the data carries. Raises UsageError if none
+    suits, or several suit equally."""
+    return find_choice(traits).recipe
+
+
+def find_choice(traits: Traits) -> RecipeChoice:
+    """As `choose_by_traits`, with all that is known of the recipe."""
+    choices = list_recipes(traits.annotation)
+    if not choices:
+        raise UsageError(
+            f"Nothing in suanli learns from targets of the kind {traits.annotation!r} yet.",
+            fix="suanli prepare shows what is in the data.",
+        )
     suitable = {name: score for name, choice in choices.items() if (score := choice.suits(traits)) is not None}
     if not suitable:
         raise UsageError(f"No shipped recipe suits {traits}.", fix="Name one with --recipe.")
     best = [name for name, score in suitable.items() if score == max(suitable.values())]
     if len(best) > 1:
         raise UsageError(f"{' and '.join(best)} suit {traits} equally.", fix="Name one of them with --recipe.")
-    return choices[best[0]].recipe
+    return choices[best[0]]
 
 
-def _find_traits(source: Source, *, weights: bool, model: str | None, settings: Mapping[str, object]) -> Traits:
-    """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing."""
+def list_recipes(annotation: str) -> dict[str, RecipeChoice]:
+    """The shipped recipes whose task learns from targets of this kind."""
+    choices: dict[str, RecipeChoice] = load_all("recipes")
+    return {
+        name: choice for name, choice in choices.items() if load("tasks", choice.recipe.task).annotation == annotation
+    }
+
+
+def find_traits(source: Source, *, weights: bool, model: str | None, settings: Mapping[str, object]) -> Traits:
+    """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing that
+    the user gave: what given weights want of their inputs says nothing of the data."""
     kind = load("preprocess", source.kind)
     rows = [r for r in source.examples if r.split != "test"]
     sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:SAMPLED]]

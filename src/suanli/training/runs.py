@@ -10,28 +10,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from suanli.compute import planner
 from suanli.compute.plan import check_request, plan_of_names
 from suanli.core.console import say
 from suanli.core.errors import Interrupted, MachineError, UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.registry import load
-from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_inside, refuse_occupied
-from suanli.core.settings import parse_duration
+from suanli.core.run import FINISHED, RUNS, Run, is_run, refuse_occupied
 from suanli.core.types import AnyPath, Device, Json, Plan, Recipe, Tracker
 from suanli.data.cache import PreparedData
 from suanli.machine.device import detect, environment
 from suanli.machine.gpus import gpus
-from suanli.models.model_folder import find_weights, refuse_foreign_code
+from suanli.models.model_folder import refuse_foreign_code
 from suanli.parallel import launch, preflight, submission
 from suanli.parallel.group import Group, join_group, process_place, too_many_processes
-from suanli.training import budget, checkpoint
+from suanli.training import checkpoint
+from suanli.training.frozen_head import FILE as FROZEN
+from suanli.training.frozen_head import FrozenHead
 from suanli.training.options import ComputeOptions, RecipeOptions, TrainerOptions
-from suanli.training.prepare import DataOptions, move_data, resolve, resolve_run
+from suanli.training.prepare import DataOptions, move_data, resolve_run
 from suanli.training.session import Session, TrainingSpec
+from suanli.training.setup import refuse_sharded
+from suanli.training.start import Start, keep_weights, prepare_start
 from suanli.training.trainer import Trainer
 
 ENDING_S = 30.0  # that an earlier process of the same run may take to end
@@ -48,6 +49,21 @@ class Resources:
     shard: bool  # the network is sharded now
     shard_requested: bool  # it is sharded wherever there are several processes
     trackers: Sequence[type[Tracker]]
+
+    def prepare_start(
+        self, data: DataOptions, learned: RecipeOptions, *, out: AnyPath | None, trust_code: bool, begun: Run | None
+    ) -> Start:
+        """A collective: as `start.prepare_start`."""
+        return prepare_start(
+            data,
+            learned,
+            device=self.device,
+            group=self.group,
+            threads=self.options.threads,
+            out=out,
+            trust_code=trust_code,
+            begun=begun,
+        )
 
     def train(self, session: Session, run: Run, options: TrainerOptions) -> None:
         ours = self.options
@@ -119,18 +135,24 @@ def start_run(
     started = time.perf_counter()
     if out is not None:
         refuse_occupied(Path(out).expanduser())
-    data, recipe, prepared = _prepare(data, learned, resources, out=out, trust_code=trust_code, begun=None)
+    ready = resources.prepare_start(data, learned, out=out, trust_code=trust_code, begun=None)
+    data, recipe, prepared = ready.data, ready.recipe, ready.splits
     about = data.describe(prepared)
     group, count = resources.group, resources.count
+    if resources.shard:
+        refuse_sharded(recipe)
     if count > 1:
         if count > recipe.batch_size:
             raise too_many_processes(count, recipe.batch_size)
         run = Run.create(prepared.name, out, recipe, about, environment(resources.device))
+        keep_weights(run, recipe)
         run.write("summary.json", {"status": "running", "wanted_score": learned.target_accuracy})
+        if ready.head is not None:
+            run.write(FROZEN, ready.head.to_json())
         resources.start_processes(run, data, resumed=False, trust_code=True)  # its code was named here
         return run
     processes = _preflight(resources, recipe, prepared, Path(out or RUNS))
-    session = Session(training_spec(recipe, prepared, data, resources))
+    session = Session(replace(training_spec(recipe, prepared, data, resources), frozen=ready.head))
     options = TrainerOptions(
         target_score=learned.target_accuracy, processes=processes, prepare_s=time.perf_counter() - started
     )
@@ -139,6 +161,7 @@ def start_run(
         path = str(Run.create(prepared.name, out, recipe, about, environment(resources.device)).path)
     run = Run(group.broadcast(path), writes=group.is_first)
     with run.lock():
+        keep_weights(run, recipe)
         resources.train(session, run, options)
     return run
 
@@ -181,12 +204,12 @@ def join_run(data: DataOptions, learned: RecipeOptions, resources: Resources, *,
     """Go on with the run in `out`, which an earlier start of the same command has begun: a job that a cluster put back
     into its queue, or one of several processes that were started again."""
     run = Run(Run.open(out).path, writes=resources.group.is_first)
-    data, recipe, _ = _prepare(data, learned, resources, out=out, trust_code=trust_code, begun=run)
+    ready = resources.prepare_start(data, learned, out=out, trust_code=trust_code, begun=run)
     if resources.group.restarts and run.summary.get("status") in FINISHED:
         return run  # one of the processes died when all was done
-    _refuse_another(run, recipe)
+    _refuse_another(run, ready.recipe)
     with run.lock(ENDING_S):
-        _resume(run, data, resources, None)
+        _resume(run, ready.data, resources, None)
     return run
 
 
@@ -197,39 +220,6 @@ def has_begun(out: AnyPath | None, group: Group) -> bool:
 
 
 # --- steps that they share -------------------------------------------------------------------
-
-
-def _prepare(
-    data: DataOptions,
-    learned: RecipeOptions,
-    resources: Resources,
-    *,
-    out: AnyPath | None,
-    trust_code: bool,
-    begun: Run | None,
-) -> tuple[DataOptions, Recipe, PreparedData]:
-    """A collective: the complete recipe and the prepared data."""
-    started = time.perf_counter()
-    refuse_inside(data.subject, out)
-    network, preprocess = _read_weights(learned.weights, learned.changes, trust_code)
-    data = replace(data, preprocess=preprocess)
-    time_budget, target = learned.time_budget, learned.target_accuracy
-    budget.check_target(target)
-    budget_s = None if time_budget is None else parse_duration(time_budget)
-    recipe, prepared = resolve(data, recipe=learned.recipe, settings={**network, **learned.changes})
-    if target is not None or budget_s is not None:
-        _refuse_two_choices(recipe, learned.changes, target, budget_s)
-    if target is not None:
-        recipe = budget.choose_for_score(recipe, prepared, target)
-    if budget_s is not None and begun is not None:
-        recipe = begun.recipe  # it was chosen when the run began
-    elif budget_s is not None:
-        if resources.group.is_first:
-            left_s = budget_s - (time.perf_counter() - started)
-            usual = partial(planner.short_list, threads=resources.options.threads, cache=cache_dir_of(data.cache_dir))
-            recipe = budget.choose_for_time(recipe, prepared, resources.device, usual, left_s)
-        recipe = Recipe.model_validate(resources.group.broadcast(recipe.model_dump(mode="json")))
-    return data, recipe, prepared
 
 
 def _resume(
@@ -251,7 +241,13 @@ def _resume(
         )
     summary = run.summary
     session = Session(
-        replace(spec, requested=plan_to_resume(summary, resources), checkpoint=saved, more_epochs=more_epochs)
+        replace(
+            spec,
+            requested=plan_to_resume(summary, resources),
+            checkpoint=saved,
+            more_epochs=more_epochs,
+            frozen=FrozenHead.of_run(run),
+        )
     )
     options = TrainerOptions(
         target_score=summary.get("wanted_score"),
@@ -308,25 +304,6 @@ def plan_to_resume(summary: Mapping[str, Json], resources: Resources) -> str | P
     return replace(plan, origin=before.get("origin", plan.origin), dropped=before.get("dropped", {}))
 
 
-def _read_weights(
-    weights: AnyPath | None, changes: Mapping[str, object], trust_code: bool
-) -> tuple[dict[str, object], Mapping[str, object] | None]:
-    """What given weights bring along: fields of the recipe, and the preprocessing that they were trained with, which
-    stays unless the user changes it."""
-    if weights is None:
-        return {}, None
-    file, card = find_weights(Path(weights).expanduser())
-    network: dict[str, object] = {"weights": str(file)}
-    if card is None:
-        return network, None
-    if "model" not in changes:
-        if not trust_code:
-            refuse_foreign_code(card["recipe"]["model"], file)
-        network |= {name: card["recipe"][name] for name in ("model", "model_args")}
-    changed = any(name.partition(".")[0] == "preprocess" for name in changes)
-    return network, None if changed else card["preprocess"]
-
-
 def _own_device(device: str) -> str:
     """Of several processes on one machine each has a GPU of its own."""
     here = process_place()
@@ -367,23 +344,6 @@ def _refuse_another(run: Run, recipe: Recipe) -> None:
         raise UsageError(f"{run.path} is a run with another recipe.", fix="Choose a new --out, or the same options.")
     if run.summary.get("status") in FINISHED:
         raise UsageError(f"{run.path} is finished.", fix="Choose a new --out.")
-
-
-def _refuse_two_choices(
-    recipe: Recipe, changes: Mapping[str, object], target_accuracy: float | None, budget_s: float | None
-) -> None:
-    if target_accuracy is not None and budget_s is not None:
-        raise UsageError("--target-accuracy and --time-budget both choose the training.", fix="Give one of them.")
-    fields = {name.partition(".")[0] for name in changes}
-    if target_accuracy is not None and (fixed := fields - {"seed"}):
-        raise UsageError(
-            f"--target-accuracy takes a recipe as it was measured, so {', '.join(sorted(fixed))} can't be changed.",
-            fix="Leave one or the other out, or use --time-budget.",
-        )
-    if chosen := fields & budget.budget_fields(recipe):
-        raise UsageError(
-            f"--time-budget chooses {', '.join(sorted(chosen))} itself.", fix="Leave one or the other out."
-        )
 
 
 def _refuse_resuming(run: Run, given: Sequence[str], more_epochs: float | None, trust_code: bool) -> None:

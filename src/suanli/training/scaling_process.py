@@ -29,8 +29,15 @@ from suanli.training.setup import Setup
 from suanli.training.timed_run import TimedRun
 
 ENDLESS = 1e6  # epochs: the training never ends by itself
-# Every step costs the same: pictures have their full size, and with so small a learning rate losses stay finite.
-EQUAL_STEPS: dict[str, Json] = {"lr": 1e-9, "progressive_resizing": (), "early_stop": None}
+# Every step costs the same: images have their full size, all layers learn, and with so small a learning rate losses
+# stay finite.
+EQUAL_STEPS: dict[str, Json] = {
+    "lr": 1e-9,
+    "early_stop": None,
+    "progressive_resizing": (),
+    "mixed_sizes": (),
+    "unfreeze_epochs": 0.0,
+}
 WARM_UP = 3  # steps before any is timed
 BLOCK_S = 1.5  # of one kind of step in a round, if no number of steps is given
 FEWEST, MOST = 3, 200  # steps of a block

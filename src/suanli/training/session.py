@@ -28,6 +28,8 @@ from suanli.parallel.group import ALONE, Group
 from suanli.training import checkpoint, utilization
 from suanli.training.diagnose import Facts
 from suanli.training.forecast import check_memory, estimate_memory, explain_out_of_memory, forecast, measure_step_s
+from suanli.training.frozen_head import FrozenHead
+from suanli.training.head_fitting import fit_for_all
 from suanli.training.live_plan import MANY_STEPS, LivePlan, can_change
 from suanli.training.loop import Loop
 from suanli.training.setup import Setup
@@ -52,6 +54,7 @@ class TrainingSpec:
     group: Group = ALONE
     balance: bool = False  # a process's share of a batch follows its measured speed
     shard: bool = False  # each process holds a part of the network
+    frozen: FrozenHead | None = None  # where it is fitted already; None: it is fitted now, where the recipe wants one
 
 
 class Session:
@@ -64,6 +67,7 @@ class Session:
         self.threads = spec.threads
         if self.threads is None and not self.group.is_alone and self.device.type == "cpu":
             self.threads = distributed.threads_per_process(self.group)
+        self.frozen = spec.frozen or self._fit_head()
         self._loop: Loop | None = None
         self._live: LivePlan | None = None  # None: the plan stays
         self._race_steps = 0  # in which plans may race
@@ -71,10 +75,11 @@ class Session:
         self._first_plan = self.plan  # before anything failed
         self.ceilings = peak.read_cached(self.device, spec.cache)  # None: they weren't measured
         self.ideal_step_s: float | None = None  # that a step would take at the device's measured ceiling
-        if self.ceilings is not None and not spec.shard:
+        if self.ceilings is not None and not spec.shard and self.loop.steps:
             self.ideal_step_s = utilization.ideal_step_s(self.loop, self.device, self.ceilings)
         timed = [t.step_s for t in self.plan.trials if t.kept and t.step_s is not None]
-        self.forecast = forecast(self.loop, needed_bytes, timed[-1] if timed else None)
+        step_s = None if self.loop.steps else 0.0
+        self.forecast = forecast(self.loop, needed_bytes, timed[-1] if timed else step_s)
 
     @property
     def loop(self) -> Loop:
@@ -86,6 +91,12 @@ class Session:
         """The step and the phase in it; other threads may ask at any time."""
         loop = self._loop
         return (0, "start") if loop is None else (loop.progress.step, loop.phase)
+
+    def _fit_head(self) -> FrozenHead | None:
+        """A collective: the head that the recipe wants to begin with."""
+        if not self.recipe.frozen_views or self.spec.checkpoint is not None:
+            return None
+        return fit_for_all(self.group, self.recipe, self.spec.prepared, self.device, self.spec.cache)
 
     def _open_whole(self) -> tuple[Plan, int, str]:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the plan,
@@ -113,8 +124,12 @@ class Session:
         with explain_out_of_memory(self.device):
             plain = setup.trial(plain_plan(self.device, self.threads))
         self._restore(plain, self.spec.checkpoint)
+        if not plain.steps:  # the head alone is trained, and that is done
+            return plain.plan, 0
         steps = round(plain.full_size_steps_left)
-        self._race_steps = plain.steps_at_this_size(MANY_STEPS)
+        self._race_steps = plain.costs.equal_steps(
+            plain.progress.step, min(plain.steps, plain.progress.step + MANY_STEPS)
+        )
         refusal: OutOfMemory | None = None
         try:
             needed_bytes = check_memory(plain, self.device)
@@ -185,7 +200,7 @@ class Session:
 
     def _setup(self, *, fresh: bool) -> Setup:
         prepared, shard = self.spec.prepared, self.spec.shard
-        return Setup(self.recipe, prepared, self.device, fresh=fresh, group=self.group, shard=shard)
+        return Setup(self.recipe, prepared, self.device, fresh=fresh, group=self.group, shard=shard, frozen=self.frozen)
 
     def _share(self, plan: Plan | None) -> Plan:
         """A collective: the first process's plan, for this one's device."""
@@ -241,7 +256,7 @@ class Session:
         progress = self.loop.progress
         if least is None or not progress.seconds:
             return None
-        return least * self.loop.full_size_steps(0, progress.step) / progress.seconds
+        return least * self.loop.costs.total(0, progress.step) / progress.seconds
 
     # --- between two steps ---
 

@@ -26,10 +26,14 @@ class Summary:
         self.fallbacks: list[Mapping[str, object]] = list(options.fallbacks)
         self.plan_changes: list[Mapping[str, object]] = []  # to what was faster
         self.seconds = {} if options.prepare_s is None else {"prepare": options.prepare_s}
+        if session.frozen is not None and session.spec.checkpoint is None and options.prepare_s is not None:
+            fitting_s = session.frozen.figures.seconds
+            self.seconds = {"prepare": max(0.0, options.prepare_s - fitting_s), "frozen_features": fitting_s}
         self.processes = options.processes
         if self.processes is not None:
             self.processes = self.processes | {"shares": list(session.group.shares) or None}
         self.gate: dict[str, object] | None = None  # the final score compared with float32
+        self.frozen = session.frozen  # the head that the training began with; None: another
         self.started = time.perf_counter()
 
     def write_running(self) -> None:
@@ -61,9 +65,11 @@ class Summary:
             self._record(rate)
 
     def _lasting(self) -> dict[str, object]:
+        trains = self.session.loop.steps > 0
         return {
-            "forecast": self.session.forecast.to_json(),
-            "plan": asdict(self.session.plan),
+            "forecast": self.session.forecast.to_json() if trains else None,
+            "plan": asdict(self.session.plan) if trains else None,
+            "frozen": self.frozen and self.frozen.describe(),
             "fallbacks": self.fallbacks,
             "plan_changes": self.plan_changes,
             "wanted_score": self.options.target_score,

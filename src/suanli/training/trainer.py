@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, cast
 
@@ -18,6 +19,7 @@ from suanli.core.console import Progress, duration, plural, say, warn
 from suanli.core.errors import Diverged, Interrupted, LostProcess, UsageError, first_line
 from suanli.core.run import Run
 from suanli.core.signals import StopRequest, catch_stop_signals, signal_name
+from suanli.core.task import Task
 from suanli.core.types import Plan, Recipe, Tracker
 from suanli.engines import store
 from suanli.machine import device
@@ -25,18 +27,20 @@ from suanli.models.model_folder import save_model
 from suanli.parallel import dtensor, preflight
 from suanli.parallel.group import is_lost_process
 from suanli.parallel.watchdog import Watchdog
-from suanli.training import checkpoint, precision_check, utilization
+from suanli.training import checkpoint, precision_check, unfreezing, utilization
 from suanli.training.checkpoint_writer import ShardWriter, Writer
 from suanli.training.diagnose import Diagnosis, Watch
 from suanli.training.divergence import EARLY
 from suanli.training.forecast import out_of_memory_error
+from suanli.training.frozen_head import FILE as FROZEN
+from suanli.training.frozen_head import FrozenHead
 from suanli.training.loop import READ_LOSSES_EVERY, Loop
 from suanli.training.options import TrainerOptions
+from suanli.training.rate_log import RateLog
 from suanli.training.session import UNPLANNED, Session
 from suanli.training.summary import Summary, describe, describe_planning
 from suanli.training.validation import calibrate, validate
 
-LOG_EVERY_S = 1.0
 ASKED_S = 5.0  # until a stop that another process was asked for comes to this one, too
 FEW_STEPS = 20  # to begin again after so few costs nothing
 
@@ -77,6 +81,8 @@ class Trainer:
         self.prepared.copy_to(self.directory)
         if self.session.spec.more_epochs is not None:
             self._save()  # from here on the run is a longer one
+        if self.summary.frozen is not None and self.session.spec.checkpoint is None:
+            self._keep_frozen_head(self.summary.frozen)
         self.summary.write_running()
         with ExitStack() as stack:
             for tracker in self.options.trackers:
@@ -91,8 +97,36 @@ class Trainer:
             self._finish(status)
         self.group.finish()  # what follows may read what the first has written
 
+    def _keep_frozen_head(self, head: FrozenHead) -> None:
+        """A collective where the network is sharded: the run has a model from here on, with this head."""
+        self.directory.write(FROZEN, head.to_json())
+        if head.scores:
+            score = head.scores[self.loop.task.metric.name]
+            self.loop.progress.add_score(score, self.loop.task.metric)
+            if not self.directory.validation_scores:  # it was stopped here before
+                self.directory.log(step=0, epoch=0.0, seconds=0.0, split="val", scores=head.scores)
+        self._save_model(head.calibrate(self.loop.task))
+
+    def _save_model(self, task: Task) -> None:
+        """A collective where the network is sharded."""
+        if not self.group.is_first and not self.loop.compute.sharded:
+            return
+        save_model(
+            self.directory.model_path,
+            self.loop.model,
+            recipe=self.recipe,
+            preprocess=self.prepared.preprocess,
+            task=task,
+            data=self.prepared.to_json() | {"cache": None},
+            pretrained=self.directory.weights,
+            writes=self.group.is_first,
+        )
+
     def _announce(self) -> None:
         session = self.session
+        if not self.loop.steps:
+            say(describe(session))
+            return
         if session.spec.checkpoint is not None:
             say(f"going on from step {self.loop.progress.step}")
         if (sentence := describe_planning(session.plan)) is not None:
@@ -175,7 +209,7 @@ class Trainer:
         loop, every_s = self.loop, self.options.checkpoint_every_s
         validate_every = max(1, round(self.recipe.validate_every * loop.order.steps_per_epoch))
         saved_at = time.monotonic()
-        log = _RateLog(loop)
+        log = RateLog(loop)
         self.watch = Watch(loop.runner.clock, self.session.facts, loop.steps)
         self.session.start(settings)
         with Progress("Training", loop.steps) as bar:
@@ -291,25 +325,31 @@ class Trainer:
         loop = self.loop
         if self.recipe.early_stop is not None and any(self._ask_writers(self._best.exists())):
             checkpoint.load_tensors(checkpoint.read(self._best).tensors, loop.model.state_dict())
-        if self.group.is_first:
-            self._remove_outdated()
-        with loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():
-            self._compare_with_float32()
-            task = calibrate(loop)
-            save_model(
-                self.directory.model_path,
-                loop.model,
-                recipe=self.recipe,
-                preprocess=self.prepared.preprocess,
-                task=task,
-                data=self.prepared.to_json() | {"cache": None},
-                writes=self.group.is_first,
-            )
-        roofline = utilization.measure_roofline(loop, self.device, self.session.ceilings)
-        self.directory.write("roofline.json", roofline.to_json())
+        if not self._keeps_frozen_head():
+            self._replace_model()
+        if loop.steps:
+            roofline = utilization.measure_roofline(loop, self.device, self.session.ceilings)
+            self.directory.write("roofline.json", roofline.to_json())
         if self.group.is_first:
             self.summary.write(status, self._diagnosis)
             self._announce_end(status)
+
+    def _keeps_frozen_head(self) -> bool:
+        """Whether the model that the training began with stays the run's."""
+        head, loop = self.summary.frozen, self.loop
+        if head is None or not head.kept:
+            return False
+        return not loop.steps or not unfreezing.is_better(loop.task.metric, head, loop.validation_score)
+
+    def _replace_model(self) -> None:
+        """A collective where the network is sharded: the weights as they are now become the run's model."""
+        if self.summary.frozen is not None:
+            self.summary.frozen = replace(self.summary.frozen, kept=False)
+        if self.group.is_first:
+            self._remove_outdated()
+        with self.loop.use_averaged_weights() if self.recipe.early_stop is None else ExitStack():
+            self._compare_with_float32()
+            self._save_model(calibrate(self.loop))
 
     def _remove_outdated(self) -> None:
         """Remove what speaks of the model that is replaced now."""
@@ -322,12 +362,18 @@ class Trainer:
             shutil.rmtree(engines, ignore_errors=True)
 
     def _announce_end(self, status: str) -> None:
-        loop, target = self.loop, self.options.target_score
-        rate = self.directory.summary["examples_per_s"]
+        loop, target, head = self.loop, self.options.target_score, self.summary.frozen
         metric, reached = loop.task.metric, loop.validation_score
-        score = "" if reached is None else f", validation {metric.name} {metric.format(reached)}"
-        took = duration(self.summary.seconds["train"])
-        say(f"{status} after {plural(loop.progress.step, 'step')} in {took} ({rate:,.0f} examples/s){score}")
+        if head is not None and not loop.steps:
+            say(unfreezing.offer(self.recipe, head, len(loop.train_feed), self.directory.path))
+        else:
+            score = "" if reached is None else f", validation {metric.name} {metric.format(reached)}"
+            took, rate = duration(self.summary.seconds["train"]), self.directory.summary["examples_per_s"]
+            say(f"{status} after {plural(loop.progress.step, 'step')} in {took} ({rate:,.0f} examples/s){score}")
+        if head is not None and loop.steps and head.scores:
+            which = "the model with frozen features is kept" if head.kept else "before it, with frozen features"
+            say(f"{which}: validation {metric.name} {metric.format(head.scores[metric.name])}")
+            reached = head.scores[metric.name] if head.kept else reached
         if target is not None and reached is not None and metric.gain(target, reached) < 0:
             warn(f"The {metric.name} on validation is worse than the {metric.format(target)} that was asked for.")
 
@@ -350,23 +396,3 @@ class Trainer:
             session = self.session
             PlanCache(session.spec.cache, session.key, session.threads).refuse(dict.fromkeys(rounding, reason))
             warn(f"Computed with {'+'.join(rounding)}, the score is worse: {reason}. The next plan does without.")
-
-
-class _RateLog:
-    """Examples per second since the last line of the log."""
-
-    def __init__(self, loop: Loop) -> None:
-        self.loop, self.note = loop, ""
-        self._at, self._seconds, self._step = time.monotonic(), loop.progress.seconds, loop.progress.step
-
-    def is_due(self) -> bool:
-        return time.monotonic() - self._at >= LOG_EVERY_S
-
-    def take(self, loss: float) -> float:
-        """The rate, from which on the next one counts; `note` says it with the loss."""
-        progress = self.loop.progress
-        seconds = max(progress.seconds - self._seconds, 1e-9)
-        rate = (progress.step - self._step) * self.loop.order.batch_size / seconds
-        self._at, self._seconds, self._step = time.monotonic(), progress.seconds, progress.step
-        self.note = f"{rate:,.0f}/s  loss {loss:.3f}"
-        return rate

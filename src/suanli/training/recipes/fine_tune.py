@@ -1,7 +1,8 @@
-"""Images, for a network that starts from trained weights: small steps, and for the backbone a tenth of the head's."""
+"""Small images, for a network that starts from trained weights: first the head on frozen features, then all layers with
+small steps, for the backbone a tenth of the head's."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import FINE_TUNE, shows_signs
+from suanli.training.recipes._images import FINE_TUNE, IMAGENET, shows_signs
 
 
 def suits(traits: Traits) -> int | None:
@@ -13,4 +14,5 @@ RECIPE = RecipeChoice(
         **FINE_TUNE.model_dump() | {"name": "fine_tune", "augment": ("resized_crop(scale=(0.5, 1.0))", "flip")}
     ),
     suits=suits,
+    weights=IMAGENET,
 )

@@ -1,7 +1,7 @@
-"""Images with several labels each, for a network that starts from trained weights: as `fine_tune`, larger crops."""
+"""Small images with several labels each, for a network that starts from weights: as `fine_tune`."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
-from suanli.training.recipes._images import FINE_TUNE
+from suanli.training.recipes._images import FINE_TUNE, IMAGENET
 
 
 def suits(traits: Traits) -> int | None:
@@ -19,4 +19,5 @@ RECIPE = RecipeChoice(
         }
     ),
     suits=suits,
+    weights=IMAGENET,
 )

@@ -1,4 +1,4 @@
-"""Images with a number each, for a network that starts from trained weights: as `fine_tune`, without augmentations."""
+"""Small images with a number each, for a network that starts from weights: as `fine_tune`, without augmentations."""
 
 from suanli.core.types import Recipe, RecipeChoice, Traits
 from suanli.training.recipes._images import FINE_TUNE

@@ -1,4 +1,4 @@
-"""Images for networks without batch norms, from scratch: `alexnet`, `vit_tiny`.
+"""Images for networks without batch norms, from scratch: `alexnet`, `convnext`, `vit`, `vit_tiny`.
 
 A smaller learning rate, a longer warm-up and clipped gradients keep them from diverging; they need more
 epochs than the others.
