@@ -1,5 +1,6 @@
-"""Recognises what labels are: names of classes, or numbers that were measured; and data that no task learns from yet,
-boxes and masks, which is refused instead of learning nonsense. Only names and labels are used here; no file is opened.
+"""Recognises what labels are: names of classes, or numbers that were measured; and data that can't be learned, masks
+and files of annotations in no known format, which is refused instead of learning nonsense. Only names and labels are
+used here; no file is opened.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from suanli.core.errors import DataError
-from suanli.data.readers._file_names import normalise_name
+from suanli.data.annotated import MASK_FOLDERS
+from suanli.data.file_names import normalise_name
 
 MANY = 20  # different numbers in a label column, up to which they are always classes
 LEARNED_AS_NUMBERS = "learned as numbers (regression); --set task=classification learns them as classes"
@@ -20,15 +22,11 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNOR
 _ONCE = 0.1  # of the different labels occur once: numbers that were measured, not names of classes
 _MATCHED = 0.5  # of the pictures have a file of their name
 _SIDE_FILES = {
-    "xml": "boxes in Pascal VOC files",
-    "json": "outlines or boxes in JSON files",
-    "txt": "boxes in YOLO files, or texts",
+    "xml": "XML files named like its images",
+    "json": "JSON files named like its images",
+    "txt": "text files named like its images",
 }
 _PICTURE_FOLDERS = re.compile("(image|img|jpegimage|picture|photo|input)s?|rgb|leftimg8bit", re.IGNORECASE)
-_MASK_FOLDERS = re.compile(
-    "(mask|label|annotation|segmentation|trimap)s?|segmentation(class|object)|gt|ground_?truth|gtfine|labelids",
-    re.IGNORECASE,
-)
 _MASK_ENDING = re.compile(r"[-_ ](?:mask|gt|seg|segmentation|label|labels|labelids)(?:_\d+)?$", re.IGNORECASE)
 
 
@@ -36,7 +34,7 @@ def find_annotation(images: Sequence[str], others: Sequence[str]) -> str | None:
     """What the other files say about the pictures, with an example; None: nothing that is known. All are paths."""
     coco = [path for path in others if re.search(r"(instances|coco)[^/]*\.json$", path, re.IGNORECASE)]
     if images and coco:
-        return f"boxes or outlines in a COCO file ({coco[0]})"
+        return f"a JSON file named like those of COCO ({coco[0]})"
     by_stem = {_stem(path): path for path in images}
     for suffix, what in _SIDE_FILES.items():
         matching = {
@@ -52,7 +50,7 @@ def find_mask_folder(images_by_folder: Mapping[str, Sequence[str]]) -> str | Non
     """What a folder of masks beside a folder of pictures is, with an example; None: there is none."""
     pictures = [name for name in images_by_folder if _PICTURE_FOLDERS.fullmatch(name)]
     for name, masks in images_by_folder.items():
-        if not _MASK_FOLDERS.fullmatch(name):
+        if not MASK_FOLDERS.fullmatch(name):
             continue
         by_stem = {_stem(path): path for folder in pictures for path in images_by_folder[folder]}
         matching = [path for path in masks if _mask_stem(path) in by_stem]
@@ -75,10 +73,9 @@ def find_masks(images: Iterable[str]) -> list[str]:
     ]
 
 
-def unsupported_annotation_error(where: str, annotation: str) -> DataError:
+def masks_error(where: str, masks: str) -> DataError:
     return DataError(
-        f"{where} has {annotation}. Boxes and masks aren't supported yet: suanli learns a class or a number "
-        "for each image.",
+        f"{where} has {masks}. Masks aren't supported yet: suanli learns a class, a number or boxes for each image.",
         fix="To classify, put each image, or each part cut out of one, into a folder of its class (cat/1.jpg), or "
         "give a table with the columns path and label.",
     )

@@ -13,13 +13,11 @@ import os
 import re
 import threading
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from suanli.core.console import size
 from suanli.core.errors import DataError
-from suanli.data.readers._class_folders import Member
 from suanli.data.readers._files import MAX_FILE_BYTES
 
 MAX_MEMBERS = 10_000_000
@@ -31,14 +29,6 @@ RATIO_FROM_BYTES = 16 << 20  # smaller files may have any ratio
 _UNUSUAL = re.compile(
     r"/|[A-Za-z]:|.*/\.{0,2}(?:/|$)|\.{0,2}(?:/|$)", re.DOTALL
 )  # with parts to take out, or to refuse
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    members: list[Member]
-    folders: list[str]
-    notes: list[str]
-    stamps: list[str]  # that change when the content does
 
 
 class RandomAccessFile:

@@ -6,94 +6,60 @@ don't depend on how the files are packed. Only names are used here; no file is o
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import NamedTuple
 
-from suanli.core.console import plural
 from suanli.core.errors import DataError
-from suanli.core.paths import safe_name
-from suanli.core.types import Example, Raw, Source
+from suanli.core.types import Columns, Example, Source
+from suanli.data.annotated import Annotations, Files
+from suanli.data.file_names import make_readable, normalise_name, write_out_bytes
+from suanli.data.members import (
+    TABLE_SUFFIXES,
+    Listing,
+    Member,
+    count_and_examples,
+    fingerprint_of,
+    order_classes,
+    source_name,
+    suffix_of,
+)
+from suanli.data.readers._annotated_sources import make_annotated_source, read_annotations, unknown_format_error
 from suanli.data.readers._annotations import (
     find_annotation,
     find_mask_folder,
     find_masks,
-    unsupported_annotation_error,
+    masks_error,
 )
-from suanli.data.readers._file_names import make_readable, normalise_name, write_out_bytes
 from suanli.data.readers._split_folders import LAYOUT, Folder, find_splits, has_classes, unwrap
 from suanli.data.suffixes import IMAGE_SUFFIXES, is_ignored
 
-TABLE_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
-
-
-class Member(NamedTuple):
-    """One file of a folder or archive. A tuple, since there may be a million: a frozen dataclass takes three times
-    as long to make."""
-
-    path: str  # relative, with "/"
-    size_bytes: int
-    read: Callable[[], Raw]
-
-
-def suffix_of(name: str) -> str:
-    return name.rpartition(".")[2].casefold() if "." in name else ""
-
-
-def order_classes(labels: Iterable[str]) -> tuple[str, ...]:
-    """The distinct labels in order: by value where all are whole numbers, so that 2 precedes 10, else by name."""
-    unique = set(labels)
-    if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in unique):
-        return tuple(sorted(unique, key=lambda label: (int(label), label)))
-    return tuple(sorted(unique))
-
-
-def source_name(name: str) -> str:
-    """`name` as a valid directory name on any system."""
-    return safe_name(name, "data", longest=80)
-
-
-def count_and_examples(names: Sequence[str], what: str, one: str = "") -> str:
-    """A note with at most three names: '3 <what>: a, b, c', '1 <one>: a'."""
-    more = ", …" if len(names) > 3 else ""
-    return f"{plural(len(names), one or what, what)}: {', '.join(names[:3])}{more}"
-
-
-def fingerprint_of(parts: Iterable[object]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(f"{part}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
 
 def make_source(
-    members: Iterable[Member],
-    folders: Iterable[str],
-    *,
-    name: str,
-    where: str,
-    fingerprint: str,
-    notes: Sequence[str] = (),
+    listing: Listing, *, name: str, where: str, columns: Columns | None = None, named: str | None = None
 ) -> Source:
-    """The labelled images among `members`.
+    """The labelled images of a folder or archive; where the user gave one file of annotations of its folder, `named`.
 
-    `folders` are paths of folders, so that a class without images stays a class; errors begin with `where`. Raises
-    DataError where there are no images, no class folders, or fewer than two classes.
+    They are labelled by class folders, which may be empty, or else by files of annotations (`data/formats/`); the
+    annotation in `columns`, that of the task which the user chose, says that these come first. Errors begin with
+    `where`. Raises DataError where there are no images, no labels, or fewer than two class folders.
     """
-    members, folders = list(members), list(folders)
+    members, folders = listing.members, listing.folders
     readable, name_notes = make_readable([*folders, *(member.path for member in members)])
     if name_notes:
         folders = [readable(folder) for folder in folders]
         members = [member._replace(path=readable(member.path)) for member in members]
     tree, form_notes = _build_tree(members, folders)
     root = unwrap(tree)
+    general = [*name_notes, *form_notes, *map(write_out_bytes, listing.notes)]
+    fingerprint = fingerprint_of(sorted(listing.stamps))
     others = sorted(m.path for m in root.all_others())
+    found = _read_annotations(root, where, columns or Columns(), named) if others else None
+    if found is not None:
+        return make_annotated_source(*found, name=name, fingerprint=fingerprint, notes=general)
     annotation = find_annotation([m.path for m in root.all_images()], others) if others else None
     if annotation is not None and not has_classes(root):
-        raise unsupported_annotation_error(where, annotation)
+        raise unknown_format_error(f"{where} has {annotation}")
     by_split, split_notes = find_splits(root, where)
     classes = order_classes(label for folder in by_split.values() for label in folder.folders)
     rows = [
@@ -110,7 +76,7 @@ def make_source(
             fix=f"Expected are {LAYOUT}.",
         )
     if (masks := find_mask_folder(_group_names(rows))) is not None:
-        raise unsupported_annotation_error(where, masks)
+        raise masks_error(where, masks)
     rest = _describe_rest(root, {row.name for row in rows}, others)
     if annotation is not None:
         rest.append(f"{annotation}, skipped: only the class folders are learned")
@@ -122,8 +88,25 @@ def make_source(
         classes=classes,
         fingerprint=fingerprint,
         size_bytes=sum(sizes[row.name] for row in rows),
-        notes=(*split_notes, *name_notes, *form_notes, *map(write_out_bytes, notes), *rest),
+        notes=(*split_notes, *general, *rest),
     )
+
+
+def _read_annotations(
+    root: Folder[Member], where: str, columns: Columns, named: str | None
+) -> tuple[Files, Annotations] | None:
+    """What files of annotations say, where the user chose them, or there are no class folders. None: there are none, or
+    the folders are the classes."""
+    by_folder = {folder: [m.path for m in inner.all_images()] for folder, inner in root.filled().items()}
+    is_chosen = columns.annotation is not None or named is not None
+    if not is_chosen and has_classes(root) and find_mask_folder(by_folder) is None:
+        return None
+    files = Files(root.all_images(), root.all_others(), where, named=named, columns=columns)
+    if (annotations := read_annotations(files, columns.annotation)) is not None:
+        return files, annotations
+    if named is not None:
+        raise unknown_format_error(f"{named} in {where[:1].lower()}{where[1:]} is")
+    return None
 
 
 def _describe_rest(root: Folder[Member], used: set[str], others: Sequence[str]) -> list[str]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from suanli.core.errors import DataError
+from suanli.data.file_names import normalise_name
 from suanli.data.readers._annotations import choose_annotation, parse_label
-from suanli.data.readers._file_names import normalise_name
 from suanli.data.readers._label_lists import describe_separator, find_separator, parse_flag, split_labels
-from suanli.data.readers._tables import Cells, Table, format_columns
+from suanli.data.tables import Cells, Table, format_columns
 
 
 @dataclass(frozen=True, slots=True)

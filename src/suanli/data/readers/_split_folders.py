@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from suanli.core.errors import DataError
 from suanli.core.types import SPLITS
-from suanli.data.readers._file_names import normalise_name
+from suanli.data.file_names import normalise_name
 from suanli.data.split_names import is_usual_split, parse_split, parse_splits
 
 LAYOUT = "class folders (cat/1.jpg, dog/2.jpg), with or without train, val and test folders around them"
@@ -73,7 +73,7 @@ def has_classes(root: Folder[File]) -> bool:
     """Whether at least two folders look like classes."""
     splits = [*_find_outer(root, parse_splits(root.folders)).values()] or [root]
     names = {name for split in splits for name in split.filled()}
-    return len(names) >= 2 and not all(map(parse_split, names))
+    return len(names) >= 2 and not (all(map(parse_split, names)) or names <= parse_splits(names).keys())
 
 
 def find_splits(root: Folder[File], where: str) -> Division[File]:

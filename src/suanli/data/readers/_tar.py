@@ -24,8 +24,8 @@ from typing import IO, Any, cast
 
 from suanli.core.errors import BadInput, DataError
 from suanli.core.storage import raise_storage_errors
-from suanli.data.readers._archives import Listing, RandomAccessFile, check_count, check_size, check_total, clean_name
-from suanli.data.readers._class_folders import Member, count_and_examples
+from suanli.data.members import Listing, Member, count_and_examples
+from suanli.data.readers._archives import RandomAccessFile, check_count, check_size, check_total, clean_name
 
 MAX_HEADER_BYTES = 16 << 20  # of the names and comments before a member, which are read into memory
 OPENERS: dict[str, Callable[[Path, str], Any]] = {

@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 
 from suanli.core.errors import BadInput, DataError
+from suanli.data.file_names import NameDecoder, choose_decoder, is_utf8
+from suanli.data.members import Listing, Member, count_and_examples
 from suanli.data.readers._archives import (
     MAX_RATIO,
     RATIO_FROM_BYTES,
-    Listing,
     RandomAccessFile,
     bomb_error,
     check_count,
@@ -23,8 +24,6 @@ from suanli.data.readers._archives import (
     check_total,
     clean_name,
 )
-from suanli.data.readers._class_folders import Member, count_and_examples
-from suanli.data.readers._file_names import NameDecoder, choose_decoder, is_utf8
 
 UTF8_FLAG = 0x800
 UNICODE_PATH = 0x7075

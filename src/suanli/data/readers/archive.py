@@ -1,4 +1,4 @@
-"""Reads a zip or tar of class folders without unpacking it."""
+"""Reads a zip or tar without unpacking it: of class folders, or of images with files of annotations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
 from suanli.data.file_kinds import name_file
+from suanli.data.members import Listing
 from suanli.data.readers import _tar
-from suanli.data.readers._archives import Listing
-from suanli.data.readers._class_folders import fingerprint_of, make_source
+from suanli.data.readers._class_folders import make_source
 from suanli.data.readers._zip import list_zip
 
 SUFFIXES = (".zip", *_tar.OPENERS)
@@ -24,7 +24,7 @@ def why_not(path: Path) -> str | None:
     return None
 
 
-def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # an archive has no columns
+def read(path: Path, columns: Columns) -> Source:
     """The images in the archive `path`.
 
     Raises DataError for an archive that is damaged, encrypted or above the limits of `_archives`, that has names that
@@ -34,14 +34,8 @@ def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # an archive 
     if suffix is None or path.is_dir():
         raise DataError(f"{path} is {why_not(path)}.", fix="Give a zip or tar of class folders.")
     listing = _list_archive(path, suffix)
-    return make_source(
-        listing.members,
-        listing.folders,
-        name=path.name[: -len(suffix)],
-        where=f"The archive {path}",
-        fingerprint=fingerprint_of(sorted(listing.stamps)),
-        notes=listing.notes,
-    )
+    name, where = path.name[: -len(suffix)], f"The archive {path}"
+    return make_source(listing, name=name, where=where, columns=columns)
 
 
 def _suffix(path: Path) -> str | None:

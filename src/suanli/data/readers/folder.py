@@ -1,23 +1,14 @@
-"""Reads a folder of class folders: `cat/1.jpg` or `train/cat/1.jpg`, at any depth inside a class.
-
-Links are followed, since large data sets often consist of them; a link to a folder above it is skipped. Only names,
-sizes and times are read here; an image's bytes are read when it is decoded.
-"""
+"""Reads a folder: class folders (`cat/1.jpg` or `train/cat/1.jpg`, at any depth inside a class), or images with files
+of annotations."""
 
 from __future__ import annotations
 
-import os
-from functools import partial
 from pathlib import Path
 
-from suanli.core.errors import DataError
 from suanli.core.types import Columns, Reader, Source
-from suanli.data.readers._class_folders import Member, count_and_examples, fingerprint_of, make_source
-from suanli.data.readers._files import read_file
-from suanli.data.readers._tables import find_tables
-from suanli.data.suffixes import is_ignored
-
-MAX_FILES = 20_000_000  # links among folders can multiply files without limit
+from suanli.data.readers._class_folders import make_source
+from suanli.data.readers._walk import list_folder
+from suanli.data.tables import find_tables
 
 
 def why_not(path: Path) -> str | None:
@@ -29,73 +20,9 @@ def why_not(path: Path) -> str | None:
     return None
 
 
-def read(path: Path, columns: Columns) -> Source:  # noqa: ARG001  # a folder has no columns
-    """The images at `path`. Raises DataError where it isn't a folder of class folders."""
-    members, folders, notes, stamps = _walk(path)
-    return make_source(
-        members,
-        folders,
-        name=path.resolve().name,
-        where=f"The folder {path}",
-        fingerprint=fingerprint_of(sorted(stamps)),
-        notes=notes,
-    )
-
-
-def _walk(top: Path) -> tuple[list[Member], list[str], list[str], list[str]]:
-    """Files, folders, notes, and the stamps for the fingerprint."""
-    members: list[Member] = []
-    folders: list[str] = []
-    stamps: list[str] = []
-    loops: list[str] = []
-    broken: list[str] = []
-    waiting: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(top), "", frozenset())]
-    while waiting:
-        folder, relative, above = waiting.pop()
-        inside = above | {_identity(os.stat(folder))}
-        for entry in _list_entries(folder):
-            if is_ignored(entry.name):
-                continue
-            path = relative + entry.name
-            try:
-                about = entry.stat()
-            except OSError:  # a broken link, or one to itself
-                broken.append(path)
-                continue
-            if entry.is_dir():
-                if entry.is_symlink() and _identity(about) in inside:
-                    loops.append(path)
-                    continue
-                folders.append(path)
-                waiting.append((entry.path, f"{relative}{entry.name}/", inside))
-            elif entry.is_file():
-                members.append(Member(path, about.st_size, partial(read_file, entry.path)))
-                stamps.append(f"{path}\0{about.st_size}\0{about.st_mtime_ns}")
-            else:
-                broken.append(path)
-        if len(members) + len(folders) > MAX_FILES:
-            raise DataError(f"{top} has more than {MAX_FILES:,} files.", fix="Give a smaller folder.")
-    notes = []
-    if loops:
-        notes.append(count_and_examples(sorted(loops), "links to a folder above them, skipped"))
-    if broken:
-        notes.append(count_and_examples(sorted(broken), "broken links and special files, skipped"))
-    return members, folders, notes, [*stamps, *folders]
-
-
-def _identity(about: os.stat_result) -> tuple[int, int]:
-    return about.st_dev, about.st_ino
-
-
-def _list_entries(folder: str) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise DataError(
-            f"The folder {folder} can't be read: {error.strerror}.",
-            fix="Give yourself the right to read it, or move it away.",
-        ) from error
+def read(path: Path, columns: Columns) -> Source:
+    """The images at `path`. Raises DataError where it has neither class folders nor annotations that suanli reads."""
+    return make_source(list_folder(path), name=path.resolve().name, where=f"The folder {path}", columns=columns)
 
 
 READER = Reader(name="folder", why_not=why_not, read=read, order=50)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from suanli.core.errors import DataError
 from suanli.core.types import Columns, Example, Reader, Source, Target
+from suanli.data.members import count_and_examples, fingerprint_of, order_classes, source_name
 from suanli.data.readers._annotations import LEARNED_AS_NUMBERS, choose_annotation, numbers_error
-from suanli.data.readers._class_folders import count_and_examples, fingerprint_of, order_classes, source_name
 from suanli.data.readers._stored_arrays import (
     check_images,
     check_labels,

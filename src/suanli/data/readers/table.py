@@ -16,21 +16,22 @@ from pathlib import Path, PurePosixPath
 from suanli.core.errors import DataError, unknown
 from suanli.core.types import SPLITS, Columns, Example, Raw, Reader, Source
 from suanli.data.column_names import LABEL_NAMES, PATH_NAMES, TEXT_NAMES
-from suanli.data.readers._annotations import numbers_error
-from suanli.data.readers._class_folders import (
+from suanli.data.members import (
     TABLE_SUFFIXES,
     fingerprint_of,
     order_classes,
     source_name,
     suffix_of,
 )
+from suanli.data.readers._annotated_sources import is_annotations
+from suanli.data.readers._annotations import numbers_error
 from suanli.data.readers._files import read_file
 from suanli.data.readers._label_columns import Labels, find_flags, find_labels
 from suanli.data.readers._named_images import NamedImages, find_named_images
-from suanli.data.readers._tables import MAX_SHOWN, Cells, Table, find_tables, format_columns, read_table
 from suanli.data.readers._times import parse_times
 from suanli.data.split_names import parse_splits
 from suanli.data.suffixes import IMAGE_SUFFIXES
+from suanli.data.tables import MAX_SHOWN, Cells, Table, find_tables, format_columns, read_table
 
 ID_NAMES = ("id", "image_id", "img_id", "image_name", "img_name", "img", "name", "uuid", "photo", "picture")
 _NUMBER = re.compile(r"-?[\d.,e+-]+|NA|")  # or a date
@@ -56,9 +57,12 @@ class _ColumnChoice:
 
 def why_not(path: Path) -> str | None:
     if path.is_dir():
-        if "train" in find_tables(path):
-            return None
+        train = find_tables(path).get("train")
+        if train is not None:
+            return "a folder with tables of annotations" if is_annotations(train) else None
         return "a folder without a table named train (.csv, .tsv, .jsonl or .ndjson), or with class folders"
+    if path.is_file() and suffix_of(path.name) in TABLE_SUFFIXES and is_annotations(path):
+        return "a table of annotations"
     if suffix_of(path.name) not in TABLE_SUFFIXES:
         return f"not a table: its name doesn't end in {', '.join('.' + s for s in sorted(TABLE_SUFFIXES))}"
     return None

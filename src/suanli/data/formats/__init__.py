@@ -1,0 +1,1 @@
+"""Files of annotations that lie beside images: one format a file."""
