@@ -6,6 +6,7 @@ import gc
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 # One thread for each operation: in tests many processes share the machine, and the threads of an operation would wait
 # for each other. Tests that need two threads set them. This must come before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# huggingface_hub reads these when it is imported: no test uses the user's cache, or a hub that isn't its own.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.join(tempfile.gettempdir(), "suanli-tests", "hub")}
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from PIL import Image
+
+from pictures import make_pictures
 
 if TYPE_CHECKING:
     from suanli.machine.ceilings import Ceilings
@@ -38,7 +42,8 @@ def _freeze_imported_modules() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache, downloads or runs."""
+    """No test reads or writes the user's cache, downloads or runs, or starts from weights that happen to be here."""
+    monkeypatch.setenv("SUANLI_WEIGHTS", "none")
     monkeypatch.setenv("SUANLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SUANLI_DATA", str(tmp_path / "datasets"))
     monkeypatch.chdir(tmp_path)
@@ -68,19 +73,6 @@ def digits_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with serving(digits_run(tmp_path_factory), "--grpc-port", "0", "--p99-ms", "60000") as server:
         yield server
-
-
-def make_pictures(root: Path, *, classes: int = 2, each: int = 30, size: tuple[int, int] = (12, 12)) -> Path:
-    """A folder of class folders: noise around a brightness that depends on the class."""
-    random = np.random.default_rng(len(root.name))
-    for c in range(classes):
-        folder = root / f"class{c}"
-        folder.mkdir(parents=True)
-        for i in range(each):
-            level = 40 + 170 * c / max(classes - 1, 1)
-            pixels = np.clip(random.normal(level, 25, (*size, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
-    return root
 
 
 @pytest.fixture

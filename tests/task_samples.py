@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from suanli.core import registry
+from suanli.core.boxes import Box, Boxes
 from suanli.core.schema import Arrays, Geometry, Ragged, Stored
 from suanli.core.task import Task
 
@@ -30,15 +31,17 @@ class Sample:
     draw: Callable[[Random, int], list[Any]]  # raw targets
     answer: Callable[[Mapping[str, Stored], np.ndarray], dict[str, np.ndarray]]
     worsen: Callable[[Arrays, Mapping[str, Stored], float], dict[str, np.ndarray]]
-    raw: Callable[[int], torch.Tensor]  # what a network might return
-    write: Callable[[Path], Path]  # data for a training of seconds, into an empty folder
-    settings: Mapping[str, Any]  # of that training
-    reaches: float  # the primary metric that it must reach
+    raw: Callable[[int], torch.Tensor] | None = None  # what a network might return; None: no network learns it yet
+    write: Callable[[Path], Path] | None = None  # data for a training of seconds, into an empty folder
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of that training
+    reaches: float = 0.0  # the primary metric that it must reach
+    geometry: Geometry = HERE  # of the inputs
+    many: int = 3000  # examples that tell whether a loss is within the tolerance
 
 
 def encode(task: Task, targets: Sequence[Any]) -> dict[str, Stored]:
     """The columns of these raw targets, as the cache holds them."""
-    encoded = [task.encode(target, HERE) for target in targets]
+    encoded = [task.encode(target, SAMPLES[task.name].geometry) for target in targets]
     columns: dict[str, Stored] = {}
     for name, column in task.targets.items():
         arrays, empty = [one[name] for one in encoded], np.zeros((0, *column.fixed_shape), column.dtype)
@@ -173,7 +176,8 @@ def _paint_boxes(random: Random, pixels: np.ndarray) -> list[tuple[Any, ...]]:
 
 
 def _draw_boxes(random: Random, count: int) -> list[Any]:
-    return [_paint_boxes(random, np.zeros((48, 48, 3))) for _ in range(count)]
+    painted = [_paint_boxes(random, np.zeros((48, 48, 3))) for _ in range(count)]
+    return [Boxes(tuple(Box(*box) for box in boxes)) for boxes in painted]
 
 
 def _detect(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
@@ -199,7 +203,57 @@ def _write_boxes(folder: Path) -> Path:
     return folder
 
 
+# --- detection ------------------------------------------------------------------------------
+
+PHOTO = Geometry(size=(480, 640), scale=(0.5, 0.5), shift=(40.0, 0.0))  # in a square of 320 px
+
+
+def _draw_objects(random: Random, count: int) -> list[Any]:
+    """One to five in a grid of six, so that none overlaps another; small, medium and large ones."""
+    targets = []
+    for _ in range(count):
+        boxes = []
+        for place in random.permutation(6)[: random.integers(1, 6)].tolist():
+            side = float(random.choice([20, 60, 150]) * random.uniform(0.9, 1.1))
+            left, top = 10 + 210 * (place % 3), 10 + 230 * (place // 3)
+            boxes.append(Box(left, top, left + side, top + 0.8 * side, str(random.choice(CLASSES[:3]))))
+        targets.append(Boxes(tuple(boxes), PHOTO.size))
+    return targets
+
+
+def _find_objects(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    """Nearly right boxes; of wrong images with another class, and all with one on nothing."""
+    random, most = np.random.default_rng(len(wrong)), 100
+    answers = {
+        "num_dets": np.zeros((len(wrong), 1), np.int32),
+        "det_boxes": np.zeros((len(wrong), most, 4), np.float32),
+        "det_scores": np.zeros((len(wrong), most), np.float32),
+        "det_classes": np.zeros((len(wrong), most), np.int32),
+    }
+    for i, is_wrong in enumerate(wrong):
+        rows = np.asarray(targets["boxes"][i])
+        n = len(rows) + 1
+        side = rows[:, 2:3] - rows[:, :1]
+        answers["num_dets"][i] = n
+        answers["det_boxes"][i, : n - 1] = rows[:, :4] + random.normal(0, 0.03, (n - 1, 4)) * side
+        answers["det_boxes"][i, n - 1] = [0, 300, 30, 318]
+        answers["det_scores"][i, : n - 1] = np.sort(random.uniform(0.5, 1, n - 1))[::-1]
+        answers["det_scores"][i, n - 1] = random.uniform(0.01, 0.2)
+        answers["det_classes"][i, : n - 1] = (rows[:, 4] + is_wrong) % 3
+    return answers
+
+
+def _lose_objects(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:  # noqa: ARG001
+    """Objects that aren't found cost their share of the recall, and with it of the precision."""
+    classes = answers["det_classes"].copy()
+    classes[np.random.default_rng(2).random(classes.shape) < amount / 0.9] += 1
+    return {**answers, "det_classes": classes % 3}
+
+
 SAMPLES = {
+    "detection": Sample(
+        classes=CLASSES[:3], draw=_draw_objects, answer=_find_objects, worsen=_lose_objects, geometry=PHOTO, many=200
+    ),
     "classification": Sample(
         classes=CLASSES,
         draw=_name_classes,

@@ -209,7 +209,8 @@ def test_a_short_training_races_and_says_so(
     first_steps = [first for first, _, _ in run.summary["plans"]]
     assert first_steps == sorted(first_steps)
     assert max(first_steps) < steps
-    # The next training of this kind begins with that plan.
+    # The next training of this kind begins with that plan, whatever the sizes of its images.
+    options["settings"] = {"progressive_resizing": [], "mixed_sizes": [0.5]}
     again = suanli.train(root, **options, seed=1)  # type: ignore[arg-type]
     assert (again.summary["plan"]["origin"], again.summary["plan"]["speedups"]) == ("cached", plan["speedups"])
     assert "raced" not in capsys.readouterr().err

@@ -567,7 +567,7 @@ def test_weights_that_can_not_be_used(
     def refuses(name: str, code: int, *says: str) -> None:
         refused("train", root, *tiny, "--weights", name, code=code, says=(name, *says))
 
-    refuses("other.safetensors", 3, "doesn't fit the model", "Choose the model")
+    refuses("other.safetensors", 3, "doesn't fit the model", "--model")
     refuses("short.safetensors", 3, "not a complete safetensors file", "again")
     refuses("text.safetensors", 3, "not a complete safetensors file")
     refuses("empty.safetensors", 3, "not a complete safetensors file")

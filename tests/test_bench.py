@@ -276,10 +276,11 @@ def test_blocks_add_up_to_the_steps(steps: int, rounds: int) -> None:
 
 @given(st.integers(1, 10_000), st.integers(1, 3000), st.floats(0.01, 300), st.floats(0, 20))
 def test_a_shortened_recipe_has_these_steps(steps: int, per_epoch: int, epochs: float, warmup: float) -> None:
-    recipe = Recipe(epochs=epochs, warmup_epochs=warmup, early_stop=2)
+    recipe = Recipe(epochs=epochs, warmup_epochs=warmup, unfreeze_epochs=2 * warmup, early_stop=2)
     short = shorten(recipe, steps, per_epoch)
     assert round(short.epochs * per_epoch) == steps
     assert short.warmup_epochs / short.epochs == pytest.approx(warmup / epochs)
+    assert short.unfreeze_epochs == pytest.approx(2 * short.warmup_epochs)
     assert short.early_stop is None
 
 

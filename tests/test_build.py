@@ -12,12 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 import suanli.models.build as building
 from suanli.core import registry
-from suanli.core.errors import DamagedFile, DataError, UsageError
+from suanli.core.errors import UsageError
 from suanli.core.types import Json, Recipe
 from suanli.data.preprocess.image import ImagePreprocess
 from suanli.data.preprocess.text import TextPreprocess
@@ -214,110 +213,3 @@ def test_the_head_of_a_network_without_layers_is_refused(user_module: Callable[[
 def test_without_timm_the_error_is_a_command() -> None:
     with pytest.raises(UsageError, match="pip install"):
         building.resolve("timm:resnet10t")
-
-
-# --- weights ---
-
-
-def resnet(classes: int = 10, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return registry.load("models", "resnet18").build(classes=classes, in_channels=3, image_size=(32, 32))
-
-
-def saved(module: nn.Module, path: Path, prefix: str = "", **changed: torch.Tensor | None) -> Path:
-    state = {k: v for k, v in (module.state_dict() | changed).items() if v is not None}
-    save_file({prefix + k: v.contiguous() for k, v in state.items()}, path)
-    return path
-
-
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.backbone."])
-def test_all_weights_are_taken_whatever_wrapped_them(tmp_path: Path, prefix: str) -> None:
-    source, module = resnet(seed=1), resnet(seed=2)
-    report = building.load_weights(module, saved(source, tmp_path / "w.safetensors", prefix), "fc")
-    assert set(report.taken) == set(module.state_dict())
-    assert not report.skipped
-    assert not report.missing
-    assert all(torch.equal(v, source.state_dict()[k]) for k, v in module.state_dict().items())
-
-
-def test_other_classes_get_a_new_head(tmp_path: Path) -> None:
-    source, module = resnet(1000, seed=1), resnet(10, seed=2)
-    head = module.fc.weight.detach().clone()
-    report = building.load_weights(module, saved(source, tmp_path / "w.safetensors"), "fc")
-    assert set(report.skipped) == {"fc.weight", "fc.bias"}
-    assert "1000x512" in report.skipped["fc.weight"]
-    assert torch.equal(module.fc.weight, head)
-    assert torch.equal(module.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
-
-
-def test_half_a_head_is_not_taken(tmp_path: Path) -> None:
-    source, module = resnet(seed=1), resnet(seed=2)
-    path = saved(source, tmp_path / "w.safetensors", **{"fc.weight": torch.zeros(10, 9)})
-    report = building.load_weights(module, path, "fc")
-    assert set(report.skipped) == {"fc.weight", "fc.bias"}
-
-
-def test_what_does_not_fit_is_listed_with_its_reason(tmp_path: Path) -> None:
-    source, module = resnet(seed=1), resnet(seed=2)
-    changed = {"conv1.weight": torch.zeros(64, 3, 7, 7), "extra.weight": torch.zeros(3), "bn1.bias": None}
-    report = building.load_weights(module, saved(source, tmp_path / "w.safetensors", **changed), "fc")
-    assert "64x3x7x7" in report.skipped["conv1.weight"]
-    assert "no tensor of this name" in report.skipped["extra.weight"]
-    assert report.missing == ("bn1.bias",)
-    for word in ("conv1.weight", "extra.weight", "bn1.bias", str(len(report.taken))):
-        assert word in str(report)
-
-
-def test_half_precision_weights_are_widened(tmp_path: Path) -> None:
-    source, module = resnet(seed=1), resnet(seed=2)
-    building.load_weights(module, saved(source.bfloat16(), tmp_path / "w.safetensors"), "fc")
-    assert module.conv1.weight.dtype == torch.float32
-    assert torch.equal(module.conv1.weight, source.conv1.weight.float())
-
-
-def test_weights_of_another_network_are_refused_and_nothing_changes(tmp_path: Path) -> None:
-    module = resnet()
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    save_file({"encoder.weight": torch.ones(3), "fc.bias": torch.ones(10)}, tmp_path / "w.safetensors")
-    with pytest.raises(DataError, match=r"encoder\.weight.*conv1\.weight"):
-        building.load_weights(module, tmp_path / "w.safetensors", "fc")
-    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
-
-
-def test_weights_that_are_not_numbers_are_refused_and_nothing_changes(tmp_path: Path) -> None:
-    module = resnet()
-    before = module.bn1.weight.detach().clone()
-    path = saved(resnet(seed=1), tmp_path / "w.safetensors", **{"conv1.weight": torch.full((64, 3, 3, 3), torch.nan)})
-    with pytest.raises(DamagedFile, match=r"conv1\.weight"):
-        building.load_weights(module, path, "fc")
-    assert torch.equal(module.bn1.weight, before)
-
-
-@pytest.mark.parametrize("name", ["w.pt", "w.pth", "W.PKL", "w.bin", "w.ckpt"])
-def test_a_pickle_is_refused_without_opening_it(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UsageError, match=r"convert it.*weights_only=True"):
-        building.load_weights(resnet(), tmp_path / name, "fc")
-
-
-@given(kept=st.floats(0, 0.999))
-def test_a_truncated_file_is_damaged(tmp_path_factory: pytest.TempPathFactory, kept: float) -> None:
-    path = tmp_path_factory.mktemp("cut") / "w.safetensors"
-    save_file({"weight": torch.ones(40, 3), "bias": torch.ones(40)}, path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(DamagedFile):
-        building.load_weights(nn.Linear(3, 40), path, "head")
-
-
-@given(st.binary(max_size=64))
-def test_any_bytes_are_damaged_or_do_not_fit(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    path = tmp_path_factory.mktemp("bytes") / "w.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(DataError):
-        building.load_weights(nn.Linear(3, 40), path, "head")
-
-
-def test_a_missing_file_or_a_folder_is_the_users_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.safetensors", tmp_path):
-        with pytest.raises(UsageError, match="Can't read weights"):
-            building.load_weights(resnet(), path, "fc")

@@ -99,7 +99,7 @@ def test_a_new_engine_answers_as_the_model_does(used: dict) -> None:
     assert used["ran"] == "float32"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_task_keeps_the_rules_and_goes_through_all_verbs(environment: dict[str, str]) -> None:
     """Without a changed line elsewhere."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(RULES), "-k", "boxes"]

@@ -23,13 +23,15 @@ NORMS = {"model": "speednet", "model_args": {"widths": [8, 8, 8]}, "epochs": 5, 
 CASES = {
     "batch norms, ragged shares, blended pictures": NORMS
     | {"augment": ["crop(padding=1)", "affine(degrees=10)", "cutout", "mixup", "cutmix"]},
-    "parts, averages, clipping, balanced classes": NORMS
+    "parts, averages, clipping, balanced classes, frozen layers": NORMS
     | {
         "accumulate": 2,
         "batch_size": 96,
         "ema_decay": 0.9,
         "clip_norm": 1.0,
         "task_args": {"class_weights": "balanced"},
+        "unfreeze_epochs": 1,
+        "layer_lr_decay": 0.8,
     },
 }
 

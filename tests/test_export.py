@@ -431,6 +431,13 @@ def test_wrong_options(run: suanli.Run) -> None:
         suanli.export("nowhere", to="onnx")
 
 
+def test_a_run_without_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "photos-1").mkdir(parents=True)
+    with pytest.raises(suanli.DataError, match=r"There is nothing at photos-1\. Did you mean runs.photos-1\?"):
+        suanli.export("photos-1", to="onnx")
+
+
 @pytest.mark.parametrize(("to", "package"), [("onnx", "onnxscript"), ("onnx", "onnxruntime"), ("openvino", "openvino")])
 @pytest.mark.usefixtures("untouched")
 def test_a_missing_package_is_named(to: str, package: str, run: suanli.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,12 @@ def test_settings_win():
         {"channels": 2},
         {"channels": True},
         {"resize": "zoom"},
+        {"mean": [123.7, 116.8, 103.9]},
+        {"mean": [0.5, 0.5]},
+        {"mean": "grey"},
+        {"mean": float("nan")},
+        {"std": 0},
+        {"std": [0.2, 0.2, True]},
         {"sise": 32},
     ],
 )
@@ -88,6 +94,25 @@ def test_bad_settings_are_refused_with_a_fix(settings):
     with pytest.raises(UsageError) as caught:
         fit(saved(smooth()), **settings)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        ({"mean": [0.2, 0.3, 0.4], "std": 0.5}, (0.2, 0.3, 0.4), (0.5, 0.5, 0.5)),
+        ({"mean": [0.2, 0.3, 0.4], "std": [0.1, 0.2, 0.3], "channels": 1}, (0.3,), (0.2,)),
+        ({"mean": 0.5, "channels": 1}, (0.5,), None),
+    ],
+)
+def test_a_mean_and_std_that_were_set_are_not_measured(settings, mean, std):
+    preprocess = fit(saved(smooth()), **settings)
+    rows = {"image": np.random.default_rng(0).integers(0, 255, (9, *preprocess.inputs["image"].shape), np.uint8)}
+    measured = preprocess.measure(rows)
+    assert measured.mean == pytest.approx(mean)
+    assert measured.std == pytest.approx(std or (rows["image"].std() / 255,), abs=0.001)
+    shown = measured.to_model({"image": torch.from_numpy(rows["image"])})["image"].numpy()
+    by_hand = (rows["image"] / 255 - np.array(measured.mean)) / np.array(measured.std)
+    np.testing.assert_allclose(shown.transpose(0, 2, 3, 1), by_hand, atol=1e-5)
 
 
 def test_an_unknown_setting_suggests_the_nearest():

@@ -125,7 +125,7 @@ def test_a_killed_run_resumes_to_the_same_bits(whole):
     assert not list(Path("killed").rglob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 @pytest.mark.usefixtures("shared_cache")
 def test_a_process_that_hangs_is_replaced_and_stopping_saves(capsys):

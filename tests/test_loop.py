@@ -25,8 +25,8 @@ from suanli.training.setup import Setup
 CPU = device.detect("cpu")
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+def prepare_noise(cache: Path) -> PreparedData:
+    """150 small images of three classes."""
     random = np.random.default_rng(0)
     pictures = random.integers(0, 256, (150, 9, 11, 3), dtype=np.uint8)
     rows = [
@@ -36,7 +36,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     source = Source(
         name="noise", kind="image", examples=rows, classes=("a", "b", "c"), fingerprint="noise", size_bytes=1
     )
-    return prepare_source(source, Recipe(), tmp_path_factory.mktemp("cache"), threads=1)
+    return prepare_source(source, Recipe(), cache, threads=1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    return prepare_noise(tmp_path_factory.mktemp("cache"))
 
 
 def tiny(*, classes: int, in_channels: int, image_size: tuple[int, int]) -> nn.Module:
@@ -64,6 +69,8 @@ RECIPES = st.builds(
     clip_norm=st.sampled_from([None, 1.0]),
     task_args=st.sampled_from([{}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}]),
     augment=st.sampled_from([(), ("crop(padding=1)", "mixup"), ("auto", "cutmix")]),
+    layer_lr_decay=st.sampled_from([1.0, 0.8]),
+    unfreeze_epochs=st.sampled_from([0.0, 1.5]),
     seed=st.integers(0, 2**31),
 )
 

@@ -733,6 +733,7 @@ def test_a_pillow_image_is_read_as_its_file(tuned: tuple[Path, OptimizeResult], 
         engine.predict([3])
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("quick")
 def test_an_engine_that_hangs_costs_only_the_remaining_budget(
     run: Path, engine_folder: Callable[[str, str], str]

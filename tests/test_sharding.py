@@ -128,7 +128,7 @@ def net(classes, in_channels, image_size):
 WEIGHTS_BYTES = 16 * 2 * 1024 * 1025 * 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's")
 def test_a_network_too_large_for_one_process_is_trained_by_two(monkeypatch):
     # The limit counts what each thread only reserves, and what is free within the heap, too.
@@ -347,6 +347,8 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(tmp_path):
     [
         (["--shard"], "--nproc 2"),
         (["--shard", "--nproc=2", "--balance"], "--balance"),
+        (["--shard", "--nproc=2", "--set=unfreeze_epochs=1"], "unfreeze_epochs isn't for a sharded network"),
+        (["--shard", "--nproc=2", "--set=lora_rank=4"], "lora_rank isn't for a sharded network"),
     ],
 )
 def test_networks_that_cant_be_sharded(options, says, capsys):

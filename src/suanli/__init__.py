@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from suanli.engines.predictor import load
     from suanli.verbs.bench import bench
     from suanli.verbs.compare import compare
+    from suanli.verbs.convert import convert
     from suanli.verbs.device import device
+    from suanli.verbs.embed import embed
     from suanli.verbs.evaluate import evaluate
     from suanli.verbs.export import export
     from suanli.verbs.optimize import optimize
@@ -48,7 +50,9 @@ __all__ = [
     "UsageError",
     "bench",
     "compare",
+    "convert",
     "device",
+    "embed",
     "evaluate",
     "export",
     "load",
@@ -64,8 +68,8 @@ __all__ = [
 ]
 
 _VERBS = {
-    *("bench", "compare", "device", "evaluate", "export", "optimize", "predict", "prepare", "report", "run", "runs"),
-    *("serve", "train"),
+    *("bench", "compare", "convert", "device", "embed", "evaluate", "export", "optimize", "predict", "prepare"),
+    *("report", "run", "runs", "serve", "train"),
 }
 
 

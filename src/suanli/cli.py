@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -30,6 +30,7 @@ from suanli.parallel import fatal
 if TYPE_CHECKING:
     from suanli.core.run import Run
     from suanli.engines.predictor import Prediction
+    from suanli.verbs.embed import Embedding
 
 app = typer.Typer(
     name="suanli",
@@ -42,7 +43,8 @@ app = typer.Typer(
 # --- options that several verbs share ---
 
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="A built-in data set, a folder, an archive, a table or an .npz file.")
+    str,
+    typer.Argument(metavar="DATA", help="A built-in data set, a folder, archive, table or .npz, or a file of boxes."),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Model = Annotated[
@@ -130,7 +132,11 @@ Seed = Annotated[
     int | None, typer.Option(help="Set the random seed of initialisation, order, augmentation and dropout.")
 ]
 Weights = Annotated[
-    Path | None, typer.Option(help="Start from the weights of a run, a model/ folder or a .safetensors file.")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Start from these weights: imagenet, timm:NAME, hf:ORG/NAME, a run, or a .safetensors file.",
+    ),
 ]
 TargetAccuracy = Annotated[
     float | None, typer.Option(help="Use the cheapest training measured to reach this accuracy (0 to 1).")
@@ -326,6 +332,7 @@ def _evaluate(
 
 @app.command("predict", help="Classify files, folders or standard input, or predict values.")
 def _predict(
+    context: typer.Context,
     words: Annotated[
         list[str],
         typer.Argument(
@@ -349,6 +356,12 @@ def _predict(
         Path | None,
         typer.Option(metavar="FOLDER", help="Write what each answer rests on: a saliency map, or weighted words."),
     ] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Give the embedding of each input in place of its answer.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --features, write them here: .npy, .parquet or .csv.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
@@ -360,6 +373,11 @@ def _predict(
         if not inputs:
             fix = "Name the model first: suanli predict RUN INPUT… (files, folders, a quoted pattern, texts, or -)."
             raise UsageError("There is nothing to predict.", fix=fix)
+        if features:
+            _refuse_given(context, ("url", "top", "engine", "explain"), "with --features")
+            _embed(result, model, inputs, out, csv=csv, as_json=as_json, device=device, trust_code=trust_code)
+            return
+        _refuse_given(context, ("out",), "without --features")
         options: dict[str, Any] = {"engine": engine, "device": device, "trust_code": trust_code, "url": url}
         options["explain"] = explain or False
         answers = _counted(result, iterate(model, inputs, top=sys.maxsize if csv else top, **options))
@@ -371,7 +389,33 @@ def _predict(
         result.render = lambda: table(listed)
 
 
-def _counted(result: _Result, answers: Iterator[Prediction]) -> Iterator[Prediction]:
+def _embed(
+    result: _Result, model: str | None, inputs: list[str], out: Path | None, *, csv: bool, as_json: bool, **options: Any
+) -> None:
+    """The embeddings of `predict --features`: into a file, or printed."""
+    from suanli.verbs import embed
+    from suanli.verbs._embedding_files import check_target, summarize, write_embeddings
+
+    if out is not None and csv:
+        raise UsageError(
+            "--out and --csv exclude each other.", fix="Name a file that ends in .csv, or leave --out out."
+        )
+    target = None if out is None else check_target(out)
+    found = _counted(result, embed.iterate(model, inputs, **options))
+    if target is not None:
+        written = write_embeddings(found, target)
+        result.values = {"model": model, **written.to_json()}
+        result.render = lambda: summarize(written)
+    elif as_json:
+        result.values = {"model": model, "embeddings": [one.to_json() for one in found]}
+    else:
+        result.render = lambda: embed.csv_lines(found) if csv else embed.lines(found)
+
+
+Answered = TypeVar("Answered", "Prediction", "Embedding")
+
+
+def _counted(result: _Result, answers: Iterator[Answered]) -> Iterator[Answered]:
     """The same, and the exit code where none of the inputs could be read."""
     worked = failed = False
     for answer in answers:
@@ -573,6 +617,26 @@ def _serve(
     serve(**_options(context))
 
 
+@app.command("convert", help="Convert a .pth, .pt or .bin file to safetensors safely.")
+def _convert(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that torch.save wrote.")],
+    key: Annotated[
+        str | None, typer.Option(help="Take the tensors of this dictionary in it, such as state_dict or model.ema.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write to this file; default: the same name with .safetensors, beside it.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    with _result(as_json) as result:
+        from suanli.verbs.convert import convert, summary
+
+        converted = convert(file, key=key, out=out)
+        result.values = converted.to_json()
+        result.render = lambda: summary(converted)
+
+
 @app.command("report", help="Write the report of a run as one HTML page.")
 def _report(
     run: RunDir,
@@ -732,6 +796,7 @@ KEPT = {  # what a verb that was stopped leaves, and how to go on
     "predict": "Answers that were printed are complete; the others were not kept. Run the same command again.",
     "optimize": "The engines from before are unchanged. Run the same command again.",
     "export": "No file was written. Run the same command again.",
+    "convert": "No file was written. Run the same command again.",
     "bench": "No figures were kept. Run the same command again, with a smaller --time-budget-s if it took too long.",
     "report": "The report from before is unchanged. Run the same command again.",
     "serve": "",
@@ -743,6 +808,7 @@ MISSING = {  # what to name where an argument is missing
     "runs": "Name two runs or more, such as {command} runs/digits-1 runs/digits-2.",
     "subject": "Name a trained run, such as {command} runs/digits-1.",
     "words": "Name a run and what to predict, such as {command} runs/digits-1 photo.png.",
+    "file": "Name a file, such as {command} model.pth.",
     "to": "Name the format: --to onnx, openvino, pt2, litert or safetensors.",
 }
 

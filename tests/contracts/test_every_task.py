@@ -22,7 +22,7 @@ from suanli.core.sections import Matrix, Plot, Table
 from suanli.core.task import Answer, Records, Task
 from suanli.core.types import Json
 from suanli.engines import timing
-from task_samples import HERE, SAMPLES, encode, make_task
+from task_samples import SAMPLES, encode, make_task
 
 # A task without an annotation, of graphs that suanli didn't train, has neither targets nor scores.
 NAMES = [name for name, task in registry.load_all("tasks").items() if task.annotation]
@@ -86,7 +86,7 @@ def test_an_unknown_setting_is_a_usage_error(task: Task) -> None:
 def test_targets_fit_their_schema(task: Task, targets: dict[str, Stored]) -> None:
     assert targets.keys() == task.targets.keys()
     (one,) = SAMPLES[task.name].draw(np.random.default_rng(0), 1)
-    for column, array in task.encode(one, HERE).items():
+    for column, array in task.encode(one, SAMPLES[task.name].geometry).items():
         assert array.dtype == task.targets[column].dtype
         assert len(array.shape) == len(task.targets[column].shape)
         assert all(side in (None, size) for side, size in zip(task.targets[column].shape, array.shape, strict=True))
@@ -104,6 +104,14 @@ def test_every_split_counts_the_same_names(task: Task) -> None:
 # --- learning and answers -------------------------------------------------------------------
 
 
+def raw(task: Task, count: int) -> torch.Tensor:
+    """What a network might return."""
+    make = SAMPLES[task.name].raw
+    if make is None:
+        pytest.skip(f"no network learns {task.name} yet")
+    return make(count)
+
+
 def batch(task: Task, count: int) -> dict[str, torch.Tensor]:
     columns = [take(column, np.arange(count), name) for name, column in draw(task, count).items()]
     return {name: torch.from_numpy(array) for arrays in columns for name, array in arrays.items()}
@@ -111,7 +119,7 @@ def batch(task: Task, count: int) -> dict[str, torch.Tensor]:
 
 def test_going_down_the_loss_makes_it_smaller(task: Task) -> None:
     torch.manual_seed(0)
-    outputs, targets = SAMPLES[task.name].raw(8).requires_grad_(), batch(task, 8)
+    outputs, targets = raw(task, 8).requires_grad_(), batch(task, 8)
     counts = task.counts(targets) if task.has_counts else dict.fromkeys(task.loss(outputs, targets), 8)
 
     def total(outputs: torch.Tensor) -> torch.Tensor:
@@ -128,7 +136,7 @@ def test_going_down_the_loss_makes_it_smaller(task: Task) -> None:
 
 def test_the_loss_of_a_batch_is_the_sum_of_its_parts(task: Task) -> None:
     torch.manual_seed(0)
-    outputs, targets = SAMPLES[task.name].raw(8), batch(task, 8)
+    outputs, targets = raw(task, 8), batch(task, 8)
     sums = task.loss(outputs, targets)
     halves = [
         task.loss(outputs[half], {name: tensor[half] for name, tensor in targets.items()})
@@ -139,17 +147,17 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(task: Task) -> None:
 
 
 def test_predictions_fit_the_schema_of_outputs(task: Task) -> None:
-    predictions = task.predict(SAMPLES[task.name].raw(5).bfloat16())
+    predictions = task.predict(raw(task, 5).bfloat16())
     assert list(predictions) == list(task.outputs)
     for name, tensor in predictions.items():
-        assert tensor.dtype == torch.float32
-        assert task.outputs[name].dtype == "float32"
+        assert str(tensor.dtype).removeprefix("torch.") == task.outputs[name].dtype
         assert tuple(tensor.shape) == (5, *task.outputs[name].shape)
 
 
 def test_answers_are_plain_values(task: Task, answers: Arrays, targets: dict[str, Stored]) -> None:
-    given = task.answer({name: array[0] for name, array in answers.items()}, HERE, top=2)
-    true = task.describe_target({name: array[0] for name, array in targets.items()}, HERE)
+    geometry = SAMPLES[task.name].geometry
+    given = task.answer({name: array[0] for name, array in answers.items()}, geometry, top=2)
+    true = task.describe_target({name: array[0] for name, array in targets.items()}, geometry)
     for one in (given, true):
         assert isinstance(one, Answer)
         assert json.loads(json.dumps(one.values, allow_nan=False)) == one.values
@@ -200,7 +208,9 @@ def test_a_few_examples_have_scores_and_figures(task: Task) -> None:
     """Of some classes or ranges there are none."""
     targets = draw(task, 2)
     records = task.records(answer(task, targets), targets)
-    assert all(map(math.isfinite, task.scores(records).values()))
+    scores = task.scores(records)
+    assert math.isfinite(scores[task.metric.name])
+    assert not any(map(math.isinf, scores.values()))
     json.dumps(task.evaluate(records), allow_nan=False)
 
 
@@ -245,6 +255,7 @@ def test_many_resamples_at_once_score_like_one_after_another(task: Task, records
     assert scores.keys() == expected.keys()
     for name, values in scores.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-12)
+    np.testing.assert_allclose(task.resampled_metric(records, weights), expected[task.metric.name], rtol=1e-12)
 
 
 # --- intervals and the gate -----------------------------------------------------------------
@@ -265,13 +276,14 @@ def test_a_closed_form_agrees_with_the_bootstrap(task: Task, records: Records) -
         assert bounds == pytest.approx(by_bootstrap[name], abs=0.01)
 
 
-@pytest.mark.parametrize("groups", [None, np.arange(3000) // 3])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(("loss", "refused"), [(0.0, False), (1.0, False), (8.0, True)])
 def test_the_gate_refuses_a_loss_well_over_the_tolerance_only(
-    task: Task, loss: float, refused: bool, groups: np.ndarray | None
+    task: Task, loss: float, refused: bool, grouped: bool
 ) -> None:
     """The second model loses so many tolerances."""
-    targets = draw(task, 3000)
+    count = SAMPLES[task.name].many
+    targets, groups = draw(task, count), np.arange(count) // 3 if grouped else None
     before = answer(task, targets)
     after = SAMPLES[task.name].worsen(before, targets, loss * task.metric.tolerance)
     sides = [task.records(side, targets) for side in (before, after)]
@@ -281,7 +293,7 @@ def test_the_gate_refuses_a_loss_well_over_the_tolerance_only(
 
 def test_the_gate_does_not_refuse_noise(task: Task) -> None:
     """Equally good models that err on different examples."""
-    targets = draw(task, 400)
+    targets = draw(task, min(400, SAMPLES[task.name].many))
     sides = [task.records(answer(task, targets, seed=seed), targets) for seed in (1, 3)]
     change = difference(task, *sides)
     assert change.low <= change.median <= change.high
@@ -328,6 +340,8 @@ def test_a_task_goes_through_all_verbs(task: Task, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(timing, "TURN_S", 0.01)  # of timing one engine, which no answer depends on
 
     sample = SAMPLES[task.name]
+    if sample.write is None:
+        pytest.skip(f"no network learns {task.name} yet")
     (tmp_path / "data").mkdir()
     data, picture, metric = sample.write(tmp_path / "data"), tmp_path / "data" / "000.png", task.metric
     prepared = suanli.prepare(data, settings=sample.settings)

@@ -14,7 +14,7 @@ trainings also differ by chance, which a caller rules out by training again with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -56,7 +56,16 @@ def difference(task: Task, before: Records, after: Records, groups: np.ndarray |
         return closed
     metric = task.metric
     measured = metric.gain(task.scores(before)[metric.name], task.scores(after)[metric.name])
-    old, new = (samples[metric.name] for samples in _resample(task, [before, after], groups))
+    old, new = (
+        np.concatenate(blocks)
+        for blocks in zip(
+            *(
+                [task.resampled_metric(records, weights) for records in (before, after)]
+                for weights in _draw_blocks(_count(before), groups)
+            ),
+            strict=True,
+        )
+    )
     low, high = _interval(measured, new - old if metric.higher_is_better else old - new)
     return Difference(median=measured, low=min(low, measured), high=max(high, measured))
 
@@ -102,6 +111,17 @@ def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> tuple
     return _interval(float(values.mean()), np.array([weights @ values / weights.sum() for weights in draws]))
 
 
+def resampled_interval(
+    count: int, figures: Callable[[np.ndarray], np.ndarray], measured: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the 95 % intervals of several figures (F,) of `count` independent examples, by the same bootstrap:
+    `figures` gives them (R, F) for weights (R, count), NaN where one isn't defined."""
+    samples = np.concatenate([figures(weights) for weights in _draw_blocks(count, None)])
+    ends = [_interval(float(value), column) for value, column in zip(measured, samples.T, strict=True)]
+    low, high = np.array(ends).reshape(-1, 2).T
+    return low, high
+
+
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
     """95 % interval of the share `right` of `count`; unlike the normal one it is valid for few examples and near 0 and
     1. Source: E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927)."""
@@ -141,15 +161,21 @@ def _check_counts(before: Records, after: Records) -> None:
 
 def _resample(task: Task, sides: Sequence[Records], groups: np.ndarray | None) -> list[dict[str, np.ndarray]]:
     """The scores (RESAMPLES,) of each side, with the same weights for all."""
-    size = max(1, min(ROWS, BLOCK // _count(sides[0])))
-    draws = _draw(_count(sides[0]), groups)
-    blocks: list[list[dict[str, np.ndarray]]] = []
-    for start in range(0, RESAMPLES, size):
-        weights = np.stack(list(islice(draws, min(size, RESAMPLES - start))))
-        blocks.append([task.resampled_scores(records, weights) for records in sides])
+    blocks = [
+        [task.resampled_scores(records, weights) for records in sides]
+        for weights in _draw_blocks(_count(sides[0]), groups)
+    ]
     return [
         {name: np.concatenate([one[name] for one in side]) for name in side[0]} for side in zip(*blocks, strict=True)
     ]
+
+
+def _draw_blocks(count: int, groups: np.ndarray | None) -> Iterator[np.ndarray]:
+    """The weights of all resamples, some rows (R, N) at a time."""
+    size = max(1, min(ROWS, BLOCK // count))
+    draws = _draw(count, groups)
+    for start in range(0, RESAMPLES, size):
+        yield np.stack(list(islice(draws, min(size, RESAMPLES - start))))
 
 
 def _draw(count: int, groups: np.ndarray | None) -> Iterator[np.ndarray]:

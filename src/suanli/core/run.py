@@ -1,12 +1,16 @@
 """The run directory: the only thing that one verb passes to the next.
 
     recipe.json  environment.json  data.json  check.json     what is learned, where, from which data
+    weights.json                                              of whom the weights are that it started from, if any
     examples.npz  leaks.csv                                   its examples, and those in training and another split
     metrics.jsonl  ledger.jsonl  summary.json                what happened
+    frozen.json                                              the head that was fitted to frozen features first
     checkpoints/                                              all that an exact resume needs
     model/                                                    all that a prediction needs, on any machine
     evaluation/<split>.json                                   scores
     evaluation/<split>.safetensors                            what `compare` needs of each example
+    evaluation/embeddings.npz  embeddings.json                embeddings of examples, and what follows from them
+    evaluation/label_errors.csv                               targets that are likely wrong
     report.html  README.md                                    for people
 
 A lock file lets only one process write a run at a time. A crash can cut short at most the last line of a .jsonl file,
@@ -192,6 +196,11 @@ class Run:
         return self._json("data.json")
 
     @property
+    def weights(self) -> dict[str, Json] | None:
+        """What is known of the weights that it started from; None: it started from none."""
+        return self._json("weights.json") if (self.path / "weights.json").exists() else None
+
+    @property
     def summary(self) -> dict[str, Json]:
         return self._json("summary.json") if (self.path / "summary.json").exists() else {}
 
@@ -213,7 +222,10 @@ class Run:
 
     @property
     def validation_scores(self) -> dict[str, float]:
-        """On the validation split, during training; with early stopping those of the best weights, which are kept."""
+        """On the validation split, during training, of the weights that are kept: with early stopping the best ones."""
+        frozen = self.summary.get("frozen") or {}
+        if frozen.get("kept") and frozen.get("scores"):
+            return dict(frozen["scores"])
         scores = [dict(m["scores"]) for m in self.metrics if m.get("split") == "val"]
         if not scores or self.recipe.early_stop is None:
             return scores[-1] if scores else {}
@@ -337,6 +349,7 @@ def measurement(
     scores: Mapping[str, float],
     spread: float | None = None,
     count: int = 1,
+    contaminated: bool = False,
 ) -> Measurement:
     """A measurement that was taken now, with this environment and recipe."""
     return Measurement(
@@ -351,6 +364,7 @@ def measurement(
         versions=environment["versions"],
         recipe=recipe.digest,
         time=now(),
+        contaminated=contaminated,
     )
 
 

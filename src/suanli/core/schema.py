@@ -172,6 +172,9 @@ class Geometry:
     size: tuple[int, ...]  # of the input as it was
     scale: tuple[float, ...]
     shift: tuple[float, ...]
+    # Of a picture: the EXIF orientation that was undone first, since annotations may be of the pixels as they are
+    # stored. It is known while targets are encoded only; the cache doesn't keep it.
+    orientation: int = 1
 
     @classmethod
     def unchanged(cls, size: Sequence[int]) -> Geometry:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from suanli.core.errors import DamagedFile, StorageError, SuanliError
 
-_STORAGE_ERRORS = {
+STORAGE_ERRORS = {
     errno.EEXIST,
     errno.ENOENT,  # a new folder below /proc
     errno.ENAMETOOLONG,
@@ -52,7 +52,7 @@ def raise_storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _STORAGE_ERRORS:
+        if error.errno in STORAGE_ERRORS:
             raise storage_error(error, path) from error
         raise
 

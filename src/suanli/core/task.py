@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from suanli.core.checked_targets import CheckedTarget, TargetReport
 from suanli.core.errors import DataError, Diverged, UsageError, unknown
 from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
@@ -96,6 +97,24 @@ class Answer:
     # "error".
     values: Mapping[str, Json]
     columns: tuple[str, ...] = ()  # the values that a table (CSV) has room for
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectTarget:
+    """A target that is likely wrong."""
+
+    position: int  # of the example
+    suggested: Arrays  # one example of `Task.targets`: what it should probably be
+    confidence: float  # from 0.5 to 1: that the suggestion is the better one
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapColors:
+    """By what the examples on a map are coloured: by the group that each is in, or by a number."""
+
+    groups: np.ndarray | None = None  # (N,) int64, positions in `names`
+    names: tuple[str, ...] = ()
+    values: np.ndarray | None = None  # (N,) float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +197,20 @@ class Task(ABC):
 
     def describe_counts(self, counts: Mapping[str, Mapping[str, int]]) -> list[str]:  # noqa: ARG002
         """What a person should know of `count_targets` before training, as sentences for a terminal."""
+        return []
+
+    def check_targets(self, examples: Mapping[str, Sequence[CheckedTarget]]) -> TargetReport:  # noqa: ARG002
+        """What a person should know of the targets of each split, beside `count_targets`: what is wrong with them and
+        with how they fit their inputs, sizes, shapes."""
+        return TargetReport()
+
+    def name_target(self, target: Target) -> str:
+        """A raw target in a few words; equal for two that mean the same."""
+        return str(target)
+
+    @classmethod
+    def data_sections(cls, figures: Mapping[str, Json]) -> list[Section]:  # noqa: ARG003
+        """What the report shows of the figures of `check_targets`, each of which may be missing."""
         return []
 
     # --- learning ---
@@ -274,6 +307,10 @@ class Task(ABC):
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
 
+    def resampled_metric(self, records: Records, weights: np.ndarray) -> np.ndarray:
+        """The primary metric (R,) of `resampled_scores`. A task overrides it where it costs much less than all."""
+        return self.resampled_scores(records, weights)[self.metric.name]
+
     def closed_intervals(self, records: Records) -> dict[str, tuple[float, float]]:  # noqa: ARG002
         """95 % intervals of scores that have a closed form, which needs no resamples; examples are independent."""
         return {}
@@ -297,6 +334,15 @@ class Task(ABC):
         """A linear model that learned targets (M,) from `features` (M, F): its name ("logistic regression") and its
         records of N other examples. None: the task has none, or it would take more than a second or two."""
         return None
+
+    def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget] | None:  # noqa: ARG002
+        """Targets (N,) that are likely wrong, the surest first, by what a simple model on the embeddings (N, F) says of
+        each example that it hasn't learned from. None: the task has no such model, or there are too few examples."""
+        return None
+
+    def map_colors(self, targets: Mapping[str, Stored]) -> MapColors:  # noqa: ARG002
+        """By what a map of these examples is coloured."""
+        return MapColors()
 
     @property
     def needs_calibration(self) -> bool:

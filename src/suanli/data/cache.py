@@ -62,6 +62,7 @@ class PreparedData:
     splits: dict[str, Split]
     findings: checks.Findings
     reused: bool  # it was in the cache: nothing was decoded
+    part_of: tuple[str, ...] = ()  # larger data sets that contain it
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
@@ -84,6 +85,7 @@ class PreparedData:
             "name": self.name,
             "kind": self.kind,
             "licence": self.licence,
+            "part_of": list(self.part_of),
             "digest": self.digest,
             "cache": str(self.path),
             "annotation": self.task.annotation,
@@ -116,14 +118,15 @@ def prepare_source(
         )
     task = make_task(recipe, source)
     path = cache / "prepared" / f"{source.name}-{_key(source, task, recipe, preprocess, splitting)}"
-    if (cached := _load_cached(path, task)) is not None:
-        return cached
-    with _lock(path):
-        if (cached := _load_cached(path, task)) is not None:  # another process was faster
-            return cached
-        _remove_leftovers(path)
-        _build(source, task, recipe, preprocess, splitting, path, threads)
-    return _load(path, task, reused=False)
+    prepared = _load_cached(path, task)
+    if prepared is None:
+        with _lock(path):
+            prepared = _load_cached(path, task)  # another process may have been faster
+            if prepared is None:
+                _remove_leftovers(path)
+                _build(source, task, recipe, preprocess, splitting, path, threads)
+                prepared = _load(path, task, reused=False)
+    return replace(prepared, part_of=source.part_of)
 
 
 def make_task(recipe: Recipe, source: Source) -> Task:

@@ -13,12 +13,13 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from suanli.core.checked_targets import CheckedTarget, TargetReport
 from suanli.core.console import plural
 from suanli.core.errors import DataError
 from suanli.core.registry import load_all
 from suanli.core.schema import Geometry
 from suanli.core.task import Task
-from suanli.core.types import SPLITS, Example, Source, Target
+from suanli.core.types import SPLITS, Example, Json, Source
 from suanli.data.leaks import LeakCounts, LeakEntry, Leaks, count_leaks, describe_leaks
 
 LISTED = 100
@@ -70,7 +71,8 @@ class Findings(TypedDict):
     class_counts: dict[str, dict[str, int]]  # by split and class, or range of values, of inputs that can be decoded
     imbalance: float | None  # inputs of the largest class over those of the smallest; None: there are no classes
     empty_classes: list[str]
-    remarks: NotRequired[list[str]]  # what the task says of `class_counts`; older versions didn't write it
+    remarks: NotRequired[list[str]]  # what the task says of `class_counts`; older versions didn't write these two
+    target_remarks: NotRequired[list[str]]  # and of how targets fit their inputs
     traits: dict[str, int]  # how many inputs have each, the most frequent first
     sizes: Sizes | None
     notes: list[str]  # from the reader
@@ -79,6 +81,7 @@ class Findings(TypedDict):
     set_aside: NotRequired[dict[str, int]]  # examples that suanli took for val and test itself
     leakage: NotRequired[dict[str, LeakCounts]]  # of val and test; older versions wrote neither of these two
     leaks: NotRequired[list[LeakEntry]]  # the full list is leaks.csv
+    target_figures: NotRequired[dict[str, Json]]  # what the task measured of the targets, such as sizes of objects
     test_before_train: NotRequired[int]  # test inputs earlier than a training input, where examples have times
 
 
@@ -105,11 +108,8 @@ def collect_findings(
     rows = source.examples
     bad = [Bad(name=r.name, reason=d.reason) for r, d in zip(rows, results, strict=True) if d.reason is not None]
     good = [i for i, result in enumerate(results) if result.reason is None]
-    across, within, conflicts = _group_equal(rows, splits, results, good)
-    targets: dict[str, list[Target]] = {split: [] for split in SPLITS}
-    for i in good:
-        targets[splits[i]].append(rows[i].target)
-    counts = task.count_targets(targets)
+    across, within, conflicts = _group_equal(task, rows, splits, results, good)
+    counts, report = _check_targets(task, rows, splits, results, good)
     totals = {name: sum(counts[split][name] for split in SPLITS) for name in task.classes}
     filled = [n for n in totals.values() if n]
     findings: Findings = {
@@ -129,18 +129,37 @@ def collect_findings(
         "imbalance": max(filled) / min(filled) if filled else None,
         "empty_classes": [name for name, n in totals.items() if n == 0],
         "remarks": task.describe_counts(counts),
+        "target_remarks": list(report.remarks),
         "traits": dict(Counter(t for i in good for t in results[i].traits).most_common()),
         "sizes": _summarize_sizes([results[i].size for i in good if results[i].size]),
         "notes": list(source.notes),
         "leakage": {},
         "leaks": list(leaks.entries[:LISTED]),
     }
+    if report.figures:
+        findings["target_figures"] = dict(report.figures)
     for split in ("val", "test"):
         own = [i for i in good if splits[i] == split]
         findings["leakage"][split] = count_leaks(leaks.kinds[own])
     _add_groups(findings, rows, splits, good)
     _add_times(findings, rows, splits, good)
     return findings
+
+
+def _check_targets(
+    task: Task,
+    rows: Sequence[Example],
+    splits: Sequence[str],
+    results: Sequence[DecodeResult],
+    good: Sequence[int],
+) -> tuple[dict[str, dict[str, int]], TargetReport]:
+    """The table of counts, and what else the task says of the targets."""
+    by_split: dict[str, list[CheckedTarget]] = {split: [] for split in SPLITS}
+    for i in good:
+        if (geometry := results[i].geometry) is not None:
+            by_split[splits[i]].append(CheckedTarget(rows[i].name, rows[i].target, geometry))
+    counts = task.count_targets({split: [one.target for one in examples] for split, examples in by_split.items()})
+    return counts, task.check_targets(by_split)
 
 
 def _add_groups(findings: Findings, rows: Sequence[Example], splits: Sequence[str], good: Sequence[int]) -> None:
@@ -174,7 +193,7 @@ def _worst_first(item: DividedGroup | EqualInputs) -> tuple[bool, bool]:
 
 
 def _group_equal(
-    rows: Sequence[Example], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
+    task: Task, rows: Sequence[Example], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
 ) -> tuple[list[EqualInputs], list[EqualInputs], list[EqualInputs]]:
     """Groups of inputs with equal content: across splits, within one split, and with several labels."""
     groups: dict[bytes, list[int]] = defaultdict(list)
@@ -187,7 +206,7 @@ def _group_equal(
         if len(members) == 1:
             continue
         in_splits = sorted({splits[i] for i in members}, key=SPLITS.index)
-        names, labels = [rows[i].name for i in members], [str(rows[i].target) for i in members]
+        names, labels = [rows[i].name for i in members], [task.name_target(rows[i].target) for i in members]
         if len(in_splits) > 1:
             across.append({"names": names, "splits": in_splits})
         else:
@@ -265,7 +284,7 @@ def format_findings(findings: Findings) -> list[str]:
         lines.append(f"{plural(counts['bad'], 'example')} left out, can't be decoded: {bad['name']} ({bad['reason']})")
     if counts["duplicates_within"]:
         lines.append(f"{plural(counts['duplicates_within'], 'group')} of identical examples within a split")
-    lines += findings.get("remarks", [])
+    lines += [*findings.get("remarks", []), *findings.get("target_remarks", [])]
     if findings["traits"]:
         lines.append(f"converted: {describe_traits(findings['traits'])}")
     return lines + list(findings["notes"])

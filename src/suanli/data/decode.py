@@ -57,6 +57,7 @@ _DAMAGE = (
 class DecodedImage(NamedTuple):
     pixels: np.ndarray  # (H, W, 1) when grey, else (H, W, 3); uint8, contiguous
     traits: tuple[str, ...]
+    orientation: int = 1  # that was undone
 
 
 class Header(NamedTuple):
@@ -73,9 +74,7 @@ def decode(raw: Raw) -> DecodedImage:
     data = _check_bytes(raw)
     jpeg = _decode_jpeg(data) if data.startswith(b"\xff\xd8") else None
     pixels, traits, orientation = jpeg or _decode_other(data)
-    if orientation != 1:
-        pixels = _rotate_upright(pixels, orientation)
-    return DecodedImage(_drop_equal_channels(pixels), traits)
+    return DecodedImage(_drop_equal_channels(pixels), traits, orientation)
 
 
 def decode_pillow(image: Image.Image) -> np.ndarray:
@@ -132,7 +131,8 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _decode_jpeg(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int] | None:
-    """Pixels, traits and orientation; None: Pillow has to decode it (CMYK, rare markers, no JPEG)."""
+    """Upright pixels, traits and the orientation that was undone; None: Pillow has to decode it (CMYK, rare markers, no
+    JPEG)."""
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -149,7 +149,9 @@ def _decode_jpeg(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int] | None:
             raise BadInput("The JPEG is cut short: part of the image is missing.") from error
         return None
     orientation = _jpeg_orientation(data)
-    return pixels, ("exif-rotated",) if orientation != 1 else (), orientation
+    if orientation == 1:
+        return pixels, (), 1
+    return _rotate_upright(pixels, orientation), ("exif-rotated",), orientation
 
 
 def _jpeg_orientation(data: bytes) -> int:
@@ -271,6 +273,7 @@ def _text_bytes(kind: bytes, content: bytes) -> int:
 
 
 def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
+    """As `_decode_jpeg`."""
     with _open(data) as image:
         # Pillow rotates a TIFF while it loads it, and the tag is gone then.
         before = _exif_orientation(image) if image.format == "TIFF" else 1
@@ -289,9 +292,11 @@ def _decode_other(data: bytes) -> tuple[np.ndarray, tuple[str, ...], int]:
         traits += ("16-bit",)
     if animated:
         traits += ("animated",)
+    if orientation != 1:
+        pixels = _rotate_upright(pixels, orientation)
     if (before, orientation) != (1, 1):
         traits += ("exif-rotated",)
-    return pixels, traits, orientation
+    return pixels, traits, max(before, orientation)
 
 
 def _exif_orientation(image: Image.Image) -> int:

@@ -2,6 +2,10 @@
 
 Equal content is found by digest. Near-duplicates are found by the keys of `Preprocess.similarity_key`: two examples are
 near-duplicates where their keys differ in at most `Preprocess.similar_bits` bits.
+
+A key can't find an image that is mirrored or cut to its middle. Once there is a trained model, its embeddings may:
+two examples are taken for one where they are nearer than chance allows (`closeness`). That is evidence, not proof, so
+it is listed apart, and changes no score.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TypedDict
 
 import numpy as np
@@ -23,10 +28,15 @@ from suanli.data.examples import ExampleTable
 
 FILE = "leaks.csv"
 EXACT, NEAR = 1, 2  # of an example: how it is also in training; 0: it is new
+SIMILAR = "similar by embedding"
 VALIDATION = 4  # added where it is in validation only, which takes part in choices
 KINDS = {EXACT: "exact", NEAR: "near"}
 SEEN = {"val": ("train",), "test": ("train", "val")}  # splits that a model has seen before it answers for this one
 LISTED = 20  # copies that are listed of one example, at most
+NEXT = 5  # examples after the nearest, by which it is judged how near that is
+FALSE_ALARMS = 0.01  # pairs of different examples that are expected among the similar ones, by chance
+LEAST_FOUND = 0.5  # of copies made for the purpose: where fewer are found, the embeddings can't tell copies
+LEAST_EXAMPLES = 50  # with fewer, nothing is known of chance
 WIDTH, HEIGHT = 8192, 32  # keys that are compared at a time: their differences stay in a core's cache
 
 
@@ -42,7 +52,7 @@ class LeakCounts(TypedDict):
 class Copy(TypedDict):
     name: str
     split: str
-    distance: int  # bits in which the keys differ
+    distance: float  # bits in which the keys differ; of embeddings, 1 less the cosine
 
 
 class LeakEntry(TypedDict):
@@ -50,7 +60,7 @@ class LeakEntry(TypedDict):
 
     example: str
     split: str
-    kind: str  # "exact" or "near"
+    kind: str  # "exact", "near", or SIMILAR
     copies: list[Copy]  # the nearest first, at most `LISTED`
 
 
@@ -87,6 +97,30 @@ def find_leaks(examples: ExampleTable, seen: ExampleTable, similar_bits: int) ->
     return Leaks(kinds=kinds, entries=entries)
 
 
+def closeness(distances: np.ndarray) -> np.ndarray:
+    """How near an example is to the nearest of other ones (N,), the lower the nearer, from its distances to the nearest
+    and the next few of them (N, K), ascending: the logarithm of the distance to the nearest, plus that of its ratio to
+    the mean of the next. So a pair must be near, and nearer than others are where examples lie dense."""
+    logs = np.log(np.maximum(distances, 1e-7))
+    near: np.ndarray = 2 * logs[:, 0] - logs[:, 1:].mean(1)
+    return near
+
+
+def closeness_limit(examples: np.ndarray, copies: np.ndarray) -> float | None:
+    """The closeness from which on two examples are taken for one. None: the embeddings can't say.
+
+    No labels are needed. The `examples` (N,) are nearly all different from their nearest, so their closeness is about
+    normal; its median and lower quartile, which a few copies don't move, give the value below which chance leaves
+    hardly a pair. The `copies` (C, kinds) were made for the purpose: of one kind at least, half must be found.
+    """
+    if len(examples) < LEAST_EXAMPLES or not copies.size:
+        return None
+    quarter, middle = np.quantile(examples, [0.25, 0.5])
+    spread = (middle - quarter) / -NormalDist().inv_cdf(0.25)
+    limit = float(middle + spread * NormalDist().inv_cdf(FALSE_ALARMS / len(examples)))
+    return limit if (copies <= limit).mean(0).max() >= LEAST_FOUND else None
+
+
 def count_leaks(kinds: np.ndarray) -> LeakCounts:
     how = kinds & (EXACT | NEAR)
     return LeakCounts(
@@ -109,13 +143,31 @@ def describe_leaks(split: str, *, examples: int, exact: int, near: int, only_val
 
 def write_leaks(path: Path, entries: Iterable[LeakEntry]) -> None:
     """The list as CSV, one pair of an example and its copy a line."""
+    _write_rows(path, _rows(entries))
+
+
+def replace_similar(path: Path, entries: Sequence[LeakEntry]) -> None:
+    """The same list with these entries of the kind SIMILAR in place of those of before."""
+    others: list[list[str]] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as stream:
+            others = [row for row in list(csv.reader(stream))[1:] if row[2:3] != [SIMILAR]]
+    if entries or path.exists():
+        _write_rows(path, [*others, *_rows(entries)])
+
+
+def _rows(entries: Iterable[LeakEntry]) -> Iterator[Sequence[object]]:
+    for one in entries:
+        for copy in one["copies"]:
+            yield one["split"], one["example"], one["kind"], copy["split"], copy["name"], f"{copy['distance']:.4g}"
+
+
+def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
     with atomic_file(path) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="")
         table = csv.writer(text)
         table.writerow(["split", "example", "kind", "copy_split", "copy", "distance"])
-        for one in entries:
-            start = [one["split"], one["example"], one["kind"]]
-            table.writerows([*start, copy["split"], copy["name"], copy["distance"]] for copy in one["copies"])
+        table.writerows(rows)
         text.flush()
         text.detach()
 

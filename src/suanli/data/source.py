@@ -15,6 +15,7 @@ from suanli.core.garbage import pause_collector
 from suanli.core.registry import load, load_all, names
 from suanli.core.types import AnyPath, Columns, Dataset, Source
 from suanli.data.download import fetch
+from suanli.data.overlaps import find_part_of
 from suanli.data.splits import group_by_pattern
 from suanli.data.suffixes import is_ignored
 
@@ -55,16 +56,18 @@ def _read_source(subject: AnyPath, columns: Columns, data_dir: Path) -> Source:
         folder = data_dir / dataset.name
         for download in dataset.downloads:
             fetch(download, folder)
-        return dataset.read(folder)
+        return replace(dataset.read(folder), part_of=dataset.part_of)
     if not path.exists():
         raise _no_data_error(str(subject))
     with _report_permission_errors(path):
         for reader in sorted(load_all("readers").values(), key=lambda r: (r.order, r.name)):
             if reader.why_not(path) is None:
-                return reader.read(path, columns)  # type: ignore[no-any-return]
+                source: Source = reader.read(path, columns)
+                return replace(source, part_of=find_part_of(source))
     raise DataError(
         f"{path} is not data that suanli reads.",
-        fix="Give a folder of class folders, a zip or tar of one, a CSV, TSV or JSONL table, or an .npz file.",
+        fix="Give a folder of class folders or of images with boxes, a zip or tar of one, a CSV, TSV or JSONL table, "
+        "or an .npz file.",
     )
 
 

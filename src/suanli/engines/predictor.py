@@ -83,10 +83,11 @@ class Predictor:
         preprocess: Preprocess,
         task: Task,
         loaded: LoadedEngine,
+        device_type: str = "cpu",
         batches: bool = True,
     ) -> None:
         """`batches`: one call may hold several inputs."""
-        self.engine, self.precision, self.threads = engine, precision, threads
+        self.engine, self.precision, self.threads, self.device_type = engine, precision, threads, device_type
         self.preprocess, self.task, self.batches = preprocess, task, batches
         self._empty = empty_answer(task, preprocess)
         self._loaded = loaded
@@ -117,7 +118,7 @@ class Predictor:
 
     def encode(self, raw: Any) -> EncodedInput | str:
         """What the engine reads of an input, or why there is nothing; a BadInput is that reason."""
-        return raw.message if isinstance(raw, BadInput) else encode(self.preprocess, raw)
+        return encode(self.preprocess, raw)
 
     def predict_encoded(
         self, names: Sequence[str], encoded: Sequence[EncodedInput | str], *, top: int
@@ -129,9 +130,7 @@ class Predictor:
 
     def _divide(self, encoded: Sequence[EncodedInput]) -> list[list[EncodedInput]]:
         """Parts that one call can hold, in order: of equal shapes, and single where the engine takes no batches."""
-        if not self.batches:
-            return [[one] for one in encoded]
-        return [list(part) for _, part in groupby(encoded, lambda one: [a.shape for a in one.arrays.values()])]
+        return group_by_shape(encoded) if self.batches else [[one] for one in encoded]
 
     def _answer_part(self, part: Sequence[EncodedInput]) -> Sequence[Arrays | str]:
         """The outputs for each, or why there are none."""
@@ -146,6 +145,11 @@ class Predictor:
         """The task's outputs (B, …) from encoded inputs (B, …)."""
         with self._lock:  # most engines answer into memory of their own, one call at a time
             return self._loaded.answer({name: np.ascontiguousarray(inputs[name]) for name in self.preprocess.inputs})
+
+
+def group_by_shape(encoded: Sequence[EncodedInput]) -> list[list[EncodedInput]]:
+    """Neighbours of equal shapes together, which one call can hold."""
+    return [list(part) for _, part in groupby(encoded, lambda one: [a.shape for a in one.arrays.values()])]
 
 
 def stack(encoded: Sequence[EncodedInput], preprocess: Preprocess) -> dict[str, np.ndarray]:
@@ -232,6 +236,7 @@ def _load_stored(
         engine=entry.engine,
         precision=entry.precision,
         threads=placement.threads,
+        device_type=placement.device.type,
         preprocess=build_preprocess(asdict(index.preprocess)),
         task=build_task(index.task.name, index.classes, index.task.settings),
         batches=index.batches,
@@ -246,6 +251,7 @@ def _load_eager(folder: Path, device: str, threads: int | None, trust_code: bool
         engine="eager",
         precision="float32",
         threads=placement.threads,
+        device_type=placement.device.type,
         preprocess=build_preprocess(card["preprocess"]),
         task=build_task(card["task"], card["classes"], card.get("task_settings", {})),
         loaded=load_plugin("engines", "eager").load(folder, "float32", placement),
@@ -334,8 +340,9 @@ def _fall_back(index: EngineIndex, reason: str, *, has_model: bool) -> str | Non
 
 
 def encode(preprocess: Preprocess, raw: Any) -> EncodedInput | str:
-    """What an engine reads of an input, or why there is nothing. Safe to call from several threads at once."""
+    """What an engine reads of an input, or why there is nothing; a BadInput is that reason. Safe to call from several
+    threads at once."""
     try:
-        return preprocess.encode(raw)
+        return raw.message if isinstance(raw, BadInput) else preprocess.encode(raw)
     except BadInput as error:
         return error.message

@@ -15,13 +15,13 @@ from suanli.core import compare
 from suanli.core.errors import DamagedFile
 from suanli.core.run import Run
 from suanli.core.scored_examples import ScoredExamples, pair
-from suanli.core.task import Task
+from suanli.core.task import Metric, Task
 from suanli.core.types import AnyPath, Json
 from suanli.models.model_folder import build_task, read_card
 from suanli.reporting import words
 from suanli.reporting.files import RunFiles, read_run
 from suanli.reporting.records import Metrics
-from suanli.reporting.views import split_sizes
+from suanli.reporting.views import all_layers_score, split_sizes, stage_metric
 
 SPLITS = ("test", "val", "train")  # the first that all runs have is compared
 SERIES = 1000  # points of a curve in JSON, at most
@@ -73,7 +73,7 @@ class Curve:
 
     run: str
     loss: tuple[tuple[float, float], ...]
-    validation: tuple[tuple[float, float], ...]  # of the primary score
+    validation: tuple[tuple[float, float], ...]  # of `Comparison.validation_metric`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +81,13 @@ class Comparison:
     """The first of `runs` is the one that the others are compared with."""
 
     runs: tuple[str, ...]
-    differences: Mapping[str, tuple[Row, ...]]  # of "recipe", "data", "plan", "machine"; only what differs
+    differences: Mapping[str, tuple[Row, ...]]  # of "recipe", "data", "training", "plan", "machine"; only what differs
     split: str | None  # of the scores; None: no split was evaluated in all runs
     metric: str | None  # the primary score; None: the runs have different ones
     higher_is_better: bool
     scores: tuple[Score, ...]
     changes: tuple[Change, ...]  # one for each run but the first
+    validation_metric: Metric | None  # of the curves; None: the runs have different ones, and each curve its own
     curves: tuple[Curve, ...]
     costs: tuple[Cost, ...]
     remarks: tuple[str, ...]
@@ -107,6 +108,7 @@ def compare_runs(paths: Sequence[AnyPath]) -> Comparison:
     primaries = {run.evaluations[split].primary for run in runs} if split else set()
     metric = next(iter(primaries)) if len(primaries) == 1 else None
     higher = runs[0].evaluations[split].higher_is_better if split else True
+    validated = _validation_metric(runs, metric)
     return Comparison(
         runs=names,
         differences=_differences(runs),
@@ -115,7 +117,8 @@ def compare_runs(paths: Sequence[AnyPath]) -> Comparison:
         higher_is_better=higher,
         scores=tuple(_scores(runs, split)) if split else (),
         changes=tuple(_changes(runs, split, metric, higher)) if split else (),
-        curves=tuple(_curve(run, metric) for run in runs),
+        validation_metric=validated,
+        curves=tuple(_curve(run, validated.name if validated else None) for run in runs),
         costs=tuple(map(_cost, runs)),
         remarks=tuple(_remarks(runs, split, metric)),
     )
@@ -128,6 +131,7 @@ def _differences(runs: Sequence[RunFiles]) -> dict[str, tuple[Row, ...]]:
     parts: dict[str, Callable[[RunFiles], Mapping[str, Json]]] = {
         "recipe": lambda run: _flatten(run.recipe),
         "data": _data,
+        "training": _stages,
         "plan": _plan,
         "machine": _machine,
     }
@@ -157,6 +161,18 @@ def _data(run: RunFiles) -> dict[str, Json]:
     sizes = {f"{split} examples": count for split, count in split_sizes(data).items()}
     values = {"name": data.name, "source": data.source, "classes": list(data.classes) or None, **sizes}
     return values | {"model input": list(data.input_shape), "digest": data.digest}
+
+
+def _stages(run: RunFiles) -> dict[str, Json]:
+    """Of a run that began with frozen features, the scores on validation of both models."""
+    if run.summary is None or (frozen := run.summary.frozen) is None:
+        return {}
+    score = f"validation {words.with_spaces(stage_metric(run))}"
+    return {
+        f"{score}, frozen features": frozen.scores.get(stage_metric(run)),
+        f"{score}, all layers": all_layers_score(run),
+        "kept": "frozen features" if frozen.kept else "all layers",
+    }
 
 
 def _plan(run: RunFiles) -> dict[str, Json]:
@@ -267,6 +283,9 @@ def _remarks(runs: Sequence[RunFiles], split: str | None, metric: str | None) ->
         yield f"No scores to compare: not evaluated yet: {', '.join(map(str, without))} (suanli evaluate RUN)."
     elif metric is None:
         yield "The runs have different primary metrics, so no score says which run is better."
+    for run in runs if split else ():
+        if (found := run.evaluations[split or ""].contamination) is not None:
+            yield f"{run.path}: {found.describe()}"
     if split in ("val", "train"):
         yield "Not all runs were evaluated on the test split, so the scores are of a split that training has used."
 
@@ -283,6 +302,13 @@ def _bounds(bounds: tuple[float | None, float | None] | None) -> Bounds | None:
 
 
 # --- curves and cost ------------------------------------------------------------------------
+
+
+def _validation_metric(runs: Sequence[RunFiles], metric: str | None) -> Metric | None:
+    """The primary score, or that of the task of runs that aren't evaluated yet."""
+    names = {metric or (run.task.metric.name if run.task else None) for run in runs}
+    name = next(iter(names)) if len(names) == 1 else None
+    return runs[0].metric(name) if name is not None else None
 
 
 def _curve(run: RunFiles, metric: str | None) -> Curve:

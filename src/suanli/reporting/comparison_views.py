@@ -11,6 +11,7 @@ from suanli.reporting import charts, words
 from suanli.reporting.charts import Chart, Series, chart, thin
 from suanli.reporting.comparison import Change, Comparison, Cost, Score
 from suanli.reporting.page import templates
+from suanli.reporting.text_chart import TextChart
 from suanli.reporting.views import SPLIT_NAMES
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ def sentences(one: Comparison) -> list[str]:
 
 def curves(one: Comparison) -> list[Chart]:
     names = short_names(one.runs)
-    unit = next((score.unit for score in one.scores if score.name == one.metric), "")
+    metric = one.validation_metric
+    unit = metric.unit if metric else ""
     is_share = unit == words.FRACTION
 
     def lines(field: str) -> list[Series]:
@@ -153,7 +155,7 @@ def curves(one: Comparison) -> list[Chart]:
     found = [
         chart("Training loss", lines("loss"), x_label="epoch", x_range=(0.0, None), y_range=(0.0, None)),
         chart(
-            f"Validation {words.with_spaces(one.metric or 'score')}",
+            _validation_title(one),
             lines("validation"),
             x_label="epoch",
             x_range=(0.0, None),
@@ -162,6 +164,10 @@ def curves(one: Comparison) -> list[Chart]:
         ),
     ]
     return [drawn for drawn in found if drawn is not None]
+
+
+def _validation_title(one: Comparison) -> str:
+    return f"Validation {words.with_spaces(one.validation_metric.name if one.validation_metric else 'score')}"
 
 
 def render(one: Comparison) -> str:
@@ -188,7 +194,7 @@ def text(one: Comparison) -> Group:
     from rich.table import Table as Rich
     from rich.text import Text
 
-    parts: list[Text | Rich] = [Text(sentence) for sentence in sentences(one)]
+    parts: list[Text | Rich | TextChart] = [Text(sentence) for sentence in sentences(one)]
     for table in (*score_tables(one), *other_tables(one)):
         parts.append(Text(f"\n{table.title}", style="bold"))
         rows = Rich(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -198,4 +204,14 @@ def text(one: Comparison) -> Group:
         for name, cells in table.rows:
             rows.add_row(name, *(Text(f"{first} ({second})" if second else first) for first, second in cells))
         parts.append(rows)
+    if (metric := one.validation_metric) is not None and any(curve.validation for curve in one.curves):
+        parts.append(Text(f"\n{_validation_title(one)}", style="bold"))
+        parts.append(
+            TextChart(
+                curves=list(zip(short_names(one.runs), (curve.validation for curve in one.curves), strict=True)),
+                x_label="epoch",
+                show=lambda value: words.score(value, metric.unit),
+                best=max if metric.higher_is_better else min,
+            )
+        )
     return Group(*parts)

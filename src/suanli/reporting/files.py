@@ -20,8 +20,9 @@ from suanli.core.storage import read_json
 from suanli.core.task import Metric, Task
 from suanli.core.types import SPLITS, AnyPath, Measurement
 from suanli.models.model_folder import build_preprocess
+from suanli.reporting.embedding_records import Embeddings
 from suanli.reporting.parse_record import FIX, parse_record
-from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, Summary
+from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, StartingWeights, Summary
 from suanli.reporting.words import FRACTION
 from suanli.training.ablation_records import Ablation
 from suanli.training.scaling_records import Scaling
@@ -37,11 +38,13 @@ class RunFiles:
     recipe: dict[str, Any]
     environment: Environment | None
     data: Data | None
+    weights: StartingWeights | None  # that training started from; None: from none
     check: Check | None
     metrics: list[Metrics]
     ledger: list[Measurement]
     summary: Summary | None
     evaluations: dict[str, Evaluation]  # by split
+    embeddings: Embeddings | None
     roofline: Roofline | None
     ablation: Ablation | None
     scaling: Scaling | None
@@ -50,6 +53,7 @@ class RunFiles:
     only_bench: bool  # it measures speed and trains nothing
     encoding_code: str | None  # Python that prepares an input without suanli; None: there is none
     task: type[Task] | None  # None: this version doesn't know it
+    data_sections: list[Section]  # what the task shows of the targets in the data
     sections: dict[str, list[Section]]  # of each evaluation, by split: what the task shows of its figures
 
     def unit_of(self, score: str) -> str:
@@ -80,11 +84,13 @@ def read_run(path: AnyPath) -> RunFiles:
         recipe=recipe,
         environment=_read(path / "environment.json", Environment),
         data=_read(path / "data.json", Data),
+        weights=_read(path / "weights.json", StartingWeights),
         check=_read(path / "check.json", Check),
         metrics=metrics,
         ledger=_read_lines(path / "ledger.jsonl", Measurement),
         summary=_read(path / "summary.json", Summary),
         evaluations={split: evaluation for split, evaluation in evaluations.items() if evaluation},
+        embeddings=_read(path / "evaluation" / "embeddings.json", Embeddings),
         roofline=_read(path / "roofline.json", Roofline),
         ablation=_read(path / "bench.json", Ablation),
         scaling=_read(path / "scaling.json", Scaling),
@@ -93,6 +99,7 @@ def read_run(path: AnyPath) -> RunFiles:
         only_bench=measured and not trained and not metrics,
         encoding_code=_encoding_code(path / "model" / "model.json"),
         task=task,
+        data_sections=_sections(task, path / "check.json", of_data=True) if task else [],
         sections={split: _sections(task, file) for split, file in files.items() if task and evaluations[split]},
     )
 
@@ -112,9 +119,11 @@ def _task(recipe: Mapping[str, Any]) -> type[Task] | None:
     return task
 
 
-def _sections(task: type[Task], file: Path) -> list[Section]:
-    """Raises DamagedFile for figures that the task can't read."""
+def _sections(task: type[Task], file: Path, *, of_data: bool = False) -> list[Section]:
+    """Of the figures of an evaluation, or of the data check. Raises DamagedFile for those that the task can't read."""
     try:
+        if of_data:
+            return task.data_sections((_json(file) or {}).get("target_figures", {}))
         return task.sections(_json(file))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise DamagedFile(

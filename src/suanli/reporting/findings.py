@@ -36,7 +36,8 @@ class Finding:
 
 def list_findings(check: Check) -> list[Finding]:
     targets = _classes(check) if words.is_known(check.imbalance) or check.empty_classes else _remarks(check)
-    return [*_duplicates(check), *_divisions(check), *_unusable(check), *targets, *_oddities(check)]
+    fitting = [Finding(weight="warning", title=words.sentence(one), advice="") for one in check.target_remarks]
+    return [*_duplicates(check), *_divisions(check), *_unusable(check), *targets, *fitting, *_oddities(check)]
 
 
 def _total(check: Check, field: str, examples: Sequence[object]) -> int:
@@ -177,8 +178,8 @@ def _classes(check: Check) -> list[Finding]:
             Finding(
                 weight="warning",
                 title=f"The largest class is {words.times(check.imbalance)} times the smallest",
-                advice="Read balanced accuracy beside accuracy. Weighting the classes may help the small ones:"
-                " --set class_weights=balanced",
+                advice="Read the scores of each class beside those of all. Where the task has weights of classes, they"
+                " may help the small ones: --set class_weights=balanced",
             )
         )
     return findings

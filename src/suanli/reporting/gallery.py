@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from suanli.reporting import words
+from suanli.reporting.embedding_records import Shown
 from suanli.reporting.parse_record import parse_record
 from suanli.reporting.records import Answer, BoxesAnswer, ClassesAnswer, Example, Number, Preview, View
 
@@ -69,6 +70,29 @@ class Card:
     method: str | None  # that found what the answer rests on; None: it wasn't looked for
     marked: str | None  # the address of a picture that shows it
     words: tuple[Word, ...]  # or the words
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thumbnail:
+    """An example beside others, with its target."""
+
+    name: str
+    split: str
+    text: str
+    picture: str | None
+    tiny: bool
+    words: str | None  # of an input that is a text
+
+
+def thumbnail(one: Shown) -> Thumbnail:
+    return Thumbnail(
+        name=one.name,
+        split=one.split,
+        text=one.text,
+        picture=_picture(one.preview),
+        tiny=one.preview is not None and _is_tiny(one.preview),
+        words=_text(one.preview),
+    )
 
 
 def cards(examples: Iterable[Example]) -> list[Card]:

@@ -19,7 +19,7 @@ from suanli.core.storage import read_json
 from suanli.core.task import format_score
 from suanli.core.types import Json
 from suanli.reporting.parse_record import parse_record
-from suanli.reporting.records import Data, Environment, Evaluation, Summary
+from suanli.reporting.records import Data, Environment, Evaluation, FrozenFeatures, Summary
 from suanli.reporting.words import FRACTION
 
 State = Literal["finished", "running", "interrupted", "diverged", "broken"]
@@ -46,8 +46,11 @@ class RunOverview:
     unit: str | None = None
     higher_is_better: bool = True
     split: str | None = None  # of the score: "test", or "val" where test isn't evaluated
+    contaminated: bool = False  # the weights that training started from may have seen the examples
     train_seconds: float | None = None
     epochs: float | None = None
+    frozen_score: float | None = None  # on validation, of the head on frozen features, before all layers were trained
+    frozen: bool = False  # the model is the one with that head
     started: str | None = None  # ISO 8601, UTC
     engines: bool = False  # `optimize` has made some
 
@@ -118,6 +121,8 @@ def _read(path: Path) -> RunOverview:
         **_score(path, task),
         train_seconds=summary.seconds.get("train") if summary else None,
         epochs=summary.epochs if summary else None,
+        frozen_score=_frozen_score(summary and summary.frozen, task),
+        frozen=bool(summary and summary.frozen and summary.frozen.kept),
         started=environment.time if environment else None,
         engines=(path / "model" / "engines" / "engines.json").is_file(),
     )
@@ -147,8 +152,15 @@ def _score(path: Path, task: str) -> dict[str, Any]:
                 "unit": found.units.get(name) or _unit(task, name),
                 "higher_is_better": found.higher_is_better,
                 "split": split,
+                "contaminated": found.contamination is not None,
             }
     return _validation_score(path, task)
+
+
+def _frozen_score(frozen: FrozenFeatures | None, task: str) -> float | None:
+    if frozen is None or task not in registry.names("tasks"):
+        return None
+    return frozen.scores.get(registry.load("tasks", task).metric.name)
 
 
 def _validation_score(path: Path, task: str) -> dict[str, Any]:

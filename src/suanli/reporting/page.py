@@ -14,10 +14,23 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from suanli.reporting import bars, charts, engine_views, findings, prose, scaling_views, speed_views, views, words
+from suanli.reporting import (
+    bars,
+    charts,
+    embedding_views,
+    engine_views,
+    findings,
+    prose,
+    scaling_views,
+    speed_views,
+    views,
+    words,
+)
 from suanli.reporting.bench_views import bench_view
+from suanli.reporting.charts import Chart
 from suanli.reporting.files import RunFiles
 from suanli.reporting.gallery import cards
+from suanli.reporting.records import Evaluation
 from suanli.reporting.section_views import section_views
 
 
@@ -31,6 +44,9 @@ def render(run: RunFiles) -> str:
             **_scores(run),
             **_speed(run),
             **_score_formats(run),
+            embeddings=embedding_views.embedding_view(run.embeddings) if run.embeddings else None,
+            likes=embedding_views.likes(run.embeddings, _shown_evaluation(run)[1]),
+            map_frame=embedding_views,
             frame=charts,
             bar_frame=bars,
             bar_length=words.bar_length,
@@ -62,8 +78,18 @@ def _overview(run: RunFiles) -> dict[str, Any]:
         "primary": primary,
         "missing": prose.list_missing(run, primary),
         "abstract": prose.abstract(run, primary),
-        "curves": views.curves(run.metrics, primary.name if primary else None, run.unit_of),
+        "stages": views.stages(run),
+        "stage_metric": views.stage_metric(run),
+        "frozen": run.summary.frozen if run.summary else None,
+        "curves": _curves(run, primary),
     }
+
+
+def _curves(run: RunFiles, primary: views.PrimaryScore | None) -> list[Chart]:
+    """None of a head alone, whose one point the table of stages has."""
+    if run.summary and run.summary.frozen and not run.summary.steps:
+        return []
+    return views.curves(run.metrics, primary.name if primary else None, run.unit_of)
 
 
 def _data(run: RunFiles) -> dict[str, Any]:
@@ -74,12 +100,20 @@ def _data(run: RunFiles) -> dict[str, Any]:
         "findings": findings.list_findings(run.check) if run.check else None,
         "has_classes": bool(run.data and run.data.classes),
         "listed": findings.LISTED,
+        "data_section_groups": section_views(run.data_sections),
+        "weights": run.weights,
+        "weights_facts": prose.weights_facts(run.weights) if run.weights else [],
     }
 
 
-def _scores(run: RunFiles) -> dict[str, Any]:
+def _shown_evaluation(run: RunFiles) -> tuple[str | None, Evaluation | None]:
+    """The split of which figures and examples are shown, and its evaluation."""
     split = next((split for split in ("test", "val", "train") if split in run.evaluations), None)
-    evaluation = run.evaluations[split] if split else None
+    return split, run.evaluations[split] if split else None
+
+
+def _scores(run: RunFiles) -> dict[str, Any]:
+    split, evaluation = _shown_evaluation(run)
     names, columns = views.score_columns(run.evaluations)
     phases = views.phases(run.summary, evaluation) if run.summary else []
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from suanli.core.run import CROSS_VALIDATION
 from suanli.reporting import bench_views, scaling_views, views, words
 from suanli.reporting.files import RunFiles
+from suanli.reporting.records import StartingWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,21 @@ def list_missing(run: RunFiles, score: views.PrimaryScore | None) -> list[Missin
         unreadable = "There are no figures here that this version of suanli can show. Run `suanli bench` again."
         return [] if figures else [Missing(message=unreadable)]
     return [*_missing_training(run), *_missing_evaluation(run, score)]
+
+
+def weights_facts(weights: StartingWeights) -> list[tuple[str, str]]:
+    """What is known of the weights that a training started from: name and value, for people."""
+    facts = {
+        "name": weights.name if weights.title in (None, weights.name) else f"{weights.title} ({weights.name})",
+        "network": weights.model,
+        "licence": weights.licence or "not stated",
+        "learned from": ", ".join(weights.learned_from),
+        "top-1 on ImageNet-1k": "" if weights.accuracy is None else f"{weights.accuracy:.1%}, says the publisher",
+        "publisher": weights.homepage,
+        "revision": weights.revision,
+        "checksum": weights.checksum,
+    }
+    return [(name, value) for name, value in facts.items() if value]
 
 
 def _missing_training(run: RunFiles) -> list[Missing]:
@@ -74,7 +90,7 @@ def abstract(run: RunFiles, score: views.PrimaryScore | None) -> list[str]:
         sentences.append(sentence + ".")
         evaluation = run.evaluations[score.split]
         sentences += [one.describe(run.metric(score.name)) for one in evaluation.baselines]
-        sentences += [*evaluation.remarks, *describe_leakage(run, score.split)]
+        sentences += [*evaluation.remarks, *describe_leakage(run, score.split), *describe_overlap(run, score.split)]
     return sentences + describe_cross_validation(run)
 
 
@@ -90,7 +106,8 @@ def describe_cross_validation(run: RunFiles) -> list[str]:
         f" {words.count(evaluation.count, 'example')} was predicted by a model that hadn't seen it:"
         f" {words.with_spaces(primary)} is {words.score(evaluation.scores[primary], unit)}"
     )
-    return [sentence + (f" (95 % interval {bounds})." if bounds else "."), *describe_leakage(run, CROSS_VALIDATION)]
+    remarks = [*describe_leakage(run, CROSS_VALIDATION), *describe_overlap(run, CROSS_VALIDATION)]
+    return [sentence + (f" (95 % interval {bounds})." if bounds else "."), *remarks]
 
 
 def describe_examples(run: RunFiles, split: str) -> str:
@@ -124,6 +141,12 @@ def describe_leakage(run: RunFiles, split: str) -> list[str]:
     return sentences
 
 
+def describe_overlap(run: RunFiles, split: str) -> list[str]:
+    """That the score is contaminated, where it is known to be."""
+    found = run.evaluations[split].contamination
+    return [] if found is None else [found.describe()]
+
+
 def _has_duplicates(run: RunFiles, split: str) -> bool:
     """Whether an older version, which didn't count them, found examples of the test split in others."""
     if run.check is None or run.check.leakage or split != "test":
@@ -140,9 +163,11 @@ def _training(run: RunFiles) -> str:
         names = views.count_names(run.data) if run.data.classes else []
         classes = f" in {words.count(len(names), 'class', 'classes')}" if names else ""
         sentence += f" ({words.count(sizes['train'], 'training example')}{classes})"
-    if summary and words.is_known(summary.epochs):
+    if summary and summary.frozen and not summary.steps:
+        sentence = sentence.replace(" was trained on ", " got a new head, fitted to its features of ", 1)
+    elif summary and words.is_known(summary.epochs):
         epochs = "epoch" if summary.epochs == 1 else "epochs"
         sentence += f" for {words.number(summary.epochs)} {epochs}"
-    if summary and words.is_known(summary.seconds.get("train")):
+    if summary and summary.steps != 0 and words.is_known(summary.seconds.get("train")):
         sentence += f" in {words.seconds(summary.seconds['train'])}"
     return sentence + "."

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Base64Bytes, Field
 
 from suanli.core.baselines import Baseline
+from suanli.core.overlaps import Contamination
 from suanli.core.types import Plan
 from suanli.data.leaks import describe_leaks
 from suanli.engines.candidates import SearchResult
@@ -57,6 +58,34 @@ class Data:
     sizes: Mapping[str, int] = field(default_factory=dict)  # by split; older versions wrote none, since counts added up
     input_shape: tuple[int, ...] = ()
     digest: str | None = None
+
+
+# --- weights.json ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingWeights:
+    """What is known of the weights that a training started from."""
+
+    name: str | None = None
+    title: str | None = None
+    model: str | None = None
+    homepage: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    commercial: bool | None = None  # whether the licence allows commercial use; None: unknown
+    checksum: str | None = None
+    accuracy: float | None = None  # of the original on ImageNet-1k, says its publisher
+    learned_from: tuple[str, ...] = ()
+
+    @property
+    def caution(self) -> str:
+        """What a user of the model must know of the licence."""
+        if self.commercial is False:
+            return "This licence forbids commercial use, as a rule also of a model that was trained from these weights."
+        if self.commercial is None and self.homepage:
+            return "Whether this licence allows commercial use isn't known: read the publisher's terms."
+        return ""
 
 
 # --- check.json -----------------------------------------------------------------------------
@@ -135,7 +164,8 @@ class Check:
     sizes: Sizes | None = None
     imbalance: Number = None  # of classes
     empty_classes: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()  # the task's, on its targets
+    remarks: tuple[str, ...] = ()  # the task's, on how many targets of each kind there are
+    target_remarks: tuple[str, ...] = ()  # and on how they fit their inputs
     notes: tuple[str, ...] = ()
     groups: Mapping[str, int] = field(default_factory=dict)  # by split; empty: examples have no groups
     groups_across_splits: tuple[DividedGroup, ...] = ()
@@ -177,6 +207,21 @@ class PlanChange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenFeatures:
+    """The head that was fitted to features of the frozen backbone, before any layer was trained."""
+
+    scores: Scores = field(default_factory=dict)  # on validation
+    kept: bool = False  # it is the head of the run's model
+    seconds: Number = None
+    images: int | None = None  # of the training split
+    views: int | None = None  # of each image
+    features: int | None = None
+    images_per_s: Number = None  # None: the features were in the cache
+    way: str | None = None  # of computing them
+    penalty: Number = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     status: str | None = None
     steps: int | None = None
@@ -187,6 +232,7 @@ class Summary:
     peak_memory_bytes: Number = None
     limited_by: str | None = None
     forecast: Forecast = Forecast()
+    frozen: FrozenFeatures | None = None
     plan: Plan | None = None
     diagnosis: Diagnosis | None = None
     fallbacks: tuple[PlanChange, ...] = ()
@@ -311,6 +357,7 @@ class Evaluation:
     leakage: Leakage | None = None
     folds: Folds | None = None
     remarks: tuple[str, ...] = ()  # the task's, on its scores
+    contamination: Contamination | None = None
     mistakes: tuple[Example, ...] = ()
     samples: tuple[Example, ...] = ()
     seconds: Number = None

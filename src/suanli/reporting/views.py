@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from suanli.core.run import CROSS_VALIDATION
 from suanli.core.types import SPLITS
@@ -214,6 +215,54 @@ def phases(summary: Summary, evaluation: Evaluation | None) -> list[Phase]:
         known["other"] = rest
     all_s = sum(known.values()) or 1.0
     return [Phase(name=name, seconds=s, share=s / all_s) for name, s in known.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What was trained, and how good it then was on validation."""
+
+    name: str
+    score: str
+    seconds: float | None
+    kept: bool
+
+
+def stages(run: RunFiles) -> list[Stage]:
+    """The head on frozen features, and all layers where they were trained, too; none for another training."""
+    summary = run.summary
+    if summary is None or (frozen := summary.frozen) is None:
+        return []
+    name = stage_metric(run)
+    found = [
+        Stage(name="head, on frozen features", **_stage(run, frozen.scores.get(name), frozen.seconds, frozen.kept))
+    ]
+    if summary.steps:
+        after = all_layers_score(run)
+        found.append(Stage(name="all layers", **_stage(run, after, summary.seconds.get("train"), not frozen.kept)))
+    return found
+
+
+def _stage(run: RunFiles, score: float | None, seconds: float | None, kept: bool) -> dict[str, Any]:
+    text = words.score(score, run.unit_of(stage_metric(run))) if words.is_known(score) else words.UNKNOWN
+    return {"score": text, "seconds": seconds, "kept": kept}
+
+
+def stage_metric(run: RunFiles) -> str:
+    """The score by which the stages of a training are compared."""
+    scores = run.summary.frozen.scores if run.summary and run.summary.frozen else {}
+    usual = run.task.metric.name if run.task else ""
+    return usual if usual in scores else next(iter(scores), usual)
+
+
+def all_layers_score(run: RunFiles) -> float | None:
+    """On validation, of the weights that would be kept of a training of all layers."""
+    name = stage_metric(run)
+    scores = [m.scores.get(name) for m in run.metrics if m.split == "val" and m.step]
+    known = [score for score in scores if words.is_known(score)]
+    if run.recipe.get("early_stop") is None or run.task is None:
+        return known[-1] if known else None
+    metric = run.task.metric
+    return max(known, key=lambda score: metric.gain(0.0, score), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

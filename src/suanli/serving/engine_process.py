@@ -165,7 +165,8 @@ class _Engine:
         """`seconds` of a batch by its size."""
         self._all, self._single, self._options = predictor, predictor, options
         self._loading: threading.Thread | None = None
-        can_change = options.threads is None and predictor.threads > 1 and _resident_bytes() < SINGLE_BYTES
+        has_choice = options.threads is None and predictor.threads > 1 and predictor.device_type == "cpu"
+        can_change = has_choice and _resident_bytes() < SINGLE_BYTES
         self._choice = ThreadChoice(Curve(seconds).seconds, RunDelay()) if can_change else None
 
     def compute(self, inputs: Mapping[str, np.ndarray], count: int) -> Arrays:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 C = 10.0  # inverse strength of the penalty on weights, for rows of length 1
+SHRINKAGE = 0.1  # of the covariance of features within a class, towards equal ones in all directions
 ITERATIONS = 50  # of the solver: what it reaches by then is near enough
 MOST_WORK = 1e8  # products in one iteration: about two seconds in all
 
@@ -26,6 +27,19 @@ def classify(features: Any, classes: np.ndarray, count: int, others: Any) -> np.
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(features, classes)
     probabilities = np.zeros((others.shape[0], count), np.float32)
+    probabilities[:, model.classes_] = model.predict_proba(others)
+    return probabilities
+
+
+def discriminate(features: np.ndarray, classes: np.ndarray, count: int, others: np.ndarray) -> np.ndarray | None:
+    """As `classify`, by linear discriminant analysis, which has a closed form and takes a hundredth of the time. The
+    features should be few, such as principal components."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    if not 1 < len(np.unique(classes)) < len(classes):
+        return None
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE).fit(features, classes)
+    probabilities = np.zeros((len(others), count), np.float32)
     probabilities[:, model.classes_] = model.predict_proba(others)
     return probabilities
 

@@ -21,7 +21,7 @@ from suanli.core.compare import share_difference, wilson_interval
 from suanli.core.errors import UsageError, unknown
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
-from suanli.core.task import FITTED, Answer, Metric, Records, Task
+from suanli.core.task import FITTED, Answer, MapColors, Metric, Records, SuspectTarget, Task
 from suanli.core.types import Difference, Json, Target
 from suanli.tasks import _linear
 from suanli.tasks._class_counts import describe_counts, refuse_unlearnable
@@ -41,6 +41,7 @@ from suanli.tasks._classification_scores import (
 )
 from suanli.tasks._classification_sections import draw_figures
 from suanli.tasks._curves import Text, check_goal, choose_threshold, curve_figures, rank_scores
+from suanli.tasks._label_errors import suspect_classes
 
 if TYPE_CHECKING:
     import torch
@@ -350,6 +351,13 @@ class Classification(Task):
         if predicted is None:
             return None
         return "logistic regression", self._plain.records({"probabilities": predicted}, other_targets)
+
+    def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget] | None:
+        """By confident learning."""
+        return suspect_classes(features, np.asarray(targets["class"]), len(self.classes))
+
+    def map_colors(self, targets: Mapping[str, Stored]) -> MapColors:
+        return MapColors(groups=np.asarray(targets["class"]), names=self.classes)
 
     def errors(self, records: Records) -> np.ndarray:
         """The confidence in a wrong class."""

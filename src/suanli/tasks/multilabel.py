@@ -18,12 +18,23 @@ import numpy as np
 from suanli.core.errors import DataError
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section, Table
-from suanli.core.task import FITTED, Answer, Metric, Records, Task, check_predictions
+from suanli.core.task import (
+    FITTED,
+    Answer,
+    MapColors,
+    Metric,
+    Records,
+    SuspectTarget,
+    Task,
+    check_predictions,
+)
 from suanli.core.types import Json, Target
 from suanli.tasks import _linear
 from suanli.tasks._classification_scores import mean_ratio
 from suanli.tasks._curves import Text, check_goal, choose_threshold, rank_scores
+from suanli.tasks._label_errors import suspect_labels
 
+MOST_SETS = 9  # of labels that a map tells apart
 FEW = 3  # with fewer examples, or counterexamples, of a class a threshold would be chosen by chance
 COLUMNS = {
     "name": "class",
@@ -224,6 +235,20 @@ class Multilabel(Task):
             if (own := _linear.classify(features, labels[:, i], 2, other_features)) is not None:
                 predicted[:, i] = own[:, 1]
         return "logistic regression", self._plain.records({"probabilities": predicted}, other_targets)
+
+    def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget]:
+        """By confident learning, for each label."""
+        return suspect_labels(features, np.asarray(targets["labels"]))
+
+    def map_colors(self, targets: Mapping[str, Stored]) -> MapColors:
+        """By the set of labels, where it is one of the most frequent."""
+        labels = np.asarray(targets["labels"])
+        sets, place, counts = np.unique(labels, axis=0, return_inverse=True, return_counts=True)
+        frequent = np.argsort(-counts, kind="stable")[:MOST_SETS]
+        names = [", ".join(self.classes[i] for i in np.flatnonzero(sets[one])) or "no label" for one in frequent]
+        ranks = np.full(len(sets), len(names))
+        ranks[frequent] = np.arange(len(names))
+        return MapColors(groups=ranks[place.reshape(-1)], names=(*names, "other labels"))
 
     @property
     def _plain(self) -> Self:

@@ -17,9 +17,19 @@ import numpy as np
 from suanli.core.errors import BadInput, DataError
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Line, Plot, Section, Table
-from suanli.core.task import FITTED, Answer, Metric, Records, Task, check_predictions
+from suanli.core.task import (
+    FITTED,
+    Answer,
+    MapColors,
+    Metric,
+    Records,
+    SuspectTarget,
+    Task,
+    check_predictions,
+)
 from suanli.core.types import Json, Positive, Target
 from suanli.tasks import _linear
+from suanli.tasks._label_errors import suspect_values
 
 if TYPE_CHECKING:
     import torch
@@ -190,6 +200,13 @@ class Regression(Task):
         values = (np.asarray(targets["value"], np.float64) - self.mean) / self.spread
         predicted = _linear.estimate(features, values, other_features) * self.spread + self.mean
         return "ridge regression", self.records({"value": predicted.astype(np.float32)}, other_targets)
+
+    def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget]:
+        """By the residuals of a ridge regression."""
+        return suspect_values(features, np.asarray(targets["value"], np.float64))
+
+    def map_colors(self, targets: Mapping[str, Stored]) -> MapColors:
+        return MapColors(values=np.asarray(targets["value"], np.float64))
 
     def errors(self, records: Records) -> np.ndarray:
         """The absolute error."""

@@ -9,6 +9,7 @@ from typing import NotRequired, TypedDict
 from suanli.core.baselines import Baseline
 from suanli.core.console import plural
 from suanli.core.notebook import html_table
+from suanli.core.overlaps import Contamination
 from suanli.core.task import Metric, format_number, format_score
 from suanli.core.types import Json
 from suanli.verbs._folds import Folds
@@ -84,6 +85,7 @@ class Evaluation:
     samples: Sequence[Example]
     seconds: float
     remarks: Sequence[str] = ()  # of the task, on its scores
+    contamination: Contamination | None = None  # None: no weights are known to have seen the examples
     baselines: Sequence[Baseline] = ()
 
     def as_metric(self) -> Metric:
@@ -124,6 +126,8 @@ def table(evaluation: Evaluation) -> str:
     lines += _score_lines(evaluation)
     lines += [f"  {one.describe(evaluation.as_metric())}" for one in evaluation.baselines]
     lines += [f"  {remark}" for remark in evaluation.remarks]
+    if evaluation.contamination is not None:
+        lines.append(f"  {evaluation.contamination.describe()}")
     if augmented is not None:
         row = _row(augmented["scores"][metric], augmented["intervals"][metric], evaluation.units[metric])
         lines.append(f"  with test-time augmentation ({augmented['views']} views): {metric} {row}")

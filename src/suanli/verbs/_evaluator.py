@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +21,11 @@ from suanli.core.task import Answer, Records
 from suanli.core.types import Device, Split, Step
 from suanli.data.loader import Feed
 from suanli.engines import saliency
+from suanli.models.backbone import HeadInputs
 from suanli.models.model_folder import SavedModel
 from suanli.training.augment import compose
 from suanli.training.validation import validation_batch_size
+from suanli.verbs._embeddings import MOST, Embedded, Embedder, most_of, sample
 from suanli.verbs._evaluation import AnswerValues, AugmentedScores, Evaluation, Example, Preview
 from suanli.verbs._leakage import find_rows, score_part, select_rows
 
@@ -40,9 +43,16 @@ class Evaluator:
         self.batch_size = validation_batch_size(saved.recipe)
         self.records: Records = {}  # of the last evaluation, of the examples whose scores count
         self.rows = np.arange(0)  # their positions in the split
+        self.worst: list[int] = []  # the positions of the mistakes
+        self.wrong = np.zeros(len(split), bool)  # of each example whose score counts
+        self.embedded: Embedded | None = None  # None: the network has no embeddings, or none were asked for
+        self.infer_s = 0.0  # that all answers took
 
-    def evaluate(self, name: str, augmented_views: bool, training: Split | None) -> Evaluation:
-        """`name`: of the split; `training`: for baselines that learn. Raises DataError for no examples."""
+    def evaluate(
+        self, name: str, augmented_views: bool, training: Split | None, *, embedder: Embedder | None = None
+    ) -> Evaluation:
+        """`name`: of the split; `training`: for baselines that learn; `embedder`: to keep the embeddings of the split.
+        Raises DataError for no examples."""
         started = time.perf_counter()
         task, split = self.saved.task, self.split
         if len(split) == 0:
@@ -50,13 +60,15 @@ class Evaluator:
         say(f"evaluating {plural(len(split), 'example')}")
         for line in task.describe():
             say(line)
-        predictions = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
+        predictions = self._answer(name, embedder)
         records = task.records(predictions, split.targets)
         evaluation, records, rows = summarize(name, self.saved, split, records, training)
         self.records, self.rows = records, rows
         errors = task.errors(records)
         worst = np.argsort(-errors, kind="stable")[:LISTED]
         sample = np.random.default_rng(0).permutation(len(rows))[:LISTED]
+        self.wrong[rows] = errors > 0
+        self.worst = [int(rows[i]) for i in worst.tolist() if errors[i] > 0]
         return replace(
             evaluation,
             with_augmentation=self._score_views(rows) if augmented_views and task.averages_views else None,
@@ -64,6 +76,24 @@ class Evaluator:
             samples=[self._example(int(rows[i]), predictions, errors[i]) for i in sample],
             seconds=time.perf_counter() - started,
         )
+
+    def _answer(self, name: str, embedder: Embedder | None) -> Arrays:
+        """The predictions, and on the way the embeddings."""
+        started, task = time.perf_counter(), self.saved.task
+        rows = sample(len(self.split), MOST[name])
+        wanted = np.isin(np.arange(len(self.split)), rows)
+        with HeadInputs(self.step.model, embedder.head, wanted=wanted) if embedder else nullcontext() as seen:
+            predictions = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
+        self.infer_s = time.perf_counter() - started
+        if seen is not None:
+            try:
+                vectors = seen.vectors(len(self.split))
+            except MachineError as error:
+                say(f"no embeddings: {error.message}")
+                return predictions
+            kept = sample(len(rows), most_of(vectors))
+            self.embedded = Embedded(name=name, split=self.split, rows=rows[kept], vectors=vectors[kept])
+        return predictions
 
     def _inputs(self, title: str) -> Iterator[Tensors]:
         done = 0

@@ -169,8 +169,9 @@ def _resolve_function(spec: str, options: SubjectOptions) -> ResolvedSubject:
     if options.weights is None:
         warn(f"Without --weights, the network is evaluated as {spec} builds it.")
     else:
-        head = build.head_of(module, build.resolve(recipe.model))
-        report = build.load_weights(module, Path(options.weights).expanduser(), head)
+        model = build.resolve(recipe.model)
+        head = build.head_of(module, model)
+        report = build.load_weights(module, Path(options.weights).expanduser(), head, model=model)
         if report.missing or report.skipped:
             raise DataError(f"{options.weights} doesn't fit the network: {report}", fix="Give all of its weights.")
     folder = Path(options.out or f"{spec.rpartition(':')[2]}-model").expanduser()

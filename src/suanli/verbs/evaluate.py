@@ -9,18 +9,25 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from suanli.core.console import warn
+from suanli.core.console import plural, say, warn
 from suanli.core.errors import DataError, UsageError
+from suanli.core.overlaps import find_contamination
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import CROSS_VALIDATION, Run, measurement
 from suanli.core.scored_examples import ScoredExamples
 from suanli.core.types import AnyPath, Device, Source, Split
-from suanli.data.cache import prepare_source
+from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.checks import refuse_bad_share
+from suanli.data.leaks import FILE as LEAKS
+from suanli.data.leaks import replace_similar
 from suanli.data.split_names import named_split
 from suanli.machine.device import cores, detect, environment
 from suanli.models.model_folder import SavedModel, add_scores, load_model
+from suanli.training.frozen_features import digest_network, find_features
 from suanli.training.prepare import DataOptions, keep_place, resolve_run
+from suanli.verbs._embedding_findings import SUSPECTS, Findings, Study, write_suspects
+from suanli.verbs._embeddings import FILE as EMBEDDINGS
+from suanli.verbs._embeddings import Embedder, embed_others, find_embedder, write_embeddings
 from suanli.verbs._evaluation import Evaluation as Evaluation
 from suanli.verbs._evaluation import table as table
 from suanli.verbs._evaluator import Evaluator, summarize
@@ -66,17 +73,26 @@ def evaluate(
         options, data = own, None
     training: Split | None = None
     if data is None:
-        splits = resolve_run(run, options, saved.recipe, verb="evaluate", announce=False).splits
+        prepared = resolve_run(run, options, saved.recipe, verb="evaluate", announce=False)
+        splits = prepared.splits
         examples, training = splits[split], None if split == "train" else splits["train"]
     else:
-        examples = _other_data(run, saved, options, data, split)
+        prepared, examples = _other_data(run, saved, options, data, split)
     target = detect(device)
     evaluator = Evaluator(saved, examples, target)
-    evaluation = evaluator.evaluate(split, augmented_views, training)
-    evaluation = replace(evaluation, seconds=time.perf_counter() - started)  # with loading
+    embedder = find_embedder(saved, target) if data is None and split == "test" else None
+    evaluation = evaluator.evaluate(split, augmented_views, training, embedder=embedder)
+    found = None if embedder is None else _study(evaluator, embedder, prepared, options)
+    evaluation = replace(
+        evaluation,
+        contamination=find_contamination(prepared.name, prepared.part_of, saved.card.get("pretrained")),
+        seconds=time.perf_counter() - started,  # with loading
+    )
     if data is None:
         scored = ScoredExamples.of(evaluator.records, examples, evaluator.rows, saved.preprocess, saved.task.classes)
         _write(run, evaluation, target, saved, options, scored)
+        if found is not None:
+            _write_findings(run, found)
     return evaluation
 
 
@@ -86,7 +102,14 @@ def _cross_validate(
     examples, records, how = cross_validate(run, saved, options, device, folds)
     evaluation, _, rows = summarize(CROSS_VALIDATION, saved, examples, records, None)
     different = len({examples.names[i] for i in rows.tolist()})
-    evaluation = replace(evaluation, count=different, folds=how, seconds=time.perf_counter() - started)
+    about = run.data
+    evaluation = replace(
+        evaluation,
+        count=different,
+        folds=how,
+        contamination=find_contamination(about["name"], about.get("part_of", ()), saved.card.get("pretrained")),
+        seconds=time.perf_counter() - started,
+    )
     _write(run, evaluation, device, saved, options)
     return evaluation
 
@@ -101,7 +124,9 @@ def _find_moved(run: Run, saved: SavedModel, data: AnyPath, cache_dir: AnyPath |
     return options
 
 
-def _other_data(run: Run, saved: SavedModel, options: DataOptions, data: AnyPath, split: str) -> Split:
+def _other_data(
+    run: Run, saved: SavedModel, options: DataOptions, data: AnyPath, split: str
+) -> tuple[PreparedData, Split]:
     """Labelled inputs that the run has not seen: those of `split`, or all where nothing is split."""
     source = _find_other_source(options, data, saved.task.annotation)
     if source.kind != saved.preprocess.kind:
@@ -123,7 +148,7 @@ def _other_data(run: Run, saved: SavedModel, options: DataOptions, data: AnyPath
         source, saved.recipe, cache_dir_of(options.cache_dir), threads=cores(), preprocess=saved.preprocess
     )
     refuse_bad_share(prepared.findings, options.max_bad)
-    return replace(prepared.splits["test"], leaks=compare_with_training(run, prepared))
+    return prepared, replace(prepared.splits["test"], leaks=compare_with_training(run, prepared))
 
 
 def _find_other_source(options: DataOptions, data: AnyPath, annotation: str) -> Source:
@@ -137,6 +162,34 @@ def _find_other_source(options: DataOptions, data: AnyPath, annotation: str) -> 
         source = replace(options, group_column=None, group_pattern=None).find_source(annotation)
         warn(f"{data} is evaluated without groups: {error}")
         return source
+
+
+def _study(evaluator: Evaluator, embedder: Embedder, prepared: PreparedData, options: DataOptions) -> Findings | None:
+    """What the embeddings show of the split that was evaluated; None: the network has none."""
+    saved, known = evaluator.saved, None
+    if (own := evaluator.embedded) is None:
+        return None
+    if saved.recipe.weights is not None:  # features of these weights may be in the cache, for a head
+        digest = digest_network(saved.recipe, saved.module, embedder.head)
+        known = find_features(digest, prepared, cache_dir_of(options.cache_dir))
+    others = embed_others(embedder, prepared.splits, own, evaluator.infer_s, known)
+    return Study(saved, embedder, own, others).find(evaluator.worst, evaluator.wrong)
+
+
+def _write_findings(run: Run, found: Findings) -> None:
+    """What the embeddings of the examples show, beside the scores, and the lists that people can act on."""
+    folder = run.path / "evaluation"
+    with run.lock():
+        write_embeddings(folder / EMBEDDINGS, found.embedded)
+        run.write("evaluation/embeddings.json", found.values)
+        replace_similar(run.path / LEAKS, found.similar)
+        if found.suspects is not None:
+            write_suspects(folder / SUSPECTS, found.suspects)
+    if found.suspects:
+        say(f"likely label errors: {len(found.suspects):,}, listed in {folder / SUSPECTS}")
+    if found.similar:
+        pairs = plural(len(found.similar), "test example")
+        say(f"{pairs} similar by embedding to a training or validation example, listed in {run.path / LEAKS}")
 
 
 def _write(
@@ -166,5 +219,6 @@ def _write(
                     variant="reference",
                     scores=defined,
                     count=evaluation.count,
+                    contaminated=evaluation.contamination is not None,
                 )
             )

@@ -83,7 +83,7 @@ def iterate(
         predictions = _predict_remotely(url, inputs, top)
     else:
         predictor = _load(model, engine, device, trust_code)
-        saved = _load_to_explain(model, device, trust_code) if explain else None
+        saved = load_network(model, device, trust_code, need="explanations") if explain else None
         predictions = _predict_here(predictor, saved, inputs, top)
     if explain and not isinstance(explain, bool):
         predictions = _write_saliencies(predictions, Path(explain).expanduser())
@@ -99,14 +99,15 @@ def _load(model: AnyPath | None, engine: str, device: str, trust_code: bool) -> 
     return load(model, engine=engine, device=device, trust_code=trust_code)
 
 
-def _load_to_explain(model: AnyPath | None, device: str, trust_code: bool) -> SavedModel:
-    """The network itself, whichever engine answers. Raises MachineError where there are engines alone."""
+def load_network(model: AnyPath | None, device: str, trust_code: bool, *, need: str) -> SavedModel:
+    """The network itself, on the device, whichever engine answers. Raises MachineError where there are engines alone:
+    what `need` names can't be had from them."""
     from suanli.models.model_folder import find_model_folder, load_model
 
     folder = find_model_folder(model or "")
     if not (folder / "model.json").is_file():
         raise MachineError(
-            f"{folder} has engines only, and explanations need the network.", fix="Name the run, or its model/ folder."
+            f"{folder} has engines only, and {need} need the network.", fix="Name the run, or its model/ folder."
         )
     saved = load_model(folder, trust_code=trust_code)
     saved.module.to(detect(device).torch_name)
@@ -115,7 +116,7 @@ def _load_to_explain(model: AnyPath | None, device: str, trust_code: bool) -> Sa
 
 def _predict_here(predictor: Predictor, saved: SavedModel | None, inputs: Any, top: int) -> Iterator[Prediction]:
     with ThreadPoolExecutor(cores()) as pool:
-        for chunk in _chunks(list_inputs(inputs, predictor.preprocess), BATCH):
+        for chunk in chunks(list_inputs(inputs, predictor.preprocess), BATCH):
             encoded = list(pool.map(lambda named: predictor.encode(read(named)), chunk))
             predictions = predictor.predict_encoded([name for name, _ in chunk], encoded, top=top)
             if saved is not None:
@@ -141,7 +142,7 @@ def _predict_remotely(url: str, inputs: Any, top: int) -> Iterator[Prediction]:
     from suanli.verbs._remote import Server
 
     with closing(Server(url)) as server:
-        for chunk in _chunks(list_inputs(inputs, load_plugin("preprocess", server.kind)), BATCH):
+        for chunk in chunks(list_inputs(inputs, load_plugin("preprocess", server.kind)), BATCH):
             pairs = [(named[0], _sendable(read(named))) for named in chunk]
             readable = [(name, raw) for name, raw in pairs if not isinstance(raw, BadInput)]
             names, raws = [name for name, _ in readable], [raw for _, raw in readable]
@@ -159,7 +160,7 @@ def _sendable(raw: Raw | BadInput) -> bytes | str | BadInput:
     return BadInput("Arrays can't be sent to a server: give files or their bytes, or predict on this machine.")
 
 
-def _chunks(items: Iterable[NamedInput], count: int) -> Iterator[list[NamedInput]]:
+def chunks(items: Iterable[NamedInput], count: int) -> Iterator[list[NamedInput]]:
     iterator = iter(items)
     while chunk := list(islice(iterator, count)):
         yield chunk
@@ -191,12 +192,12 @@ def csv_lines(predictions: Iterable[Prediction]) -> Iterator[str]:
             continue
         if columns is None:
             columns = _columns(p)
-            yield _line(["name", *map(".".join, columns), "error"])
+            yield csv_line(["name", *map(".".join, columns), "error"])
             yield from (_row(one, columns) for one in failed)
         yield _row(p, columns)
     if columns is None:
         columns = _columns(failed[0]) if failed else []
-        yield _line(["name", *map(".".join, columns), "error"])
+        yield csv_line(["name", *map(".".join, columns), "error"])
         yield from (_row(one, columns) for one in failed)
 
 
@@ -222,10 +223,11 @@ def _row(p: Prediction, columns: Sequence[tuple[str, ...]]) -> str:
     for name, *key in columns:
         value = p.values[name]
         cells.append(_cell(value.get(key[0]) if key else value))
-    return _line([p.name, *cells, p.error or ""])
+    return csv_line([p.name, *cells, p.error or ""])
 
 
-def _line(cells: Sequence[str]) -> str:
+def csv_line(cells: Sequence[object]) -> str:
+    """Quoted where needed."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="").writerow(cells)
     return stream.getvalue()

@@ -26,12 +26,12 @@ def prepare(
 ) -> PreparedData:
     """Check a data set and decode it into the cache; nothing is decoded twice.
 
-    `data` is a built-in name, a folder of class folders, an archive of one, a table file or an
-    .npz. Where suanli makes the splits, none divides a group, and with `time_column` the latest
-    examples are the test split. `group_column` is for tables; the one capture group of the regular
-    expression `group_pattern` takes the group from the name of each example. Returns the splits
-    with the findings of the data check. Raises DataError past `max_bad` (the share of inputs that
-    can't be decoded).
+    `data` is a built-in name, a folder of class folders or of images with files of boxes, an
+    archive of one, a table file, a file of boxes, or an .npz. Where suanli makes the splits, none
+    divides a group, and with `time_column` the latest examples are the test split. `group_column`
+    is for tables; the one capture group of the regular expression `group_pattern` takes the group
+    from the name of each example. Returns the splits with the findings of the data check. Raises
+    DataError past `max_bad` (the share of inputs that can't be decoded).
     """
     options = DataOptions.of(
         data,
@@ -44,7 +44,7 @@ def prepare(
         cache_dir=cache_dir,
         max_bad=max_bad,
     )
-    return resolve(options, recipe=recipe, settings=settings or {})[1]
+    return resolve(options, recipe=recipe, settings=settings or {}, learn=False)[1]
 
 
 def summary(prepared: PreparedData) -> str:

@@ -59,7 +59,8 @@ def _rows(overviews: Sequence[RunOverview], titles: Sequence[str], *, intervals:
     for title in titles:
         rows.add_column(title, justify="right" if title == "training" else "left", overflow="fold")
     for one in overviews:
-        cells = {"run": one.path, "data": one.data, "task": one.task, "model": one.model}
+        model = f"{one.model}, frozen" if one.frozen else one.model
+        cells = {"run": one.path, "data": one.data, "task": one.task, "model": model}
         cells |= {"score": _score(one, intervals), "training": _training(one), "state": _state(one)}
         rows.add_row(*(Text(str(cells[title] or words.UNKNOWN)) for title in titles))
     return rows
@@ -84,7 +85,8 @@ def _score(one: RunOverview, interval: bool) -> str:
     bounds = words.interval(one.interval, one.unit).replace(f"{words.SPACE}%", "") if interval else ""
     name = words.with_spaces(one.metric)
     text = f"{name} {words.score(one.score, one.unit)}{f' ({bounds})' if bounds else ''}"
-    return text if one.split == "test" else f"{text}, {'validation' if interval else 'val'}"
+    text = text if one.split == "test" else f"{text}, {'validation' if interval else 'val'}"
+    return f"{text}, contaminated" if one.contaminated else text
 
 
 def _training(one: RunOverview) -> str:

@@ -38,4 +38,5 @@ DATASET = Dataset(
         ),
     ),
     read=_read,
+    part_of=("80-million-tiny-images",),
 )

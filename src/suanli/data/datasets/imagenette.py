@@ -25,6 +25,7 @@ CLASSES = {  # WordNet number, the name of the folder, to the publisher's name
     "n03445777": "golf ball",
     "n03888257": "parachute",
 }
+_SHORT_NAMES = ("springer", *(name for name in CLASSES.values() if name != "English springer"))
 
 
 def _read(folder: Path) -> Source:
@@ -55,4 +56,6 @@ DATASET = Dataset(
         ),
     ),
     read=_read,
+    part_of=("imagenet-1k",),
+    class_names=(tuple(CLASSES), tuple(CLASSES.values()), _SHORT_NAMES),
 )

@@ -43,4 +43,5 @@ DATASET = Dataset(
         ),
     ),
     read=_read,
+    part_of=("nist-sd19", "qmnist"),
 )
