@@ -242,7 +242,7 @@ class Preprocess(ABC):
 
     def similarity_key(self, raw: Raw, encoded: EncodedInput) -> bytes:  # noqa: ARG002
         """By which the data check finds near-duplicates of an input: bytes of the same length for all, or none where it
-        can't be told from others. Other kinds of data have no such key."""
+        can't be distinguished from others. Other kinds of data have no such key."""
         return b""
 
     @abstractmethod
@@ -280,7 +280,7 @@ class Preprocess(ABC):
 
     def copies(self, inputs: Arrays) -> Sequence[Arrays]:  # noqa: ARG002
         """The cached arrays of one example as copies of it that `similarity_key` doesn't find, such as an image that is
-        mirrored: by them, near-duplicates are told from examples that are only alike. Other kinds have none."""
+        mirrored: they show how near a near-duplicate is, and an image that is only similar isn't. Others have none."""
         return ()
 
     def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:  # noqa: ARG002

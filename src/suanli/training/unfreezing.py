@@ -12,7 +12,7 @@ from suanli.training.recipe import change
 
 EPOCHS = 3.0  # that are offered, and the fewest for which a time budget trains all layers
 USUAL_EPOCHS = 8.0  # of all layers, where a recipe for the head alone doesn't say
-# Of wrong answers on validation. A training of all layers that mends half of them, and breaks none, is then told from
+# Of wrong answers on validation. A training of all layers that corrects half of them, and breaks none, is then hardly
 # chance: the probability that 5 of 5 changes are for the better is 1 in 32.
 LEAST_WRONG = 10
 BACKWARD = 3.0  # times a forward pass is one with gradients and an optimizer step, about
