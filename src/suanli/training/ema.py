@@ -22,18 +22,19 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.tensors = copy_weights(model)
-        self._decay = decay
-        current = model.state_dict()  # the tensors themselves: training changes their values in place
-        floats = [name for name, tensor in current.items() if tensor.is_floating_point()]
-        self._averages = [dtensor.local_part(self.tensors[name]) for name in floats]
-        self._current = [dtensor.local_part(current[name]) for name in floats]
-        self._integers = [(self.tensors[n], t) for n, t in current.items() if not t.is_floating_point()]
+        self._model, self._decay = model, decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Adds the weights after step `step` (from 0)."""
         # Early averages forget faster, or the random start would linger.
         decay = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._current, 1 - decay)
-        for average, current in self._integers:
-            average.copy_(current)
+        averages, values = [], []
+        # Asked for at each step: a plan that changes the memory layout gives the network other tensors.
+        for name, value in self._model.state_dict().items():
+            if value.is_floating_point():
+                averages.append(dtensor.local_part(self.tensors[name]))
+                values.append(dtensor.local_part(value))
+            else:
+                self.tensors[name].copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - decay)
