@@ -16,7 +16,7 @@ from suanli.core.types import Model
 from suanli.models.backbone import HeadInputs
 from suanli.models.build import recognize
 
-MODELS = registry.load_all("models")
+MODELS: dict[str, Model] = registry.load_all("models")
 IMAGES: list[dict[str, Any]] = [
     {"in_channels": 3, "image_size": (32, 32)},
     {"in_channels": 1, "image_size": (8, 8)},
@@ -27,6 +27,7 @@ IMAGES: list[dict[str, Any]] = [
 # Of networks that can have any size, a small one.
 SMALL: dict[str, dict[str, Any]] = {
     "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32]},
+    "detnet_n": {"width": 8, "depths": [1, 1, 1, 1], "neck": 16},
     "resnet": {"depths": [1, 1, 1, 1]},
     "vit": {"width": 64, "depth": 2, "registers": 2, "layer_scale": True},
 }
@@ -54,6 +55,12 @@ def build(model: Model, args: dict[str, Any], classes: int = 5, seed: int = 0) -
     return model.build(classes=classes, **args, **SMALL.get(model.name, {}))
 
 
+def outputs_of(module: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the network returns; of a classifier, its logits alone."""
+    returned = module(inputs)
+    return returned if isinstance(returned, tuple) else (returned,)
+
+
 def batch(args: dict[str, Any], count: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count)
     if "image_size" in args:
@@ -69,16 +76,19 @@ def test_is_called_as_its_file_and_names_a_source(name: str) -> None:
 
 
 @pytest.mark.parametrize(("model", "args"), CASES)
-def test_gives_logits_for_a_batch_and_for_one(model: Model, args: dict[str, Any]) -> None:
+def test_answers_a_batch_as_it_answers_one(model: Model, args: dict[str, Any]) -> None:
     module = build(model, args).eval()
     inputs = batch(args, 3)
     with torch.inference_mode():
         with HeadInputs(module, model.head) as seen:
-            together = module(inputs)
-        alone = module(inputs[:1])
-    assert together.shape == (3, 5)
+            together = outputs_of(module, inputs)
+        alone = outputs_of(module, inputs[:1])
+    logits = together[-1 if model.returns == "scores" else 1]
+    assert logits.shape[0] == 3
+    assert logits.shape[-1] == 5
     assert seen.vectors(3).ndim == 2  # an embedding of each
-    torch.testing.assert_close(alone, together[:1], rtol=1e-3, atol=1e-4)
+    for one, of_batch in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, of_batch[:1], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("model", "args"), CASES[1::2])
@@ -87,7 +97,11 @@ def test_every_trainable_parameter_gets_a_finite_gradient(model: Model, args: di
     inputs = batch(args, 4)
     if callable(initialize := getattr(module, "initialize", None)):
         initialize(inputs)
-    nn.functional.cross_entropy(module(inputs), torch.tensor([0, 1, 2, 3])).backward()
+    outputs = outputs_of(module, inputs)
+    if model.returns == "scores":
+        nn.functional.cross_entropy(*outputs, torch.tensor([0, 1, 2, 3])).backward()
+    else:
+        sum(output.square().mean() for output in outputs).backward()
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -109,10 +123,14 @@ def test_the_head_is_where_the_model_says(model: Model, args: dict[str, Any], cl
     with torch.device("meta"):  # shapes need no values
         module = build(model, args, classes)
     head = module.get_submodule(model.head)
-    assert isinstance(head, nn.Linear | nn.Conv2d)
-    assert len(head.weight) == classes
     with torch.inference_mode():
-        assert module.eval()(batch(args, 1).to("meta")).shape == (1, classes)
+        outputs = outputs_of(module.eval(), batch(args, 1).to("meta"))
+    if model.returns == "scores":
+        assert isinstance(head, nn.Linear | nn.Conv2d)
+        assert len(head.weight) == classes
+        assert outputs[0].shape == (1, classes)
+    else:
+        assert outputs[1].shape[2] == classes
 
 
 @pytest.mark.parametrize(("model", "args"), FIRST)
@@ -125,7 +143,8 @@ def test_weights_survive_safetensors(model: Model, args: dict[str, Any], tmp_pat
     other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     inputs = batch(args, 2)
     with torch.inference_mode():
-        assert torch.equal(module.eval()(inputs), other.eval()(inputs))
+        pairs = zip(outputs_of(module.eval(), inputs), outputs_of(other.eval(), inputs), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
 
 
 READERS = [pytest.param(model, id=name) for name, model in MODELS.items() if model.recognize is not Model.recognize]

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from suanli.core import registry
-from suanli.core.errors import UsageError, pip_install, unknown
+from suanli.core.errors import SuanliError, UsageError, pip_install, unknown
 from suanli.core.schema import zeros
 from suanli.core.task import Task
 from suanli.core.types import Json, Model, Preprocess, Recipe
@@ -25,7 +25,7 @@ from suanli.machine import device
 from suanli.models.fitting import WeightsReport as WeightsReport
 from suanli.models.fitting import load_weights as load_weights
 from suanli.models.fitting import recognize as recognize
-from suanli.models.timm_import import import_timm
+from suanli.models.timm_import import import_timm, refuse_other_files
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def _resolve_function(spec: str) -> Model:
             f"Module {module_name!r} has no function {function_name!r}.",
             fix="Name a function that takes classes=… and returns a torch.nn.Module, as package.module:function.",
         )
-    return Model(name=spec, kinds=registry.names("preprocess"), build=function, head="", source=spec)
+    return Model(name=spec, kinds=registry.names("preprocess"), build=function, head="", source=spec, returns="")
 
 
 def _import(module_name: str, spec: str) -> ModuleType:
@@ -85,6 +85,7 @@ def _resolve_timm(spec: str) -> Model:
 
     def build(*, classes: int, in_channels: int, image_size: tuple[int, int], **args: Any) -> nn.Module:
         """Models with a fixed input size get this one; the others refuse the argument."""
+        refuse_other_files(args, f"The network {spec}")
         common = {"pretrained": False, "num_classes": classes, "in_chans": in_channels, **args}
         try:
             module: nn.Module = timm.create_model(name, img_size=image_size, **common)
@@ -104,6 +105,7 @@ def build(recipe: Recipe, preprocess: Preprocess, task: Task, *, on_meta: bool =
     and untried where that is possible, since the caller gets the values from elsewhere."""
     model = resolve(recipe.model)
     refuse_other_kind(model, preprocess.kind)
+    refuse_other_task(model, task)
     args = builder_arguments(recipe, preprocess, task)
     if on_meta and (outline := build_on_meta(model, args)) is not None:
         return outline
@@ -120,6 +122,17 @@ def refuse_other_kind(model: Model, kind: str) -> None:
             f"Model {model.name!r} is for {', '.join(model.kinds)} data, not {kind}.",
             fix=f"Models for {kind} data: {', '.join(fitting)}.",
         )
+
+
+def refuse_other_task(model: Model, task: Task | type[Task]) -> None:
+    """Raises UsageError for a model that is known to return something else than the task learns from."""
+    if model.returns in ("", task.learns_from):
+        return
+    fitting = [n for n, other in registry.load_all("models").items() if other.returns == task.learns_from]
+    raise UsageError(
+        f"Model {model.name!r} returns {model.returns}, and the task {task.name} needs {task.learns_from}.",
+        fix=f"Models for it: {', '.join(fitting) or 'none; write one as package.module:function'}.",
+    )
 
 
 def builder_arguments(recipe: Recipe, preprocess: Preprocess, task: Task) -> dict[str, Json]:
@@ -141,6 +154,8 @@ def construct(model: Model, args: Mapping[str, object]) -> nn.Module:
 
     try:
         module = model.build(**args)
+    except SuanliError:
+        raise
     except Exception as error:  # a user's function may raise anything
         if device.is_out_of_memory(error):
             raise

@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 import numpy as np
 from PIL import Image
 
+from suanli.core.answers import Answer
 from suanli.core.errors import BadInput, DataError, UsageError, unknown
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.types import EncodedInput, Json, Marked, Preprocess, Preview, Raw
 from suanli.data.column_names import PATH_NAMES
 from suanli.data.decode import decode, read_header
+from suanli.data.drawing import draw_answer
 from suanli.data.file_kinds import START_BYTES, describe_bytes, may_be_image
 from suanli.data.perceptual_hash import SIMILAR_BITS, perceptual_hash
 from suanli.data.suffixes import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_ignored
@@ -42,8 +44,10 @@ NATIVE_SIDE = 64  # px: images that all have one size up to this keep it
 DEFAULT_SIDE = 128  # px
 MAX_SIDE = 4096  # px that a user may set
 MARKED_SIDE = 256  # px
-THUMBNAIL_SIDE = 96  # px
+PREVIEW_SIDE, THUMBNAIL_SIDE, CLOSE_UP_SIDE = 128, 96, 400  # px
 COPY_SHARE = 0.8  # of each side, of a copy that shows the middle of an image
+SIDE_STEP = 32  # px, the stride of most networks: sides that suanli chooses for `max_side` are multiples of it
+FITTING_SHARE = 0.95  # of the images, which fit into such a shape without being made smaller still
 SAMPLED = 256  # images that decide size and channels
 MEASURED_BYTES = 1 << 28  # of rows that decide mean and standard deviation, about
 PAD_LEVEL = 128
@@ -75,6 +79,7 @@ class ImagePreprocess(Preprocess):
     }
     column_names: ClassVar[tuple[str, ...]] = PATH_NAMES
     features_name: ClassVar[str] = "the pixels of small copies"
+    sizeless_settings: ClassVar[tuple[str, ...]] = ("channels", "mean", "std")
 
     height: int
     width: int
@@ -91,7 +96,8 @@ class ImagePreprocess(Preprocess):
 
     @classmethod
     def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
-        """Settings: size (px, or [height, width]), resize, channels (1 or 3), mean and std (numbers, or one for each
+        """Settings: size (px, or [height, width]), or max_side (px: images keep their shape, as most of them have it,
+        and their longer side is at most so long), resize, channels (1 or 3), mean and std (numbers, or one for each
         channel, where white is 1). The first 256 readable images decide what isn't set, so `raws` should mix the
         classes; `measure` finds mean and std that aren't.
 
@@ -101,7 +107,8 @@ class ImagePreprocess(Preprocess):
         sizes, grey = _read_headers(raws())
         if not sizes:
             raise DataError("None of the training images can be read.", fix="Check that the files are complete images.")
-        size = checked.get("size") or _working_size(sizes)
+        max_side = checked.get("max_side")
+        size = checked.get("size") or (_working_size(sizes) if max_side is None else _common_size(sizes, max_side))
         channels = checked.get("channels") or (1 if grey else 3)
         return cls(
             height=size[0],
@@ -238,10 +245,10 @@ class ImagePreprocess(Preprocess):
         """A PNG of at most 128 px; tiny pictures are enlarged without smoothing."""
         row = inputs["image"]
         image = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row)
-        times = 128 // max(image.size)
+        times = PREVIEW_SIDE // max(image.size)
         if times > 1:
             image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-        image.thumbnail((128, 128), Image.Resampling.BILINEAR)
+        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.BILINEAR)
         stream = io.BytesIO()
         image.save(stream, "PNG")
         return Preview(media_type="image/png", content=stream.getvalue())
@@ -251,11 +258,12 @@ class ImagePreprocess(Preprocess):
         row = inputs["image"]
         if max(row.shape[:2]) <= THUMBNAIL_SIDE:
             return self.preview(inputs)
-        image = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row)
-        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BILINEAR)
-        stream = io.BytesIO()
-        image.save(stream, "JPEG", quality=80)
-        return Preview(media_type="image/jpeg", content=stream.getvalue())
+        return _make_jpeg(row, THUMBNAIL_SIDE)
+
+    def close_up(self, inputs: Arrays) -> Preview:
+        """A JPEG of at most 400 px; a picture of at most 128 px, as `preview` shows it."""
+        row = inputs["image"]
+        return self.preview(inputs) if max(row.shape[:2]) <= PREVIEW_SIDE else _make_jpeg(row, CLOSE_UP_SIDE)
 
     def copies(self, inputs: Arrays) -> Sequence[Arrays]:
         """Mirrored, and the middle of it enlarged."""
@@ -281,6 +289,21 @@ class ImagePreprocess(Preprocess):
         stream = io.BytesIO()
         Image.fromarray(pixels.round().astype(np.uint8)).save(stream, "PNG")
         return Marked(picture=Preview(media_type="image/png", content=stream.getvalue()))
+
+    @classmethod
+    def draw(cls, raw: Raw, answer: Answer, classes: Sequence[str]) -> Preview:
+        """A JPEG of a JPEG, else a PNG."""
+        image, stream = draw_answer(decode(raw).pixels, answer, classes), io.BytesIO()
+        if isinstance(raw, bytes) and raw.startswith(b"\xff\xd8"):
+            image.save(stream, "JPEG", quality=92)
+            return Preview(media_type="image/jpeg", content=stream.getvalue())
+        image.save(stream, "PNG", compress_level=2)
+        return Preview(media_type="image/png", content=stream.getvalue())
+
+    @classmethod
+    def size_of(cls, raw: Raw) -> tuple[int, ...]:
+        header = read_header(raw)
+        return header.height, header.width
 
     @classmethod
     def find_inputs(cls, path: Path) -> Iterable[tuple[str, Callable[[], Raw]]]:
@@ -314,7 +337,7 @@ class ImagePreprocess(Preprocess):
 
 def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     """The settings with `size` as (height, width)."""
-    allowed = ("size", "resize", "channels", "mean", "std")
+    allowed = ("size", "max_side", "resize", "channels", "mean", "std")
     for name in settings:
         if name not in allowed:
             raise unknown("preprocess setting", name, allowed)
@@ -332,6 +355,11 @@ def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
                 fix=f"Give pixels from 1 to {MAX_SIDE}: 128, or [height, width].",
             )
         checked["size"] = tuple(sides)
+    side = checked.get("max_side", SIDE_STEP)
+    if type(side) is not int or not SIDE_STEP <= side <= MAX_SIDE:
+        raise UsageError(
+            f"preprocess.max_side is {side!r}.", fix=f"Give pixels from {SIDE_STEP} to {MAX_SIDE}, such as 416."
+        )
     if "resize" in checked and checked["resize"] not in get_args(Resize):
         raise unknown("value of preprocess.resize", str(checked["resize"]), get_args(Resize))
     if "channels" in checked and (type(checked["channels"]) is not int or checked["channels"] not in (1, 3)):
@@ -386,6 +414,16 @@ def _working_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
     return side, side
 
 
+def _common_size(sizes: list[tuple[int, int]], max_side: int) -> tuple[int, int]:
+    """The smallest shape, in multiples of SIDE_STEP, that nearly all images fit into once their longer side is
+    `max_side`, or what is usual for them where that is less."""
+    longer = min(max_side, round(median(max(size) for size in sizes)))
+    rank = math.ceil(FITTING_SHARE * len(sizes)) - 1
+    sides = (sorted(longer * size[axis] / max(size) for size in sizes)[rank] for axis in (0, 1))
+    height, width = (SIDE_STEP * math.ceil(round(side / SIDE_STEP, 3)) for side in sides)
+    return height, width
+
+
 def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> tuple[np.ndarray, Geometry]:
     """(height, width, C) from (H, W, C), and how. Crops before scaling, so a strip of 1 by 100,000 px costs no more
     than a square."""
@@ -432,6 +470,14 @@ def _scale_by_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
     scaled = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
     return scaled.reshape(height, width, pixels.shape[2])
+
+
+def _make_jpeg(row: np.ndarray, side: int) -> Preview:
+    """Of at most so many px."""
+    image, stream = Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row), io.BytesIO()
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    image.save(stream, "JPEG", quality=80)
+    return Preview(media_type="image/jpeg", content=stream.getvalue())
 
 
 def _to_grey(row: np.ndarray) -> np.ndarray:

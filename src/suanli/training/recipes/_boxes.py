@@ -1,0 +1,24 @@
+"""Settings that the recipes for boxes share."""
+
+from __future__ import annotations
+
+from suanli.core.types import Recipe
+
+SIDE = 416  # px, of the longer side
+
+BOXES = Recipe(
+    task="detection",
+    model="detnet_s",
+    preprocess={"resize": "pad", "max_side": SIDE},
+    epochs=100,
+    batch_size=8,
+    optimizer="adamw",
+    lr=4e-3,
+    augment=("flip", "zoom"),
+    weight_decay=0.05,
+    schedule="cosine",
+    warmup_epochs=2,
+    clip_norm=10.0,
+    ema_decay=0.998,
+    validate_every=5,
+)
