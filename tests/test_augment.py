@@ -62,9 +62,9 @@ TARGETS = Classification(classes=("a", "b")).targets
 
 
 def test_an_augmentation_that_spoils_the_targets_is_refused():
-    boxes = {"boxes": Column(shape=(None, 5), dtype="float32", role="boxes")}
-    with pytest.raises(UsageError, match="would make boxes targets wrong") as caught:
-        compose(["flip"], ("image",), boxes)
+    mask = {"mask": Column(shape=(8, 8), dtype="uint8", role="mask")}
+    with pytest.raises(UsageError, match="would make mask targets wrong") as caught:
+        compose(["flip"], ("image",), mask)
     assert "color" in caught.value.fix
 
 

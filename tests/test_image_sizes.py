@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import suanli
 from suanli.compute.plan import plain_plan
 from suanli.core.run import Run
-from suanli.core.types import Recipe
+from suanli.core.types import Batch, Recipe
 from suanli.machine.device import detect
 from suanli.training.forecast import forecast, validation_steps
 from suanli.training.image_sizes import SMALLEST, full_size_steps, scale_at, shrink, shrink_side
@@ -72,12 +72,22 @@ def test_a_side_is_never_enlarged_nor_made_tiny(pixels: int, factor: float) -> N
     assert min(pixels, SMALLEST) <= shrink_side(pixels, factor) <= pixels
 
 
-def test_shrinking_keeps_brightness_and_proportions() -> None:
+def test_shrinking_keeps_brightness_and_proportions_and_boxes_follow() -> None:
     images = torch.rand(3, 4, 48, 96)
-    small = shrink(images, 0.5)
-    assert small.shape == (3, 4, 24, 48)
-    assert torch.allclose(small.mean((2, 3)), images.mean((2, 3)), atol=0.02)
-    assert shrink(images, 1.0) is images
+    box = torch.tensor([8.0, 10, 30, 48, 2, 1])
+    batch = Batch(
+        inputs={"image": images},
+        targets={"boxes": box.repeat(3, 2, 1), "class": torch.arange(3)},
+        index=torch.arange(3),
+        epoch=0,
+    )
+    small = shrink(batch, 0.5)
+    shrunk = small.inputs["image"]
+    assert shrunk.shape == (3, 4, 24, 48)
+    assert torch.allclose(shrunk.mean((2, 3)), images.mean((2, 3)), atol=0.02)
+    assert small.targets["boxes"][1, 1].tolist() == [4, 5, 15, 24, 2, 1]
+    assert torch.equal(small.targets["class"], batch.targets["class"])
+    assert shrink(batch, 1.0) is batch
 
 
 def test_the_network_sees_small_pictures_first_and_full_size_ones_last(picture_folder: Callable[..., Path]) -> None:

@@ -69,6 +69,8 @@ RECIPES = st.builds(
     clip_norm=st.sampled_from([None, 1.0]),
     task_args=st.sampled_from([{}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}]),
     augment=st.sampled_from([(), ("crop(padding=1)", "mixup"), ("auto", "cutmix")]),
+    final_epochs=st.sampled_from([0.0, 1.5]),
+    final_augment=st.sampled_from([(), ("flip",)]),
     layer_lr_decay=st.sampled_from([1.0, 0.8]),
     unfreeze_epochs=st.sampled_from([0.0, 1.5]),
     seed=st.integers(0, 2**31),
@@ -111,6 +113,37 @@ def test_resuming_from_any_step_gives_the_same_bits(
     one, other = bits(whole), bits(parts)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_last_epochs_have_augmentations_of_their_own(prepared: PreparedData) -> None:
+    recipe = Recipe(model=TINY, batch_size=50, epochs=3, augment=("cutout",), final_epochs=1.5, final_augment=("flip",))
+    loop = Setup(recipe, prepared, CPU).loop(Plan(device="cpu", speedups=()))
+    feed, seen = loop.train_feed, []
+
+    def watch(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        positions = loop.order.positions(loop.progress.step)
+        given_inputs = loop.preprocess.to_model(feed.inputs(positions))["image"]
+        mirrored = torch.minimum(
+            (inputs[0] - given_inputs).abs().amax((1, 2, 3)), (inputs[0] - given_inputs.flip(-1)).abs().amax((1, 2, 3))
+        )
+        seen.append("final" if mirrored.max() < 1e-5 else "usual")
+
+    loop.model.register_forward_pre_hook(watch)
+    for _ in loop.run():
+        pass
+    per_epoch = loop.order.steps_per_epoch
+    final = round(1.5 * per_epoch)
+    assert seen == ["usual"] * (3 * per_epoch - final) + ["final"] * final
+    seen.clear()
+    loop.extend(2.0)
+    for _ in loop.run():
+        pass
+    assert seen == ["usual"] * (2 * per_epoch - final) + ["final"] * final
+    seen.clear()
+    loop.extend(1.0)
+    for _ in loop.run():
+        pass
+    assert seen == ["final"] * per_epoch
 
 
 def test_measuring_leaves_no_trace(prepared: PreparedData) -> None:

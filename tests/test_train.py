@@ -38,6 +38,8 @@ EVERYTHING = {
     "class_weights": "balanced",
     "schedule": "one_cycle",
     "preprocess.channels": 3,
+    "final_epochs": 1,
+    "final_augment": ["flip"],
 }
 
 
@@ -47,6 +49,23 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_other_augmentations_take_over_in_the_final_epochs(picture_folder: Callable[..., Path]) -> None:
+    root = picture_folder(each=20)
+    common = {"epochs": 2, "batch_size": 16, "augment": []}
+    plain, never, half, always = (
+        weights(suanli.train(root, settings=common | changes))
+        for changes in (
+            {},
+            {"final_augment": ["flip"]},
+            {"augment": ["flip"], "final_epochs": 1},
+            {"augment": ["flip"], "final_epochs": 99},
+        )
+    )
+    assert same(plain, never)
+    assert same(plain, always)
+    assert not same(plain, half)
 
 
 def test_it_learns_from_a_folder(picture_folder: Callable[..., Path]) -> None:

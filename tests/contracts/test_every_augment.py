@@ -43,7 +43,12 @@ def batches(draw, role):
 
 
 def batch_of(role, inputs, targets, index, epoch=0):
-    return Batch(inputs={role: inputs}, targets={"class": targets}, index=index, epoch=epoch, classes=CLASSES)
+    """With one box in each image, beside its class."""
+    both = {"class": targets}
+    if role == "image":
+        box = torch.tensor([0.0, 0, inputs.shape[3], inputs.shape[2], 1, 0])
+        both |= {"boxes": box.repeat(len(inputs), 1, 1), "boxes_lengths": torch.ones(len(inputs), dtype=torch.int64)}
+    return Batch(inputs={role: inputs}, targets=both, index=index, epoch=epoch, classes=CLASSES)
 
 
 def _generator(seed):
@@ -85,6 +90,13 @@ def test_a_batch_becomes_a_batch_of_the_same_form(name, data, seed):
         torch.testing.assert_close(mixed.sum(1), torch.ones(len(inputs)))
     else:
         assert torch.equal(mixed, targets)
+    if augment.input == "image":
+        rows = result.targets["boxes"]
+        assert rows.shape[0] == len(inputs)
+        assert rows.isfinite().all()
+        assert (result.targets["boxes_lengths"] <= rows.shape[1]).all()
+        if "boxes" not in augment.keeps:
+            assert torch.equal(rows, batch.targets["boxes"]), "it doesn't say that it keeps boxes true"
     if not torch.equal(mixed, targets):
         assert augment.keeps == {"class"}, "it mixes targets, and can't keep those of other roles"
 
@@ -113,3 +125,52 @@ def test_changes_something(name):
     first, other = augment(batch, _generator(0)), augment(replace(batch, epoch=1), _generator(1))
     assert not torch.equal(first.inputs[augment.input], inputs)
     assert not torch.equal(first.inputs[augment.input], other.inputs[augment.input])
+
+
+BOX_NAMES = [
+    name for name, one in registry.load_all("augments").items() if one.input == "image" and "boxes" in one.keeps
+]
+LEVEL = 6.0  # of the pixels of an object; the background is 0
+
+
+def painted(sizes, height, width, seed):
+    """Images with an object each, and its box; a second row is a box that was removed, a third one padding."""
+    random = torch.Generator().manual_seed(seed)
+    images, rows = torch.zeros(len(sizes), 3, height, width), torch.zeros(len(sizes), 3, 6)
+    for i, (across, down) in enumerate(sizes):
+        left = int(torch.randint(width - across + 1, (1,), generator=random))
+        top = int(torch.randint(height - down + 1, (1,), generator=random))
+        images[i, :, top : top + down, left : left + across] = LEVEL
+        rows[i, 0] = torch.tensor([left, top, left + across, top + down, i % CLASSES, i % 3])
+        rows[i, 1] = torch.tensor([0, 0, width, height, 1, -1])
+    targets = {"boxes": rows, "boxes_lengths": torch.full((len(sizes),), 2)}
+    return Batch(inputs={"image": images}, targets=targets, index=torch.arange(len(sizes)), epoch=0, classes=CLASSES)
+
+
+@pytest.mark.parametrize("name", BOX_NAMES)
+@given(
+    sizes=st.lists(st.tuples(st.integers(6, 24), st.integers(6, 24)), min_size=1, max_size=6),
+    height=st.integers(24, 40),
+    width=st.integers(24, 40),
+    seed=st.integers(0, 2**31),
+)
+def test_boxes_stay_around_their_objects(name, sizes, height, width, seed):
+    augment = parse(name)
+    if "least" in {field.name for field in fields(augment)}:
+        augment = replace(augment, least=0.0)
+    batch = painted(sizes, height, width, seed)
+    result = augment(batch, _generator(seed))
+    for image, rows, length in zip(
+        result.inputs["image"], result.targets["boxes"], result.targets["boxes_lengths"], strict=True
+    ):
+        boxes = rows[:length][rows[:length, 5] >= 0]
+        assert ((boxes[:, :2] >= 0) & (boxes[:, 2:4] <= torch.tensor([width, height]))).all()
+        objects = (image.mean(0) > LEVEL / 2) if name != "color" else (image[0] > image.min() + 0.01)
+        y, x = torch.nonzero(objects).T + 0.5
+        near = (x[:, None] > boxes[:, 0] - 1) & (x[:, None] < boxes[:, 2] + 1)
+        near &= (y[:, None] > boxes[:, 1] - 1) & (y[:, None] < boxes[:, 3] + 1)
+        assert near.any(1).all(), "an object has no box"
+        for left, top, right, bottom in boxes[:, :4].tolist():
+            if right - left > 3 and bottom - top > 3:
+                inside = objects[int(top + 1.5) : int(bottom - 0.5), int(left + 1.5) : int(right - 0.5)]
+                assert inside.all(), "a box has other pixels than its object"

@@ -144,19 +144,19 @@ class Group:
 
     # --- the shares of a batch ---
 
-    def batch_share(self, count: int) -> slice:
+    def batch_share(self, count: int, alignment: int = ALIGNMENT) -> slice:
         """Which examples of a batch of `count` this process computes. Raises UsageError where a process would have
         none."""
-        ends = self.batch_ends(count)
+        ends = self.batch_ends(count, alignment)
         return slice(ends[self.rank], ends[self.rank + 1])
 
-    def batch_ends(self, count: int) -> list[int]:
-        """Where each process's share of `count` examples begins, and `count`. Shares begin at multiples of ALIGNMENT
+    def batch_ends(self, count: int, alignment: int = ALIGNMENT) -> list[int]:
+        """Where each process's share of `count` examples begins, and `count`. Shares begin at multiples of `alignment`
         where `count` allows it."""
         if count < self.size:
             raise too_many_processes(self.size, count)
         shares = self.shares or (1 / self.size,) * self.size
-        unit = ALIGNMENT if count >= ALIGNMENT * self.size else 1
+        unit = alignment if count >= alignment * self.size else 1
         units = count // unit
         ends = np.floor(np.cumsum((0.0, *shares)) / sum(shares) * units + 0.5).astype(int)
         for i in range(1, self.size + 1):  # each process gets at least one unit

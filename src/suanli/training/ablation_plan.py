@@ -38,14 +38,15 @@ def divide_steps(steps: int, rounds: int) -> list[int]:
 
 
 def shorten(recipe: Recipe, steps: int, steps_per_epoch: int) -> Recipe:
-    """The recipe with a schedule of so many steps; warm-up and unfreezing keep their shares, and nothing stops
-    early."""
+    """The recipe with a schedule of so many steps; warm-up, unfreezing and final epochs keep their shares, and nothing
+    stops early."""
     epochs = steps / steps_per_epoch
     share = epochs / recipe.epochs if recipe.epochs else 0.0
     change = {
         "epochs": epochs,
         "warmup_epochs": recipe.warmup_epochs * share,
         "unfreeze_epochs": recipe.unfreeze_epochs * share,
+        "final_epochs": recipe.final_epochs * share,
         "early_stop": None,
     }
     return recipe.model_copy(update=change)

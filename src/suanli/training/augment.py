@@ -31,6 +31,11 @@ class AugmentationPipeline:
             batch = part(batch, generator)
         return batch
 
+    @property
+    def neighbours(self) -> int:
+        """The largest group of examples that a part mixes."""
+        return max([1, *(part.neighbours for part in self.parts)])
+
     def views(self, inputs: Tensors) -> list[Tensors]:
         """Every combination of the parts' views, `inputs` first. Of several parts of one class only the first counts:
         two flips don't make four views."""

@@ -106,7 +106,7 @@ def choose_for_time(
     epochs = min(choice.recipe.epochs * _training_s(deadline) / seconds, longest)
     text = _describe({**choice.changes, "epochs": round(epochs, 2)})
     say(f"budget: {text}, about {duration(seconds * epochs / choice.recipe.epochs)} of training")
-    return change(choice.recipe, {"epochs": max(round(epochs, 2), 0.01)})
+    return _stretch(choice.recipe, max(round(epochs, 2), 0.01))
 
 
 def _choose_after_head(
@@ -123,7 +123,7 @@ def _choose_after_head(
     if reason is None:
         least_s = unfreezing.epochs_s(head, examples, least)  # about: even one step may take longer than there is time
         if least_s is None or least_s <= WIDE_SPEEDUP * _training_s(deadline):
-            estimate = _Estimate(whole, {}, prepared, device, usual, head)
+            estimate = _Estimate(whole, {}, prepared, device, usual)
             least_s = estimate.seconds * least / whole.epochs if estimate.fits_memory else math.inf
             epochs = min(whole.epochs * _training_s(deadline) / estimate.seconds, LONGEST * whole.epochs)
         if epochs < least:
@@ -134,7 +134,12 @@ def _choose_after_head(
         return change(recipe, {"epochs": 0})
     text = _describe({"epochs": round(epochs, 2)})
     say(f"budget: all layers for {text}, about {duration(estimate.seconds * epochs / whole.epochs)} of training")
-    return change(whole, {"epochs": round(epochs, 2)})
+    return _stretch(whole, round(epochs, 2))
+
+
+def _stretch(recipe: Recipe, epochs: float) -> Recipe:
+    """With so many epochs, of which the final ones keep their share."""
+    return change(recipe, {"epochs": epochs, "final_epochs": recipe.final_epochs * epochs / recipe.epochs})
 
 
 def _training_s(deadline: float) -> float:
@@ -152,11 +157,10 @@ class _Estimate:
         prepared: PreparedData,
         device: Device,
         usual: Callable[[Setup], Plan],
-        head: FrozenHead | None = None,
     ) -> None:
         self.changes, self.recipe = changes, change(recipe, changes)
         with explain_out_of_memory(device):
-            setup = Setup(self.recipe, prepared, device, frozen=head)
+            setup = Setup(self.recipe, prepared, device, fresh=False)  # no value of a weight matters here
             self._loop = setup.trial(usual(setup))
         self._device = device
         self._steps = self._loop.full_size_steps_left + validation_steps(self._loop)

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch.nn import functional as F
 
-from suanli.core.types import Recipe
+from suanli.core.types import Batch, Recipe
 from suanli.data.loader import mix
 
 SMALLEST = 16  # px; smaller images are left as they are
@@ -72,10 +73,16 @@ def shrink_side(pixels: int, scale: float) -> int:
     return min(pixels, max(SMALLEST, round(pixels * scale)))
 
 
-def shrink(images: torch.Tensor, scale: float) -> torch.Tensor:
-    """(B, C, H, W) to (B, C, shrink_side(H), shrink_side(W)), bilinear with antialiasing."""
+def shrink(batch: Batch, scale: float) -> Batch:
+    """With images (B, C, shrink_side(H), shrink_side(W)), bilinear with antialiasing, and boxes that follow them."""
+    images = batch.inputs["image"]
     height, width = images.shape[2:]
     size = shrink_side(height, scale), shrink_side(width, scale)
     if size == (height, width):
-        return images
-    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+        return batch
+    batch = batch.with_input("image", F.interpolate(images, size=size, mode="bilinear", antialias=True))
+    if (boxes := batch.targets.get("boxes")) is None:
+        return batch
+    down, right = size[0] / height, size[1] / width
+    factors = torch.tensor([right, down, right, down, 1, 1], dtype=boxes.dtype, device=boxes.device)
+    return replace(batch, targets={**batch.targets, "boxes": boxes * factors})

@@ -27,10 +27,11 @@ from suanli.core.schema import Tensors
 from suanli.core.task import Metric, Task
 from suanli.core.types import Batch, Device, Plan, Preprocess, Recipe, Step
 from suanli.data.loader import Feed, Order, mix
+from suanli.models.layers import Head
 from suanli.parallel import dtensor
-from suanli.parallel.group import ALONE, Group
+from suanli.parallel.group import ALIGNMENT, ALONE, Group
 from suanli.training import checkpoint, divergence
-from suanli.training.augment import compose
+from suanli.training.augment import AugmentationPipeline, compose
 from suanli.training.divergence import DivergenceCheck
 from suanli.training.ema import WeightAverage, copy_weights
 from suanli.training.freezing import Freezing
@@ -73,7 +74,7 @@ class Loop:
         plan: Plan,
         task: Task,
         preprocess: Preprocess,
-        head: str,
+        head: Head,
         train: Feed,
         val: Feed,
         device: Device,
@@ -82,7 +83,7 @@ class Loop:
         local_only: bool = False,
     ) -> None:
         """`step` is the `plain` one, changed by `plan`; `head` names the network's output layer. `full_size`: every
-        step sees full-size images and trains all layers, whatever the recipe says, so that all steps cost the same.
+        step sees full-size images, augmented like the first, and trains all layers, so that all steps cost the same.
         `local_only`: the loop learns from this process's share of the batch without the other processes. Both are for
         measuring. Raises UsageError for more processes than examples in a batch."""
         self.recipe, self.plan, self.task, self.preprocess = recipe, plan, task, preprocess
@@ -97,7 +98,9 @@ class Loop:
         self.lr = 0.0  # the recipe's learning rate, as the schedule has it now
 
         self.order = Order(len(train), recipe.batch_size, recipe.seed)
-        self.augment = compose(recipe.augment, preprocess.roles, task.targets)
+        self.augment, self.final_augment = (
+            compose(specs, preprocess.roles, task.targets) for specs in (recipe.augment, recipe.final_augment)
+        )
         self.runner = StepRunner(
             step,
             self.loss,
@@ -141,6 +144,20 @@ class Loop:
         per_epoch = self.order.steps_per_epoch
         return [max(1, round(epochs * per_epoch)) if epochs else 0 for epochs in self.progress.segments]
 
+    def _place_in_segment(self, step: int) -> tuple[int, int]:
+        """The number of `step` in the recipe's epochs or in the continuation that it belongs to, and their steps."""
+        for steps in self._segment_steps():
+            if step < steps:
+                break
+            step -= steps
+        return step, steps
+
+    def _augmentation(self, step: int) -> AugmentationPipeline:
+        """A continuation ends with the recipe's final epochs again."""
+        step, steps = self._place_in_segment(step)
+        final = round(self.recipe.final_epochs * self.order.steps_per_epoch)
+        return self.augment if step < steps - final else self.final_augment
+
     @property
     def full_size_steps_left(self) -> float:
         """The work that is left, in steps on full-size images that train all layers."""
@@ -178,8 +195,9 @@ class Loop:
         if self.group.is_alone:
             return
         parts = min(self.compute.micro_batches, size)
+        alignment = max(ALIGNMENT, self.augment.neighbours, self.final_augment.neighbours)
         ends = [size * i // parts for i in range(parts + 1)]
-        own = [torch.arange(a, b)[self.group.batch_share(b - a)] for a, b in pairwise(ends)]
+        own = [torch.arange(a, b)[self.group.batch_share(b - a, alignment)] for a, b in pairwise(ends)]
         self.global_positions = torch.cat(own)
         self.batch_size = len(self.global_positions)
         self.runner.ends = [sum(map(len, own[:i])) for i in range(parts + 1)]
@@ -232,8 +250,9 @@ class Loop:
             global_positions=None if positions is None else positions[: len(index)].to(index.device),
             global_size=self.order.batch_size,
         )
-        batch = self.augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
-        return batch if scale == 1 else batch.with_input("image", shrink(batch.inputs["image"], scale))
+        augment = self._augmentation(0 if self._full_size else step)
+        batch = augment(batch, self._generator.manual_seed(mix(self.recipe.seed, 3, step)))
+        return batch if scale == 1 else shrink(batch, scale)
 
     def _train_on(self, batch: Batch) -> torch.Tensor:
         """One optimizer step; returns the loss without waiting for it."""
@@ -254,10 +273,7 @@ class Loop:
             generator.manual_seed(mix(self.recipe.seed, 2, step, *self._rank_seed))
 
     def _set_lr(self, step: int) -> None:
-        for steps in self._segment_steps():
-            if step < steps:
-                break
-            step -= steps
+        step, steps = self._place_in_segment(step)
         factor = lr_factor(self.recipe, step, steps, self.order.steps_per_epoch)
         self.lr = self.recipe.lr * factor
         for group in self.optimizer.param_groups:

@@ -37,6 +37,7 @@ EQUAL_STEPS: dict[str, Json] = {
     "progressive_resizing": (),
     "mixed_sizes": (),
     "unfreeze_epochs": 0.0,
+    "final_epochs": 0.0,
 }
 WARM_UP = 3  # steps before any is timed
 BLOCK_S = 1.5  # of one kind of step in a round, if no number of steps is given

@@ -48,6 +48,14 @@ def partners(batch: Batch) -> torch.Tensor:
     return (positions ^ 1).clamp(max=len(batch.index) - 1)
 
 
+def group_of(batch: Batch, count: int) -> torch.Tensor:
+    """(B, count) int64: the positions of each example itself and of its neighbours in groups of `count`, a power of
+    two; at the end of a batch some repeat."""
+    positions = torch.arange(len(batch.index), device=batch.index.device)
+    group = torch.arange(count, device=positions.device)
+    return (positions[:, None] ^ group).clamp(max=len(positions) - 1)
+
+
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(B,) to (B, 1, 1, 1) with the dtype of `like`, to be broadcast over (B, C, H, W)."""
     if values.dtype is not torch.bool:
@@ -55,15 +63,15 @@ def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values[:, None, None, None]
 
 
-def warp(inputs: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Samples each image (C, H, W) bilinearly with its (2, 3) matrix, in coordinates from -1 to 1. Outside the image,
-    the nearest edge pixel counts. (B, C, H, W) and (B, 2, 3) to (B, C, H, W).
+def warp(inputs: torch.Tensor, matrices: torch.Tensor, *, outside: str = "border") -> torch.Tensor:
+    """Samples each image (C, H, W) bilinearly with its (2, 3) matrix, in coordinates from -1 to 1. Outside of the image
+    is the nearest edge pixel ("border"), or the mean colour ("zeros"). (B, C, H, W) and (B, 2, 3) to (B, C, H, W).
 
     Computed in float32 on contiguous planes: on a CPU that is several times as fast as bfloat16 or channels_last.
     """
     planes = inputs.to(torch.float32).contiguous()
     grid = F.affine_grid(matrices.to(torch.float32), list(planes.shape), align_corners=False)
-    warped = F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    warped = F.grid_sample(planes, grid, mode="bilinear", padding_mode=outside, align_corners=False)
     return warped.to(inputs.dtype).contiguous(memory_format=torch.channels_last)
 
 

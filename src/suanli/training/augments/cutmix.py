@@ -22,6 +22,7 @@ class Cutmix(Augmentation):
 
     input: ClassVar[str] = "image"
     keeps: ClassVar[frozenset[str]] = frozenset({"class"})
+    neighbours: ClassVar[int] = 2
 
     alpha: float = 1.0
     probability: float = 1.0
@@ -43,7 +44,7 @@ class Cutmix(Augmentation):
         own_part = 1 - rows.sum(1) * columns.sum(1) / (height * width)
         own = class_shares(batch)
         mixed = batch.with_input("image", torch.where(pasted, x[partner], x))
-        return replace(mixed, targets={"class": mix_shares(own, own[partner], own_part)})
+        return replace(mixed, targets={**batch.targets, "class": mix_shares(own, own[partner], own_part)})
 
 
 def _interval(side: torch.Tensor, length: int, batch: Batch, generator: torch.Generator) -> torch.Tensor:

@@ -29,6 +29,7 @@ class Mixup(Augmentation):
 
     input: ClassVar[str] = "image"
     keeps: ClassVar[frozenset[str]] = frozenset({"class"})
+    neighbours: ClassVar[int] = 2
 
     alpha: float = 0.2
     probability: float = 1.0
@@ -44,7 +45,7 @@ class Mixup(Augmentation):
         partner = partners(batch)
         own = class_shares(batch)
         mixed = batch.with_input("image", torch.lerp(x[partner], x, per_image(own_part, x)))
-        return replace(mixed, targets={"class": mix_shares(own, own[partner], own_part)})
+        return replace(mixed, targets={**batch.targets, "class": mix_shares(own, own[partner], own_part)})
 
 
 AUGMENT = Mixup
