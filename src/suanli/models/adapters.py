@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from suanli.core.errors import UsageError
-from suanli.models.layers import in_head
+from suanli.models.layers import Head, in_head
 
 _PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 
@@ -35,7 +35,7 @@ class LowRank(nn.Module):
         return weight + self.lora_b @ self.lora_a
 
 
-def add_adapters(model: nn.Module, rank: int, *, head: str, seed: int) -> int:
+def add_adapters(model: nn.Module, rank: int, *, head: Head, seed: int) -> int:
     """Adds adapters to the attention layers of `model`, in place, and freezes all else but the head. Gives the number
     of matrices that have one: those that are larger than `rank`. Raises UsageError where there are none."""
     found = list(_attention_weights(model, head))
@@ -60,7 +60,7 @@ def add_adapters(model: nn.Module, rank: int, *, head: str, seed: int) -> int:
     return len(found)
 
 
-def _attention_weights(model: nn.Module, head: str) -> Iterator[tuple[nn.Module, str]]:
+def _attention_weights(model: nn.Module, head: Head) -> Iterator[tuple[nn.Module, str]]:
     """Matrices of attention layers: a module and the name of its parameter."""
     inside: list[str] = []
     for path, module in model.named_modules():

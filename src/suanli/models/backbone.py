@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -28,7 +29,8 @@ class HeadInputs:
     """What the layer `head` is given while the network computes anything: in a `with` block, one vector (F,) for each
     example. So an evaluation has the embeddings of its examples without computing them again.
 
-    Of a head that is applied to places (a convolution, or a linear layer on tokens) it is the mean over the places.
+    Of a head that is applied to places (a convolution, or a linear layer on tokens) it is the mean over the places; of
+    one that gets several maps, the last, coarsest one counts.
     """
 
     def __init__(self, module: nn.Module, head: str, *, wanted: np.ndarray | None = None) -> None:
@@ -50,9 +52,11 @@ class HeadInputs:
         import torch
         from torch import nn
 
-        features: torch.Tensor = given[0] if given else next(iter(named.values()))
+        first = given[0] if given else next(iter(named.values()))
+        several = isinstance(first, Sequence)
+        features: torch.Tensor = first[-1] if several else first
         if features.dim() > 2:
-            is_convolution = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            is_convolution = several or isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             features = features.flatten(2).mean(2) if is_convolution else features.flatten(1, -2).mean(1)
         start, self._count = self._count, self._count + len(features)
         if self._wanted is not None:

@@ -177,7 +177,7 @@ def _unwrap(tensors: Mapping[str, T]) -> dict[str, T]:
 
 def _convert(file: dict[str, torch.Tensor], model: Model | None) -> dict[str, torch.Tensor]:
     """By the names that the network has where the file is of a published original."""
-    if model is None or _is_foreign(model):
+    if model is None or model.convert is Model.convert:
         return file
     try:
         return model.convert(_unwrap(file))

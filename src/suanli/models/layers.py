@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -21,10 +21,12 @@ _COUNTED = re.compile(r"(?:[\w-]*(?:block|layer|stage|level|unit|group|cell)s?[_
 _LISTS = ("blocks", "layers", "stages", "groups", "units", "cells")  # within a stage
 _FIRST = ""  # the layer of the embeddings
 
+Head: TypeAlias = str | tuple[str, ...]  # the submodules that start from nothing where the others start from weights
 
-def in_head(name: str, head: str) -> bool:
-    """Whether a parameter belongs to the submodule `head`."""
-    return name.startswith(f"{head}.")
+
+def in_head(name: str, head: Head) -> bool:
+    """Whether a parameter belongs to the submodule `head`, or to one of them."""
+    return name.startswith(tuple(f"{one}." for one in ((head,) if isinstance(head, str) else head)))
 
 
 def is_embedding(name: str) -> bool:
@@ -32,7 +34,7 @@ def is_embedding(name: str) -> bool:
     return any(word in name for word in ("embed", "_token"))
 
 
-def head_distances(named: Iterable[tuple[str, torch.Tensor]], head: str) -> dict[str, int]:
+def head_distances(named: Iterable[tuple[str, torch.Tensor]], head: Head) -> dict[str, int]:
     """How many layers each parameter's layer is away from the head, by name. The head's own is 0, and that of the
     layer before it 1. All parameters of the network must be given, in its own order."""
     named = list(named)
@@ -50,7 +52,7 @@ def head_distances(named: Iterable[tuple[str, torch.Tensor]], head: str) -> dict
     return {name: count - places[keys[name]] if name in keys else 0 for name, _ in named}
 
 
-def module_distances(model: nn.Module, head: str) -> Iterator[tuple[nn.Module, int]]:
+def module_distances(model: nn.Module, head: Head) -> Iterator[tuple[nn.Module, int]]:
     """Each module with the distance of its own parameters from the head. One without any counts to the layer before
     it."""
     distances = head_distances(model.named_parameters(), head)

@@ -8,11 +8,13 @@ their names are made known to torch before torchvision asks for them; calling on
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from suanli.core.errors import UsageError, pip_install
+from suanli.core.errors import DataError, UsageError, pip_install
 
+READS_FILES = ("pretrained", "checkpoint", "cache")  # starts of arguments with which timm reads other files
 _OPERATIONS = ("nms", "qnms")  # that torchvision names when it is imported
 _known: list[Any] = []  # torch forgets the names when this is gone
 
@@ -37,6 +39,15 @@ def import_timm() -> Any:
     import timm
 
     return timm
+
+
+def refuse_other_files(arguments: Iterable[str], whose: str) -> None:
+    """Raises DataError for arguments of a network with which timm would read files that nobody named or checked."""
+    if refused := [name for name in arguments if name.startswith(READS_FILES)]:
+        raise DataError(
+            f"{whose} has {', '.join(refused)}, with which timm would read other files.",
+            fix="Leave it out; --weights names weights to start from.",
+        )
 
 
 def _operations_load(folder: Path) -> bool:

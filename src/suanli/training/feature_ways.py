@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from suanli.compute.step_runner import list_tensors, map_tensors
 from suanli.core.types import Device
-from suanli.engines.backends.openvino import HINTS, import_openvino
+from suanli.engines.backends.openvino import HINTS, import_openvino, openvino_core
 
 TOLERANCE = 2e-2  # of the features' relative error (L2)
 START_S = 2.5  # of OpenVINO: converting and compiling EfficientNet-Lite0 took 1.7 s on two cores
@@ -213,7 +213,7 @@ def _make_openvino(precision: str) -> Callable[[nn.Module, Device, Any], Compute
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "THROUGHPUT",
         }
-        queue = openvino.AsyncInferQueue(openvino.Core().compile_model(model, "CPU", settings))
+        queue = openvino.AsyncInferQueue(openvino_core().compile_model(model, "CPU", settings))
         return _Queue(queue)
 
     return make

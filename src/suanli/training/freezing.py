@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 from suanli.core.types import Recipe
-from suanli.models.layers import head_distances, module_distances
+from suanli.models.layers import Head, head_distances, module_distances
 from suanli.parallel.sync_batchnorm import Norm
 
 
 class Freezing:
     """The layers of a network that an optimizer trains."""
 
-    def __init__(self, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, head: str) -> None:
+    def __init__(self, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, head: Head) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         named = list(model.named_parameters())
         distances = head_distances(named, head)

@@ -22,7 +22,7 @@ from suanli.core.console import duration, say, warn
 from suanli.core.errors import MachineError
 from suanli.core.schema import Stored, Tensors, take
 from suanli.core.task import Task
-from suanli.core.types import Device, Recipe
+from suanli.core.types import Device, Pretrained, Recipe
 from suanli.data.cache import PreparedData
 from suanli.data.loader import Feed
 from suanli.models.backbone import backbone_of
@@ -41,12 +41,19 @@ TOLERANCE = 1e-3  # between what the network and the head alone return
 
 
 def fit_head(
-    recipe: Recipe, prepared: PreparedData, device: Device, cache: Path, *, started: float | None = None
+    recipe: Recipe,
+    prepared: PreparedData,
+    device: Device,
+    cache: Path,
+    *,
+    given: Pretrained | None = None,
+    started: float | None = None,
 ) -> FrozenHead | None:
     """Fits the head in this process alone, and says its score on validation, `started` being when the user's command
-    began. None, with the reason, for a network whose answers aren't its head's."""
+    began, and `given` the weights where they are found already. None, with the reason, for a network whose answers
+    aren't its head's."""
     with explain_out_of_memory(device):
-        setup = Setup(recipe, prepared, device)
+        setup = Setup(recipe, prepared, device, given=given)
     begun = time.perf_counter()
     name, module = setup.head, setup.module.eval()
     layer = module.get_submodule(name)
@@ -83,10 +90,17 @@ def fit_head(
 
 
 def fit_for_all(
-    group: Group, recipe: Recipe, prepared: PreparedData, device: Device, cache: Path, *, started: float | None = None
+    group: Group,
+    recipe: Recipe,
+    prepared: PreparedData,
+    device: Device,
+    cache: Path,
+    *,
+    given: Pretrained | None = None,
+    started: float | None = None,
 ) -> FrozenHead | None:
     """A collective: as `fit_head`, by the first process."""
-    head = fit_head(recipe, prepared, device, cache, started=started) if group.is_first else None
+    head = fit_head(recipe, prepared, device, cache, given=given, started=started) if group.is_first else None
     values = group.broadcast(head and head.to_json())
     return None if values is None else FrozenHead.from_json(values)
 

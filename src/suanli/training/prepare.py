@@ -156,24 +156,11 @@ def resolve(
     brought = brought or {}
     found = found or find_data(options, recipe=recipe, settings=settings)
     source = found.source
-    if options.preprocess is not None and options.preprocess["kind"] != source.kind:
-        raise DataError(
-            f"The weights learned from {options.preprocess['kind']} data, and this is {source.kind}.",
-            fix="Choose weights, or data, of the other kind.",
-        )
-    if (model := settings.get("model", brought.get("model"))) is not None:
-        # Or settings that belong to it would be refused, in other words.
-        build.refuse_other_kind(build.resolve(str(model)), source.kind)
-    if found.traits is not None and not learn and not list_recipes(source.annotation):
+    refuse_other_kind(source, options.preprocess, settings.get("model", brought.get("model")))
+    if not learn and found.traits is not None and not list_recipes(source.annotation):
         recipe = Recipe(task=_usual_task(source))
-    elif found.traits is not None:
-        # The network of the weights is no choice of the user's, who may have made one beside them.
-        recipe = choose_by_traits(replace(found.traits, weights=found.traits.weights or "weights" in brought))
-    elif isinstance(recipe, str):
-        choice: RecipeChoice = registry.load("recipes", recipe)
-        recipe = choice.recipe
-    assert isinstance(recipe, Recipe)
-    recipe = change(recipe, {**brought, **settings})
+    recipe = change(choose_recipe(found, recipe, weights="weights" in brought), {**brought, **settings})
+    build.refuse_other_task(build.resolve(recipe.model), registry.load("tasks", recipe.task))
     _check_names(recipe, source)
     preprocess = None if options.preprocess is None else build_preprocess(options.preprocess)
     prepared = prepare_source(
@@ -189,6 +176,31 @@ def resolve(
     checks.refuse_bad_share(prepared.findings, options.max_bad)
     checks.refuse_unlearnable(prepared.findings, prepared.task)
     return recipe, prepared
+
+
+def refuse_other_kind(source: Source, preprocess: Mapping[str, Json] | None, model: Json) -> None:
+    """Raises DataError for data of another kind than given weights learned from with this preprocessing, and UsageError
+    for another than the model is for. To be called before settings that belong to it are refused, in other words."""
+    if preprocess is not None and preprocess["kind"] != source.kind:
+        raise DataError(
+            f"The weights learned from {preprocess['kind']} data, and this is {source.kind}.",
+            fix="Choose weights, or data, of the other kind.",
+        )
+    if model is not None:
+        build.refuse_other_kind(build.resolve(str(model)), source.kind)
+
+
+def choose_recipe(found: FoundData, recipe: str | Recipe | None, *, weights: bool) -> Recipe:
+    """A `Recipe` itself, the shipped one of this name, or, for None, the one that suits the data; `weights`: it starts
+    from some. Nothing that the user or the weights change is in it yet."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe is not None:
+        choice: RecipeChoice = registry.load("recipes", recipe)
+        return choice.recipe
+    assert found.traits is not None
+    # The network of the weights is no choice of the user's, who may have made one beside them.
+    return choose_by_traits(replace(found.traits, weights=found.traits.weights or weights))
 
 
 def resolve_run(run: Run, options: DataOptions, recipe: Recipe, *, verb: str, announce: bool = True) -> PreparedData:
@@ -267,7 +279,9 @@ def _check_names(recipe: Recipe, source: Source) -> None:
     """Raises UsageError for names in the recipe that don't exist, before time is spent on decoding."""
     build.resolve(recipe.model)
     inputs = registry.load("preprocess", source.kind).roles
-    compose(recipe.augment, inputs, make_task(recipe, source).targets)
+    targets = make_task(recipe, source).targets
+    for specs in (recipe.augment, recipe.final_augment):
+        compose(specs, inputs, targets)
     for field in ("progressive_resizing", "mixed_sizes"):
         if getattr(recipe, field) and "image" not in inputs:
             raise UsageError(f"{field} is for images, and this is {source.kind}.", fix="Leave it out.")

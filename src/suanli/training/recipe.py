@@ -96,7 +96,7 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
             if field not in NESTED:
                 raise UsageError(f"{name!r} can't be set: {field!r} has no entries.", fix=f"Set {field} itself.")
             values[field] = {**values[field], entry: value}
-        elif field == "augment" and isinstance(value, str):
+        elif field in ("augment", "final_augment") and isinstance(value, str):
             values[field] = _split_augmentations(value)
         else:
             values[field] = value

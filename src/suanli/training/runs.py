@@ -145,14 +145,14 @@ def start_run(
         if count > recipe.batch_size:
             raise too_many_processes(count, recipe.batch_size)
         run = Run.create(prepared.name, out, recipe, about, environment(resources.device))
-        keep_weights(run, recipe)
+        keep_weights(run, recipe, ready.given)
         run.write("summary.json", {"status": "running", "wanted_score": learned.target_accuracy})
         if ready.head is not None:
             run.write(FROZEN, ready.head.to_json())
         resources.start_processes(run, data, resumed=False, trust_code=True)  # its code was named here
         return run
     processes = _preflight(resources, recipe, prepared, Path(out or RUNS))
-    session = Session(replace(training_spec(recipe, prepared, data, resources), frozen=ready.head))
+    session = Session(replace(training_spec(recipe, prepared, data, resources), given=ready.given, frozen=ready.head))
     options = TrainerOptions(
         target_score=learned.target_accuracy, processes=processes, prepare_s=time.perf_counter() - started
     )
@@ -161,7 +161,7 @@ def start_run(
         path = str(Run.create(prepared.name, out, recipe, about, environment(resources.device)).path)
     run = Run(group.broadcast(path), writes=group.is_first)
     with run.lock():
-        keep_weights(run, recipe)
+        keep_weights(run, recipe, ready.given)
         resources.train(session, run, options)
     return run
 

@@ -19,7 +19,7 @@ from suanli.compute.plan_trial import first_line, free_memory
 from suanli.compute.step_runner import AppliedSettings
 from suanli.core.errors import DamagedFile, Diverged, MachineError, OutOfMemory, SuanliError
 from suanli.core.registry import names
-from suanli.core.types import Device, Plan, Recipe
+from suanli.core.types import Device, Plan, Pretrained, Recipe
 from suanli.data.cache import PreparedData
 from suanli.machine import peak
 from suanli.machine.device import cores, is_out_of_memory
@@ -54,6 +54,7 @@ class TrainingSpec:
     group: Group = ALONE
     balance: bool = False  # a process's share of a batch follows its measured speed
     shard: bool = False  # each process holds a part of the network
+    given: Pretrained | None = None  # the weights of the recipe, where they are found already
     frozen: FrozenHead | None = None  # where it is fitted already; None: it is fitted now, where the recipe wants one
 
 
@@ -96,7 +97,8 @@ class Session:
         """A collective: the head that the recipe wants to begin with."""
         if not self.recipe.frozen_views or self.spec.checkpoint is not None:
             return None
-        return fit_for_all(self.group, self.recipe, self.spec.prepared, self.device, self.spec.cache)
+        spec = self.spec
+        return fit_for_all(self.group, self.recipe, spec.prepared, self.device, spec.cache, given=spec.given)
 
     def _open_whole(self) -> tuple[Plan, int, str]:
         """A collective: a loop on the network as a whole, by a plan that is measured on copies of it. Gives the plan,
@@ -199,8 +201,16 @@ class Session:
         raise refusal or OutOfMemory("Another process has too little memory.", fix="Choose a smaller --batch-size.")
 
     def _setup(self, *, fresh: bool) -> Setup:
-        prepared, shard = self.spec.prepared, self.spec.shard
-        return Setup(self.recipe, prepared, self.device, fresh=fresh, group=self.group, shard=shard, frozen=self.frozen)
+        return Setup(
+            self.recipe,
+            self.spec.prepared,
+            self.device,
+            fresh=fresh,
+            group=self.group,
+            shard=self.spec.shard,
+            given=self.spec.given,
+            frozen=self.frozen,
+        )
 
     def _share(self, plan: Plan | None) -> Plan:
         """A collective: the first process's plan, for this one's device."""

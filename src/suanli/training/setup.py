@@ -18,13 +18,14 @@ from suanli.compute.plan import apply_plan
 from suanli.core.console import plural, say
 from suanli.core.errors import UsageError
 from suanli.core.registry import load
-from suanli.core.types import Device, Plan, Recipe, Step
+from suanli.core.types import Device, Plan, Pretrained, Recipe, Step
 from suanli.data import loader
 from suanli.data.cache import PreparedData
 from suanli.data.loader import Feed, mix
 from suanli.machine import peak
-from suanli.models import adapters, weights
+from suanli.models import adapters, feature_maps, weights
 from suanli.models import build as building
+from suanli.models.layers import Head
 from suanli.parallel import fsdp
 from suanli.parallel.group import ALONE, Group
 from suanli.parallel.sync_batchnorm import batch_norms, synchronize_batch_norms
@@ -39,15 +40,16 @@ _COMPUTED = (
     *("backbone_lr_scale", "clip_norm", "ema_decay"),
 )
 # Left out of a key where they have their defaults, so that plans of before are still found.
-_COMPUTED_TOO = ("layer_lr_decay", "unfreeze_epochs", "fixed_norms", "lora_rank")
+_COMPUTED_TOO = ("layer_lr_decay", "unfreeze_epochs", "fixed_norms", "lora_rank", "final_augment")
 
 
 class Setup:
     """Raises UsageError for a name or argument in the recipe that doesn't exist or fit.
 
-    With `fresh=False` a checkpoint will replace every weight, so none is loaded or initialised from data. `frozen` is
-    the head to begin with: what fitted it has said already which weights were taken. With `shard`
-    the network is sharded over the processes: then making a Setup is a collective, and there are no trials.
+    With `fresh=False` a checkpoint will replace every weight, so none is loaded or initialised from data. `given` are
+    the weights that the recipe names, where they are found already. `frozen` is the head to begin with: what fitted it
+    has said already which weights were taken. With `shard` the network is sharded over the processes: then making a
+    Setup is a collective, and there are no trials.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Setup:
         fresh: bool = True,
         group: Group = ALONE,
         shard: bool = False,
+        given: Pretrained | None = None,
         frozen: FrozenHead | None = None,
     ) -> None:
         self.group, self.sharded = group, shard
@@ -69,11 +72,14 @@ class Setup:
         self.task = settled.fit(prepared.splits["train"].targets)
         module = self._build_module(on_meta=shard and not group.is_first)
         model = building.resolve(recipe.model)
-        head = self.head = building.head_of(module, model)
+        self.head = building.head_of(module, model)
+        self._new_layers: Head = self.head  # that no weights of other data are for
+        if model.backbone:
+            self._new_layers = tuple(name for name, _ in module.named_children() if name != model.backbone)
         if fresh and recipe.weights is not None:
-            found = weights.find(recipe.weights)
+            found = given or weights.find(recipe.weights)
             other_classes = found.classes is not None and found.classes != prepared.task.classes
-            report = building.load_weights(module, found.file, head, new_head=other_classes, model=model)
+            report = feature_maps.load_weights(module, found.file, self.head, new_head=other_classes, model=model)
             if frozen is None:
                 say(str(report))
         if fresh and frozen is not None:
@@ -96,7 +102,7 @@ class Setup:
         self.module = module
         self.optimizer: torch.optim.Optimizer = load("optimizers", recipe.optimizer).build(
             list(module.named_parameters()),
-            head=head,
+            head=self._new_layers,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             backbone_lr_scale=recipe.backbone_lr_scale,
@@ -105,7 +111,9 @@ class Setup:
         )
 
     def _add_adapters(self, module: torch.nn.Module, *, announce: bool) -> None:
-        count = adapters.add_adapters(module, self.recipe.lora_rank, head=self.head, seed=mix(self.recipe.seed, 5))
+        count = adapters.add_adapters(
+            module, self.recipe.lora_rank, head=self._new_layers, seed=mix(self.recipe.seed, 5)
+        )
         learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
         if announce:
             what = plural(count, "matrix", "matrices")
@@ -160,7 +168,7 @@ class Setup:
             plan=plan,
             task=self.task,
             preprocess=self.prepared.preprocess,
-            head=self.head,
+            head=self._new_layers,
             train=self._feed("train", step.resident),
             val=self._feed("val", step.resident and loader.fits(self.prepared.splits["val"], self.device)),
             device=self.device,

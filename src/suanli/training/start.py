@@ -13,16 +13,16 @@ from suanli.core.errors import UsageError
 from suanli.core.paths import cache_dir as cache_dir_of
 from suanli.core.run import Run, refuse_inside
 from suanli.core.settings import parse_duration
-from suanli.core.types import AnyPath, Device, Recipe
+from suanli.core.types import AnyPath, Device, Pretrained, Recipe
 from suanli.data.cache import PreparedData
 from suanli.models import weights
-from suanli.models.model_folder import refuse_foreign_code
 from suanli.parallel.group import Group
 from suanli.training import budget, unfreezing
 from suanli.training.frozen_head import FrozenHead
+from suanli.training.given_weights import bring
 from suanli.training.head_fitting import fit_for_all
 from suanli.training.options import RecipeOptions
-from suanli.training.prepare import DataOptions, find_data, resolve
+from suanli.training.prepare import DataOptions, choose_recipe, find_data, refuse_other_kind, resolve
 from suanli.training.usual_weights import choose_weights
 
 
@@ -33,6 +33,7 @@ class Start:
     data: DataOptions
     recipe: Recipe  # complete
     splits: PreparedData
+    given: Pretrained | None  # the weights that the recipe names, where they were found here
     head: FrozenHead | None  # that the training begins with; None: a random one, or the run's own
 
 
@@ -54,9 +55,16 @@ def prepare_start(
     budget.check_target(target)
     budget_s = None if time_budget is None else parse_duration(time_budget)
     found = find_data(data, recipe=learned.recipe, settings=learned.changes)
-    fields, preprocess = _read_weights(choose_weights(found.traits, learned), learned.changes, trust_code)
-    data = replace(data, preprocess=preprocess)
-    recipe, prepared = resolve(data, recipe=learned.recipe, settings=learned.changes, brought=fields, found=found)
+    given, chosen = choose_weights(found.traits, learned), learned.recipe
+    fields: dict[str, object] = {}
+    if given is not None:
+        weights.announce(given)
+        model = learned.changes.get("model", given.model)
+        refuse_other_kind(found.source, given.fitted_preprocess, model)
+        chosen = choose_recipe(found, chosen, weights=True)
+        fields, preprocess = bring(given, chosen, learned.changes, kind=found.source.kind, trust_code=trust_code)
+        data = replace(data, preprocess=preprocess)
+    recipe, prepared = resolve(data, recipe=chosen, settings=learned.changes, brought=fields, found=found)
     if target is not None or budget_s is not None:
         _refuse_two_choices(recipe, learned.changes, target, budget_s)
     if target is not None:
@@ -65,10 +73,11 @@ def prepare_start(
         if not begun.recipe.frozen_views:
             recipe = unfreezing.without_head(recipe)
         # A time budget chose its recipe when it began.
-        return Start(data=data, recipe=recipe if budget_s is None else begun.recipe, splits=prepared, head=None)
+        recipe = recipe if budget_s is None else begun.recipe
+        return Start(data=data, recipe=recipe, splits=prepared, given=given, head=None)
     cache, head = cache_dir_of(data.cache_dir), None
     if recipe.frozen_views:
-        head = fit_for_all(group, recipe, prepared, device, cache, started=started)
+        head = fit_for_all(group, recipe, prepared, device, cache, given=given, started=started)
         if head is None:
             recipe = unfreezing.without_head(recipe)
             say(f"all layers are trained from a new head, for {plural(recipe.epochs, 'epoch')}")
@@ -78,32 +87,13 @@ def prepare_start(
             usual = partial(planner.short_list, threads=threads, cache=cache)
             recipe = budget.choose_for_time(recipe, prepared, device, usual, left_s, head)
         recipe = Recipe.model_validate(group.broadcast(recipe.model_dump(mode="json")))
-    return Start(data=data, recipe=recipe, splits=prepared, head=head)
+    return Start(data=data, recipe=recipe, splits=prepared, given=given, head=head)
 
 
-def _read_weights(
-    name: AnyPath | None, changes: Mapping[str, object], trust_code: bool
-) -> tuple[dict[str, object], Mapping[str, object] | None]:
-    """What given weights bring along: fields of the recipe, and the preprocessing that they were trained with, which
-    stays unless the user changes it."""
-    if name is None:
-        return {}, None
-    found = weights.find(name)
-    weights.announce(found)
-    fields: dict[str, object] = {"weights": found.name}
-    fields |= {f"preprocess.{setting}": value for setting, value in found.preprocess.items()}
-    if found.model is not None and changes.get("model", found.model) == found.model:
-        if not trust_code:
-            refuse_foreign_code(found.model, found.file)
-        fields |= {"model": found.model, "model_args": dict(found.model_args)}
-    changed = any(change.partition(".")[0] == "preprocess" for change in changes)
-    return fields, None if changed else found.fitted_preprocess
-
-
-def keep_weights(run: Run, recipe: Recipe) -> None:
+def keep_weights(run: Run, recipe: Recipe, given: Pretrained | None) -> None:
     """Write what is known of the weights that `run` starts from into it, without a place on this machine."""
     if recipe.weights is not None:
-        run.write("weights.json", weights.describe(weights.find(recipe.weights)))
+        run.write("weights.json", weights.describe(given or weights.find(recipe.weights)))
 
 
 def _refuse_two_choices(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from suanli.core.console import say, warn
 from suanli.core.errors import MachineError, SuanliError, UsageError
-from suanli.core.types import AnyPath, Traits, UsualWeights
+from suanli.core.types import Pretrained, Traits, UsualWeights
 from suanli.models import weights
 from suanli.training.options import RecipeOptions
 from suanli.training.recipe import find_choice
@@ -17,12 +17,12 @@ VARIABLE = "SUANLI_WEIGHTS"  # of the environment: what is named where the user 
 OWN_NETWORK = ("model", "model_args", "weights")  # fields of a recipe with which the user chooses a network
 
 
-def choose_weights(traits: Traits | None, learned: RecipeOptions) -> AnyPath | None:
-    """What the user named; else those that usually help data of these `traits`, where this machine has them. None: no
-    weights, and a remark where some would help. It never reaches for the network."""
+def choose_weights(traits: Traits | None, learned: RecipeOptions) -> Pretrained | None:
+    """Those that the user named; else those that usually help data of these `traits`, where this machine has them, for
+    which it never reaches for the network. None: no weights, and a remark where some would help."""
     named = os.environ.get(VARIABLE) if learned.weights is None else learned.weights
     if named:
-        return None if str(named) == NONE else named
+        return None if str(named) == NONE else weights.find(named)
     fields = {name.partition(".")[0] for name in learned.changes}
     if (model := str(learned.changes.get("model", ""))).startswith("timm:") and "weights" not in fields:
         say(f"{model} is built without weights; to start from its publisher's: --weights {model}")
@@ -45,7 +45,7 @@ def choose_weights(traits: Traits | None, learned: RecipeOptions) -> AnyPath | N
         return None
     if reason is not None:
         say(f"weights: {found.title or found.name}, since {reason}; from nothing: --weights {NONE}")
-        return usual.name
+        return found
     say(f"{gain} To start from them: --weights {usual.name}")
     return None
 

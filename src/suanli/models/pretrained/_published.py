@@ -23,6 +23,7 @@ from suanli.models.conversion import file_checksum, is_pickle
 from suanli.models.fitting import recognize
 from suanli.models.licences import allows_commercial_use
 from suanli.models.safetensors_io import read_shapes
+from suanli.models.timm_import import refuse_other_files
 
 FACTS = ("config.json", "preprocessor_config.json", "README.md")  # files beside the weights that are read
 USUAL = "model.safetensors"
@@ -30,7 +31,6 @@ INDEX = ".safetensors.index.json"
 LARGEST_FACTS = 8 << 20  # bytes of one of them
 LARGEST_CARD = 1 << 20  # characters of the YAML in a README.md
 MOST_RESULTS = 1000  # in a card that are looked at
-REFUSED_ARGS = ("pretrained", "checkpoint", "cache")  # starts of arguments with which timm reads other files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,11 +168,7 @@ def find_network(file: Path, published: Published) -> tuple[str | None, dict[str
         return None, {}
     args = published.config.get("model_args")
     args = args if isinstance(args, dict) else {}
-    if refused := [name for name in args if name.startswith(REFUSED_ARGS)]:
-        raise DataError(
-            f"The config.json of these weights sets {_few(refused)}, with which timm would read other files.",
-            fix="Choose other weights.",
-        )
+    refuse_other_files(args, "The config.json of these weights")
     return f"timm:{published.timm_name}", args
 
 

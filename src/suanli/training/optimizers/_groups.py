@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from suanli.core.errors import UsageError, unknown
+from suanli.models.layers import Head as Head
 from suanli.models.layers import head_distances, in_head, is_embedding
 
 Group: TypeAlias = dict[str, Any]
@@ -48,7 +49,7 @@ class Trained:
 
 
 def trained_parameters(
-    named: Iterable[Named], *, head: str, backbone_lr_scale: float, layer_lr_decay: float
+    named: Iterable[Named], *, head: Head, backbone_lr_scale: float, layer_lr_decay: float
 ) -> list[Trained]:
     """The parameters to train. Outside of the head, rates are `backbone_lr_scale` times as high, and for each layer
     nearer to the input `layer_lr_decay` times (Clark et al., "ELECTRA", arXiv:2003.10555). A scale of 0 freezes all but

@@ -24,7 +24,7 @@ class AdamW(_groups.Uncompiled, torch.optim.AdamW):
 def build(
     named_parameters: Iterable[_groups.Named],
     *,
-    head: str,
+    head: _groups.Head,
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,

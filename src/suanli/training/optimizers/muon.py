@@ -168,7 +168,7 @@ def _orthogonalize_by_shape(updates: list[torch.Tensor], steps: int) -> list[tor
 def build(
     named_parameters: Iterable[_groups.Named],
     *,
-    head: str,
+    head: _groups.Head,
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,

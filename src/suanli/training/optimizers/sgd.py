@@ -35,7 +35,7 @@ class SGD(_groups.Uncompiled, torch.optim.SGD):
 def build(
     named_parameters: Iterable[_groups.Named],
     *,
-    head: str,
+    head: _groups.Head,
     lr: float,
     weight_decay: float = 0.0,
     backbone_lr_scale: float = 1.0,
