@@ -34,7 +34,7 @@ demo: .venv/installed
 	$(BIN)/suanli run digits
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(TESTERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 long: .venv/installed-test
 	$(BIN)/python -m pytest -m long

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ HEAVY = ("Convolution", "FullyConnected", "MatMul", "Deconvolution")
 def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placement) -> None:  # noqa: ARG001
     assert inputs.onnx is not None
     openvino = import_openvino()
-    model = openvino.Core().read_model(inputs.onnx)
+    model = openvino_core().read_model(inputs.onnx)
     ends = find_names(inputs.onnx)
     for ports, names in zip((model.inputs, model.outputs), ends, strict=True):
         for port, name in zip(ports, names, strict=True):
@@ -83,7 +84,7 @@ class _CompiledModel:
             "INFERENCE_PRECISION_HINT": HINTS[precision],
         }
         self._openvino = import_openvino()
-        self._core = self._openvino.Core()
+        self._core = openvino_core()
         model = self._core.read_model(self._path)
         self._inputs, self._outputs = ([port.any_name for port in ports] for ports in (model.inputs, model.outputs))
         self._any_shape = self._core.compile_model(model, "CPU", self._settings)
@@ -120,7 +121,7 @@ class _CompiledModel:
 
     def _compute(self, inputs: Arrays) -> dict[str, np.ndarray]:
         run = self._one_input if self._one_input is not None and _count(inputs) == 1 else self._any_shape
-        answers = run(inputs)  # copied, since the next call writes into the same memory
+        answers = run(inputs, share_inputs=True)  # copied, since the next call writes into the same memory
         return {name: np.array(answers[place]) for place, name in enumerate(self._outputs)}
 
     def _compute_in_pieces(self, inputs: Arrays, piece: int) -> dict[str, np.ndarray]:
@@ -191,6 +192,13 @@ def import_openvino() -> Any:
     import openvino
 
     return openvino
+
+
+@cache
+def openvino_core() -> Any:
+    """One for the process, which is never freed: it gives the thread that first compiles a model another stack for
+    signals, and where it was freed by another thread, the next signal, such as Ctrl-C, would crash the process."""
+    return import_openvino().Core()
 
 
 ENGINE = Engine(
