@@ -89,9 +89,14 @@ class EngineBuilder:
         """Names of layers, the one that int8 hurts most first. Raises SandboxError where that can't be measured."""
         if importlib.util.find_spec("onnxruntime") is None:
             raise SandboxError("not installed: onnxruntime")
+        task = self.subject.task
         with start_sandbox(self.work) as sandbox:
             reply = sandbox.ask(
-                limit_s, "rank_layers", inputs=self._describe_inputs(), placement=self._placement(self.threads)
+                limit_s,
+                "rank_layers",
+                inputs=self._describe_inputs(),
+                task={"name": task.name, "classes": task.classes, "settings": task.settings},
+                placement=self._placement(self.threads),
             )
         return [name for name, _ in reply["layers"]]
 

@@ -10,19 +10,22 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 from suanli.core.errors import MachineError, first_line
-from suanli.core.schema import Arrays, pick, zeros
+from suanli.core.schema import Arrays, Column, pick, zeros
 from suanli.core.task import Task
 from suanli.core.types import Preprocess
 from suanli.engines.graphs import FLOAT_NODES
 from suanli.models.model_folder import SavedModel
+from suanli.tasks.tensors import Tensors
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -61,6 +64,31 @@ class _Prediction(nn.Module):
     def forward(self, outputs: Any) -> tuple[torch.Tensor, ...]:
         predictions = self.task.predict(outputs)
         return tuple(predictions[name] for name in self.names)
+
+
+class _RawNetwork(nn.Module):
+    """A network that gives what it returns by these names; none: all that it returns, numbered."""
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.network, self.names = network, tuple(names)
+
+    def forward(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = _pytree.tree_leaves(self.network(*inputs))
+        names = self.names or [f"output_{place}" for place in range(len(tensors))]
+        return {name: tensor.float() for name, tensor in zip(names, tensors, strict=False)}
+
+
+def without_predictions(saved: SavedModel) -> SavedModel:
+    """The model whose answers are what its network returns, as `Task.raw_names` calls it: logits, for a classifier."""
+    network = _RawNetwork(saved.module, saved.task.raw_names).eval()
+    inputs = zip(saved.preprocess.inputs, example_tensors(saved.preprocess, EXAMPLES), strict=True)
+    with torch.inference_mode():
+        raw = network(*saved.preprocess.to_model(dict(inputs)).values())
+    columns = {
+        name: Column(shape=tuple(tensor.shape[1:]), dtype="float32", role="features") for name, tensor in raw.items()
+    }
+    return replace(saved, module=network, task=Tensors(classes=saved.task.classes, columns=columns))
 
 
 def example_tensors(preprocess: Preprocess, batch: int) -> tuple[torch.Tensor, ...]:

@@ -164,10 +164,11 @@ class _EngineRequests:
         load("engines", engine).build(_read_inputs(inputs), precision, Path(folder), _read_placement(placement))
         return {}
 
-    def rank_layers(self, inputs: dict[str, Json], placement: object) -> dict[str, object]:
+    def rank_layers(self, inputs: dict[str, Json], task: dict[str, Json], placement: object) -> dict[str, object]:
         from suanli.engines.sensitivity import rank_layers
+        from suanli.models.model_folder import build_task
 
-        return {"layers": rank_layers(_read_inputs(inputs), _read_placement(placement))}
+        return {"layers": rank_layers(_read_inputs(inputs), build_task(**task), _read_placement(placement))}
 
     def load(self, engine: str, precision: str, folder: str, placement: object) -> dict[str, object]:
         from suanli.core.registry import load

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from suanli.core.schema import Arrays
+from suanli.core.task import Task
 from suanli.core.types import EngineInputs, Placement
 from suanli.engines.backends import onnxruntime as engine
-from suanli.engines.differences import mean_difference, value_range
 from suanli.engines.examples import CALIBRATION_BATCH, SeparateExamples
 from suanli.engines.graphs import find_float_nodes
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 INPUTS = 32  # of calibration, for which answers are compared
 
 
-def rank_layers(inputs: EngineInputs, placement: Placement) -> list[tuple[str, float]]:
-    """Names of the graph's layers, each with the mean difference (see `differences.py`) between the answers of the
-    float graph and of the same graph with only this layer in int8; the largest difference first."""
+def rank_layers(inputs: EngineInputs, task: Task, placement: Placement) -> list[tuple[str, float]]:
+    """Names of the graph's layers, each with the mean drift, as the task measures it, from the answers of the float
+    graph to those of the same graph with only this layer in int8; the largest drift first."""
     import onnx
 
     assert inputs.calibration is not None
@@ -40,13 +40,12 @@ def rank_layers(inputs: EngineInputs, placement: Placement) -> list[tuple[str, f
     kept = find_float_nodes(inputs.onnx)
     layers = [n.name for n in original.graph.node if n.op_type in engine.QUANTIZED and n.name not in kept]
     reference = _answers(original, batches, placement)
-    ranges = value_range(reference)
-    distances = []
+    drifts = []
     for layer in layers:
         answers = _answers(_keep_one(quantized, original, layer), batches, placement)
         pairs = zip(reference.blocks(), answers.blocks(), strict=True)
-        distances.append((layer, float(np.mean([mean_difference(*pair, ranges) for pair in pairs]))))
-    return sorted(distances, key=lambda pair: -pair[1])
+        drifts.append((layer, float(np.concatenate([task.drift(*pair) for pair in pairs]).mean())))
+    return sorted(drifts, key=lambda pair: -pair[1])
 
 
 def _keep_one(quantized: onnx.ModelProto, original: onnx.ModelProto, layer: str) -> onnx.ModelProto:

@@ -41,24 +41,34 @@ class ExportResult:
         return asdict(self) | {"path": str(self.path)}
 
 
-def export(subject: AnyPath, *, to: str, out: AnyPath | None = None, trust_code: bool = False) -> ExportResult:
+def export(
+    subject: AnyPath, *, to: str, out: AnyPath | None = None, raw: bool = False, trust_code: bool = False
+) -> ExportResult:
     """Write the model of a run or a model folder as a plain file, and compare it with the model in a new process.
 
     `to` is "onnx", "openvino", "pt2", "litert" or "safetensors"; `out` the file, for openvino the folder (default: the
-    name of the run and the format's suffix, in the current directory). Raises UsageError for an unknown format and
-    where `out` exists, MachineError where a package is missing, the network can't be exported or the file can't be read
-    again, GateError where an answer differs by more than 0.001 (of a probability, or of what an output ranges over) or
-    a weight at all, StorageError where nothing can be written. After an error nothing is left behind. For safetensors,
-    tensors are compared instead of answers.
+    name of the run and the format's suffix, in the current directory). `raw`: the file gives what the network returns,
+    such as the logits of a classifier, or all boxes of a detector and their logits. Raises UsageError for an unknown
+    format and where `out` exists, MachineError where a package is missing, the network can't be exported or the file
+    can't be read again, GateError where an answer differs by more than 0.001 (of a probability, or of what an output
+    ranges over; lists by a drift of more than 0.02) or a weight at all, StorageError where nothing can be written.
+    After an error nothing is left behind. For safetensors, tensors are compared instead of answers.
     """
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
     export_format = FORMATS[to]
     folder = find_model_folder(subject)
-    target = Path(f"{_name(folder)}{export_format.suffix}") if out is None else Path(out).expanduser()
+    if raw and not export_format.has_graph:
+        raise UsageError(f"A {to} file has the weights alone, with or without --raw.", fix="Leave --raw out.")
+    name = f"{_name(folder)}{'-raw' if raw else ''}{export_format.suffix}"
+    target = Path(name) if out is None else Path(out).expanduser()
     _refuse_occupied(target, export_format)
     _refuse_missing_packages(to, export_format)
     saved = load_model(folder, trust_code=trust_code)
+    if raw:
+        from suanli.engines.inference_module import without_predictions  # needs torch
+
+        saved = without_predictions(saved)
     metadata = build_metadata(saved, export_format)
     with _work_folder(target) as work:
         draft = work / f"model{export_format.suffix}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from suanli.core.errors import MachineError
 from suanli.core.types import EngineInputs
 from suanli.engines.backends import onnxruntime as onnx_engine
+from suanli.engines.graphs import find_float_nodes
 
 if TYPE_CHECKING:
     import onnx
@@ -27,7 +28,7 @@ def prepare_graph(inputs: EngineInputs, precision: str, folder: Path) -> onnx.Mo
     model = onnx.load(quantize_graph(inputs, folder) if precision == "int8" else inputs.onnx)
     cast_inputs_first(model)
     if precision == "float16":
-        convert_to_float16(model)
+        convert_to_float16(model, find_float_nodes(inputs.onnx))
     return model
 
 
@@ -94,18 +95,20 @@ def _cast_first(graph: onnx.GraphProto, name: str) -> None:
     del graph.value_info[:]  # some types are others now
 
 
-def convert_to_float16(model: onnx.ModelProto) -> None:
-    """Changes a float32 graph so that it computes in float16. Its inputs and outputs keep their types; numbers beyond
-    float16's range become its largest. Raises MachineError for graphs with branches or loops."""
-    from onnx import AttributeProto, TensorProto, helper
+def convert_to_float16(model: onnx.ModelProto, kept: Collection[str] = ()) -> None:
+    """Changes a float32 graph so that it computes in float16, but for the nodes of these names, which nothing else
+    depends on: in float16, the area of a large box would be infinite. Its inputs and outputs keep their types; numbers
+    beyond float16's range become its largest. Raises MachineError for graphs with branches or loops."""
+    from onnx import AttributeProto, TensorProto
 
     graph = model.graph
     single, half = TensorProto.FLOAT, TensorProto.FLOAT16
+    floats = _float_values(model)
+    halves = [node for node in graph.node if node.name not in kept]
+    singles = [node for node in graph.node if node.name in kept]
     sizes = {name for node in graph.node if node.op_type == "Resize" for name in node.input[1:]}  # must be float32
-    for tensor in graph.initializer:
-        if tensor.data_type == single and tensor.name not in sizes:
-            _halve(tensor)
-    for node in graph.node:
+    _halve_weights(graph, halves, singles, sizes)
+    for node in halves:
         for attribute in node.attribute:
             if attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
                 raise MachineError(f"{node.op_type} {node.name!r} has a graph of its own.", fix=OTHER_ENGINES)
@@ -114,35 +117,62 @@ def convert_to_float16(model: onnx.ModelProto) -> None:
                     _halve(attribute.t)
             elif attribute.name in ("to", "dtype") and attribute.i == single:
                 attribute.i = half
-    casts = [
-        helper.make_node("Cast", [source.name], [f"{source.name}_half"], name=f"{source.name}_half", to=half)
-        for source in graph.input
-        if source.type.tensor_type.elem_type == single
-    ]
-    for cast in casts:
-        _rename_inputs(graph.node, cast.input[0], cast.output[0])
-    for output in graph.output:
-        if output.type.tensor_type.elem_type == single:
-            _cast_output(graph, output.name)
-    nodes = [*casts, *graph.node]
+    sources = [value.name for value in graph.input if value.type.tensor_type.elem_type == single]
+    before = [_cast(name, f"{name}_half", half, halves) for name in sources]
+    made = {name for node in halves for name in node.output if name in floats and name not in sizes}
+    read = {name for node in singles for name in node.input}
+    between = [_cast(name, f"{name}_single", single, singles) for name in sorted(made & read)]
+    after = [_cast_output(output.name, [*halves, *between]) for output in graph.output if output.name in made]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend([*before, *halves, *between, *singles, *after])
     del graph.value_info[:]
 
 
-def _cast_output(graph: onnx.GraphProto, name: str) -> None:
-    """Puts a cast to float32 before the softmax that computes this output, or after another node that does."""
+def _float_values(model: onnx.ModelProto) -> set[str]:
+    """Names of the values between nodes, and of the outputs, that are float32."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = (*graph.value_info, *graph.output)
+    return {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+
+
+def _halve_weights(
+    graph: onnx.GraphProto, halves: Sequence[onnx.NodeProto], singles: Sequence[onnx.NodeProto], sizes: set[str]
+) -> None:
+    """Those that `singles` need, too, get a float32 copy."""
+    from onnx import TensorProto
+
+    read = {name for node in halves for name in node.input}
+    also = {name for node in singles for name in node.input}
+    for tensor in list(graph.initializer):
+        if tensor.data_type != TensorProto.FLOAT or tensor.name in sizes or tensor.name not in read:
+            continue
+        if tensor.name in also:
+            copy = graph.initializer.add()
+            copy.CopyFrom(tensor)
+            copy.name = f"{tensor.name}_single"
+            _rename_inputs(singles, tensor.name, copy.name)
+        _halve(tensor)
+
+
+def _cast(name: str, new: str, to: int, nodes: Iterable[onnx.NodeProto]) -> onnx.NodeProto:
+    """A cast of this value, which these nodes read instead."""
+    from onnx import helper
+
+    _rename_inputs(nodes, name, new)
+    return helper.make_node("Cast", [name], [new], name=new, to=to)
+
+
+def _cast_output(name: str, nodes: Sequence[onnx.NodeProto]) -> onnx.NodeProto:
+    """A cast to float32 that gives this output, whose value has another name from now on."""
     from onnx import TensorProto, helper
 
-    position, producer = next((i, node) for i, node in enumerate(graph.node) if name in node.output)
-    if producer.op_type == "Softmax":
-        source, target = producer.input[0], f"{name}_logits"
-        producer.input[0] = target
-    else:
-        position, source, target = position + 1, f"{name}_half", name
-        producer.output[list(producer.output).index(name)] = source
-        _rename_inputs(graph.node, name, source)
-    graph.node.insert(position, helper.make_node("Cast", [source], [target], name=f"{name}_cast", to=TensorProto.FLOAT))
+    producer = next(node for node in nodes if name in node.output)
+    inner = f"{name}_half"
+    producer.output[list(producer.output).index(name)] = inner
+    _rename_inputs(nodes, name, inner)
+    return helper.make_node("Cast", [inner], [name], name=f"{name}_cast", to=TensorProto.FLOAT)
 
 
 def _halve(tensor: onnx.TensorProto) -> None:

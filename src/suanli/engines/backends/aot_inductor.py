@@ -67,11 +67,12 @@ def build(inputs: EngineInputs, precision: str, folder: Path, placement: Placeme
                 )
 
 
-def _quantize(module: Any, inputs: EngineInputs, names: Sequence[str]) -> Any:
+def _quantize(module: torch.fx.GraphModule, inputs: EngineInputs, names: Sequence[str]) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     assert inputs.calibration is not None
+    _separate_calls(module)
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     quantizer.set_function_type_qconfig(torch.nn.functional.max_pool2d, None)  # in int8 it would lose its ceil_mode
@@ -80,6 +81,27 @@ def _quantize(module: Any, inputs: EngineInputs, names: Sequence[str]) -> Any:
     for arrays in inputs.calibration:
         observed(*to_tensors(arrays, names))
     return convert_pt2e(observed)
+
+
+def _separate_calls(module: torch.fx.GraphModule) -> None:
+    """Gives each call of a layer that is called several times a name and weights of its own: the quantizer would take
+    its calls for one, and fold the norms behind all of them into the same weights."""
+    graph, seen = module.graph, set()
+    for node in list(graph.nodes):
+        stack = node.meta.get("nn_module_stack")
+        if not stack or node.op != "call_function":
+            continue
+        key, (path, kind) = list(stack.items())[-1]
+        if call := key.partition("@")[2]:
+            node.meta["nn_module_stack"] = {**stack, key: (f"{path}@{call}", kind)}
+        for source in [one for one in node.all_input_nodes if one.op == "get_attr"]:
+            if call and source.target in seen:
+                name = f"{source.target}@{call}".replace(".", "_")
+                setattr(module, name, torch.nn.Parameter(module.get_parameter(source.target).clone()))
+                with graph.inserting_before(node):
+                    node.replace_input_with(source, graph.get_attr(name))
+            seen.add(source.target)
+    module.recompile()
 
 
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:  # noqa: ARG001

@@ -23,14 +23,17 @@ from suanli.models.model_folder import load_model
 def load(folder: Path, precision: str, placement: Placement) -> LoadedEngine:
     module = InferenceModule(load_model(folder, trust_code=placement.trust_code))
     names = tuple(module.preprocess.inputs)
-    one, many = torch.compile(module, dynamic=False), torch.compile(module, dynamic=True)
+    one, many = torch.compile(module, dynamic=False), torch.compile(module)
 
     def answer(arrays: Arrays) -> Arrays:
         tensors = to_tensors(arrays, names)
         lower = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32")
         with use_threads(placement.threads), torch.inference_mode(), lower:
-            run = one if len(tensors[0]) == 1 else many
-            return to_arrays(module.outputs, run(*tensors))
+            if len(tensors[0]) == 1:
+                return to_arrays(module.outputs, one(*tensors))
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # the batch alone: other sides are those of the model
+            return to_arrays(module.outputs, many(*tensors))
 
     def find_precision(arrays: Arrays) -> str:
         return _compiled.kernel_precision(lambda: answer(arrays))
