@@ -115,6 +115,9 @@ def _prepare(
     max_bad: MaxBad = 0.01,
     data_dir: DataDir = None,
     cache_dir: CacheDir = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write some training images with their labels into FOLDER.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
@@ -330,7 +333,7 @@ def _evaluate(
         result.render = lambda: table(evaluation)
 
 
-@app.command("predict", help="Classify files, folders or standard input, or predict values.")
+@app.command("predict", help="Answer files, folders or standard input: classes, values, boxes.")
 def _predict(
     context: typer.Context,
     words: Annotated[
@@ -344,14 +347,29 @@ def _predict(
         str | None, typer.Option(help="Ask this server instead, and name no MODEL: http://127.0.0.1:8000.")
     ] = None,
     top: Annotated[
-        int, typer.Option(min=1, help="Show at most this many classes, or other ranked entries, of each answer.")
-    ] = 5,
+        int | None,
+        typer.Option(min=1, help="Show at most this many entries of each answer; default: 5 classes, and all boxes."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Decide by this probability, such as that from which a box is shown."),
+    ] = None,
     engine: Engine = "auto",
     device: DeviceName = "auto",
     trust_code: TrustCode = False,
     csv: Annotated[
         bool, typer.Option("--csv", help="Print comma-separated values, with the probability of every class.")
     ] = False,
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Give the answers as csv, jsonl, coco (results) or yolo."),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --format coco, use the ids of this annotation file.")
+    ] = None,
+    draw: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write each image with its answer drawn on it into FOLDER.")
+    ] = None,
     explain: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write what each answer rests on: a saliency map, or weighted words."),
@@ -360,33 +378,60 @@ def _predict(
         bool, typer.Option("--features", help="Give the embedding of each input in place of its answer.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --features, write them here: .npy, .parquet or .csv.")
+        Path | None,
+        typer.Option(metavar="PATH", help="Write here: --features .npy, .parquet or .csv; --format a file or folder."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
         if csv and as_json:
             raise UsageError("--csv and --json exclude each other.", fix="Choose one.")
-        from suanli.verbs.predict import csv_lines, iterate, table
+        from suanli.verbs.predict import DRAWN, iterate, open_answerer, table
 
         model, inputs = (words[0], words[1:]) if url is None else (None, words)
         if not inputs:
             fix = "Name the model first: suanli predict RUN INPUT… (files, folders, a quoted pattern, texts, or -)."
             raise UsageError("There is nothing to predict.", fix=fix)
         if features:
-            _refuse_given(context, ("url", "top", "engine", "explain"), "with --features")
+            _refuse_given(context, PREDICT_OPTIONS, "with --features")
             _embed(result, model, inputs, out, csv=csv, as_json=as_json, device=device, trust_code=trust_code)
             return
-        _refuse_given(context, ("out",), "without --features")
         options: dict[str, Any] = {"engine": engine, "device": device, "trust_code": trust_code, "url": url}
-        options["explain"] = explain or False
-        answers = _counted(result, iterate(model, inputs, top=sys.maxsize if csv else top, **options))
-        if csv:
-            result.render = lambda: csv_lines(answers)
+        form = _choose_format(context, format, csv=csv, as_json=as_json)
+        most = sys.maxsize if form == "csv" else top
+        answerer = open_answerer(model, top=most, threshold=threshold, explain=explain is not None, **options)
+        folders = {} if draw is None else {DRAWN: draw}
+        if form is None:
+            listed = list(_counted(result, iterate(answerer, inputs, folders=folders, saliencies=explain)))
+            result.values = {"model": model or url, "predictions": [p.to_json() for p in listed]}
+            result.render = lambda: table(listed)
             return
-        listed = list(answers)
-        result.values = {"model": model or url, "predictions": [p.to_json() for p in listed]}
-        result.render = lambda: table(listed)
+        from suanli.core.registry import load
+        from suanli.verbs.predict import Output, summarize
+
+        output = Output(load("answer_formats", form), answerer, out, annotations)
+        answers = _counted(result, iterate(answerer, inputs, folders=folders | output.folders, saliencies=explain))
+        if out is None:
+            result.render = lambda: output.lines(answers)
+            return
+        written = output.write(answers)
+        result.values = {"model": model or url, **written}
+        result.render = lambda: summarize(written)
+
+
+PREDICT_OPTIONS = ("url", "top", "threshold", "engine", "explain", "format", "annotations", "draw")
+
+
+def _choose_format(context: typer.Context, form: str | None, *, csv: bool, as_json: bool) -> str | None:
+    """None: a table, or JSON. Raises UsageError for options that don't go together."""
+    if form is None and not csv:
+        _refuse_given(context, ("out", "annotations"), "without --features or --format")
+        return None
+    if csv and form not in (None, "csv"):
+        raise UsageError(f"--csv and --format {form} exclude each other.", fix="Choose one.")
+    if as_json and not _is_given(context, "out"):
+        raise UsageError("--format and --json exclude each other.", fix="Choose one, or write into a file: --out.")
+    return form or "csv"
 
 
 def _embed(
@@ -564,13 +609,19 @@ def _export(
     out: Annotated[
         Path | None, typer.Option(help="Write to this file or folder; default: <run>.<format>, here.")
     ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Give what the network returns: logits without a softmax, boxes of which none is left out."
+        ),
+    ] = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     with _result(as_json) as result:
         from suanli.verbs.export import export, summarize
 
-        exported = export(run, to=to, out=out, trust_code=trust_code)
+        exported = export(run, to=to, out=out, raw=raw, trust_code=trust_code)
         result.values = {"run": str(run)} | exported.to_json()
         result.render = lambda: summarize(exported)
 

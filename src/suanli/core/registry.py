@@ -15,6 +15,7 @@ from typing import Any
 from suanli.core.errors import unknown
 
 FOLDERS = {  # kind -> its package below suanli, and the constant that each file exports
+    "answer_formats": ("engines.answer_formats", "ANSWER_FORMAT"),
     "augments": ("training.augments", "AUGMENT"),
     "datasets": ("data.datasets", "DATASET"),
     "engines": ("engines.backends", "ENGINE"),
@@ -41,7 +42,8 @@ def names(kind: str) -> tuple[str, ...]:
 def load(kind: str, name: str) -> Any:
     """The record or class called `name`. Raises UsageError that suggests the nearest name and lists all."""
     if name not in names(kind):
-        raise unknown(kind.rstrip("s").replace("preproces", "kind of data"), name, names(kind))
+        what = kind.rstrip("s").replace("preproces", "kind of data").replace("_", " ")
+        raise unknown(what, name, names(kind))
     package, constant = FOLDERS[kind]
     return getattr(importlib.import_module(f"suanli.{package}.{name}"), constant)
 

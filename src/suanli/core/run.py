@@ -3,6 +3,7 @@
     recipe.json  environment.json  data.json  check.json     what is learned, where, from which data
     weights.json                                              of whom the weights are that it started from, if any
     examples.npz  leaks.csv                                   its examples, and those in training and another split
+    samples.json                                              some of them to look at
     metrics.jsonl  ledger.jsonl  summary.json                what happened
     frozen.json                                              the head that was fitted to frozen features first
     checkpoints/                                              all that an exact resume needs

@@ -18,8 +18,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from suanli.core.answers import Answer as Answer
 from suanli.core.checked_targets import CheckedTarget, TargetReport
 from suanli.core.errors import DataError, Diverged, UsageError, unknown
+from suanli.core.metric import Metric as Metric
+from suanli.core.metric import format_number as format_number
+from suanli.core.metric import format_score as format_score
 from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
 from suanli.core.types import Difference, Json, Target
@@ -29,74 +33,6 @@ if TYPE_CHECKING:
 
 Records: TypeAlias = Mapping[str, np.ndarray]  # columns with one row an example: all that scores depend on
 FITTED = {"fitted": True}  # metadata of a field that `fit` fills, and a user can't set
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """The score by which models are compared, and how much of it a faster way of computing may cost."""
-
-    name: str  # a key of `Task.scores`
-    tolerance: float  # of the gate
-    relative: bool = False  # the tolerance is a share of the reference's score; else it is in the score's unit
-    higher_is_better: bool = True
-    unit: str = "fraction"  # "fraction": shown in percent, and its differences in points
-
-    def gain(self, before: float, after: float) -> float:
-        """By how much `after` is better; negative where it is worse."""
-        return after - before if self.higher_is_better else before - after
-
-    def allowed_loss(self, reference: float, tolerance: float | None = None) -> float:
-        """How much may be lost of a reference's score; `tolerance` replaces the metric's own."""
-        share = self.tolerance if tolerance is None else tolerance
-        return share * abs(reference) if self.relative else share
-
-    def change(self, gain: Difference) -> tuple[float, float, float]:
-        """Of the score itself, which falls where a lower one is better: as measured, and the ends of the interval."""
-        sign = 1 if self.higher_is_better else -1
-        low, high = sorted((sign * gain.low, sign * gain.high))
-        return sign * gain.median, low, high
-
-    def describe(self, gain: Difference) -> str:
-        """The change of the score, with its 95 % interval: "accuracy -0.31 points (-0.52 to -0.10)"."""
-        median, low, high = self.change(gain)
-        if self.unit == "fraction":
-            return f"{self.name} {100 * median:+.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
-        unit = f" {self.unit}" if self.unit else ""
-        median_text, low_text, high_text = (format_number(value, "+", 3) for value in (median, low, high))
-        return f"{self.name} {median_text}{unit} ({low_text} to {high_text})"
-
-    def format(self, score: float | None) -> str:
-        """A score, or an amount of it, for people: "98.31%", "3.42 years", "n/a"."""
-        return format_score(score, self.unit)
-
-
-def format_score(score: float | None, unit: str, sign: str = "") -> str:
-    """ "98.31%", "3.42 years"; "n/a" where it isn't defined; with `sign` "+", of a difference."""
-    if score is None:
-        return "n/a"
-    return f"{score:{sign}.2%}" if unit == "fraction" else f"{format_number(score, sign)} {unit}".rstrip()
-
-
-def format_number(value: float, sign: str = "", digits: int = 4) -> str:
-    """ "3.142", and all digits before the point of a large one: "27,043"."""
-    return f"{value:{sign},.0f}" if 1000 <= abs(value) < 1e15 else f"{value:{sign}.{digits}g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a person or a client gets for one input.
-
-    Page and report draw these by their values: "classes" by `label`, `probability` and `probabilities` (by class);
-    "labels" by `labels` and `probabilities`; "boxes" by `boxes`, each with a `label`, a `probability` and a `box`
-    (left, top, right, bottom in the input's pixels). A target has no probabilities. Any other is drawn as its text.
-    """
-
-    kind: str  # "classes", "labels", "value", "boxes", "mask", "text", "match", "tensors"
-    text: str  # one line for people
-    # For JSON, in the user's own coordinates and names. The same keys for all answers of a task, none of them "name" or
-    # "error".
-    values: Mapping[str, Json]
-    columns: tuple[str, ...] = ()  # the values that a table (CSV) has room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +64,16 @@ class Task(ABC):
     units: ClassVar[Mapping[str, str]] = {}  # of scores beside the metric that aren't fractions: "nats", "" for unknown
     distances: ClassVar[frozenset[str]] = frozenset()  # scores that are never below 0 and that noise makes larger
     has_counts: ClassVar[bool] = False  # sums of the loss are divided by `counts`; else by the number of examples
+    learns_from: ClassVar[str] = "scores"  # what the network returns: see `Model.returns`
+    # Of the tensors that the network returns, in a file without `predict`, where those behind them are left out. Empty:
+    # all are there, as "output_0" and so on.
+    raw_names: ClassVar[tuple[str, ...]] = ()
     averages_views: ClassVar[bool] = False  # predictions say nothing of places: those of several views have a mean
+    # What becomes of what is of none of the classes, for people who get the model without its data.
+    other_classes: ClassVar[str] = "anything else is given one of them, too"
     # Outputs on the wire that are text: the entry of `Answer.values` of that name; "answer" is all of them as JSON.
     text_outputs: ClassVar[tuple[str, ...]] = ("answer",)
+    usual_top: ClassVar[int] = 5  # entries of an answer that ranks, where the user names no number
 
     classes: tuple[str, ...] = ()  # in the order of the model's outputs; empty: the task has none
 
@@ -155,6 +98,11 @@ class Task(ABC):
     def setting_names(cls) -> tuple[str, ...]:
         """The fields that a user may set."""
         return tuple(f.name for f in fields(cls) if f.name != "classes" and "fitted" not in f.metadata)
+
+    @property
+    def shows_places(self) -> bool:
+        """Whether its answers are places in the input, which people can only judge when they see its details."""
+        return any(column.role in ("boxes", "mask") for column in self.outputs.values())
 
     @classmethod
     def unit_of(cls, score: str) -> str:
@@ -245,6 +193,12 @@ class Task(ABC):
     def predict(self, outputs: Any) -> Tensors:
         """float32 tensors of `outputs` (B, …) from what the network returns. Part of the exported graph."""
 
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """Names of the outputs that are lists, in which rounding may swap or drop entries: they are compared by
+        `drift`, which pairs the entries, and not value by value."""
+        return tuple(name for name, column in self.outputs.items() if column.role == "boxes")
+
     def explained(self, outputs: Any) -> torch.Tensor:
         """(B,): the number that a saliency map explains, of what the network returns: the largest, which for a
         classifier is the logit of its answer. A task whose network returns more than one tensor overrides it."""
@@ -254,6 +208,28 @@ class Task(ABC):
     @abstractmethod
     def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:
         """For one example of `predict`; of a list, at most the `top` likeliest entries."""
+
+    @property
+    def shown_from(self) -> float | None:
+        """The probability from which an entry of an answer's list is given, such as a box; None: answers have no such
+        lists."""
+        return None
+
+    def with_threshold(self, threshold: float) -> Self:  # noqa: ARG002
+        """A copy that decides by this probability, from 0 to 1, in place of the one that was chosen. Raises UsageError
+        where answers depend on no threshold."""
+        raise UsageError(f"Answers of the task {self.name} depend on no threshold.", fix="Leave it out.")
+
+    def to_input(self, predictions: Arrays, geometries: Sequence[Geometry]) -> Arrays:  # noqa: ARG002
+        """The arrays of B examples of `predict` in the coordinates of their inputs, for clients that read tensors."""
+        return predictions
+
+    def answer_beside_target(
+        self, prediction: Arrays, target: Arrays, geometry: Geometry, *, top: int
+    ) -> tuple[Answer, Answer]:
+        """`answer` and `describe_target` of one example, for galleries. A task whose answers are lists says of each
+        entry whether it is right (`Answer`)."""
+        return self.answer(prediction, geometry, top=top), self.describe_target(target, geometry)
 
     def texts(self, predictions: Arrays, geometries: Sequence[Geometry]) -> dict[str, list[str]]:
         """`text_outputs` of B examples of `predict`, for a server. A task overrides it where it can do better than one

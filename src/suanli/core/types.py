@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from suanli.core.errors import MachineError
+from suanli.core.errors import MachineError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
+    from suanli.core.answers import Answer
     from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"  # a `core.run.Run` is one too
@@ -226,6 +227,8 @@ class Preprocess(ABC):
     column_names: ClassVar[tuple[str, ...]] = ()  # of a data frame's column with inputs; empty: each is a part of one
     similar_bits: ClassVar[int] = 0  # the keys of near-duplicates differ in at most so many bits
     features_name: ClassVar[str] = ""  # what `features` are, for people: "the words"
+    # Settings of given weights that hold for inputs of another size than they learned from, too.
+    sizeless_settings: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -278,6 +281,10 @@ class Preprocess(ABC):
         """As `preview`, in fewer bytes: the report shows many beside each other."""
         return self.preview(inputs)
 
+    def close_up(self, inputs: Arrays) -> Preview:
+        """As `preview`, with more details: the report draws places over it."""
+        return self.preview(inputs)
+
     def copies(self, inputs: Arrays) -> Sequence[Arrays]:  # noqa: ARG002
         """The cached arrays of one example as copies of it that `similarity_key` doesn't find, such as an image that is
         mirrored: they show how near a near-duplicate is, and an image that is only similar isn't. Others have none."""
@@ -287,6 +294,18 @@ class Preprocess(ABC):
         """The cached arrays of one example with the weights of their positions, which `engines/saliency.py` finds:
         (H, W) from 0 to 1 of an image, (L,) from -1 to 1 of a text. Raises MachineError for a kind without any."""
         raise MachineError(f"Inputs of the kind {self.kind} can't be marked.", fix="Predict without --explain.")
+
+    @classmethod
+    def draw(cls, raw: Raw, answer: Answer, classes: Sequence[str]) -> Preview:  # noqa: ARG003
+        """A raw input in its own size with its answer on it, for people; `classes` are all that an answer may have.
+        Raises BadInput, and UsageError for a kind that isn't drawn."""
+        raise UsageError(f"Inputs of the kind {cls.kind} can't be drawn.", fix="Leave --draw out.")
+
+    @classmethod
+    def size_of(cls, raw: Raw) -> tuple[int, ...]:  # noqa: ARG003
+        """Of a raw input, in the coordinates of answers: height and width of an image in px, upright. Raises BadInput,
+        and UsageError for a kind that has none."""
+        raise UsageError(f"Inputs of the kind {cls.kind} have no sizes.", fix="Choose another format.")
 
     @classmethod
     @abstractmethod
@@ -376,6 +395,8 @@ class Augmentation(ABC):
 
     input: ClassVar[str]  # the role of the inputs that it changes, and their name in a batch: "image", "tokens"
     keeps: ClassVar[frozenset[str]]  # roles of targets that stay true, or that it changes with the inputs
+    # Examples in each group of a batch that it mixes, which one process must compute: a power of two.
+    neighbours: ClassVar[int] = 1
 
     @abstractmethod
     def __call__(self, batch: Batch, generator: torch.Generator) -> Batch:
@@ -416,6 +437,13 @@ class Model:
     build: Callable[..., nn.Module]
     head: str  # name of the submodule with the output layer, which other classes replace
     source: str  # the paper or repository that describes it
+    class_layer: str = ""  # the part of the head that other classes replace; empty: all of it
+    # The submodule that gives the maps which the others read. `build` takes as `backbone` the name of a network to be
+    # it, with `backbone_args`, and weights of that network are read into it. Empty: there is none.
+    backbone: str = ""
+    # What it gives, as a task's `learns_from` has it: "scores" (B, K), a number for each class, or "boxes", see
+    # `tasks/detection.py`; empty: that isn't known.
+    returns: str = "scores"
     # Arguments of `build` with which the network has the tensors of a published file, by their names and shapes; None:
     # the file is of another network. The second is the publisher's config.json, or empty: from it comes what no shape
     # shows, such as the number of heads, and without it what is usual. Not among them is what data and task decide.
@@ -477,6 +505,9 @@ class Recipe(BaseModel):
     task_args: dict[str, Json] = Field(default_factory=dict)  # its settings, such as label_smoothing
     preprocess: dict[str, Json] = Field(default_factory=dict)
     augment: tuple[str, ...] = ()  # in order: "crop(padding=2)"
+    # In the last so many epochs, `final_augment` replaces `augment`: what training ends with looks like what follows.
+    final_epochs: float = Field(default=0.0, ge=0)
+    final_augment: tuple[str, ...] = ()
     progressive_resizing: tuple[tuple[Share, Share], ...] = ()  # (until this share of the steps, scale of each side)
     # Each step draws the scale of each side from these and 1.
     mixed_sizes: tuple[Share, ...] = Field(default=(), max_length=7)

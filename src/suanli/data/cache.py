@@ -39,6 +39,8 @@ from suanli.data.examples import LEFT_OUT as BAD
 from suanli.data.kept_splits import SplitDecision, SplitOptions
 from suanli.data.leaks import FILE as LEAKS
 from suanli.data.leaks import find_leaks, write_leaks
+from suanli.data.samples import FILE as SAMPLES
+from suanli.data.samples import list_samples
 from suanli.data.splits import UNIT_BYTES, Assignment, content_digest, number_groups
 
 FORMAT = 2  # raise when the meaning of a cached file changes
@@ -74,8 +76,9 @@ class PreparedData:
         return ExampleTable.load(self.path / EXAMPLES) if (self.path / EXAMPLES).exists() else None
 
     def copy_to(self, run: Run) -> None:
-        """What the data check found and what it knows of each example, which a run keeps."""
+        """What the data check found, what it knows of each example, and some of them to look at: a run keeps them."""
         run.write("check.json", self.findings)
+        run.write(SAMPLES, list_samples(self.preprocess, self.task, self.splits["train"]))
         for file in (EXAMPLES, LEAKS):
             if (self.path / file).exists():
                 run.copy(file, self.path / file)

@@ -149,7 +149,7 @@ def _write_onnx(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> N
 
 
 def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) -> None:
-    from suanli.engines.backends.openvino import import_openvino
+    from suanli.engines.backends.openvino import import_openvino, openvino_core
     from suanli.engines.inference_module import innermost_cause
 
     onnx_path = path.with_suffix(".onnx")
@@ -159,7 +159,7 @@ def _write_openvino(saved: SavedModel, path: Path, metadata: Mapping[str, str]) 
     openvino = import_openvino()
     fix = "Choose another format: --to onnx or pt2."
     try:
-        model = openvino.Core().read_model(graph)
+        model = openvino_core().read_model(graph)
     except RuntimeError as error:
         raise MachineError(f"OpenVINO can't take this network ({innermost_cause(error)}).", fix=fix) from error
     for name, text in metadata.items():

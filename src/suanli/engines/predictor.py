@@ -89,7 +89,7 @@ class Predictor:
         """`batches`: one call may hold several inputs."""
         self.engine, self.precision, self.threads, self.device_type = engine, precision, threads, device_type
         self.preprocess, self.task, self.batches = preprocess, task, batches
-        self._empty = empty_answer(task, preprocess)
+        self.empty = empty_answer(task, preprocess)  # an answer without values
         self._loaded = loaded
         self._lock = threading.Lock()
 
@@ -100,20 +100,21 @@ class Predictor:
     def classes(self) -> tuple[str, ...]:
         return self.task.classes
 
-    def predict(self, inputs: Any, *, top: int = 5) -> list[Prediction]:
+    def predict(self, inputs: Any, *, top: int | None = None, threshold: float | None = None) -> list[Prediction]:
         """One Prediction for each input; one that can't be read has `error`.
 
         `inputs` is one input, or a list, a generator or a column of a data frame of them. An image is a path, the bytes
         of a file, an open file, an array (H, W), (H, W, C) uint8, or a Pillow image; an array (N, H, W, C) is N of
         them. A text is a string. Where a graph takes tensors, an input is a mapping from names to arrays, or the path
-        of an .npz file; with an axis more in front, a mapping is N of them. Of an answer that ranks, such as classes,
-        at most the `top` best entries are given.
+        of an .npz file; with an axis more in front, a mapping is N of them. Of an answer that ranks, at most the `top`
+        best entries are given: by default 5 classes, and all boxes. `threshold` (0 to 1) replaces the one that the
+        model decides by, such as the score from which a box is given.
         """
         named = list_inputs(inputs, self.preprocess, strings_are_texts=True)
         results: list[Prediction] = []
         while part := list(islice(named, BATCH)):
             encoded = [self.encode(read(one)) for one in part]
-            results += self.predict_encoded([name for name, _ in part], encoded, top=top)
+            results += self.predict_encoded([name for name, _ in part], encoded, top=top, threshold=threshold)
         return results
 
     def encode(self, raw: Any) -> EncodedInput | str:
@@ -121,12 +122,18 @@ class Predictor:
         return encode(self.preprocess, raw)
 
     def predict_encoded(
-        self, names: Sequence[str], encoded: Sequence[EncodedInput | str], *, top: int
+        self,
+        names: Sequence[str],
+        encoded: Sequence[EncodedInput | str],
+        *,
+        top: int | None = None,
+        threshold: float | None = None,
     ) -> list[Prediction]:
-        """Predictions for the results of `encode`."""
+        """Predictions for the results of `encode`; `top` and `threshold` as for `predict`."""
+        task = decide_by(self.task, threshold)
         good = [one for one in encoded if isinstance(one, EncodedInput)]
         answers = [one for part in self._divide(good) for one in self._answer_part(part)]
-        return predictions(names, encoded, answers, self.task, self._empty, top=top)
+        return predictions(names, encoded, answers, task, self.empty, top=top)
 
     def _divide(self, encoded: Sequence[EncodedInput]) -> list[list[EncodedInput]]:
         """Parts that one call can hold, in order: of equal shapes, and single where the engine takes no batches."""
@@ -170,6 +177,15 @@ def empty_answer(task: Task, preprocess: Preprocess) -> Answer:
     return replace(answer, text="", values=values)
 
 
+def decide_by(task: Task, threshold: float | None) -> Task:
+    """The task with this threshold; None: with its own. Raises UsageError for one that it can't have."""
+    if threshold is None:
+        return task
+    if not 0 <= threshold <= 1:
+        raise UsageError(f"The threshold {threshold} is no probability.", fix="Give one from 0 to 1.")
+    return task.with_threshold(threshold)
+
+
 def predictions(
     names: Sequence[str],
     encoded: Sequence[EncodedInput | str],
@@ -177,7 +193,7 @@ def predictions(
     task: Task,
     empty: Answer,
     *,
-    top: int,
+    top: int | None,
 ) -> list[Prediction]:
     """One for each result of `encode`, in their order: from the next of `answers`, or the reason why there is none."""
     remaining, results = iter(answers), []
@@ -186,7 +202,8 @@ def predictions(
         if isinstance(one, str) or isinstance(outputs, str):
             results.append(Prediction(name=name, answer=None, error=str(outputs), empty=empty))
         else:
-            results.append(Prediction(name=name, answer=task.answer(outputs, one.geometry, top=top), empty=empty))
+            answer = task.answer(outputs, one.geometry, top=task.usual_top if top is None else top)
+            results.append(Prediction(name=name, answer=answer, empty=empty))
     return results
 
 

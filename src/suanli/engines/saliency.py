@@ -129,6 +129,7 @@ def _explain_image(module: nn.Module, tensors: Mapping[str, torch.Tensor], name:
     with _record(module) as features:
         given = image.clone()  # a network may change its input
         total = score(module(*(given if key == name else t for key, t in tensors.items()))).sum()
+    features = _keep_used(features, total)
     chosen = _choose_map(features, image)
     tokens = [] if chosen is None else _tokens_after(features, chosen)
     if chosen is None:
@@ -170,6 +171,20 @@ def _record(module: nn.Module) -> Iterator[list[_Feature]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _keep_used(features: Sequence[_Feature], total: torch.Tensor) -> list[_Feature]:
+    """Those that each answer depends on: a detector's boxes, for one, have nothing to do with its scores, and a score
+    comes from one of its levels."""
+    import torch
+
+    if not features:
+        return []
+    tensors = [feature.tensor for feature in features]
+    gradients = torch.autograd.grad(total, tensors, allow_unused=True, retain_graph=True)
+    pairs = [(feature, gradient) for feature, gradient in zip(features, gradients, strict=True) if gradient is not None]
+    used = [feature for feature, gradient in pairs if bool((gradient != 0).flatten(1).any(1).all())]
+    return used or [feature for feature, _ in pairs]
 
 
 def _choose_map(features: Sequence[_Feature], image: torch.Tensor) -> _Map | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 
+from suanli.core.task import Task
 from suanli.reporting import prose
 from suanli.reporting.files import RunFiles
 from suanli.reporting.records import Data, StartingWeights
@@ -110,7 +111,8 @@ def _use(name: str, encoding_code: str | None) -> list[str]:
 def _limits(run: RunFiles) -> list[str]:
     lines = ["- It was evaluated on examples from the source of its training data; other data can be harder."]
     if run.data and run.data.classes:
-        lines.insert(0, "- It knows these classes only: anything else is given one of them, too.")
+        task = run.task or Task
+        lines.insert(0, f"- It knows these classes only: {task.other_classes}.")
     if run.check and run.check.counts.get("groups_across_splits"):
         lines.append("- Some groups are in more than one split, so the scores are too high (see the report).")
     return lines

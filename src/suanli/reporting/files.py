@@ -22,7 +22,17 @@ from suanli.core.types import SPLITS, AnyPath, Measurement
 from suanli.models.model_folder import build_preprocess
 from suanli.reporting.embedding_records import Embeddings
 from suanli.reporting.parse_record import FIX, parse_record
-from suanli.reporting.records import Check, Data, Engines, Environment, Evaluation, Metrics, StartingWeights, Summary
+from suanli.reporting.records import (
+    Check,
+    Data,
+    Engines,
+    Environment,
+    Evaluation,
+    Example,
+    Metrics,
+    StartingWeights,
+    Summary,
+)
 from suanli.reporting.words import FRACTION
 from suanli.training.ablation_records import Ablation
 from suanli.training.scaling_records import Scaling
@@ -40,6 +50,7 @@ class RunFiles:
     data: Data | None
     weights: StartingWeights | None  # that training started from; None: from none
     check: Check | None
+    samples: tuple[Example, ...]  # of the training split, with their targets
     metrics: list[Metrics]
     ledger: list[Measurement]
     summary: Summary | None
@@ -86,6 +97,7 @@ def read_run(path: AnyPath) -> RunFiles:
         data=_read(path / "data.json", Data),
         weights=_read(path / "weights.json", StartingWeights),
         check=_read(path / "check.json", Check),
+        samples=_read(path / "samples.json", tuple[Example, ...]) or (),
         metrics=metrics,
         ledger=_read_lines(path / "ledger.jsonl", Measurement),
         summary=_read(path / "summary.json", Summary),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,19 +18,25 @@ PICTURES = {"image/png", "image/jpeg", "image/webp", "image/gif"}  # what browse
 TINY = 64  # pixels along the longer side
 TEXT_LENGTH = 600  # characters of a text that are shown
 FARTHEST = 1e6  # pixels
+RIGHT = "right"  # the verdict of a box that is
+LETTERS = 1 / 24  # of the picture's width
+MANY = 8  # boxes: up to so many are named, those that are right left out
+TURN = 0.6  # of the picture's width: names of boxes further right end where their boxes do
 
 Values = TypeVar("Values")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rectangle:
-    """In the input's pixels; `text` describes it."""
+    """In the input's pixels; `text` describes it. `right` says whether it is one; None: not known."""
 
     x: float
     y: float
     width: float
     height: float
     text: str
+    right: bool | None
+    name: str = ""  # that is drawn, too: of few boxes, and of those that aren't right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,8 @@ class Frame:
     width: float
     height: float
     transform: str
+    letters: float  # their height, and
+    turn: float  # where names end and don't begin with their boxes, in the input's pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +76,7 @@ class Card:
     expected: Side | None  # None: not known
     right: bool | None  # None: not known, or answers of this kind are only more or less right
     frame: Frame | None  # None: nothing is drawn over the picture
+    counts: str  # how many of its boxes are right, wrong and missed; empty: not known
     method: str | None  # that found what the answer rests on; None: it wasn't looked for
     marked: str | None  # the address of a picture that shows it
     words: tuple[Word, ...]  # or the words
@@ -99,6 +109,11 @@ def cards(examples: Iterable[Example]) -> list[Card]:
     return [_card(one if one.answer else _with_answers(one)) for one in examples]
 
 
+def target_cards(examples: Iterable[Example]) -> list[Card]:
+    """Of examples that nothing was predicted for: their targets."""
+    return [_card(replace(one, answer=one.expected, expected=None)) for one in examples]
+
+
 def _with_answers(one: Example) -> Example:
     """An entry of an older version, which knew classes only."""
     probabilities = {} if one.true is None else {one.true: one.true_probability}
@@ -128,6 +143,7 @@ def _card(one: Example) -> Card:
         expected=expected,
         right=right or (right if answer.kind in ("classes", "labels") else None),
         frame=None if drawn is None else _frame(drawn),
+        counts=_count_verdicts(answer, one.expected),
         method=one.saliency.method if one.saliency else None,
         marked=_picture(one.saliency.picture) if one.saliency else None,
         words=tuple(_words(one.saliency.words)) if one.saliency else (),
@@ -148,7 +164,11 @@ def _side(one: Answer, shares: Mapping[str, Number]) -> Side:
         label = _parse(ClassesAnswer, one).label or one.text
         share = shares.get(label)
         return Side(text=label, share=words.percent(share) if words.is_known(share) else "")
-    return Side(text=one.text, boxes=tuple(_boxes(one)) if one.kind == "boxes" else ())
+    return Side(text=one.text, boxes=_name_few([*_boxes(one)]) if one.kind == "boxes" else ())
+
+
+def _name_few(boxes: Sequence[Rectangle]) -> tuple[Rectangle, ...]:
+    return tuple(boxes if sum(not box.right for box in boxes) <= MANY else [replace(box, name="") for box in boxes])
 
 
 def _boxes(answer: Answer) -> Iterator[Rectangle]:
@@ -156,8 +176,26 @@ def _boxes(answer: Answer) -> Iterator[Rectangle]:
         if edges := _places(one.box or ()):
             left, top, right, bottom = edges
             share = f" {words.percent(one.probability)}" if words.is_known(one.probability) else ""
-            text = f"{one.label or ''}{share}"
-            yield Rectangle(x=left, y=top, width=max(0.0, right - left), height=max(0.0, bottom - top), text=text)
+            wrong = f": {one.verdict}" if one.verdict not in (None, RIGHT) else ""
+            yield Rectangle(
+                x=left,
+                y=top,
+                width=max(0.0, right - left),
+                height=max(0.0, bottom - top),
+                text=f"{one.label or ''}{share}{wrong}",
+                right=None if one.verdict is None else one.verdict == RIGHT,
+                name="" if one.verdict == RIGHT else f"{one.label or ''}{wrong if share else ''}",
+            )
+
+
+def _count_verdicts(answer: Answer, expected: Answer | None) -> str:
+    """ "3 right, 1 duplicate, 2 missed"."""
+    if answer.kind != "boxes" or expected is None:
+        return ""
+    own, true = (_parse(BoxesAnswer, one).boxes for one in (answer, expected))
+    verdicts = [one.verdict for one in own] + [one.verdict for one in true if one.verdict != RIGHT]
+    counts = Counter(verdict for verdict in verdicts if verdict is not None)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in sorted(counts, key=lambda one: one != RIGHT))
 
 
 def _parse(kind: type[Values], answer: Answer) -> Values:
@@ -169,7 +207,14 @@ def _frame(view: View) -> Frame | None:
     size, scale, shift = map(_places, (view.size, view.scale, view.shift))
     if not len(size) == len(scale) == len(shift) == 2 or min(size) <= 0:
         return None
-    return Frame(width=size[1], height=size[0], transform=f"matrix({scale[1]} 0 0 {scale[0]} {shift[1]} {shift[0]})")
+    across = scale[1] or 1.0
+    return Frame(
+        width=size[1],
+        height=size[0],
+        transform=f"matrix({scale[1]} 0 0 {scale[0]} {shift[1]} {shift[0]})",
+        letters=LETTERS * size[1] / across,
+        turn=(TURN * size[1] - shift[1]) / across,
+    )
 
 
 def _places(values: Sequence[Number]) -> list[float]:

@@ -29,7 +29,7 @@ from suanli.reporting import (
 from suanli.reporting.bench_views import bench_view
 from suanli.reporting.charts import Chart
 from suanli.reporting.files import RunFiles
-from suanli.reporting.gallery import cards
+from suanli.reporting.gallery import cards, target_cards
 from suanli.reporting.records import Evaluation
 from suanli.reporting.section_views import section_views
 
@@ -100,6 +100,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
         "findings": findings.list_findings(run.check) if run.check else None,
         "has_classes": bool(run.data and run.data.classes),
         "listed": findings.LISTED,
+        "data_samples": target_cards(run.samples),
         "data_section_groups": section_views(run.data_sections),
         "weights": run.weights,
         "weights_facts": prose.weights_facts(run.weights) if run.weights else [],

@@ -286,6 +286,7 @@ class Box:
     box: tuple[Number, Number, Number, Number] | None = None  # left, top, right, bottom in pixels of the input
     label: str | None = None
     probability: Number = None
+    verdict: str | None = None  # "right", or what is wrong with it; None: not known, or it doesn't count
 
 
 @dataclass(frozen=True, kw_only=True)

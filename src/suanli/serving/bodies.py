@@ -235,6 +235,10 @@ class EmptyAnswer(TypedDict):
     kind: Annotated[str, Field(description='How to show them: "classes", "value", "boxes", …')]
     columns: Annotated[list[str], Field(description="The values that a table has room for.")]
     values: Annotated[dict[str, Any], Field(description="Their names; all null or empty.")]
+    threshold: Annotated[
+        float | None,
+        Field(description="The probability from which an entry is given; null: answers are no such lists."),
+    ]
 
 
 class ModelStatus(Versioned):

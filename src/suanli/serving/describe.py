@@ -105,7 +105,12 @@ def status(model: ServedModel) -> bodies.ModelStatus:
         "width": settings.get("width"),
         "channels": settings.get("channels"),
         "task": model.task.name,
-        "answer": {"kind": empty.kind, "columns": list(empty.columns), "values": dict(empty.values)},
+        "answer": {
+            "kind": empty.kind,
+            "columns": list(empty.columns),
+            "values": dict(empty.values),
+            "threshold": model.task.shown_from,
+        },
         "batch_limit": model.policy.batch,
         "target_ms": 1e3 * model.policy.target_s,
         "p50_ms": figures.percentile_ms(0.5),

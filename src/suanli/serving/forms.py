@@ -6,6 +6,7 @@ requests for inference (`codec`).
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import AsyncGenerator, Mapping
 
@@ -115,3 +116,24 @@ async def _read_form(body: bytes, content_type: str, preprocess: Preprocess) -> 
     if not raws:
         raise bad_request("The form has no file.")
     return names, raws
+
+
+def read_top(query: Mapping[str, str]) -> int | None:
+    """Raises Refusal(400). None: not given."""
+    top = query.get("top") or None
+    if top is not None and (not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000):
+        raise bad_request("top must be a number from 1 to 10000.")
+    return None if top is None else int(top[:9])
+
+
+def read_threshold(query: Mapping[str, str]) -> float | None:
+    """Raises Refusal(400). None: not given."""
+    if not (text := query.get("threshold")):
+        return None
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold <= 1:
+        raise bad_request("threshold must be a number from 0 to 1.")
+    return threshold

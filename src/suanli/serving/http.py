@@ -27,7 +27,7 @@ from starlette.types import Message, Receive, Scope, Send
 from suanli.engines.predictor import Prediction
 from suanli.serving import bodies, codec, describe, metrics, pages
 from suanli.serving.codec import HEADER_LENGTH
-from suanli.serving.forms import read_body, read_inputs, read_object
+from suanli.serving.forms import read_body, read_inputs, read_object, read_threshold, read_top
 from suanli.serving.log import Log
 from suanli.serving.model import NothingReadable, ServedModel
 from suanli.serving.openapi import JsonResponse, Operation, WrongMethod, document
@@ -38,7 +38,10 @@ BINARY_HEADER = HEADER_LENGTH.lower().encode()
 LARGE_JSON = 1 << 18  # bytes: parsed in a thread from here on, so that other requests are answered meanwhile
 Top = Annotated[
     int,
-    Field(ge=1, le=10_000, description="At most so many entries of an answer that ranks, such as classes; default 5."),
+    Field(ge=1, le=10_000, description="At most so many entries of an answer that ranks: by default 5, and all boxes."),
+]
+Threshold = Annotated[
+    float, Field(ge=0, le=1, description="In place of the one that the model decides by: the score of a shown box.")
 ]
 JsonLength = Annotated[
     int,
@@ -90,7 +93,7 @@ class App:
         }
         index: dict[str, Any] = {"body": {"application/json": bodies.IndexRequest}, "body_required": False}
         change: dict[str, Any] = {"body": {"application/json": dict[str, Any]}, "body_required": False}
-        query = {("query", "top"): Top, ("query", "model"): str, ("query", "version"): str}
+        query = {"top": Top, "threshold": Threshold, "model": str, "version": str}
         return [
             *(Operation(f"POST {path}/infer", self.infer, **infer) for path in models),
             Operation("GET /v2", self.server_metadata),
@@ -109,7 +112,7 @@ class App:
                 self.predict,
                 body=PREDICT_BODIES,
                 refused={400: bodies.Unreadable | bodies.Error},
-                parameters=query,
+                parameters={("query", name): kind for name, kind in query.items()},
             ),
             Operation("GET /status", self.status, open_to_all=True),
             Operation("GET /metrics", self.metrics, answer={"text/plain": str}),
@@ -288,9 +291,7 @@ class App:
     async def predict(self, request: Request) -> JsonResponse[bodies.Predictions]:
         """Answer files or texts as they are. One that can't be read has an error; if all are, the status is 400."""
         start = time.perf_counter()
-        top = request.query_params.get("top") or "5"
-        if not top.isdecimal() or not 1 <= int(top[:9]) <= 10_000:
-            raise bad_request("top must be a number from 1 to 10000.")
+        top, threshold = read_top(request.query_params), read_threshold(request.query_params)
         name = request.query_params.get("model")
 
         def find() -> ServedModel:
@@ -306,7 +307,7 @@ class App:
         predictions: Sequence[Prediction]
         try:
             with _cancel_on_disconnect(request.scope):
-                predictions = await model.predict(names, raws, top=int(top[:9]))
+                predictions = await model.predict(names, raws, top=top, threshold=threshold)
         except NothingReadable as error:
             predictions, reason = error.predictions, error.message
         values: bodies.Predictions = {

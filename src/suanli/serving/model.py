@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from suanli.core.errors import UsageError
 from suanli.core.schema import Arrays, Geometry
 from suanli.core.types import EncodedInput, Raw
-from suanli.engines.predictor import Prediction, empty_answer, predictions, split, stack
+from suanli.engines.predictor import Prediction, decide_by, empty_answer, predictions, split, stack
 from suanli.serving.batching import Batcher
 from suanli.serving.bodies import State
 from suanli.serving.encoder import Encoder
@@ -286,17 +287,23 @@ class ServedModel:
             self.figures.output.add(time.perf_counter() - start)
             return InferResponse(id=request.id, model_name=self.name, model_version=self.version, outputs=outputs)
 
-    async def predict(self, names: Sequence[str], raws: Sequence[Raw], *, top: int) -> list[Prediction]:
+    async def predict(
+        self, names: Sequence[str], raws: Sequence[Raw], *, top: int | None, threshold: float | None = None
+    ) -> list[Prediction]:
         """For each input its answer, with at most `top` entries where it ranks, or an error. Raises Refusal, and
         NothingReadable where all have errors."""
         with self._count_request() as count:
             count[0] = len(raws)
+            try:
+                task = decide_by(self.task, threshold)
+            except UsageError as error:
+                raise bad_request(str(error)) from error
             self.admit(len(raws))
             arrival_s = time.monotonic()
             encoded = await self._encode(raws)
             good = [one for one in encoded if isinstance(one, EncodedInput)]
             results = split(await self._compute(stack(good, self.preprocess), arrival_s, None)) if good else []
-            answers = predictions(names, encoded, results, self.task, self.empty, top=top)
+            answers = predictions(names, encoded, results, task, self.empty, top=top)
             if not good:
                 raise NothingReadable(answers)
             return answers

@@ -137,10 +137,12 @@ class Signature:
     def make_outputs(
         self, request: InferRequest, predictions: Arrays, geometries: Sequence[Geometry]
     ) -> tuple[Tensor, ...]:
-        """The outputs that a request names, by default all, of the task's outputs (B, …)."""
+        """The outputs that a request names, by default all, of the task's outputs (B, …), in the coordinates of the
+        inputs as they were sent."""
         counts = {output.name: output.class_count for output in request.outputs} or self._all
         asks_texts = any(name in counts for name in self._texts)
         texts = self._task.texts(predictions, geometries) if asks_texts else {}
+        predictions = self._task.to_input(predictions, geometries)
         outputs = []
         for name, count in counts.items():
             if name in self._texts:

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Self
 import numpy as np
 from pydantic import Field
 
+from suanli.core.answers import BOX_COLUMNS
 from suanli.core.checked_targets import CheckedTarget, TargetReport
 from suanli.core.errors import DataError
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored
@@ -38,6 +39,8 @@ class Detection(Task):
     name: ClassVar[str] = "detection"
     annotation: ClassVar[str] = "boxes"
     metric: ClassVar[Metric] = Metric(name="map", tolerance=0.005)
+    usual_top: ClassVar[int] = 10_000
+    other_classes: ClassVar[str] = "other objects are not found, or taken for one of these"
 
     most: Annotated[int, Field(ge=1, le=10_000)] = 100
     goal: Text = "f1"
@@ -108,10 +111,12 @@ class Detection(Task):
             "num_dets": Column(shape=(1,), dtype="int32", role="number", limit=self.most + 1),
             "det_boxes": Column(shape=(self.most, 4), dtype="float32", role="boxes"),
             "det_scores": Column(shape=(self.most,), dtype="float32", role="probabilities"),
-            "det_classes": Column(
-                shape=(self.most,), dtype="int32", role="class", names=self.classes, limit=len(self.classes)
-            ),
+            "det_classes": Column(shape=(self.most,), dtype="int32", role="class", limit=len(self.classes)),
         }
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        return tuple(self.outputs)
 
     @property
     def shown_from(self) -> float:
@@ -123,6 +128,26 @@ class Detection(Task):
         found = _read_answer(prediction, geometry)
         shown = np.flatnonzero(found.scores >= self.shown_from)[: max(top, 1)]
         return self._describe(found.corners[shown], found.classes[shown], found.scores[shown])
+
+    def with_threshold(self, threshold: float) -> Self:
+        return replace(self, threshold=threshold)
+
+    def to_input(self, predictions: Arrays, geometries: Sequence[Geometry]) -> Arrays:
+        """Boxes in pixels of the images, clipped to them; rows that are none stay zeros."""
+        corners = np.zeros_like(predictions["det_boxes"])
+        for i, geometry in enumerate(geometries):
+            count = int(np.ravel(predictions["num_dets"][i])[0])
+            corners[i, :count] = _place(predictions["det_boxes"][i, :count], geometry)
+        return {**predictions, "det_boxes": corners}
+
+    def answer_beside_target(
+        self, prediction: Arrays, target: Arrays, geometry: Geometry, *, top: int
+    ) -> tuple[Answer, Answer]:
+        answer = self.answer(prediction, geometry, top=top)
+        found = _read_answer(prediction, geometry).first(len(answer.values["boxes"]))
+        objects = _read_objects(np.asarray(target["boxes"], np.float64), geometry)
+        own, true = _detection_figures.judge(match(found.corners, found.classes, objects), objects)
+        return _with_verdicts(answer, own), _with_verdicts(self.describe_target(target, geometry), true)
 
     def describe_target(self, target: Arrays, geometry: Geometry) -> Answer:
         rows = np.asarray(target["boxes"], np.float64)
@@ -136,7 +161,7 @@ class Detection(Task):
         for entry, score in zip(entries, [] if scores is None else scores.tolist(), strict=False):
             entry["probability"] = score
         values = {"count": len(entries), "boxes": entries}
-        return Answer(kind="boxes", text=_count_names(names), values=values, columns=("count",))
+        return Answer(kind="boxes", text=_count_names(names), values=values, columns=BOX_COLUMNS)
 
     @property
     def needs_calibration(self) -> bool:
@@ -191,6 +216,9 @@ class Detection(Task):
         weights = np.ones(len(records["score"])) if weights is None else weights
         return {name: float(values[0]) for name, values in self.resampled_scores(records, weights[None]).items()}
 
+    def describe_scores(self, records: Records) -> list[str]:  # noqa: ARG002
+        return [f"f1, precision and recall are of boxes with a score of at least {self.shown_from:.3g}"]
+
     def resampled_scores(self, records: Records, weights: np.ndarray) -> dict[str, np.ndarray]:
         weights = weights.astype(np.float64)
         scores = _average_precision.mean_scores(records, weights)
@@ -210,7 +238,8 @@ class Detection(Task):
         return errors
 
     def drift(self, expected: Arrays, answered: Arrays) -> np.ndarray:
-        """The share of the scores of all boxes that isn't found again at the same place with the same class."""
+        """The share of the squared scores of all boxes that isn't found again at the same place with the same class.
+        Squares: the many unlikely boxes of an answer hardly count."""
         return np.array([1 - _agreement(*pair) for pair in _pair_answers(expected, answered)])
 
     def agreement(self, expected: Arrays, answered: Arrays) -> np.ndarray:
@@ -243,17 +272,24 @@ class _Found:
         kept = self.scores >= least
         return _Found(self.corners[kept], self.classes[kept], self.scores[kept])
 
+    def first(self, count: int) -> _Found:
+        return _Found(self.corners[:count], self.classes[:count], self.scores[:count])
+
 
 def _read_answer(prediction: Arrays, geometry: Geometry) -> _Found:
     """Clipped to the image."""
     count = int(np.asarray(prediction["num_dets"]).ravel()[0])
     scores = prediction["det_scores"][:count]
     order = np.argsort(-scores, kind="stable")
+    corners = _place(prediction["det_boxes"][:count][order], geometry)
+    return _Found(corners, prediction["det_classes"][:count][order], scores[order])
+
+
+def _place(corners: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Boxes (n, 4) of the model's image in pixels of the input, clipped to it."""
     height, width = geometry.size
-    corners = _map_corners(prediction["det_boxes"][:count][order].astype(np.float64), geometry.to_input)
-    return _Found(
-        corners.clip(0, (width, height, width, height)), prediction["det_classes"][:count][order], scores[order]
-    )
+    placed: np.ndarray = _map_corners(corners.astype(np.float64), geometry.to_input)
+    return placed.clip(0, (width, height, width, height))
 
 
 def _read_objects(rows: np.ndarray, geometry: Geometry) -> Objects:
@@ -303,17 +339,22 @@ def _agreement(before: _Found, after: _Found) -> float:
     """From 0 to 1, exactly 1 for equal answers."""
     if all(np.array_equal(getattr(before, name), getattr(after, name)) for name in ("corners", "classes", "scores")):
         return 1.0
-    total = max(float(before.scores.sum(dtype=np.float64)), float(after.scores.sum(dtype=np.float64)))
+    total = max(float(np.square(one.scores, dtype=np.float64).sum()) for one in (before, after))
     if total <= 0:
         return 1.0
     pairs = _pair_greedily(before, after)
     own = np.flatnonzero(pairs >= 0)
-    both = np.minimum(before.scores[own], after.scores[pairs[own]])
+    both = before.scores[own].astype(np.float64) * after.scores[pairs[own]]
     shares = [
         float(overlap(before.corners[[i]], after.corners[[j]], np.zeros(1, bool))[0, 0])
         for i, j in zip(own, pairs[own], strict=True)
     ]
-    return min(float((both.astype(np.float64) * np.array(shares)).sum()) / total, 1.0)
+    return min(float((both * np.array(shares)).sum()) / total, 1.0)
+
+
+def _with_verdicts(answer: Answer, verdicts: Sequence[str | None]) -> Answer:
+    pairs = zip(answer.values["boxes"], verdicts, strict=True)
+    return replace(answer, values={**answer.values, "boxes": [{**box, "verdict": how} for box, how in pairs]})
 
 
 def _count_names(names: Sequence[str]) -> str:

@@ -18,7 +18,17 @@ from suanli.core.sections import Line, Matrix, Plot, Section, Table
 from suanli.core.task import Records
 from suanli.core.types import Json
 from suanli.tasks._average_precision import STEPS, ClassAnswers, class_precisions
-from suanli.tasks._matching import BACKGROUND, BOTH, CLASS, DUPLICATE, PLACE, RIGHT, UNCOUNTED
+from suanli.tasks._matching import (
+    BACKGROUND,
+    BOTH,
+    CLASS,
+    DUPLICATE,
+    PLACE,
+    RIGHT,
+    UNCOUNTED,
+    Matches,
+    Objects,
+)
 
 GOALS = "f1, precision>=0.9, recall>=0.9, threshold=0.3"
 _GOAL = re.compile(
@@ -96,12 +106,32 @@ def _divide(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return shares
 
 
+# --- one image ------------------------------------------------------------------------------
+
+
+def judge(matches: Matches, objects: Objects) -> tuple[list[str | None], list[str | None]]:
+    """What each answer (D,) is, "right" or the kind of its mistake, and whether each object (G,) is found: "right" or
+    "missed". None: it doesn't count."""
+    names: dict[int, str | None] = {
+        RIGHT: "right",
+        DUPLICATE: "duplicate",
+        BACKGROUND: "on background",
+        UNCOUNTED: None,
+    }
+    names |= {kind: f"wrong {KINDS[kind][0]}" for kind in (CLASS, PLACE, BOTH)}
+    found = set(matches.object[matches.kind == RIGHT].tolist())
+    objects_found: list[str | None] = [
+        None if ignored else "right" if i in found else "missed" for i, ignored in enumerate(objects.ignored.tolist())
+    ]
+    return [names[kind] for kind in matches.kind.tolist()], objects_found
+
+
 # --- figures --------------------------------------------------------------------------------
 
 
 def evaluate(records: Records, classes: Sequence[str], threshold: float) -> dict[str, Json]:
     """`per_class`, `curves` (of each class, precision at 101 steps of recall), `confusion` (rows true, columns shown,
-    the background last), `mistakes` (shown boxes by kind, and missed objects), `threshold`."""
+    the background last), `kinds_of_mistakes` (shown boxes by kind, and missed objects), `threshold`."""
     matrix = _count_confusions(records, len(classes))
     shown = records["shown"] & _counted(records)
     kinds = np.bincount(records["kind"][shown].astype(int), minlength=UNCOUNTED + 1)
@@ -115,7 +145,7 @@ def evaluate(records: Records, classes: Sequence[str], threshold: float) -> dict
             if (precision := _curve(ClassAnswers.of(records, label))) is not None
         ],
         "confusion": {"names": [*classes, BACKGROUND_NAME], "counts": matrix.tolist()},
-        "mistakes": {
+        "kinds_of_mistakes": {
             "right": int(kinds[RIGHT]),
             **{name: int(kinds[kind]) for kind, (name, _) in KINDS.items()},
             "missed": missed,
@@ -197,7 +227,7 @@ def sections(figures: Mapping[str, Json]) -> list[Section]:
     if curves := figures.get("curves"):
         parts.append(_curve_plot(curves, rows or []))
     threshold = figures.get("threshold")
-    if mistakes := figures.get("mistakes"):
+    if mistakes := figures.get("kinds_of_mistakes"):
         parts.append(_mistake_table(mistakes, threshold))
     if confusion := figures.get("confusion"):
         parts.append(

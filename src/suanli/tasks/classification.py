@@ -60,6 +60,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     annotation: ClassVar[str] = "class"
     metric: ClassVar[Metric] = Metric(name="accuracy", tolerance=0.005)
+    raw_names: ClassVar[tuple[str, ...]] = ("logits",)
     units: ClassVar[Mapping[str, str]] = {"log_loss": "nats", "mean_rank_error": "ranks"}
     distances: ClassVar[frozenset[str]] = frozenset({"calibration_error"})
     averages_views: ClassVar[bool] = True
@@ -196,6 +197,12 @@ class Classification(Task):
             return likeliest
         positive = self._positions[self.positive_class]
         return np.where(probabilities[:, positive] >= self.threshold, positive, 1 - positive)
+
+    def with_threshold(self, threshold: float) -> Self:
+        """Of two classes, the positive one is the answer from this probability. Raises UsageError for more classes."""
+        if not self.positive_class:
+            raise UsageError("A threshold is for two classes.", fix="Leave it out.")
+        return replace(self, threshold=threshold)
 
     @property
     def _plain(self) -> Self:

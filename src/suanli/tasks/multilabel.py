@@ -55,9 +55,11 @@ class Multilabel(Task):
     name: ClassVar[str] = "multilabel"
     annotation: ClassVar[str] = "labels"
     metric: ClassVar[Metric] = Metric(name="mean_average_precision", tolerance=0.005)
+    raw_names: ClassVar[tuple[str, ...]] = ("logits",)
     units: ClassVar[Mapping[str, str]] = {"log_loss": "nats"}
     averages_views: ClassVar[bool] = True
     text_outputs: ClassVar[tuple[str, ...]] = ("labels",)
+    other_classes: ClassVar[str] = "anything else has none of them, or is given some"
 
     goal: Text = "f1"
     frequencies: tuple[float, ...] = field(default=(), metadata=FITTED)  # of each class in the training targets
@@ -161,6 +163,10 @@ class Multilabel(Task):
             values={"labels": labels, "probabilities": shares},
             columns=("labels", "probabilities"),
         )
+
+    def with_threshold(self, threshold: float) -> Self:
+        """With one threshold for all classes."""
+        return replace(self, thresholds=(threshold,) * len(self.classes))
 
     def describe_target(self, target: Arrays, geometry: Geometry) -> Answer:  # noqa: ARG002
         labels = [self.classes[i] for i in np.flatnonzero(target["labels"])]

@@ -12,6 +12,7 @@ from suanli.core.notebook import html_table
 from suanli.core.overlaps import Contamination
 from suanli.core.task import Metric, format_number, format_score
 from suanli.core.types import Json
+from suanli.data.samples import AnswerValues, PreviewValues, View
 from suanli.verbs._folds import Folds
 from suanli.verbs._leakage import Leakage
 
@@ -24,32 +25,11 @@ class AugmentedScores(TypedDict):
     intervals: dict[str, tuple[float, float]]
 
 
-class Preview(TypedDict):
-    media_type: str
-    base64: str
-
-
-class AnswerValues(TypedDict):
-    """The fields of an `Answer` that the report draws."""
-
-    kind: str
-    text: str
-    values: Mapping[str, Json]
-
-
-class View(TypedDict):
-    """What a preview shows: a coordinate c of axis a of the input is c * scale[a] + shift[a] there."""
-
-    size: Sequence[int]  # of the cached input
-    scale: Sequence[float]
-    shift: Sequence[float]
-
-
 class ExampleSaliency(TypedDict):
     """What an answer rests on, as a picture or as words with weights from -1 to 1."""
 
     method: str
-    picture: Preview | None
+    picture: PreviewValues | None
     words: Sequence[tuple[str, float]]
 
 
@@ -61,7 +41,7 @@ class Example(TypedDict):
     answer: AnswerValues
     error: float  # how wrong the answer is; 0: right
     view: View
-    preview: Preview
+    preview: PreviewValues
     saliency: NotRequired[ExampleSaliency]  # of mistakes, where the network can be explained
 
 
@@ -110,6 +90,7 @@ class Evaluation:
         values["unit"] = self.units[self.metric]
         values["interval"] = self.intervals[self.metric]
         details: dict[str, Json] = values.pop("details")
+        assert not values.keys() & details.keys(), "a task's figures have names of their own"
         return values | details
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -12,25 +11,25 @@ import numpy as np
 import torch
 
 from suanli.compute.infer import infer
-from suanli.core import types
 from suanli.core.baselines import compare_with_baselines
 from suanli.core.console import Progress, plural, say
 from suanli.core.errors import DataError, MachineError
 from suanli.core.schema import Arrays, Geometry, Tensors, example_of
-from suanli.core.task import Answer, Records
+from suanli.core.task import Records
 from suanli.core.types import Device, Split, Step
 from suanli.data.loader import Feed
+from suanli.data.samples import answer_values, preview_values, show_input
 from suanli.engines import saliency
 from suanli.models.backbone import HeadInputs
 from suanli.models.model_folder import SavedModel
 from suanli.training.augment import compose
 from suanli.training.validation import validation_batch_size
 from suanli.verbs._embeddings import MOST, Embedded, Embedder, most_of, sample
-from suanli.verbs._evaluation import AnswerValues, AugmentedScores, Evaluation, Example, Preview
+from suanli.verbs._evaluation import AugmentedScores, Evaluation, Example
 from suanli.verbs._leakage import find_rows, score_part, select_rows
 
 LISTED = 24  # samples, and mistakes, that are kept with their pictures
-TOP = 20  # classes, or boxes, of each of their answers
+TOP = 20  # entries of each of their answers, at least
 
 
 class Evaluator:
@@ -118,8 +117,11 @@ class Evaluator:
     def _explain(
         self, places: Sequence[int], rows: np.ndarray, predictions: Arrays, errors: np.ndarray
     ) -> list[Example]:
-        """The examples at these places of `rows`, with what their answers rest on, where that can be found."""
+        """The examples at these places of `rows`, with what their answers rest on, where that can be found. An answer
+        that is a place says it itself."""
         examples = [self._example(int(rows[i]), predictions, errors[i]) for i in places]
+        if self.saved.task.shows_places:
+            return examples
         inputs = [example_of(self.split.inputs, int(self.split.index[rows[i]])) for i in places]
         try:
             found = saliency.explain(self.saved, inputs)
@@ -130,7 +132,7 @@ class Evaluator:
             picture = one.marked.picture
             example["saliency"] = {
                 "method": one.method,
-                "picture": None if picture is None else _preview(picture),
+                "picture": None if picture is None else preview_values(picture),
                 "words": one.marked.words,
             }
         return examples
@@ -139,15 +141,20 @@ class Evaluator:
         task, split = self.saved.task, self.split
         geometry = Geometry.from_array(split.geometries[position])
         inputs = example_of(split.inputs, int(split.index[position]))
-        size = next(iter(inputs.values())).shape[: len(geometry.size)]
-        preview = self.saved.preprocess.preview(inputs)
+        answer, expected = task.answer_beside_target(
+            example_of(predictions, position),
+            example_of(split.targets, position),
+            geometry,
+            top=max(TOP, task.usual_top),
+        )
+        shown = show_input(self.saved.preprocess, task, inputs, geometry)
         return {
             "name": split.names[position],
-            "expected": _to_json(task.describe_target(example_of(split.targets, position), geometry)),
-            "answer": _to_json(task.answer(example_of(predictions, position), geometry, top=TOP)),
+            "expected": answer_values(expected),
+            "answer": answer_values(answer),
             "error": float(error),
-            "view": {"size": size, "scale": geometry.scale, "shift": geometry.shift},
-            "preview": _preview(preview),
+            "view": shown["view"],
+            "preview": shown["preview"],
         }
 
 
@@ -178,11 +185,3 @@ def summarize(
         seconds=0.0,
     )
     return evaluation, records, rows
-
-
-def _preview(preview: types.Preview) -> Preview:
-    return {"media_type": preview.media_type, "base64": base64.b64encode(preview.content).decode()}
-
-
-def _to_json(answer: Answer) -> AnswerValues:
-    return {"kind": answer.kind, "text": answer.text, "values": answer.values}

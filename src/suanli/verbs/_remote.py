@@ -13,8 +13,8 @@ from dataclasses import replace
 from functools import cached_property
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
+from suanli.core.answers import Answer
 from suanli.core.errors import DataError, MachineError, UsageError
-from suanli.core.task import Answer
 from suanli.core.types import Json
 from suanli.engines.predictor import Prediction
 
@@ -63,17 +63,22 @@ class Server:
         """Of the data that its model reads."""
         return str(self._model["kind"])
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self._model["classes"])
+
     @cached_property
     def empty(self) -> Answer:
         """An answer without values."""
         values = self._model["answer"]
         return Answer(kind=values["kind"], text="", values=values["values"], columns=tuple(values["columns"]))
 
-    def predict(self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int) -> list[Prediction]:
+    def predict(
+        self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int | None, threshold: float | None
+    ) -> list[Prediction]:
         """One Prediction for each input, in their order. Raises MachineError where the server doesn't answer."""
-        query = {"top": str(top)}
-        query |= {} if self._name is None else {"model": self._name}
-        query |= {} if self._version is None else {"version": self._version}
+        given = {"top": top, "threshold": threshold, "model": self._name, "version": self._version}
+        query = {name: str(value) for name, value in given.items() if value is not None}
         predictions: list[Prediction] = []
         start = 0
         while start < len(raws):

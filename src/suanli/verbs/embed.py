@@ -11,10 +11,11 @@ import numpy as np
 
 from suanli.core.console import plural, warn
 from suanli.core.types import AnyPath, EncodedInput, Json
+from suanli.engines.answer_formats.csv import csv_line
 from suanli.engines.inputs import list_inputs, read
 from suanli.engines.predictor import BATCH, encode
 from suanli.machine.device import cores, detect
-from suanli.verbs.predict import chunks, csv_line, load_network
+from suanli.verbs.predict import chunks, load_network
 
 SHOWN = 6  # numbers of an embedding that people see
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from suanli.core.console import plural, say
+from suanli.core.registry import load
 from suanli.core.types import AnyPath, Json, Recipe
 from suanli.data.cache import PreparedData
 from suanli.data.leaks import FILE as LEAKS
+from suanli.data.samples import choose, describe_target
+from suanli.engines.answer_format import Answered, check_folder, write_files
+from suanli.engines.predictor import Prediction
 from suanli.training.prepare import DataOptions, resolve
+
+DRAWN = 24  # examples
 
 
 def prepare(
@@ -23,6 +31,7 @@ def prepare(
     max_bad: float = 0.01,
     data_dir: AnyPath | None = None,
     cache_dir: AnyPath | None = None,
+    draw: AnyPath | None = None,
 ) -> PreparedData:
     """Check a data set and decode it into the cache; nothing is decoded twice.
 
@@ -30,9 +39,11 @@ def prepare(
     archive of one, a table file, a file of boxes, or an .npz. Where suanli makes the splits, none
     divides a group, and with `time_column` the latest examples are the test split. `group_column`
     is for tables; the one capture group of the regular expression `group_pattern` takes the group
-    from the name of each example. Returns the splits with the findings of the data check. Raises
-    DataError past `max_bad` (the share of inputs that can't be decoded).
+    from the name of each example. `draw` is a new or empty folder for some training images with their
+    targets drawn on them. Returns the splits with the findings of the data check. Raises DataError past
+    `max_bad` (the share of inputs that can't be decoded).
     """
+    folder = None if draw is None else check_folder(Path(draw), data)
     options = DataOptions.of(
         data,
         input_column=input_column,
@@ -44,7 +55,25 @@ def prepare(
         cache_dir=cache_dir,
         max_bad=max_bad,
     )
-    return resolve(options, recipe=recipe, settings=settings or {}, learn=False)[1]
+    prepared = resolve(options, recipe=recipe, settings=settings or {}, learn=False)[1]
+    if folder is not None:
+        _draw_samples(options, prepared, folder)
+    return prepared
+
+
+def _draw_samples(options: DataOptions, prepared: PreparedData, folder: Path) -> None:
+    """Training inputs in their own size, with their targets."""
+    task, split, kind = prepared.task, prepared.splits["train"], type(prepared.preprocess)
+    inputs = {example.name: example for example in options.find_source(task.annotation).examples}
+
+    def answers() -> Iterator[Answered]:
+        for position in choose(split, DRAWN):
+            name, target = split.names[position], describe_target(task, split, position)
+            yield Prediction(name=name, answer=target, empty=target), inputs[name].read()
+
+    form = load("answer_formats", "images")
+    count = sum(1 for _ in write_files(answers(), form, folder, kind, task.classes))
+    say(f"{plural(count, 'training example')} drawn in {folder}")
 
 
 def summary(prepared: PreparedData) -> str:

@@ -2,10 +2,24 @@
 //
 // Everything from outside (names of classes, files and models, the server's messages) is set as text, never as HTML.
 
-import { brief, percent, say } from "./language.js";
+import { brief, percent, say, words } from "./language.js";
 
 const SMALL = 64; // px: pictures up to this width are enlarged with sharp pixels
 const LONG = 14; // characters: longer names of classes are above their bars, in smaller type
+const LISTED = 12; // boxes beside an image; all are drawn on it
+const CROWDED = 25; // boxes: from here on a name is shown only while the pointer is at its box
+
+// Of Okabe and Ito, which people with any of the usual kinds of colour blindness can tell apart; as data/drawing.py has
+// them.
+const COLORS = ["#56b4e9", "#e69f00", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2"];
+const DARK = new Set(["#d55e00", "#0072b2", "#009e73"]); // letters on these are white
+
+let shownFrom = 0; // the probability from which a box is shown
+
+// Of all boxes on the page. The server has sent those below, too.
+export function showFrom(probability) {
+  shownFrom = probability;
+}
 
 export function element(tag, className, ...children) {
   const node = document.createElement(tag);
@@ -54,20 +68,34 @@ export class Item {
   }
 }
 
-// The answer to one input: how to show it, a line for people, its values, or why there is none.
+// The answer to one input: how to show it, a line for people, its values, or why there is none. `classes` are all that
+// the model knows.
 export class Result {
-  constructor(kind, text, { name, error, ...values }) {
-    Object.assign(this, { kind, text, error, values });
+  constructor(kind, text, { name, error, ...values }, classes = []) {
+    Object.assign(this, { kind, text, error, values, classes });
   }
 
   summary() {
     const { label, probability } = this.values;
+    if (this.kind === "boxes") return counted(this.boxes()) || words("nothing");
     return this.kind === "classes" ? `${label}, ${percent(probability)}` : this.text;
   }
+
+  boxes() {
+    return this.values.boxes.filter(({ probability }) => (probability ?? 1) >= shownFrom);
+  }
+}
+
+// "3 cat, 1 dog", the most frequent first; empty for no box.
+function counted(boxes) {
+  const counts = new Map();
+  for (const { label } of boxes) counts.set(label, (counts.get(label) ?? 0) + 1);
+  return [...counts].sort((a, b) => b[1] - a[1]).map(([label, n]) => `${n} ${label}`).join(", ");
 }
 
 export class Batch {
   #items = [];
+  #results = [];
   #timer = 0;
 
   constructor() {
@@ -82,13 +110,25 @@ export class Batch {
     clearInterval(this.#timer);
     const previous = this.#items;
     this.#items = items;
+    this.#results = results;
     this.drop(previous);
-    const most = items.length === 1 ? Infinity : 3;
-    const list = element("ul", "items", ...items.map((item, i) => row(item, results[i], most, failure)));
     this.root.className = `batch ${items.length === 1 ? "single" : "many"} ${items[0].text === null ? "" : "quoted"}`;
-    this.root.replaceChildren(list);
+    this.root.replaceChildren(element("ul", "items", ...this.#rows(failure)));
     if (failure) this.root.append(this.#banner(failure, again));
     if (answer) this.root.append(byline(answer));
+  }
+
+  // Draws boxes anew after `showFrom`.
+  redraw() {
+    if (!this.#results.some((result) => result?.kind === "boxes")) return;
+    this.#rows(null).forEach((row, i) => {
+      if (this.#results[i]?.kind === "boxes") this.root.firstChild.children[i].replaceWith(row);
+    });
+  }
+
+  #rows(failure) {
+    const most = this.#items.length === 1 ? Infinity : 3;
+    return this.#items.map((item, i) => row(item, this.#results[i], most, failure));
   }
 
   // Releases the items that are not shown.
@@ -135,8 +175,10 @@ function row(item, result, most, failure) {
   let picture = item.preview;
   if (result && result.error === null) {
     const { kind, text, values } = result;
-    if (kind === "boxes") picture = boxed(item.preview, values.boxes);
-    cell.append(...(SHOW[kind] ?? showValues)(text, values, most));
+    if (kind === "boxes") {
+      picture = boxed(item.preview, result.boxes(), result.classes);
+      cell.append(...listBoxes(result.boxes(), Math.min(most, LISTED)));
+    } else cell.append(...(SHOW[kind] ?? showValues)(text, values, most));
   } else if (result) {
     cell.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(result.error)));
   } else {
@@ -157,11 +199,13 @@ const SHOW = {
     bars(Object.entries(probabilities).sort((a, b) => b[1] - a[1]), most),
   ],
   value: (text) => [headline(text)],
-  boxes: (text, { boxes }, most) => [
-    headline(text),
-    bars(boxes.map(({ label, probability }) => [label, probability]), most),
-  ],
 };
+
+const listBoxes = (boxes, most) => [
+  boxes.length ? headline(counted(boxes)) : say(element("p", "label none"), "nothing"),
+  bars(boxes.map(({ label, probability }) => [label, probability]), most),
+  ...(boxes.length > most ? [say(element("p", "note"), "more", { n: boxes.length - most })] : []),
+];
 
 const headline = (text) => element("p", text.length > LONG ? "label long" : "label", outside(text));
 
@@ -184,15 +228,20 @@ function bars(shares, most) {
   return list;
 }
 
-// A picture with boxes on it, whose sides are in its own pixels.
-function boxed(image, boxes) {
-  const figure = element("figure", "boxed", image);
+// A picture with boxes on it, whose sides are in its own pixels. The best is on top.
+function boxed(image, boxes, classes) {
+  const figure = element("figure", boxes.length > CROWDED ? "boxed crowded" : "boxed", image);
   const draw = () => {
     const [width, height] = [image.naturalWidth, image.naturalHeight];
     const share = (value, whole) => `${(100 * Math.min(Math.max(value / whole, 0), 1)).toFixed(3)}%`;
-    for (const { label, probability, box: [left, top, right, bottom] } of boxes) {
-      const inside = left + right < width ? "box" : "box right"; // the name begins at the side that has more room
+    for (const [i, { label, probability, box: [left, top, right, bottom] }] of boxes.entries()) {
+      // The name begins at the side that has more room, above the box where it hides nothing of it.
+      const inside = ["box", left + right < width ? "" : "right", top > height / 14 ? "above" : ""].join(" ");
       const frame = element("span", inside, element("span", "", outside(label), ` ${percent(probability)}`));
+      const color = COLORS[Math.max(classes.indexOf(label), 0) % COLORS.length];
+      frame.style.setProperty("--tone", color);
+      frame.style.setProperty("--on-tone", DARK.has(color) ? "#fff" : "#111");
+      frame.style.zIndex = boxes.length - i;
       frame.style.left = share(left, width);
       frame.style.top = share(top, height);
       frame.style.width = share(right - Math.max(left, 0), width);

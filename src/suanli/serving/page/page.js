@@ -1,8 +1,8 @@
 // The page /: the state of the server, requests, and the key. The inputs are in inputs.js.
 
-import { Result, element, outside } from "./answers.js";
+import { Result, element, outside, showFrom } from "./answers.js";
 import { showInputsFor, startInputs, takesFiles, takesPictures, takesTexts } from "./inputs.js";
-import { say, startLanguage, words } from "./language.js";
+import { percent, say, startLanguage, words } from "./language.js";
 import { Failure, checkKey, fetchStatus, hasKey, predict, useKey } from "./server.js";
 
 const AT_ONCE = 16; // files per request
@@ -11,7 +11,8 @@ const POLL_MS = { ready: 10000, notReady: 1500 };
 const MANY_CLASSES = 200; // at most as many names are listed
 const MAX_BATCHES = 60; // older ones are removed
 const FEW_CLASSES = 12; // up to as many are all shown in an answer, else the first five
-const MANY_ENTRIES = 100; // of other lists in an answer, such as boxes
+const MANY_ENTRIES = 300; // of other lists in an answer, such as boxes
+const LEAST = 0.01; // the probability of boxes that the server is asked for; the page shows those from its threshold on
 
 const $ = (id) => document.getElementById(id);
 const batches = [];
@@ -89,7 +90,8 @@ function showChoice() {
 function chooseModel(entry) {
   model = entry;
   const { name, version, engine, precision, kind, classes, answer } = entry ?? {};
-  const now = JSON.stringify([name, version, engine, precision, kind, classes, answer?.kind, status.key_needed]);
+  const shown = [name, version, engine, precision, kind, classes, answer?.kind, answer?.threshold, status.key_needed];
+  const now = JSON.stringify(shown);
   if (now === description) return; // so that scrolling and selection stay
   description = now;
   $("title").textContent = name ?? "suanli";
@@ -98,6 +100,7 @@ function chooseModel(entry) {
   showClasses();
   showShell();
   showInputsFor(entry);
+  showThreshold(answer?.threshold ?? null);
   const any = !answer || answer.kind === "classes" ? "" : "_any";
   say($("empty"), !kind || takesTexts(entry) || takesFiles(entry) ? `empty${any}` : "only_tensors");
   say($("ask"), `text_ask${any}`);
@@ -113,6 +116,19 @@ function about(entry) {
   const what = takesPictures(entry) ? part("is_image", size) : texts;
   const many = classes.length ? [part("classes", { n: classes.length })] : [];
   return [what, ...many, part("by", { engine, precision }), part("version", { version })];
+}
+
+// `threshold` is the model's; null: it has none.
+function showThreshold(threshold) {
+  $("threshold-row").hidden = threshold === null;
+  $("threshold").value = threshold ?? 0;
+  moveThreshold(threshold ?? 0);
+}
+
+function moveThreshold(threshold) {
+  $("threshold-value").textContent = percent(threshold);
+  showFrom(threshold);
+  for (const batch of batches) batch.redraw();
 }
 
 function showClasses() {
@@ -184,9 +200,11 @@ async function askPart(items, signal) {
   const { kind } = model.answer;
   const classes = model.classes.length <= FEW_CLASSES ? Math.max(model.classes.length, 1) : 5;
   const top = kind === "classes" ? classes : MANY_ENTRIES;
+  const threshold = (model.answer.threshold ?? null) === null ? null : Math.min(LEAST, model.answer.threshold);
   const input = items[0].text === null ? { files: items.map((item) => item.file) } : { text: items[0].text };
-  const answer = await predict({ model, top, ...input, signal });
-  return { ...answer, results: answer.predictions.map((values, i) => new Result(kind, answer.texts[i], values)) };
+  const names = model.classes;
+  const answer = await predict({ model, top, threshold, ...input, signal });
+  return { ...answer, results: answer.predictions.map((values, i) => new Result(kind, answer.texts[i], values, names)) };
 }
 
 // Parts of at most 16 files and about 16 MB, each with the index of its first item.
@@ -265,6 +283,7 @@ $("model").addEventListener("change", () => {
   chooseModel(status.models.find((entry) => idOf(entry) === $("model").value) ?? model);
   showServer();
 });
+$("threshold").addEventListener("input", () => moveThreshold(Number($("threshold").value)));
 $("forget").addEventListener("click", () => {
   for (const batch of batches.splice(0)) batch.remove();
   showEmpty();

@@ -44,8 +44,9 @@ export async function checkKey() {
 }
 
 // The server's answer for files or one text, with `tripS`: the seconds until the whole answer was here.
-export async function predict({ model, top, files = null, text = null, signal = null }) {
+export async function predict({ model, top, threshold = null, files = null, text = null, signal = null }) {
   const query = new URLSearchParams({ model: model.name, version: model.version, top });
+  if (threshold !== null) query.set("threshold", threshold);
   const headers = authorization();
   let content;
   if (files) {
