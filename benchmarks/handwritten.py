@@ -13,13 +13,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from splits import classes_of, inputs_of
+from splits import inputs_of
 from suanli.core import registry
+from suanli.core.schema import Tensors, take
 from suanli.core.types import Batch, Device, Recipe
 from suanli.data.cache import PreparedData
 from suanli.models import build
@@ -44,7 +47,7 @@ class Handwritten:
         self.smoothing = recipe.task_args.get("label_smoothing", 0.0)
         self.device = torch.device(device.torch_name)
         self.rows = torch.from_numpy(inputs_of(split)).to(self.device)
-        self.targets = torch.from_numpy(classes_of(split)).to(self.device)
+        self.task, self.columns = prepared.task, split.targets
         self.steps_per_epoch = -(-len(split) // recipe.batch_size)
         self.steps_in_all = round(recipe.epochs * self.steps_per_epoch)
         self.batch_size = len(split) // self.steps_per_epoch
@@ -65,7 +68,7 @@ class Handwritten:
         self.module.train()
         step = 0
         while True:
-            order = torch.randperm(len(self.targets))
+            order = torch.randperm(len(self.rows))
             for index in order[: self.steps_per_epoch * self.batch_size].split(self.batch_size):
                 yield self._step(index.to(self.device), step)
                 step += 1
@@ -77,7 +80,8 @@ class Handwritten:
             group["lr"] = group["initial_lr"] * scale
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16) if self.autocast else nullcontext():
-            loss = F.cross_entropy(self.module(inputs).float(), targets, label_smoothing=self.smoothing)
+            outputs = self.module(inputs)
+        loss = self.loss(outputs, targets)
         loss.backward()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip_norm)
@@ -86,18 +90,29 @@ class Handwritten:
             self._average(step)
         return loss.detach()
 
-    def inputs(self, index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, outputs: Any, targets: Tensors) -> torch.Tensor:
+        """The mean over the batch. That of other tasks than classification is the task's own."""
+        if "class" in targets:
+            return F.cross_entropy(outputs.float(), targets["class"], label_smoothing=self.smoothing)
+        sums, count = self.task.loss(outputs, targets), len(next(iter(targets.values())))
+        counts = self.task.counts(targets) if self.task.has_counts else dict.fromkeys(sums, torch.tensor(count))
+        return torch.stack([total / counts[name].clamp(min=1) for name, total in sums.items()]).sum()
+
+    def inputs(self, index: torch.Tensor, epoch: int) -> tuple[torch.Tensor, Tensors]:
         """Augmented model inputs and targets of the examples at `index`."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, column in self.columns.items():
+            arrays |= take(column, index.cpu().numpy(), name)
         batch = Batch(
             inputs=self.to_model({self.input: self.rows[index]}),
-            targets={"class": self.targets[index]},
+            targets={name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()},
             index=index,
             epoch=epoch,
             classes=self.classes,
         )
         batch = self.augment(batch, self.generator)
         inputs = batch.inputs[self.input]
-        return inputs.contiguous() if self.planes else inputs, batch.targets["class"]
+        return inputs.contiguous() if self.planes else inputs, batch.targets
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
