@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,3 +177,13 @@ def engine_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
 
     yield put
     forget("engines", added)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of which each takes long come first, so that of several processes none works through one in the end while
+    the others wait. A slow test counts as fifty."""
+    length: Counter[Path] = Counter()
+    for item in items:
+        if item.get_closest_marker("long") is None:
+            length[item.path] += 50 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -length[item.path])  # stable

@@ -60,6 +60,8 @@ class Plain(Task):
 SPOTS = (
     TASK
     + """
+from suanli.core.answers import BOX_COLUMNS
+
 @dataclass(frozen=True, kw_only=True)
 class Spots(Plain):
     name: ClassVar[str] = "spots"
@@ -83,7 +85,7 @@ class Spots(Plain):
                 boxes.append({"label": label, "probability": float(scores.max()), "box": box})
         boxes = boxes[:top]
         return Answer(kind="boxes", text=", ".join(box["label"] for box in boxes) or "nothing",
-                      values={"boxes": boxes, "count": len(boxes)}, columns=("count",))
+                      values={"boxes": boxes, "count": len(boxes)}, columns=BOX_COLUMNS)
 
 TASK = Spots
 """
@@ -103,6 +105,25 @@ def answer(inputs):
                 scores[i, count[i], kind] = 0.9 - 0.2 * kind
                 count[i] += 1
     return {"boxes": boxes, "scores": scores, "count": count}
+"""
+
+# A box around all red, all green and all blue pixels, with scores 0.9, 0.7 and 0.5, as a detector gives them.
+FIND_COLORS = """
+def answer(inputs):
+    rows, most = inputs["image"].astype(int), 5
+    found = {"num_dets": np.zeros((len(rows), 1), np.int32), "det_boxes": np.zeros((len(rows), most, 4), np.float32),
+             "det_scores": np.zeros((len(rows), most), np.float32),
+             "det_classes": np.zeros((len(rows), most), np.int32)}
+    for i, row in enumerate(rows):
+        for label in range(3):
+            y, x = np.nonzero((row[..., label] > 170) & (row.sum(2) - row[..., label] < 140))
+            if len(x):
+                n = int(found["num_dets"][i, 0])
+                found["num_dets"][i] = n + 1
+                found["det_boxes"][i, n] = x.min(), y.min(), x.max() + 1, y.max() + 1
+                found["det_scores"][i, n] = 0.9 - 0.2 * label
+                found["det_classes"][i, n] = label
+    return found
 """
 
 METER = """
@@ -191,6 +212,13 @@ def spots_engines(folder: Path, *, answer: str = FIND_SPOTS, height: int = 20, w
     """Engines that find spots in grey pictures, which are padded to this size."""
     preprocess = load("preprocess", "image")(height=height, width=width, channels=1, resize="pad")
     return _save(folder, preprocess, answer, {"name": "spots", "settings": {"least": 0.5}}, ["bright", "dark"])
+
+
+def colors_engines(folder: Path, *, side: int = 64) -> Path:
+    """Engines of the task detection, for images that are padded to a square."""
+    preprocess = load("preprocess", "image")(height=side, width=side, channels=3, resize="pad")
+    task = {"name": "detection", "settings": {"most": 5, "threshold": 0.6}}
+    return _save(folder, preprocess, FIND_COLORS, task, ["red", "green", "blue"])
 
 
 def meter_engines(folder: Path, *, answer: str = READ_METER, length: int | None = 2, batches: bool = True) -> Path:

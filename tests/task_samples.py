@@ -31,8 +31,8 @@ class Sample:
     draw: Callable[[Random, int], list[Any]]  # raw targets
     answer: Callable[[Mapping[str, Stored], np.ndarray], dict[str, np.ndarray]]
     worsen: Callable[[Arrays, Mapping[str, Stored], float], dict[str, np.ndarray]]
-    raw: Callable[[int], torch.Tensor] | None = None  # what a network might return; None: no network learns it yet
-    write: Callable[[Path], Path] | None = None  # data for a training of seconds, into an empty folder
+    raw: Callable[[int], Any]  # what a network might return for so many examples
+    write: Callable[[Path], Path]  # data for a training of seconds, into an empty folder
     settings: Mapping[str, Any] = field(default_factory=dict)  # of that training
     reaches: float = 0.0  # the primary metric that it must reach
     geometry: Geometry = HERE  # of the inputs
@@ -157,7 +157,7 @@ def _write_values(folder: Path) -> Path:
     return _write_table(folder, _write_pictures(folder, paint, 150, 12))
 
 
-# --- boxes, of CONTRIBUTING.md --------------------------------------------------------------
+# --- counts, of CONTRIBUTING.md ------------------------------------------------------------
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 
@@ -180,18 +180,15 @@ def _draw_boxes(random: Random, count: int) -> list[Any]:
     return [Boxes(tuple(Box(*box) for box in boxes)) for boxes in painted]
 
 
-def _detect(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
-    answers = np.zeros((len(wrong), 20, 6), np.float32)
-    for i, is_wrong in enumerate(wrong):
-        boxes = np.insert(targets["boxes"][i], 4, 0.9, axis=1)
-        answers[i, : len(boxes)] = boxes + 30 * is_wrong * np.array([1, 1, 1, 1, 0, 0])
-    return {"boxes": answers}
+def _count(targets: Mapping[str, Stored], wrong: np.ndarray) -> dict[str, np.ndarray]:
+    truth = np.asarray(targets["count"])
+    noise = np.random.default_rng(len(wrong)).random(truth.shape)
+    return {"count": (truth + np.where(wrong, 3, 0.5)[:, None] * noise).astype(np.float32)}
 
 
-def _overlook(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:  # noqa: ARG001
-    boxes = answers["boxes"].copy()
-    boxes[np.random.default_rng(2).random(boxes.shape[:2]) < 2 * amount, 4] = 0  # recall is about half of the score
-    return {"boxes": boxes}
+def _miscount(answers: Arrays, targets: Mapping[str, Stored], amount: float) -> dict[str, np.ndarray]:
+    error = answers["count"] - np.asarray(targets["count"])
+    return {"count": answers["count"] + np.float32(amount) * error}
 
 
 def _write_boxes(folder: Path) -> Path:
@@ -250,9 +247,47 @@ def _lose_objects(answers: Arrays, targets: Mapping[str, Stored], amount: float)
     return {**answers, "det_classes": classes % 3}
 
 
+def _return_boxes(count: int) -> tuple[torch.Tensor, ...]:
+    """Boxes, logits and points of the cells of PHOTO's square at strides 16 and 32."""
+    points = torch.tensor(
+        [(x + s / 2, y + s / 2, s) for s in (16, 32) for y in range(0, 320, s) for x in range(0, 320, s)]
+    ).expand(count, -1, -1)
+    sides = points[..., 2:] * torch.rand(count, points.shape[1], 4) * 2
+    boxes = torch.cat([points[..., :2] - sides[..., :2], points[..., :2] + sides[..., 2:]], 2)
+    return boxes, torch.randn(count, points.shape[1], 3) - 3, points
+
+
+def _write_objects(folder: Path) -> Path:
+    rows = [
+        f"{i:03d}.png,{','.join(map(str, box))}\n"
+        for i, boxes in enumerate(_write_pictures(folder, _paint_boxes, 150, 64))
+        for box in boxes
+    ]
+    (folder / "boxes.csv").write_text("".join(["image,xmin,ymin,xmax,ymax,label\n", *rows]))
+    return folder
+
+
 SAMPLES = {
     "detection": Sample(
-        classes=CLASSES[:3], draw=_draw_objects, answer=_find_objects, worsen=_lose_objects, geometry=PHOTO, many=200
+        classes=CLASSES[:3],
+        draw=_draw_objects,
+        answer=_find_objects,
+        worsen=_lose_objects,
+        raw=_return_boxes,
+        write=_write_objects,
+        settings={
+            "model": "detnet_n",
+            "model_args": {"width": 16, "depths": [1, 1, 1, 1], "neck": 32},
+            "epochs": 12,
+            "warmup_epochs": 1,
+            "augment": [],
+            "ema_decay": 0.98,
+            "lr": 1e-2,
+            "validate_every": 12,
+        },
+        reaches=0.25,
+        geometry=PHOTO,
+        many=200,
     ),
     "classification": Sample(
         classes=CLASSES,
@@ -283,14 +318,14 @@ SAMPLES = {
         settings={"epochs": 10, "batch_size": 30},
         reaches=20,
     ),
-    "boxes": Sample(
+    "counts": Sample(
         classes=("blue", "green", "red"),
         draw=_draw_boxes,
-        answer=_detect,
-        worsen=_overlook,
-        raw=lambda count: torch.randn(count, 7, 6, 6),
+        answer=_count,
+        worsen=_miscount,
+        raw=lambda count: torch.randn(count, 3),
         write=_write_boxes,
-        settings={},
-        reaches=0.8,
+        settings={"task": "counts", "model": "speednet", "epochs": 6, "batch_size": 32, "lr": 0.003},
+        reaches=0.5,
     ),
 }

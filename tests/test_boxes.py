@@ -12,7 +12,7 @@ from PIL import Image
 import suanli
 from report_runs import write
 from suanli.core.boxes import Box, Boxes, place
-from suanli.core.errors import DataError, UsageError
+from suanli.core.errors import DataError
 from suanli.core.schema import Geometry
 from suanli.data import checks
 from suanli.data.decode import decode
@@ -226,14 +226,6 @@ def test_the_report_shows_sizes_and_what_is_wrong(prepared: suanli.PreparedData,
     page = suanli.report(tmp_path / "run").read_text(encoding="utf-8")
     for words in ("Sizes of objects", "side at the training size, px", "1 box without an area, left out: flat.png"):
         assert words in page
-
-
-def test_learning_is_refused_clearly(tmp_path: Path) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
-    top = write_voc(tmp_path / "data", {"a": (element("cell", 1, 1, 9, 9), png(noise))})
-    with pytest.raises(UsageError, match="Nothing in suanli learns from targets of the kind 'boxes' yet") as caught:
-        suanli.train(top)
-    assert "suanli prepare shows" in caught.value.fix
 
 
 def test_no_boxes_at_all(tmp_path: Path) -> None:

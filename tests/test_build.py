@@ -83,7 +83,7 @@ def test_built_in_models_can_be_built(name: str) -> None:
 def test_built_in_models_on_the_meta_device_differ_only_in_values(name: str) -> None:
     model = building.resolve(name)
     preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
-    args = building.builder_arguments(recipe(name), preprocess, classify(7))
+    args = building.builder_arguments(recipe(name), preprocess, classify(7))  # a detector takes the same
     outline, whole = building.build_on_meta(model, args), building.construct(model, args)
     if callable(getattr(whole, "initialize", None)):
         assert outline is None

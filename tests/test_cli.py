@@ -39,7 +39,7 @@ def test_a_command_has_the_arguments_of_its_function(verb: str) -> None:
     only_here = {"as_json", "help", "csv"}  # how a result is shown
     only_here |= set(CLUSTER_OPTIONS) if verb in ("train", "run") else set()  # nothing is trained
     only_here |= {"scaling", "processes"} if verb == "bench" else set()
-    only_here |= {"features", "out"} if verb == "predict" else set()  # what `embed` gives
+    only_here |= {"features", "out", "format", "annotations"} if verb == "predict" else set()  # how and where
     of_command = {p.name for p in command.params} - only_here
     if verb == "predict":  # with --url there is no model among them
         of_command |= {"model", "inputs"}

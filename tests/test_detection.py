@@ -70,6 +70,28 @@ def test_answers_are_in_pixels_of_the_image() -> None:
     assert make().answer(one(answer([])), GEOMETRY, top=1).text == "nothing"
 
 
+def test_clients_get_pixels_of_the_image() -> None:
+    found = [(10, 20, 110, 220, "dog", 0.9), (-50, 20, 110, 900, "cat", 0.1)]
+    given = make().to_input(answer(found, [], found[:1]), [GEOMETRY, GEOMETRY, Geometry.unchanged((320, 320))])
+    assert given["det_boxes"][0, :2].tolist() == [[10, 20, 110, 220], [0, 20, 110, 480]]
+    assert given["det_boxes"][2, 0].tolist() == [5, 50, 55, 150]  # it was sent at the model's size
+    assert not given["det_boxes"][0, 2:].any()
+    assert not given["det_boxes"][1].any()
+    assert given["det_scores"][0, :2].tolist() == pytest.approx([0.9, 0.1])
+
+
+def test_what_is_right_and_what_is_missed() -> None:
+    task = make()
+    boxes = [Box(0, 0, 100, 100, "cat"), Box(200, 0, 300, 100, "dog"), Box(300, 300, 400, 400, "cat", difficult=True)]
+    found = [(0, 0, 100, 90, "cat", 0.9), (0, 0, 90, 100, "cat", 0.8), (300, 300, 400, 400, "cat", 0.7),
+             (200, 0, 300, 100, "dog", 0.1)]  # fmt: skip
+    targets = encode(task, boxes)
+    sides = task.answer_beside_target(one(answer(found)), {n: c[0] for n, c in targets.items()}, GEOMETRY, top=100)
+    own, true = ([box["verdict"] for box in side.values["boxes"]] for side in sides)
+    assert own == ["right", "duplicate", None]
+    assert true == ["right", "missed", None]
+
+
 def test_targets_come_back_as_they_were() -> None:
     task = make()
     boxes = [Box(10, 20, 110, 220, "dog"), Box(1, 2, 3, 4, "cat", crowd=True)]
@@ -157,7 +179,7 @@ def mixed() -> Records:
 
 def test_mistakes_by_their_kind(mixed: Records) -> None:
     figures = make().evaluate(mixed)
-    assert figures["mistakes"] == {
+    assert figures["kinds_of_mistakes"] == {
         "right": 1,
         "class": 1,
         "place": 1,
@@ -228,11 +250,11 @@ def test_drift_is_the_share_of_scores_that_is_not_found_again() -> None:
     first = answer([(0, 0, 100, 100, "cat", 0.8), (200, 0, 300, 100, "dog", 0.2)], [])
     assert task.drift(first, first).tolist() == [0, 0]
     lost = answer([(0, 0, 100, 100, "cat", 0.8)], [])
-    assert task.drift(first, lost)[0] == pytest.approx(0.2)
+    assert task.drift(first, lost)[0] == pytest.approx(0.04 / 0.68)
     moved = answer([(0, 0, 100, 90, "cat", 0.8), (200, 0, 300, 100, "dog", 0.2)], [])
-    assert task.drift(first, moved)[0] == pytest.approx(0.08)
+    assert task.drift(first, moved)[0] == pytest.approx(0.064 / 0.68)
     other = answer([(0, 0, 100, 100, "dog", 0.8), (200, 0, 300, 100, "dog", 0.2)], [(0, 0, 9, 9, "cat", 0.5)])
-    assert task.drift(first, other).tolist() == pytest.approx([0.8, 1])
+    assert task.drift(first, other).tolist() == pytest.approx([0.64 / 0.68, 1])
     assert task.agreement(first, lost).tolist() == [True, True]  # the second box isn't shown
     assert task.agreement(first, other).tolist() == [False, False]
 

@@ -28,7 +28,7 @@ from suanli.core.errors import MachineError, StorageError, pip_install
 from suanli.core.schema import random_inputs
 from suanli.core.types import Recipe
 from suanli.data.preprocess.image import ImagePreprocess
-from suanli.engines.inference_module import InferenceModule
+from suanli.engines.inference_module import InferenceModule, without_predictions
 from suanli.models.model_folder import build_task, load_model, save_model
 
 module = importlib.import_module("suanli.verbs.export")
@@ -171,6 +171,16 @@ def test_the_file_answers_as_the_model_without_suanli(form: str, run: suanli.Run
     assert answers.shape == (40, 10)
     assert np.abs(answers - expected).max() < 1e-4
     assert np.ptp(expected, axis=0).min() > 0.5  # answers that differ from input to input
+
+
+def test_without_predictions_a_classifier_gives_logits(run: suanli.Run, digits: np.ndarray) -> None:
+    saved = load_model(run.model_path)
+    raw = without_predictions(saved)
+    assert {name: column.shape for name, column in raw.task.outputs.items()} == {"logits": (10,)}
+    rows = torch.from_numpy(digits[..., None])
+    with torch.inference_mode():
+        (logits,), (probabilities,) = InferenceModule(raw)(rows), InferenceModule(saved)(rows)
+    torch.testing.assert_close(logits.softmax(1), probabilities)
 
 
 # Of a model with the inputs "image" and "tokens"; answers are "price" and "boxes".

@@ -280,7 +280,8 @@ def test_a_run_with_adapters_is_used_like_any_other(picture_folder: Callable[...
 
     root = picture_folder(each=20)
     options = {"speedups": "none", "threads": 1, "batch_size": 8}
-    start = suanli.train(root, model="vit_tiny", epochs=0.4, out="start", **options)
+    small = {"model_args": {"width": 32, "depth": 2, "heads": 2}}
+    start = suanli.train(root, model="vit", epochs=0.4, out="start", settings=small, **options)
     settings = {"lora_rank": 4, "unfreeze_epochs": 0.5, "frozen_views": 0}
     tuned = suanli.train(root, weights=start, epochs=1, settings=settings, out="tuned", **options)
     assert weights(tuned).keys() == weights(start).keys()

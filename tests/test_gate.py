@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from short_timing import time_shortly
 from suanli.core.schema import Arrays, Column
 from suanli.core.task import Task
-from suanli.engines import timing
 from suanli.engines.candidates import Candidate, SearchResult
 from suanli.engines.examples import Examples, SeparateExamples, StackedExamples
 from suanli.engines.search import EngineSearch
@@ -36,8 +36,7 @@ CLASSES = build_task("classification", ("ant", "bee", "cat"), {})
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "TURN_S", 0.01)
+    time_shortly(monkeypatch)
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 import suanli
 from served import digits_run
+from short_timing import time_shortly
 from suanli.core.errors import DamagedFile, DataError, UsageError
 from suanli.core.schema import Arrays
 from suanli.core.types import EngineInputs
-from suanli.engines import onnx_edit, timing
+from suanli.engines import onnx_edit
 from suanli.engines.backends import onnxruntime
 from suanli.engines.examples import SeparateExamples, StackedExamples
 from suanli.engines.onnx_import import ImportedGraph, PictureOptions
@@ -37,8 +38,7 @@ pytestmark = [  # torch's exporter uses what torch itself is about to give up
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "TURN_S", 0.02)
+    time_shortly(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_plain_network_scores_as_the_model_that_it_is(trained: Path, tmp_path:
     )
     assert suanli.load("net-engines").predict(row[0])[0].label in [str(i) for i in range(10)]
     again = suanli.optimize(
-        path, data="digits", mean=mean, std=std, engines="onnxruntime", cache_dir=trained.parent / "cache"
+        path, data="digits", mean=mean, std=std, engines="eager", cache_dir=trained.parent / "cache"
     )
     assert again.path == result.path
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 import suanli
 from served import digits_run
+from short_timing import time_shortly
 from suanli import cli
 from suanli.core.errors import DamagedFile, DataError, MachineError, RunBusy, UsageError
 from suanli.core.types import EncodedInput, EngineInputs, Placement
@@ -43,8 +44,7 @@ def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     run = tmp_path_factory.mktemp("tuned") / "run"
     shutil.copytree(trained, run)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(timing, "TURN_S", 0.05)
-        patched.setattr(timing, "ROUNDS", 2)
+        time_shortly(patched)
         return run, suanli.optimize(run, engines=QUICK, time_budget="10m")
 
 
@@ -62,9 +62,7 @@ def mine(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short timing, for tests about something else."""
-    monkeypatch.setattr(timing, "ROUNDS", 1)
-    monkeypatch.setattr(timing, "TURN_S", 0.02)
+    time_shortly(monkeypatch)
 
 
 def pictures(count: int = 6) -> list[np.ndarray]:
@@ -637,13 +635,13 @@ def test_training_again_removes_engines(mine: Path) -> None:
     assert not (mine / "model" / "engines").exists()
 
 
-def test_a_folder_of_the_users_own_stays_as_it_was(trained: Path, tmp_path: Path) -> None:
-    exported = suanli.export(trained, to="onnx", out=tmp_path / "net.onnx").path
+def test_a_folder_of_the_users_own_stays_as_it_was(tuned: tuple[Path, OptimizeResult], tmp_path: Path) -> None:
+    graph = next(tuned[0].rglob("*.onnx"))
     home = tmp_path / "home"
     (home / "photos").mkdir(parents=True)
     (home / "photos" / "1.jpg").write_bytes(b"mine")
     with pytest.raises(UsageError, match="not an empty directory"):
-        suanli.optimize(exported, out=home)
+        suanli.optimize(graph, out=home)
     assert (home / "photos" / "1.jpg").read_bytes() == b"mine"
 
 

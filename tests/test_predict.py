@@ -21,8 +21,8 @@ from suanli.cli import main
 from suanli.compute import infer
 from suanli.core.errors import DamagedFile
 from suanli.core.types import Step
+from suanli.engines.answer_formats.csv import lines as csv_lines
 from suanli.models import model_folder
-from suanli.verbs.predict import as_csv
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_bad_file_among_good_ones(run: suanli.Run) -> None:
         "e.pdf": "Not an image that suanli can read: it is a PDF.",
     }
     assert answers[1].label is None
-    assert as_csv(answers).splitlines()[-1] == "e.pdf,,,,,Not an image that suanli can read: it is a PDF."
+    assert [*csv_lines(answers)][-1] == "e.pdf,,,,,Not an image that suanli can read: it is a PDF."
 
 
 def test_standard_input(run: suanli.Run) -> None:

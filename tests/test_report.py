@@ -263,6 +263,34 @@ def test_boxes_are_drawn_over_the_picture(tmp_path: Path) -> None:
     assert seen.says("Solid boxes are predicted, dashed ones are true.")
 
 
+def test_what_is_right_wrong_and_missed_has_strokes_of_its_own(tmp_path: Path) -> None:
+    path = ages_run(tmp_path / "run")
+    boxes = [([20, 10, 60, 90], "ant"), ([100, 10, 120, 30], "bee"), ([150, 50, 170, 70], "ant")]
+
+    def side(*verdicts: str | None) -> Any:
+        pairs = zip(boxes, verdicts, strict=True)
+        entries = [{"box": box, "label": label, "verdict": verdict} for (box, label), verdict in pairs]
+        return {"kind": "boxes", "text": "", "values": {"boxes": entries}}
+
+    answered, true = side("right", "duplicate", None), side("right", "missed", "missed")
+    picture = png(np.zeros((50, 50)))
+    entry = boxes_entry(picture, answer=answered, expected=true)
+    edit(path / "evaluation" / "test.json", samples=[], mistakes=[entry])
+    write(path / "samples.json", [boxes_entry(picture, name=f"{HOSTILE}.png")])
+    seen = page(path)
+    strokes = [attrs["class"] for tag, attrs in seen.tags if tag == "rect"]
+    assert strokes == [
+        "answered",  # of the sample of the training split, which has its target alone
+        *("expected fine", "expected mistake", "expected mistake"),
+        *("answered fine", "answered mistake", "answered"),
+    ]
+    assert seen.says("1 right, 1 duplicate, 2 missed")
+    assert seen.says("bee: duplicate")
+    assert seen.says("Thick ones are mistakes")
+    assert seen.says("A sample of the training split, with its targets.")
+    assert not [tag for tag, _ in seen.tags if tag == "script"]
+
+
 def test_figures_that_the_task_cannot_read_are_named(run: Path) -> None:
     edit(run / "evaluation" / "test.json", per_class=[{"name": "0", "f1": "high"}, {"name": "1", "f1": 0.5}])
     with pytest.raises(DamagedFile, match=r"test\.json.*figures.*classification"):

@@ -16,6 +16,7 @@ import suanli
 from shapes import SHAPE, write_shapes
 from suanli.cli import main
 from suanli.core import registry
+from suanli.core.task import Task
 from suanli.core.types import Recipe
 from suanli.data.preprocess.image import ImagePreprocess
 from suanli.data.preprocess.text import TextPreprocess
@@ -23,10 +24,12 @@ from suanli.engines.saliency import Saliency, explain
 from suanli.models import build
 from suanli.models.model_folder import SavedModel
 from suanli.tasks.classification import Classification
+from suanli.tasks.detection import Detection
 
 IMAGES = ImagePreprocess(height=32, width=32, channels=3)
 TEXTS = TextPreprocess(vocabulary=("good", "bad", "film"), length=6)
 TASK = Classification(classes=("a", "b", "c"))
+BOXES = Detection(classes=("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")
@@ -97,20 +100,21 @@ def test_every_network_can_be_explained(name: str) -> None:
     is_image = "image" in registry.load("models", name).kinds
     preprocess = IMAGES if is_image else TEXTS
     recipe = Recipe(model=name)
-    (found,) = explain_one(build.build(recipe, preprocess, TASK), preprocess)
+    task = TASK if registry.load("models", name).returns == "scores" else BOXES
+    (found,) = explain_one(build.build(recipe, preprocess, task), preprocess, task)
     assert found.weights.shape == ((32, 32) if is_image else (6,))
     assert np.isfinite(found.weights).all()
     assert np.abs(found.weights).max() == pytest.approx(1)
     assert found.marked.picture is not None or [word for word, _ in found.marked.words] == ["good", "<unk>", "film"]
 
 
-def explain_one(module: nn.Module, preprocess: ImagePreprocess | TextPreprocess) -> list[Saliency]:
+def explain_one(module: nn.Module, preprocess: ImagePreprocess | TextPreprocess, task: Task = TASK) -> list[Saliency]:
     raw = (
         np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8) if preprocess is IMAGES else "good story film"
     )
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    saved = SavedModel(module=module.eval(), preprocess=preprocess, task=TASK, recipe=Recipe(), card={})
+    saved = SavedModel(module=module.eval(), preprocess=preprocess, task=task, recipe=Recipe(), card={})
     return explain(saved, [preprocess.encode(raw).arrays])
 
 
@@ -141,6 +145,25 @@ class Bag(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.words(ids)
+
+
+class TwoLevels(nn.Module):
+    """As a detector whose score comes from the finer of two maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(3, 4, 4, 4)
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = [self.head(self.fine(x)), self.head(self.coarse(x)) - 100]
+        return x, torch.cat([level.flatten(2) for level in logits], 2).transpose(1, 2)
+
+
+def test_the_score_of_one_level_rests_on_its_map() -> None:
+    torch.manual_seed(0)
+    (found,) = explain_one(TwoLevels(), IMAGES, BOXES)
+    assert (found.method, found.weights.max()) == ("Grad-CAM", pytest.approx(1))
 
 
 def test_modules_of_others() -> None:

@@ -19,8 +19,9 @@ import suanli
 from browser import Browser
 from other_tasks import READ_METER, meter_engines, register, spots_engines
 from served import Served, serving
+from short_timing import time_shortly
 from suanli.core.errors import pip_install
-from suanli.verbs.predict import as_csv
+from suanli.engines.answer_formats.csv import lines as csv_lines
 from wire import file_of
 
 ONE = "assert len(inputs['place']) == 1; levels, place ="  # an engine that takes one example at a time
@@ -206,10 +207,14 @@ def test_a_server_and_this_machine_give_the_same_table(server: Served, models: P
     here = suanli.predict(models / "cells", tmp_path)
     there = suanli.predict(None, tmp_path, url=f"{server.url}{CELLS}")
     assert there == here
-    assert as_csv(here).splitlines()[:2] == ["name,count,error", "a.png,2,"]
+    assert [*csv_lines(here)][:3] == [
+        "name,label,probability,left,top,right,bottom,error",
+        "a.png,bright,0.900000,4,2,12,6,",
+        "a.png,dark,0.700000,30,10,36,18,",
+    ]
     assert here[1].to_json() == {"name": "b.png", "boxes": [], "count": None, "error": here[1].error}
     np.save(tmp_path / "levels.npy", np.array([[1000, 1, 2], [1.0, 1.0, 0.0]]))
-    assert as_csv(suanli.predict(models / "meter", tmp_path / "levels.npy")).splitlines() == [
+    assert [*csv_lines(suanli.predict(models / "meter", tmp_path / "levels.npy"))] == [
         "name,loss,unit,error",
         "levels.npy[0],32,dB,",
         "levels.npy[1],0,dB,",
@@ -232,8 +237,9 @@ GRAPH = """<ir_version: 10, opset_import: ["": 18]>
     }"""
 
 
-def test_a_graph_of_tensors_is_predicted_and_served(tmp_path: Path) -> None:
+def test_a_graph_of_tensors_is_predicted_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser = pytest.importorskip("onnx.parser", reason=f"needs: {pip_install('suanli[engines]')}")
+    time_shortly(monkeypatch)
     (tmp_path / "two.onnx").write_bytes(parser.parse_model(GRAPH).SerializeToString())
     suanli.optimize(tmp_path / "two.onnx", engines="onnxruntime", out=tmp_path / "two")
     np.savez(tmp_path / "in.npz", levels=np.float32([1, 2, 3]), place=np.int64(21))

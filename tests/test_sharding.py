@@ -37,6 +37,7 @@ MUON = NORMS | {
     "task_args": {"class_weights": "balanced"},
     "optimizer": "muon",
 }
+SMALL = NORMS | {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.9}
 BLOCKS = {"model": "vit_tiny", "optimizer": "adamw", "lr": 1e-4, "epochs": 1, "batch_size": 30, "clip_norm": 1.0}
 
 
@@ -60,18 +61,48 @@ def assert_alike(got: list[float], expected: list[float]) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """What one process learns in 30 steps."""
+STEPS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_cache(tmp_path_factory):
+    """The cache that all trainings here share, also while a module's fixture trains."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SUANLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return group(1, MUON, {"steps": 30})[0][0]
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process learns."""
+    return group(1, MUON, {"steps": STEPS})[0][0]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What two processes learn: a network of which one has more than the other; a folder with checkpoints of steps 4
+    and 8 of another, and what happened then. Starting processes takes most of the time, so they learn all of it."""
+    folder = tmp_path_factory.mktemp("begun")
+    straight = {"steps": 16, "shard": True, "save": str(folder / "sharded"), "save_at": [2, 4, 8]}
+    on = {"steps": 8, "resume": str(folder / "sharded")}
+    trainings = [
+        straight,
+        on | {"shard": True},
+        on | {"save": str(folder / "plain"), "save_at": [4]},
+        {"steps": 4, "shard": True, "resume": str(folder / "plain")},
+        {"settings": MUON, "steps": STEPS, "shard": True, "shares": [0.7, 0.3]},
+    ]
+    *saved, uneven = group(2, SMALL, *trainings)
+    return uneven, folder, [every[0] for every in saved]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "shares"), [(2, [0.7, 0.3]), pytest.param(3, [], marks=pytest.mark.long)])
-def test_what_is_learned_is_the_same(alone, count, shares):
-    (every,) = group(count, MUON, {"steps": 30, "shard": True, "shares": shares})
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_what_is_learned_is_the_same(alone, count, request):
+    if count == 2:
+        every = request.getfixturevalue("pair")[0]
+    else:
+        (every,) = group(count, MUON, {"steps": STEPS, "shard": True})
     assert len({m["weights"] for m in every}) == 1
     assert sum(m["mine"] for m in every) == alone["whole"]
     assert sum(m["held"] for m in every) == pytest.approx(1)
@@ -158,34 +189,22 @@ from suanli.parallel.group import join_group, leave_group
 from suanli.training.setup import Setup
 from suanli.training.prepare import DataOptions, resolve
 options = DataOptions.of("digits", data_dir=None, cache_dir=None)
-settings = {"model": "NET", "optimizer": "adamw"}
-recipe, prepared = resolve(options, recipe=None, settings=settings, announce=False)
 group = join_group("cpu")
 def resident(name):
     return next(int(l.split()[1]) << 10 for l in open("/proc/self/status") if l.startswith(name))
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-before = resident("VmRSS:")
-module = Setup(recipe, prepared, detect("cpu"), group=group, shard=not group.is_alone).module
-print(resident("VmHWM:") - before)
-print(sum(float(dtensor.gather(p.detach()).double().abs().sum()) for p in module.parameters()))
+for network in ("large:net", "growing:net"):
+    settings = {"model": network, "optimizer": "adamw"}
+    recipe, prepared = resolve(options, recipe=None, settings=settings, announce=False)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS:")
+    module = Setup(recipe, prepared, detect("cpu"), group=group, shard=not group.is_alone).module
+    print(resident("VmHWM:") - before)
+    print(sum(float(dtensor.gather(p.detach()).double().abs().sum()) for p in module.parameters()))
 group.finish()
 leave_group()
 sys.stdout.flush()
 os._exit(0)  # torch was seen to abort once in many ends of an interpreter, which is not what is tested here
 """
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
-def test_only_the_first_process_builds_the_whole_network(monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is let go doesn't stay in the heap
-    Path("large.py").write_text(LARGE)
-    code = BUILT.replace("NET", "large:net")
-    (alone,), every = run_group(1, ["-c", code]), run_group(2, ["-c", code])
-    assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
-    (_, whole), (first, one), (second, other) = ([float(n) for n in p.stdout.split()] for p in (alone, *every))
-    assert one == other == pytest.approx(whole, rel=1e-9)
-    assert second < 0.8 * WEIGHTS_BYTES  # its half, and a block
-    assert first > WEIGHTS_BYTES
 
 
 GROWING = """
@@ -202,34 +221,39 @@ def net(classes):
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are Linux's")
-def test_a_network_may_complete_itself_when_it_is_tried():
-    Path("growing.py").write_text(GROWING)
-    every = run_group(2, ["-c", BUILT.replace("NET", "growing:net")], timeout_s=100)
-    assert [p.returncode for p in every] == [0, 0], every[0].stderr + every[1].stderr
-    assert every[0].stdout.split()[1] == every[1].stdout.split()[1]
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Of both networks, the bytes that building takes and the sum of weights: by one process, and by each of two."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("peaks are Linux's")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is let go doesn't stay in the heap
+        patch.chdir(tmp_path_factory.mktemp("built"))
+        Path("large.py").write_text(LARGE)
+        Path("growing.py").write_text(GROWING)
+        every = [*run_group(1, ["-c", BUILT]), *run_group(2, ["-c", BUILT])]
+    assert [p.returncode for p in every] == [0, 0, 0], every[1].stderr + every[2].stderr
+    return [[float(n) for n in p.stdout.split()] for p in every]
+
+
+def test_only_the_first_process_builds_the_whole_network(built):
+    (_, whole), (first, one), (second, other) = (figures[:2] for figures in built)
+    assert one == other == pytest.approx(whole, rel=1e-9)
+    assert second < 0.8 * WEIGHTS_BYTES  # its half, and a block
+    assert first > WEIGHTS_BYTES
+
+
+def test_a_network_may_complete_itself_when_it_is_tried(built):
+    assert built[0][3] == pytest.approx(built[1][3], rel=1e-9)
+    assert built[1][3] == built[2][3]
 
 
 # --- checkpoints ----------------------------------------------------------------------------
 
-SMALL = NORMS | {"optimizer": "adamw", "lr": 1e-3, "ema_decay": 0.9}
 
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """A folder with checkpoints of steps 4 and 8 by two processes, and what happened then."""
-    folder = tmp_path_factory.mktemp("begun")
-    straight = {"steps": 16, "shard": True, "save": str(folder / "sharded"), "save_at": [2, 4, 8]}
-    on = {"steps": 8, "resume": str(folder / "sharded")}
-    trainings = [
-        straight,
-        on | {"shard": True},
-        on | {"save": str(folder / "plain"), "save_at": [4]},
-        {"steps": 4, "shard": True, "resume": str(folder / "plain")},
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SUANLI_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return folder, [every[0] for every in group(2, SMALL, *trainings)]
+@pytest.fixture
+def begun(pair):
+    return pair[1:]
 
 
 def test_the_same_number_of_processes_resumes_to_the_same_bits(begun):

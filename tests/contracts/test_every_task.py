@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import suanli
 from served import serving
+from short_timing import time_shortly
 from suanli.core import registry
 from suanli.core.compare import difference, intervals
 from suanli.core.errors import DataError, UsageError
-from suanli.core.schema import Arrays, Stored, take
+from suanli.core.schema import Arrays, Geometry, Stored, example_of, take
 from suanli.core.sections import Matrix, Plot, Table
 from suanli.core.task import Answer, Records, Task
 from suanli.core.types import Json
-from suanli.engines import timing
+from suanli.engines.backends import onnxruntime
 from task_samples import SAMPLES, encode, make_task
 
 # A task without an annotation, of graphs that suanli didn't train, has neither targets nor scores.
@@ -104,12 +109,9 @@ def test_every_split_counts_the_same_names(task: Task) -> None:
 # --- learning and answers -------------------------------------------------------------------
 
 
-def raw(task: Task, count: int) -> torch.Tensor:
-    """What a network might return."""
-    make = SAMPLES[task.name].raw
-    if make is None:
-        pytest.skip(f"no network learns {task.name} yet")
-    return make(count)
+def raw(task: Task, count: int) -> Any:
+    """What a network might return: a tensor or several."""
+    return SAMPLES[task.name].raw(count)
 
 
 def batch(task: Task, count: int) -> dict[str, torch.Tensor]:
@@ -119,10 +121,11 @@ def batch(task: Task, count: int) -> dict[str, torch.Tensor]:
 
 def test_going_down_the_loss_makes_it_smaller(task: Task) -> None:
     torch.manual_seed(0)
-    outputs, targets = raw(task, 8).requires_grad_(), batch(task, 8)
+    leaves, spec = tree_flatten(raw(task, 8))
+    outputs, targets = tree_unflatten([leaf.requires_grad_() for leaf in leaves], spec), batch(task, 8)
     counts = task.counts(targets) if task.has_counts else dict.fromkeys(task.loss(outputs, targets), 8)
 
-    def total(outputs: torch.Tensor) -> torch.Tensor:
+    def total(outputs: Any) -> torch.Tensor:
         sums = task.loss(outputs, targets)
         assert all(one.shape == () for one in sums.values())
         assert counts.keys() == sums.keys()
@@ -130,7 +133,8 @@ def test_going_down_the_loss_makes_it_smaller(task: Task) -> None:
 
     before = total(outputs)
     before.backward()
-    assert total(outputs - 0.01 * outputs.grad) < before
+    moved = [leaf if leaf.grad is None else leaf - 0.01 * leaf.grad for leaf in leaves]
+    assert total(tree_unflatten(moved, spec)) < before
     assert 0 < task.guessing_loss() < math.inf
 
 
@@ -138,16 +142,13 @@ def test_the_loss_of_a_batch_is_the_sum_of_its_parts(task: Task) -> None:
     torch.manual_seed(0)
     outputs, targets = raw(task, 8), batch(task, 8)
     sums = task.loss(outputs, targets)
-    halves = [
-        task.loss(outputs[half], {name: tensor[half] for name, tensor in targets.items()})
-        for half in (slice(0, 4), slice(4, 8))
-    ]
+    halves = [task.loss(*tree_map(itemgetter(half), (outputs, targets))) for half in (slice(0, 4), slice(4, 8))]
     for name, one in sums.items():
         torch.testing.assert_close(halves[0][name] + halves[1][name], one)
 
 
 def test_predictions_fit_the_schema_of_outputs(task: Task) -> None:
-    predictions = task.predict(raw(task, 5).bfloat16())
+    predictions = task.predict(tree_map(torch.Tensor.bfloat16, raw(task, 5)))
     assert list(predictions) == list(task.outputs)
     for name, tensor in predictions.items():
         assert str(tensor.dtype).removeprefix("torch.") == task.outputs[name].dtype
@@ -161,11 +162,64 @@ def test_answers_are_plain_values(task: Task, answers: Arrays, targets: dict[str
     for one in (given, true):
         assert isinstance(one, Answer)
         assert json.loads(json.dumps(one.values, allow_nan=False)) == one.values
-        assert set(one.columns) <= one.values.keys()
+        assert set(one.columns) <= one.values.keys() if one.rows() is None else True
+        assert all(row.keys() <= set(one.columns) for row in one.rows() or ())
         assert one.text
         assert "\n" not in one.text
     assert given.kind == true.kind
     assert set(task.text_outputs) <= {*given.values, "answer"}
+
+
+def test_clients_get_answers_in_the_coordinates_of_their_inputs(task: Task, answers: Arrays) -> None:
+    geometry = SAMPLES[task.name].geometry
+    given = task.to_input(answers, [geometry] * COUNT)
+    assert {name: (array.dtype, array.shape) for name, array in given.items()} == {
+        name: (array.dtype, array.shape) for name, array in answers.items()
+    }
+    unchanged = Geometry.unchanged([10_000] * len(geometry.size))
+    for name, array in task.to_input(answers, [unchanged] * COUNT).items():
+        np.testing.assert_allclose(array.clip(0), answers[name].clip(0), rtol=1e-6)
+
+
+def test_a_verdict_is_all_that_the_target_adds(task: Task, answers: Arrays, targets: dict[str, Stored]) -> None:
+    geometry, verdicts = SAMPLES[task.name].geometry, set()
+    for i in range(COUNT):
+        one, true = example_of(answers, i), example_of(targets, i)
+        beside = task.answer_beside_target(one, true, geometry, top=100)
+        for judged, plain in zip(
+            beside, (task.answer(one, geometry, top=100), task.describe_target(true, geometry)), strict=True
+        ):
+            for row in judged.rows() or ():
+                verdicts.add(row.get("verdict"))
+            assert json.loads(json.dumps(judged.values)) == judged.values
+            assert json.dumps(_without_verdicts(judged.values)) == json.dumps(_without_verdicts(plain.values))
+    if task.name == "detection":
+        assert verdicts == {"right", "wrong class", "missed"}
+
+
+def _without_verdicts(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {name: _without_verdicts(one) for name, one in value.items() if name != "verdict"}
+    return [_without_verdicts(one) for one in value] if isinstance(value, list) else value
+
+
+def test_a_threshold_of_the_user(task: Task, answers: Arrays) -> None:
+    """The higher it is, the fewer entries there are; or answers depend on none."""
+    if type(task).with_threshold is Task.with_threshold:
+        with pytest.raises(UsageError, match="depend on no threshold"):
+            task.with_threshold(0.5)
+        return
+    if task.name == "classification":
+        with pytest.raises(UsageError, match="two classes"):
+            task.with_threshold(0.5)
+        return
+    changed = [task.with_threshold(threshold) for threshold in (0.0, 0.5, 1.0)]
+    geometry = SAMPLES[task.name].geometry
+    given = [[one.answer(example_of(answers, i), geometry, top=100) for i in range(COUNT)] for one in changed]
+    lengths = [sum(len(json.dumps(one.values)) for one in several) for several in given]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] > lengths[-1]
+    assert type(task).of(task.classes, changed[1].settings) == changed[1]
 
 
 def test_equal_answers_have_no_drift(task: Task, answers: Arrays, targets: dict[str, Stored]) -> None:
@@ -337,33 +391,39 @@ def test_the_linear_baseline_learns_from_features(task: Task, targets: dict[str,
 def test_a_task_goes_through_all_verbs(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx
 
-    monkeypatch.setattr(timing, "TURN_S", 0.01)  # of timing one engine, which no answer depends on
+    time_shortly(monkeypatch, batches=(1, 4))
+    monkeypatch.setattr(onnxruntime, "ENGINE", replace(onnxruntime.ENGINE, precisions=("float32",)))
 
     sample = SAMPLES[task.name]
-    if sample.write is None:
-        pytest.skip(f"no network learns {task.name} yet")
     (tmp_path / "data").mkdir()
     data, picture, metric = sample.write(tmp_path / "data"), tmp_path / "data" / "000.png", task.metric
-    prepared = suanli.prepare(data, settings=sample.settings)
+    prepared = suanli.prepare(data, settings=sample.settings, draw=tmp_path / "samples")
+    assert len(list((tmp_path / "samples").iterdir())) == 24
     assert sum(sum(counts.values()) for counts in prepared.findings["class_counts"].values()) >= 150
 
     run = suanli.train(data, settings=sample.settings, speedups="none", threads=1, out=tmp_path / "run")
     evaluation = suanli.evaluate(run)
     assert evaluation.metric == metric.name
     assert metric.gain(sample.reaches, evaluation.scores[metric.name]) > 0, evaluation.scores
-    assert evaluation.intervals.keys() == evaluation.scores.keys() == evaluation.units.keys()
+    assert evaluation.scores.keys() == evaluation.units.keys()
+    defined = {name for name, score in evaluation.scores.items() if score is not None}
+    assert defined == evaluation.intervals.keys()
 
-    (plain,) = suanli.predict(run, picture)
+    (plain,) = suanli.predict(run, picture, draw=tmp_path / "drawn")
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["000.png"]
     optimized = suanli.optimize(run, engines="onnxruntime", time_budget="60s")
-    accepted = {(one.engine, one.precision) for one in optimized.search.candidates if one.state == "accepted"}
+    judged = [one for one in optimized.search.candidates if one.state in ("accepted", "refused")]
+    assert {one.precision for one in judged} == {"float32"}
+    assert all(one.score is not None and one.difference is not None for one in judged)
+    accepted = {(one.engine, one.precision) for one in judged if one.state == "accepted"}
     assert accepted >= {("eager", "float32"), ("onnxruntime", "float32")}, optimized.search
     (optimal,) = suanli.predict(run, picture)
     assert plain.answer is not None
     assert plain.answer.kind == optimal.answer.kind
     check_values(optimal.values, plain.values)
 
-    exported = suanli.export(run, to="onnx", out=tmp_path / "exported.onnx")
-    assert [output.name for output in onnx.load(exported.path).graph.output] == list(task.outputs)
+    (graph,) = run.model_path.rglob("*.onnx")  # as suanli.export writes it
+    assert [output.name for output in onnx.load(graph).graph.output] == list(task.outputs)
 
     with serving(run.path) as server:
         reply = server.ask("POST", "/predict", picture.read_bytes())
@@ -372,6 +432,7 @@ def test_a_task_goes_through_all_verbs(task: Task, tmp_path: Path, monkeypatch: 
     check_values({name: served[name] for name in plain.values}, plain.values)
 
     page = suanli.report(run).read_text(encoding="utf-8")
+    assert "A sample of the training split" in page
     assert metric.name.replace("_", " ") in page
     for section in task.sections(evaluation.details):
         assert section.title in page
