@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from suanli.compute.entrants import Combination
-from suanli.compute.plan import error_tolerance, plain_plan
+from suanli.compute.plan import plain_plan
+from suanli.compute.plan_check import judge
 from suanli.compute.plan_trial import (
     FIRST_STEP_S,
     FIRST_STEP_TIMES,
     Subject,
     Trainee,
-    difference,
     first_line,
     free_memory,
     limit_time,
@@ -40,33 +40,30 @@ def check_numbers(
     errors: dict[Combination, float] = {PLAIN: 0.0}
     refused: dict[Combination, Trial] = {}
     reference = _numbers(subject, plain_plan(subject.device, threads))
-    outcomes: dict[Combination, float | str] = {PLAIN: 0.0}
+    outcomes: dict[Combination, tuple[float | None, str | None]] = {PLAIN: (0.0, None)}
     for names in field:
         rounding = tuple(n for n in names if not load("speedups", n).delayed_effect)
         if rounding not in outcomes:
-            outcomes[rounding] = _error(
-                subject, replace(plain_plan(subject.device, threads), speedups=rounding), reference
-            )
-        outcome, allowed = outcomes[rounding], error_tolerance(names, subject.device)
-        if isinstance(outcome, str):
-            refused[names] = Trial(change=join_names(names), kept=False, reason=outcome)
-        elif outcome > allowed:
-            reason = error_reason(outcome, allowed)
-            refused[names] = Trial(change=join_names(names), kept=False, reason=reason, error=outcome)
+            plan = replace(plain_plan(subject.device, threads), speedups=rounding)
+            outcomes[rounding] = _judge(subject, plan, reference)
+        error, reason = outcomes[rounding]
+        if reason is None:
+            assert error is not None
+            errors[names] = error
         else:
-            errors[names] = outcome
+            refused[names] = Trial(change=join_names(names), kept=False, reason=reason, error=error)
     return errors, refused
 
 
-def _error(subject: Subject, plan: Plan, reference: Numbers) -> float | str:
-    """The relative error, or why there is none."""
+def _judge(subject: Subject, plan: Plan, reference: Numbers) -> tuple[float | None, str | None]:
+    """The relative error, or None, and the reason against the plan."""
     try:
         with limit_time(FIRST_STEP_S * FIRST_STEP_TIMES):
-            return difference(reference, _numbers(subject, plan))
+            return judge(subject, plan, reference, _numbers(subject, plan), CHECKED_EXAMPLES)
     except MachineError as refusal:  # needless beside the others
-        return refusal.message
+        return None, refusal.message
     except Exception as failure:  # noqa: BLE001  # a kernel library may raise anything
-        return f"failed: {first_line(failure)}"
+        return None, f"failed: {first_line(failure)}"
     finally:
         free_memory(subject.device)
 
@@ -179,10 +176,6 @@ def _reason(gain: Gain, is_winner: bool, is_leader: bool) -> str:
 def describe_gain(gain: Gain) -> str:
     rounds = "1 round" if gain.rounds == 1 else f"{gain.rounds} rounds"
     return f"{gain.ratio:.2f} times as fast (spread {gain.spread:.2f}, {rounds})"
-
-
-def error_reason(error: float, allowed: float) -> str:
-    return f"outputs or gradients differ by {error:.2g}, more than the {allowed:g} that rounding explains"
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from suanli.compute.entrants import WORTH_TRYING, WORTH_USING, Combination, combinations, cost, expected_gains, promise
-from suanli.compute.plan import SHORT_LIST, error_tolerance, fewer_threads, plain_plan, sort_speedups, usable_speedups
+from suanli.compute.plan import SHORT_LIST, fewer_threads, plain_plan, sort_speedups, usable_speedups
 from suanli.compute.plan_cache import CachedPlan
-from suanli.compute.plan_race import add_errors, check_numbers, describe_gain, error_reason, join_names, race_on_copy
+from suanli.compute.plan_check import judge
+from suanli.compute.plan_race import add_errors, check_numbers, describe_gain, join_names, race_on_copy
 from suanli.compute.plan_trial import (
     COMPILING_LIMIT_S,
     FIRST_STEP_S,
     FIRST_STEP_TIMES,
     Subject,
     Trainee,
-    difference,
     first_line,
     free_memory,
     limit_time,
@@ -160,14 +160,13 @@ class Search:
         self.measured = False
         plan = replace(self.best, speedups=names)
         try:
-            error = difference(reference, run_check_step(self.subject, plan))
+            error, refused = judge(self.subject, plan, reference, run_check_step(self.subject, plan))
         except MachineError as failure:
             trial = Trial(change=join_names(names), kept=False, reason=failure.message)
             return self._plan(self.best, (trial,), SHORT_LIST)
-        kept = error <= (allowed := error_tolerance(names, self.device))
-        reason = "computes the same; the run is too short to time it" if kept else error_reason(error, allowed)
-        trial = Trial(change=join_names(names), kept=kept, reason=reason, error=error)
-        return self._plan(plan if kept else self.best, (trial,), SHORT_LIST)
+        reason = refused or "computes the same; the run is too short to time it"
+        trial = Trial(change=join_names(names), kept=refused is None, reason=reason, error=error)
+        return self._plan(plan if refused is None else self.best, (trial,), SHORT_LIST)
 
     def _try_all(self, baseline: _Baseline) -> None:
         queue = self._changes()
@@ -258,9 +257,9 @@ class Search:
                 with apply_settings(candidate.compute):
                     numbers = candidate.compute_numbers()
                 first_s = time.perf_counter() - started
-            error = difference(baseline.numbers, numbers)
-            if error > (allowed := error_tolerance(change.plan.speedups, self.device)):
-                return Trial(change=change.name, kept=False, reason=error_reason(error, allowed), error=error)
+            error, refused = judge(self.subject, change.plan, baseline.numbers, numbers)
+            if refused is not None:
+                return Trial(change=change.name, kept=False, reason=refused, error=error)
             before, after = _time_alternately(baseline.trainee, candidate, change.delayed_effect)
         except MachineError as refusal:  # needless beside the others
             return Trial(change=change.name, kept=False, reason=refusal.message)

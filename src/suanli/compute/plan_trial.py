@@ -60,12 +60,13 @@ class Subject(Protocol):
 def difference(expected: Numbers, actual: Numbers) -> float:
     """The relative error (L2 over all tensors together) of the outputs, or a quarter of the gradients' if that is
     larger: a gradient is a product of many rounded factors (measured in bfloat16: outputs off by up to 0.035,
-    gradients by up to 0.12). Infinite where values aren't finite or shapes differ."""
-    outputs = _relative_error(expected.outputs, actual.outputs)
-    return max(outputs, _relative_error(expected.gradients, actual.gradients) / 4)
+    gradients by up to 0.12). Infinite as `relative_error`."""
+    outputs = relative_error(expected.outputs, actual.outputs)
+    return max(outputs, relative_error(expected.gradients, actual.gradients) / 4)
 
 
-def _relative_error(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
+def relative_error(expected: Sequence[torch.Tensor], actual: Sequence[torch.Tensor]) -> float:
+    """L2, over all tensors together; infinite where values aren't finite or shapes differ."""
     if [t.shape for t in expected] != [t.shape for t in actual]:
         expected, actual = _join_micro_batches(expected), _join_micro_batches(actual)
         if [t.shape for t in expected] != [t.shape for t in actual]:

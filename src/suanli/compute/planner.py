@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from suanli.compute.entrants import Combination
-from suanli.compute.plan import check_threads, error_tolerance, plain_plan, plan_of_names, sort_speedups
+from suanli.compute.plan import check_threads, plain_plan, plan_of_names, sort_speedups
 from suanli.compute.plan_cache import CachedPlan, PlanCache
+from suanli.compute.plan_check import judge
 from suanli.compute.plan_race import PLAIN, check_numbers, join_names
 from suanli.compute.plan_search import Search
-from suanli.compute.plan_trial import Subject, difference, run_check_step
+from suanli.compute.plan_trial import Subject, run_check_step
 from suanli.core.console import say
 from suanli.core.errors import GateError
 from suanli.core.registry import load
@@ -142,12 +143,10 @@ def _check_named(subject: Subject, named: Plan) -> Plan:
     if not named.speedups:
         return named
     reference = run_check_step(subject, plain_plan(subject.device, named.threads))
-    error = difference(reference, run_check_step(subject, named))
-    allowed = error_tolerance(named.speedups, subject.device)
-    if error > allowed:
+    error, refused = judge(subject, named, reference, run_check_step(subject, named))
+    if refused is not None:
         raise GateError(
-            f"With --speedups {','.join(named.speedups)}, outputs or gradients differ from plain PyTorch's by "
-            f"{error:.2g}, more than the {allowed:g} that rounding explains.",
+            f"With --speedups {','.join(named.speedups)}, {refused}.",
             fix="Leave out one after the other to find which one causes it, or use --speedups auto.",
         )
     return replace(
