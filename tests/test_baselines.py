@@ -11,8 +11,9 @@ import pytest
 
 import suanli
 from suanli.core.baselines import Baseline
+from suanli.core.registry import load
 from suanli.core.task import Metric
-from suanli.core.types import Difference
+from suanli.core.types import Difference, TreeColumns
 from suanli.data.preprocess.text import TextPreprocess
 from suanli.tasks import _linear
 from suanli.tasks.classification import Classification
@@ -109,3 +110,39 @@ def test_a_linear_model_that_would_take_too_long_is_left_out(monkeypatch: pytest
     targets = {"class": classes}
     assert task.linear_baseline(features, targets, features, targets) is None
     assert task.constant_baseline(targets) is None
+
+
+@pytest.mark.parametrize("name", ["classification", "regression"])
+def test_trees_on_the_columns_of_a_table(name: str) -> None:
+    """They learn what no linear model of the columns can: a value that depends on two of them together, one of which
+    is a category, and on whether a cell is missing."""
+    random = np.random.default_rng(0)
+    levels, codes = random.normal(size=2000), random.integers(2, 8, 2000)
+    levels[::7] = np.nan
+    target = np.where(np.isnan(levels), 1, (levels > 0) ^ (codes % 2 == 0))
+    rows = np.stack([levels, codes], axis=1)
+    columns = [TreeColumns(values=rows[part], cardinalities=(0, 9)) for part in (slice(1500), slice(1500, None))]
+    if name == "classification":
+        kept: list[dict[str, np.ndarray]] = [{"class": target[:1500].astype(np.int64)}, {"class": target[1500:]}]
+        task = load("tasks", name).of(("no", "yes"), {}).fit(kept[0])
+    else:
+        kept = [{"value": 100.0 * target[:1500]}, {"value": 100.0 * target[1500:]}]
+        task = load("tasks", name).of((), {}).fit(kept[0])
+    given = task.tree_baseline(columns[0], kept[0], columns[1], kept[1])
+    assert given is not None
+    assert given[0] == "gradient-boosted trees"
+    scores = task.scores(given[1])
+    assert scores["accuracy"] > 0.98 if name == "classification" else scores["mean_absolute_error"] < 5
+    if name == "classification":
+        one_class = {"class": np.zeros(1500, np.int64)}
+        assert task.tree_baseline(columns[0], one_class, columns[1], kept[1]) is None
+
+
+def test_a_category_of_many_values_is_no_obstacle_for_trees() -> None:
+    random = np.random.default_rng(0)
+    codes = random.integers(2, 1000, 3000)
+    columns = TreeColumns(values=codes[:, None].astype(float), cardinalities=(1000,))
+    task = load("tasks", "regression").of((), {}).fit({"value": codes.astype(float)})
+    given = task.tree_baseline(columns, {"value": codes.astype(float)}, columns, {"value": codes.astype(float)})
+    assert given is not None
+    assert task.scores(given[1])["mean_absolute_error"] < 20

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from suanli.core import registry
+from suanli.core.members import flatten_members
 from suanli.core.types import Model
 from suanli.models.backbone import HeadInputs
 from suanli.models.build import recognize
@@ -28,11 +29,18 @@ IMAGES: list[dict[str, Any]] = [
 SMALL: dict[str, dict[str, Any]] = {
     "convnext": {"depths": [1, 1, 2, 1], "widths": [8, 16, 24, 32]},
     "detnet_n": {"width": 8, "depths": [1, 1, 1, 1], "neck": 16},
+    "tabm": {"members": 3, "width": 8, "bins": 4, "embedding": 2},
     "resnet": {"depths": [1, 1, 1, 1]},
     "vit": {"width": 64, "depth": 2, "registers": 2, "layer_scale": True},
 }
 TEXTS: list[dict[str, Any]] = [{"vocabulary_size": 50, "length": 24}, {"vocabulary_size": 9, "length": 3}]
-ARGUMENTS = {"image": IMAGES, "text": TEXTS}
+STEPS = [i / 16 for i in range(17)]
+TABLES: list[dict[str, Any]] = [
+    {"numbers": 3, "cardinalities": [4, 9], "quantiles": [STEPS, [0.0] * 9 + [1e6] * 8, [5.0] * 17]},
+    {"numbers": 1, "cardinalities": [], "quantiles": [STEPS]},
+    {"numbers": 0, "cardinalities": [3], "quantiles": []},
+]
+ARGUMENTS = {"image": IMAGES, "text": TEXTS, "table": TABLES}
 FIRST_OF_CODE = {model.build.__code__: name for name, model in reversed(MODELS.items())}  # sizes share their code
 
 
@@ -55,17 +63,25 @@ def build(model: Model, args: dict[str, Any], classes: int = 5, seed: int = 0) -
     return model.build(classes=classes, **args, **SMALL.get(model.name, {}))
 
 
-def outputs_of(module: nn.Module, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+Inputs = tuple[torch.Tensor, ...]
+
+
+def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """What the network returns; of a classifier, its logits alone."""
-    returned = module(inputs)
+    returned = module(*inputs)
     return returned if isinstance(returned, tuple) else (returned,)
 
 
-def batch(args: dict[str, Any], count: int) -> torch.Tensor:
+def batch(args: dict[str, Any], count: int) -> Inputs:
     generator = torch.Generator().manual_seed(count)
     if "image_size" in args:
-        return torch.randn(count, args["in_channels"], *args["image_size"], generator=generator)
-    return torch.randint(args["vocabulary_size"], (count, args["length"]), generator=generator)
+        return (torch.randn(count, args["in_channels"], *args["image_size"], generator=generator),)
+    if "length" in args:
+        return (torch.randint(args["vocabulary_size"], (count, args["length"]), generator=generator),)
+    numbers = torch.randn(count, args["numbers"], generator=generator)
+    numbers[0, :1] = torch.nan
+    codes = [torch.randint(limit, (count,), generator=generator) for limit in args["cardinalities"]]
+    return (*([numbers] if args["numbers"] else []), *([torch.stack(codes, 1)] if codes else []))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -82,7 +98,7 @@ def test_answers_a_batch_as_it_answers_one(model: Model, args: dict[str, Any]) -
     with torch.inference_mode():
         with HeadInputs(module, model.head) as seen:
             together = outputs_of(module, inputs)
-        alone = outputs_of(module, inputs[:1])
+        alone = outputs_of(module, tuple(tensor[:1] for tensor in inputs))
     logits = together[-1 if model.returns == "scores" else 1]
     assert logits.shape[0] == 3
     assert logits.shape[-1] == 5
@@ -96,10 +112,11 @@ def test_every_trainable_parameter_gets_a_finite_gradient(model: Model, args: di
     module = build(model, args).train()
     inputs = batch(args, 4)
     if callable(initialize := getattr(module, "initialize", None)):
-        initialize(inputs)
+        initialize(*inputs)
     outputs = outputs_of(module, inputs)
     if model.returns == "scores":
-        nn.functional.cross_entropy(*outputs, torch.tensor([0, 1, 2, 3])).backward()
+        logits, target, _ = flatten_members(outputs[0], torch.tensor([0, 1, 2, 3]))
+        nn.functional.cross_entropy(logits, target).backward()
     else:
         sum(output.square().mean() for output in outputs).backward()
     for name, parameter in module.named_parameters():
@@ -124,8 +141,10 @@ def test_the_head_is_where_the_model_says(model: Model, args: dict[str, Any], cl
         module = build(model, args, classes)
     head = module.get_submodule(model.head)
     with torch.inference_mode():
-        outputs = outputs_of(module.eval(), batch(args, 1).to("meta"))
-    if model.returns == "scores":
+        outputs = outputs_of(module.eval(), tuple(tensor.to("meta") for tensor in batch(args, 1)))
+    if model.returns == "scores" and outputs[0].ndim == 3:  # of each member
+        assert head.bias.shape == outputs[0].shape[1:] == (outputs[0].shape[1], classes)
+    elif model.returns == "scores":
         assert isinstance(head, nn.Linear | nn.Conv2d)
         assert len(head.weight) == classes
         assert outputs[0].shape == (1, classes)

@@ -1,23 +1,25 @@
 """Baselines: the scores of predictions that need no network.
 
-There are two: always the same answer, and, where that takes a second or two, a linear model on a few features of each
-input. Both are scored on the same resamples as the model, so the paired difference says whether the model is better
-beyond chance. The task and the kind of data define them.
+There are up to three: always the same answer; a linear model on a few features of each input, where that takes a second
+or two; and gradient-boosted trees on the columns of a table. All are scored on the same resamples as the model, so the
+paired difference says whether the model is better beyond chance. The task and the kind of data define them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from suanli.core.compare import difference
-from suanli.core.schema import example_bytes, select
+from suanli.core.schema import Stored, example_bytes, select
 from suanli.core.task import Metric, Records, Task, format_number
 from suanli.core.types import Difference, Preprocess, Split
 
 FITTED_EXAMPLES = 3_000  # that a linear model learns from, at most
+TREE_EXAMPLES = 100_000  # that trees learn from, and answer for, at most
 MOST_EXAMPLES, MOST_BYTES = 20_000, 512 << 20  # that it answers for: more would take seconds
 
 
@@ -25,7 +27,7 @@ MOST_EXAMPLES, MOST_BYTES = 20_000, 512 << 20  # that it answers for: more would
 class Baseline:
     """A baseline on one split."""
 
-    name: str  # "constant", "linear"
+    name: str  # "constant", "linear", "trees"
     description: str  # 'always answering "dog"'
     scores: Mapping[str, float | None]
     gain: Difference  # of the model over it, in the primary metric
@@ -72,17 +74,32 @@ def _answer(
         constant = task.fit(training.targets).constant_baseline(split.targets)
     if constant is not None:
         yield "constant", *constant
-    if training is None or len(split) > MOST_EXAMPLES or len(split) * example_bytes(split.inputs) > MOST_BYTES:
+    if training is None:
         return
-    chosen = np.sort(np.random.default_rng(0).permutation(len(training))[:FITTED_EXAMPLES])
-    known, asked = (
-        preprocess.features(s.inputs, i) for s, i in ((training, training.index[chosen]), (split, split.index))
-    )
+    if len(split) <= MOST_EXAMPLES and len(split) * example_bytes(split.inputs) <= MOST_BYTES:
+        linear = _fit(task.linear_baseline, preprocess.features, training, split, FITTED_EXAMPLES)
+        if linear is not None:
+            yield "linear", f"{linear[0]} on {preprocess.features_name}", linear[1]
+    if len(split) <= TREE_EXAMPLES:
+        trees = _fit(task.tree_baseline, preprocess.columns_for_trees, training, split, TREE_EXAMPLES)
+        if trees is not None:
+            yield "trees", f"{trees[0]} on {preprocess.features_name}", trees[1]
+
+
+def _fit(
+    baseline: Callable[..., tuple[str, Records] | None],
+    features: Callable[[Mapping[str, Stored], np.ndarray], Any],
+    training: Split,
+    split: Split,
+    most: int,
+) -> tuple[str, Records] | None:
+    """A baseline that learns from at most so many training examples; None: there is none."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(training))[:most])
+    known, asked = (features(s.inputs, i) for s, i in ((training, training.index[chosen]), (split, split.index)))
     if known is None:
-        return
+        return None
     learned = {name: select(column, chosen) for name, column in training.targets.items()}
-    if (linear := task.linear_baseline(known, learned, asked, split.targets)) is not None:
-        yield "linear", f"{linear[0]} on {preprocess.features_name}", linear[1]
+    return baseline(known, learned, asked, split.targets)
 
 
 def _format(value: float, unit: str) -> str:

@@ -22,8 +22,8 @@ from suanli.core.errors import UsageError, unknown
 from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
 from suanli.core.task import FITTED, Answer, MapColors, Metric, Records, SuspectTarget, Task
-from suanli.core.types import Difference, Json, Target
-from suanli.tasks import _linear
+from suanli.core.types import Difference, Json, Target, TreeColumns
+from suanli.tasks import _linear, _trees
 from suanli.tasks._class_counts import describe_counts, refuse_unlearnable
 from suanli.tasks._class_names import find_order, find_positive
 from suanli.tasks._classification_scores import (
@@ -134,7 +134,8 @@ class Classification(Task):
         return {"classes": len(self.classes)}
 
     def loss(self, outputs: Any, targets: Tensors) -> Tensors:
-        """Cross-entropy in float32 or better: logits (B, K), targets (B,) int64 or (B, K) shares.
+        """Cross-entropy in float32 or better: logits (B, K), or (B, M, K) of M members, targets (B,) int64 or (B, K)
+        shares.
 
         With weights of classes it is the weighted sum over B, not divided by the sum of the weights as torch does: so
         the mean over micro-batches is the loss of the batch, and targets may be shares.
@@ -142,7 +143,10 @@ class Classification(Task):
         import torch
         from torch.nn import functional as F
 
-        logits, target = outputs.to(torch.promote_types(outputs.dtype, torch.float32)), targets["class"]
+        from suanli.core.members import flatten_members
+
+        logits, target, members = flatten_members(outputs, targets["class"])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if target.is_floating_point():
             target = target.to(logits.dtype)
         losses = F.cross_entropy(
@@ -152,7 +156,7 @@ class Classification(Task):
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
-        return {"cross_entropy": losses.sum()}
+        return {"cross_entropy": losses.sum() / members}
 
     def guessing_loss(self) -> float:
         """Of equal probabilities, averaged over the classes."""
@@ -170,8 +174,10 @@ class Classification(Task):
         return {"probabilities": column}
 
     def predict(self, outputs: Any) -> Tensors:
-        """float32 probabilities (B, K) from logits (B, K)."""
-        return {"probabilities": outputs.float().softmax(dim=1)}
+        """float32 probabilities (B, K) from logits (B, K), or the means of those of members (B, M, K)."""
+        from suanli.core.members import mean_of_members
+
+        return {"probabilities": mean_of_members(outputs.float().softmax(dim=-1))}
 
     def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:  # noqa: ARG002
         """The class that is decided for, its probability, and the `top` likeliest, best first; before them the answer,
@@ -358,6 +364,18 @@ class Classification(Task):
         if predicted is None:
             return None
         return "logistic regression", self._plain.records({"probabilities": predicted}, other_targets)
+
+    def tree_baseline(
+        self,
+        columns: TreeColumns,
+        targets: Mapping[str, Stored],
+        other_columns: TreeColumns,
+        other_targets: Mapping[str, Stored],
+    ) -> tuple[str, Records] | None:
+        predicted = _trees.classify(columns, np.asarray(targets["class"]), len(self.classes), other_columns)
+        if predicted is None:
+            return None
+        return _trees.NAME, self._plain.records({"probabilities": predicted}, other_targets)
 
     def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget] | None:
         """By confident learning."""

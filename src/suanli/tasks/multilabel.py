@@ -125,9 +125,12 @@ class Multilabel(Task):
         import torch
         from torch.nn import functional as F
 
-        logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
-        losses = F.binary_cross_entropy_with_logits(logits, targets["labels"].to(logits.dtype), reduction="none")
-        return {"binary_cross_entropy": losses.mean(1).sum()}
+        from suanli.core.members import flatten_members
+
+        logits, target, members = flatten_members(outputs, targets["labels"])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), reduction="none")
+        return {"binary_cross_entropy": losses.mean(1).sum() / members}
 
     def guessing_loss(self) -> float:
         """Of even chances."""
@@ -142,7 +145,9 @@ class Multilabel(Task):
 
     def predict(self, outputs: Any) -> Tensors:
         """float32 probabilities (B, K), each by itself, from logits (B, K)."""
-        return {"probabilities": outputs.float().sigmoid()}
+        from suanli.core.members import mean_of_members
+
+        return {"probabilities": mean_of_members(outputs.float().sigmoid())}
 
     def _decide(self, probabilities: np.ndarray) -> np.ndarray:
         """bool (…, K): which reach the threshold of their class."""

@@ -27,8 +27,8 @@ from suanli.core.task import (
     Task,
     check_predictions,
 )
-from suanli.core.types import Json, Positive, Target
-from suanli.tasks import _linear
+from suanli.core.types import Json, Positive, Target, TreeColumns
+from suanli.tasks import _linear, _trees
 from suanli.tasks._label_errors import suspect_values
 
 if TYPE_CHECKING:
@@ -116,20 +116,23 @@ class Regression(Task):
         return {"classes": 1}
 
     def loss(self, outputs: Any, targets: Tensors) -> Tensors:
-        """Outputs (B, 1) on the scale of the training targets, targets (B,) in the user's unit. In float32 or
-        better."""
+        """Outputs (B, 1), or (B, M, 1) of M members, on the scale of the training targets, targets (B,) in the user's
+        unit. In float32 or better."""
         import torch
         from torch.nn import functional as F
 
+        from suanli.core.members import flatten_members
+
+        outputs, target, members = flatten_members(outputs, targets["value"])
         answers = outputs.to(torch.promote_types(outputs.dtype, torch.float32)).squeeze(1)
-        expected = ((targets["value"] - self.mean) / self.spread).to(answers.dtype)
+        expected = ((target - self.mean) / self.spread).to(answers.dtype)
         if self.loss_function == "mse":
             total = F.mse_loss(answers, expected, reduction="sum")
         elif self.loss_function == "mae":
             total = F.l1_loss(answers, expected, reduction="sum")
         else:
             total = F.huber_loss(answers, expected, reduction="sum", delta=self.delta)
-        return {self.loss_function: total}
+        return {self.loss_function: total / members}
 
     def guessing_loss(self) -> float:
         """Of always answering the mean, at most: each loss is concave in the squared error, whose mean is then 1."""
@@ -145,8 +148,10 @@ class Regression(Task):
         return {"value": Column(shape=(), dtype="float32", role="value")}
 
     def predict(self, outputs: Any) -> Tensors:
-        """float32 values (B,) in the user's unit from outputs (B, 1)."""
-        value: torch.Tensor = outputs.float().squeeze(1) * self.spread + self.mean
+        """float32 values (B,) in the user's unit from outputs (B, 1), or the means of those of members (B, M, 1)."""
+        from suanli.core.members import mean_of_members
+
+        value: torch.Tensor = mean_of_members(outputs.float()).squeeze(1) * self.spread + self.mean
         return {"value": value}
 
     def answer(self, prediction: Arrays, geometry: Geometry, *, top: int) -> Answer:  # noqa: ARG002
@@ -200,6 +205,17 @@ class Regression(Task):
         values = (np.asarray(targets["value"], np.float64) - self.mean) / self.spread
         predicted = _linear.estimate(features, values, other_features) * self.spread + self.mean
         return "ridge regression", self.records({"value": predicted.astype(np.float32)}, other_targets)
+
+    def tree_baseline(
+        self,
+        columns: TreeColumns,
+        targets: Mapping[str, Stored],
+        other_columns: TreeColumns,
+        other_targets: Mapping[str, Stored],
+    ) -> tuple[str, Records]:
+        values = np.asarray(targets["value"], np.float64)
+        predicted = _trees.estimate(columns, values, other_columns)
+        return _trees.NAME, self.records({"value": predicted.astype(np.float32)}, other_targets)
 
     def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget]:
         """By the residuals of a ridge regression."""
