@@ -214,9 +214,11 @@ def spots_engines(folder: Path, *, answer: str = FIND_SPOTS, height: int = 20, w
     return _save(folder, preprocess, answer, {"name": "spots", "settings": {"least": 0.5}}, ["bright", "dark"])
 
 
-def colors_engines(folder: Path, *, side: int = 64) -> Path:
-    """Engines of the task detection, for images that are padded to a square."""
-    preprocess = load("preprocess", "image")(height=side, width=side, channels=3, resize="pad")
+def colors_engines(folder: Path, *, side: int = 64, tiles: bool = False) -> Path:
+    """Engines of the task detection, for images that are padded to a square, or cut into such tiles."""
+    preprocess = load("preprocess", "image")(
+        height=side, width=side, channels=3, resize="pad", tiles=side if tiles else 0
+    )
     task = {"name": "detection", "settings": {"most": 5, "threshold": 0.6}}
     return _save(folder, preprocess, FIND_COLORS, task, ["red", "green", "blue"])
 

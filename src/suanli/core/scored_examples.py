@@ -16,7 +16,7 @@ import numpy as np
 
 from suanli.core.console import plural
 from suanli.core.errors import DamagedFile
-from suanli.core.schema import example_of
+from suanli.core.schema import Ragged, Stored, example_of
 from suanli.core.storage import atomic_file
 from suanli.core.task import Records
 from suanli.core.types import Json, Preprocess, Split
@@ -45,7 +45,7 @@ class ScoredExamples:
     ) -> ScoredExamples:
         """Records of the examples at these positions of the split."""
         keys = [_digest(split.names[i], example_of(split.targets, i)) for i in rows.tolist()]
-        inputs = [_digest("", example_of(split.inputs, int(position))) for position in split.index[rows]]
+        inputs = [_digest("", split.input_rows(position)) for position in rows.tolist()]
         settings = json.dumps(preprocess.settings(), sort_keys=True, default=str)
         return cls(
             records=records,
@@ -121,10 +121,11 @@ def pair(first: ScoredExamples, second: ScoredExamples) -> tuple[ScoredExamples,
     return one, other
 
 
-def _digest(name: str, arrays: Mapping[str, np.ndarray]) -> int:
+def _digest(name: str, arrays: Mapping[str, Stored]) -> int:
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8)
     for array in arrays.values():
-        digest.update(b"\0" + np.ascontiguousarray(array).tobytes())
+        values = array.values if isinstance(array, Ragged) else array
+        digest.update(b"\0" + np.ascontiguousarray(values).tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from suanli.compute.infer import network_inputs
+from suanli.core.errors import UsageError
 from suanli.core.types import Device, EncodedInput
 from suanli.engines.predictor import group_by_shape, stack
 from suanli.models import build
@@ -22,7 +23,9 @@ class Embedder:
     """A saved model that gives embeddings."""
 
     def __init__(self, saved: SavedModel, device: Device) -> None:
-        """Raises UsageError for a network without a head."""
+        """Raises UsageError for a network without a head, and for inputs that are cut into windows."""
+        if saved.preprocess.has_windows:
+            raise UsageError("Inputs that are cut into tiles have no embedding of their own.", fix="Cut them first.")
         self.preprocess = saved.preprocess
         self._device = torch.device(device.torch_name)
         self._module = saved.module.to(self._device).eval()

@@ -63,6 +63,8 @@ class Saliency:
 def explain(saved: SavedModel, inputs: Sequence[Arrays]) -> list[Saliency]:
     """The saliency of each input, as `Preprocess.encode` gives it. Raises MachineError, with the reason, where this
     network or kind of data can't be explained."""
+    if saved.preprocess.has_windows:
+        raise _impossible("inputs are cut into windows")
     found: list[Saliency] = []
     for start in range(0, len(inputs), BATCH):
         part = inputs[start : start + BATCH]

@@ -16,6 +16,7 @@ from suanli.tasks._clean_boxes import CROWD, clean
 
 VISIBLE = 8  # px: smaller objects than this, as the network sees them, are hardly found
 STRIDE = 32  # of which the sides of inputs are usual multiples
+ROUNDED = 0.01  # px that a box of a file may be smaller than it was drawn
 SMALLEST = 0.01  # of the objects may be smaller than the size that is recommended shows
 DRAWN = 30  # bars of a histogram
 PROBLEMS = {  # of boxes, the worst first: what is said of one, and of several
@@ -75,9 +76,10 @@ def _describe_problems(problems: Mapping[str, Mapping[str, int]]) -> Iterable[st
 def _describe_smallest(smallest: np.ndarray, names: Sequence[str], longest: float) -> Iterable[str]:
     """Of the shorter side (n,) of each object as the network sees it."""
     worst = int(smallest.argmin())
-    if (side := float(smallest[worst])) >= VISIBLE:
+    least = VISIBLE - ROUNDED
+    if (side := float(smallest[worst])) >= least:
         return
-    hidden = float((smallest < VISIBLE).mean())
+    hidden = float((smallest < least).mean())
     needed = longest * VISIBLE / max(float(np.quantile(smallest, SMALLEST)), 1e-9)
     pixels = int(np.ceil(needed / STRIDE) * STRIDE)
     more = f"; at {pixels} px nearly all would have {VISIBLE} px" if hidden > SMALLEST and pixels > longest else ""

@@ -23,7 +23,7 @@ from suanli.core.schema import Arrays, Column, Geometry, Schema, Stored
 from suanli.core.sections import Section
 from suanli.core.task import FITTED, Answer, Metric, Records, Task, check_predictions
 from suanli.core.types import Json, Target
-from suanli.tasks import _average_precision, _box_data, _detection_figures
+from suanli.tasks import _average_precision, _box_data, _detection_figures, _tiles
 from suanli.tasks._clean_boxes import CROWD, clean
 from suanli.tasks._curves import Text
 from suanli.tasks._matching import RANGES, RIGHT, UNCOUNTED, Objects, count_objects, match, overlap
@@ -33,16 +33,19 @@ USUAL_THRESHOLD = 0.3  # before one is chosen
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(Task):
-    """`most` is how many boxes an answer may have. `goal` says how the threshold of their scores is chosen: "f1",
-    "precision>=0.9", "recall>=0.9" or "threshold=0.3"."""
+    """`most` is how many boxes an answer may have. Of two boxes of one class that overlap by more than `nms_iou`
+    (intersection over union), the one with the lower score is left out. `goal` says how the threshold of their scores
+    is chosen: "f1", "precision>=0.9", "recall>=0.9" or "threshold=0.3"."""
 
     name: ClassVar[str] = "detection"
     annotation: ClassVar[str] = "boxes"
     metric: ClassVar[Metric] = Metric(name="map", tolerance=0.005)
     usual_top: ClassVar[int] = 10_000
+    takes_windows: ClassVar[bool] = True
     other_classes: ClassVar[str] = "other objects are not found, or taken for one of these"
 
     most: Annotated[int, Field(ge=1, le=10_000)] = 100
+    nms_iou: Annotated[float, Field(gt=0, le=1)] = 0.65
     goal: Text = "f1"
     threshold: float | None = field(default=None, metadata=FITTED)
 
@@ -139,6 +142,35 @@ class Detection(Task):
             count = int(np.ravel(predictions["num_dets"][i])[0])
             corners[i, :count] = _place(predictions["det_boxes"][i, :count], geometry)
         return {**predictions, "det_boxes": corners}
+
+    def cut(self, target: Arrays, geometry: Geometry, size: Sequence[int]) -> Arrays:
+        """The objects of which the tile has a part."""
+        rows = np.asarray(target["boxes"], np.float64)
+        moved = np.concatenate([_map_corners(rows[:, :4], geometry.to_model), rows[:, 4:]], axis=1)
+        return {"boxes": _tiles.cut_boxes(moved, size).astype(np.float32), "geometry": geometry.to_array()}
+
+    def merge(self, predictions: Arrays, geometries: Sequence[Geometry], size: Sequence[int]) -> Arrays:
+        """Boxes in pixels of the picture, without the parts of objects that other tiles have whole."""
+        found = [
+            _read_answer({name: array[i] for name, array in predictions.items()}, geometry)
+            for i, geometry in enumerate(geometries)
+        ]
+        counts = [len(one.scores) for one in found]
+        cut = [_tiles.at_border(one.corners, geometry, size) for one, geometry in zip(found, geometries, strict=True)]
+        boxes = _tiles.Candidates(
+            corners=np.concatenate([one.corners for one in found]),
+            classes=np.concatenate([one.classes for one in found]),
+            scores=np.concatenate([one.scores for one in found]),
+            cut=np.concatenate(cut),
+            tile=np.repeat(np.arange(len(found)), counts),
+            scale=np.repeat([min(geometry.scale) for geometry in geometries], counts),
+        )
+        best = _tiles.choose_boxes(boxes, self.nms_iou)[: self.most]
+        merged = {name: np.zeros(array.shape[1:], array.dtype) for name, array in predictions.items()}
+        merged["num_dets"][:] = len(best)
+        for name, values in zip(("det_boxes", "det_classes", "det_scores"), boxes, strict=False):
+            merged[name][: len(best)] = values[best]
+        return merged
 
     def answer_beside_target(
         self, prediction: Arrays, target: Arrays, geometry: Geometry, *, top: int

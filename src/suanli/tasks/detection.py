@@ -9,9 +9,7 @@ each of the A cells, and its stride in px.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from suanli.core.schema import Tensors
 from suanli.core.types import Json
@@ -23,14 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Detection(_detection.Detection):
-    """Of two boxes of one class that overlap by more than `nms_iou` (intersection over union), the one with the lower
-    score is left out."""
+    """How it learns, and its answers in the graph; settings are those of `_detection.Detection`."""
 
     has_counts: ClassVar[bool] = True
     learns_from: ClassVar[str] = "boxes"
     raw_names: ClassVar[tuple[str, ...]] = ("boxes", "logits")
-
-    nms_iou: Annotated[float, Field(gt=0, le=1)] = 0.65
 
     @property
     def model_args(self) -> dict[str, Json]:

@@ -30,6 +30,7 @@ from suanli.core.console import Progress, say
 from suanli.core.errors import SuanliError
 from suanli.core.task import Metric, Records, Task
 from suanli.core.types import Difference, Plan, Recipe
+from suanli.core.windows import merge_windows
 from suanli.machine import device
 from suanli.machine.ceilings import Ceilings
 from suanli.machine.timing import gain, percentile, spread
@@ -239,7 +240,8 @@ class _Comparison:
         return self._records(run)
 
     def _records(self, run: TimedRun) -> Records:
-        return self.task.records(run.predictions(), self.setup.prepared.splits["val"].targets)
+        split = self.setup.prepared.splits["val"]
+        return self.task.records(merge_windows(self.task, run.predictions(), split.windows), split.targets)
 
     @property
     def _groups(self) -> np.ndarray | None:

@@ -19,6 +19,7 @@ from suanli.core import compare
 from suanli.core.registry import load
 from suanli.core.schema import Arrays, select
 from suanli.core.types import Difference, Plan, Step
+from suanli.data.windows import split_windows
 from suanli.training.loop import Loop
 from suanli.training.validation import validation_batch_size
 
@@ -50,10 +51,10 @@ def compare_with_float32(loop: Loop) -> tuple[Difference, int, float] | None:
         return None
     actual = [_predict(loop, loop.compute, positions) for positions in batches[: len(expected)]]
     compared = order[: sum(len(positions) for positions in batches[: len(expected)])]
-    targets = {name: select(column, compared) for name, column in loop.val_feed.split.targets.items()}
+    split = split_windows(loop.val_feed.split, loop.task)
+    targets = {name: select(column, compared) for name, column in split.targets.items()}
     before, after = (loop.task.records(_join(answers), targets) for answers in (expected, actual))
-    groups = loop.val_feed.split.groups
-    groups = None if groups is None else groups[compared]
+    groups = None if split.groups is None else split.groups[compared]
     metric = loop.task.metric
     allowed = metric.allowed_loss(loop.task.scores(before)[metric.name])
     return compare.difference(loop.task, before, after, groups), len(compared), allowed

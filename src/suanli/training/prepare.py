@@ -29,7 +29,7 @@ from suanli.machine import device
 from suanli.models import build
 from suanli.models.model_folder import build_preprocess
 from suanli.training.augment import compose
-from suanli.training.recipe import change, choose_by_traits, find_traits, list_recipes
+from suanli.training.recipe import change, choose_by_traits, find_traits, has_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class DataOptions:
     subject: str  # a built-in name or an absolute path
     input_column: str | None = None
     label_column: str | None = None
+    target: str | None = None
     group_column: str | None = None
     group_pattern: str | None = None
     time_column: str | None = None
@@ -96,6 +97,7 @@ class DataOptions:
             columns=Columns(
                 input=self.input_column,
                 label=self.label_column,
+                target=self.target,
                 group=self.group_column,
                 time=self.time_column,
                 annotation=annotation,
@@ -157,7 +159,7 @@ def resolve(
     found = found or find_data(options, recipe=recipe, settings=settings)
     source = found.source
     refuse_other_kind(source, options.preprocess, settings.get("model", brought.get("model")))
-    if not learn and found.traits is not None and not list_recipes(source.annotation):
+    if not learn and found.traits is not None and not has_choice(found.traits):
         recipe = Recipe(task=_usual_task(source))
     recipe = change(choose_recipe(found, recipe, weights="weights" in brought), {**brought, **settings})
     build.refuse_other_task(build.resolve(recipe.model), registry.load("tasks", recipe.task))
@@ -310,7 +312,7 @@ def _announce(prepared: PreparedData, seconds: float) -> None:
         say(sentence)
     if groups := prepared.findings.get("groups"):
         say(f"groups: {groups['train']:,} train, {groups['val']:,} validation, {groups['test']:,} test")
-    for line in prepared.task.describe():
+    for line in (*prepared.preprocess.describe(), *prepared.task.describe()):
         say(line)
     for remark in checks.format_findings(prepared.findings):
         warn(remark)

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from suanli.core.errors import DataError, UsageError, unknown
 from suanli.core.registry import load, load_all
 from suanli.core.types import Example, Json, Preprocess, Raw, Recipe, RecipeChoice, Source, Traits
+from suanli.data.example_columns import ExampleColumns
 
+MANY_SAMPLED = 20_000  # inputs that are held as columns
 SAMPLED = 300  # inputs that are read before a recipe is chosen
 NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
 
@@ -29,13 +31,22 @@ def find_choice(traits: Traits) -> RecipeChoice:
             f"Nothing in suanli learns from targets of the kind {traits.annotation!r} yet.",
             fix="suanli prepare shows what is in the data.",
         )
-    suitable = {name: score for name, choice in choices.items() if (score := choice.suits(traits)) is not None}
+    suitable = _find_suitable(choices, traits)
     if not suitable:
         raise UsageError(f"No shipped recipe suits {traits}.", fix="Name one with --recipe.")
     best = [name for name, score in suitable.items() if score == max(suitable.values())]
     if len(best) > 1:
         raise UsageError(f"{' and '.join(best)} suit {traits} equally.", fix="Name one of them with --recipe.")
     return choices[best[0]]
+
+
+def has_choice(traits: Traits) -> bool:
+    """Whether a shipped recipe suits the data."""
+    return bool(_find_suitable(list_recipes(traits.annotation), traits))
+
+
+def _find_suitable(choices: Mapping[str, RecipeChoice], traits: Traits) -> dict[str, int]:
+    return {name: score for name, choice in choices.items() if (score := choice.suits(traits)) is not None}
 
 
 def list_recipes(annotation: str) -> dict[str, RecipeChoice]:
@@ -50,9 +61,13 @@ def find_traits(source: Source, *, weights: bool, model: str | None, settings: M
     """What is known of `source` and the training before a recipe is chosen; `settings` are those of preprocessing that
     the user gave: what given weights want of their inputs says nothing of the data."""
     kind = load("preprocess", source.kind)
-    rows = [r for r in source.examples if r.split != "test"]
-    sample = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:SAMPLED]]
-    preprocess: Preprocess = kind.fit(lambda: _read_inputs(sample), settings)
+    rows = ExampleColumns.of(source.examples)
+    at = np.flatnonzero([split != "test" for split in rows.splits])
+    order = at[np.random.default_rng(0).permutation(len(at))]
+    if (block := rows.block) is not None:
+        preprocess: Preprocess = kind.fit(lambda: block.take(order[:MANY_SAMPLED]), settings)
+    else:
+        preprocess = kind.fit(lambda: _read_inputs([rows[i] for i in order[:SAMPLED].tolist()]), settings)
     return Traits(
         kind=source.kind,
         annotation=source.annotation,
@@ -87,6 +102,8 @@ def change(recipe: Recipe, changes: Mapping[str, Json]) -> Recipe:
                 values["lr"] = load("optimizers", str(changes[name])).usual_lr
     of_task = load("tasks", str(changes.get("task", values["task"]))).setting_names()
     for name, value in changes.items():
+        if name.startswith("columns."):
+            name = f"preprocess.{name}"
         if name in of_task and name not in Recipe.model_fields:
             name = f"task_args.{name}"
         field, dot, entry = name.partition(".")

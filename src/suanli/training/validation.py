@@ -13,6 +13,7 @@ from suanli.core.errors import Diverged
 from suanli.core.schema import Tensors, zeros
 from suanli.core.task import Records, Task
 from suanli.core.types import Recipe, Step
+from suanli.core.windows import merge_windows
 from suanli.parallel.group import ALONE, Group
 from suanli.training import divergence
 from suanli.training.loop import Loop
@@ -46,8 +47,9 @@ def _record(loop: Loop, step: Step, group: Group) -> Records:
     answers = infer(step, loop.preprocess, loop.task, _batches(loop, own))
     own_answers = zeros(loop.task.outputs, len(own)) | {name: column[: len(own)] for name, column in answers.items()}
     predictions = {name: group.gather_rows(rows, own.start, count) for name, rows in own_answers.items()}
+    split = loop.val_feed.split
     try:
-        return loop.task.records(predictions, loop.val_feed.split.targets)
+        return loop.task.records(merge_windows(loop.task, predictions, split.windows), split.targets)
     except Diverged as error:
         at = loop.progress.step
         raise Diverged(f"The model's answers became NaN at step {at}.", fix=divergence.FIX) from error

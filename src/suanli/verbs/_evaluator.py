@@ -17,8 +17,10 @@ from suanli.core.errors import DataError, MachineError
 from suanli.core.schema import Arrays, Geometry, Tensors, example_of
 from suanli.core.task import Records
 from suanli.core.types import Device, Split, Step
+from suanli.core.windows import merge_windows
 from suanli.data.loader import Feed
 from suanli.data.samples import answer_values, preview_values, show_input
+from suanli.data.windows import input_of
 from suanli.engines import saliency
 from suanli.models.backbone import HeadInputs
 from suanli.models.model_folder import SavedModel
@@ -39,6 +41,7 @@ class Evaluator:
         self.saved, self.split, self.device = saved, split, device
         self.step = Step(model=saved.module.to(device.torch_name))
         self.feed = Feed(split, device)
+        self.windows = split.windows
         self.batch_size = validation_batch_size(saved.recipe)
         self.records: Records = {}  # of the last evaluation, of the examples whose scores count
         self.rows = np.arange(0)  # their positions in the split
@@ -77,12 +80,14 @@ class Evaluator:
         )
 
     def _answer(self, name: str, embedder: Embedder | None) -> Arrays:
-        """The predictions, and on the way the embeddings."""
+        """The predictions, and on the way the embeddings, which inputs in windows don't have."""
         started, task = time.perf_counter(), self.saved.task
+        embedder = embedder if self.windows is None else None
         rows = sample(len(self.split), MOST[name])
         wanted = np.isin(np.arange(len(self.split)), rows)
         with HeadInputs(self.step.model, embedder.head, wanted=wanted) if embedder else nullcontext() as seen:
-            predictions = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
+            answers = infer(self.step, self.saved.preprocess, task, self._inputs("Evaluating"))
+        predictions = merge_windows(task, answers, self.windows)
         self.infer_s = time.perf_counter() - started
         if seen is not None:
             try:
@@ -110,7 +115,8 @@ class Evaluator:
         if views == 1:
             return None
         inputs = self._inputs(f"Evaluating {views} views")
-        records = task.records(infer(self.step, preprocess, task, inputs, views=pipeline.views), self.split.targets)
+        predictions = infer(self.step, preprocess, task, inputs, views=pipeline.views)
+        records = task.records(merge_windows(task, predictions, self.windows), self.split.targets)
         part = score_part(task, self.split, records, rows)
         return {"views": views, "scores": part["scores"], "intervals": part["intervals"]}
 
@@ -122,7 +128,7 @@ class Evaluator:
         examples = [self._example(int(rows[i]), predictions, errors[i]) for i in places]
         if self.saved.task.shows_places:
             return examples
-        inputs = [example_of(self.split.inputs, int(self.split.index[rows[i]])) for i in places]
+        inputs = [input_of(self.split, int(rows[i]), self.saved.preprocess) for i in places]
         try:
             found = saliency.explain(self.saved, inputs)
         except MachineError as error:
@@ -140,7 +146,7 @@ class Evaluator:
     def _example(self, position: int, predictions: Arrays, error: float) -> Example:
         task, split = self.saved.task, self.split
         geometry = Geometry.from_array(split.geometries[position])
-        inputs = example_of(split.inputs, int(split.index[position]))
+        inputs = input_of(split, position, self.saved.preprocess)
         answer, expected = task.answer_beside_target(
             example_of(predictions, position),
             example_of(split.targets, position),

@@ -16,6 +16,7 @@ from suanli.core.schema import Arrays, Schema, Stored, example_bytes, random_inp
 from suanli.core.types import Preprocess, Raw, Recipe, Split
 from suanli.data.cache import PreparedData
 from suanli.data.preprocess.tensors import TensorsPreprocess, find_files
+from suanli.data.windows import split_windows
 from suanli.engines.examples import Examples, SeparateExamples, StackedExamples
 from suanli.engines.subject import Origin
 from suanli.machine.device import cores
@@ -65,7 +66,9 @@ def _labelled(prepared: PreparedData) -> LabelledData:
     if not len(prepared.splits["val"]):
         raise DataError("There are no validation examples.", fix="Give data with more examples.")
     return LabelledData(
-        classes=prepared.task.classes, training=prepared.splits["train"], validation=prepared.splits["val"]
+        classes=prepared.task.classes,
+        training=prepared.splits["train"],
+        validation=split_windows(prepared.splits["val"], prepared.task),  # engines answer window by window
     )
 
 

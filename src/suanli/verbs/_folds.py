@@ -13,6 +13,7 @@ from suanli.core.errors import Interrupted, UsageError
 from suanli.core.run import Run
 from suanli.core.task import Records
 from suanli.core.types import Device, Split, Step
+from suanli.core.windows import merge_windows
 from suanli.data.loader import Feed
 from suanli.models.model_folder import SavedModel, load_model
 from suanli.training.folds import TrainedFold, remove_folds, train_folds
@@ -73,7 +74,7 @@ def _answer(trained: TrainedFold, device: Device) -> tuple[Split, Records]:
     saved = load_model(trained.run.model_path, trust_code=True)  # the code has just run here
     inputs = (batch for batch, _, _ in Feed(split, device).in_order(validation_batch_size(saved.recipe)))
     predictions = infer(Step(model=saved.module.to(device.torch_name)), saved.preprocess, saved.task, inputs)
-    return split, saved.task.records(predictions, split.targets)
+    return split, saved.task.records(merge_windows(saved.task, predictions, split.windows), split.targets)
 
 
 def _join(splits: list[Split], *, repeated: bool) -> Split:

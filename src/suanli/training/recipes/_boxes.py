@@ -8,9 +8,9 @@ SIDE = 416  # px, of the longer side
 
 BOXES = Recipe(
     task="detection",
-    model="detnet_s",
+    model="detnet_n",
     preprocess={"resize": "pad", "max_side": SIDE},
-    epochs=100,
+    epochs=80,
     batch_size=8,
     optimizer="adamw",
     lr=4e-3,
