@@ -18,7 +18,9 @@ import suanli.models.build as building
 from suanli.core import registry
 from suanli.core.errors import UsageError
 from suanli.core.types import Json, Recipe
+from suanli.data.preprocess._column_types import TableColumn
 from suanli.data.preprocess.image import ImagePreprocess
+from suanli.data.preprocess.table import TablePreprocess
 from suanli.data.preprocess.text import TextPreprocess
 from suanli.tasks.classification import Classification
 
@@ -79,10 +81,14 @@ def test_built_in_models_can_be_built(name: str) -> None:
     assert building.head_of(module, building.resolve(name)) == building.resolve(name).head
 
 
+NUMBER = TableColumn(name="a", type="number", quantiles=((0.0, 1.0, 2.0),))
+PREPROCESSES = (SMALL, TextPreprocess(vocabulary=("a", "b"), length=8), TablePreprocess(columns=(NUMBER,)))
+
+
 @pytest.mark.parametrize("name", sorted(registry.names("models")))
 def test_built_in_models_on_the_meta_device_differ_only_in_values(name: str) -> None:
     model = building.resolve(name)
-    preprocess = SMALL if "image" in model.kinds else TextPreprocess(vocabulary=("a", "b"), length=8)
+    preprocess = next(one for one in PREPROCESSES if one.kind in model.kinds)
     args = building.builder_arguments(recipe(name), preprocess, classify(7))  # a detector takes the same
     outline, whole = building.build_on_meta(model, args), building.construct(model, args)
     if callable(getattr(whole, "initialize", None)):

@@ -141,7 +141,7 @@ def test_the_second_time_nothing_is_decoded(picture_folder: Callable[..., Path])
 @pytest.mark.parametrize(
     "file",
     [
-        *("inputs/image.npy", "targets/class.npy", "geometries.npy", "meta.json", "names.json", "split.npy"),
+        *("inputs/image.npy", "targets/class.npy", "geometries.npy", "meta.json", "names.npy", "split.npy"),
         *("leaks.npy", "examples.npz"),
     ],
 )

@@ -57,8 +57,10 @@ def group(count: int, settings: dict, *trainings: dict) -> list[list[dict]]:
 
 
 def assert_alike(got: list[float], expected: list[float]) -> None:
-    """Of trainings in float64: sums of up to a few thousand terms in another order, each rounded to 2^-53."""
-    np.testing.assert_allclose(got, expected, rtol=1e-12)
+    """Of trainings in float64: sums of up to a few thousand terms in another order, each rounded to 2^-53. In flat
+    parts of an image that rounding decides which of equal values a max pooling takes: on a processor with AVX512_BF16
+    this changed losses by up to 1e-8."""
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 STEPS = 20

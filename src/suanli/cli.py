@@ -58,10 +58,19 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Set any field of the recipe; repeatable."),
 ]
+Tiles = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PX", help="Cut images into overlapping tiles of this side, for small objects in large images."
+    ),
+]
 InputColumn = Annotated[
     str | None, typer.Option(help="Read the text, or the path of the file, from this column of a table.")
 ]
 LabelColumn = Annotated[str | None, typer.Option(help="Read the label from this column of a table.")]
+Target = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="Learn this column of a table from all its other columns.")
+]
 GroupColumn = Annotated[
     str | None, typer.Option(help="Read the group (patient, speaker, …) from this column; no group is in two splits.")
 ]
@@ -106,9 +115,11 @@ def _prepare(
     context: typer.Context,
     data: Data,
     recipe: Recipe = None,
+    tiles: Tiles = None,
     settings: Settings = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
+    target: Target = None,
     group_column: GroupColumn = None,
     group_pattern: GroupPattern = None,
     time_column: TimeColumn = None,
@@ -193,6 +204,7 @@ def _training(verb: str) -> Callable[..., None]:
         batch_size: BatchSize = None,
         lr: LearningRate = None,
         seed: Seed = None,
+        tiles: Tiles = None,
         settings: Settings = None,
         target_accuracy: TargetAccuracy = None,
         time_budget: TimeBudget = None,
@@ -215,6 +227,7 @@ def _training(verb: str) -> Callable[..., None]:
         image: Image = None,
         input_column: InputColumn = None,
         label_column: LabelColumn = None,
+        target: Target = None,
         group_column: GroupColumn = None,
         group_pattern: GroupPattern = None,
         time_column: TimeColumn = None,
@@ -502,6 +515,7 @@ def _bench(
     ] = None,
     input_column: InputColumn = None,
     label_column: LabelColumn = None,
+    target: Target = None,
     group_column: GroupColumn = None,
     group_pattern: GroupPattern = None,
     time_column: TimeColumn = None,

@@ -98,6 +98,7 @@ def test_the_same_files_have_the_same_fingerprint_and_order(reader: Reader, tmp_
 def test_damaged_files_are_errors_with_a_fix(reader: Reader, content: bytes, tmp_path: Path) -> None:
     """Whatever is in a file whose name it takes: an error of suanli, never a traceback."""
     suffixes = ("zip", "tar", "tar.gz", "tar.xz", "tgz", "csv", "tsv", "jsonl", "npz", "json", "xml", "yaml")
+    suffixes += ("csv.gz", "parquet", "feather", "xlsx")
     for name in (f"x.{suffix}" for suffix in suffixes):
         path = tmp_path / name
         path.write_bytes(content)

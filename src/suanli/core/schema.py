@@ -7,8 +7,9 @@ masks find their way back to the user's own coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -31,6 +32,13 @@ class Column:
     role: str
     names: tuple[str, ...] = ()  # of the entries of the last axis, such as the classes; empty: they have none
     limit: int | None = None  # integers are below it, such as the size of a vocabulary; None: any that the type holds
+    limits: tuple[int, ...] = ()  # of each entry of the last axis, where they differ; the largest is `limit`
+
+    @property
+    def bounds(self) -> np.ndarray | None:
+        """Integers are below these numbers, one for all or one for each entry of the last axis; None: there are
+        none."""
+        return None if self.limit is None else np.array(self.limits or self.limit)
 
     @property
     def is_ragged(self) -> bool:
@@ -82,6 +90,8 @@ def random_inputs(schema: Schema, count: int) -> dict[str, np.ndarray]:
         else:
             limit = column.limit or min(int(np.iinfo(column.dtype).max) + 1, 256)
             values = random.integers(0, np.geomspace(1, limit, count).round().astype(int).reshape(share.shape), shape)
+            if column.bounds is not None:
+                values = values % column.bounds
         inputs[name] = values.astype(column.dtype)
     return inputs
 
@@ -198,3 +208,25 @@ class Geometry:
     def from_array(cls, array: np.ndarray) -> Geometry:
         size, scale, shift = array.tolist()
         return cls(size=tuple(int(side) for side in size), scale=tuple(scale), shift=tuple(shift))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """The parts that N inputs were cut into, one after the other, R in all: see core/windows.py."""
+
+    offsets: np.ndarray  # (N + 1,) int64: example i has those from offsets[i] to before offsets[i + 1]
+    geometries: np.ndarray  # (R, 3, axes) float64, each a Geometry, from the whole input to the window
+    size: tuple[int, ...]  # of a window, along the axes of its geometry
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def parts(self) -> Iterator[slice]:
+        """The windows of each example."""
+        return (slice(start, stop) for start, stop in pairwise(self.offsets.tolist()))
+
+    def of(self, position: int) -> slice:
+        return slice(int(self.offsets[position]), int(self.offsets[position + 1]))
+
+    def geometries_of(self, part: slice) -> list[Geometry]:
+        return [Geometry.from_array(array) for array in self.geometries[part]]

@@ -26,7 +26,7 @@ from suanli.core.metric import format_number as format_number
 from suanli.core.metric import format_score as format_score
 from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
 from suanli.core.sections import Section
-from suanli.core.types import Difference, Json, Target
+from suanli.core.types import Difference, Json, Target, TreeColumns
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,7 @@ class Task(ABC):
     other_classes: ClassVar[str] = "anything else is given one of them, too"
     # Outputs on the wire that are text: the entry of `Answer.values` of that name; "answer" is all of them as JSON.
     text_outputs: ClassVar[tuple[str, ...]] = ("answer",)
+    takes_windows: ClassVar[bool] = False  # it has `cut` and `merge`, for inputs in windows (core/windows.py)
     usual_top: ClassVar[int] = 5  # entries of an answer that ranks, where the user names no number
 
     classes: tuple[str, ...] = ()  # in the order of the model's outputs; empty: the task has none
@@ -231,6 +232,16 @@ class Task(ABC):
         entry whether it is right (`Answer`)."""
         return self.answer(prediction, geometry, top=top), self.describe_target(target, geometry)
 
+    def cut(self, target: Arrays, geometry: Geometry, size: Sequence[int]) -> Arrays:
+        """What a window of this size has of one example of `targets`, which is in the coordinates of the whole input.
+        Called where `takes_windows`."""
+        raise NotImplementedError
+
+    def merge(self, predictions: Arrays, geometries: Sequence[Geometry], size: Sequence[int]) -> Arrays:
+        """One prediction, in the coordinates of the whole input, from those of its windows (T, …), each of this size.
+        Called where `takes_windows`."""
+        raise NotImplementedError
+
     def texts(self, predictions: Arrays, geometries: Sequence[Geometry]) -> dict[str, list[str]]:
         """`text_outputs` of B examples of `predict`, for a server. A task overrides it where it can do better than one
         answer after another."""
@@ -309,6 +320,16 @@ class Task(ABC):
     ) -> tuple[str, Records] | None:
         """A linear model that learned targets (M,) from `features` (M, F): its name ("logistic regression") and its
         records of N other examples. None: the task has none, or it would take more than a second or two."""
+        return None
+
+    def tree_baseline(
+        self,
+        columns: TreeColumns,  # noqa: ARG002
+        targets: Mapping[str, Stored],  # noqa: ARG002
+        other_columns: TreeColumns,  # noqa: ARG002
+        other_targets: Mapping[str, Stored],  # noqa: ARG002
+    ) -> tuple[str, Records] | None:
+        """As `linear_baseline`, of decision trees on the columns of a table."""
         return None
 
     def find_suspects(self, features: np.ndarray, targets: Mapping[str, Stored]) -> list[SuspectTarget] | None:  # noqa: ARG002

@@ -17,7 +17,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NotRequired
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from suanli.core.errors import MachineError, UsageError
+from suanli.core.errors import BadInput, MachineError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from suanli.core.answers import Answer
-    from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors
+    from suanli.core.schema import Arrays, Geometry, Schema, Stored, Tensors, Windows
+    from suanli.core.sections import Section
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"  # a `core.run.Run` is one too
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -82,8 +83,20 @@ class Environment(TypedDict):
 
 # --- data -----------------------------------------------------------------------------------
 
-# One input before decoding: file bytes, a text, an array such as pixels, or arrays by name.
-Raw: TypeAlias = "bytes | str | np.ndarray | Mapping[str, np.ndarray]"
+# One input before decoding: file bytes, a text, an array such as pixels, arrays by name, or cells by column.
+Raw: TypeAlias = "bytes | str | np.ndarray | Mapping[str, Any]"
+
+
+class RawBlock(Sequence[Raw]):
+    """Raw inputs that are held as columns, so that none is an object until somebody reads it."""
+
+    @abstractmethod
+    def take(self, positions: np.ndarray) -> Self:
+        """Those at these positions (B,)."""
+
+    @abstractmethod
+    def digests(self) -> np.ndarray:
+        """(N, 16) uint8, equal for equal content."""
 
 
 Target: TypeAlias = Any  # a raw target as plain values, by the source's annotation: the name of a class, a number, …
@@ -124,9 +137,14 @@ class Columns:
 
     input: str | None = None  # --input-column: a text, or the path of a file
     label: str | None = None  # --label-column
+    target: str | None = field(default=None, repr=False)  # --target: all other columns are features
     group: str | None = None  # --group-column
     time: str | None = None  # --time-column
     annotation: str | None = None  # what the labels are, where the user has chosen a task; None: the reader decides
+
+
+def _no_columns(path: Path) -> str | None:
+    return f"{path} has no columns"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +155,8 @@ class Reader:
     why_not: Callable[[Path], str | None]  # the reason against reading this path; None: it can be read
     read: Callable[[Path, Columns], Source]
     order: int = 50  # readers are tried from the lowest
+    # Where the user names the target: the reason against reading this path; None: it can be read.
+    why_no_target: Callable[[Path], str | None] = _no_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +186,39 @@ class Dataset:
 class EncodedInput:
     """One input as the cache holds it."""
 
-    arrays: Arrays  # by Preprocess.inputs
+    arrays: Arrays  # by Preprocess.inputs; where that has windows, with an axis in front that counts them
     digest: bytes  # 16 bytes, equal for the same picture or text in any file format
-    geometry: Geometry
+    geometry: Geometry  # of one with windows: of the whole
     traits: tuple[str, ...] = ()  # what the data check reports: "grey", "palette", "alpha", "16-bit", …
+    windows: tuple[Geometry, ...] = ()  # where Preprocess.has_windows: from the whole input to each
+    # Why its answer may be worth less, as sentences: "age: 212 is outside of 18 to 95". None: the kind has no such.
+    flags: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedBlock:
+    """The inputs of a `RawBlock` as the cache holds them."""
+
+    arrays: Arrays  # (B, …) by Preprocess.inputs
+    digests: np.ndarray  # (B, 16) uint8
+    geometry: Geometry  # of each
+    traits: Mapping[str, np.ndarray] = field(default_factory=dict)  # (B,) bool: which inputs have it
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputReport:
+    """What a kind of data says of the inputs of a data set."""
+
+    remarks: tuple[str, ...] = ()  # sentences, the most important first
+    figures: Mapping[str, Json] = field(default_factory=dict)  # plain values; `Preprocess.data_sections` shows them
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeColumns:
+    """Rows of a table as decision trees take them."""
+
+    values: np.ndarray  # (N, F) float64; NaN where a number is missing
+    cardinalities: tuple[int, ...]  # (F,): codes of a category are below it; 0: the column has numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,22 +275,80 @@ class Preprocess(ABC):
     trait_names: ClassVar[Mapping[str, str]] = {}  # nouns for the traits of `encode`: "palette" is a "palette image"
     column_names: ClassVar[tuple[str, ...]] = ()  # of a data frame's column with inputs; empty: each is a part of one
     similar_bits: ClassVar[int] = 0  # the keys of near-duplicates differ in at most so many bits
+    encodes_blocks: ClassVar[bool] = False  # many inputs at once, see `encode_many`
+    inputs_at_once: ClassVar[int] = 64  # that `predict` takes
     features_name: ClassVar[str] = ""  # what `features` are, for people: "the words"
     # Settings of given weights that hold for inputs of another size than they learned from, too.
     sizeless_settings: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     @abstractmethod
-    def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
+    def fit(cls, raws: Callable[[], Iterable[Raw]], settings: Mapping[str, Json]) -> Self:
         """Decides what depends on the training inputs: size, channels, vocabulary.
 
-        Each call of `raws` starts a pass over the raw training inputs, bad ones included. `settings` are the
+        Each call of `raws` starts a pass over the raw training inputs, bad ones included; where the source holds
+        columns, it gives a `RawBlock`. `settings` are the
         recipe's and take precedence. Raises UsageError for an unknown or impossible setting.
         """
 
     @abstractmethod
     def encode(self, raw: Raw) -> EncodedInput:
         """The arrays to cache, by `inputs`. Raises BadInput."""
+
+    def encode_block(self, raws: RawBlock) -> EncodedBlock:
+        """As `encode`, of many at once, for kinds whose sources hold columns. Raises BadInput where none can be
+        encoded; what is odd about a single one is a trait."""
+        raise NotImplementedError(self.kind)
+
+    def encode_many(self, raws: Sequence[Raw | BadInput]) -> list[EncodedInput | BadInput]:
+        """As `encode`, of each, or why that can't be done. Called where a kind `encodes_blocks`."""
+        raise NotImplementedError(self.kind)
+
+    @classmethod
+    def cells_of(cls, raws: Sequence[Raw | BadInput]) -> Sequence[Mapping[str, Json] | None]:
+        """What stands of each input beside its answer in a table, by column; None: its name."""
+        return [None] * len(raws)
+
+    def list_json(self, values: Json) -> Sequence[Raw]:
+        """The inputs in the JSON body of a request. Raises BadInput, which says what the body must be."""
+        texts = values.get("inputs") if isinstance(values, Mapping) else None
+        if not self.takes_strings:
+            raise UsageError(
+                "This model takes no strings: send files, as multipart/form-data, or one as it is.", fix=""
+            )
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise BadInput('The body must be {"inputs": ["a text", …]}.', fix="")
+        return texts
+
+    def split_upload(self, name: str, content: bytes) -> Sequence[tuple[str, Raw]]:
+        """The inputs in a file that was sent, with their names. Raises BadInput."""
+        return [(name, content)]
+
+    @property
+    def fields(self) -> list[dict[str, Json]]:
+        """Of a form in which a person types one input: `name`, `type` ("number", "category", …), `values`, `example`.
+        Empty: inputs of this kind aren't typed."""
+        return []
+
+    def describe(self) -> list[str]:
+        """What a person should know of a fitted one before training, such as the types of columns, as sentences."""
+        return []
+
+    def check_inputs(
+        self,
+        raws: RawBlock,  # noqa: ARG002
+        inputs: Mapping[str, Stored],  # noqa: ARG002
+        targets: Mapping[str, Stored],  # noqa: ARG002
+        train: np.ndarray,  # noqa: ARG002
+    ) -> InputReport:
+        """What a person should know of N inputs before training, such as a column that has the target in it; `train`:
+        positions of the training examples. Called where the source holds columns."""
+        return InputReport()
+
+    @classmethod
+    def data_sections(cls, figures: Mapping[str, Json]) -> list[Section]:  # noqa: ARG003
+        """What the report shows of the figures of `check_inputs`, each of which may be missing."""
+        return []
 
     def similarity_key(self, raw: Raw, encoded: EncodedInput) -> bytes:  # noqa: ARG002
         """By which the data check finds near-duplicates of an input: bytes of the same length for all, or none where it
@@ -261,6 +368,15 @@ class Preprocess(ABC):
     @abstractmethod
     def inputs(self) -> Schema:
         """Of `encode`: the columns of the cache, and the inputs of an exported graph."""
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether `encode` cuts an input into windows, which the network answers one by one (core/windows.py)."""
+        return False
+
+    def join_windows(self, windows: Arrays, geometries: Sequence[Geometry]) -> Arrays:
+        """The cached arrays of the windows of one input (T, …) as the whole, for `preview` and its like."""
+        raise NotImplementedError
 
     @property
     @abstractmethod
@@ -318,6 +434,10 @@ class Preprocess(ABC):
         for a linear baseline. The length of a row is about 1. None: inputs of this kind have none."""
         return None
 
+    def columns_for_trees(self, inputs: Mapping[str, Stored], positions: np.ndarray) -> TreeColumns | None:  # noqa: ARG002
+        """The columns of these inputs, for decision trees. None: inputs of this kind are no rows of a table."""
+        return None
+
     @property
     def geometry(self) -> Geometry:
         """Of an input that comes encoded, such as the tensor of a request: its own coordinates are the model's."""
@@ -359,15 +479,25 @@ class Split:
     """The examples of one split, by columns."""
 
     inputs: Mapping[str, Stored]  # of M examples, memory maps: the cached inputs of all splits
-    index: np.ndarray  # (N,) int64, which of them belong to this split
+    index: np.ndarray  # (N,) int64, which of them belong to this split; with windows, one for each
     targets: Mapping[str, Stored]  # of N examples
     names: Sequence[str]  # (N,), each an Example.name
     geometries: np.ndarray  # (N, 3, axes) float64, each a Geometry
     groups: np.ndarray | None = None  # (N,) int64, equal for examples of one group; None: there are no groups
     leaks: np.ndarray | None = None  # (N,) uint8: 0 where it isn't in training, see data/leaks.py; None: unknown
+    windows: Windows | None = None  # that answers are merged of; None: each example is one input of the network
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.names)
+
+    def input_rows(self, position: int) -> Mapping[str, Stored]:
+        """The cached input of one example; of one with windows, all of them (T, …)."""
+        if self.windows is None:
+            return {name: column[int(self.index[position])] for name, column in self.inputs.items()}
+        from suanli.core.schema import select
+
+        rows = self.index[self.windows.of(position)]
+        return {name: select(column, rows) for name, column in self.inputs.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -26,27 +26,31 @@ from suanli.core.console import say, size
 from suanli.core.errors import BadInput, DamagedFile, StorageError, UsageError
 from suanli.core.registry import load, load_all
 from suanli.core.run import Run
-from suanli.core.schema import Ragged, Stored, example_bytes, schema_bytes, select
+from suanli.core.schema import Ragged, Stored, Windows, example_bytes, schema_bytes, select
 from suanli.core.storage import atomic_folder, raise_storage_errors, read_json, write_json
 from suanli.core.task import Task
-from suanli.core.types import SPLITS, Example, Preprocess, Raw, Recipe, Source, Split
+from suanli.core.types import SPLITS, InputReport, Preprocess, Raw, Recipe, Source, Split
 from suanli.data import checks
 from suanli.data.columns import load_columns
-from suanli.data.encode import INPUTS, TARGETS, encode_examples, map_chunks
-from suanli.data.examples import DIGEST_BYTES, ExampleTable, rows_of_bytes
+from suanli.data.encode import INPUTS, TARGETS, cached_inputs, encode_examples, map_chunks
+from suanli.data.example_columns import ExampleColumns
+from suanli.data.examples import DIGEST_BYTES, ExampleTable
 from suanli.data.examples import FILE as EXAMPLES
 from suanli.data.examples import LEFT_OUT as BAD
 from suanli.data.kept_splits import SplitDecision, SplitOptions
 from suanli.data.leaks import FILE as LEAKS
 from suanli.data.leaks import find_leaks, write_leaks
+from suanli.data.names import Names
 from suanli.data.samples import FILE as SAMPLES
 from suanli.data.samples import list_samples
-from suanli.data.splits import UNIT_BYTES, Assignment, content_digest, number_groups
+from suanli.data.splits import Assignment, content_digest, number_groups
+from suanli.data.windows import split_windows, values_of
 
-FORMAT = 2  # raise when the meaning of a cached file changes
+FORMAT = 3  # raise when the meaning of a cached file changes
 HELD_BYTES = 1 << 30  # raw inputs up to this size in total are read from the disk once instead of twice
 MEASURED = 1000  # training rows for statistics, at least; at most twice as many
 MEASURED_BYTES = 128 << 20  # that those rows may have
+WINDOWS = "windows.npy"
 FOUND = {"groups": "groups", "leaks": "leakage"}  # files that are there where the check has a finding of that name
 
 
@@ -205,13 +209,19 @@ def _build(
     threads: int,
 ) -> None:
     """Decodes every input and writes the folder `path`."""
-    examples = source.examples
-    read = _make_reader(source)
+    examples = ExampleColumns.of(source.examples)
+    source = replace(source, examples=examples)
+    read = _make_reader(source, examples)
     with ThreadPoolExecutor(threads) as pool:
         decision = SplitDecision(source, task, recipe, options)
-        assignment = decision.decide(_digest_inputs(read, pool))
+        assignment = decision.decide(_digest_inputs(examples, read, pool))
         splits = assignment.splits
-        fitted = preprocess or load("preprocess", source.kind).fit(_training_inputs(splits, read), recipe.preprocess)
+        raws = _training_inputs(examples, splits, read)
+        fitted = preprocess or load("preprocess", source.kind).fit(raws, recipe.preprocess)
+        if fitted.has_windows and not task.takes_windows:
+            raise UsageError(
+                f"The task {task.name} can't put answers for parts of an input together.", fix="Leave out --tiles."
+            )
         with atomic_folder(path) as folder:
             _check_space(folder, len(examples) * (schema_bytes(fitted.inputs) + schema_bytes(task.targets)))
             results = encode_examples(examples, read, fitted, task, folder, pool)
@@ -220,15 +230,23 @@ def _build(
             if preprocess is None:
                 fitted = _measure(fitted, folder / INPUTS, np.flatnonzero(split == 0))
             np.save(folder / "split.npy", split)
-            np.save(folder / "geometries.npy", _geometries(results))
+            np.save(folder / "geometries.npy", results.geometries)
+            if fitted.has_windows:
+                np.save(folder / WINDOWS, results.windows)
             if (groups := number_groups(examples)) is not None:
                 np.save(folder / "groups.npy", groups)
-            write_json(folder / "names.json", [example.name for example in examples])
+            _save_names(folder, Names.of(table.names))
             table.save(folder / EXAMPLES)
             leaks = find_leaks(table, table, fitted.similar_bits)
             write_leaks(folder / LEAKS, leaks.entries)
             np.save(folder / "leaks.npy", leaks.kinds)
             targets = load_columns(folder / TARGETS, task.targets, len(examples))
+            findings = checks.collect_findings(source, task, splits, results, leaks)
+            findings["set_aside"] = _count_set_aside(examples, split)
+            if examples.block is not None:
+                inputs = load_columns(folder / INPUTS, fitted.inputs, len(examples))
+                report = fitted.check_inputs(examples.block, inputs, targets, np.flatnonzero(split == 0))
+                _add_input_report(findings, report)
             meta = {
                 "format": FORMAT,
                 "name": source.name,
@@ -237,70 +255,73 @@ def _build(
                 "digest": _digest(fitted, results, targets, split),
                 "classes": list(source.classes),
                 "preprocess": fitted.settings(),
-                "findings": checks.collect_findings(source, task, splits, results, leaks)
-                | {"set_aside": _count_set_aside(examples, split)},
+                "findings": findings,
             }
             write_json(folder / "meta.json", meta)
         decision.keep(assignment)
 
 
-def _make_table(
-    examples: Sequence[Example], assignment: Assignment, results: Sequence[checks.DecodeResult]
-) -> ExampleTable:
-    numbers = [BAD if r.reason else SPLITS.index(s) for r, s in zip(results, assignment.splits, strict=True)]
+def _make_table(examples: ExampleColumns, assignment: Assignment, results: checks.DecodeResults) -> ExampleTable:
+    numbers = np.fromiter(map(SPLITS.index, assignment.splits), np.uint8, len(examples))
+    numbers[list(results.reasons)] = BAD
     return ExampleTable(
-        names=[example.name for example in examples],
-        splits=np.array(numbers, np.uint8),
-        digests=rows_of_bytes([result.digest for result in results], DIGEST_BYTES),
-        keys=rows_of_bytes([result.key for result in results]),
-        units=rows_of_bytes(assignment.units, UNIT_BYTES),
+        names=Names.of(examples.names),
+        splits=numbers,
+        digests=np.ascontiguousarray(results.digests[:, :DIGEST_BYTES]),
+        keys=results.keys,
+        units=assignment.units_array,
     )
 
 
-def _count_set_aside(examples: Sequence[Example], split: np.ndarray) -> dict[str, int]:
+def _count_set_aside(examples: ExampleColumns, split: np.ndarray) -> dict[str, int]:
     """How many examples suanli took for validation and test: those that the data doesn't put there itself."""
-    given = np.array([example.split in ("val", "test") for example in examples])
+    given = np.array([own in ("val", "test") for own in examples.splits])
     return {name: int(((split == SPLITS.index(name)) & ~given).sum()) for name in ("val", "test")}
+
+
+def _save_names(folder: Path, names: Names) -> None:
+    np.save(folder / "names.npy", names.text)
+    np.save(folder / "name_ends.npy", names.ends)
+
+
+def _add_input_report(findings: checks.Findings, report: InputReport) -> None:
+    findings["input_remarks"] = list(report.remarks)
+    findings["input_figures"] = dict(report.figures)
 
 
 def _measure(preprocess: Preprocess, folder: Path, train: np.ndarray) -> Preprocess:
     """With the statistics of a sample of the training inputs, spread over all of them."""
     if not len(train):
         return preprocess
-    inputs = load_columns(folder, preprocess.inputs)
+    inputs = load_columns(folder, cached_inputs(preprocess))
     count = max(1, min(MEASURED, MEASURED_BYTES // example_bytes(inputs)))
     sample = train[:: max(1, len(train) // count)]
-    return preprocess.measure({name: select(column, sample) for name, column in inputs.items()})
+    chosen = {name: select(column, sample) for name, column in inputs.items()}
+    return preprocess.measure(values_of(chosen) if preprocess.has_windows else chosen)
 
 
-def _geometries(results: Sequence[checks.DecodeResult]) -> np.ndarray:
-    """(N, 3, axes) float64; zeros for an input that can't be decoded."""
-    axes = max((len(result.size) for result in results), default=0)
-    empty = np.zeros((3, axes))
-    return np.stack([empty if r.geometry is None else r.geometry.to_array() for r in results])
-
-
-def _make_reader(source: Source) -> Callable[[int], Raw]:
+def _make_reader(source: Source, examples: ExampleColumns) -> Callable[[int], Raw]:
     """A function that reads the input of row i. Inputs are read twice, for splits and for decoding; small data sets are
     kept in memory in between."""
-    examples = source.examples
-    if source.size_bytes is None or source.size_bytes > HELD_BYTES:
-        return lambda i: examples[i].read()
+    if examples.block is not None or source.size_bytes is None or source.size_bytes > HELD_BYTES:
+        return examples.read
     inputs: list[Raw | None] = [None] * len(examples)
 
     def read(i: int) -> Raw:
         raw = inputs[i]
         if raw is None:
-            raw = inputs[i] = examples[i].read()
+            raw = inputs[i] = examples.read(i)
         return raw
 
     return read
 
 
 def _digest_inputs(
-    read: Callable[[int], Raw], pool: ThreadPoolExecutor
-) -> Callable[[Sequence[int]], list[bytes | None]]:
+    examples: ExampleColumns, read: Callable[[int], Raw], pool: ThreadPoolExecutor
+) -> Callable[[Sequence[int]], Sequence[bytes | None] | np.ndarray]:
     """A function that reads the inputs at some positions for their digests; None: it can't be read."""
+    if (block := examples.block) is not None:
+        return lambda positions: block.take(np.asarray(positions, np.int64)).digests()
 
     def digest(i: int) -> bytes | None:
         try:
@@ -315,13 +336,17 @@ def _digest_inputs(
     return digests
 
 
-def _training_inputs(splits: Sequence[str], read: Callable[[int], Raw]) -> Callable[[], Iterator[Raw]]:
+def _training_inputs(
+    examples: ExampleColumns, splits: Sequence[str], read: Callable[[int], Raw]
+) -> Callable[[], Iterable[Raw]]:
     """A function that starts a pass over the raw training inputs, in an order that mixes the classes."""
-    order = [i for i, s in enumerate(splits) if s == "train"]
-    order = [order[j] for j in np.random.default_rng(0).permutation(len(order))]
+    order = np.flatnonzero([split == "train" for split in splits])
+    if (block := examples.block) is not None:
+        return lambda: block.take(order)
+    mixed = order[np.random.default_rng(0).permutation(len(order))].tolist()
 
     def raws() -> Iterator[Raw]:
-        for i in order:
+        for i in mixed:
             try:
                 yield read(i)
             except (OSError, BadInput):
@@ -341,13 +366,16 @@ def _check_space(folder: Path, needed_bytes: int) -> None:
 
 def _digest(
     preprocess: Preprocess,
-    results: Sequence[checks.DecodeResult],
+    results: checks.DecodeResults,
     targets: Mapping[str, Stored],
     split: np.ndarray,
 ) -> str:
     digest = hashlib.blake2b(json.dumps(preprocess.settings(), sort_keys=True).encode(), digest_size=10)
-    for result in results:
-        digest.update(result.digest or b"bad")
+    start = 0
+    for end in [*np.flatnonzero(~results.digests.any(1)).tolist(), len(results)]:
+        digest.update(np.ascontiguousarray(results.digests[start:end]).data)
+        digest.update(b"bad" if end < len(results) else b"")
+        start = end + 1
     for column in targets.values():
         for part in (column.values, column.offsets) if isinstance(column, Ragged) else (column,):
             digest.update(np.ascontiguousarray(part).data)
@@ -359,14 +387,15 @@ def _load(path: Path, task: Task, *, reused: bool) -> PreparedData:
     try:
         meta = read_json(path / "meta.json")
         preprocess: Preprocess = load("preprocess", meta["kind"])(**meta["preprocess"])
-        names = read_json(path / "names.json")
-        inputs = load_columns(path / INPUTS, preprocess.inputs, len(names))
+        names = Names(*(np.load(path / f"{file}.npy", mmap_mode="r") for file in ("names", "name_ends")))
+        inputs = load_columns(path / INPUTS, cached_inputs(preprocess), len(names))
         targets = load_columns(path / TARGETS, task.targets, len(names))
         files = {"split", "geometries"}
         files |= {file for file, finding in FOUND.items() if finding in meta["findings"]}
         columns = {name: np.load(path / f"{name}.npy", allow_pickle=False) for name in files}
         if any(len(column) != len(names) for column in columns.values()):
             raise ValueError("columns differ in length")
+        windows = _load_windows(path, preprocess, inputs)
         if (path / EXAMPLES).exists() and not zipfile.is_zipfile(path / EXAMPLES):
             raise ValueError(f"{EXAMPLES} is cut short")
     except (FileNotFoundError, ValueError, EOFError) as error:
@@ -374,15 +403,18 @@ def _load(path: Path, task: Task, *, reused: bool) -> PreparedData:
     splits = {}
     for number, name in enumerate(SPLITS):
         index = np.flatnonzero(columns["split"] == number)
+        rows, own = (index, None) if windows is None else _select_windows(windows, index)
         splits[name] = Split(
-            inputs=inputs,
-            index=index,
+            inputs=inputs if windows is None else values_of(inputs),
+            index=rows,
+            windows=own,
             targets={column: select(stored, index) for column, stored in targets.items()},
-            names=[names[i] for i in index],
+            names=names.take(index),
             geometries=columns["geometries"][index],
             groups=columns["groups"][index] if "groups" in columns else None,
             leaks=columns["leaks"][index] if "leaks" in columns else None,
         )
+    splits["train"] = split_windows(splits["train"], task)
     return PreparedData(
         name=meta["name"],
         kind=meta["kind"],
@@ -395,3 +427,23 @@ def _load(path: Path, task: Task, *, reused: bool) -> PreparedData:
         findings=meta["findings"],
         reused=reused,
     )
+
+
+def _load_windows(path: Path, preprocess: Preprocess, inputs: Mapping[str, Stored]) -> Windows | None:
+    """Of all examples. Raises ValueError where they don't fit the inputs."""
+    if not preprocess.has_windows:
+        return None
+    column = next(iter(inputs.values()))
+    assert isinstance(column, Ragged)
+    geometries = np.load(path / WINDOWS, allow_pickle=False)
+    if len(geometries) != len(column.values):
+        raise ValueError(f"{WINDOWS} has {len(geometries)} windows, not {len(column.values)}")
+    return Windows(offsets=column.offsets, geometries=geometries, size=preprocess.geometry.size)
+
+
+def _select_windows(windows: Windows, index: np.ndarray) -> tuple[np.ndarray, Windows]:
+    """The rows of the windows of some examples, and these windows."""
+    rows = [np.arange(part.start, part.stop) for part in map(windows.of, index.tolist())]
+    joined = np.concatenate([np.arange(0), *rows])
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return joined, replace(windows, offsets=offsets, geometries=windows.geometries[joined])

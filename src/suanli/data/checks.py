@@ -7,9 +7,10 @@ extra. It only reports; the caller decides whether to stop. Lists have at most `
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NotRequired, TypedDict, overload
 
 import numpy as np
 
@@ -19,10 +20,13 @@ from suanli.core.errors import DataError
 from suanli.core.registry import load_all
 from suanli.core.schema import Geometry
 from suanli.core.task import Task
-from suanli.core.types import SPLITS, Example, Json, Source
+from suanli.core.types import SPLITS, Json, Source
+from suanli.data.example_columns import ExampleColumns
+from suanli.data.examples import rows_of_bytes
 from suanli.data.leaks import LeakCounts, LeakEntry, Leaks, count_leaks, describe_leaks
 
 LISTED = 100
+NAMED = 1000  # of a group of equal inputs
 FEW_GROUPS = 5  # a split with fewer says little about groups that the model hasn't seen
 
 
@@ -82,6 +86,8 @@ class Findings(TypedDict):
     leakage: NotRequired[dict[str, LeakCounts]]  # of val and test; older versions wrote neither of these two
     leaks: NotRequired[list[LeakEntry]]  # the full list is leaks.csv
     target_figures: NotRequired[dict[str, Json]]  # what the task measured of the targets, such as sizes of objects
+    input_remarks: NotRequired[list[str]]  # what the kind of data says of the inputs, and what it measured
+    input_figures: NotRequired[dict[str, Json]]
     test_before_train: NotRequired[int]  # test inputs earlier than a training input, where examples have times
 
 
@@ -93,21 +99,84 @@ class DecodeResult:
     key: bytes = b""  # of near-duplicates
     traits: tuple[str, ...] = ()
     geometry: Geometry | None = None
+    windows: tuple[Geometry, ...] = ()  # as EncodedInput has them
     reason: str | None = None  # why it can't be decoded; None: it can
 
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResults:
+    """What decoding learned about N inputs."""
+
+    digests: np.ndarray  # (N, 16) uint8; zeros: it can't be decoded
+    keys: np.ndarray  # (N, bytes) uint8; zeros: it has none
+    geometries: np.ndarray  # (N, 3, axes) float64; zeros: it can't be decoded
+    reasons: Mapping[int, str]  # why an input can't be used
+    traits: Mapping[str, int]  # of those that can: how many have each
+    windows: np.ndarray = field(default_factory=partial(np.zeros, (0, 3, 2)))  # (R, 3, axes): of all windows
+    orientations: Mapping[int, int] = field(default_factory=dict)  # `Geometry.orientation`, where it isn't 1
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @classmethod
+    def of(cls, results: Sequence[DecodeResult]) -> DecodeResults:
+        axes = max((len(one.geometry.size) for one in results if one.geometry is not None), default=0)
+        empty = np.zeros((3, axes))
+        geometries = [empty if one.geometry is None else one.geometry.to_array() for one in results]
+        return cls(
+            digests=rows_of_bytes([one.digest for one in results], 16),
+            keys=rows_of_bytes([one.key for one in results]),
+            geometries=np.stack(geometries) if results else np.zeros((0, 3, axes)),
+            reasons={i: one.reason for i, one in enumerate(results) if one.reason is not None},
+            traits=Counter(trait for one in results if one.reason is None for trait in one.traits),
+            windows=np.array([window.to_array() for one in results for window in one.windows]),
+            orientations={
+                i: one.geometry.orientation
+                for i, one in enumerate(results)
+                if one.geometry is not None and one.geometry.orientation != 1
+            },
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[DecodeResults]) -> DecodeResults:
+        traits: Counter[str] = Counter()
+        reasons: dict[int, str] = {}
+        start = 0
+        for part in parts:
+            traits.update(part.traits)
+            reasons |= {start + i: reason for i, reason in part.reasons.items()}
+            start += len(part)
+        digests, keys, geometries = zip(*((one.digests, one.keys, one.geometries) for one in parts), strict=True)
+        widest, axes = max(key.shape[1] for key in keys), max(one.shape[2] for one in geometries)
+        return cls(
+            digests=np.concatenate(digests),
+            keys=np.concatenate([np.pad(key, ((0, 0), (0, widest - key.shape[1]))) for key in keys]),
+            geometries=np.concatenate([np.pad(g, ((0, 0), (0, 0), (0, axes - g.shape[2]))) for g in geometries]),
+            reasons=reasons,
+            traits=traits,
+        )
+
     @property
-    def size(self) -> tuple[int, ...]:
-        """Before preprocessing: (H, W), or (L,)."""
-        return () if self.geometry is None else self.geometry.size
+    def good(self) -> np.ndarray:
+        """Positions of the inputs that can be used."""
+        usable = np.ones(len(self), bool)
+        usable[list(self.reasons)] = False
+        return np.flatnonzero(usable)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(M, axes): of the inputs before preprocessing, (H, W) or (L,)."""
+        sizes: np.ndarray = self.geometries[self.good, 0].astype(np.int64)
+        return sizes
 
 
 def collect_findings(
-    source: Source, task: Task, splits: Sequence[str], results: Sequence[DecodeResult], leaks: Leaks
+    source: Source, task: Task, splits: Sequence[str], results: DecodeResults, leaks: Leaks
 ) -> Findings:
     """The findings; `splits`, `results` and `leaks` have one entry for each example of `source`."""
-    rows = source.examples
-    bad = [Bad(name=r.name, reason=d.reason) for r, d in zip(rows, results, strict=True) if d.reason is not None]
-    good = [i for i, result in enumerate(results) if result.reason is None]
+    rows = ExampleColumns.of(source.examples)
+    bad = [Bad(name=rows.names[i], reason=reason) for i, reason in results.reasons.items()]
+    good = results.good
     across, within, conflicts = _group_equal(task, rows, splits, results, good)
     counts, report = _check_targets(task, rows, splits, results, good)
     totals = {name: sum(counts[split][name] for split in SPLITS) for name in task.classes}
@@ -130,8 +199,8 @@ def collect_findings(
         "empty_classes": [name for name, n in totals.items() if n == 0],
         "remarks": task.describe_counts(counts),
         "target_remarks": list(report.remarks),
-        "traits": dict(Counter(t for i in good for t in results[i].traits).most_common()),
-        "sizes": _summarize_sizes([results[i].size for i in good if results[i].size]),
+        "traits": dict(Counter(results.traits).most_common()),
+        "sizes": _summarize_sizes(results.sizes),
         "notes": list(source.notes),
         "leakage": {},
         "leaks": list(leaks.entries[:LISTED]),
@@ -139,35 +208,54 @@ def collect_findings(
     if report.figures:
         findings["target_figures"] = dict(report.figures)
     for split in ("val", "test"):
-        own = [i for i in good if splits[i] == split]
+        own = [i for i in good.tolist() if splits[i] == split]
         findings["leakage"][split] = count_leaks(leaks.kinds[own])
     _add_groups(findings, rows, splits, good)
     _add_times(findings, rows, splits, good)
     return findings
 
 
+class _Checked(Sequence[CheckedTarget]):
+    """The targets at some positions, each made when somebody looks at it."""
+
+    def __init__(self, rows: ExampleColumns, results: DecodeResults, positions: Sequence[int]) -> None:
+        self._rows, self._results, self._positions = rows, results, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, position: int) -> CheckedTarget: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[CheckedTarget]: ...
+    def __getitem__(self, position: int | slice) -> CheckedTarget | list[CheckedTarget]:
+        if isinstance(position, slice):
+            return [self[i] for i in range(len(self))[position]]
+        i = self._positions[position]
+        geometry = Geometry.from_array(self._results.geometries[i])
+        if (orientation := self._results.orientations.get(i, 1)) != 1:
+            geometry = replace(geometry, orientation=orientation)
+        return CheckedTarget(self._rows.names[i], self._rows.targets[i], geometry)
+
+
 def _check_targets(
-    task: Task,
-    rows: Sequence[Example],
-    splits: Sequence[str],
-    results: Sequence[DecodeResult],
-    good: Sequence[int],
+    task: Task, rows: ExampleColumns, splits: Sequence[str], results: DecodeResults, good: np.ndarray
 ) -> tuple[dict[str, dict[str, int]], TargetReport]:
     """The table of counts, and what else the task says of the targets."""
-    by_split: dict[str, list[CheckedTarget]] = {split: [] for split in SPLITS}
-    for i in good:
-        if (geometry := results[i].geometry) is not None:
-            by_split[splits[i]].append(CheckedTarget(rows[i].name, rows[i].target, geometry))
-    counts = task.count_targets({split: [one.target for one in examples] for split, examples in by_split.items()})
-    return counts, task.check_targets(by_split)
+    by_split: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for i in good.tolist():
+        by_split[splits[i]].append(i)
+    counts = task.count_targets({split: [rows.targets[i] for i in own] for split, own in by_split.items()})
+    checked = {split: _Checked(rows, results, own) for split, own in by_split.items()}
+    return counts, task.check_targets(checked)
 
 
-def _add_groups(findings: Findings, rows: Sequence[Example], splits: Sequence[str], good: Sequence[int]) -> None:
-    if all(row.group is None for row in rows):
+def _add_groups(findings: Findings, rows: ExampleColumns, splits: Sequence[str], good: np.ndarray) -> None:
+    if rows.groups is None:
         return
     splits_of: dict[str, set[str]] = defaultdict(set)
-    for i in good:
-        if (group := rows[i].group) is not None:
+    for i in good.tolist():
+        if (group := rows.groups[i]) is not None:
             splits_of[group].add(splits[i])
     divided = [
         DividedGroup(group=group, splits=sorted(in_splits, key=SPLITS.index))
@@ -180,8 +268,10 @@ def _add_groups(findings: Findings, rows: Sequence[Example], splits: Sequence[st
     findings["counts"]["groups_across_splits"] = len(divided)
 
 
-def _add_times(findings: Findings, rows: Sequence[Example], splits: Sequence[str], good: Sequence[int]) -> None:
-    times = [(splits[i], time) for i in good if (time := rows[i].time) is not None]
+def _add_times(findings: Findings, rows: ExampleColumns, splits: Sequence[str], good: np.ndarray) -> None:
+    if rows.times is None:
+        return
+    times = [(splits[i], time) for i in good.tolist() if (time := rows.times[i]) is not None]
     if times:
         latest = max((time for split, time in times if split == "train"), default=-np.inf)
         findings["test_before_train"] = sum(split == "test" and time < latest for split, time in times)
@@ -193,39 +283,51 @@ def _worst_first(item: DividedGroup | EqualInputs) -> tuple[bool, bool]:
 
 
 def _group_equal(
-    task: Task, rows: Sequence[Example], splits: Sequence[str], results: Sequence[DecodeResult], good: list[int]
+    task: Task, rows: ExampleColumns, splits: Sequence[str], results: DecodeResults, good: np.ndarray
 ) -> tuple[list[EqualInputs], list[EqualInputs], list[EqualInputs]]:
-    """Groups of inputs with equal content: across splits, within one split, and with several labels."""
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for i in good:
-        groups[results[i].digest].append(i)
+    """Groups of inputs with equal content: across splits, within one split, and with several labels. Of a group, the
+    first `NAMED` are named."""
     across: list[EqualInputs] = []
     within: list[EqualInputs] = []
     conflicts: list[EqualInputs] = []
-    for members in groups.values():
-        if len(members) == 1:
-            continue
-        in_splits = sorted({splits[i] for i in members}, key=SPLITS.index)
-        names, labels = [rows[i].name for i in members], [task.name_target(rows[i].target) for i in members]
+    for members in _find_groups(results.digests[good]):
+        at = good[members].tolist()
+        in_splits = sorted({splits[i] for i in at}, key=SPLITS.index)
+        labels = {name: i for i in reversed(at) if (name := task.name_target(rows.targets[i]))}
+        several = len(labels) > 1
+        shown = sorted({*at[:NAMED], *(labels.values() if several else ())})
+        names = [rows.names[i] for i in shown]
         if len(in_splits) > 1:
             across.append({"names": names, "splits": in_splits})
         else:
             within.append({"names": names, "split": in_splits[0]})
-        if len(set(labels)) > 1:
-            conflicts.append({"names": names, "labels": labels})
+        if several:
+            conflicts.append({"names": names, "labels": [task.name_target(rows.targets[i]) for i in shown]})
     across.sort(key=_worst_first)
     return across, within, conflicts
 
 
-def _summarize_sizes(sizes: list[tuple[int, ...]]) -> Sizes | None:
-    if not sizes:
+def _find_groups(digests: np.ndarray) -> Iterator[np.ndarray]:
+    """The positions of each group of equal rows (N, 16), ascending; in the order of their first members."""
+    if not len(digests):
+        return
+    words = np.ascontiguousarray(digests).view(np.uint64)
+    order = np.lexsort((words[:, 1], words[:, 0]))  # stable: the positions of equal rows ascend
+    new = np.flatnonzero((words[order[1:]] != words[order[:-1]]).any(1)) + 1
+    starts, ends = np.append(0, new), np.append(new, len(order))
+    several = np.flatnonzero(ends - starts > 1)
+    for i in several[np.argsort(order[starts[several]], kind="stable")]:
+        yield order[starts[i] : ends[i]]
+
+
+def _summarize_sizes(table: np.ndarray) -> Sizes | None:
+    if not table.size:
         return None
-    table = np.array(sizes)
     return {
         "min": table.min(axis=0).tolist(),
         "median": np.median(table, axis=0).astype(int).tolist(),
         "max": table.max(axis=0).tolist(),
-        "distinct": len(set(sizes)),
+        "distinct": len(np.unique(table, axis=0)),
     }
 
 
@@ -284,6 +386,7 @@ def format_findings(findings: Findings) -> list[str]:
         lines.append(f"{plural(counts['bad'], 'example')} left out, can't be decoded: {bad['name']} ({bad['reason']})")
     if counts["duplicates_within"]:
         lines.append(f"{plural(counts['duplicates_within'], 'group')} of identical examples within a split")
+    lines += findings.get("input_remarks", [])
     lines += [*findings.get("remarks", []), *findings.get("target_remarks", [])]
     if findings["traits"]:
         lines.append(f"converted: {describe_traits(findings['traits'])}")

@@ -51,6 +51,12 @@ class ColumnWriter:
                 ragged[name] = arrays
         return ragged
 
+    def write_block(self, start: int, arrays: Arrays) -> None:
+        """Writes arrays (B, …) of fixed columns from the example `start` on. Safe to call from threads."""
+        for name, writer in self._writers.items():
+            assert isinstance(writer, _FixedFile), name
+            writer.write_block(start, arrays[name])
+
     def append(self, parts: _RaggedParts) -> None:
         """Writes the ragged columns of the next examples."""
         for name, arrays in parts.items():
@@ -72,6 +78,10 @@ class _FixedFile:
         for i, array in enumerate(arrays):
             if array is not None:
                 block[i] = array
+        self.write_block(start, block)
+
+    def write_block(self, start: int, block: np.ndarray) -> None:
+        block = np.ascontiguousarray(block, self._column.dtype)
         with self._lock:
             self._stream.seek(self._offset + start * self._column.size_bytes)
             self._stream.write(block.data)

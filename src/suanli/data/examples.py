@@ -17,6 +17,7 @@ import numpy as np
 from suanli.core.errors import DamagedFile
 from suanli.core.storage import atomic_file
 from suanli.core.types import SPLITS
+from suanli.data.names import Names
 
 FILE = "examples.npz"
 LEFT_OUT = 255  # in place of a split: it can't be decoded
@@ -49,7 +50,7 @@ class ExampleTable:
         """The examples of some splits."""
         at = np.flatnonzero(np.isin(self.splits, [SPLITS.index(split) for split in splits]))
         return type(self)(
-            names=[self.names[i] for i in at.tolist()],
+            names=Names.of(self.names).take(at),
             splits=self.splits[at],
             digests=self.digests[at],
             keys=self.keys[at],
@@ -57,10 +58,10 @@ class ExampleTable:
         )
 
     def save(self, path: Path) -> None:
-        encoded = [name.encode(errors="surrogatepass") for name in self.names]
+        names = Names.of(self.names)
         arrays: dict[str, Any] = {
-            "names": np.frombuffer(b"".join(encoded), np.uint8),
-            "ends": np.cumsum([len(name) for name in encoded], dtype=np.int64),
+            "names": names.text,
+            "ends": names.ends,
             "splits": self.splits,
             "digests": self.digests,
             "keys": self.keys,
@@ -75,10 +76,7 @@ class ExampleTable:
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            text, ends = arrays.pop("names").tobytes(), arrays.pop("ends").tolist()
-            names = [
-                text[start:end].decode(errors="surrogatepass") for start, end in zip([0, *ends[:-1]], ends, strict=True)
-            ]
+            names = Names(arrays.pop("names"), arrays.pop("ends"))
             if any(len(column) != len(names) for column in arrays.values()):
                 raise ValueError("columns differ in length")
             return cls(names=names, **arrays)

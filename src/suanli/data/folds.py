@@ -11,8 +11,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from suanli.core.errors import DataError, UsageError
 from suanli.core.types import Source, Target
+from suanli.data.example_columns import ExampleColumns
 from suanli.data.examples import LEFT_OUT, ExampleTable
 
 
@@ -22,23 +25,24 @@ def deal_folds(
     """The fold of each example of `source`, from 0; None: the data states that it is a test example, or it can't be
     decoded. `table` has the same examples. Raises UsageError for times, which folds don't respect, and DataError where
     there are fewer units than folds."""
-    rows = source.examples
-    if any(row.time is not None for row in rows):
+    rows = ExampleColumns.of(source.examples)
+    if rows.times is not None:
         raise UsageError(
             "--folds would train on examples that are later than those it is tested on.",
             fix="Leave out --folds, or train without --time-column.",
         )
     members: dict[bytes, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        if row.split != "test" and table.splits[i] != LEFT_OUT:
-            members[table.digests[i].tobytes() if row.group is None else row.group.encode()].append(i)
+    for i, split in enumerate(rows.splits):
+        if split != "test" and table.splits[i] != LEFT_OUT:
+            group = None if rows.groups is None else rows.groups[i]
+            members[table.digests[i].tobytes() if group is None else group.encode()].append(i)
     if len(members) < count:
         raise DataError(
             f"{count} folds need as many different examples, or groups, and there are {len(members)}.",
             fix="Choose fewer folds.",
         )
     classes = {
-        unit: tuple(sorted({name for i in at for name in strata(rows[i].target)})) for unit, at in members.items()
+        unit: tuple(sorted({name for i in at for name in strata(rows.targets[i])})) for unit, at in members.items()
     }
     frequency = Counter(classes.values())
     seed = repetition.to_bytes(4, "big")
@@ -60,11 +64,8 @@ def deal_folds(
 
 def fold_source(source: Source, folds: Sequence[int | None], fold: int) -> Source:
     """The data of one fold: its examples are the test split, and the validation split is taken from the others."""
-    rows = [
-        replace(row, split="test" if own == fold else None)
-        for row, own in zip(source.examples, folds, strict=True)
-        if own is not None
-    ]
+    at = np.flatnonzero([own is not None for own in folds])
+    rows = ExampleColumns.of(source.examples).take(at, ["test" if folds[i] == fold else None for i in at.tolist()])
     digest = hashlib.blake2b(repr(folds).encode(), digest_size=8).hexdigest()
     fingerprint = f"{source.fingerprint} fold {fold} of {digest}"
     return replace(source, examples=rows, origin="", size_bytes=None, fingerprint=fingerprint)

@@ -21,7 +21,7 @@ from suanli.core.storage import atomic_file, raise_storage_errors
 from suanli.core.task import Task
 from suanli.core.types import SPLITS, Recipe, Source
 from suanli.data.examples import rows_of_bytes
-from suanli.data.splits import UNIT_BYTES, Assignment, Known, assign_splits
+from suanli.data.splits import MANY, UNIT_BYTES, Assignment, Known, assign_splits
 
 FOLDER = "splits"
 
@@ -50,20 +50,23 @@ class SplitDecision:
         self.strata = task.strata if options.stratified else None
         self.fractions = {"val_fraction": recipe.val_fraction, "test_fraction": recipe.test_fraction}
         self.file: Path | None = None  # None: nothing is kept
-        if options.known is None and options.stratified and source.origin:
+        few = len(source.examples) <= MANY  # of many, what is moved is a few of rare classes
+        if options.known is None and options.stratified and source.origin and few:
             decided_by = repr((source.origin, task.annotation, self.fractions)).encode(errors="surrogatepass")
             digest = hashlib.blake2b(decided_by, digest_size=10).hexdigest()
             self.file = options.cache / FOLDER / f"{source.name}-{digest}.npz"
 
-    def decide(self, content_digests: Callable[[Sequence[int]], Iterable[bytes | None]]) -> Assignment:
+    def decide(self, content_digests: Callable[[Sequence[int]], Iterable[bytes | None] | np.ndarray]) -> Assignment:
         """See `assign_splits`."""
         known = (self.options.known or {}) if self.file is None else _read(self.file)
         return assign_splits(self.source.examples, content_digests, **self.fractions, strata=self.strata, known=known)
 
     def keep(self, assignment: Assignment) -> None:
         """Add what was assigned to the file. What another process has written meanwhile stays."""
-        new = {unit: split for unit, split in zip(assignment.units, assignment.splits, strict=True) if unit}
-        if self.file is None or new.keys() <= _read(self.file).keys():
+        if self.file is None:
+            return
+        new = {bytes(unit): split for unit, split in zip(assignment.units, assignment.splits, strict=True) if len(unit)}
+        if new.keys() <= _read(self.file).keys():
             return
         with raise_storage_errors(self.file):
             self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ SIMILAR = "similar by embedding"
 VALIDATION = 4  # added where it is in validation only, which takes part in choices
 KINDS = {EXACT: "exact", NEAR: "near"}
 SEEN = {"val": ("train",), "test": ("train", "val")}  # splits that a model has seen before it answers for this one
+MOST_ENTRIES = 20_000  # of a list; counts are complete
 LISTED = 20  # copies that are listed of one example, at most
 NEXT = 5  # examples after the nearest, by which it is judged how near that is
 FALSE_ALARMS = 0.01  # pairs of different examples that are expected among the similar ones, by chance
@@ -89,9 +90,12 @@ def find_leaks(examples: ExampleTable, seen: ExampleTable, similar_bits: int) ->
             kinds[list(near)] = NEAR
             found |= near
         for i in sorted(found, key=lambda i: (kinds[i], i)):
-            nearest = [(distance, int(before[j])) for distance, j in sorted(found[i])[:LISTED]]
-            copies = [Copy(name=seen.names[j], split=SPLITS[seen.splits[j]], distance=d) for d, j in nearest]
-            entries.append(LeakEntry(example=examples.names[i], split=split, kind=KINDS[int(kinds[i])], copies=copies))
+            if len(entries) < MOST_ENTRIES:
+                nearest = [(distance, int(before[j])) for distance, j in sorted(found[i])[:LISTED]]
+                copies = [Copy(name=seen.names[j], split=SPLITS[seen.splits[j]], distance=d) for d, j in nearest]
+                entries.append(
+                    LeakEntry(example=examples.names[i], split=split, kind=KINDS[int(kinds[i])], copies=copies)
+                )
             if all(seen.splits[before[j]] for _, j in found[i]):
                 kinds[i] |= VALIDATION
     return Leaks(kinds=kinds, entries=entries)

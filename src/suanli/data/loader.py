@@ -70,18 +70,17 @@ class Order:
 
 class Feed:
     """Batches of one split on the device: cached inputs (B, …), targets (B, …), positions (B,). Ragged columns are
-    padded, with their lengths."""
+    padded, with their lengths. Inputs of a split with windows are its windows, without targets."""
 
     def __init__(self, split: Split, device: Device, *, resident: bool = False) -> None:
         """`resident` copies all inputs to the device first. On a CPU the memory map is as fast, since its pages stay in
         memory."""
         self.split = split
         self.device = torch.device(device.torch_name)
-        ragged = {name: column for name, column in split.targets.items() if isinstance(column, Ragged)}
+        targets = split.targets if split.windows is None else {}
+        ragged = {name: column for name, column in targets.items() if isinstance(column, Ragged)}
         self._targets = {
-            name: torch.from_numpy(column).to(self.device)
-            for name, column in split.targets.items()
-            if name not in ragged
+            name: torch.from_numpy(column).to(self.device) for name, column in targets.items() if name not in ragged
         }
         self._ragged_targets = ragged
         self._inputs = self._load_to_device() if resident and self.device.type != "cpu" else None
@@ -106,7 +105,7 @@ class Feed:
         return rows
 
     def __len__(self) -> int:
-        return len(self.split)
+        return len(self.split.index)
 
     def inputs(self, positions: torch.Tensor) -> Tensors:
         """The inputs at these positions, on the device; `positions` is on the CPU."""
@@ -173,7 +172,7 @@ class Feed:
             yield batch
 
     def in_order(self, batch_size: int, of: range | None = None) -> Iterator[FetchedBatch]:
-        """Every example once, or those at the positions `of`, in the order of the split. The last batch may be
+        """Every input once, or those at the positions `of`, in the order of the split. The last batch may be
         smaller."""
         positions = range(len(self)) if of is None else of
         return self.batches(iter(torch.arange(positions.start, positions.stop).split(batch_size)))  # type: ignore[no-untyped-call]
@@ -182,7 +181,7 @@ class Feed:
 def fits(split: Split, device: Device) -> bool:
     """Whether the device's memory has room for the split during training."""
     room = available_memory_bytes(device)
-    return room is None or len(split) * example_bytes(split.inputs) <= RESIDENT_SHARE * room
+    return room is None or len(split.index) * example_bytes(split.inputs) <= RESIDENT_SHARE * room
 
 
 def _read_ahead(read: Callable[[torch.Tensor], Read], steps: Iterator[torch.Tensor]) -> Iterator[Read]:

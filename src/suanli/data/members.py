@@ -13,6 +13,7 @@ from suanli.core.paths import safe_name
 from suanli.core.types import Raw
 
 TABLE_SUFFIXES = frozenset({"csv", "tsv", "jsonl", "ndjson"})
+FEATURE_SUFFIXES = TABLE_SUFFIXES | {"parquet", "arrow", "feather", "xlsx"}  # of tables of features, also with .gz
 
 
 class Member(NamedTuple):
@@ -36,6 +37,17 @@ class Listing:
 
 def suffix_of(name: str) -> str:
     return name.rpartition(".")[2].casefold() if "." in name else ""
+
+
+def format_of(name: str) -> str:
+    """The one of FEATURE_SUFFIXES that a file's name ends in, or empty."""
+    suffix = suffix_of(name.removesuffix(".gz"))
+    return suffix if suffix in FEATURE_SUFFIXES else ""
+
+
+def table_stem(name: str) -> str:
+    """The name of a table's file without its suffixes: "train" of train.csv.gz."""
+    return name.removesuffix(".gz").rpartition(".")[0] if format_of(name) else name.rpartition(".")[0]
 
 
 def order_classes(labels: Iterable[str]) -> tuple[str, ...]:

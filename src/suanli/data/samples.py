@@ -12,6 +12,7 @@ from suanli.core.answers import Answer
 from suanli.core.schema import Arrays, Geometry, example_of
 from suanli.core.task import Task
 from suanli.core.types import Json, Preprocess, Preview, Split
+from suanli.data.windows import input_of
 
 FILE = "samples.json"
 COUNT = 12
@@ -81,7 +82,7 @@ def list_samples(preprocess: Preprocess, task: Task, split: Split) -> list[dict[
             **show_input(
                 preprocess,
                 task,
-                example_of(split.inputs, int(split.index[position])),
+                input_of(split, position, preprocess),
                 Geometry.from_array(split.geometries[position]),
             ),
         }

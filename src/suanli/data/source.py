@@ -15,6 +15,7 @@ from suanli.core.garbage import pause_collector
 from suanli.core.registry import load, load_all, names
 from suanli.core.types import AnyPath, Columns, Dataset, Source
 from suanli.data.download import fetch
+from suanli.data.example_columns import ExampleColumns
 from suanli.data.overlaps import find_part_of
 from suanli.data.splits import group_by_pattern
 from suanli.data.suffixes import is_ignored
@@ -37,15 +38,16 @@ def find_source(
         raise UsageError("--group-column and --group-pattern both say what a group is.", fix="Leave one out.")
     with pause_collector():
         source = _read_source(subject, columns, data_dir)
-    if columns.group is not None and all(row.group is None for row in source.examples):
+    if columns.group is not None and ExampleColumns.of(source.examples).groups is None:
         raise UsageError(
             f"--group-column is for tables, and {subject} is none.",
             fix="For folders, archives and .npz files, --group-pattern takes the group from each name.",
         )
-    if columns.time is not None and all(row.time is None for row in source.examples):
+    if columns.time is not None and ExampleColumns.of(source.examples).times is None:
         raise UsageError(f"--time-column is for tables, and {subject} is none.", fix="Leave it out.")
     place = str(subject) if str(subject) in names("datasets") else str(Path(subject).expanduser().resolve())
-    source = replace(source, origin=repr((place, columns, group_pattern)))
+    target = () if columns.target is None else (columns.target,)  # older versions had none
+    source = replace(source, origin=repr((place, columns, group_pattern, *target)))
     return source if group_pattern is None else group_by_pattern(source, group_pattern)
 
 
@@ -61,9 +63,11 @@ def _read_source(subject: AnyPath, columns: Columns, data_dir: Path) -> Source:
         raise _no_data_error(str(subject))
     with _report_permission_errors(path):
         for reader in sorted(load_all("readers").values(), key=lambda r: (r.order, r.name)):
-            if reader.why_not(path) is None:
+            if (reader.why_not if columns.target is None else reader.why_no_target)(path) is None:
                 source: Source = reader.read(path, columns)
                 return replace(source, part_of=find_part_of(source))
+    if columns.target is not None:
+        raise UsageError(f"--target names a column of a table, and {path} is none.", fix="Leave it out.")
     raise DataError(
         f"{path} is not data that suanli reads.",
         fix="Give a folder of class folders or of images with boxes, a zip or tar of one, a CSV, TSV or JSONL table, "

@@ -21,6 +21,8 @@ import numpy as np
 
 from suanli.core.errors import DataError, UsageError
 from suanli.core.types import SPLITS, Example, Raw, Source, Target
+from suanli.data.example_columns import ExampleColumns
+from suanli.data.examples import rows_of_bytes
 
 
 def split_of(digest: bytes, val_fraction: float, test_fraction: float) -> str:
@@ -37,11 +39,17 @@ def content_digest(raw: Raw) -> bytes:
     elif isinstance(raw, np.ndarray):
         raw = f"{raw.shape}{raw.dtype}".encode() + np.ascontiguousarray(raw).tobytes()
     elif isinstance(raw, Mapping):
-        raw = b"".join(name.encode() + content_digest(array) for name, array in sorted(raw.items()))
+        raw = b"".join(name.encode() + content_digest(_plain(value)) for name, value in sorted(raw.items()))
     return hashlib.blake2b(raw, digest_size=16).digest()
 
 
+def _plain(value: object) -> Raw:
+    return value if isinstance(value, np.ndarray) else repr(value)
+
+
 Known: TypeAlias = Mapping[bytes, str]  # a unit (8 bytes) -> its split
+MANY = 200_000  # rows, from which on they are assigned by arrays
+MOST_CLASSES = 10_000  # different targets; of more, no split needs some of each
 UNIT_BYTES = 8  # of the digest of what a split never divides: a group, or an input by its content
 
 
@@ -50,46 +58,63 @@ class Assignment:
     """Of N examples."""
 
     splits: list[str]  # each one of SPLITS
-    units: list[bytes]  # b"" where the data or a time decides the split
+    units: Sequence[bytes] | np.ndarray  # b"" where the data or a time decides the split; (N, 8) uint8 of many
+
+    @property
+    def units_array(self) -> np.ndarray:
+        """(N, 8) uint8, zeros where the data or a time decides the split."""
+        return self.units if isinstance(self.units, np.ndarray) else rows_of_bytes(self.units, UNIT_BYTES)
 
 
 def assign_splits(
-    rows: Sequence[Example],
-    content_digests: Callable[[Sequence[int]], Iterable[bytes | None]],
+    examples: Sequence[Example],
+    content_digests: Callable[[Sequence[int]], Iterable[bytes | None] | np.ndarray],
     *,
     val_fraction: float,
     test_fraction: float,
     strata: Callable[[Target], Iterable[str]] | None = None,
     known: Known | None = None,
 ) -> Assignment:
-    """One of SPLITS for each row; what the data states is kept.
+    """One of SPLITS for each example; what the data states is kept.
 
     `content_digests` gives the digests of the inputs at these positions, None for one that can't be read: it is in the
     training split, where decoding reports it. `strata` gives the classes of a target, of which each split should have
     some; None: nothing is moved for that. `known` are units whose split was decided before. Raises DataError where
     times leave nothing to train on.
     """
-    published = {r.split for r in rows}
+    rows = ExampleColumns.of(examples)
+    published = set(rows.splits)
     fractions = {
         "val": 0.0 if "val" in published else val_fraction,
         "test": 0.0 if "test" in published else test_fraction,
     }
-    splits, units = [r.split or "train" for r in rows], [b""] * len(rows)
-    undecided = [i for i, r in enumerate(rows) if r.split not in ("val", "test")] if any(fractions.values()) else []
+    if rows.block is not None and len(rows) > MANY and rows.groups is None and rows.times is None and not known:
+        return _assign_many(rows, content_digests, fractions, val_fraction, test_fraction, strata)
+    splits, units = [split or "train" for split in rows.splits], [b""] * len(rows)
+    undecided = (
+        [i for i, split in enumerate(rows.splits) if split not in ("val", "test")] if any(fractions.values()) else []
+    )
+    groups = rows.groups or [None] * len(rows)
     # A row without a split joins its group where the data states that group's split.
-    stated = {r.group: r.split for r in rows if r.group is not None and r.split in ("val", "test")}
-    joining = {i: stated[r.group] for i, r in enumerate(rows) if r.split is None and r.group in stated}
+    stated: dict[str | None, str] = {
+        g: s for g, s in zip(groups, rows.splits, strict=True) if g is not None and s in ("val", "test")
+    }
+    joining = {
+        i: stated[g] for i, (g, s) in enumerate(zip(groups, rows.splits, strict=True)) if s is None and g in stated
+    }
     for i, split in joining.items():
         splits[i] = split
     undecided = [i for i in undecided if i not in joining]
-    if any(rows[i].time is not None for i in undecided):
+    if rows.times is not None and any(rows.times[i] is not None for i in undecided):
         latest = _latest_times(rows, undecided)
         for i, split in zip(undecided, _split_by_time(latest, fractions["val"], fractions["test"]), strict=True):
             splits[i] = split
         return Assignment(splits=splits, units=units)
-    digests: dict[int, bytes | None] = {i: content_digest(g) for i in undecided if (g := rows[i].group) is not None}
+    digests: dict[int, bytes | None] = {i: content_digest(g) for i in undecided if (g := groups[i]) is not None}
     others = [i for i in undecided if i not in digests]
-    digests.update(zip(others, content_digests(others), strict=True))
+    given = content_digests(others)
+    found = [row.tobytes() for row in given] if isinstance(given, np.ndarray) else given
+    digests.update(zip(others, found, strict=True))
     members: dict[bytes, list[int]] = defaultdict(list)
     for i in undecided:
         if (digest := digests[i]) is not None:
@@ -100,12 +125,80 @@ def assign_splits(
         own = (known or {}).get(unit) or split_of(unit, val_fraction, test_fraction)
         assigned[unit] = own if own == "train" or fractions[own] else "train"
     if strata is not None:
-        classes = {unit: {name for i in at for name in strata(rows[i].target)} for unit, at in members.items()}
+        classes = {unit: {name for i in at for name in strata(rows.targets[i])} for unit, at in members.items()}
         assigned |= balance(assigned, classes, fractions, fixed=known or {})
     for unit, at in members.items():
         for i in at:
             splits[i], units[i] = assigned[unit], unit
     return Assignment(splits=splits, units=units)
+
+
+def _assign_many(
+    rows: ExampleColumns,
+    content_digests: Callable[[Sequence[int]], Iterable[bytes | None] | np.ndarray],
+    fractions: Mapping[str, float],
+    val_fraction: float,
+    test_fraction: float,
+    strata: Callable[[Target], Iterable[str]] | None,
+) -> Assignment:
+    """As `assign_splits`, by arrays. Only rows of classes that have too few in a split are looked at one by one, so
+    what is moved there isn't weighed against the other classes."""
+    numbers: dict[str | None, int] = {None: 0} | {name: i for i, name in enumerate(SPLITS)}
+    splits = np.fromiter(map(numbers.__getitem__, rows.splits), np.uint8, len(rows))
+    units = np.zeros((len(rows), UNIT_BYTES), np.uint8)
+    undecided = np.flatnonzero(splits == 0) if any(fractions.values()) else np.zeros(0, np.int64)
+    if len(undecided):
+        digests = content_digests(undecided)  # type: ignore[arg-type]  # an array is a sequence
+        assert isinstance(digests, np.ndarray)
+        own = np.ascontiguousarray(digests[:, :UNIT_BYTES])
+        position = own.view(">u8").ravel().astype(np.float64) / 2**64
+        of_val = (position >= test_fraction) & (position < test_fraction + val_fraction) & bool(fractions["val"])
+        of_test = (position < test_fraction) & bool(fractions["test"])
+        splits[undecided] = np.select([of_val, of_test], [1, 2], 0)
+        units[undecided] = own
+        if strata is not None:
+            _balance_rare(rows, splits, units, undecided, strata, fractions)
+    return Assignment(splits=[SPLITS[number] for number in splits.tolist()], units=units)
+
+
+def _balance_rare(
+    rows: ExampleColumns,
+    splits: np.ndarray,
+    units: np.ndarray,
+    undecided: np.ndarray,
+    strata: Callable[[Target], Iterable[str]],
+    fractions: Mapping[str, float],
+) -> None:
+    """Moves units of classes of which a split has too few or too many; changes `splits`."""
+    if not tuple(strata(rows.targets[int(undecided[0])])):  # the task has no classes
+        return
+    shares = {"train": 1 - sum(fractions.values()), **fractions}
+    codes, targets = _number_targets([rows.targets[i] for i in undecided.tolist()])
+    if len(targets) > MOST_CLASSES:
+        return
+    names = [tuple(strata(target)) for target in targets]
+    counts = {s: np.bincount(codes[splits[undecided] == i], minlength=len(targets)) for i, s in enumerate(SPLITS)}
+    rare = np.zeros(len(targets), bool)
+    for code in range(len(targets)):
+        of_class = {split: int(counts[split][code]) for split in SPLITS}
+        bounds = _bounds(sum(of_class.values()), shares)
+        rare[code] = bool(names[code]) and _excess(of_class, bounds) > 0
+    at = undecided[rare[codes]]
+    if not len(at) or len(at) > MANY:
+        return
+    own = {i: units[i].tobytes() for i in at.tolist()}
+    assigned = {unit: SPLITS[splits[i]] for i, unit in own.items()}
+    classes = {unit: set(strata(rows.targets[i])) for i, unit in own.items()}
+    moved = balance(assigned, classes, fractions, fixed=())
+    for i, unit in own.items():
+        splits[i] = SPLITS.index(moved.get(unit, assigned[unit]))
+
+
+def _number_targets(targets: Sequence[Target]) -> tuple[np.ndarray, list[Target]]:
+    """A code (N,) for each, and the different ones."""
+    known: dict[Target, int] = {}
+    codes = np.fromiter((known.setdefault(target, len(known)) for target in targets), np.int64, len(targets))
+    return codes, list(known)
 
 
 def balance(
@@ -194,16 +287,16 @@ def _distance(unit: bytes, split: str, fractions: Mapping[str, float]) -> float:
     return max(0.0, low - position, position - high)
 
 
-def _latest_times(rows: Sequence[Example], positions: Sequence[int]) -> np.ndarray:
+def _latest_times(rows: ExampleColumns, positions: Sequence[int]) -> np.ndarray:
     """The time of each of these rows, or the latest of its group."""
-    times = [-np.inf if (t := rows[i].time) is None else t for i in positions]
+    assert rows.times is not None
+    times = [-np.inf if (t := rows.times[i]) is None else t for i in positions]
+    groups = [None if rows.groups is None else rows.groups[i] for i in positions]
     latest: dict[str, float] = {}
-    for i, time in zip(positions, times, strict=True):
-        if (group := rows[i].group) is not None:
+    for group, time in zip(groups, times, strict=True):
+        if group is not None:
             latest[group] = max(time, latest.get(group, -np.inf))
-    return np.array(
-        [time if (g := rows[i].group) is None else latest[g] for i, time in zip(positions, times, strict=True)]
-    )
+    return np.array([time if group is None else latest[group] for group, time in zip(groups, times, strict=True)])
 
 
 def _split_by_time(times: np.ndarray, val: float, test: float) -> list[str]:
@@ -226,12 +319,12 @@ def _split_by_time(times: np.ndarray, val: float, test: float) -> list[str]:
     return result
 
 
-def number_groups(rows: Sequence[Example]) -> np.ndarray | None:
+def number_groups(rows: ExampleColumns) -> np.ndarray | None:
     """For each row (N,) int64, the number of its group; a row without one has its own. None: no row has a group."""
-    if all(r.group is None for r in rows):
+    if rows.groups is None:
         return None
     numbers: dict[str | int, int] = {}
-    keys = [i if r.group is None else r.group for i, r in enumerate(rows)]
+    keys = [i if group is None else group for i, group in enumerate(rows.groups)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
 

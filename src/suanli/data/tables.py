@@ -16,7 +16,7 @@ from typing import Protocol
 
 from suanli.core.errors import DataError
 from suanli.data.file_kinds import name_kind, name_text
-from suanli.data.members import TABLE_SUFFIXES, suffix_of
+from suanli.data.members import TABLE_SUFFIXES, format_of, suffix_of, table_stem
 from suanli.data.split_names import parse_splits
 from suanli.data.suffixes import IMAGE_SUFFIXES, is_ignored
 
@@ -46,13 +46,14 @@ class Table:
     bad: list[int]  # lines that don't have the table's columns
 
 
-def find_tables(folder: Path) -> dict[str, Path]:
-    """The tables in a folder by split: {'train': train.tsv, …}. Empty where there are class folders, which then are the
-    data set."""
+def find_tables(folder: Path, *, features: bool = False) -> dict[str, Path]:
+    """The tables in a folder by split: {'train': train.tsv, …}; with `features`, also those in formats that are read as
+    tables of features only. Empty where there are class folders, which then are the data set."""
+    is_table = format_of if features else lambda name: suffix_of(name) in TABLE_SUFFIXES
     try:
-        paths = [p for p in sorted(folder.iterdir()) if suffix_of(p.name) in TABLE_SUFFIXES and p.is_file()]
-        splits = parse_splits(path.stem for path in paths)
-        tables = [(splits[path.stem], path) for path in paths if path.stem in splits]
+        paths = [p for p in sorted(folder.iterdir()) if is_table(p.name) and p.is_file()]
+        splits = parse_splits(table_stem(path.name) for path in paths)
+        tables = [(splits[stem], path) for path in paths if (stem := table_stem(path.name)) in splits]
         if not tables or _has_class_folders(folder):
             return {}
     except OSError as error:

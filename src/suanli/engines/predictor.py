@@ -22,7 +22,8 @@ from suanli.core.errors import BadInput, MachineError, UsageError, first_line, u
 from suanli.core.registry import load as load_plugin
 from suanli.core.schema import Arrays, zeros
 from suanli.core.task import Answer, Task
-from suanli.core.types import AnyPath, Device, EncodedInput, Json, LoadedEngine, Placement, Preprocess
+from suanli.core.types import AnyPath, Device, EncodedInput, Json, LoadedEngine, Placement, Preprocess, Raw
+from suanli.core.windows import list_windows, merge_answers
 from suanli.engines import store
 from suanli.engines.inputs import list_inputs, read
 from suanli.engines.saliency import Saliency
@@ -44,6 +45,9 @@ class Prediction:
     saliency: Saliency | None = field(
         default=None, repr=False, compare=False
     )  # what the answer rests on, where that was asked for
+    flags: tuple[str, ...] | None = None  # why it may be worth less; None: inputs of this kind have no such reasons
+    # What stands of the input beside the answer in a table; None: its name.
+    cells: Mapping[str, Json] | None = field(default=None, repr=False, compare=False)
 
     @property
     def values(self) -> Mapping[str, Json]:
@@ -68,6 +72,10 @@ class Prediction:
 
     def to_json(self) -> dict[str, Json]:
         values = {"name": self.name, **self.values, "error": self.error}
+        if self.flags is not None:
+            values["flags"] = list(self.flags)
+        if self.cells is not None:
+            values["input"] = dict(self.cells)
         return values if self.saliency is None else values | {"saliency": self.saliency.to_json()}
 
 
@@ -112,8 +120,8 @@ class Predictor:
         """
         named = list_inputs(inputs, self.preprocess, strings_are_texts=True)
         results: list[Prediction] = []
-        while part := list(islice(named, BATCH)):
-            encoded = [self.encode(read(one)) for one in part]
+        while part := list(islice(named, self.preprocess.inputs_at_once)):
+            encoded = encode_all(self.preprocess, [read(one) for one in part])
             results += self.predict_encoded([name for name, _ in part], encoded, top=top, threshold=threshold)
         return results
 
@@ -132,12 +140,18 @@ class Predictor:
         """Predictions for the results of `encode`; `top` and `threshold` as for `predict`."""
         task = decide_by(self.task, threshold)
         good = [one for one in encoded if isinstance(one, EncodedInput)]
-        answers = [one for part in self._divide(good) for one in self._answer_part(part)]
+        parts = self._divide([window for one in good for window in list_windows(one)])
+        answers: Sequence[Arrays | str] = [one for part in parts for one in self._answer_part(part)]
+        if self.preprocess.has_windows:
+            arrays = [one for one in answers if not isinstance(one, str)]  # as all are: windows have fixed shapes
+            answers = merge_answers(task, self.preprocess, good, arrays)
         return predictions(names, encoded, answers, task, self.empty, top=top)
 
     def _divide(self, encoded: Sequence[EncodedInput]) -> list[list[EncodedInput]]:
         """Parts that one call can hold, in order: of equal shapes, and single where the engine takes no batches."""
-        return group_by_shape(encoded) if self.batches else [[one] for one in encoded]
+        if not self.batches:
+            return [[one] for one in encoded]
+        return [part[i : i + BATCH] for part in group_by_shape(encoded) for i in range(0, len(part), BATCH)]
 
     def _answer_part(self, part: Sequence[EncodedInput]) -> Sequence[Arrays | str]:
         """The outputs for each, or why there are none."""
@@ -203,7 +217,7 @@ def predictions(
             results.append(Prediction(name=name, answer=None, error=str(outputs), empty=empty))
         else:
             answer = task.answer(outputs, one.geometry, top=task.usual_top if top is None else top)
-            results.append(Prediction(name=name, answer=answer, empty=empty))
+            results.append(Prediction(name=name, answer=answer, empty=empty, flags=one.flags))
     return results
 
 
@@ -363,3 +377,10 @@ def encode(preprocess: Preprocess, raw: Any) -> EncodedInput | str:
         return raw.message if isinstance(raw, BadInput) else preprocess.encode(raw)
     except BadInput as error:
         return error.message
+
+
+def encode_all(preprocess: Preprocess, raws: Sequence[Raw | BadInput]) -> list[EncodedInput | str]:
+    """As `encode`, of each; at once where the kind of data has a way for that."""
+    if preprocess.encodes_blocks:
+        return [one.message if isinstance(one, BadInput) else one for one in preprocess.encode_many(raws)]
+    return [encode(preprocess, raw) for raw in raws]

@@ -6,7 +6,7 @@ DamagedFile. Nothing is interpreted here, and nothing but these files is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from suanli.core.run import CROSS_VALIDATION, Run, read_lines
 from suanli.core.sections import Section
 from suanli.core.storage import read_json
 from suanli.core.task import Metric, Task
-from suanli.core.types import SPLITS, AnyPath, Measurement
+from suanli.core.types import SPLITS, AnyPath, Measurement, Preprocess
 from suanli.models.model_folder import build_preprocess
 from suanli.reporting.embedding_records import Embeddings
 from suanli.reporting.parse_record import FIX, parse_record
@@ -111,8 +111,12 @@ def read_run(path: AnyPath) -> RunFiles:
         only_bench=measured and not trained and not metrics,
         encoding_code=_encoding_code(path / "model" / "model.json"),
         task=task,
-        data_sections=_sections(task, path / "check.json", of_data=True) if task else [],
-        sections={split: _sections(task, file) for split, file in files.items() if task and evaluations[split]},
+        data_sections=_data_sections(task, path),
+        sections={
+            split: _sections(task.name, file, task.sections)
+            for split, file in files.items()
+            if task and evaluations[split]
+        },
     )
 
 
@@ -131,16 +135,28 @@ def _task(recipe: Mapping[str, Any]) -> type[Task] | None:
     return task
 
 
-def _sections(task: type[Task], file: Path, *, of_data: bool = False) -> list[Section]:
-    """Of the figures of an evaluation, or of the data check. Raises DamagedFile for those that the task can't read."""
+def _data_sections(task: type[Task] | None, run: Path) -> list[Section]:
+    """What kind of data and task show of the figures of the data check."""
+    file, kind = run / "check.json", (_json(run / "data.json") or {}).get("kind")
+    sections: list[Section] = []
+    if kind in registry.names("preprocess"):
+        preprocess: type[Preprocess] = registry.load("preprocess", kind)
+        sections += _sections(
+            kind, file, lambda found: preprocess.data_sections((found or {}).get("input_figures", {}))
+        )
+    if task:
+        sections += _sections(
+            task.name, file, lambda found: task.data_sections((found or {}).get("target_figures", {}))
+        )
+    return sections
+
+
+def _sections(name: str, file: Path, make: Callable[[Any], list[Section]]) -> list[Section]:
+    """Of the figures in a file. Raises DamagedFile for those that the task or kind of this name can't read."""
     try:
-        if of_data:
-            return task.data_sections((_json(file) or {}).get("target_figures", {}))
-        return task.sections(_json(file))
+        return make(_json(file))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise DamagedFile(
-            f"{file} can't be used: its figures aren't those of {task.name} ({error}).", fix=FIX
-        ) from error
+        raise DamagedFile(f"{file} can't be used: its figures aren't those of {name} ({error}).", fix=FIX) from error
 
 
 def _recipe(path: Path) -> dict[str, Any]:

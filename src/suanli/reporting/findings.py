@@ -36,7 +36,10 @@ class Finding:
 
 def list_findings(check: Check) -> list[Finding]:
     targets = _classes(check) if words.is_known(check.imbalance) or check.empty_classes else _remarks(check)
-    fitting = [Finding(weight="warning", title=words.sentence(one), advice="") for one in check.target_remarks]
+    fitting = [
+        Finding(weight="warning", title=words.sentence(one), advice="")
+        for one in (*check.input_remarks, *check.target_remarks)
+    ]
     return [*_duplicates(check), *_divisions(check), *_unusable(check), *targets, *fitting, *_oddities(check)]
 
 

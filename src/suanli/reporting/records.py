@@ -166,6 +166,7 @@ class Check:
     empty_classes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()  # the task's, on how many targets of each kind there are
     target_remarks: tuple[str, ...] = ()  # and on how they fit their inputs
+    input_remarks: tuple[str, ...] = ()  # of the kind of data, such as on columns that have the target in them
     notes: tuple[str, ...] = ()
     groups: Mapping[str, int] = field(default_factory=dict)  # by split; empty: examples have no groups
     groups_across_splits: tuple[DividedGroup, ...] = ()

@@ -204,6 +204,15 @@ class Texts(TypedDict):
     inputs: Annotated[list[str], Field(min_length=1)]
 
 
+class Rows(TypedDict):
+    """Of a model that reads tables."""
+
+    rows: Annotated[list[dict[str, float | str | bool | None]], Field(min_length=1)]
+
+
+TextsOrRows = Texts | Rows
+
+
 class Prediction(TypedDict):
     """Also the values of the task's answer, such as a label and probabilities; all null or empty after an error."""
 
@@ -253,6 +262,9 @@ class ModelStatus(Versioned):
     kind: NotRequired[str | None]
     media_types: NotRequired[list[str]]
     takes_strings: NotRequired[bool]
+    fields: NotRequired[
+        Annotated[list[dict[str, Any]], Field(description="Of a form for one input: name, type, values, example.")]
+    ]
     height: NotRequired[Count | None]
     width: NotRequired[Count | None]
     channels: NotRequired[Count | None]

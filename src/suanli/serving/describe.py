@@ -101,6 +101,7 @@ def status(model: ServedModel) -> bodies.ModelStatus:
         "kind": preprocess.kind,
         "media_types": list(preprocess.media_types),
         "takes_strings": preprocess.takes_strings,
+        "fields": preprocess.fields,
         "height": settings.get("height"),
         "width": settings.get("width"),
         "channels": settings.get("channels"),

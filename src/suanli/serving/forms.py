@@ -1,20 +1,21 @@
 """The bodies that people and programs send over HTTP: read whole and within a size, then as JSON or a form.
 
-/predict takes a form with files, one file or text as it is, or texts in JSON. Not here: the bodies of the protocol's
-requests for inference (`codec`).
+/predict takes a form with files, one file or text as it is, or texts or rows in JSON. Not here: the bodies of the
+protocol's requests for inference (`codec`).
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from suanli.core.types import Preprocess
+from suanli.core.errors import BadInput, UsageError
+from suanli.core.types import Preprocess, Raw
 from suanli.serving.codec import parse_json
 from suanli.serving.protocol import Refusal, bad_request, decompress
 
@@ -63,35 +64,43 @@ async def read_object(request: Request, max_bytes: int) -> Mapping[str, object]:
     return values
 
 
-async def read_inputs(body: bytes, content_type: str, preprocess: Preprocess) -> tuple[list[str], list[bytes | str]]:
+async def read_inputs(body: bytes, content_type: str, preprocess: Preprocess) -> tuple[list[str], list[Raw]]:
     """Names and raw inputs in a body of /predict. Raises Refusal(400) or (415)."""
     media_type, _, _ = content_type.partition(";")
     media_type = media_type.strip().lower()
     if not body:
         raise bad_request("The body is empty.")
     if media_type == "multipart/form-data":
-        return await _read_form(body, content_type, preprocess)
-    if media_type == "application/json":
-        return _read_texts(body, preprocess)
-    allowed = preprocess.media_types
-    if allowed and (media_type in ("", "application/octet-stream") or media_type.startswith(allowed)):
-        return ["#0"], [body]
-    raise Refusal(415, f"{media_type[:100]} can't be read here.")
+        named = await _read_form(body, content_type, preprocess)
+    elif media_type == "application/json":
+        named = [(f"#{i}", raw) for i, raw in enumerate(_read_json(body, preprocess))]
+    else:
+        allowed = preprocess.media_types
+        if not allowed or not (media_type in ("", "application/octet-stream") or media_type.startswith(allowed)):
+            raise Refusal(415, f"{media_type[:100]} can't be read here.")
+        named = _split("#0", body, preprocess)
+    if len(named) > MAX_FILES:
+        raise bad_request(f"{len(named)} inputs are more than {MAX_FILES}.")
+    return [name for name, _ in named], [raw for _, raw in named]
 
 
-def _read_texts(body: bytes, preprocess: Preprocess) -> tuple[list[str], list[bytes | str]]:
-    values = parse_json(body)
-    texts = values.get("inputs") if isinstance(values, dict) else None
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise bad_request('The body must be {"inputs": ["a text", …]}.')
-    if not preprocess.takes_strings:
-        raise Refusal(415, "This model takes no strings: send files, as multipart/form-data, or one as it is.")
-    if len(texts) > MAX_FILES:
-        raise bad_request(f"{len(texts)} texts are more than {MAX_FILES}.")
-    return [f"#{i}" for i in range(len(texts))], texts
+def _split(name: str, content: bytes, preprocess: Preprocess) -> list[tuple[str, Raw]]:
+    try:
+        return [*preprocess.split_upload(name, content)]
+    except BadInput as error:
+        raise bad_request(error.message) from None
 
 
-async def _read_form(body: bytes, content_type: str, preprocess: Preprocess) -> tuple[list[str], list[bytes | str]]:
+def _read_json(body: bytes, preprocess: Preprocess) -> Sequence[Raw]:
+    try:
+        return preprocess.list_json(parse_json(body))
+    except BadInput as error:
+        raise bad_request(f"{error.message} {error.fix}".strip()) from None
+    except UsageError as error:
+        raise Refusal(415, error.message) from None
+
+
+async def _read_form(body: bytes, content_type: str, preprocess: Preprocess) -> list[tuple[str, Raw]]:
     async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
@@ -101,21 +110,18 @@ async def _read_form(body: bytes, content_type: str, preprocess: Preprocess) -> 
         form = await parser.parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise bad_request(f"The form can't be read: {str(error)[:200]}.") from None
-    names: list[str] = []
-    raws: list[bytes | str] = []
+    named: list[tuple[str, Raw]] = []
     try:
         for _, part in form.multi_items():
             if isinstance(part, UploadFile):
-                names.append(part.filename or f"#{len(names)}")
-                raws.append(await part.read())
+                named += _split(part.filename or f"#{len(named)}", await part.read(), preprocess)
             elif preprocess.takes_strings:
-                names.append(f"#{len(names)}")
-                raws.append(part)
+                named.append((f"#{len(named)}", part))
     finally:
         await form.close()
-    if not raws:
+    if not named:
         raise bad_request("The form has no file.")
-    return names, raws
+    return named
 
 
 def read_top(query: Mapping[str, str]) -> int | None:

@@ -54,7 +54,8 @@ PREDICT_BODIES = {  # by media type
     "multipart/form-data": bodies.Files,
     "image/*": bytes,
     "application/octet-stream": bytes,
-    "application/json": bodies.Texts,
+    "application/json": bodies.TextsOrRows,
+    "text/csv": bodies.Text,
     "text/plain": bodies.Text,
 }
 

@@ -20,9 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from suanli.core.errors import UsageError
-from suanli.core.schema import Arrays, Geometry
+from suanli.core.schema import Arrays
+from suanli.core.task import Task
 from suanli.core.types import EncodedInput, Raw
+from suanli.core.windows import list_windows, merge_answers
 from suanli.engines.predictor import Prediction, decide_by, empty_answer, predictions, split, stack
 from suanli.serving.batching import Batcher
 from suanli.serving.bodies import State
@@ -280,8 +284,12 @@ class ServedModel:
                 deadline = end if deadline is None else min(end, deadline)
             self.admit(inputs)
             arrival_s = time.monotonic()
-            arrays, geometries = await self._read(request, inputs)
-            results = await self._compute(arrays, arrival_s, deadline)
+            encoded = await self._read(request)
+            if isinstance(encoded, Mapping):
+                results, geometries = await self._compute(encoded, arrival_s, deadline), [self._geometry] * inputs
+            else:
+                results = await self._compute_encoded(encoded, self.task, arrival_s, deadline)
+                geometries = [one.geometry for one in encoded]
             start = time.perf_counter()
             outputs = self.signature.make_outputs(request, results, geometries)
             self.figures.output.add(time.perf_counter() - start)
@@ -302,7 +310,7 @@ class ServedModel:
             arrival_s = time.monotonic()
             encoded = await self._encode(raws)
             good = [one for one in encoded if isinstance(one, EncodedInput)]
-            results = split(await self._compute(stack(good, self.preprocess), arrival_s, None)) if good else []
+            results = split(await self._compute_encoded(good, task, arrival_s, None)) if good else []
             answers = predictions(names, encoded, results, task, self.empty, top=top)
             if not good:
                 raise NothingReadable(answers)
@@ -326,18 +334,17 @@ class ServedModel:
         finally:
             self._users -= 1
 
-    async def _read(self, request: InferRequest, count: int) -> tuple[Arrays, Sequence[Geometry]]:
-        """The encoded inputs (count, …) of a request, and the geometry of each."""
+    async def _read(self, request: InferRequest) -> Arrays | Sequence[EncodedInput]:
+        """The inputs of a request: encoded here, or as they came where clients have encoded them."""
         inputs = self.signature.read_inputs(request)
         if isinstance(inputs, Mapping):
-            return inputs, [self._geometry] * count
+            return inputs
         encoded: list[EncodedInput] = []
         for i, one in enumerate(await self._encode(inputs)):
             if isinstance(one, str):
                 raise bad_request(f"Input {i} can't be read: {one}")
             encoded.append(one)
-        assert len(encoded) == count
-        return stack(encoded, self.preprocess), [one.geometry for one in encoded]
+        return encoded
 
     async def _encode(self, raws: Sequence[Raw]) -> list[EncodedInput | str]:
         delay_s = self._encoder.delay_s
@@ -348,6 +355,17 @@ class ServedModel:
             return await self._encoder.encode(raws)
         finally:
             self.figures.encode.add(time.perf_counter() - start)
+
+    async def _compute_encoded(
+        self, encoded: Sequence[EncodedInput], task: Task, arrival_s: float, deadline: float | None
+    ) -> Arrays:
+        """The task's outputs (B, …) for B inputs, at least one; of those with windows, merged."""
+        windows = [window for one in encoded for window in list_windows(one)]
+        outputs = await self._compute(stack(windows, self.preprocess), arrival_s, deadline)
+        if not self.preprocess.has_windows:
+            return outputs
+        merged = merge_answers(task, self.preprocess, encoded, split(outputs))
+        return {name: np.stack([one[name] for one in merged]) for name in outputs}
 
     async def _compute(self, inputs: Arrays, arrival_s: float, deadline: float | None) -> Arrays:
         """The task's outputs (B, …) for a request that arrived at `arrival_s` of the monotonic clock."""

@@ -163,17 +163,18 @@ class _Expected:
     def __init__(self, column: Column) -> None:
         self.dtype, self.shape, self.names = np.dtype(column.dtype), column.fixed_shape, column.names
         self.datatype = NAMES[self.dtype]
-        self._limit = column.limit
+        self._bounds, self._may_be_missing = column.bounds, column.role == "number"  # as NaN
 
     def fits(self, data: np.ndarray) -> bool:
         return data.dtype == self.dtype and data.shape[1:] == self.shape
 
     def check_values(self, name: str, data: np.ndarray) -> None:
         """Raises Refusal(400) for numbers that would harm the engine or its answers."""
-        if self.dtype.kind == "f" and not np.isfinite(data).all():
+        if self.dtype.kind == "f" and (np.isinf(data) if self._may_be_missing else ~np.isfinite(data)).any():
             raise bad_request(f"Input {name!r} has values that are not finite numbers.")
-        if self._limit is not None and not 0 <= data.min(initial=0) <= data.max(initial=0) < self._limit:
-            raise bad_request(f"Input {name!r} has values that are not from 0 to {self._limit - 1}.")
+        if self._bounds is not None and ((data < 0) | (data >= self._bounds)).any():
+            most = ", ".join(str(bound - 1) for bound in self._bounds.reshape(-1)[:10].tolist())
+            raise bad_request(f"Input {name!r} has values that are not from 0 to {most}.")
 
 
 def _count(tensor: Tensor) -> int:

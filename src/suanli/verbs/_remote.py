@@ -8,9 +8,10 @@ import os
 import secrets
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import TypeAlias
 from urllib.parse import SplitResult, quote, urlencode, urlsplit
 
 from suanli.core.answers import Answer
@@ -20,6 +21,8 @@ from suanli.engines.predictor import Prediction
 
 TRIES = 5  # while the server is overloaded
 WAIT_S = 120.0
+Sendable: TypeAlias = bytes | str | Mapping[str, Json]
+MOST_INPUTS = 256  # of one request
 MAX_BYTES = 16_000_000  # of one request, unless one file is larger
 
 
@@ -74,7 +77,7 @@ class Server:
         return Answer(kind=values["kind"], text="", values=values["values"], columns=tuple(values["columns"]))
 
     def predict(
-        self, names: Sequence[str], raws: Sequence[bytes | str], *, top: int | None, threshold: float | None
+        self, names: Sequence[str], raws: Sequence[Sendable], *, top: int | None, threshold: float | None
     ) -> list[Prediction]:
         """One Prediction for each input, in their order. Raises MachineError where the server doesn't answer."""
         given = {"top": top, "threshold": threshold, "model": self._name, "version": self._version}
@@ -83,7 +86,7 @@ class Server:
         start = 0
         while start < len(raws):
             end, size = start, 0
-            while end < len(raws) and (end == start or size + len(raws[end]) <= MAX_BYTES):
+            while end < min(len(raws), start + MOST_INPUTS) and (end == start or size + len(raws[end]) <= MAX_BYTES):
                 size += len(raws[end])
                 end += 1
             kind, body = _pack(raws[start:end])
@@ -91,7 +94,8 @@ class Server:
             for name, values, text in zip(names[start:end], answer["predictions"], answer["texts"], strict=True):
                 error, own = values["error"], {key: values[key] for key in self.empty.values}
                 result = None if error is not None else replace(self.empty, text=text, values=own)
-                predictions.append(Prediction(name=name, answer=result, error=error, empty=self.empty))
+                flags = None if values.get("flags") is None else tuple(values["flags"])
+                predictions.append(Prediction(name=name, answer=result, error=error, empty=self.empty, flags=flags))
             start = end
         return predictions
 
@@ -147,13 +151,16 @@ def _error(url: str, status: int, message: str) -> MachineError | UsageError:
     return MachineError(f"{url} could not answer: {message}", fix="Try again later; see its page /health.")
 
 
-def _pack(raws: Sequence[bytes | str]) -> tuple[str, bytes]:
-    """Content type and body: texts as JSON, files as a form."""
+def _pack(raws: Sequence[Sendable]) -> tuple[str, bytes]:
+    """Content type and body: texts and rows as JSON, files as a form."""
+    rows = [dict(raw) for raw in raws if isinstance(raw, Mapping)]
+    if rows and len(rows) == len(raws):
+        return "application/json", json.dumps({"rows": rows}).encode()
     if all(isinstance(raw, str) for raw in raws):
         return "application/json", json.dumps({"inputs": list(raws)}).encode()
     boundary = secrets.token_hex(16)
     parts: list[bytes] = []
     for i, raw in enumerate(raws):
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{quote(str(i))}"\r\n\r\n'
-        parts += [head.encode(), raw if isinstance(raw, bytes) else raw.encode(), b"\r\n"]
+        parts += [head.encode(), raw if isinstance(raw, bytes) else str(raw).encode(), b"\r\n"]
     return f"multipart/form-data; boundary={boundary}", b"".join([*parts, f"--{boundary}--\r\n".encode()])

@@ -83,6 +83,7 @@ def bench(
     out: AnyPath | None = None,
     input_column: str | None = None,
     label_column: str | None = None,
+    target: str | None = None,
     group_column: str | None = None,
     group_pattern: str | None = None,
     time_column: str | None = None,
@@ -102,12 +103,13 @@ def bench(
     """
     started = time.perf_counter()
     check_options(steps, rounds, time_budget_s, price_per_hour)
-    target = detect(device)
-    check_request(speedups, target, threads)
+    machine = detect(device)
+    check_request(speedups, machine, threads)
     refuse_place(data, out)
     columns = {
         "input_column": input_column,
         "label_column": label_column,
+        "target": target,
         "group_column": group_column,
         "group_pattern": group_pattern,
         "time_column": time_column,
@@ -117,17 +119,17 @@ def bench(
     changes = {name: value for name, value in changes.items() if value is not None} | dict(settings or {})
     recipe, prepared = resolve(options, recipe=recipe, settings=changes)
     cache = cache_dir_of(options.cache_dir)
-    with explain_out_of_memory(target):
-        setup = Setup(recipe, prepared, target)
+    with explain_out_of_memory(machine):
+        setup = Setup(recipe, prepared, machine)
         plan = _plan(setup, speedups, threads, cache, steps)
-        ceilings = peak.probe(target, cache, decode)
+        ceilings = peak.probe(machine, cache, decode)
         ablation, trained = run_ablation(
             setup, plan, ceilings, steps=steps, rounds=rounds, budget_s=time_budget_s, price_per_hour=price_per_hour
         )
     measurements = partial(_measurements, ablation, trained)
     figures = ablation.to_json()
     run = save_figures(
-        "bench", figures, measurements, out, recipe=trained, prepared=prepared, options=options, device=target
+        "bench", figures, measurements, out, recipe=trained, prepared=prepared, options=options, device=machine
     )
     result = BenchResult(run=run, ablation=ablation, seconds=time.perf_counter() - started)
     _apply_gate(result, speedups, PlanCache(cache, setup.key, threads))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import numpy as np
+
 from suanli.core.console import plural, say, warn
 from suanli.core.errors import DataError, UsageError
 from suanli.core.overlaps import find_contamination
@@ -18,6 +20,7 @@ from suanli.core.scored_examples import ScoredExamples
 from suanli.core.types import AnyPath, Device, Source, Split
 from suanli.data.cache import PreparedData, prepare_source
 from suanli.data.checks import refuse_bad_share
+from suanli.data.example_columns import ExampleColumns
 from suanli.data.leaks import FILE as LEAKS
 from suanli.data.leaks import replace_similar
 from suanli.data.split_names import named_split
@@ -142,7 +145,9 @@ def _other_data(
             f"The model doesn't know the class {unknown_class[0]!r}; it knows {', '.join(task.classes[:10])}.",
             fix="Rename the classes of the data to those of the model.",
         )
-    examples = [replace(one, split="test") for one in source.examples if one.split in (split, None)]
+    columns = ExampleColumns.of(source.examples)
+    chosen = np.flatnonzero([own in (split, None) for own in columns.splits])
+    examples = columns.take(chosen, ["test"] * len(chosen))
     source = replace(source, examples=examples, classes=task.classes, fingerprint=f"{source.fingerprint}:{split}")
     prepared = prepare_source(
         source, saved.recipe, cache_dir_of(options.cache_dir), threads=cores(), preprocess=saved.preprocess

@@ -11,6 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from rich.table import Table
 from rich.text import Text
 
@@ -24,8 +25,9 @@ from suanli.core.types import AnyPath, EncodedInput, Json, Preprocess, Raw
 from suanli.engines import saliency
 from suanli.engines.answer_format import Answered, AnswerFormat, check_file, check_folder, write_files, write_lines
 from suanli.engines.inputs import NamedInput, list_inputs, read
-from suanli.engines.predictor import BATCH, Prediction, Predictor, decide_by, load
+from suanli.engines.predictor import Prediction, Predictor, decide_by, encode_all, load
 from suanli.machine.device import cores, detect
+from suanli.verbs._remote import Sendable, Server
 
 if TYPE_CHECKING:
     from suanli.models.model_folder import SavedModel
@@ -135,7 +137,7 @@ def iterate(
             form.check(answerer.empty.kind)
             stages.append((form, check_folder(folder, inputs)))
         kind = answerer.preprocess if isinstance(answerer.preprocess, type) else type(answerer.preprocess)
-        chunks_of_inputs = chunks(list_inputs(inputs, answerer.preprocess), BATCH)
+        chunks_of_inputs = chunks(list_inputs(inputs, answerer.preprocess), kind.inputs_at_once)
         answers: Iterator[Answered] = chain.from_iterable(
             answerer.answer(chunk, keep=bool(stages)) for chunk in chunks_of_inputs
         )
@@ -176,6 +178,8 @@ class _LocalAnswerer:
         self._pool = ThreadPoolExecutor(cores())
 
     def answer(self, chunk: Sequence[NamedInput], *, keep: bool) -> Iterator[Answered]:
+        if self.preprocess.encodes_blocks and self._saved is None:
+            return self._answer_block(chunk)
         raws, encoded = zip(*self._pool.map(partial(self._read, keep=keep), chunk), strict=True)
         predictions = self._predict([name for name, _ in chunk], encoded)
         if self._saved is not None:
@@ -184,6 +188,12 @@ class _LocalAnswerer:
             pairs = zip(predictions, encoded, strict=True)
             predictions = [p if isinstance(one, str) else replace(p, saliency=next(found)) for p, one in pairs]
         return zip(predictions, raws, strict=True)
+
+    def _answer_block(self, chunk: Sequence[NamedInput]) -> Iterator[Answered]:
+        raws = [read(named) for named in chunk]
+        predictions = self._predict([name for name, _ in chunk], encode_all(self.preprocess, raws))
+        for one, raw, cells in zip(predictions, raws, self.preprocess.cells_of(raws), strict=True):
+            yield replace(one, cells=cells), raw
 
     def _read(self, named: NamedInput, *, keep: bool) -> tuple[Raw | BadInput | None, EncodedInput | str]:
         raw = read(named)
@@ -195,8 +205,6 @@ class _LocalAnswerer:
 
 class _RemoteAnswerer:
     def __init__(self, url: str, top: int | None, threshold: float | None) -> None:
-        from suanli.verbs._remote import Server
-
         self._server = Server(url)
         self._top, self._threshold = None if top is None else min(top, MOST_REMOTE), threshold
 
@@ -222,14 +230,16 @@ class _RemoteAnswerer:
             if isinstance(raw, BadInput):
                 yield Prediction(name=name, answer=None, error=raw.message, empty=self.empty), raw
             else:
-                yield next(answers), raw
+                yield replace(next(answers), cells=self.preprocess.cells_of([raw])[0]), raw
 
     def close(self) -> None:
         self._server.close()
 
 
-def _sendable(raw: Raw | BadInput) -> bytes | str | BadInput:
+def _sendable(raw: Raw | BadInput) -> Sendable | BadInput:
     if isinstance(raw, bytes | str | BadInput):
+        return raw
+    if isinstance(raw, Mapping) and not any(isinstance(cell, np.ndarray) for cell in raw.values()):
         return raw
     return BadInput("Arrays can't be sent to a server: give files or their bytes, or predict on this machine.")
 
@@ -255,7 +265,8 @@ def table(predictions: Sequence[Prediction]) -> Table:
     """For people: a line for each input."""
     rows = Table("input", "answer", box=None, pad_edge=False)
     for p in predictions:
-        rows.add_row(Text(p.name), Text(p.answer.text if p.answer else f"- {p.error}"))
+        flags = f"  ({'; '.join(p.flags)})" if p.flags else ""
+        rows.add_row(Text(p.name), Text(f"{p.answer.text}{flags}" if p.answer else f"- {p.error}"))
     return rows
 
 

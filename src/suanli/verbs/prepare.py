@@ -7,10 +7,12 @@ from pathlib import Path
 
 from suanli.core.console import plural, say
 from suanli.core.registry import load
-from suanli.core.types import AnyPath, Json, Recipe
+from suanli.core.schema import example_of
+from suanli.core.types import AnyPath, Json, Raw, Recipe
 from suanli.data.cache import PreparedData
 from suanli.data.leaks import FILE as LEAKS
 from suanli.data.samples import choose, describe_target
+from suanli.data.windows import input_of
 from suanli.engines.answer_format import Answered, check_folder, write_files
 from suanli.engines.predictor import Prediction
 from suanli.training.prepare import DataOptions, resolve
@@ -22,9 +24,11 @@ def prepare(
     data: AnyPath,
     *,
     recipe: str | Recipe | None = None,
+    tiles: int | None = None,
     settings: Mapping[str, Json] | None = None,
     input_column: str | None = None,
     label_column: str | None = None,
+    target: str | None = None,
     group_column: str | None = None,
     group_pattern: str | None = None,
     time_column: str | None = None,
@@ -35,19 +39,19 @@ def prepare(
 ) -> PreparedData:
     """Check a data set and decode it into the cache; nothing is decoded twice.
 
-    `data` is a built-in name, a folder of class folders or of images with files of boxes, an
-    archive of one, a table file, a file of boxes, or an .npz. Where suanli makes the splits, none
-    divides a group, and with `time_column` the latest examples are the test split. `group_column`
-    is for tables; the one capture group of the regular expression `group_pattern` takes the group
-    from the name of each example. `draw` is a new or empty folder for some training images with their
-    targets drawn on them. Returns the splits with the findings of the data check. Raises DataError past
-    `max_bad` (the share of inputs that can't be decoded).
+    `data` is a built-in name, a folder of class folders or of images with files of boxes, an archive of one, a table
+    file, a file of boxes, or an .npz. Where suanli makes the splits, none divides a group, and with `time_column` the
+    latest examples are the test split. `group_column` is for tables; the one capture group of the regular expression
+    `group_pattern` takes the group from the name of each example. `tiles` cuts images into tiles of so many px. `draw`
+    is a new or empty folder for some training images with their targets drawn on them. Returns the splits with the
+    findings of the data check. Raises DataError past `max_bad` (the share of inputs that can't be decoded).
     """
     folder = None if draw is None else check_folder(Path(draw), data)
     options = DataOptions.of(
         data,
         input_column=input_column,
         label_column=label_column,
+        target=target,
         group_column=group_column,
         group_pattern=group_pattern,
         time_column=time_column,
@@ -55,21 +59,28 @@ def prepare(
         cache_dir=cache_dir,
         max_bad=max_bad,
     )
-    prepared = resolve(options, recipe=recipe, settings=settings or {}, learn=False)[1]
+    changes = dict(settings or {}) if tiles is None else {"preprocess.tiles": tiles, **(settings or {})}
+    prepared = resolve(options, recipe=recipe, settings=changes, learn=False)[1]
     if folder is not None:
         _draw_samples(options, prepared, folder)
     return prepared
 
 
 def _draw_samples(options: DataOptions, prepared: PreparedData, folder: Path) -> None:
-    """Training inputs in their own size, with their targets."""
-    task, split, kind = prepared.task, prepared.splits["train"], type(prepared.preprocess)
+    """Training inputs in their own size, or their windows, with their targets."""
+    task, split, preprocess = prepared.task, prepared.splits["train"], prepared.preprocess
+    kind = type(preprocess)
     inputs = {example.name: example for example in options.find_source(task.annotation).examples}
 
     def answers() -> Iterator[Answered]:
         for position in choose(split, DRAWN):
             name, target = split.names[position], describe_target(task, split, position)
-            yield Prediction(name=name, answer=target, empty=target), inputs[name].read()
+            raw: Raw = next(iter(input_of(split, position, preprocess).values()))
+            if preprocess.has_windows:
+                target = task.describe_target(example_of(split.targets, position), preprocess.geometry)
+            else:
+                raw = inputs[name].read()
+            yield Prediction(name=name, answer=target, empty=target), raw
 
     form = load("answer_formats", "images")
     count = sum(1 for _ in write_files(answers(), form, folder, kind, task.classes))

@@ -23,6 +23,7 @@ def train(
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int | None = None,
+    tiles: int | None = None,
     settings: Mapping[str, Json] | None = None,
     target_accuracy: float | None = None,
     time_budget: str | float | None = None,
@@ -41,6 +42,7 @@ def train(
     track: Sequence[str] = (),
     input_column: str | None = None,
     label_column: str | None = None,
+    target: str | None = None,
     group_column: str | None = None,
     group_pattern: str | None = None,
     time_column: str | None = None,
@@ -53,20 +55,21 @@ def train(
     """Train a model and keep everything about it in a run directory.
 
     `data` is a data set (see `prepare`) or the directory of a run, which is then resumed from its last checkpoint: bit
-    by bit as if it had not stopped, on a CPU. `more_epochs` continues a finished run. `moved_to` says where the data
-    of a run is now, with the same content. `settings` sets any field of the recipe. `target_accuracy` (a fraction)
-    chooses the cheapest training that is known to reach it, `time_budget` (seconds, or "5m") the best that is done by
-    then. `nproc` processes of this machine ("auto": one for each GPU) share every batch, with the same result for any
-    number. `folds` (5, or "5x3") then evaluates by cross-validation, as `evaluate` does, and keeps the model that was
-    trained first. `trust_code` lets a saved run name code that isn't suanli's. `scores` of the run are those on the
-    validation split. Raises Interrupted with the checkpoint saved, Diverged, OutOfMemory with a batch size that would
-    fit, and the errors of `prepare`.
+    by bit as if it had not stopped, on a CPU. `more_epochs` continues a finished run. `moved_to` says where the data of
+    a run is now, with the same content. `tiles` cuts images into tiles of so many px. `settings` sets any field of the
+    recipe. `target_accuracy` (a fraction) chooses the cheapest training that is known to reach it, `time_budget`
+    (seconds, or "5m") the best that is done by then. `nproc` processes of this machine ("auto": one for each GPU) share
+    every batch, with the same result for any number. `folds` (5, or "5x3") then evaluates by cross-validation, as
+    `evaluate` does, and keeps the model that was trained first. `trust_code` lets a saved run name code that isn't
+    suanli's. `scores` of the run are those on the validation split. Raises Interrupted with the checkpoint saved,
+    Diverged, OutOfMemory with a batch size that would fit, and the errors of `prepare`.
     """
     if folds is not None:
         from suanli.verbs._folds import parse_folds
 
         parse_folds(folds)  # before any work is done
     fields = {"model": model, "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    fields |= {"preprocess.tiles": tiles}
     changes = {name: value for name, value in fields.items() if value is not None} | dict(settings or {})
     learned = RecipeOptions(
         recipe=recipe, changes=changes, weights=weights, target_accuracy=target_accuracy, time_budget=time_budget
@@ -86,6 +89,7 @@ def train(
     columns = {
         "input_column": input_column,
         "label_column": label_column,
+        "target": target,
         "group_column": group_column,
         "group_pattern": group_pattern,
         "time_column": time_column,

@@ -15,12 +15,12 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Self, get_args
 
 import numpy as np
 from PIL import Image
@@ -34,12 +34,13 @@ from suanli.data.decode import decode, read_header
 from suanli.data.drawing import draw_answer
 from suanli.data.file_kinds import START_BYTES, describe_bytes, may_be_image
 from suanli.data.perceptual_hash import SIMILAR_BITS, perceptual_hash
+from suanli.data.preprocess._resizing import PAD_LEVEL, Resize, resize
+from suanli.data.preprocess._tiles import MOST_OVERLAP, TILE_OVERLAP, cut_tiles, join_tiles
 from suanli.data.suffixes import IMAGE_SUFFIXES, TEXT_SUFFIXES, is_ignored
 
 if TYPE_CHECKING:
     import torch
 
-Resize = Literal["crop", "squash", "pad"]
 NATIVE_SIDE = 64  # px: images that all have one size up to this keep it
 DEFAULT_SIDE = 128  # px
 MAX_SIDE = 4096  # px that a user may set
@@ -50,7 +51,6 @@ SIDE_STEP = 32  # px, the stride of most networks: sides that suanli chooses for
 FITTING_SHARE = 0.95  # of the images, which fit into such a shape without being made smaller still
 SAMPLED = 256  # images that decide size and channels
 MEASURED_BYTES = 1 << 28  # of rows that decide mean and standard deviation, about
-PAD_LEVEL = 128
 FEATURES_SIDE = 16  # px of the pictures that a linear baseline sees
 FEATURES_ROWS = 64  # that are made smaller at a time
 SUFFIXES = frozenset(f".{suffix}" for suffix in IMAGE_SUFFIXES)
@@ -61,8 +61,9 @@ class ImagePreprocess(Preprocess):
     """Rows are uint8 (height, width, channels); model inputs are float32 (channels, height, width).
 
     `resize` is "crop" (scale the short side and cut out the middle), "squash" (ignore the aspect ratio) or "pad" (keep
-    the whole picture between grey bars). `mean` and `std` are per channel, where white is 1; None, before `measure`,
-    leaves inputs in 0 to 1.
+    the whole picture between grey bars). With `tiles`, inputs are windows: tiles of so many px of the image in its own
+    size, which overlap by the share `tile_overlap`, and of larger images the whole, made smaller. `mean` and `std` are
+    per channel, where white is 1; None, before `measure`, leaves inputs in 0 to 1.
     """
 
     kind: ClassVar[str] = "image"
@@ -85,6 +86,8 @@ class ImagePreprocess(Preprocess):
     width: int
     channels: int = 3
     resize: Resize = "crop"
+    tiles: int = 0  # px of the image's own size; 0: the whole image is the input
+    tile_overlap: float = TILE_OVERLAP
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -95,11 +98,11 @@ class ImagePreprocess(Preprocess):
                 object.__setattr__(self, name, tuple(float(v) for v in value))
 
     @classmethod
-    def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
+    def fit(cls, raws: Callable[[], Iterable[Raw]], settings: Mapping[str, Json]) -> Self:
         """Settings: size (px, or [height, width]), or max_side (px: images keep their shape, as most of them have it,
-        and their longer side is at most so long), resize, channels (1 or 3), mean and std (numbers, or one for each
-        channel, where white is 1). The first 256 readable images decide what isn't set, so `raws` should mix the
-        classes; `measure` finds mean and std that aren't.
+        and their longer side is at most so long), or tiles (px; max_side gives way to it) with tile_overlap; resize,
+        channels (1 or 3), mean and std (numbers, or one for each channel, where white is 1). The first 256 readable
+        images decide what isn't set, so `raws` should mix the classes; `measure` finds mean and std that aren't.
 
         Raises UsageError for a bad setting, DataError where no image can be read.
         """
@@ -108,13 +111,20 @@ class ImagePreprocess(Preprocess):
         if not sizes:
             raise DataError("None of the training images can be read.", fix="Check that the files are complete images.")
         max_side = checked.get("max_side")
-        size = checked.get("size") or (_working_size(sizes) if max_side is None else _common_size(sizes, max_side))
+        tiles = checked.get("tiles", 0)
+        size = (
+            checked.get("size")
+            or ((tiles, tiles) if tiles else None)
+            or (_working_size(sizes) if max_side is None else _common_size(sizes, max_side))
+        )
         channels = checked.get("channels") or (1 if grey else 3)
         return cls(
             height=size[0],
             width=size[1],
             channels=channels,
             resize=checked.get("resize", "crop"),
+            tiles=tiles,
+            tile_overlap=checked.get("tile_overlap", TILE_OVERLAP),
             mean=_per_channel(checked.get("mean"), channels),
             std=_per_channel(checked.get("std"), channels),
         )
@@ -123,22 +133,42 @@ class ImagePreprocess(Preprocess):
         """Safe to call from several threads at once."""
         pixels, traits, orientation = decode(raw)
         height, width, channels = pixels.shape
-        row, geometry = _resize(pixels, self.height, self.width, self.resize)
+        windows: tuple[Geometry, ...] = ()
+        if self.tiles:
+            row, windows = cut_tiles(pixels, self.tiles, self.tile_overlap)
+            geometry = Geometry.unchanged((height, width))
+        else:
+            row, geometry = resize(pixels, self.height, self.width, self.resize)
         if orientation != 1:
             geometry = replace(geometry, orientation=orientation)
         if channels == 1 and self.channels == 3:
-            row, traits = np.repeat(row, 3, axis=2), ("grey", *traits)
+            row, traits = np.repeat(row, 3, axis=-1), ("grey", *traits)
         elif channels == 3 and self.channels == 1:
             row, traits = _to_grey(row), ("colour", *traits)
         # Of the size and the row, not of the file: pictures that the model can't tell apart are equal. SHA-256 has its
         # own instructions on current CPUs and is then the fastest in hashlib.
         digest = hashlib.sha256(b"%d,%d:" % (height, width), usedforsecurity=False)
         digest.update(np.ascontiguousarray(row).data)
-        return EncodedInput(arrays={"image": row}, digest=digest.digest()[:16], geometry=geometry, traits=traits)
+        return EncodedInput(
+            arrays={"image": row}, digest=digest.digest()[:16], geometry=geometry, traits=traits, windows=windows
+        )
+
+    def settings(self) -> dict[str, Json]:
+        """Without those of tiles where there are none: data and models of before there were any stay the same."""
+        values = super().settings()
+        return values if self.tiles else {n: v for n, v in values.items() if n not in ("tiles", "tile_overlap")}
+
+    @property
+    def has_windows(self) -> bool:
+        return self.tiles > 0
+
+    def join_windows(self, windows: Arrays, geometries: Sequence[Geometry]) -> Arrays:
+        return {"image": join_tiles(windows["image"], geometries)}
 
     def similarity_key(self, raw: Raw, encoded: EncodedInput) -> bytes:  # noqa: ARG002
-        """A hash of the picture as the model sees it."""
-        return perceptual_hash(encoded.arrays["image"])
+        """A hash of the picture as the model sees it; of tiles, of the window that has all of it."""
+        row = encoded.arrays["image"]
+        return perceptual_hash(row[-1] if self.tiles else row)
 
     def measure(self, inputs: Mapping[str, Stored]) -> Self:
         """A copy with `mean` and `std`, unless they were set: those of at most about 256 MB of the rows, evenly spread,
@@ -197,8 +227,10 @@ class ImagePreprocess(Preprocess):
         return {"in_channels": self.channels, "image_size": [self.height, self.width]}
 
     @property
-    def encoding_code(self) -> str:
+    def encoding_code(self) -> str | None:
         """With Pillow and numpy; pixels are those of `encode`, up to one level where an image is resized."""
+        if self.tiles:
+            return None
         h, w, mode = self.height, self.width, "L" if self.channels == 1 else "RGB"
         size, bilinear = f"({w}, {h})", "Image.Resampling.BILINEAR"
         resize = {
@@ -270,7 +302,7 @@ class ImagePreprocess(Preprocess):
         row = np.array(inputs["image"])  # torch warns of arrays that can't be written, such as a memory map
         height, width = row.shape[:2]
         top, left = (round(side * (1 - COPY_SHARE) / 2) for side in (height, width))
-        middle, _ = _resize(row[top : height - top, left : width - left], height, width, "squash")
+        middle, _ = resize(row[top : height - top, left : width - left], height, width, "squash")
         return [{"image": np.ascontiguousarray(row[:, ::-1])}, {"image": middle}]
 
     def mark(self, inputs: Arrays, weights: np.ndarray) -> Marked:
@@ -337,7 +369,7 @@ class ImagePreprocess(Preprocess):
 
 def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
     """The settings with `size` as (height, width)."""
-    allowed = ("size", "max_side", "resize", "channels", "mean", "std")
+    allowed = ("size", "max_side", "tiles", "tile_overlap", "resize", "channels", "mean", "std")
     for name in settings:
         if name not in allowed:
             raise unknown("preprocess setting", name, allowed)
@@ -360,11 +392,28 @@ def _check_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
         raise UsageError(
             f"preprocess.max_side is {side!r}.", fix=f"Give pixels from {SIDE_STEP} to {MAX_SIDE}, such as 416."
         )
+    _check_tiles(checked)
     if "resize" in checked and checked["resize"] not in get_args(Resize):
         raise unknown("value of preprocess.resize", str(checked["resize"]), get_args(Resize))
     if "channels" in checked and (type(checked["channels"]) is not int or checked["channels"] not in (1, 3)):
         raise UsageError(f"preprocess.channels is {checked['channels']!r}.", fix="Give 1 (grey) or 3 (colour).")
     return checked | {name: _check_numbers(name, checked[name]) for name in ("mean", "std") if name in checked}
+
+
+def _check_tiles(settings: Mapping[str, Json]) -> None:
+    """Raises UsageError."""
+    tiles, overlap = settings.get("tiles", SIDE_STEP), settings.get("tile_overlap", TILE_OVERLAP)
+    if type(tiles) is not int or not SIDE_STEP <= tiles <= MAX_SIDE or tiles % SIDE_STEP:
+        raise UsageError(
+            f"preprocess.tiles is {tiles!r}.",
+            fix=f"Give pixels from {SIDE_STEP} to {MAX_SIDE} that are a multiple of {SIDE_STEP}, such as 416.",
+        )
+    if type(overlap) not in (int, float) or not 0 <= overlap <= MOST_OVERLAP:
+        raise UsageError(
+            f"preprocess.tile_overlap is {overlap!r}.", fix=f"Give a share of a tile from 0 to {MOST_OVERLAP}."
+        )
+    if "tiles" in settings and "size" in settings:
+        raise UsageError("preprocess.size and preprocess.tiles both say how large inputs are.", fix="Leave one out.")
 
 
 def _check_numbers(name: str, value: Json) -> tuple[float, ...]:
@@ -389,7 +438,7 @@ def _per_channel(numbers: tuple[float, ...] | None, channels: int) -> tuple[floa
     return numbers * channels if len(numbers) == 1 else (sum(numbers) / len(numbers),)
 
 
-def _read_headers(raws: Iterator[Raw]) -> tuple[list[tuple[int, int]], bool]:
+def _read_headers(raws: Iterable[Raw]) -> tuple[list[tuple[int, int]], bool]:
     """Sizes of the first readable images, and whether all of them are grey. Only headers are read, but pixels too until
     the first colour picture, since grey ones may be stored with three channels."""
     sizes: list[tuple[int, int]] = []
@@ -422,54 +471,6 @@ def _common_size(sizes: list[tuple[int, int]], max_side: int) -> tuple[int, int]
     sides = (sorted(longer * size[axis] / max(size) for size in sizes)[rank] for axis in (0, 1))
     height, width = (SIDE_STEP * math.ceil(round(side / SIDE_STEP, 3)) for side in sides)
     return height, width
-
-
-def _resize(pixels: np.ndarray, height: int, width: int, resize: Resize) -> tuple[np.ndarray, Geometry]:
-    """(height, width, C) from (H, W, C), and how. Crops before scaling, so a strip of 1 by 100,000 px costs no more
-    than a square."""
-    h, w, channels = pixels.shape
-    if (h, w) == (height, width):
-        return pixels, Geometry.unchanged((h, w))
-    top = left = 0
-    ch, cw = h, w
-    if resize == "crop":
-        scale = min(h / height, w / width)
-        ch, cw = max(1, round(height * scale)), max(1, round(width * scale))
-        top, left = (h - ch) // 2, (w - cw) // 2
-        pixels = pixels[top : top + ch, left : left + cw]
-    elif resize == "pad":
-        scale = min(height / h, width / w)
-        fitted = _scale(pixels, max(1, round(h * scale)), max(1, round(w * scale)))
-        top, left = (height - fitted.shape[0]) // 2, (width - fitted.shape[1]) // 2
-        canvas = np.full((height, width, channels), PAD_LEVEL, np.uint8)
-        canvas[top : top + fitted.shape[0], left : left + fitted.shape[1]] = fitted
-        scales = fitted.shape[0] / h, fitted.shape[1] / w
-        return canvas, Geometry(size=(h, w), scale=scales, shift=(float(top), float(left)))
-    scales = height / ch, width / cw
-    geometry = Geometry(size=(h, w), scale=scales, shift=(-top * scales[0], -left * scales[1]))
-    return _scale(pixels, height, width), geometry
-
-
-def _scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    if pixels.shape[:2] == (height, width):
-        return np.ascontiguousarray(pixels)
-    if "torch" not in sys.modules:  # an engine may run without torch, and importing it costs seconds and 200 MB
-        return _scale_by_pillow(pixels, height, width)
-    import torch
-    from torch.nn import functional as F
-
-    with torch.inference_mode():
-        image = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
-        scaled = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
-    # Not torch's contiguous(), which starts a pool of threads even for one small picture.
-    return np.ascontiguousarray(scaled[0].numpy().transpose(1, 2, 0))
-
-
-def _scale_by_pillow(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The same up to one level, two to ten times as slow."""
-    image = Image.fromarray(np.ascontiguousarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels))
-    scaled = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
-    return scaled.reshape(height, width, pixels.shape[2])
 
 
 def _make_jpeg(row: np.ndarray, side: int) -> Preview:

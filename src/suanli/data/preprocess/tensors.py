@@ -10,7 +10,7 @@ import io
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ class TensorsPreprocess(Preprocess):
         object.__setattr__(self, "columns", columns)  # JSON has mappings and lists; equal objects need equal types
 
     @classmethod
-    def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:  # noqa: ARG003
+    def fit(cls, raws: Callable[[], Iterable[Raw]], settings: Mapping[str, Json]) -> Self:  # noqa: ARG003
         """Raises UsageError: arrays of unknown meaning are no data to train with."""
         raise UsageError(
             "Arrays of any kind are inputs of an ONNX file; no network is trained on them.",
@@ -187,7 +187,9 @@ def read_shapes(path: Path, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _to_column(values: Mapping[str, Json]) -> Column:
-    return Column(**{**values, "shape": tuple(values["shape"]), "names": tuple(values.get("names", ()))})
+    return Column(
+        **{**values, "shape": tuple(values["shape"]), **{n: tuple(values.get(n, ())) for n in ("names", "limits")}}
+    )
 
 
 def _describe(arrays: Arrays) -> str:

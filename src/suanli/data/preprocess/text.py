@@ -108,7 +108,7 @@ class TextPreprocess(Preprocess):
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))  # a list when read from JSON
 
     @classmethod
-    def fit(cls, raws: Callable[[], Iterator[Raw]], settings: Mapping[str, Json]) -> Self:
+    def fit(cls, raws: Callable[[], Iterable[Raw]], settings: Mapping[str, Json]) -> Self:
         """Chooses the vocabulary, and a length that holds 99.5 % of the texts (at most 256).
 
         Settings: `vocabulary_size` (with padding and unknown), `length`, `min_count` (rarer tokens are unknown),

@@ -79,7 +79,7 @@ def make_annotated_source(
 
 def is_annotations(path: Path) -> bool:
     """Whether a file alone shows, by its start, that it has annotations of images in one of the formats."""
-    member = Member(path.name, path.stat().st_size, partial(_read_start, path))
+    member = Member(path.name, min(path.stat().st_size, START_BYTES), partial(_read_start, path))
     files = Files([], [member], f"The folder {path.parent}", named=path.name)
     return any(one.find(files) for one in load_all("formats").values())
 

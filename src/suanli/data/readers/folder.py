@@ -14,7 +14,7 @@ from suanli.data.tables import find_tables
 def why_not(path: Path) -> str | None:
     if not path.is_dir():
         return "not a folder"
-    tables = find_tables(path)
+    tables = find_tables(path, features=True)
     if "train" in tables:
         return f"holds tables ({tables['train'].name}) and no class folders"
     return None

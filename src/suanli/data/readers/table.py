@@ -19,12 +19,14 @@ from suanli.data.column_names import LABEL_NAMES, PATH_NAMES, TEXT_NAMES
 from suanli.data.members import (
     TABLE_SUFFIXES,
     fingerprint_of,
+    format_of,
     order_classes,
     source_name,
     suffix_of,
 )
 from suanli.data.readers._annotated_sources import is_annotations
 from suanli.data.readers._annotations import numbers_error
+from suanli.data.readers._features import read_features
 from suanli.data.readers._files import read_file
 from suanli.data.readers._label_columns import Labels, find_flags, find_labels
 from suanli.data.readers._named_images import NamedImages, find_named_images
@@ -35,6 +37,7 @@ from suanli.data.tables import MAX_SHOWN, Cells, Table, find_tables, format_colu
 
 ID_NAMES = ("id", "image_id", "img_id", "image_name", "img_name", "img", "name", "uuid", "photo", "picture")
 _NUMBER = re.compile(r"-?[\d.,e+-]+|NA|")  # or a date
+MAX_TEXT_BYTES = 512 << 20  # of a table with texts, which is held in memory; larger ones are read as features
 _SAMPLED = 100  # values of a column that show whether they are paths of images
 
 
@@ -55,25 +58,54 @@ class _ColumnChoice:
         return [i for i in (self.input, self.label, self.split, self.group, self.time, *self.flags) if i is not None]
 
 
+class _HasFeatures(Exception):
+    """The table has columns of numbers and words, and none with texts or paths of images."""
+
+
 def why_not(path: Path) -> str | None:
     if path.is_dir():
         train = find_tables(path).get("train")
         if train is not None:
             return "a folder with tables of annotations" if is_annotations(train) else None
+        if "train" in find_tables(path, features=True):
+            return None
         return "a folder without a table named train (.csv, .tsv, .jsonl or .ndjson), or with class folders"
     if path.is_file() and suffix_of(path.name) in TABLE_SUFFIXES and is_annotations(path):
         return "a table of annotations"
-    if suffix_of(path.name) not in TABLE_SUFFIXES:
+    if not format_of(path.name):
         return f"not a table: its name doesn't end in {', '.join('.' + s for s in sorted(TABLE_SUFFIXES))}"
     return None
+
+
+def why_no_features(path: Path) -> str | None:
+    if path.is_dir():
+        return None if "train" in find_tables(path, features=True) else "a folder without a table named train"
+    return None if format_of(path.name) else "not a table"
 
 
 def read(path: Path, columns: Columns) -> Source:
     """The rows of the table or tables at `path`.
 
-    Raises DataError where they aren't tables with an input and a label column, UsageError for a column in `columns`
-    that they don't have.
+    Raises DataError where they aren't tables with an input and a label column, or a target, UsageError for a column in
+    `columns` that they don't have.
     """
+    if columns.target is not None or not _may_have_texts(path):
+        return read_features(path, columns)
+    try:
+        return _read_texts(path, columns)
+    except _HasFeatures:
+        return read_features(path, columns)
+
+
+def _may_have_texts(path: Path) -> bool:
+    """Whether its format may hold texts or paths of images; the others are read as features only."""
+    if path.is_dir():
+        return "train" in find_tables(path) or "train" not in find_tables(path, features=True)
+    return suffix_of(path.name) in TABLE_SUFFIXES and path.stat().st_size <= MAX_TEXT_BYTES
+
+
+def _read_texts(path: Path, columns: Columns) -> Source:
+    """The rows with a text or the path of an image."""
     tables = find_tables(path) if path.is_dir() else {}
     if path.is_dir() and "train" not in tables:
         raise DataError(f"{path} is {why_not(path)}.", fix="Give the table file itself.")
@@ -151,12 +183,12 @@ def _choose(table: Table, columns: Columns, *, first: bool) -> _ColumnChoice | N
     label = flags[0] if flags else label
     if label is None or input_ is None or label == input_:
         if input_ is None and len(table.columns) > 2 and _has_features(table):
-            raise _features_error(table)
+            raise _HasFeatures
         raise _missing_column_error(table, "label" if label is None else "input")
     split = by_name.get("split")
     images = None if _are_image_paths(table, input_, exist=True) else _find_images(table, input_)
     if images is None and first and not named and _are_numbers(table, input_):
-        raise _features_error(table)
+        raise _HasFeatures
     chosen = _ColumnChoice(
         images=images,
         input=input_,
@@ -204,15 +236,6 @@ def _missing_column_error(table: Table, what: str) -> DataError:
         f"The table {table.path} has no {what} column with a usual name; "
         f"its columns are: {format_columns(table.columns)}.",
         fix=f"Name it with --{what}-column, or rename it to one of: {', '.join(usual)}.{hint}",
-    )
-
-
-def _features_error(table: Table) -> DataError:
-    return DataError(
-        f"The table {table.path} has columns of numbers and words, and none with texts or paths of images: "
-        f"{format_columns(table.columns)}. Such tables of features aren't supported yet.",
-        fix="If a column has texts or names images, name it with --input-column, and put the images beside the table; "
-        "if the numbers are pixels, save the images as arrays in an .npz file (see docs/data.md).",
     )
 
 
@@ -393,4 +416,4 @@ def _find_classes(path: Path, rows: list[Example], labels: Labels) -> tuple[str,
     return classes
 
 
-READER = Reader(name="table", why_not=why_not, read=read, order=30)
+READER = Reader(name="table", why_not=why_not, read=read, order=30, why_no_target=why_no_features)

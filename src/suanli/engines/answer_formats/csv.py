@@ -21,7 +21,8 @@ def lines(
     classes: Classes = (),  # noqa: ARG001
     annotations: Path | None = None,  # noqa: ARG001
 ) -> Iterator[str]:
-    """Columns name, those of the task's answers, and error; quoted where needed. A value with several named entries,
+    """Columns name, those of the task's answers, and error; quoted where needed. Of rows of a table, their own columns
+    in place of the name, and the flags of each. A value with several named entries,
     such as the probabilities of all classes, gets a column for each: "probabilities.cat". Of a list, an input without
     entries has a row with its name alone.
 
@@ -35,14 +36,17 @@ def lines(
             continue
         if columns is None:
             columns = _columns(p)
-            yield from _head(columns, failed)
+            yield from _head(columns, failed, p)
         yield from _rows(p, columns)
     if columns is None:
-        yield from _head(_columns(failed[0]) if failed else [], failed)
+        yield from _head(_columns(failed[0]) if failed else [], failed, failed[0] if failed else None)
 
 
-def _head(columns: Sequence[Keys], failed: Sequence[Prediction]) -> Iterator[str]:
-    yield csv_line(["name", *map(".".join, columns), "error"])
+def _head(columns: Sequence[Keys], failed: Sequence[Prediction], first: Prediction | None) -> Iterator[str]:
+    given = ["name"] if first is None or first.cells is None else list(first.cells)
+    answers = [f"predicted {name}" if name in given else name for name in map(".".join, columns)]
+    flags = ["flags"] if first is not None and first.flags is not None else []
+    yield csv_line([*given, *answers, *flags, "error"])
     for p in failed:
         yield from _rows(p, columns)
 
@@ -71,7 +75,9 @@ def _rows(p: Prediction, columns: Sequence[Keys]) -> Iterator[str]:
         for name, *key in columns:
             value = values.get(name)
             cells.append(_cell(value.get(key[0]) if key and isinstance(value, Mapping) else value))
-        yield csv_line([p.name, *cells, p.error or ""])
+        given = [p.name] if p.cells is None else ["" if cell is None else cell for cell in p.cells.values()]
+        flags = [] if p.flags is None else ["; ".join(p.flags)]
+        yield csv_line([*given, *cells, *flags, p.error or ""])
 
 
 def csv_line(cells: Sequence[object]) -> str:

@@ -37,8 +37,8 @@ export function outside(text) {
 
 // One input. `name` is text, or {key} for an input that the page made itself.
 export class Item {
-  constructor({ name, file = null, text = null }) {
-    Object.assign(this, { name, file, text });
+  constructor({ name, file = null, text = null, row = null }) {
+    Object.assign(this, { name, file, text, row }); // of a row, the text is what people see
     this.address = file && URL.createObjectURL(file);
     this.preview = file ? this.#picture() : this.#quote();
   }
@@ -71,8 +71,8 @@ export class Item {
 // The answer to one input: how to show it, a line for people, its values, or why there is none. `classes` are all that
 // the model knows.
 export class Result {
-  constructor(kind, text, { name, error, ...values }, classes = []) {
-    Object.assign(this, { kind, text, error, values, classes });
+  constructor(kind, text, { name, error, flags = [], input, ...values }, classes = []) {
+    Object.assign(this, { kind, text, error, flags, values, classes }); // flags: why the answer may be worth less
   }
 
   summary() {
@@ -179,6 +179,7 @@ function row(item, result, most, failure) {
       picture = boxed(item.preview, result.boxes(), result.classes);
       cell.append(...listBoxes(result.boxes(), Math.min(most, LISTED)));
     } else cell.append(...(SHOW[kind] ?? showValues)(text, values, most));
+    cell.append(...result.flags.map((flag) => element("p", "note", outside(flag))));
   } else if (result) {
     cell.append(say(element("p", "label none"), "no_answer"), element("p", "bad", outside(result.error)));
   } else {

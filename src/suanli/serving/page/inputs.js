@@ -1,16 +1,20 @@
-// The inputs: pictures (chosen, dropped or pasted), a drawing, the camera, and text. Each makes Items and asks.
+// The inputs: pictures (chosen, dropped or pasted), a drawing, the camera, text, and the columns of a row. Each makes
+// Items and asks.
 
 import { Batch, Item } from "./answers.js";
 import { photograph, turnOff, turnOn, whyNoCamera } from "./camera.js";
 import { Drawing } from "./drawing.js";
 import { say } from "./language.js";
 
+const MANY_VALUES = 60; // of a column: more are typed, with suggestions
+
 const PAUSE_MS = 150; // between a stroke and sending the drawing, since another stroke often follows
 const FRAME_MS = 200; // between two pictures of the camera
 const DIGITS = "0 1 2 3 4 5 6 7 8 9"; // a model of grey pictures with these classes reads what is drawn
 
 const $ = (id) => document.getElementById(id);
-let open = ""; // the open input: draw, picture, camera, text, or none
+let open = ""; // the open input: draw, picture, camera, text, row, or none
+let fields = ""; // of the row that is shown
 let ask; // (batch, items) -> a Failure or nothing
 let current; // () -> the model's entry of /status, or null
 
@@ -22,6 +26,7 @@ export function startInputs(functions) {
   startDrawing();
   startCamera();
   startText();
+  $("panel-row").addEventListener("submit", sendRow);
 }
 
 // Shows the inputs that the model takes. The open one stays open if the model takes it too.
@@ -31,14 +36,16 @@ export function showInputsFor(model) {
   $("tab-camera").hidden = !pictures;
   say($("choose"), pictures ? "choose" : "choose_files");
   $("files").accept = fileTypes(model).map((type) => `${type}*`).join();
-  const possible = takesTexts(model) ? ["text"] : takesFiles(model) ? visibleTabs().map(nameOf) : [""];
+  showFields(model);
+  const possible = takesRows(model) ? ["row"] : takesTexts(model) ? ["text"] : takesFiles(model) ? visibleTabs().map(nameOf) : [""];
   if (!possible.includes(open)) openInput(possible[0]);
   else showTabs();
 }
 
 const fileTypes = (model) => (model?.media_types ?? []).filter((type) => type.endsWith("/")); // "image/": any of these
 export const takesTexts = (model) => model?.takes_strings ?? false;
-export const takesFiles = (model) => (model?.media_types ?? []).length > 0 && !takesTexts(model);
+export const takesRows = (model) => (model?.fields ?? []).length > 0;
+export const takesFiles = (model) => (model?.media_types ?? []).length > 0 && !takesTexts(model) && !takesRows(model);
 export const takesPictures = (model) => fileTypes(model).includes("image/");
 
 function submit(files) {
@@ -56,7 +63,7 @@ function openInput(name) {
   if (open === "camera" && name !== "camera") cameraOff();
   open = name;
   showTabs();
-  for (const input of ["draw", "picture", "camera", "text"]) $(`panel-${input}`).hidden = input !== name;
+  for (const input of ["draw", "picture", "camera", "text", "row"]) $(`panel-${input}`).hidden = input !== name;
   for (const tab of tabs) {
     const selected = nameOf(tab) === name;
     tab.setAttribute("aria-selected", selected);
@@ -65,7 +72,7 @@ function openInput(name) {
   if (name === "camera" && !$("video").srcObject) cameraOff();
 }
 
-const showTabs = () => ($("tabs").hidden = ["text", ""].includes(open) || visibleTabs().length < 2);
+const showTabs = () => ($("tabs").hidden = ["text", "row", ""].includes(open) || visibleTabs().length < 2);
 
 function startTabs() {
   for (const tab of tabs) tab.addEventListener("click", () => openInput(nameOf(tab)));
@@ -199,4 +206,43 @@ function startText() {
   $("text").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send(event);
   });
+}
+
+// ---- A row
+
+function showFields(model) {
+  const now = JSON.stringify(model?.fields ?? []);
+  if (now === fields) return; // so that what was typed stays
+  fields = now;
+  $("fields").replaceChildren(...(model?.fields ?? []).map(fieldOf));
+}
+
+// A label with a control for one column. What stands in it at first is a usual value.
+function fieldOf({ name, type, values = [], example = "" }, place) {
+  const label = document.createElement("label");
+  const title = document.createElement("bdi");
+  title.textContent = name;
+  const few = values.length > 0 && values.length <= MANY_VALUES;
+  const control = document.createElement(few ? "select" : "input");
+  if (few) control.append(new Option("", ""), ...values.map((value) => new Option(value, value)));
+  else if (type === "number") Object.assign(control, { type: "number", step: "any" });
+  else if (values.length) {
+    const list = document.createElement("datalist");
+    list.id = `values-${place}`;
+    list.append(...values.map((value) => new Option(value, value)));
+    control.setAttribute("list", list.id);
+    label.append(list);
+  }
+  control.dataset.column = name;
+  control.value = typeof example === "number" ? Number(example.toPrecision(6)) : example;
+  label.prepend(title, control);
+  return label;
+}
+
+function sendRow(event) {
+  event.preventDefault();
+  const controls = [...$("fields").querySelectorAll("[data-column]")];
+  const row = Object.fromEntries(controls.map((control) => [control.dataset.column, control.value || null]));
+  const text = controls.map((control) => `${control.dataset.column}: ${control.value || "–"}`).join(", ");
+  ask(new Batch(), [new Item({ name: null, text, row })]);
 }

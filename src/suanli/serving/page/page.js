@@ -1,7 +1,7 @@
 // The page /: the state of the server, requests, and the key. The inputs are in inputs.js.
 
 import { Result, element, outside, showFrom } from "./answers.js";
-import { showInputsFor, startInputs, takesFiles, takesPictures, takesTexts } from "./inputs.js";
+import { showInputsFor, startInputs, takesFiles, takesPictures, takesRows, takesTexts } from "./inputs.js";
 import { percent, say, startLanguage, words } from "./language.js";
 import { Failure, checkKey, fetchStatus, hasKey, predict, useKey } from "./server.js";
 
@@ -90,7 +90,8 @@ function showChoice() {
 function chooseModel(entry) {
   model = entry;
   const { name, version, engine, precision, kind, classes, answer } = entry ?? {};
-  const shown = [name, version, engine, precision, kind, classes, answer?.kind, answer?.threshold, status.key_needed];
+  const { fields } = entry ?? {};
+  const shown = [name, version, engine, precision, kind, classes, fields, answer?.kind, answer?.threshold, status.key_needed];
   const now = JSON.stringify(shown);
   if (now === description) return; // so that scrolling and selection stay
   description = now;
@@ -102,8 +103,8 @@ function chooseModel(entry) {
   showInputsFor(entry);
   showThreshold(answer?.threshold ?? null);
   const any = !answer || answer.kind === "classes" ? "" : "_any";
-  say($("empty"), !kind || takesTexts(entry) || takesFiles(entry) ? `empty${any}` : "only_tensors");
-  say($("ask"), `text_ask${any}`);
+  say($("empty"), !kind || takesTexts(entry) || takesRows(entry) || takesFiles(entry) ? `empty${any}` : "only_tensors");
+  for (const button of ["ask", "ask-row"]) say($(button), `text_ask${any}`);
   say($("drop-now"), `drop_now${any}`);
 }
 
@@ -147,7 +148,8 @@ function showShell() {
   const key = status.key_needed ? ' -H "Authorization: Bearer $SUANLI_API_KEY"' : "";
   const file = takesPictures(model) ? "image.png" : "FILE";
   let [path, what] = [`predict?${new URLSearchParams({ model: model.name })}`, ` -F file=@${file}`];
-  if (takesTexts(model)) what = ` -H 'Content-Type: text/plain' --data-binary @text.txt`;
+  if (takesRows(model)) what = ` -H 'Content-Type: text/csv' --data-binary @rows.csv`;
+  else if (takesTexts(model)) what = ` -H 'Content-Type: text/plain' --data-binary @text.txt`;
   else if (!takesFiles(model)) [path, what] = [`v2/models/${encodeURIComponent(model.name)}`, ""];
   say($("shell").querySelector("summary"), what ? "shell" : "shell_tensors");
   // A name can hold any character: none may end the quotes.
@@ -201,9 +203,9 @@ async function askPart(items, signal) {
   const classes = model.classes.length <= FEW_CLASSES ? Math.max(model.classes.length, 1) : 5;
   const top = kind === "classes" ? classes : MANY_ENTRIES;
   const threshold = (model.answer.threshold ?? null) === null ? null : Math.min(LEAST, model.answer.threshold);
-  const input = items[0].text === null ? { files: items.map((item) => item.file) } : { text: items[0].text };
+  const input = items[0].text === null ? { files: items.map((item) => item.file) } : items[0];
   const names = model.classes;
-  const answer = await predict({ model, top, threshold, ...input, signal });
+  const answer = await predict({ model, top, threshold, files: input.files, text: input.text, row: input.row, signal });
   return { ...answer, results: answer.predictions.map((values, i) => new Result(kind, answer.texts[i], values, names)) };
 }
 

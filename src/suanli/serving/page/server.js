@@ -44,7 +44,7 @@ export async function checkKey() {
 }
 
 // The server's answer for files or one text, with `tripS`: the seconds until the whole answer was here.
-export async function predict({ model, top, threshold = null, files = null, text = null, signal = null }) {
+export async function predict({ model, top, threshold = null, files = null, text = null, row = null, signal = null }) {
   const query = new URLSearchParams({ model: model.name, version: model.version, top });
   if (threshold !== null) query.set("threshold", threshold);
   const headers = authorization();
@@ -54,7 +54,7 @@ export async function predict({ model, top, threshold = null, files = null, text
     for (const file of files) content.append("file", file, file.name);
   } else {
     headers["Content-Type"] = "application/json";
-    content = JSON.stringify({ inputs: [text] });
+    content = JSON.stringify(row ? { rows: [row] } : { inputs: [text] });
   }
   const started = performance.now();
   const response = await ask(`predict?${query}`, { method: "POST", headers, body: content, signal }, PREDICT_LIMIT_MS);
