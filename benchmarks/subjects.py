@@ -40,7 +40,7 @@ SUBJECTS = {
         block=3,
         short=0.25,
     ),
-    "detnet_s": Subject(file="bccd_voc.zip", recipe="boxes", settings=BRIEF, block=1, short=1),
+    "detnet_s": Subject(file="bccd_voc.zip", recipe="boxes", settings=BRIEF | {"model": "detnet_s"}, block=1, short=1),
     # A small step of a few milliseconds, in which every overhead shows.
     "text_cnn": Subject(file="sentiment_en", recipe="text", block=60, short=0.5),
 }
