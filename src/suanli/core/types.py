@@ -558,8 +558,9 @@ class Model:
 
     `build(**preprocess.model_args, **task.model_args, **recipe.model_args)` returns a module that maps the tensors of
     `Preprocess.to_model`, as positional arguments, to what `Task.loss` and `Task.predict` take: for classification
-    logits (B, K). The module may have a method `initialize(inputs)` for weights that depend on data: it is called
-    once, with some training inputs, before the first step. It may freeze a parameter with `requires_grad_(False)`.
+    logits (B, K), or (B, M, K) of M members, each of which learns every example (core/members.py). The module may have
+    a method `initialize(inputs)` for weights that depend on data: it is called once, with some training inputs, before
+    the first step. It may freeze a parameter with `requires_grad_(False)`.
     """
 
     name: str
