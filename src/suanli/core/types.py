@@ -88,7 +88,7 @@ Raw: TypeAlias = "bytes | str | np.ndarray | Mapping[str, Any]"
 
 
 class RawBlock(Sequence[Raw]):
-    """Raw inputs that are held as columns, so that none is an object until somebody reads it."""
+    """Raw inputs that are stored by column, so that none is an object until somebody reads it."""
 
     @abstractmethod
     def take(self, positions: np.ndarray) -> Self:
@@ -286,9 +286,9 @@ class Preprocess(ABC):
     def fit(cls, raws: Callable[[], Iterable[Raw]], settings: Mapping[str, Json]) -> Self:
         """Decides what depends on the training inputs: size, channels, vocabulary.
 
-        Each call of `raws` starts a pass over the raw training inputs, bad ones included; where the source holds
-        columns, it gives a `RawBlock`. `settings` are the
-        recipe's and take precedence. Raises UsageError for an unknown or impossible setting.
+        Each call of `raws` starts a pass over the raw training inputs, bad ones included; where the source has columns,
+        it gives a `RawBlock`. `settings` are the recipe's and take precedence. Raises UsageError for an unknown or
+        impossible setting.
         """
 
     @abstractmethod

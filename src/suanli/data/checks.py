@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NotRequired, TypedDict, overload
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from suanli.core.task import Task
 from suanli.core.types import SPLITS, Json, Source
 from suanli.data.example_columns import ExampleColumns
 from suanli.data.examples import rows_of_bytes
+from suanli.data.lazy_sequence import LazySequence
 from suanli.data.leaks import LeakCounts, LeakEntry, Leaks, count_leaks, describe_leaks
 
 LISTED = 100
@@ -215,7 +216,7 @@ def collect_findings(
     return findings
 
 
-class _Checked(Sequence[CheckedTarget]):
+class _Checked(LazySequence[CheckedTarget]):
     """The targets at some positions, each made when somebody looks at it."""
 
     def __init__(self, rows: ExampleColumns, results: DecodeResults, positions: Sequence[int]) -> None:
@@ -224,13 +225,7 @@ class _Checked(Sequence[CheckedTarget]):
     def __len__(self) -> int:
         return len(self._positions)
 
-    @overload
-    def __getitem__(self, position: int) -> CheckedTarget: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[CheckedTarget]: ...
-    def __getitem__(self, position: int | slice) -> CheckedTarget | list[CheckedTarget]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(len(self))[position]]
+    def _item(self, position: int) -> CheckedTarget:
         i = self._positions[position]
         geometry = Geometry.from_array(self._results.geometries[i])
         if (orientation := self._results.orientations.get(i, 1)) != 1:

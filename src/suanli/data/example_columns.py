@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import overload
 
 import numpy as np
 
 from suanli.core.types import Example, Raw, RawBlock, Target
+from suanli.data.lazy_sequence import LazySequence
 
 
-class ExampleColumns(Sequence[Example]):
+class ExampleColumns(LazySequence[Example]):
     """N examples. `groups` and `times` are None where no example has one."""
 
     def __init__(
@@ -47,7 +47,7 @@ class ExampleColumns(Sequence[Example]):
 
     @property
     def block(self) -> RawBlock | None:
-        """The raw inputs, where they are held as columns."""
+        """The raw inputs, where they are stored by column."""
         return self._inputs if isinstance(self._inputs, RawBlock) else None
 
     def read(self, position: int) -> Raw:
@@ -71,13 +71,7 @@ class ExampleColumns(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._inputs)
 
-    @overload
-    def __getitem__(self, position: int) -> Example: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[Example]: ...
-    def __getitem__(self, position: int | slice) -> Example | list[Example]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(len(self))[position]]
+    def _item(self, position: int) -> Example:
         return Example(
             name=self.names[position],
             target=self.targets[position],
@@ -88,7 +82,7 @@ class ExampleColumns(Sequence[Example]):
         )
 
 
-class LineNames(Sequence[str]):
+class LineNames(LazySequence[str]):
     """Names of rows by the file and the line that each is in: "train.csv:17"."""
 
     def __init__(self, parts: Sequence[tuple[str, np.ndarray]]) -> None:
@@ -99,13 +93,7 @@ class LineNames(Sequence[str]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    @overload
-    def __getitem__(self, position: int) -> str: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[str]: ...
-    def __getitem__(self, position: int | slice) -> str | list[str]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(len(self))[position]]
+    def _item(self, position: int) -> str:
         line = int(self._lines[position])  # raises IndexError at the end
         part = 0 if len(self._files) == 1 else int(np.searchsorted(self._starts, position, side="right")) - 1
         return f"{self._files[part]}:{line}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import overload
 
 import numpy as np
+
+from suanli.data.lazy_sequence import LazySequence
 
 _CHUNK = 1 << 16
 
 
-class Names(Sequence[str]):
+class Names(LazySequence[str]):
     """N names: name i is `text[ends[i - 1] : ends[i]]` as UTF-8; with `index`, those at these positions."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray, index: np.ndarray | None = None) -> None:
@@ -33,13 +34,7 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends if self._index is None else self._index)
 
-    @overload
-    def __getitem__(self, position: int) -> str: ...
-    @overload
-    def __getitem__(self, position: slice) -> list[str]: ...
-    def __getitem__(self, position: int | slice) -> str | list[str]:
-        if isinstance(position, slice):
-            return [self[i] for i in range(len(self))[position]]
+    def _item(self, position: int) -> str:
         if not -len(self) <= position < len(self):
             raise IndexError(position)
         i = position % len(self) if self._index is None else int(self._index[position])

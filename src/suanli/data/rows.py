@@ -1,4 +1,4 @@
-"""Rows of a table, held as columns: raw inputs of the kind "table".
+"""Rows of a table, stored by column: raw inputs of the kind "table".
 
 A column keeps its different cells once and a code for each row, which is small for categories, dates and most numbers.
 Where there are too many different cells, it keeps numbers, or texts one after another. So millions of rows are a few

@@ -1,6 +1,6 @@
 """Reads the rows of a table file in any format: CSV and TSV, JSON lines, Parquet, Arrow and Excel; text also as .gz.
 
-`table_text.py` and `table_binary.py` open the formats; `rows.py` says how rows are held.
+`table_text.py` and `table_binary.py` open the formats; `rows.py` says how rows are stored.
 """
 
 from __future__ import annotations

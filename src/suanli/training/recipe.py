@@ -12,7 +12,7 @@ from suanli.core.registry import load, load_all
 from suanli.core.types import Example, Json, Preprocess, Raw, Recipe, RecipeChoice, Source, Traits
 from suanli.data.example_columns import ExampleColumns
 
-MANY_SAMPLED = 20_000  # inputs that are held as columns
+MANY_SAMPLED = 20_000  # inputs that are stored by column
 SAMPLED = 300  # inputs that are read before a recipe is chosen
 NESTED = {name for name, field in Recipe.model_fields.items() if "dict" in str(field.annotation)}
 

@@ -37,7 +37,7 @@ from suanli.data.tables import MAX_SHOWN, Cells, Table, find_tables, format_colu
 
 ID_NAMES = ("id", "image_id", "img_id", "image_name", "img_name", "img", "name", "uuid", "photo", "picture")
 _NUMBER = re.compile(r"-?[\d.,e+-]+|NA|")  # or a date
-MAX_TEXT_BYTES = 512 << 20  # of a table with texts, which is held in memory; larger ones are read as features
+MAX_TEXT_BYTES = 512 << 20  # of a table with texts, which is read into memory; larger ones are read as features
 _SAMPLED = 100  # values of a column that show whether they are paths of images
 
 
